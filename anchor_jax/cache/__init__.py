@@ -1,0 +1,1 @@
+"""What a stream remembers, and where it seems to be."""

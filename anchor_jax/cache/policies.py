@@ -1,0 +1,457 @@
+"""Cache policies: what a stream remembers, where it seems to be, what a switch does.
+
+A policy is a composition of frozen parts and makes plans from integers alone.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from anchor_jax.cache.positions import Absolute, Bounded, Ranked, Relative
+from anchor_jax.cache.types import (
+    EMPTY,
+    NEVER,
+    CacheIndex,
+    ReadPlan,
+    WritePlan,
+    empty_index,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Junction:
+    """The block after a switch, seen once it has left the local window.
+
+    `frames` are kept, from the clean pass. It is seen from block `c + span` on,
+    where `c` is the first block under the new prompt.
+
+    Source: algorithm.md 8.1 (6), D3, D4, D7; rules `paper`.
+    """
+
+    frames: int = 3
+    keeps_prior = False
+    first_switch = NEVER
+
+    def active(self, index: CacheIndex, start, span: int):
+        return index.switch_frame + span <= start
+
+    def prior(self, index: CacheIndex):
+        return index.switches < 0
+
+    def recache_start(self, index: CacheIndex, frames: int, block: int):
+        """Returns the block start for which a re-cache tests the old junction."""
+        del frames
+        return index.start - block
+
+    def captures(self, index: CacheIndex, block: int):
+        del block
+        return index.capture
+
+    def takes_effect(self, requested, start):
+        """Returns the switch frame that the rule counts from."""
+        del requested
+        return start
+
+
+@dataclasses.dataclass(frozen=True)
+class ReleaseJunction(Junction):
+    """As the released code has it, for weights that were trained so.
+
+    Counts from the frame at which the switch was asked for, with a strict comparison,
+    captures in every pass, and shows the prior junction from the third switch on.
+
+    Source: algorithm.md 4; rules `release`.
+    """
+
+    keeps_prior = True
+
+    def active(self, index: CacheIndex, start, span: int):
+        return index.switch_frame + span < start
+
+    def prior(self, index: CacheIndex):
+        return index.switches > 2
+
+    def recache_start(self, index: CacheIndex, frames: int, block: int):
+        del block
+        return index.start - frames
+
+    def takes_effect(self, requested, start):
+        del start
+        return requested
+
+
+@dataclasses.dataclass(frozen=True)
+class PeriodicJunction(ReleaseJunction):
+    """The release's single-prompt pipeline: captured anew every `every` blocks.
+
+    Source: algorithm.md 4.5, D6.
+    """
+
+    every: int = 6
+    first_switch = 20
+
+    def captures(self, index: CacheIndex, block: int):
+        return (index.start // block) % self.every == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Keep:
+    """Nothing but the prompt changes at a switch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Flush:
+    """Sink and the newest `last` frames are kept at a switch, the rest forgotten."""
+
+    last: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Recache:
+    """The window's clean frames are run again under the new prompt.
+
+    With `rewrite_sink` the sink too is replaced, by the oldest of these frames.
+
+    Source: algorithm.md 5.
+    """
+
+    rewrite_sink: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Rerun:
+    """The pass of a re-cache: over the newest `frames` clean ones; static.
+
+    `sink` tells that its first frames become the sink.
+    """
+
+    frames: int
+    sink: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Restart:
+    """The stream begins anew every `every` frames from the last `overlap` ones.
+
+    A session-level action: the first of them is decoded and encoded again alone.
+
+    Source: CausVid (arXiv:2412.07772), long videos.
+    """
+
+    every: int = 21
+    overlap: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """One method: regions, RoPE rule and switch action.
+
+    Attributes:
+      block: latent frames denoised together.
+      sink: first frames, kept for good.
+      window: frames seen at once, sink and block included, the junction not.
+      junction: the region of the block after a switch, or None.
+      positions: the RoPE rule.
+      on_switch: what happens when the prompt changes.
+      restart: chained restarts, or None.
+      limit: latent frames after which the stream must end, or None.
+    """
+
+    block: int = 3
+    sink: int = 3
+    window: int = 12
+    junction: Junction | None = None
+    positions: Absolute | Relative = Relative()
+    on_switch: Keep | Flush | Recache = Recache()
+    restart: Restart | None = None
+    limit: int | None = None
+
+    def __post_init__(self):
+        for check in (self._check_regions, self._check_positions, self._check_rest):
+            problem = check()
+            if problem:
+                raise ValueError(f"policy: {problem}")
+
+    @property
+    def span(self) -> int:
+        """Frames of the local window, the block included."""
+        return self.window - self.sink
+
+    @property
+    def local(self) -> int:
+        """Past frames that the local ring holds."""
+        return self.span - self.block
+
+    @property
+    def junction_frames(self) -> int:
+        return self.junction.frames if self.junction else 0
+
+    @property
+    def slots(self) -> int:
+        return self.sink + self.local + self.junction_frames
+
+    @property
+    def remembers(self) -> bool:
+        """Whether later blocks see earlier ones at all."""
+        return self.slots > 0
+
+    @property
+    def keeps_prior(self) -> bool:
+        return bool(self.junction and self.junction.keeps_prior)
+
+    @property
+    def junction_start(self) -> int:
+        """RoPE position of the junction: before a full window and a junction."""
+        given = self.positions.junction_start
+        if given is not None:
+            return given
+        return self.positions.range - self.window - self.junction_frames
+
+    def init_index(self) -> CacheIndex:
+        first = self.junction.first_switch if self.junction else NEVER
+        return empty_index(self.slots, first)
+
+    def rerun(self, start: int) -> Rerun | None:
+        """Returns what a switch before block `start` runs again, None if nothing.
+
+        Up to the window's size it is everything, sink included. Beyond, the frames
+        that fall on the protected sink would write nothing: only the local window.
+
+        Source: algorithm.md 5.2, D10, D15.
+        """
+        if not isinstance(self.on_switch, Recache) or start == 0:
+            return None
+        if start <= self.window:
+            return Rerun(start, sink=True)
+        if self.on_switch.rewrite_sink:
+            return Rerun(self.window, sink=True)
+        return Rerun(self.span, sink=False)
+
+    def read(self, index: CacheIndex) -> ReadPlan:
+        """Returns what the next block sees."""
+        seen, prior = self._junction(index, index.start)
+        past = jnp.where(index.start > 0, self.sink + index.filled, 0)
+        return self._plan(index, index.start, self.block, past, seen, prior)
+
+    def read_rerun(self, index: CacheIndex, rerun: Rerun) -> ReadPlan:
+        """Returns what a re-cache sees: itself, sink and junction, nothing local."""
+        start = index.start - rerun.frames
+        seen, prior = jnp.array(False), jnp.array(False)
+        if self.junction:
+            whole = jnp.minimum(index.start, self.window)
+            tested = self.junction.recache_start(index, whole, self.block)
+            seen, prior = self._junction(index, tested)
+        index = index.replace(filled=jnp.int32(0), cut=jnp.array(False))
+        past = jnp.int32(0 if rerun.sink else self.sink)
+        plan = self._plan(index, start, rerun.frames, past, seen, prior)
+        if not rerun.sink:
+            return plan
+        first = plan.frame[: self.sink]
+        sink = self.positions.sink(index, first, start, rerun.frames)
+        return plan.replace(own=plan.own.at[: self.sink].set(sink))
+
+    def _junction(self, index: CacheIndex, start):
+        if not self.junction:
+            return jnp.array(False), jnp.array(False)
+        active = self.junction.active(index, start, self.span)
+        prior = ~active & self.junction.prior(index)
+        return active | prior, prior
+
+    def _plan(self, index, start, frames: int, past, seen, prior) -> ReadPlan:
+        own_frame = start + jnp.arange(frames, dtype=jnp.int32)
+        sink, ring, junction = self._split(index.frame)
+        rule = self.positions
+        query = rule.query(start, frames)
+        own = rule.own(index, start, frames, self.sink)
+        if rule.cut is not None:
+            moved = min(3, frames)
+            cut = rule.cut + jnp.arange(moved, dtype=jnp.int32)
+            query = query.at[-moved:].set(jnp.where(index.cut, cut, query[-moved:]))
+            own = own.at[-moved:].set(jnp.where(index.cut, cut, own[-moved:]))
+        parts = [
+            rule.sink(index, sink, start, frames),
+            rule.local(index, ring, start, frames, self.sink),
+        ]
+        if self.junction:
+            first = self.junction_start
+            parts.append(first + jnp.arange(self.junction.frames, dtype=jnp.int32))
+        return ReadPlan(
+            start=start,
+            query=query,
+            own=own,
+            past=jnp.concatenate(parts).astype(jnp.int32),
+            frames=(frames + past + seen * self.junction_frames).astype(jnp.int32),
+            frame=jnp.concatenate([own_frame, sink, ring, junction]),
+            junction=seen,
+            prior=prior,
+        )
+
+    def _split(self, by_slot):
+        ring = self.sink + self.local
+        return by_slot[: self.sink], by_slot[self.sink : ring], by_slot[ring:]
+
+    def write(self, index: CacheIndex) -> tuple[WritePlan, CacheIndex]:
+        """Returns where the next block goes, and the index after it."""
+        capture = jnp.array(False)
+        if self.junction:
+            capture = self.junction.captures(index, self.block)
+        plan, done = self._place(
+            index, index.start, self.block, index.start == 0, capture
+        )
+        no = jnp.array(False)
+        return plan, done.replace(start=index.start + self.block, capture=no, cut=no)
+
+    def write_rerun(
+        self, index: CacheIndex, rerun: Rerun
+    ) -> tuple[WritePlan, CacheIndex]:
+        """Returns where a re-cache goes, and the index after it."""
+        fresh = index.replace(filled=jnp.int32(0), cursor=jnp.int32(0))
+        start, no = index.start - rerun.frames, jnp.array(False)
+        return self._place(fresh, start, rerun.frames, jnp.array(rerun.sink), no)
+
+    def _place(self, index, start, frames: int, has_sink, capture):
+        offset = jnp.arange(frames, dtype=jnp.int32)
+        nowhere = self.slots
+        sinks = jnp.where(has_sink, self.sink, 0)
+        total = frames - sinks
+        order = offset - sinks
+        # The ring holds `local` frames: older ones would share a slot with newer
+        # ones, and a scatter that names a slot twice keeps either.
+        newest = (order >= 0) & (total - order <= self.local)
+        ring = self.sink + (index.cursor + order) % max(1, self.local)
+        slot = jnp.where(newest, ring, nowhere)
+        slot = jnp.where(offset < sinks, offset, slot)
+        kept = capture & (offset < self.junction_frames)
+        copy = jnp.where(kept, self.sink + self.local + offset, nowhere)
+        frame = index.frame.at[slot].set(start + offset, mode="drop")
+        frame = frame.at[copy].set(start + offset, mode="drop")
+        done = index.replace(
+            frame=frame,
+            filled=jnp.minimum(index.filled + total, self.local).astype(jnp.int32),
+            cursor=((index.cursor + total) % max(1, self.local)).astype(jnp.int32),
+        )
+        return WritePlan(slot=slot, junction=copy), done
+
+    def flush(self, index: CacheIndex) -> tuple[jnp.ndarray, CacheIndex]:
+        """Returns the slot from which each slot is refilled, and the index then.
+
+        The newest frames move to the front of the ring, so that what is visible
+        stays a prefix.
+        """
+        last = min(self.on_switch.last, self.local)
+        kept = jnp.minimum(index.filled, last)
+        source = jnp.arange(self.slots, dtype=jnp.int32)
+        order = jnp.arange(last, dtype=jnp.int32)
+        newest = (index.cursor - kept + order) % max(1, self.local)
+        source = source.at[self.sink : self.sink + last].set(self.sink + newest)
+        done = index.replace(
+            frame=index.frame[source],
+            filled=kept,
+            cursor=(kept % max(1, self.local)).astype(jnp.int32),
+        )
+        return source, done
+
+    def switched(self, index: CacheIndex, requested, cut) -> CacheIndex:
+        """Returns the index with a switch noted, after any re-cache."""
+        if not self.junction:
+            return index.replace(switches=index.switches + 1, cut=cut)
+        frame = self.junction.takes_effect(requested, index.start)
+        return index.replace(
+            switch_frame=jnp.asarray(frame, jnp.int32),
+            switches=index.switches + 1,
+            capture=jnp.array(True),
+            cut=cut,
+        )
+
+    def _check_regions(self) -> str | None:
+        if self.block < 1:
+            return f"block={self.block} must be 1 or more"
+        if self.sink < 0 or self.sink > self.block:
+            return (
+                f"sink={self.sink} must lie between 0 and block={self.block}: the first"
+                " blocks of a longer sink would attend to frames that do not exist yet"
+            )
+        if self.local < 0:
+            return (
+                f"window={self.window} must hold sink={self.sink} and"
+                f" block={self.block}; choose {self.sink + self.block} or more"
+            )
+        if self.junction_frames > self.block:
+            return (
+                f"junction of {self.junction_frames} frames must fit into the block of"
+                f" {self.block} that it is a copy of"
+            )
+        return None
+
+    def _check_positions(self) -> str | None:
+        rule = self.positions
+        if isinstance(rule, Absolute):
+            if self.junction:
+                return (
+                    "absolute RoPE with a junction makes no sense: the junction's band"
+                    " is a place in a bounded range; choose relative positions"
+                )
+            return None
+        if self.window > rule.range:
+            return (
+                f"window={self.window} must fit into the RoPE range of {rule.range}"
+                " positions"
+            )
+        if self.junction and self.junction_start < 0:
+            return (
+                f"window={self.window} and a junction of {self.junction_frames} leave"
+                f" no room in the RoPE range of {rule.range}; choose a window of"
+                f" {rule.range - self.junction_frames} or less"
+            )
+        return None
+
+    def _check_rest(self) -> str | None:
+        if isinstance(self.on_switch, Flush) and self.on_switch.last < 0:
+            return f"flush must keep 0 or more frames, got {self.on_switch.last}"
+        if self.restart and self.restart.overlap >= self.restart.every:
+            return (
+                f"restart overlap={self.restart.overlap} must be shorter than"
+                f" every={self.restart.every}"
+            )
+        return None
+
+
+TRI_REGION = Relative(range=21)
+
+POLICIES = {
+    "anchor_forcing": Policy(junction=Junction()),
+    "anchor_forcing_release": Policy(junction=ReleaseJunction()),
+    "longlive": Policy(positions=Absolute()),
+    "longlive_relative": Policy(positions=Relative(range=12)),
+    "self_forcing": Policy(
+        sink=0, window=21, positions=Absolute(), on_switch=Keep(), limit=21
+    ),
+    "self_forcing_rolling": Policy(
+        sink=0, window=21, positions=Absolute(), on_switch=Keep()
+    ),
+    "causvid": Policy(
+        sink=0, window=21, positions=Absolute(), on_switch=Keep(), restart=Restart()
+    ),
+    "infinity_rope": Policy(
+        sink=1, window=6, positions=Relative(range=6, cut=45), on_switch=Flush()
+    ),
+    "infinity_rope_release": Policy(
+        sink=1, window=6, positions=Ranked(range=6, cut=45), on_switch=Flush()
+    ),
+    "bounded_rope": Policy(positions=Bounded(range=21)),
+    "tri_region_no_junction": Policy(),
+    "no_recache": Policy(junction=Junction(), on_switch=Keep()),
+    "no_global_sink": Policy(junction=Junction(), on_switch=Recache(rewrite_sink=True)),
+}
+"""Named methods; `dataclasses.replace` composes others."""
+
+
+def single_prompt(policy: Policy) -> Policy:
+    """Returns the policy for a stream without switches, under the release's rules."""
+    if type(policy.junction) is ReleaseJunction:
+        junction = PeriodicJunction(policy.junction.frames)
+        return dataclasses.replace(policy, junction=junction)
+    return policy
+
+
+__all__ = ["EMPTY", "POLICIES", "Policy"]

@@ -1,0 +1,75 @@
+"""The cache's tensors: made, read, committed to, flushed."""
+
+import jax
+import jax.numpy as jnp
+
+from anchor_jax.cache.policies import Policy
+from anchor_jax.cache.types import KVCache, ReadPlan, WritePlan
+from anchor_jax.wan.attention import LayersKV
+from anchor_jax.wan.rope import Rotary, rotate
+from anchor_jax.wan.spec import ModelConfig
+
+
+def init_cache(policy: Policy, config: ModelConfig, batch: int, tokens: int) -> KVCache:
+    """Returns an empty cache of the policy's slots, in the model's dtype."""
+
+    def zeros(frames: int) -> LayersKV:
+        shape = (config.num_layers, batch, frames, tokens)
+        shape = (*shape, config.num_heads, config.head_dim)
+        # Two buffers: one array given twice could not be donated.
+        return LayersKV(*(jnp.zeros(shape, config.dtype) for _ in range(2)))
+
+    return KVCache(
+        slots=zeros(policy.slots),
+        prior=zeros(policy.junction_frames) if policy.keeps_prior else None,
+        index=policy.init_index(),
+    )
+
+
+def rotated(stored: LayersKV, by: Rotary) -> LayersKV:
+    """Returns the stored keys at their positions, values as they are."""
+    return LayersKV(k=rotate(stored.k, by), v=stored.v)
+
+
+def take(stored: LayersKV, first: int, end: int | None) -> LayersKV:
+    """Returns slots from `first` to `end`."""
+    return jax.tree.map(lambda x: x[:, :, first:end], stored)
+
+
+def insert(past: LayersKV, part: LayersKV, slot: jax.Array) -> LayersKV:
+    """Returns `past` with `part` in its place from a traced slot on."""
+
+    def put(whole, piece):
+        return jax.lax.dynamic_update_slice_in_dim(whole, piece, slot, axis=2)
+
+    return jax.tree.map(put, past, part)
+
+
+def join(first: LayersKV, second: LayersKV) -> LayersKV:
+    """Returns the slots of both, in order."""
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=2), first, second)
+
+
+def choose(plan: ReadPlan, junction: LayersKV, prior: LayersKV) -> LayersKV:
+    """Returns the prior junction where the plan shows it, else the junction."""
+    return jax.tree.map(lambda a, b: jnp.where(plan.prior, b, a), junction, prior)
+
+
+def commit(stored: LayersKV, own: LayersKV, plan: WritePlan) -> LayersKV:
+    """Returns the cache with a pass's keys and values in the slots of the plan.
+
+    No gradient flows through what is stored (algorithm.md D5).
+    """
+    own = jax.lax.stop_gradient(own)
+
+    def put(slots, new):
+        new = new.astype(slots.dtype)
+        slots = slots.at[:, :, plan.slot].set(new, mode="drop")
+        return slots.at[:, :, plan.junction].set(new, mode="drop")
+
+    return jax.tree.map(put, stored, own)
+
+
+def gather(stored: LayersKV, source: jax.Array) -> LayersKV:
+    """Returns the cache with every slot refilled from another."""
+    return jax.tree.map(lambda x: jnp.take(x, source, axis=2), stored)

@@ -1,0 +1,86 @@
+"""The cache of past keys and values, its index, and plans made from the index."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from anchor_jax.wan.attention import LayersKV
+
+EMPTY = -1
+NEVER = 100_000_000
+
+
+@struct.dataclass
+class CacheIndex:
+    """What each slot holds and what the stream is about to do: integers only.
+
+    Slots come in the order sink | local ring | junction.
+    """
+
+    frame: jax.Array  # [slot] latent frame in each slot, or EMPTY
+    start: jax.Array  # first latent frame of the next block
+    filled: jax.Array  # local slots in use, always the first ones
+    cursor: jax.Array  # local slot that the next frame takes
+    switch_frame: jax.Array  # switch in force, as the junction's rule counts it
+    switches: jax.Array  # prompt switches so far
+    capture: jax.Array  # whether the next block becomes the junction
+    cut: jax.Array  # whether the next block is a scene cut
+
+
+@struct.dataclass
+class KVCache:
+    """Keys and values of past latent frames, keys before rotation.
+
+    `slots` is [layer, batch, slot, token, head, dim]; `prior` holds the junction
+    before last, only under the release's rules, None otherwise.
+    """
+
+    slots: LayersKV
+    prior: LayersKV | None
+    index: CacheIndex
+
+
+@struct.dataclass
+class ReadPlan:
+    """What a pass sees: its own frames, then sink | local | junction.
+
+    What is visible is always the first `frames` of these, so no mask is needed.
+    Positions are temporal RoPE indices. `frame` names the latent frame behind every
+    key, EMPTY where there is none, for tests, `verify` and pictures of the memory.
+    """
+
+    start: jax.Array  # first latent frame of the pass
+    query: jax.Array  # [own] positions of the queries
+    own: jax.Array  # [own] positions of the pass's own keys
+    past: jax.Array  # [slot] positions of remembered keys
+    frames: jax.Array  # key frames seen
+    frame: jax.Array  # [own + slot] latent frame of each key
+    junction: jax.Array  # whether a junction is seen
+    prior: jax.Array  # whether that is the one before last
+
+
+@struct.dataclass
+class WritePlan:
+    """Slots that take a pass's frames; the number of slots means nowhere."""
+
+    slot: jax.Array  # [own]
+    junction: jax.Array  # [own] slots of the junction's copy
+
+
+def empty_index(slots: int, switch_frame: int = NEVER) -> CacheIndex:
+    """Returns the index of a stream that has not begun."""
+
+    def number(value: int):
+        # Each field has a buffer of its own: one given twice could not be donated.
+        return jnp.full((), value, jnp.int32)
+
+    return CacheIndex(
+        frame=jnp.full((slots,), EMPTY, jnp.int32),
+        start=number(0),
+        filled=number(0),
+        cursor=number(0),
+        switch_frame=number(switch_frame),
+        switches=number(0),
+        capture=jnp.full((), False),
+        cut=jnp.full((), False),
+    )

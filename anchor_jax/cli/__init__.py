@@ -1,0 +1,22 @@
+"""The commands of `anchor-jax`, by name.
+
+A command is a module with
+
+* `SUMMARY`, a line for the list of commands, and `USAGE`, examples of its use: both
+  plain strings, since help reads them without importing the module;
+* `define_flags()`, which defines absl flags on `absl.flags.FLAGS`
+  (`anchor_jax.config.define_config_flag()` defines `--config`);
+* `main(argv)`, which finds the parsed flags in `FLAGS`, and returns an exit status or
+  None. `argv[0]` is the command; what follows are arguments that are not flags, which
+  are refused unless the module names them: `ARGUMENTS = "FILE..."`.
+
+Whatever is slow to import (jax) is best imported inside `main`.
+"""
+
+COMMANDS = {
+    "sample": "anchor_jax.cli.sample",
+    "verify": "anchor_jax.cli.verify",
+    "train-tiny": "anchor_jax.cli.train_tiny",
+    "score": "anchor_jax.cli.score",
+    "policies": "anchor_jax.cli.policies",
+}

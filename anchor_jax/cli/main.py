@@ -1,0 +1,213 @@
+"""Runs a command of `anchor-jax`, or teaches how to."""
+
+import ast
+import contextlib
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import os
+import pathlib
+import platform
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+
+from absl import flags
+
+import anchor_jax
+from anchor_jax.cli import COMMANDS
+from anchor_jax.errors import UserError, suggest
+
+FLAGS = flags.FLAGS
+
+_HELP = ("-h", "-help", "--help", "--helpfull", "--helpshort")
+_WIDTH = 88
+_INTRODUCTION = """\
+Anchor Forcing in JAX: streaming text-to-video with prompts that change on the way.
+
+Try:
+  anchor-jax sample --config=configs/tiny.py
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line and returns its exit status.
+
+    A user's mistake is 2, with its message on standard error; an interrupt is 130.
+    Any other failure is raised.
+
+    Args:
+      argv: The command and its flags; `sys.argv[1:]` unless given.
+    """
+    try:
+        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Python would write again at exit, to a reader that has gone.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in _HELP or argv == ["help"]:
+        print(_overview())
+        return 0
+    if argv[0] in ("--version", "version"):
+        print(_version())
+        return 0
+    if argv[0] == "help":
+        argv = [argv[1], "--help"]
+    name, *rest = argv
+    module = _load(name)
+    with _own_flags(module) as own:
+        before_end = rest[: rest.index("--")] if "--" in rest else rest
+        if any(help_flag in before_end for help_flag in _HELP):
+            print(_teach(name, module, own))
+            return 0
+        arguments = _parse_flags(name, rest, own)
+        if len(arguments) > 1 and not hasattr(module, "ARGUMENTS"):
+            raise UserError(
+                f"{name} takes flags only, got {arguments[1]!r}; flags start with --,"
+                f" see: anchor-jax {name} --help"
+            )
+        return module.main(arguments) or 0
+
+
+def _load(name: str) -> ModuleType:
+    """Returns the command's module."""
+    known = _present()
+    if name not in known:
+        raise UserError(f"unknown command {name!r}{suggest(name, known, 'commands')}")
+    return importlib.import_module(COMMANDS[name])
+
+
+def _present() -> list[str]:
+    """Returns the names of the commands that this installation has."""
+    return [name for name, module in COMMANDS.items() if _source(module) is not None]
+
+
+def _source(module: str) -> pathlib.Path | None:
+    """Returns the file of a module, which is not imported, or None."""
+    if module in sys.modules:
+        return pathlib.Path(sys.modules[module].__file__)
+    spec = importlib.util.find_spec(module)
+    return pathlib.Path(spec.origin) if spec else None
+
+
+@contextlib.contextmanager
+def _own_flags(module: ModuleType) -> Iterator[list[str]]:
+    """Yields the names of the command's flags, which are gone afterwards."""
+    before = set(FLAGS)
+    module.define_flags()
+    own = [name for name in FLAGS if name not in before]
+    try:
+        yield own
+    finally:
+        for name in set(FLAGS) - before:
+            delattr(FLAGS, name)
+
+
+def _parse_flags(name: str, argv: list[str], own: list[str]) -> list[str]:
+    """Parses the command's flags, loads its config, and returns what is left."""
+    overrides = []
+    if "config" in own:
+        from anchor_jax import config
+
+        overrides, argv = config.split_overrides(argv)
+    try:
+        arguments = FLAGS([f"anchor-jax {name}", *argv])
+    except flags.Error as error:
+        raise UserError(f"{error}; see: anchor-jax {name} --help") from error
+    if "config" in own:
+        if FLAGS.config is None:
+            raise UserError(
+                "--config is missing; expected a config file or the name of a shipped"
+                f" one: {', '.join(config.shipped_configs())}"
+            )
+        FLAGS["config"].value = config.load_config(FLAGS.config, overrides)
+    return arguments
+
+
+def _overview() -> str:
+    """Returns what the command is for, an example, and the list of commands."""
+    names = _present()
+    width = max(map(len, names), default=0)
+    lines = [
+        f"  {name:<{width}}  {_string_in(COMMANDS[name], 'SUMMARY')}" for name in names
+    ]
+    return "\n".join(
+        [
+            _INTRODUCTION,
+            "Commands:",
+            *lines,
+            "",
+            "anchor-jax COMMAND --help shows examples and the flags of that command.",
+        ]
+    )
+
+
+def _string_in(module: str, name: str) -> str:
+    """Returns the string assigned to `name` in a module's source, or nothing."""
+    tree = ast.parse(_source(module).read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == name:
+            return str(ast.literal_eval(node.value))
+    return ""
+
+
+def _teach(name: str, module: ModuleType, own: list[str]) -> str:
+    """Returns a command's summary, examples and flags."""
+    usage = module.USAGE
+    examples = usage if isinstance(usage, str) else "\n".join(usage)
+    arguments = getattr(module, "ARGUMENTS", "")
+    parts = [
+        f"anchor-jax {name} [flags] {arguments}".rstrip(),
+        "",
+        textwrap.fill(module.SUMMARY, _WIDTH),
+        "",
+        "Examples:",
+        textwrap.indent(inspect.cleandoc(examples), "  "),
+        "",
+        "Flags:",
+        *(_describe(FLAGS[flag]) for flag in own),
+    ]
+    if "config" in own:
+        about = "override a field of the config; its type is kept"
+        parts.append(_entry("--config.FIELD=VALUE", about))
+    return "\n".join(parts)
+
+
+def _describe(flag: flags.Flag) -> str:
+    """Returns a flag's spelling, meaning and default."""
+    spelling = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}=VALUE"
+    default = "" if flag.default is None else f" (default: {flag.default_as_str})"
+    return _entry(spelling, f"{flag.help or ''}{default}")
+
+
+def _entry(spelling: str, about: str) -> str:
+    text = textwrap.fill(
+        " ".join(about.split()),
+        _WIDTH,
+        initial_indent=" " * 6,
+        subsequent_indent=" " * 6,
+    )
+    return f"  {spelling}\n{text}"
+
+
+def _version() -> str:
+    """Returns this version and those that results depend on most."""
+    try:
+        jax = importlib.metadata.version("jax")
+    except importlib.metadata.PackageNotFoundError:
+        jax = "not installed"
+    return (
+        f"anchor-jax {anchor_jax.__version__} (jax {jax},"
+        f" Python {platform.python_version()})"
+    )

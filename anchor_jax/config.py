@@ -1,0 +1,316 @@
+"""Loads config files, applies overrides to them, and builds frozen dataclasses."""
+
+import ast
+import dataclasses
+import inspect
+import pathlib
+import re
+import traceback
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from anchor_jax.errors import UserError, suggest
+
+Config = TypeVar("Config")
+
+_CONFIG_HELP = (
+    "config file, or the name of a shipped one; FILE:ARGUMENT passes an argument to it"
+)
+_FAULTS_OF_A_CONFIG = (
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    OSError,
+    TypeError,
+    ValueError,
+)
+
+
+def shipped_configs_dir() -> pathlib.Path:
+    """Returns the folder of the configs that come with this package.
+
+    A checkout keeps them in `configs`; a wheel installs them as `anchor_jax/configs`.
+    """
+    package = pathlib.Path(__file__).resolve().parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def shipped_configs() -> dict[str, pathlib.Path]:
+    """Returns the shipped config files by name, without the suffix."""
+    files = sorted(shipped_configs_dir().glob("[!_]*.py"))
+    return {file.stem: file for file in files}
+
+
+def find_config(name: str) -> pathlib.Path:
+    """Returns the file that `name` means: that file, or else a shipped config.
+
+    `tiny`, `tiny.py` and `configs/tiny.py` all name the shipped config `tiny` where
+    the current folder has no such file.
+
+    Raises:
+      UserError: There is no such file.
+    """
+    given = pathlib.Path(name)
+    if given.suffix == ".py" and given.is_file():
+        return given
+    shipped = shipped_configs()
+    named = given.stem if given.suffix in ("", ".py") else given.name
+    if str(given.parent) in (".", "configs") and named in shipped:
+        return shipped[named]
+    where = f"shipped configs, in {shipped_configs_dir()}"
+    raise UserError(
+        f"config {name!r} is neither a Python file here nor a shipped config"
+        f"{suggest(named, shipped, where)}"
+    )
+
+
+def define_config_flag(default: str | None = None) -> None:
+    """Defines `--config`, whose value is the loaded config once flags are parsed.
+
+    The shell of the command line (`anchor_jax.cli.main`) loads the file and applies
+    the overrides, so that a command reads a locked ConfigDict from `FLAGS.config`.
+    """
+    flags.DEFINE_string("config", default, _CONFIG_HELP)
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns the overrides of config fields among `argv`, and the other arguments."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    overrides = [arg for arg in argv[:end] if _OVERRIDE.match(arg)]
+    others = [arg for arg in argv[:end] if not _OVERRIDE.match(arg)]
+    return overrides, [*others, *argv[end:]]
+
+
+def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """Returns the locked config of `FILE[:ARGUMENT]` with overrides applied in order.
+
+    Args:
+      spec: A path to a Python file with `get_config`, or the name of a shipped
+        config; what follows a colon is passed to `get_config`.
+      overrides: Arguments such as `--config.sampler.seed=3`, with the types that the
+        config has: `ml_collections.config_flags` parses the values.
+
+    Raises:
+      UserError: The file does not exist or fails, a field is unknown, or a value has
+        the wrong type.
+    """
+    name, colon, argument = spec.partition(":")
+    path = find_config(name)
+    config = _run_file(path, [argument] if colon else [])
+    for override in overrides:
+        _apply(config, override)
+    return config
+
+
+def from_config(
+    kind: type[Config], section: ConfigDict | Mapping[str, Any], name: str = ""
+) -> Config:
+    """Builds the frozen dataclass `kind` from a section that names exactly its fields.
+
+    A section within the section becomes a dataclass too where the field's type is
+    one. Lists become tuples, so that the result can be hashed.
+
+    Args:
+      kind: The dataclass.
+      section: Its fields' values.
+      name: What error messages call the section; the name of `kind` unless given.
+
+    Raises:
+      UserError: A field is missing or unknown, or its value has the wrong type; the
+        message lists them.
+    """
+    name = name or kind.__name__
+    fields = [field.name for field in dataclasses.fields(kind) if field.init]
+    missing = [field for field in fields if field not in section]
+    unknown = [key for key in section if key not in fields]
+    if missing or unknown:
+        problems = [f"missing field {field!r}" for field in missing]
+        problems += [f"unknown field {key!r}" for key in unknown]
+        known = suggest(unknown[0] if unknown else "", fields, "fields")
+        raise UserError(f"{name}: {', '.join(problems)}{known}")
+    hints = typing.get_type_hints(kind)
+    values = {
+        field: _coerce(f"{name}.{field}", section[field], hints[field])
+        for field in fields
+    }
+    return _translate(lambda: kind(**values), lambda error: f"{name}: {error}")
+
+
+_OVERRIDE = re.compile(r"--?(no)?config\.(?P<field>[^=]*)(=(?P<value>.*))?", re.DOTALL)
+
+
+def _run_file(path: pathlib.Path, arguments: list[str]) -> ConfigDict:
+    """Returns what `get_config` in the file returns, locked."""
+    module = types.ModuleType(f"config_{path.stem}")
+    module.__file__ = str(path)
+
+    def where(error: Exception) -> str:
+        if isinstance(error, SyntaxError):
+            return f"config {error.filename}, line {error.lineno}: {error.msg}"
+        calls = traceback.extract_tb(error.__traceback__)
+        lines = [call.lineno for call in calls if call.filename == str(path)]
+        line = f", line {lines[-1]}" if lines else ""
+        return f"config {path}{line}: {type(error).__name__}: {error}"
+
+    def run() -> ConfigDict:
+        code = compile(path.read_text(encoding="utf-8"), str(path), "exec")
+        exec(code, module.__dict__)
+        get_config = getattr(module, "get_config", None)
+        _check_get_config(path, get_config, arguments)
+        return get_config(*arguments)
+
+    config = _translate(run, where)
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"config {path}: get_config returned {type(config).__name__}, expected a"
+            " ml_collections.ConfigDict"
+        )
+    return config.lock()
+
+
+def _check_get_config(
+    path: pathlib.Path, get_config: Any, arguments: list[str]
+) -> None:
+    """Raises unless `get_config` can be called with the arguments."""
+    if not callable(get_config):
+        raise UserError(f"config {path} has no function get_config(); add one")
+    try:
+        inspect.signature(get_config).bind(*arguments)
+    except TypeError as error:
+        got = f"got {arguments[0]!r} after the colon" if arguments else "got none"
+        expected = "needs an argument, as in FILE:ARGUMENT"
+        if arguments:
+            expected = "takes no argument; leave the colon out"
+        raise UserError(f"config {path}: {got}, but get_config {expected}") from error
+
+
+def _translate(action: Callable[[], Any], message: Callable[[Exception], str]) -> Any:
+    """Returns what `action` returns; its faults become user errors."""
+    try:
+        return action()
+    except UserError:
+        raise
+    except (SyntaxError, *_FAULTS_OF_A_CONFIG) as error:
+        raise UserError(message(error)) from error
+
+
+def _apply(config: ConfigDict, override: str) -> None:
+    """Sets one field of the config from an argument such as `--config.seed=3`."""
+    match = _OVERRIDE.fullmatch(override)
+    if match is None:
+        raise UserError(
+            f"override {override!r} is not of the form --config.FIELD=VALUE"
+        )
+    path, value = match["field"], match["value"]
+    section, field = _find_field(config, path)
+    if isinstance(section[field], ConfigDict):
+        raise UserError(
+            f"config.{path} is a section; set one of its fields:"
+            f" {', '.join(section[field])}"
+        )
+    if isinstance(section[field], bool) and value is None:
+        value = "false" if match[1] else "true"
+    if value is None:
+        raise UserError(f"{override} has no value; write --config.{path}=VALUE")
+    before = section[field]
+    if before is None and section.get_type(field) is type(None):
+        with section.unlocked():
+            section[field] = _literal(value)
+        return
+    _parse_field(config, path, value)
+    _check_elements(path, value, before, section[field])
+
+
+def _find_field(config: ConfigDict, path: str) -> tuple[ConfigDict, str]:
+    """Returns the section that holds the field at a dotted path, and its name."""
+    section, above = config, "config"
+    *sections, last = path.split(".")
+    for name in [*sections, last]:
+        if not isinstance(section, ConfigDict):
+            raise UserError(f"{above} is a value, not a section, so it has no {name!r}")
+        if name not in section:
+            raise UserError(
+                f"unknown field {name!r} in {above}{suggest(name, section, 'fields')}"
+            )
+        holder, section, above = section, section[name], f"{above}.{name}"
+    return holder, last
+
+
+def _parse_field(config: ConfigDict, path: str, value: str) -> None:
+    """Sets the field at a dotted path, parsed as config_flags does."""
+    argument = f"--config.{path}={value}"
+    section, field = _find_field(config, path)
+    values, before = flags.FlagValues(), section[field]
+    try:
+        config_flags.DEFINE_config_dict(
+            "config", config, flag_values=values, sys_argv=[argument]
+        )
+        values(["config", argument])
+    except (flags.Error, TypeError, ValueError) as error:
+        kind = section.get_type(field).__name__
+        raise UserError(
+            f"config.{path}: got {value!r}, expected {kind}; the config has {before!r}"
+        ) from error
+
+
+def _check_elements(path: str, value: str, before: Any, after: Any) -> None:
+    """Raises when a tuple of numbers got something else; config_flags does not."""
+    if not isinstance(before, tuple) or not before:
+        return
+    kinds = tuple({type(element) for element in before})
+    if float in kinds:
+        kinds = (*kinds, int)
+    if not all(type(element) in kinds for element in after):
+        names = " or ".join(sorted(kind.__name__ for kind in kinds))
+        raise UserError(
+            f"config.{path}: got {value!r}, expected a tuple of {names}; the config has"
+            f" {before!r}"
+        )
+
+
+def _literal(value: str) -> Any:
+    """Returns the Python literal that `value` spells, or the string itself."""
+    try:
+        return ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return value
+
+
+def _coerce(name: str, value: Any, hint: Any) -> Any:
+    """Returns the value as the type `hint` says, or raises with both."""
+    origin, choices = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in choices:
+            return None
+        rest = [choice for choice in choices if choice is not type(None)]
+        hint = rest[0] if len(rest) == 1 else Any
+        origin = typing.get_origin(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(value, ConfigDict | Mapping):
+        return from_config(hint, value, name)
+    value = _freeze(value)
+    if hint is float and type(value) is int:
+        return float(value)
+    wanted = origin or hint
+    checked = isinstance(wanted, type) and wanted is not Any
+    is_bool_for_number = isinstance(value, bool) and wanted in (int, float)
+    if checked and (not isinstance(value, wanted) or is_bool_for_number):
+        raise UserError(
+            f"{name}: got {value!r} of type {type(value).__name__}, expected"
+            f" {getattr(wanted, '__name__', wanted)}"
+        )
+    return value
+
+
+def _freeze(value: Any) -> Any:
+    """Returns lists as tuples, at every depth, and anything else as it is."""
+    if isinstance(value, list | tuple):
+        return tuple(_freeze(element) for element in value)
+    return value

@@ -1,0 +1,19 @@
+"""The error for mistakes that a user can put right."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave; the command line shows only its message.
+
+    The message names the field, what was got, what is expected, and the remedy.
+    """
+
+
+def suggest(name: str, known: Iterable[str], kind: str) -> str:
+    """Returns the end of a message about an unknown name: the nearest, and all."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f" did you mean {close[0]!r}?" if close else ""
+    return f";{hint} {kind}: {', '.join(known) or 'none'}"

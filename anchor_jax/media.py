@@ -1,0 +1,282 @@
+"""Writes videos, contact sheets and JSON; a file appears under its name when whole."""
+
+import contextlib
+import errno
+import json
+import math
+import os
+import pathlib
+import textwrap
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import av
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from anchor_jax.errors import UserError
+
+PIXEL_FRAMES_PER_SECOND = 16
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REMEDIES = {
+    errno.EACCES: "choose a folder you may write to",
+    errno.EPERM: "choose a folder you may write to",
+    errno.EROFS: "choose a folder that can be written to",
+    errno.ENOTDIR: "part of the path is a file; choose another path",
+    errno.EEXIST: "part of the path is a file; choose another path",
+    errno.EISDIR: "it is a folder; choose a file name",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+_X264 = {"preset": "veryfast", "crf": "18", "tune": "zerolatency"}
+_FRAGMENTED = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
+_SMPTE_170M = 6  # the matrix that the conversion from RGB uses, so players undo it
+_MARGIN = 6
+_MIN_TILE = 96
+
+
+def to_uint8(pixels: Any) -> np.ndarray:
+    """Returns pixels in [-1, 1] as 0 to 255; values outside are clamped.
+
+    The product with 255 is cut to a whole number, not rounded.
+    """
+    scaled = np.clip(np.asarray(pixels, np.float32), -1, 1) * 0.5 + 0.5
+    return (scaled * 255).astype(np.uint8)
+
+
+class VideoWriter:
+    """An H.264 MP4 that is written while frames arrive; use it as a context manager.
+
+    Frames go to `NAME.part.mp4`, a fragment a second, so that what has been written
+    plays even if the process is killed. A clean exit renames it to the final name. An
+    exception leaves the part, if it holds frames, and whatever had the final name; a
+    full disk removes the part.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike, fps: int = PIXEL_FRAMES_PER_SECOND
+    ) -> None:
+        self.path = pathlib.Path(path)
+        if self.path.suffix != ".mp4":
+            raise UserError(f"{path}: a video is written as .mp4; name it NAME.mp4")
+        self.part = self.path.with_suffix(".part.mp4")
+        self.frames = 0
+        self._fps = fps
+        self._file = self._container = self._stream = None
+        self._size = (0, 0)
+
+    def __enter__(self) -> "VideoWriter":
+        with _explained(self.path):
+            if self.path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.part, "wb", buffering=0)
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is None:
+            self._finish()
+        else:
+            self._abandon()
+
+    def append(self, frames: np.ndarray) -> None:
+        """Writes frames of 8-bit RGB, [frame, height, width, 3].
+
+        Raises:
+          UserError: The disk is full; the partial file is removed.
+          ValueError: The frames are not of this form, or change size.
+        """
+        frames = np.asarray(frames)
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
+            raise ValueError(
+                f"frames: got {frames.dtype} of shape {frames.shape}, expected uint8"
+                " [frame, height, width, 3]; convert with to_uint8"
+            )
+        if self._stream is None:
+            self._size = frames.shape[1:3]
+        if frames.shape[1:3] != self._size:
+            raise ValueError(f"frames: got {frames.shape[1:3]}, expected {self._size}")
+        with self._writing():
+            if self._stream is None:
+                self._open_stream()
+            for frame in _pad_to_even(frames):
+                picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+                self._container.mux(self._stream.encode(picture))
+                self.frames += 1
+
+    def _open_stream(self) -> None:
+        height, width = self._size
+        self._container = av.open(
+            self._file, "w", format="mp4", options=dict(_FRAGMENTED)
+        )
+        stream = self._container.add_stream(
+            "libx264", rate=self._fps, options=dict(_X264)
+        )
+        stream.width, stream.height = width + width % 2, height + height % 2
+        stream.pix_fmt = "yuv420p"
+        stream.gop_size, stream.max_b_frames = self._fps, 0
+        stream.codec_context.colorspace = _SMPTE_170M
+        self._stream = stream
+
+    def _finish(self) -> None:
+        if self._stream is None:
+            self._discard()
+            raise UserError(f"{self.path}: no frames were written, so no video is kept")
+        with self._writing():
+            self._container.mux(self._stream.encode())
+            self._container.close()
+            self._file.close()
+            os.replace(self.part, self.path)
+
+    def _abandon(self) -> None:
+        if not self.frames:
+            self._discard()
+            return
+        with contextlib.suppress(OSError):
+            self._container.mux(self._stream.encode())
+            self._container.close()
+            self._file.close()
+
+    def _discard(self) -> None:
+        with contextlib.suppress(OSError):
+            if self._container is not None:
+                self._container.close()
+        self._file.close()
+        self.part.unlink(missing_ok=True)
+        self.frames = 0
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Removes the part when the disk is full, and says so."""
+        try:
+            with _explained(self.path):
+                yield
+        except UserError:
+            self._discard()
+            raise
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """Yields a temporary path that becomes `path` on a clean exit, and else goes.
+
+    Raises:
+      UserError: The folder cannot be written to, or the disk is full.
+    """
+    path = pathlib.Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part{path.suffix}")
+    try:
+        with _explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield part
+            os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes `value` as indented JSON, numpy and JAX numbers and arrays included."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=_plain)
+    with replacing(path) as part:
+        part.write_text(text + "\n", encoding="utf-8")
+
+
+def contact_sheet(
+    rows: Sequence[np.ndarray],
+    labels: Sequence[str],
+    path: str | os.PathLike,
+    columns: int = 8,
+) -> None:
+    """Writes a PNG with a row of frames a segment, and its label under it.
+
+    Args:
+      rows: A segment's frames each, uint8 [frame, height, width, 3]; at most
+        `columns` of them, evenly spaced, are shown. Tiles under 96 pixels are
+        enlarged by a whole factor, without smoothing.
+      labels: The text under each row.
+      path: The PNG.
+      columns: Tiles in a row.
+    """
+    if len(rows) != len(labels) or not len(rows):
+        raise ValueError(
+            f"{len(rows)} rows but {len(labels)} labels; expected one each"
+        )
+    strips = [_strip(np.asarray(frames), columns) for frames in rows]
+    width = max(strip.width for strip in strips) + 2 * _MARGIN
+    font = ImageFont.load_default(size=14)
+    line_height = sum(font.getmetrics()) + 1
+    texts = [_wrap(label, font, width - 2 * _MARGIN) for label in labels]
+    heights = [
+        strip.height + len(lines) * line_height + 2 * _MARGIN
+        for strip, lines in zip(strips, texts, strict=True)
+    ]
+    sheet = Image.new("RGB", (width, sum(heights) + _MARGIN), "white")
+    draw, top = ImageDraw.Draw(sheet), _MARGIN
+    for strip, lines, height in zip(strips, texts, heights, strict=True):
+        sheet.paste(strip, (_MARGIN, top))
+        for number, line in enumerate(lines):
+            below = top + strip.height + _MARGIN // 2 + number * line_height
+            draw.text((_MARGIN, below), line, fill="black", font=font)
+        top += height
+    with replacing(path) as part:
+        sheet.save(part, format="PNG")
+
+
+def _pad_to_even(frames: np.ndarray) -> np.ndarray:
+    """Returns frames of even height and width, the last row or column repeated."""
+    height, width = frames.shape[1:3]
+    padding = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))
+    return np.ascontiguousarray(np.pad(frames, padding, mode="edge"))
+
+
+def _strip(frames: np.ndarray, columns: int) -> Image.Image:
+    """Returns up to `columns` evenly spaced frames side by side."""
+    if frames.ndim != 4 or frames.dtype != np.uint8 or not len(frames):
+        raise ValueError(
+            f"frames: got {frames.dtype} of shape {frames.shape}, expected uint8"
+            " [frame, height, width, 3] with at least one frame"
+        )
+    shown = min(columns, len(frames))
+    chosen = np.linspace(0, len(frames) - 1, shown).round().astype(int)
+    enlarge = math.ceil(_MIN_TILE / min(frames.shape[1:3]))
+    tiles = frames[chosen].repeat(enlarge, axis=1).repeat(enlarge, axis=2)
+    tiles = np.pad(tiles, ((0, 0), (0, 0), (0, 2), (0, 0)), constant_values=255)
+    return Image.fromarray(np.concatenate(list(tiles), axis=1)[:, :-2])
+
+
+def _wrap(label: str, font: Any, width: int) -> list[str]:
+    """Returns the label in lines that fit the width."""
+    letter = font.getlength("n")
+    lines = textwrap.wrap(label, width=max(8, int(width / letter)))
+    while lines and max(map(font.getlength, lines)) > width and letter < width:
+        letter *= 1.1
+        lines = textwrap.wrap(label, width=max(1, int(width / letter)))
+    return lines
+
+
+def _plain(value: Any) -> Any:
+    """Returns a number or list for what JSON does not know."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
+
+@contextlib.contextmanager
+def _explained(path: pathlib.Path) -> Iterator[None]:
+    """Turns a failure to write into a message that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            remedy = "free some space or choose another disk; nothing was kept"
+            raise UserError(f"{path}: no room to write it: {remedy}") from error
+        if error.errno in _REMEDIES:
+            remedy = _REMEDIES[error.errno]
+            raise UserError(
+                f"{path}: cannot be written ({error.strerror}); {remedy}"
+            ) from error
+        raise

@@ -1,0 +1,405 @@
+"""Reads what a stream shall show: prompts, and the latent frames they start at."""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from anchor_jax.errors import UserError, suggest
+
+LATENT_FRAMES_PER_SECOND = 4  # 16 pixel frames a second, 4 to a latent frame
+DEFAULT_SEGMENT_FRAMES = 40  # so the published lists switch at 40, 80, 120, ...
+MAX_PROMPT_CHARACTERS = 10_000
+MAX_SEGMENT_FRAMES = 1_000_000
+
+_KEYS = ("prompts", "switch_frames", "durations", "seed")
+_DURATION = re.compile(r"(?P<amount>[-+]?\d+(\.\d*)?|\.\d+)(?P<unit>[sf])(?P<cut>#?)")
+_ERRORS_SHOWN = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """One prompt, the latent frame it was asked for at, and whether a cut precedes."""
+
+    prompt: str
+    start: int
+    cut: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Script:
+    """The prompts of one video, its length in latent frames, and its seed if given."""
+
+    segments: tuple[Segment, ...]
+    frames: int
+    seed: int | None = None
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The prompts in order."""
+        return tuple(segment.prompt for segment in self.segments)
+
+    @property
+    def switch_frames(self) -> tuple[int, ...]:
+        """The requested switch frames: where every segment but the first starts."""
+        return tuple(segment.start for segment in self.segments[1:])
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """What a script takes from the config where it does not say it itself.
+
+    Attributes:
+      block: Latent frames in a block; a switch takes effect at the next block, and
+        the length is a multiple of it.
+      frames: The video's length in latent frames; None takes it from the script.
+      seconds: How long a segment without a duration lasts in inline text.
+      switch_frames: Where prompts switch in a file that does not say it; None
+        switches every 40 latent frames.
+    """
+
+    block: int
+    frames: int | None = None
+    seconds: float = 5.0
+    switch_frames: tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        if self.block < 1:
+            raise UserError(f"block={self.block}: expected 1 or more latent frames")
+        if not self.seconds > 0:
+            raise UserError(f"seconds={self.seconds}: expected more than 0")
+        if self.frames is None:
+            return
+        if self.frames < 1 or self.frames % self.block:
+            blocks = max(1, round(self.frames / self.block))
+            raise UserError(
+                f"frames={self.frames} must be a multiple of the block of {self.block};"
+                f" the nearest is {blocks * self.block}"
+            )
+
+
+def load_scripts(
+    timing: Timing,
+    *,
+    inline: str | None = None,
+    path: str | os.PathLike | None = None,
+) -> tuple[Script, ...]:
+    """Returns the scripts of an inline text or of a file, once all are checked.
+
+    A file whose name ends in `.json` or `.jsonl`, or whose first script starts with
+    `{`, holds a JSON object a line; any other file an inline script a line, where
+    blank lines and lines that start with `#` are skipped.
+
+    Args:
+      timing: The block and the defaults.
+      inline: Text such as `a red ball rolls[5s] | it bounces[20f] | night[5s#]`.
+      path: The file.
+
+    Raises:
+      UserError: Something is wrong; every line at fault is named.
+    """
+    if (inline is None) == (path is None):
+        raise UserError("give either a prompt or a file of prompts, and not both")
+    if inline is not None:
+        return (_named("prompt", lambda: parse_inline(inline, timing)),)
+    lines = list(_script_lines(pathlib.Path(path)))
+    if not lines:
+        raise UserError(f"{path}: no prompts in it; write one script a line")
+    is_json = str(path).endswith((".json", ".jsonl")) or lines[0][1].startswith("{")
+    parse = parse_json if is_json else parse_inline
+    scripts, errors = [], []
+    for number, text in lines:
+        try:
+            where = f"{path}, line {number}"
+            scripts.append(_named(where, lambda text=text: parse(text, timing)))
+        except UserError as error:
+            errors.append(str(error))
+    if errors:
+        more = len(errors) - _ERRORS_SHOWN
+        shown = errors[:_ERRORS_SHOWN] + [f"and {more} more"] * (more > 0)
+        raise UserError("\n".join(shown))
+    return tuple(scripts)
+
+
+def parse_inline(text: str, timing: Timing) -> Script:
+    """Returns the script of `PROMPT[5s] | PROMPT[20f] | PROMPT[5s#]`.
+
+    `5s` is seconds, at four latent frames each; `20f` is latent frames; `#` asks for
+    a scene cut before the segment. A switch frame is the sum of the durations before
+    it, rounded; the length is the sum of all, rounded up to whole blocks, and a block
+    more where the last prompt would otherwise take effect at the end.
+    """
+    parts = [
+        _split_duration(number, part.strip(), timing)
+        for number, part in enumerate(text.split("|"), start=1)
+    ]
+    prompts, durations, cuts = zip(*parts, strict=True)
+    if cuts[0]:
+        raise UserError("segment 1: a scene cut (#) needs a segment before it")
+    return _from_durations(prompts, durations, cuts, timing, seed=None)
+
+
+def parse_json(text: str, timing: Timing) -> Script:
+    """Returns the script of an object with `prompts`, and optionally more.
+
+    The optional keys are `switch_frames` (latent frames, one fewer than prompts) or
+    `durations` (seconds, one each), and `seed`. Unless the timing or the durations say
+    how long the video is, its last prompt lasts 40 latent frames.
+    """
+    entry = _decode(text)
+    prompts, seed = entry["prompts"], entry.get("seed")
+    cuts = [False] * len(prompts)
+    if "durations" in entry:
+        durations = [
+            seconds * LATENT_FRAMES_PER_SECOND for seconds in entry["durations"]
+        ]
+        return _from_durations(prompts, durations, cuts, timing, seed)
+    if "switch_frames" in entry:
+        switches = entry["switch_frames"]
+    else:
+        switches = _default_switches(len(prompts), timing)
+    starts = [0, *switches]
+    end = starts[-1] + DEFAULT_SEGMENT_FRAMES
+    frames = timing.frames or _whole_blocks(end, timing.block)
+    return _checked(prompts, starts, cuts, frames, timing.block, seed)
+
+
+def _script_lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
+    """Yields the number and text of each line that is neither blank nor a comment."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file of prompts") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text; save it as UTF-8") from error
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip() and not line.lstrip().startswith("#"):
+            yield number, line.strip()
+
+
+def _named(where: str, parse: Callable[[], Script]) -> Script:
+    """Returns what `parse` returns, with `where` before its errors."""
+    try:
+        return parse()
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _split_duration(number: int, part: str, timing: Timing) -> tuple[str, float, bool]:
+    """Returns a prompt, its length in latent frames, and whether a cut precedes it."""
+    default = timing.seconds * LATENT_FRAMES_PER_SECOND
+    where = f"segment {number}"
+    _check_brackets(where, part)
+    match = re.fullmatch(r"(?P<prompt>.*)\[(?P<inside>[^\[\]]*)\]", part, re.DOTALL)
+    prompt = match["prompt"].rstrip() if match else part
+    misplaced = re.search(rf"\[\s*{_DURATION.pattern}\s*\]", prompt)
+    if misplaced:
+        raise UserError(
+            f"{where}: {misplaced[0]} stands inside the prompt; put | after it to start"
+            " the next segment"
+        )
+    if match is None:
+        return prompt, default, False
+    inside = match["inside"].strip()
+    if inside == "#":
+        return prompt, default, True
+    duration = _DURATION.fullmatch(inside)
+    if duration is None:
+        raise UserError(
+            f"{where}: [{inside}] is no duration; write [5s] for seconds, [20f] for"
+            " latent frames, and # before the ] for a scene cut"
+        )
+    scale = LATENT_FRAMES_PER_SECOND if duration["unit"] == "s" else 1
+    return prompt, float(duration["amount"]) * scale, bool(duration["cut"])
+
+
+def _check_brackets(where: str, part: str) -> None:
+    """Raises when brackets do not pair up."""
+    depth = 0
+    for character in part:
+        depth += (character == "[") - (character == "]")
+        if depth not in (0, 1):
+            break
+    if depth:
+        raise UserError(
+            f"{where}: unbalanced brackets in {_short(part)}; a duration is written"
+            " like [5s] at the end"
+        )
+
+
+def _decode(text: str) -> dict[str, Any]:
+    """Returns a line's JSON object, with every value of the type it must have."""
+    try:
+        entry = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"bad JSON: {error}") from error
+    if not isinstance(entry, dict):
+        raise UserError(f'got {_short(text)}, expected an object {{"prompts": [...]}}')
+    for key in entry:
+        if key not in _KEYS:
+            raise UserError(f"unknown key {key!r}{suggest(key, _KEYS, 'keys')}")
+    if "prompts" not in entry:
+        raise UserError("'prompts' is missing; expected a list of strings")
+    entry = {key: value for key, value in entry.items() if value is not None}
+    _check_list("prompts", entry.get("prompts"), "strings", _is_string)
+    if not entry["prompts"]:
+        raise UserError("'prompts' is empty; give at least one")
+    if "seed" in entry and not _is_integer(entry["seed"]):
+        raise UserError(f"'seed': got {entry['seed']!r}, expected a whole number >= 0")
+    _check_times(entry)
+    return entry
+
+
+def _check_times(entry: dict[str, Any]) -> None:
+    """Raises unless an entry's switch frames or durations fit its prompts."""
+    if "switch_frames" in entry and "durations" in entry:
+        raise UserError("give 'switch_frames' or 'durations', and not both")
+    prompts = len(entry["prompts"])
+    if "durations" in entry:
+        _check_list("durations", entry["durations"], "seconds", _is_number)
+        _check_count("durations", len(entry["durations"]), prompts, "one a prompt")
+    if "switch_frames" in entry:
+        switches = entry["switch_frames"]
+        _check_list("switch_frames", switches, "whole numbers", _is_integer)
+        expected = "one for every prompt but the first"
+        _check_count("switch_frames", len(switches), prompts - 1, expected)
+
+
+def _check_list(
+    key: str, value: Any, expected: str, is_right: Callable[[Any], bool]
+) -> None:
+    if not isinstance(value, list):
+        raise UserError(f"{key!r}: got {_short(value)}, expected a list of {expected}")
+    for element in value:
+        if not is_right(element):
+            raise UserError(
+                f"{key!r}: got {_short(element)} in the list, expected {expected}"
+            )
+
+
+def _check_count(key: str, got: int, expected: int, why: str) -> None:
+    if got != expected:
+        raise UserError(f"{key!r}: got {got} entries, expected {expected} ({why})")
+
+
+def _is_string(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
+
+
+def _default_switches(prompts: int, timing: Timing) -> list[int]:
+    """Returns the switch frames of an entry that has only prompts."""
+    needed = prompts - 1
+    if timing.switch_frames is None:
+        switches = [DEFAULT_SEGMENT_FRAMES * n for n in range(1, prompts)]
+    else:
+        switches = list(timing.switch_frames[:needed])
+    if len(switches) < needed:
+        raise UserError(
+            f"{prompts} prompts need {needed} switch frames, but the config has"
+            f" {len(switches)}: give 'switch_frames' or 'durations', or fewer prompts"
+        )
+    if timing.frames is not None and switches and switches[-1] >= timing.frames:
+        fit = 1 + sum(switch < timing.frames for switch in switches)
+        raise UserError(
+            f"too many prompts: {prompts}, the last from latent frame {switches[-1]},"
+            f" but the video has {timing.frames}; give {fit}, or ask for more frames"
+        )
+    return switches
+
+
+def _from_durations(
+    prompts: Sequence[str],
+    durations: Sequence[float],
+    cuts: Sequence[bool],
+    timing: Timing,
+    seed: int | None,
+) -> Script:
+    """Returns the script of segments that last `durations` latent frames each."""
+    for number, duration in enumerate(durations, start=1):
+        if not 0 < duration <= MAX_SEGMENT_FRAMES:
+            raise UserError(
+                f"segment {number}: a duration of {duration:g} latent frames; expected"
+                f" more than 0 and at most {MAX_SEGMENT_FRAMES}"
+            )
+    ends = [math.floor(end + 0.5) for end in itertools.accumulate(durations)]
+    last_shown = _whole_blocks(ends[-2], timing.block) if len(ends) > 1 else 0
+    needed = max(ends[-1], last_shown + 1)
+    frames = timing.frames or _whole_blocks(needed, timing.block)
+    return _checked(prompts, [0, *ends[:-1]], cuts, frames, timing.block, seed)
+
+
+def _whole_blocks(frames: int, block: int) -> int:
+    """Returns the smallest multiple of the block that holds `frames`, at least one."""
+    return max(1, math.ceil(frames / block)) * block
+
+
+def _checked(
+    prompts: Sequence[str],
+    starts: Sequence[int],
+    cuts: Sequence[bool],
+    frames: int,
+    block: int,
+    seed: int | None,
+) -> Script:
+    """Returns the script, or raises if a prompt is unfit or would never be shown."""
+    for number, prompt in enumerate(prompts, start=1):
+        _check_prompt(number, prompt)
+    for number, (before, start) in enumerate(itertools.pairwise(starts), start=2):
+        _check_switch(number, before, start, frames, block)
+    segments = map(Segment, (prompt.strip() for prompt in prompts), starts, cuts)
+    return Script(tuple(segments), frames, seed)
+
+
+def _check_prompt(number: int, prompt: str) -> None:
+    if not prompt.strip():
+        raise UserError(f"segment {number}: the prompt is empty; write what to show")
+    if len(prompt) > MAX_PROMPT_CHARACTERS:
+        raise UserError(
+            f"segment {number}: the prompt has {len(prompt)} characters, expected at"
+            f" most {MAX_PROMPT_CHARACTERS}; shorten it"
+        )
+
+
+def _check_switch(
+    number: int, before: int, start: int, frames: int, block: int
+) -> None:
+    """Raises unless the segment that starts at `start` follows one that is shown."""
+    if start <= before:
+        raise UserError(
+            f"segment {number}: switch frame {start} is not after the last one,"
+            f" {before}; switch frames must increase"
+        )
+    taken, taken_before = (_whole_blocks(frame, block) for frame in (start, before))
+    if taken >= frames:
+        raise UserError(
+            f"segment {number}: switch frame {start} is at or past the end of the"
+            f" video, {frames} latent frames in blocks of {block}; switch earlier or"
+            " ask for more frames"
+        )
+    if before and taken == taken_before:
+        raise UserError(
+            f"segment {number - 1} would never be shown: switch frames {before} and"
+            f" {start} both take effect at frame {taken}, the next block of {block}"
+        )
+
+
+def _short(value: Any) -> str:
+    """Returns the value's representation, cut to a length that fits a message."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,1 @@
+"""The sampler: a stream is a pure function of its state."""

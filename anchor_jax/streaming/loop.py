@@ -1,0 +1,188 @@
+"""The one loop over noise levels, and the solvers that it takes."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from anchor_jax import flow
+from anchor_jax.flow import Levels
+
+
+@struct.dataclass
+class Passes:
+    """What each pass of the loop saw and said, [level, batch, frame, ...]."""
+
+    noisy: jax.Array
+    flow: jax.Array
+    x0: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Renoise:
+    """Estimates x0, then noises it afresh to the next level.
+
+    Source: Consistency Models (arXiv:2303.01469), algorithm 1.
+    """
+
+    def coefficients(self, levels: Levels) -> dict[str, np.ndarray]:
+        return {"next": np.asarray([*levels.sigma[1:], 0.0], np.float32)}
+
+    def init(self, noise: jax.Array):
+        return ()
+
+    def advance(self, memory, noisy, x0, fresh, level):
+        del noisy
+        return memory, flow.add_noise(x0, fresh, level["next"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Euler:
+    """Follows the flow in straight steps."""
+
+    def coefficients(self, levels: Levels) -> dict[str, np.ndarray]:
+        sigma = np.asarray([*levels.sigma, 0.0], np.float64)
+        return {"keep": (sigma[1:] / sigma[:-1]).astype(np.float32)}
+
+    def init(self, noise: jax.Array):
+        return ()
+
+    def advance(self, memory, noisy, x0, fresh, level):
+        del fresh
+        return memory, _mix((level["keep"], noisy), (1 - level["keep"], x0))
+
+
+@dataclasses.dataclass(frozen=True)
+class UniPC:
+    """Second-order predictor and corrector in the log signal-to-noise ratio.
+
+    Source: UniPC (arXiv:2302.04867), B(h) = e^h - 1, on predictions of x0; first
+    order in the first and last step.
+    """
+
+    floor: float = 1e-3
+
+    def coefficients(self, levels: Levels) -> dict[str, np.ndarray]:
+        sigma = np.asarray(levels.sigma, np.float64)
+        sigma = np.minimum(sigma, 1 - self.floor)
+        ratio = [math.log((1 - s) / s) for s in sigma]
+        rows = []
+        for i in range(len(sigma)):
+            back = ratio[i - 1] if i else None
+            before = ratio[i - 2] if i > 1 else None
+            correct = (1.0, 0.0, 0.0, 0.0, 0.0)
+            if i:
+                correct = (0.0, *_corrector(sigma[i - 1], back, sigma[i], before))
+            follow = sigma[i + 1] if i + 1 < len(sigma) else 0.0
+            rows.append((*correct, *_predictor(sigma[i], ratio[i], follow, back)))
+        return {"row": np.asarray(rows, np.float32)}
+
+    def init(self, noise: jax.Array):
+        return noise, jnp.zeros_like(noise), jnp.zeros_like(noise)
+
+    def advance(self, memory, noisy, x0, fresh, level):
+        del fresh
+        last, m1, m2 = memory
+        row = level["row"]
+        x = _mix(
+            (row[0], noisy), (row[1], last), (row[2], m1), (row[3], m2), (row[4], x0)
+        )
+        return (x, x0, m1), _mix((row[5], x), (row[6], x0), (row[7], m1))
+
+
+def _phi(h: float) -> tuple[float, float, float]:
+    """Returns B(h) and the first two right-hand sides of the order conditions."""
+    b = math.expm1(-h)
+    first = b / -h - 1
+    second = first / -h - 0.5
+    return b, first / b, 2 * second / b
+
+
+def _predictor(sigma, ratio, follow, back) -> tuple[float, float, float]:
+    """Returns weights of the sample, the newest x0 and the one before it."""
+    keep, signal = follow / sigma, (1 - sigma) * follow / sigma
+    if follow == 0 or back is None:
+        return keep, 1 - follow - signal, 0.0
+    h = math.log((1 - follow) / follow) - ratio
+    b = _phi(h)[0]
+    slope = -(1 - follow) * b * 0.5 / ((back - ratio) / h)
+    return keep, 1 - follow - signal - slope, slope
+
+
+def _corrector(sigma, ratio, follow, back) -> tuple[float, float, float, float]:
+    """Returns weights of the last sample, its x0, the x0 before it and the new x0."""
+    keep, signal = follow / sigma, (1 - sigma) * follow / sigma
+    h = math.log((1 - follow) / follow) - ratio
+    b, first, second = _phi(h)
+    scale = -(1 - follow) * b
+    if back is None:
+        new, old = 0.5 * scale, 0.0
+        return keep, 1 - follow - signal - new, old, new
+    r = (back - ratio) / h
+    # Solves rho_old + rho_new = first, r rho_old + rho_new = second.
+    rho_old = (first - second) / (1 - r)
+    old, new = scale * rho_old / r, scale * (first - rho_old)
+    return keep, 1 - follow - signal - old - new, old, new
+
+
+def _mix(*terms):
+    total = sum(weight * value.astype(jnp.float32) for weight, value in terms)
+    return total.astype(terms[0][1].dtype)
+
+
+def approach(
+    denoise: Callable,
+    noise: jax.Array,
+    levels: Levels,
+    solver,
+    fresh: jax.Array | None = None,
+    carry=None,
+) -> tuple[jax.Array, Passes, object]:
+    """Returns the clean latents that the sampler reaches from `noise`.
+
+    The only loop over noise levels in the code base.
+
+    Args:
+      denoise: (noisy, timestep, carry) -> (flow, carry).
+      noise: [batch, frame, height, width, channel].
+      levels: static noise levels.
+      solver: `Renoise`, `Euler` or `UniPC`.
+      fresh: [level - 1, ...] noise for `Renoise`; drawn outside, since it is data.
+      carry: passed from call to call of `denoise`.
+
+    Returns:
+      Clean latents, what every pass saw and said, and the last carry.
+    """
+    if fresh is None:
+        fresh = jnp.zeros((len(levels) - 1, *noise.shape), noise.dtype)
+    fresh = jnp.concatenate([fresh, jnp.zeros((1, *noise.shape), fresh.dtype)])
+    rows = {
+        "timestep": np.asarray(levels.timestep, np.float32),
+        "sigma": np.asarray(levels.sigma, np.float32),
+        "fresh": fresh,
+        **solver.coefficients(levels),
+    }
+
+    def one_level(state, level):
+        noisy, memory, carry = state
+        predicted, carry = denoise(noisy, level["timestep"], carry)
+        x0 = flow.x0_from_flow(predicted, noisy, level["sigma"])
+        memory, following = solver.advance(memory, noisy, x0, level["fresh"], level)
+        return (following, memory, carry), Passes(noisy, predicted, x0)
+
+    state = (noise, solver.init(noise), carry)
+    (x0, _, carry), passes = jax.lax.scan(one_level, state, rows)
+    return x0, passes, carry
+
+
+def guide(predicted: jax.Array, scale: float) -> jax.Array:
+    """Returns u + scale (c - u) of predictions whose batch is [c..., u...].
+
+    Source: classifier-free guidance (arXiv:2207.12598).
+    """
+    with_prompt, without = jnp.split(predicted, 2)
+    return without + scale * (with_prompt - without)

@@ -1,0 +1,305 @@
+"""The stream: `start`, `step`, `switch`, pure functions over `StreamState`.
+
+`setup` is static, everything else is traced: one program per block whatever frame
+it is, and one per length of re-cache.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from anchor_jax.cache import store
+from anchor_jax.cache.policies import Flush, Rerun
+from anchor_jax.cache.types import KVCache, ReadPlan
+from anchor_jax.streaming.loop import approach, guide
+from anchor_jax.streaming.types import Block, BlockNoise, StreamSetup, StreamState
+from anchor_jax.wan.attention import (
+    ContextKV,
+    LayersKV,
+    Prefix,
+    bidirectional,
+)
+from anchor_jax.wan.dit import WanDit
+from anchor_jax.wan.rope import rotary
+
+
+@functools.partial(jax.jit, static_argnames="setup")
+def project(variables, embedding: jax.Array, *, setup: StreamSetup) -> ContextKV:
+    """Returns a prompt's keys and values, made once per prompt.
+
+    Args:
+      variables: the generator's collections, `params` and perhaps `lora`.
+      embedding: [copies x batch, text, text_dim], padded rows zero; under guidance
+        the prompts' rows come first, then the negative prompts'.
+      setup: static.
+    """
+    return WanDit(setup.model).apply(variables, embedding, method="project")
+
+
+@functools.partial(jax.jit, static_argnames="setup")
+def draw_noise(rng: jax.Array, start, batch_like, *, setup: StreamSetup) -> BlockNoise:
+    """Returns a block's random numbers, a function of the key and the latent frame.
+
+    Args:
+      rng: a key of the video.
+      start: first latent frame of the block.
+      batch_like: an array whose leading axis is the batch.
+      setup: static.
+    """
+    shape = (batch_like.shape[0], setup.policy.block, *_latent_shape(setup))
+    keys = jax.random.split(jax.random.fold_in(rng, start))
+    dtype = setup.model.dtype
+    return BlockNoise(
+        initial=jax.random.normal(keys[0], shape, dtype),
+        fresh=jax.random.normal(keys[1], (len(setup.levels) - 1, *shape), dtype),
+    )
+
+
+def _latent_shape(setup: StreamSetup) -> tuple[int, int, int]:
+    grid = setup.grid
+    return grid.height, grid.width, setup.model.latent_channels
+
+
+def start(context: ContextKV, *, setup: StreamSetup) -> StreamState:
+    """Returns a stream that has not begun.
+
+    Args:
+      context: the first prompt, of `project`; its batch is copies x videos.
+      setup: static.
+
+    Raises:
+      ValueError: The context's batch does not hold `setup.copies` of each video.
+    """
+    rows = context.k.shape[1]
+    if rows % setup.copies:
+        raise ValueError(
+            f"context batch {rows} must be a multiple of {setup.copies}: under"
+            " guidance every prompt needs a negative one"
+        )
+    rows_cols = setup.tokens
+    tokens = rows_cols[0] * rows_cols[1]
+    recent = (rows // setup.copies, setup.recent, *_latent_shape(setup))
+    return StreamState(
+        cache=store.init_cache(setup.policy, setup.model, rows, tokens),
+        context=jax.tree.map(jnp.array, context),
+        recent=jnp.zeros(recent, setup.model.dtype),
+    )
+
+
+@functools.partial(jax.jit, static_argnames="setup", donate_argnames="state")
+def step(
+    variables, state: StreamState, noise: BlockNoise, *, setup: StreamSetup
+) -> tuple[StreamState, Block]:
+    """Returns the stream one block later, and the block.
+
+    All noise levels, the clean pass and the commit are one program. `state` is
+    donated.
+    """
+    policy, index = setup.policy, state.cache.index
+    plan = policy.read(index)
+    write, done = policy.write(index)
+    memory = _Memory(setup, state.cache, plan)
+    capture = write.junction[0] < policy.slots if policy.keeps_prior else None
+
+    def run(latents, timestep, kept):
+        flow, own = _forward(setup, variables, state.context, plan)(
+            latents, timestep, memory.past(kept)
+        )
+        return flow, own, memory.captured(kept, own, capture)
+
+    def denoise(noisy, timestep, kept):
+        flow, _, kept = run(noisy, timestep, kept)
+        return flow, kept
+
+    latents, passes, kept = approach(
+        denoise, noise.initial, setup.levels, setup.solver, noise.fresh, memory.kept()
+    )
+    if not policy.remembers:
+        cache = state.cache.replace(index=done)
+        return state.replace(cache=cache), Block(latents, plan, passes, None)
+    committed, own, kept = run(latents, jnp.float32(0), kept)
+    slots = store.commit(state.cache.slots, own, write)
+    cache = KVCache(
+        slots=slots,
+        prior=kept[1] if policy.keeps_prior else None,
+        index=done,
+    )
+    recent = _remember(state.recent, latents, index.start)
+    state = StreamState(cache=cache, context=state.context, recent=recent)
+    return state, Block(latents, plan, passes, committed)
+
+
+@functools.partial(jax.jit, static_argnames=("setup", "rerun"), donate_argnames="state")
+def switch(
+    variables,
+    state: StreamState,
+    context: ContextKV,
+    requested,
+    cut=False,
+    *,
+    setup: StreamSetup,
+    rerun: Rerun | None,
+) -> tuple[StreamState, Block | None]:
+    """Returns the stream under a new prompt, from the next block on.
+
+    Args:
+      variables: the generator's collections.
+      state: donated.
+      context: the new prompt, of `project`.
+      requested: latent frame at which the switch was asked for; not after the next
+        block's start.
+      cut: whether the next block is a scene cut, for policies that have one.
+      setup: static.
+      rerun: `setup.policy.rerun(next block's start)`, static.
+
+    Returns:
+      The new state, and the re-cache's pass as a block without latents, or None.
+    """
+    policy, cache, block = setup.policy, state.cache, None
+    if isinstance(policy.on_switch, Flush):
+        source, index = policy.flush(cache.index)
+        slots = store.gather(cache.slots, source)
+        cache = cache.replace(slots=slots, index=index)
+    if rerun:
+        cache, block = _recache(variables, state, context, setup, rerun)
+    index = policy.switched(cache.index, requested, jnp.asarray(cut))
+    cache = cache.replace(index=index)
+    return StreamState(cache=cache, context=context, recent=state.recent), block
+
+
+def resume(variables, state: StreamState, latents, *, setup: StreamSetup):
+    """Returns the stream as if `latents` had been its first frames.
+
+    Continuing a given clip is a re-cache that starts at frame 0.
+
+    Args:
+      variables: the generator's collections.
+      state: of `start`.
+      latents: [batch, frame, ...] clean; a multiple of the block, no more than the
+        window.
+      setup: static.
+
+    Raises:
+      ValueError: The number of frames does not fit.
+    """
+    frames, policy = latents.shape[1], setup.policy
+    if frames % policy.block or not 0 < frames <= policy.window:
+        raise ValueError(
+            f"got {frames} latent frames to continue; expected a multiple of the block"
+            f" of {policy.block}, at most the window of {policy.window}"
+        )
+    return _resume(variables, state, latents, setup=setup)
+
+
+@functools.partial(jax.jit, static_argnames="setup", donate_argnames="state")
+def _resume(variables, state, latents, *, setup: StreamSetup):
+    frames = latents.shape[1]
+    index = state.cache.index.replace(start=jnp.int32(frames))
+    recent = _remember(state.recent, latents, jnp.int32(0))
+    state = state.replace(cache=state.cache.replace(index=index), recent=recent)
+    cache, _ = _recache(variables, state, state.context, setup, Rerun(frames, True))
+    return state.replace(cache=cache)
+
+
+def _recache(variables, state, context, setup: StreamSetup, rerun: Rerun):
+    """Returns the cache with the newest clean frames run again, and that pass."""
+    policy, cache = setup.policy, state.cache
+    plan = policy.read_rerun(cache.index, rerun)
+    write, index = policy.write_rerun(cache.index, rerun)
+    picked = (plan.start + jnp.arange(rerun.frames)) % setup.recent
+    latents = jnp.take(state.recent, picked, axis=1)
+    memory = _Memory(setup, cache, plan, rerun)
+    flow, own = _forward(setup, variables, context, plan)(
+        latents, jnp.float32(0), memory.past(memory.kept())
+    )
+    cache = cache.replace(slots=store.commit(cache.slots, own, write), index=index)
+    return cache, Block(latents, plan, None, flow)
+
+
+def _forward(setup: StreamSetup, variables, context, plan: ReadPlan):
+    """Returns the model as (latents, timestep, past) -> (guided flow, own)."""
+    model = WanDit(setup.model)
+    everything = not setup.policy.remembers
+    visible = bidirectional(plan.query.shape[0]) if everything else Prefix(plan.frames)
+
+    def forward(latents, timestep, past):
+        if setup.copies == 2:
+            latents = jnp.concatenate([latents, latents])
+        times = jnp.full(latents.shape[:2], timestep, jnp.float32)
+        flow, own = model.apply(
+            variables, latents, times, context, visible, plan.query, plan.own, past
+        )
+        return guide(flow, setup.guidance) if setup.copies == 2 else flow, own
+
+    return forward
+
+
+class _Memory:
+    """What a pass reads besides itself, rotated once for all noise levels.
+
+    Under the release's rules the junction changes from pass to pass of one block; it
+    then travels through the loop as (junction, prior), and is rotated in each pass.
+    """
+
+    def __init__(
+        self,
+        setup: StreamSetup,
+        cache: KVCache,
+        plan: ReadPlan,
+        rerun: Rerun | None = None,
+    ):
+        policy, config = setup.policy, setup.model
+        turn = rotary(plan.past, setup.tokens, config.head_dim, config.rope_theta)
+        begin = policy.sink + policy.local
+        first, end = (0, begin) if rerun is None else (0, policy.sink)
+        if rerun and rerun.sink:
+            first = end
+        self.plan, self.cache, self.begin = plan, cache, begin
+        self.turn = jax.tree.map(lambda x: x[begin:], turn)
+        self.read = store.rotated(cache.slots, turn) if policy.remembers else None
+        self.fixed = store.take(self.read, first, end) if self.read else None
+        self.releases = policy.keeps_prior
+        # Visible frames before the junction: where it starts, since it comes last.
+        own = plan.query.shape[0]
+        seen = plan.frames - own - plan.junction * policy.junction_frames
+        self.slot = jnp.maximum(seen, 0)
+
+    def kept(self):
+        """Returns what travels through the loop, or None."""
+        if not self.releases:
+            return None
+        return store.take(self.cache.slots, self.begin, None), self.cache.prior
+
+    def past(self, kept) -> LayersKV | None:
+        """Returns remembered keys and values in reading order."""
+        if self.read is None:
+            return None
+        if kept is None:
+            return store.join(self.fixed, store.take(self.read, self.begin, None))
+        shown = store.rotated(store.choose(self.plan, *kept), self.turn)
+        room = jax.tree.map(jnp.zeros_like, shown)
+        return store.insert(store.join(self.fixed, room), shown, self.slot)
+
+    def captured(self, kept, own: LayersKV, capture):
+        """Returns what travels on after a pass."""
+        if kept is None:
+            return None
+        junction, prior = kept
+        frames = junction.k.shape[2]
+
+        def pick(new, old):
+            return jnp.where(capture, new.astype(old.dtype), old)
+
+        taken = jax.tree.map(pick, store.take(own, 0, frames), junction)
+        return taken, jax.tree.map(pick, junction, prior)
+
+
+def _remember(recent: jax.Array, latents: jax.Array, start) -> jax.Array:
+    size = recent.shape[1]
+    if not size:
+        return recent
+    kept = latents[:, -size:]
+    first = start + latents.shape[1] - kept.shape[1]
+    place = (first + jnp.arange(kept.shape[1])) % size
+    return recent.at[:, place].set(kept.astype(recent.dtype))

@@ -1,0 +1,1 @@
+"""Training: the small trainer and the stages of the embedded model."""

@@ -1,0 +1,1 @@
+"""Runs the package on recorded cases and compares every recorded number."""

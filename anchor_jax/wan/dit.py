@@ -1,0 +1,215 @@
+"""The Wan2.1 transformer: generator, real score and fake score are one module."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from anchor_jax.wan import rope
+from anchor_jax.wan.attention import (
+    ContextKV,
+    ContextLayer,
+    CrossAttention,
+    LayersKV,
+    SelfAttention,
+    bidirectional,
+)
+from anchor_jax.wan.layers import AffineNorm, Dense, gelu, layer_norm, modulate
+from anchor_jax.wan.spec import ModelConfig
+
+
+class Block(nn.Module):
+    """One transformer block.
+
+    Source: algorithm.md 1.4.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x, layer, time, query_rope, key_rope, visible):
+        config = self.config
+        context, past = layer
+        normal = nn.initializers.normal(config.dim**-0.5)
+        table = self.param("modulation", normal, (6, config.dim), config.param_dtype)
+        time = time + table.astype(config.dtype)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (time[:, :, i] for i in range(6))
+
+        h = modulate(layer_norm(x, config.eps), shift1, scale1)
+        attend = SelfAttention(config, name="self_attn")
+        y, own = attend(h, query_rope, key_rope, visible, past)
+        self.sow("intermediates", "self_attn", y)
+        x = x + y * gate1[:, :, None]
+
+        h = AffineNorm(config.eps, config.param_dtype, name="norm3")(x)
+        y = CrossAttention(config, name="cross_attn")(h, context)
+        self.sow("intermediates", "cross_attn", y)
+        x = x + y
+
+        h = modulate(layer_norm(x, config.eps), shift2, scale2)
+        h = Dense(config.ffn_dim, config.dtype, config.param_dtype, name="ffn_in")(h)
+        dense = Dense(config.dim, config.dtype, config.param_dtype, name="ffn_out")
+        y = dense(gelu(h))
+        self.sow("intermediates", "ffn", y)
+        x = x + y * gate2[:, :, None]
+        self.sow("intermediates", "out", x)
+        return x, own
+
+
+class Head(nn.Module):
+    """Modulated projection to the patch's latent channels.
+
+    Source: algorithm.md 1.6.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x, time):
+        config = self.config
+        normal = nn.initializers.normal(config.dim**-0.5)
+        table = self.param("modulation", normal, (2, config.dim), config.param_dtype)
+        shift, scale = (time + table.astype(config.dtype)[i] for i in range(2))
+        x = modulate(layer_norm(x, config.eps), shift, scale)
+        features = config.patch_size * config.latent_channels
+        zeros = nn.initializers.zeros
+        return Dense(features, config.dtype, config.param_dtype, zeros, name="out")(x)
+
+
+class WanDit(nn.Module):
+    """Predicts the flow of noisy latents.
+
+    The module reads past keys and values and returns its own; it never writes a
+    cache. What a pass sees is an object: `Prefix` over own | past when streaming,
+    `Spans` for whole sequences (bidirectional, block-causal, teacher forcing).
+    """
+
+    config: ModelConfig
+
+    def setup(self):
+        config = self.config
+        dtypes = (config.dtype, config.param_dtype)
+        small = nn.initializers.normal(0.02)
+        self.patch_embed = Dense(config.dim, *dtypes)
+        self.text_in = Dense(config.dim, *dtypes, small)
+        self.text_out = Dense(config.dim, *dtypes, small)
+        self.time_in = Dense(config.dim, *dtypes, small)
+        self.time_out = Dense(config.dim, *dtypes, small)
+        self.time_projection = Dense(6 * config.dim, *dtypes)
+        self.context = _over_layers(ContextLayer, config, (nn.broadcast,))(config)
+        axes = (0, *[nn.broadcast] * 4)
+        self.blocks = _over_layers(_remat(Block, config), config, axes)(config)
+        self.head = Head(config)
+
+    def project(self, embedding: jax.Array) -> ContextKV:
+        """Returns a prompt's keys and values in every layer.
+
+        Args:
+          embedding: [batch, text, text_dim]; rows past the prompt's end are zero and
+            are attended to, as in Wan2.1.
+        """
+        text = self.text_out(gelu(self.text_in(embedding)))
+        self.sow("intermediates", "text_embedding", text)
+        return self.context(None, text)[1]
+
+    def __call__(
+        self,
+        latents: jax.Array,
+        timestep: jax.Array,
+        context: ContextKV,
+        visible,
+        query_position: jax.Array,
+        key_position: jax.Array | None = None,
+        past: LayersKV | None = None,
+    ) -> tuple[jax.Array, LayersKV]:
+        """Returns the predicted flow and the pass's own keys and values, unrotated.
+
+        Args:
+          latents: [batch, frame, height, width, channel].
+          timestep: [batch, frame], 1000 sigma.
+          context: the prompt, of `project`.
+          visible: `Prefix` or `Spans`, over own frames followed by past ones.
+          query_position: [frame], temporal RoPE index of each frame.
+          key_position: the same for the frames as keys; the queries' if None.
+          past: [layer, batch, frame, ...] remembered frames, keys already rotated.
+        """
+        config = self.config
+        _, rows, columns = config.patch
+        tokens = latents.shape[2] // rows, latents.shape[3] // columns
+        x = rearrange(
+            latents, "b f (h p) (w q) c -> b f (h w) (p q c)", p=rows, q=columns
+        )
+        x = self.patch_embed(x)
+        self.sow("intermediates", "patch_embedding", x)
+        time, modulation = self._time(timestep)
+
+        def turn(position):
+            return rope.rotary(position, tokens, config.head_dim, config.rope_theta)
+
+        query_rope = turn(query_position)
+        key_rope = query_rope if key_position is None else turn(key_position)
+        x, own = self.blocks(
+            x, (context, past), modulation, query_rope, key_rope, visible
+        )
+        y = self.head(x, time)
+        self.sow("intermediates", "head", y)
+        return unpatchify(y, tokens, config.patch), own
+
+    def _time(self, timestep):
+        config = self.config
+        wave = rope.timestep_sinusoid(timestep, config.freq_dim)
+        time = self.time_out(nn.silu(self.time_in(wave.astype(config.dtype))))
+        modulation = self.time_projection(nn.silu(time))
+        self.sow("intermediates", "time_embedding", time)
+        self.sow("intermediates", "time_projection", modulation)
+        return time, rearrange(modulation, "b f (n c) -> b f n c", n=6)
+
+
+def unpatchify(
+    y: jax.Array, tokens: tuple[int, int], patch: tuple[int, int, int]
+) -> jax.Array:
+    """Returns latents [batch, frame, height, width, channel] of the head's output.
+
+    Source: algorithm.md 1.7; the channel is the fastest index of a token.
+    """
+    return rearrange(
+        y,
+        "b f (h w) (p q c) -> b f (h p) (w q) c",
+        h=tokens[0],
+        w=tokens[1],
+        p=patch[1],
+        q=patch[2],
+    )
+
+
+def init_params(config: ModelConfig, rng: jax.Array):
+    """Returns a fresh parameter tree; use under `jax.eval_shape` for its shapes."""
+    _, rows, columns = config.patch
+    latents = jnp.zeros((1, 1, rows, columns, config.latent_channels), config.dtype)
+    text = jnp.zeros((1, config.text_len, config.text_dim), config.dtype)
+
+    def both(module, latents, timestep, text):
+        position = jnp.zeros(1, jnp.int32)
+        context = module.project(text)
+        return module(latents, timestep, context, bidirectional(1), position)
+
+    timestep = jnp.zeros((1, 1), jnp.float32)
+    return WanDit(config).init(rng, latents, timestep, text, method=both)["params"]
+
+
+def _remat(block, config: ModelConfig):
+    if config.remat == "none":
+        return block
+    policy = getattr(jax.checkpoint_policies, config.remat)
+    return nn.remat(block, prevent_cse=False, policy=policy)
+
+
+def _over_layers(block, config: ModelConfig, axes):
+    return nn.scan(
+        block,
+        variable_axes={"params": 0, "lora": 0, "intermediates": 0},
+        split_rngs={"params": True},
+        in_axes=axes,
+        length=config.num_layers,
+        unroll=min(config.unroll, config.num_layers),
+    )

@@ -1,0 +1,92 @@
+"""Small layers shared by the Wan2.1 networks."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class Dense(nn.Module):
+    """A linear layer; adds a low-rank update if the collection `lora` holds one.
+
+    y = x W + b + (x A) B, with the update's scale folded into B.
+
+    Source: algorithm.md 6.4; LoRA (arXiv:2106.09685).
+    """
+
+    features: int
+    dtype: str
+    param_dtype: str
+    init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
+
+    @nn.compact
+    def __call__(self, x):
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", self.init, shape, self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, shape[1:], self.param_dtype)
+        x = x.astype(self.dtype)
+        y = x @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+        if self.has_variable("lora", "a"):
+            down = self.get_variable("lora", "a").astype(self.dtype)
+            up = self.get_variable("lora", "b").astype(self.dtype)
+            y = y + (x @ down) @ up
+        return y
+
+
+class RmsNorm(nn.Module):
+    """Root-mean-square norm over the last axis; rounds before the weight.
+
+    Source: algorithm.md 1.4.
+    """
+
+    eps: float
+    dtype: str
+    param_dtype: str
+
+    @nn.compact
+    def __call__(self, x):
+        ones = nn.initializers.ones
+        scale = self.param("scale", ones, x.shape[-1:], self.param_dtype)
+        x32 = x.astype(jnp.float32)
+        mean = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+        y = (x32 * jax.lax.rsqrt(mean + self.eps)).astype(self.dtype)
+        return y * scale.astype(self.dtype)
+
+
+def layer_norm(x: jax.Array, eps: float) -> jax.Array:
+    """Returns `x` with mean 0 and variance 1 over its last axis, in its dtype."""
+    x32 = x.astype(jnp.float32)
+    mean = jnp.mean(x32, axis=-1, keepdims=True)
+    centred = x32 - mean
+    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+    return (centred * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
+
+
+class AffineNorm(nn.Module):
+    """Layer norm with scale and bias."""
+
+    eps: float
+    param_dtype: str
+
+    @nn.compact
+    def __call__(self, x):
+        ones, zeros = nn.initializers.ones, nn.initializers.zeros
+        scale = self.param("scale", ones, x.shape[-1:], self.param_dtype)
+        bias = self.param("bias", zeros, x.shape[-1:], self.param_dtype)
+        y = layer_norm(x.astype(jnp.float32), self.eps)
+        return (y * scale + bias).astype(x.dtype)
+
+
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """Returns x (1 + scale) + shift, with one shift and scale a latent frame.
+
+    Args:
+      x: [batch, frame, token, dim].
+      shift: [batch, frame, dim].
+      scale: [batch, frame, dim].
+    """
+    return x * (1 + scale[:, :, None]) + shift[:, :, None]
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """Returns the tanh form of GELU."""
+    return nn.gelu(x, approximate=True)

@@ -1,0 +1,129 @@
+"""Three-axis rotary position embedding and the sinusoid of timesteps."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import struct
+
+_STRIDE = 1024
+
+
+@struct.dataclass
+class Rotary:
+    """Rotation of every token: `cos` and `sin` of shape [frame, token, pairs]."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+def axis_pairs(head_dim: int) -> tuple[int, int, int]:
+    """Returns how many of the head's pairs turn with time, height and width.
+
+    Source: algorithm.md 1.5; 22, 21 and 21 for a head of 128.
+    """
+    pairs = head_dim // 2
+    side = pairs // 3
+    return pairs - 2 * side, side, side
+
+
+def frequencies(pairs: int, theta: float = 10000.0) -> np.ndarray:
+    """Returns theta^(-i / pairs) for each pair, in float64."""
+    return theta ** (-np.arange(pairs, dtype=np.float64) / pairs)
+
+
+def turn(position: jax.Array, freq: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """Returns cos and sin of position * freq, shape [..., pairs], in float32.
+
+    `position` is a non-negative int32. It is split as 1024 a + b, both looked up in
+    tables made in float64 and joined by the addition theorem, so that the error
+    stays near 1e-7 up to a million; float32 products would lose the phase.
+    """
+    angle = np.arange(_STRIDE)[:, None] * freq
+    fine = np.stack([np.cos(angle), np.sin(angle)]).astype(np.float32)
+    coarse = np.stack([np.cos(_STRIDE * angle), np.sin(_STRIDE * angle)])
+    coarse = coarse.astype(np.float32)
+    position = jnp.maximum(position, 0)
+    low, high = position % _STRIDE, jnp.minimum(position // _STRIDE, _STRIDE - 1)
+    (cos_l, sin_l) = jnp.asarray(fine)[:, low]
+    (cos_h, sin_h) = jnp.asarray(coarse)[:, high]
+    return cos_h * cos_l - sin_h * sin_l, sin_h * cos_l + cos_h * sin_l
+
+
+def rotary(
+    position: jax.Array,
+    tokens: tuple[int, int],
+    head_dim: int,
+    theta: float = 10000.0,
+) -> Rotary:
+    """Returns the rotation of latent frames at the given temporal positions.
+
+    Args:
+      position: [frame], int32; the temporal index of each frame, traced.
+      tokens: rows and columns of tokens in a frame.
+      head_dim: channels of one attention head.
+      theta: base of the frequencies; each axis has a spectrum of its own.
+
+    Source: algorithm.md 1.5.
+    """
+    rows, columns = tokens
+    time, high, wide = axis_pairs(head_dim)
+    row = np.arange(rows)[:, None] * frequencies(high, theta)
+    column = np.arange(columns)[:, None] * frequencies(wide, theta)
+
+    def combine(temporal, spatial):
+        shape = (position.shape[0], rows, columns)
+        parts = (
+            jnp.broadcast_to(temporal[:, None, None], (*shape, time)),
+            jnp.broadcast_to(spatial(row)[:, None], (*shape, high)),
+            jnp.broadcast_to(spatial(column)[None], (*shape, wide)),
+        )
+        joined = jnp.concatenate([part.astype(jnp.float32) for part in parts], -1)
+        return rearrange(joined, "f h w p -> f (h w) p")
+
+    cos, sin = turn(position, frequencies(time, theta))
+    return Rotary(cos=combine(cos, np.cos), sin=combine(sin, np.sin))
+
+
+def rotate(x: jax.Array, by: Rotary) -> jax.Array:
+    """Returns `x` with adjacent channel pairs (2i, 2i + 1) rotated, in its dtype.
+
+    Args:
+      x: [..., frame, token, head, dim].
+      by: rotation of every frame and token.
+    """
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    cos, sin = by.cos[:, :, None], by.sin[:, :, None]
+    real, imag = pairs[..., 0], pairs[..., 1]
+    turned = jnp.stack([real * cos - imag * sin, real * sin + imag * cos], axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)
+
+
+def timestep_sinusoid(timestep: jax.Array, dim: int) -> jax.Array:
+    """Returns [cos, sin] of timestep * 10000^(-i / (dim / 2)), shape [..., dim].
+
+    The whole part of the timestep (in [0, 1000]) is looked up exactly, the rest,
+    below 1, is small enough for float32.
+
+    Source: algorithm.md 1.2, cosines first.
+    """
+    freq = frequencies(dim // 2)
+    whole = jnp.floor(timestep)
+    cos_n, sin_n = turn(whole.astype(jnp.int32), freq)
+    rest = (timestep - whole)[..., None] * freq.astype(np.float32)
+    cos_r, sin_r = jnp.cos(rest), jnp.sin(rest)
+    cos = cos_n * cos_r - sin_n * sin_r
+    return jnp.concatenate([cos, sin_n * cos_r + cos_n * sin_r], axis=-1)
+
+
+def table(position: np.ndarray, head_dim: int) -> np.ndarray:
+    """Returns the angles of all three axes at equal positions, in float64.
+
+    Shape [position, pairs]; only for inspection and tests.
+    """
+    split = axis_pairs(head_dim)
+    assert sum(split) == math.ceil(head_dim / 2)
+    freq = np.concatenate([frequencies(pairs) for pairs in split])
+    return np.asarray(position, np.float64)[:, None] * freq

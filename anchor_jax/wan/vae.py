@@ -1,0 +1,500 @@
+"""The causal video VAE: pixel frames to latent frames and back, whole or streamed."""
+
+import dataclasses
+from typing import Any
+
+import einops
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Past = Any  # nested dicts of the frames that the causal layers look back at
+
+LATENT_MEAN = (
+    *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
+    *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
+)
+LATENT_STD = (
+    *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
+    *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class VaeConfig:
+    """Sizes of the VAE; the defaults are those of Wan2.1.
+
+    `conv` says how a causal convolution is computed: "taps" joins the three frames it
+    sees along channels and convolves in 2-D, "native" convolves in 3-D. They agree up
+    to rounding; on CPU the first is the faster one.
+    """
+
+    base_dim: int = 96
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temporal_downsample: tuple[bool, ...] = (False, True, True)
+    latent_mean: tuple[float, ...] = LATENT_MEAN
+    latent_std: tuple[float, ...] = LATENT_STD
+    conv: str = "taps"
+    dtype: str = "bfloat16"
+    param_dtype: str = "float32"
+
+    def __post_init__(self):
+        if self.conv not in ("taps", "native"):
+            raise ValueError(f"conv={self.conv!r}; expected 'taps' or 'native'")
+        if len(self.temporal_downsample) != len(self.dim_mult) - 1:
+            raise ValueError(
+                f"{len(self.temporal_downsample)} entries in temporal_downsample,"
+                f" expected one less than the {len(self.dim_mult)} of dim_mult"
+            )
+        if not len(self.latent_mean) == len(self.latent_std) == self.z_dim:
+            raise ValueError(
+                f"latent_mean and latent_std have {len(self.latent_mean)} and"
+                f" {len(self.latent_std)} entries, expected z_dim={self.z_dim};"
+                " give one mean and one deviation per latent channel"
+            )
+
+    @property
+    def temporal_stride(self) -> int:
+        return 2 ** sum(self.temporal_downsample)
+
+    @property
+    def spatial_stride(self) -> int:
+        return 2 ** len(self.temporal_downsample)
+
+
+@flax.struct.dataclass
+class VaeState:
+    """What a streamed encode or decode keeps: per causal layer, its last inputs.
+
+    `past` is nested like the parameters. A convolution keeps 2 frames [B, 2, H, W, C];
+    the encoder's temporal downsamplers keep 1. Frames before the stream are zero.
+    """
+
+    past: Past
+
+
+def pixel_frames(latent_frames: int, temporal_stride: int = 4) -> int:
+    """Returns the number of pixel frames of a video: the first latent frame makes 1."""
+    return 1 + temporal_stride * (latent_frames - 1)
+
+
+def _before(past: Past | None, name: str) -> Past | None:
+    """Returns the past of one layer; None, at the start of a stream, has no parts."""
+    return None if past is None else past[name]
+
+
+def _same(kernel: jax.Array) -> list[tuple[int, int]]:
+    """Returns the padding that keeps height and width, for odd kernels."""
+    return [(size // 2, size // 2) for size in kernel.shape[1:3]]
+
+
+def _convolve_taps(frames: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """Returns the convolution over time and space, as one in 2-D.
+
+    Args:
+      frames: [B, F, H, W, C]; none is added in time.
+      kernel: [time, height, width, C, out].
+      stride: Step in time.
+    """
+    window = kernel.shape[0]
+    count = (frames.shape[1] - window) // stride + 1
+    taps = [frames[:, tap::stride][:, :count] for tap in range(window)]
+    flat = einops.rearrange(jnp.concatenate(taps, axis=-1), "b f h w c -> (b f) h w c")
+    flat = jax.lax.conv_general_dilated(
+        flat,
+        einops.rearrange(kernel, "t h w i o -> h w (t i) o"),
+        window_strides=(1, 1),
+        padding=_same(kernel),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return flat.reshape(frames.shape[0], count, *flat.shape[1:])
+
+
+def _convolve_native(frames: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """Returns what `_convolve_taps` does, as a convolution in 3-D."""
+    return jax.lax.conv_general_dilated(
+        frames,
+        kernel,
+        window_strides=(stride, 1, 1),
+        padding=[(0, 0), *_same(kernel)],
+        dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+    )
+
+
+CONVOLVE = {"taps": _convolve_taps, "native": _convolve_native}
+
+
+class CausalConv(nn.Module):
+    """A convolution over time and space that sees no later frame.
+
+    Space is padded to keep its size; in time the frames before are given. Source:
+    algorithm.md, section 9.1 (CausalConv3d).
+    """
+
+    config: VaeConfig
+    features: int
+    window: tuple[int, int, int] = (3, 3, 3)
+    stride: int = 1
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, past: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns [B, F / stride, H, W, features], and the frames to be kept.
+
+        Args:
+          x: [B, F, H, W, C].
+          past: The frames before x, as many as the last call kept: 2, or 1 with a
+            stride of 2. None is two frames of zeros.
+        """
+        config, held = self.config, jnp.dtype(self.config.param_dtype)
+        shape = (*self.window, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, held)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), held)
+        if past is None:
+            past = jnp.zeros((x.shape[0], 2, *x.shape[2:]), x.dtype)
+        frames = jnp.concatenate([past, x], axis=1)
+        y = CONVOLVE[config.conv](frames, kernel.astype(x.dtype), self.stride)
+        y = y + bias.astype(x.dtype)
+        self.sow("intermediates", "output", y)
+        return y, frames[:, self.stride - 3 :]
+
+
+class ChannelNorm(nn.Module):
+    """Scales each pixel's channels to a root mean square of one, then by `scale`.
+
+    Computed in float32; the original computes in the activations' type. Source:
+    algorithm.md, section 9.1 (RMS_norm).
+    """
+
+    config: VaeConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        held = jnp.dtype(self.config.param_dtype)
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], held)
+        wide = x.astype(jnp.float32)
+        squares = jnp.sum(jnp.square(wide), axis=-1, keepdims=True)
+        # A floor under the squares, not under the norm: the root of zero has no
+        # gradient.
+        unit = wide * jax.lax.rsqrt(jnp.maximum(squares, 1e-24))
+        return (unit * x.shape[-1] ** 0.5).astype(x.dtype) * scale.astype(x.dtype)
+
+
+def _pointwise(config: VaeConfig, features: int, name: str | None = None) -> nn.Dense:
+    """Returns a layer that mixes the channels of each pixel."""
+    return nn.Dense(
+        features, dtype=config.dtype, param_dtype=config.param_dtype, name=name
+    )
+
+
+class ResidualBlock(nn.Module):
+    """Two norm-SiLU-convolution steps around a shortcut.
+
+    Source: algorithm.md, section 9.1 (ResidualBlock).
+    """
+
+    config: VaeConfig
+    features: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, past: Past | None) -> tuple[jax.Array, Past]:
+        """Returns [B, F, H, W, features] from x [B, F, H, W, C], and the new past."""
+        config, kept = self.config, {}
+        y = x
+        for norm, conv in (("residual_0", "residual_2"), ("residual_3", "residual_6")):
+            y = nn.silu(ChannelNorm(config, name=norm)(y))
+            layer = CausalConv(config, self.features, name=conv)
+            y, kept[conv] = layer(y, _before(past, conv))
+        if x.shape[-1] != self.features:
+            x = _pointwise(config, self.features, "shortcut")(x)
+        y = y + x
+        self.sow("intermediates", "output", y)
+        return y, kept
+
+
+class AttentionBlock(nn.Module):
+    """Single-head attention among the pixels of each frame.
+
+    Source: algorithm.md, section 9.1 (AttentionBlock).
+    """
+
+    config: VaeConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, past: Past | None) -> tuple[jax.Array, Past]:
+        """Returns an array like x [B, F, H, W, C], and an empty past."""
+        del past  # frames do not see one another here
+        height, width, channels = x.shape[2:]
+        y = ChannelNorm(self.config, name="norm")(x)
+        y = einops.rearrange(y, "b f h w c -> b f (h w) c")
+        q, k, v = jnp.split(_pointwise(self.config, 3 * channels, "to_qkv")(y), 3, -1)
+        logits = jnp.einsum("bfqc,bfkc->bfqk", q, k).astype(jnp.float32)
+        weights = jax.nn.softmax(logits * channels**-0.5).astype(v.dtype)
+        y = _pointwise(self.config, channels, "proj")(
+            jnp.einsum("bfqk,bfkc->bfqc", weights, v)
+        )
+        return x + einops.rearrange(
+            y, "b f (h w) c -> b f h w c", h=height, w=width
+        ), {}
+
+
+class Downsample(nn.Module):
+    """Halves height and width, and with `temporal` also the frames after the first.
+
+    Source: algorithm.md, section 9.1 (downsample2d, downsample3d).
+    """
+
+    config: VaeConfig
+    temporal: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, past: Past | None) -> tuple[jax.Array, Past]:
+        """Returns [B, F', H/2, W/2, C] and the new past."""
+        features = x.shape[-1]
+        y = nn.Conv(
+            features,
+            (3, 3),
+            strides=2,
+            padding=((0, 1), (0, 1)),
+            dtype=self.config.dtype,
+            param_dtype=self.config.param_dtype,
+            name="resample",
+        )(x)
+        if not self.temporal:
+            return y, {}
+        layer = CausalConv(self.config, features, (3, 1, 1), 2, name="time_conv")
+        if past is not None:
+            y, kept = layer(y, past["time_conv"])
+            return y, {"time_conv": kept}
+        # The first frame passes by the convolution, yet is seen by the second.
+        halved, kept = layer(y, y[:, :0])
+        return jnp.concatenate([y[:, :1], halved], axis=1), {"time_conv": kept}
+
+
+class Upsample(nn.Module):
+    """Doubles height and width and halves channels; with `temporal` doubles the frames.
+
+    The first frame of a stream stays one. Source: algorithm.md, section 9.1
+    (upsample2d, upsample3d).
+    """
+
+    config: VaeConfig
+    temporal: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, past: Past | None) -> tuple[jax.Array, Past]:
+        """Returns [B, F', 2H, 2W, C/2] and the new past."""
+        features, kept = x.shape[-1], {}
+        if self.temporal:
+            x, kept = self._double(x, past)
+        x = einops.repeat(x, "b f h w c -> b f (h r) (w s) c", r=2, s=2)
+        x = nn.Conv(
+            features // 2,
+            (3, 3),
+            padding=1,
+            dtype=self.config.dtype,
+            param_dtype=self.config.param_dtype,
+            name="resample",
+        )(x)
+        self.sow("intermediates", "output", x)
+        return x, kept
+
+    def _double(self, x: jax.Array, past: Past | None) -> tuple[jax.Array, Past]:
+        """Returns two frames for each of x, but one for the first of a stream.
+
+        The convolution never sees that first frame: it starts at the second, with
+        zeros before it.
+        """
+        first = x[:, :1] if past is None else x[:, :0]
+        later = x[:, first.shape[1] :]
+        layer = CausalConv(self.config, 2 * x.shape[-1], (3, 1, 1), name="time_conv")
+        later, kept = layer(later, _before(past, "time_conv"))
+        later = einops.rearrange(later, "b f h w (two c) -> b (f two) h w c", two=2)
+        return jnp.concatenate([first, later], axis=1), {"time_conv": kept}
+
+
+class Trunk(nn.Module):
+    """What encoder and decoder share: running named layers one after another."""
+
+    config: VaeConfig
+
+    def run(self, x: jax.Array, past: Past | None) -> tuple[jax.Array, Past]:
+        """Returns the output of the layers and head on x, and the new past."""
+        kept = {}
+        for name, layer in self.layers():
+            x, kept[name] = layer(x, _before(past, name))
+        x = nn.silu(self.head_0(x))
+        x, kept["head_2"] = self.head_2(x, _before(past, "head_2"))
+        return x, kept
+
+
+def _middle(config: VaeConfig, features: int) -> list[nn.Module]:
+    """Returns the layers at the coarsest level."""
+    return [
+        ResidualBlock(config, features),
+        AttentionBlock(config),
+        ResidualBlock(config, features),
+    ]
+
+
+def _named(prefix: str, layers) -> list[tuple[str, nn.Module]]:
+    return [(f"{prefix}_{number}", layer) for number, layer in enumerate(layers)]
+
+
+class Encoder(Trunk):
+    """Pixels to the parameters of the latent distribution, before the last mixing.
+
+    Source: algorithm.md, section 9.1 (Encoder).
+    """
+
+    def setup(self):
+        config = self.config
+        stages = []
+        for level, mult in enumerate(config.dim_mult):
+            width = config.base_dim * mult
+            for _ in range(config.num_res_blocks):
+                stages.append(ResidualBlock(config, width))
+            if level < len(config.temporal_downsample):
+                stages.append(Downsample(config, config.temporal_downsample[level]))
+        self.conv1 = CausalConv(config, config.base_dim)
+        self.downsamples = stages
+        self.middle = _middle(config, config.base_dim * config.dim_mult[-1])
+        self.head_0 = ChannelNorm(config)
+        self.head_2 = CausalConv(config, 2 * config.z_dim)
+
+    def layers(self) -> list[tuple[str, nn.Module]]:
+        stages = _named("downsamples", self.downsamples)
+        return [("conv1", self.conv1), *stages, *_named("middle", self.middle)]
+
+
+class Decoder(Trunk):
+    """Latents to pixels, after the first mixing.
+
+    Source: algorithm.md, section 9.1 (Decoder).
+    """
+
+    def setup(self):
+        config = self.config
+        stages = []
+        temporal = config.temporal_downsample[::-1]
+        for level, mult in enumerate(reversed(config.dim_mult)):
+            width = config.base_dim * mult
+            for _ in range(config.num_res_blocks + 1):
+                stages.append(ResidualBlock(config, width))
+            if level < len(temporal):
+                stages.append(Upsample(config, temporal[level]))
+        top = config.base_dim * config.dim_mult[-1]
+        self.conv1 = CausalConv(config, top)
+        self.middle = _middle(config, top)
+        self.upsamples = stages
+        self.head_0 = ChannelNorm(config)
+        self.head_2 = CausalConv(config, 3)
+
+    def layers(self) -> list[tuple[str, nn.Module]]:
+        stages = _named("upsamples", self.upsamples)
+        return [("conv1", self.conv1), *_named("middle", self.middle), *stages]
+
+
+class WanVae(nn.Module):
+    """The Wan2.1 VAE with the mean as its code; channels last.
+
+    Pixels [B, 1 + 4k, H, W, 3] in [-1, 1] and latents [B, 1 + k, H/8, W/8, z_dim] of
+    about unit variance. The first latent frame makes one pixel frame, every other four.
+    A stream is decoded in pieces of any length, with the state of one call passed to
+    the next; the pieces make the same video as the whole. The first call of a stream
+    passes None, and compiles apart from the others.
+
+    Source: algorithm.md, section 9.1; Wan (arXiv:2503.20314), section 4.1.
+    """
+
+    config: VaeConfig
+
+    def setup(self):
+        config = self.config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.conv1 = _pointwise(config, 2 * config.z_dim)
+        self.conv2 = _pointwise(config, config.z_dim)
+
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        """Returns the pixels after encoding and decoding."""
+        return self.decode(self.encode(pixels))
+
+    def encode(self, pixels: jax.Array) -> jax.Array:
+        """Returns the latents of a video, float32.
+
+        Pixel frames beyond the last 1 + 4k are dropped.
+        """
+        stride = self.config.temporal_stride
+        whole = pixel_frames((pixels.shape[1] - 1) // stride + 1, stride)
+        return self.encode_stream(pixels[:, :whole], None)[0]
+
+    def encode_stream(
+        self, pixels: jax.Array, state: VaeState | None
+    ) -> tuple[jax.Array, VaeState]:
+        """Returns the latents of the next pixel frames, float32, and the new state.
+
+        A stream's first call takes 1 + 4k frames, every other 4k.
+        """
+        mean, state = self.encode_mean(pixels, state)
+        centre, inverse = self._normal(mean.dtype)
+        return ((mean - centre) * inverse).astype(jnp.float32), state
+
+    def encode_mean(
+        self, pixels: jax.Array, state: VaeState | None = None
+    ) -> tuple[jax.Array, VaeState]:
+        """Returns the mean of the latents' distribution, not yet normalised."""
+        self._check_pixels(pixels, state)
+        past = None if state is None else state.past
+        x, past = self.encoder.run(pixels.astype(self.config.dtype), past)
+        mean, _ = jnp.split(self.conv1(x), 2, axis=-1)
+        return mean, VaeState(past=past)
+
+    def decode(self, latents: jax.Array) -> jax.Array:
+        """Returns the video of the latents, float32 in [-1, 1]."""
+        return self.decode_stream(latents, None)[0]
+
+    def decode_stream(
+        self, latents: jax.Array, state: VaeState | None
+    ) -> tuple[jax.Array, VaeState]:
+        """Returns the next pixel frames, float32 in [-1, 1], and the new state."""
+        pixels, state = self.decode_raw(latents, state)
+        return jnp.clip(pixels.astype(jnp.float32), -1.0, 1.0), state
+
+    def decode_raw(
+        self, latents: jax.Array, state: VaeState | None = None
+    ) -> tuple[jax.Array, VaeState]:
+        """Returns what `decode_stream` does before it is clipped."""
+        latents = latents.astype(self.config.dtype)
+        centre, inverse = self._normal(latents.dtype)
+        past = None if state is None else state.past
+        x = self.conv2(latents / inverse + centre)
+        pixels, past = self.decoder.run(x, past)
+        return pixels, VaeState(past=past)
+
+    def _normal(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+        """Returns the latents' mean and inverse deviation, rounded as the original."""
+        config = self.config
+        return jnp.asarray(config.latent_mean, dtype), 1 / jnp.asarray(
+            config.latent_std, dtype
+        )
+
+    def _check_pixels(self, pixels: jax.Array, state: VaeState | None) -> None:
+        """Raises where the number of frames or the size of one cannot be halved."""
+        stride, grid = self.config.temporal_stride, self.config.spatial_stride
+        frames, height, width = pixels.shape[1:4]
+        first = 1 if state is None else 0
+        if frames <= 0 or (frames - first) % stride:
+            raise ValueError(
+                f"{frames} pixel frames; expected {first} + a multiple of {stride}"
+                f" {'at the start of' if first else 'later in'} a stream; cut or pad"
+            )
+        if height % grid or width % grid:
+            raise ValueError(
+                f"pixel frames of {height} x {width}; both must be multiples of {grid};"
+                " crop or resize"
+            )

@@ -1,0 +1,51 @@
+"""Installs the package, its shipped configs and the console script."""
+
+import pathlib
+import re
+
+import setuptools
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(
+    r'__version__ = "(.+)"', (HERE / "anchor_jax" / "__init__.py").read_text()
+)[1]
+
+setuptools.setup(
+    name="anchor_jax",
+    version=VERSION,
+    description="Anchor Forcing in JAX/Flax: interactive streaming text-to-video",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[
+        *setuptools.find_packages(include=["anchor_jax", "anchor_jax.*"]),
+        "anchor_jax.configs",
+    ],
+    package_dir={"anchor_jax.configs": "configs"},
+    package_data={
+        "anchor_jax": ["**/*.safetensors", "**/*.model", "**/*.json"],
+        "anchor_jax.configs": ["*.txt", "*.jsonl"],
+    },
+    entry_points={"console_scripts": ["anchor-jax = anchor_jax.cli.main:main"]},
+    install_requires=[
+        "absl-py",
+        "av",
+        "chex",
+        "einops",
+        "flax",
+        "ftfy",
+        "jax>=0.10.2,<0.13",
+        "ml-collections",
+        "numpy",
+        "optax",
+        "orbax-checkpoint",
+        "pillow",
+        "safetensors",
+        "sentencepiece",
+        "tqdm",
+    ],
+    extras_require={
+        "gpu": ["jax[cuda13]>=0.10.2,<0.13"],
+        "tpu": ["jax[tpu]>=0.10.2,<0.13"],
+        "test": ["pytest", "pytest-timeout", "ruff"],
+    },
+)

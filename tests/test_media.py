@@ -1,0 +1,228 @@
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from anchor_jax import media
+from anchor_jax.errors import UserError
+
+ROOT = str(pathlib.Path(media.__file__).parents[1])
+
+
+def shades(count, height=32, width=48):
+    levels = (np.arange(count) * 5 % 256).astype(np.uint8)
+    return np.broadcast_to(levels[:, None, None, None], (count, height, width, 3))
+
+
+def decode(path):
+    with av.open(str(path)) as container:
+        frames = [
+            frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)
+        ]
+        stream = container.streams.video[0]
+        return np.stack(frames), float(stream.average_rate), stream.codec_context.name
+
+
+def test_a_video_decodes_to_the_frames_that_were_written(tmp_path):
+    path = tmp_path / "new" / "video.mp4"
+    frames = shades(40)
+
+    with media.VideoWriter(path) as video:
+        for start in range(0, 40, 10):
+            video.append(frames[start : start + 10])
+
+    decoded, rate, codec = decode(path)
+    assert (decoded.shape, rate, codec) == (frames.shape, 16.0, "h264")
+    assert np.abs(decoded.astype(int) - frames).max() <= 4
+    assert [file.name for file in path.parent.iterdir()] == ["video.mp4"]
+
+
+def test_colours_survive(tmp_path):
+    colours = np.array([[255, 0, 0], [0, 160, 40], [30, 60, 220]], np.uint8)
+    frames = np.broadcast_to(colours[:, None, None], (3, 32, 32, 3))
+    with media.VideoWriter(tmp_path / "a.mp4") as video:
+        video.append(frames)
+    decoded = decode(tmp_path / "a.mp4")[0]
+    assert np.abs(decoded.astype(int) - frames).max() <= 8
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        matrix = container.streams.video[0].codec_context.colorspace
+    assert matrix == 6, "players would guess the matrix"
+
+
+def test_odd_sizes_are_padded_to_even_ones(tmp_path):
+    with media.VideoWriter(tmp_path / "odd.mp4") as video:
+        video.append(shades(3, 31, 47))
+    decoded = decode(tmp_path / "odd.mp4")[0]
+    assert decoded.shape == (3, 32, 48, 3)
+    assert np.abs(decoded[:, -1].astype(int) - decoded[:, -2]).max() <= 2
+
+
+def test_a_killed_process_leaves_a_part_that_plays(tmp_path):
+    code = (
+        "import os, signal, sys; import numpy as np; from anchor_jax import media\n"
+        "with media.VideoWriter(sys.argv[1]) as video:\n"
+        "    video.append(np.full((40, 32, 32, 3), 90, np.uint8))\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    path = tmp_path / "a.mp4"
+    done = subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, check=False)
+
+    assert done.returncode == -signal.SIGKILL
+    assert not path.exists()
+    assert len(decode(tmp_path / "a.part.mp4")[0]) >= 32
+
+
+def test_an_exception_keeps_the_part_and_the_old_video(tmp_path):
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"old")
+
+    with pytest.raises(RuntimeError), media.VideoWriter(path) as video:
+        video.append(shades(20))
+        raise RuntimeError
+
+    assert path.read_bytes() == b"old"
+    assert len(decode(tmp_path / "a.part.mp4")[0]) == 20
+
+
+def test_an_exception_before_any_frame_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt), media.VideoWriter(tmp_path / "a.mp4"):
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path):
+    path = tmp_path / "a.mp4"
+    (tmp_path / "a.part.mp4").symlink_to("/dev/full")
+
+    with pytest.raises(UserError) as caught, media.VideoWriter(path) as video:
+        video.append(shades(40))
+
+    assert str(path) in str(caught.value)
+    assert "no room" in str(caught.value) and "free some space" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_while_writing_is_reported(tmp_path):
+    code = (
+        "import resource, sys; import numpy as np; from anchor_jax import media\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "noise = np.random.default_rng(0).integers(0, 255, (60, 64, 64, 3), np.uint8)\n"
+        "try:\n"
+        "    with media.VideoWriter(sys.argv[1]) as video:\n"
+        "        video.append(noise)\n"
+        "except media.UserError as error:\n"
+        "    print(error)\n"
+    )
+    command = [sys.executable, "-c", code, tmp_path / "a.mp4"]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+    assert "no room" in done.stdout, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_video_without_frames_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no frames"):
+        with media.VideoWriter(tmp_path / "a.mp4"):
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_paths_that_cannot_be_written_are_refused_at_the_start(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.mp4").mkdir()
+    with pytest.raises(UserError, match="name it NAME.mp4"):
+        media.VideoWriter(tmp_path / "a.avi")
+    with pytest.raises(UserError, match="part of the path is a file"):
+        media.VideoWriter(tmp_path / "file" / "a.mp4").__enter__()
+    with pytest.raises(UserError, match="it is a folder"):
+        media.VideoWriter(tmp_path / "folder.mp4").__enter__()
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        np.zeros((2, 8, 8, 3), np.float32),
+        np.zeros((8, 8, 3), np.uint8),
+        np.zeros((2, 8, 8, 4), np.uint8),
+        np.zeros((2, 16, 8, 3), np.uint8),
+    ],
+)
+def test_frames_of_another_form_are_refused(tmp_path, frames):
+    with media.VideoWriter(tmp_path / "a.mp4") as video:
+        video.append(np.zeros((1, 8, 8, 3), np.uint8))
+        with pytest.raises(ValueError, match="expected"):
+            video.append(frames)
+
+
+def test_pixels_are_clamped_and_cut_to_whole_numbers():
+    pixels = np.array([-2, -1, -0.5, 0, 0.5, 0.999, 1, 3], np.float32)
+    expected = [0, 0, 63, 127, 191, 254, 255, 255]
+    assert media.to_uint8(pixels).tolist() == expected
+    assert media.to_uint8(pixels).dtype == np.uint8
+
+
+def test_a_contact_sheet_enlarges_small_tiles_without_smoothing(tmp_path):
+    rows = [shades(12, 64, 64), shades(3, 64, 64)]
+    path = tmp_path / "sheet.png"
+
+    media.contact_sheet(rows, ["a red ball rolls", "night falls"], path, columns=4)
+
+    sheet = np.asarray(Image.open(path))
+    assert sheet.shape[1] >= 4 * 128
+    tiles = sheet[10:100, 6 : 6 + 4 * 130]
+    shown = [tiles[:, 130 * n + 5, 0] for n in range(4)]
+    assert [int(tile[0]) for tile in shown] == [0, 20, 35, 55]  # frames 0, 4, 7, 11
+    assert all((tile == tile[0]).all() for tile in shown)
+    assert os.listdir(tmp_path) == ["sheet.png"]
+
+
+def test_a_contact_sheet_has_each_label_under_its_row(tmp_path):
+    path = tmp_path / "sheet.png"
+    grey = np.full((2, 96, 96, 3), 200, np.uint8)
+
+    def dark_rows(labels):
+        media.contact_sheet([grey] * len(labels), labels, path)
+        return np.flatnonzero((np.asarray(Image.open(path)) < 90).any(axis=(1, 2)))
+
+    first, both = dark_rows(["words", ""]), dark_rows(["words", "words"])
+    assert first.size and 102 <= first.min() and first.max() < 130
+    assert both.max() > first.max() + 96
+    long = dark_rows(["many words " * 20])
+    assert long.max() - long.min() > 60  # wrapped, not cut
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "a.json"
+    media.write_json(path, {"a": np.float32(0.5), "b": np.arange(2), "c": "é"})
+    assert json.loads(path.read_text(encoding="utf-8")) == {
+        "a": 0.5,
+        "b": [0, 1],
+        "c": "é",
+    }
+
+    with pytest.raises(TypeError):
+        media.write_json(path, {"a": object()})
+
+    assert json.loads(path.read_text(encoding="utf-8"))["a"] == 0.5
+    assert os.listdir(path.parent) == ["a.json"]
+
+
+def test_replacing_keeps_the_old_file_when_writing_fails(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    with pytest.raises(UserError, match="no room"), media.replacing(path) as part:
+        part.write_text("new")
+        open("/dev/full", "w").write("x" * 100_000)
+
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]

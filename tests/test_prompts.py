@@ -1,0 +1,248 @@
+import json
+import os
+
+import pytest
+
+from anchor_jax.errors import UserError
+from anchor_jax.prompts import (
+    MAX_PROMPT_CHARACTERS,
+    Script,
+    Segment,
+    Timing,
+    load_scripts,
+    parse_inline,
+    parse_json,
+)
+
+BLOCK = Timing(block=3)
+
+
+def refused(action, *parts):
+    with pytest.raises(UserError) as caught:
+        action()
+    text = str(caught.value)
+    assert [part for part in parts if part not in text] == [], text
+
+
+def test_inline_text_gives_prompts_switch_frames_and_cuts():
+    text = "a red ball rolls[5s] | it bounces[10s] | night falls[5s#]"
+
+    assert parse_inline(text, BLOCK) == Script(
+        segments=(
+            Segment("a red ball rolls", 0, False),
+            Segment("it bounces", 20, False),
+            Segment("night falls", 60, True),
+        ),
+        frames=81,
+    )
+
+
+@pytest.mark.parametrize(
+    "text, switches, frames",
+    [
+        ("a", (), 21),
+        ("a[18f]|b[3f]", (18,), 21),
+        ("a[20f]|b[1f]", (20,), 24),
+        ("a[1.1s]|b[1.1s]|c[1.1s]", (4, 9), 15),  # 4.4, 8.8, 13.2 latent frames
+        ("a[20f] | b[2.5s] | c", (20, 30), 51),
+        ("a[5s] | b[#]", (20,), 42),
+        ("a [0.1s]", (), 3),
+    ],
+)
+def test_durations_become_latent_frames_in_whole_blocks(text, switches, frames):
+    script = parse_inline(text, BLOCK)
+    assert (script.switch_frames, script.frames) == (switches, frames)
+
+
+def test_a_given_length_replaces_the_sum_of_durations():
+    assert parse_inline("a[5s]|b[5s]", Timing(block=3, frames=30)).frames == 30
+
+
+def test_a_segment_without_duration_gets_the_default_seconds():
+    assert parse_inline("a|b", Timing(block=1, seconds=2.0)).switch_frames == (8,)
+
+
+def test_brackets_within_a_prompt_are_text():
+    script = parse_inline("a [red] ball[5s] | and [blue] sky", BLOCK)
+    assert script.prompts == ("a [red] ball", "and [blue] sky")
+
+
+@pytest.mark.parametrize(
+    "text, parts",
+    [
+        ("", ["segment 1", "empty"]),
+        ("a | | b", ["segment 2", "empty"]),
+        ("a[5s] | [5s]", ["segment 2", "empty"]),
+        ("a[5s", ["segment 1", "unbalanced brackets", "[5s]"]),
+        ("a 5s]", ["segment 1", "unbalanced brackets"]),
+        ("a [[5s]]", ["segment 1", "unbalanced brackets"]),
+        ("a[5m]", ["segment 1", "[5m] is no duration", "[5s]", "[20f]"]),
+        ("a[]", ["[] is no duration"]),
+        ("a[1.5.1s]", ["is no duration"]),
+        ("a[0s] | b", ["segment 1", "0 latent frames", "more than 0"]),
+        ("a | b[-2s]", ["segment 2", "-8 latent frames"]),
+        (f"a[{'9' * 400}s]", ["segment 1", "at most 1000000"]),
+        ("a[5s#] | b", ["segment 1", "scene cut", "before it"]),
+        ("a[5s] b[5s]", ["[5s] stands inside the prompt", "put | after it"]),
+        ("a[20f] | b[0.1s] | c", ["segment 3", "switch frame 20", "increase"]),
+        ("a[1f] | b[1f] | c", ["segment 2 would never be shown", "frame 3"]),
+        ("x" * (MAX_PROMPT_CHARACTERS + 1), ["10001 characters", "at most 10000"]),
+    ],
+)
+def test_wrong_inline_text_is_refused_with_the_segment(text, parts):
+    refused(lambda: parse_inline(text, BLOCK), *parts)
+
+
+def test_a_switch_at_or_past_the_end_is_refused():
+    timing = Timing(block=3, frames=21)
+    parse_inline("a[18f] | b", timing)
+    for frame in (19, 21, 40):  # 19 takes effect at 21, the end
+        text = f"a[{frame}f] | b"
+        refused(
+            lambda text=text: parse_inline(text, timing), "at or past the end", "21"
+        )
+
+
+@pytest.mark.parametrize(
+    "timing, parts",
+    [
+        ({"block": 3, "frames": 40}, ["frames=40", "multiple", "nearest is 39"]),
+        ({"block": 3, "frames": -3}, ["frames=-3", "nearest is 3"]),
+        ({"block": 0}, ["block=0"]),
+        ({"block": 3, "seconds": 0}, ["seconds=0"]),
+    ],
+)
+def test_timing_that_cannot_be_is_refused(timing, parts):
+    refused(lambda: Timing(**timing), *parts)
+
+
+def test_a_published_entry_switches_every_forty_latent_frames():
+    script = parse_json(json.dumps({"prompts": list("abcdef"), "seed": 7}), BLOCK)
+
+    assert script.switch_frames == (40, 80, 120, 160, 200)
+    assert (script.frames, script.seed) == (240, 7)
+
+
+def test_a_configured_list_of_switch_frames_is_used_as_far_as_needed():
+    timing = Timing(block=3, frames=60, switch_frames=(10, 20, 30))
+    script = parse_json('{"prompts": ["a", "b", "c"]}', timing)
+    assert (script.switch_frames, script.frames) == ((10, 20), 60)
+
+
+@pytest.mark.parametrize(
+    "entry, switches, frames",
+    [
+        ({"prompts": ["a", "b"], "switch_frames": [9]}, (9,), 51),
+        ({"prompts": ["a", "b"], "durations": [2, 2.5]}, (8,), 18),
+        ({"prompts": ["a"], "seed": None}, (), 42),
+    ],
+)
+def test_an_entry_s_own_times_are_used(entry, switches, frames):
+    script = parse_json(json.dumps(entry), BLOCK)
+    assert (script.switch_frames, script.frames) == (switches, frames)
+
+
+@pytest.mark.parametrize(
+    "text, parts",
+    [
+        ('{"prompts": ["a"', ["bad JSON", "column"]),
+        ("[" * 100_000, ["bad JSON"]),
+        ('["a"]', ["expected an object"]),
+        ("{}", ["'prompts' is missing"]),
+        ('{"prompts": null}', ["'prompts': got None", "list of strings"]),
+        ('{"prompts": "a"}', ["'prompts': got 'a'", "list of strings"]),
+        ('{"prompts": ["a", 3]}', ["'prompts': got 3", "strings"]),
+        ('{"prompts": []}', ["'prompts' is empty"]),
+        ('{"prompts": ["a", " "]}', ["segment 2", "empty"]),
+        ('{"prompts": ["a"], "sed": 1}', ["unknown key 'sed'", "did you mean 'seed'?"]),
+        ('{"prompts": ["a"], "seed": "1"}', ["'seed': got '1'"]),
+        ('{"prompts": ["a"], "seed": true}', ["'seed': got True"]),
+        ('{"prompts": ["a"], "seed": -1}', ["'seed': got -1", ">= 0"]),
+        ('{"prompts": ["a", "b"], "switch_frames": 9}', ["'switch_frames': got 9"]),
+        ('{"prompts": ["a", "b"], "switch_frames": [9.5]}', ["got 9.5"]),
+        ('{"prompts": ["a", "b"], "switch_frames": [0, 9]}', ["2 entries, expected 1"]),
+        ('{"prompts": ["a", "b"], "switch_frames": [0]}', ["must increase"]),
+        (
+            '{"prompts": ["a", "b", "c"], "switch_frames": [30, 12]}',
+            [
+                "segment 3",
+                "switch frame 12",
+                "not after the last one, 30",
+                "must increase",
+            ],
+        ),
+        ('{"prompts": ["a", "b"], "durations": [5]}', ["1 entries, expected 2"]),
+        ('{"prompts": ["a"], "durations": [NaN]}', ["'durations': got nan"]),
+        ('{"prompts": ["a"], "durations": [0]}', ["more than 0"]),
+        (
+            '{"prompts": ["a", "b"], "durations": [5, 5], "switch_frames": [9]}',
+            ["not both"],
+        ),
+    ],
+)
+def test_a_wrong_entry_is_refused(text, parts):
+    refused(lambda: parse_json(text, BLOCK), *parts)
+
+
+def test_too_many_prompts_for_the_length_are_refused():
+    entry = json.dumps({"prompts": list("abcdef")})
+    timing = Timing(block=3, frames=120)
+    refused(lambda: parse_json(entry, timing), "too many prompts: 6", "120", "give 3")
+    timing = Timing(block=3, frames=120, switch_frames=(40, 80))
+    refused(lambda: parse_json(entry, timing), "6 prompts need 5", "has 2")
+
+
+def test_a_text_file_holds_a_script_a_line(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text(
+        "\ufeff# comment\n\na[5s] | b[5s]\r\n  # more\nc\n", encoding="utf-8"
+    )
+
+    scripts = load_scripts(BLOCK, path=path)
+
+    assert [script.prompts for script in scripts] == [("a", "b"), ("c",)]
+
+
+@pytest.mark.parametrize("name", ["prompts.jsonl", "prompts.json", "prompts.txt"])
+def test_a_json_file_holds_an_entry_a_line(tmp_path, name):
+    path = tmp_path / name
+    path.write_text('{"prompts": ["a | b[5s]"]}\n\n{"prompts": ["c", "d"]}\n')
+
+    scripts = load_scripts(BLOCK, path=path)
+
+    assert [script.prompts for script in scripts] == [("a | b[5s]",), ("c", "d")]
+
+
+def test_every_wrong_line_is_named_with_file_and_number(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("good\n# comment\nbad[5x]\n\na || b\n")
+
+    refused(
+        lambda: load_scripts(BLOCK, path=path),
+        f"{path}, line 3: segment 1: [5x]",
+        f"{path}, line 5: segment 2: the prompt is empty",
+    )
+
+
+def test_only_the_first_errors_of_a_wrong_file_are_shown(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a[5x]\n" * 25)
+    refused(lambda: load_scripts(BLOCK, path=path), "line 10", "and 15 more")
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    refused(lambda: load_scripts(BLOCK, path=tmp_path / "no.txt"), "no such file")
+    refused(lambda: load_scripts(BLOCK, path=tmp_path), "cannot be read")
+    (tmp_path / "empty.txt").write_text("# nothing\n\n")
+    refused(
+        lambda: load_scripts(BLOCK, path=tmp_path / "empty.txt"), "no prompts in it"
+    )
+    (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    refused(lambda: load_scripts(BLOCK, path=tmp_path / "latin.txt"), "not UTF-8")
+
+
+def test_a_prompt_or_a_file_is_needed_and_not_both():
+    refused(lambda: load_scripts(BLOCK), "either a prompt or a file")
+    refused(lambda: load_scripts(BLOCK, inline="a", path=os.devnull), "not both")
+    assert load_scripts(BLOCK, inline="a")[0].prompts == ("a",)
+    refused(lambda: load_scripts(BLOCK, inline=""), "prompt: segment 1", "empty")
