@@ -34,6 +34,23 @@ def lookup_sigma(timestep: jax.Array, shift: float) -> jax.Array:
     return jnp.asarray(table)[nearest]
 
 
+def shift_timestep(timestep: jax.Array, shift: float) -> jax.Array:
+    """Returns timesteps in [0, 1000] moved towards noise, for a shift over 1.
+
+    Source: algorithm.md 7.4.
+    """
+    if shift <= 1:
+        return timestep
+    return shift_sigma(timestep / TRAIN_STEPS, shift) * TRAIN_STEPS
+
+
+def dmd_timestep(
+    timestep: jax.Array, shift: float, low: float = 20.0, high: float = 980.0
+) -> jax.Array:
+    """Returns timesteps at which distillation compares scores, of uniform ones."""
+    return jnp.clip(shift_timestep(timestep, shift), low, high)
+
+
 def add_noise(x0: jax.Array, noise: jax.Array, sigma: jax.Array) -> jax.Array:
     """Returns x0 noised to `sigma`, in float32 and then the noise's dtype.
 

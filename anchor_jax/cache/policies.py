@@ -5,6 +5,7 @@ A policy is a composition of frozen parts and makes plans from integers alone.
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from anchor_jax.cache.positions import Absolute, Bounded, Ranked, Relative
@@ -243,12 +244,15 @@ class Policy:
             seen, prior = self._junction(index, tested)
         index = index.replace(filled=jnp.int32(0), cut=jnp.array(False))
         past = jnp.int32(0 if rerun.sink else self.sink)
-        plan = self._plan(index, start, rerun.frames, past, seen, prior)
+        plan = self._plan(index, start, rerun.frames, past, seen, prior, rerun)
         if not rerun.sink:
             return plan
         first = plan.frame[: self.sink]
         sink = self.positions.sink(index, first, start, rerun.frames)
-        return plan.replace(own=plan.own.at[: self.sink].set(sink))
+        return plan.replace(
+            own=plan.own.at[: self.sink].set(sink),
+            position=plan.position.at[: self.sink].set(sink),
+        )
 
     def _junction(self, index: CacheIndex, start):
         if not self.junction:
@@ -257,9 +261,10 @@ class Policy:
         prior = ~active & self.junction.prior(index)
         return active | prior, prior
 
-    def _plan(self, index, start, frames: int, past, seen, prior) -> ReadPlan:
-        own_frame = start + jnp.arange(frames, dtype=jnp.int32)
-        sink, ring, junction = self._split(index.frame)
+    def _plan(
+        self, index, start, frames: int, past, seen, prior, rerun: Rerun | None = None
+    ) -> ReadPlan:
+        sink, ring, _ = self._split(index.frame)
         rule = self.positions
         query = rule.query(start, frames)
         own = rule.own(index, start, frames, self.sink)
@@ -275,16 +280,29 @@ class Policy:
         if self.junction:
             first = self.junction_start
             parts.append(first + jnp.arange(self.junction.frames, dtype=jnp.int32))
+        by_slot = jnp.concatenate(parts).astype(jnp.int32)
+        own_frame = start + jnp.arange(frames, dtype=jnp.int32)
         return ReadPlan(
             start=start,
             query=query,
             own=own,
-            past=jnp.concatenate(parts).astype(jnp.int32),
+            past=by_slot,
             frames=(frames + past + seen * self.junction_frames).astype(jnp.int32),
-            frame=jnp.concatenate([own_frame, sink, ring, junction]),
+            frame=self._in_order(own_frame, index.frame, frames + past, rerun),
+            position=self._in_order(own, by_slot, frames + past, rerun),
             junction=seen,
             prior=prior,
         )
+
+    def _in_order(self, own, by_slot, filled, rerun: Rerun | None):
+        """Returns what belongs to every key, by slot, in reading order."""
+        sink, ring, junction = self._split(by_slot)
+        read = [own, sink, ring]
+        if rerun:
+            read = [own] if rerun.sink else [own, sink]
+        read.append(jnp.full_like(junction, EMPTY))
+        # The junction comes right after what is filled.
+        return jax.lax.dynamic_update_slice(jnp.concatenate(read), junction, (filled,))
 
     def _split(self, by_slot):
         ring = self.sink + self.local
@@ -392,6 +410,13 @@ class Policy:
                     " is a place in a bounded range; choose relative positions"
                 )
             return None
+        rewrites = self.on_switch == Recache(rewrite_sink=True)
+        if rewrites and isinstance(rule, Bounded | Ranked):
+            return (
+                "a re-cache that replaces the sink needs a sink that stays at the"
+                " start of the range: choose relative or tri-region positions, or"
+                " keep the sink"
+            )
         if self.window > rule.range:
             return (
                 f"window={self.window} must fit into the RoPE range of {rule.range}"

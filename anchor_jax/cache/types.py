@@ -44,9 +44,10 @@ class KVCache:
 class ReadPlan:
     """What a pass sees: its own frames, then sink | local | junction.
 
-    What is visible is always the first `frames` of these, so no mask is needed.
-    Positions are temporal RoPE indices. `frame` names the latent frame behind every
-    key, EMPTY where there is none, for tests, `verify` and pictures of the memory.
+    What is visible is always the first `frames` of these, so no mask is needed. A
+    re-cache reads no local frames, and no sink if it makes one. Positions are temporal
+    RoPE indices; those of `past` go by slot. `frame` and `position` go by reading order,
+    for tests, `verify` and pictures of the memory.
     """
 
     start: jax.Array  # first latent frame of the pass
@@ -54,7 +55,8 @@ class ReadPlan:
     own: jax.Array  # [own] positions of the pass's own keys
     past: jax.Array  # [slot] positions of remembered keys
     frames: jax.Array  # key frames seen
-    frame: jax.Array  # [own + slot] latent frame of each key
+    frame: jax.Array  # [key] latent frame of each key, EMPTY where there is none
+    position: jax.Array  # [key] position of each key
     junction: jax.Array  # whether a junction is seen
     prior: jax.Array  # whether that is the one before last
 

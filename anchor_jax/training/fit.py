@@ -104,9 +104,9 @@ def fit(
     """
     tx = optimizer(config)
     state = FitState(
-        step=np.int32(0),
-        params=params,
-        ema=jax.tree.map(np.array, params),
+        step=jax.numpy.int32(0),
+        params=jax.tree.map(jax.numpy.array, params),
+        ema=jax.tree.map(jax.numpy.array, params),
         opt_state=tx.init(params),
     )
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,6 @@ The text encoder is trained with the first stage and frozen afterwards.
 
 import dataclasses
 import functools
-import json
 import pathlib
 
 import jax
@@ -20,6 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 from anchor_jax import flow
+from anchor_jax.bundle import TINY_TEXT as TEXT
+from anchor_jax.media import replacing
 from anchor_jax.streaming.loop import Euler, approach, guide
 from anchor_jax.training import world_data as data
 from anchor_jax.training.fit import FitConfig, fit
@@ -33,18 +34,8 @@ from anchor_jax.wan.attention import (
 )
 from anchor_jax.wan.rope import rotary, rotate
 from anchor_jax.wan.spec import TINY
-from anchor_jax.wan.text import TextConfig, Umt5Encoder
+from anchor_jax.wan.text import Umt5Encoder
 
-TEXT = TextConfig(
-    vocab=64,
-    dim=64,
-    attention_dim=64,
-    ffn_dim=128,
-    num_heads=4,
-    num_layers=2,
-    text_len=16,
-    dtype="float32",
-)
 CHANNELS = TINY.latent_channels
 TEACHER_FRAMES = 6
 SHIFT = 3.0
@@ -60,15 +51,32 @@ class TinyConfig:
     seed: int = 0
     clips: int = 4096
     windows: int = 3072
-    pairs: int = 1536
+    pairs: int = 960
     guidance: float = 2.5
-    teacher: FitConfig = FitConfig(steps=3600, batch=32)
+    teacher: FitConfig = FitConfig(steps=1800, batch=32)
     causal: FitConfig = FitConfig(
-        steps=1200, batch=8, learning_rate=1e-3, warmup=50, ema=0.997
+        steps=1200, batch=8, learning_rate=1e-3, warmup=50, ema=0.995
     )
     student: FitConfig = FitConfig(
-        steps=1200, batch=8, learning_rate=7e-4, warmup=50, ema=0.997
+        steps=700, batch=8, learning_rate=7e-4, warmup=50, ema=0.995
     )
+
+    def scaled(self, factor: float) -> "TinyConfig":
+        """Returns the config with every stage's length and data multiplied."""
+
+        def scale(fit_config: FitConfig) -> FitConfig:
+            steps = max(2, round(fit_config.steps * factor))
+            return dataclasses.replace(fit_config, steps=steps)
+
+        return dataclasses.replace(
+            self,
+            clips=max(32, round(self.clips * min(1, factor))),
+            windows=max(48, round(self.windows * min(1, factor))),
+            pairs=max(48, round(self.pairs * min(1, factor))),
+            teacher=scale(self.teacher),
+            causal=scale(self.causal),
+            student=scale(self.student),
+        )
 
 
 def init_params(seed: int):
@@ -322,8 +330,14 @@ def _swapped(spans, frames: int):
     )
 
 
-def make_pairs(config: TinyConfig, batches: Batches, params, windows) -> dict:
-    """Returns stored guided trajectories of `config.pairs` windows."""
+def make_pairs(
+    config: TinyConfig, batches: Batches, params, windows, folder: pathlib.Path
+) -> dict:
+    """Returns stored guided trajectories of `config.pairs` windows, made once."""
+    path = folder / "trajectories.npz"
+    if path.exists():
+        with np.load(path) as stored:
+            return dict(stored)
     rng = np.random.default_rng((config.seed, 25))
     size, chunks = 16, []
     empty = len(batches.ids) - 1
@@ -345,39 +359,47 @@ def make_pairs(config: TinyConfig, batches: Batches, params, windows) -> dict:
         chunks.append(row)
     pairs = {name: np.concatenate([c[name] for c in chunks]) for name in chunks[0]}
     layouts = (data.START, data.STEADY, data.JUNCTION)
-    return pairs | {"positions": np.asarray(layouts, np.int32)}
+    pairs["positions"] = np.asarray(layouts, np.int32)
+    with replacing(path) as part, part.open("wb") as file:
+        np.savez(file, **pairs)
+    return pairs
 
 
 STAGES = ("teacher", "causal", "student")
 
 
-def train(config: TinyConfig, tokenizer, folder: pathlib.Path, stages=STAGES):
+def train(config: TinyConfig, tokenizer, folder: pathlib.Path, until: str = STAGES[-1]):
     """Runs the stages in order, resuming where `folder` left off.
 
     Returns the parameters of the last stage: `generator`, `text` and `codec`.
+
+    Args:
+      config: how much to train.
+      tokenizer: of the world's words.
+      folder: checkpoints and logs, a folder for each stage.
+      until: the last stage to run.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
     codec = data.fit_codec(config.seed, CHANNELS)
     batches = Batches(config, tokenizer, codec)
-    params = init_params(config.seed)
-    if "teacher" in stages:
-        batch = batches.teacher(config.teacher)
-        params = fit(teacher_loss, params, batch, config.teacher, folder / "teacher")
+    stages = STAGES[: STAGES.index(until) + 1]
+    params = fit(
+        teacher_loss,
+        init_params(config.seed),
+        batches.teacher(config.teacher),
+        config.teacher,
+        folder / "teacher",
+    )
+    text = {"text": params["text"]}
+    params = {"generator": params["generator"]}
+    windows = batches.windows() if "causal" in stages else None
     if "causal" in stages:
-        windows = batches.windows()
-        frozen, params = {"text": params["text"]}, {"generator": params["generator"]}
         batch = batches.causal(config.causal, windows)
-        params = fit(
-            causal_loss, params, batch, config.causal, folder / "causal", frozen
-        )
-        params |= frozen
+        params = fit(causal_loss, params, batch, config.causal, folder / "causal", text)
     if "student" in stages:
-        pairs = make_pairs(config, batches, params, windows)
-        frozen, params = {"text": params["text"]}, {"generator": params["generator"]}
+        pairs = make_pairs(config, batches, params | text, windows, folder)
         batch = batches.student(config.student, pairs)
         params = fit(
-            student_loss, params, batch, config.student, folder / "student", frozen
+            student_loss, params, batch, config.student, folder / "student", text
         )
-        params |= frozen
-    return params | {"codec": codec}
+    return params | text | {"codec": codec}

@@ -147,9 +147,10 @@ def _encode(codec, video: np.ndarray, first: bool) -> np.ndarray:
 
 
 def roll(rng, latents: np.ndarray) -> np.ndarray:
-    """Returns each clip shifted by whole latent cells, which the torus allows."""
-    rows, columns = latents.shape[2:4]
-    shifts = rng.integers((rows, columns), size=(len(latents), 2))
+    """Returns each clip shifted along the world's lattice, as the torus allows."""
+    step = scene.LATTICE // scene.CELL
+    rows, columns = latents.shape[2] // step, latents.shape[3] // step
+    shifts = step * rng.integers((rows, columns), size=(len(latents), 2))
     moved = [
         np.roll(one, shift, (1, 2)) for one, shift in zip(latents, shifts, strict=True)
     ]

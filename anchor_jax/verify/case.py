@@ -152,9 +152,9 @@ def load_case(folder: pathlib.Path) -> Case:
       CaseError: A file is missing, damaged, or named outside the set.
     """
     config = read_config(folder)
-    inputs = folder / "inputs.safetensors"
-    if "inputs_file" in config:
-        inputs = _beside(folder, config["inputs_file"], "inputs_file")
+    named = config.get("inputs_file", "inputs.safetensors")
+    inputs = _beside(folder, named, "inputs_file")
+    outputs = _beside(folder, "outputs.safetensors", "outputs")
     trace = folder / "trace.json"
     trace = _read_json(trace) if trace.exists() else None
     if trace is not None and not isinstance(trace, list):
@@ -163,7 +163,7 @@ def load_case(folder: pathlib.Path) -> Case:
         folder=folder,
         config=config,
         inputs=Tensors(inputs.name, load_tensors(inputs)),
-        outputs=Tensors("outputs.safetensors", load_tensors(_outputs(folder))),
+        outputs=Tensors("outputs.safetensors", load_tensors(outputs)),
         trace=trace,
     )
 
@@ -178,15 +178,11 @@ def load_tensors(path: pathlib.Path, prefix: str = "") -> dict[str, np.ndarray]:
         raise CaseError(f"{path.name} cannot be read: {short(str(error))}") from error
 
 
-def _outputs(folder: pathlib.Path) -> pathlib.Path:
-    return folder / "outputs.safetensors"
-
-
 def _read_json(path: pathlib.Path) -> Any:
+    if not path.is_file():
+        raise CaseError(f"{path.name} is missing")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CaseError(f"{path.name} is missing") from None
     except (OSError, ValueError, RecursionError) as error:
         raise CaseError(f"{path.name} cannot be read: {short(str(error))}") from error
 
@@ -244,12 +240,10 @@ class Checks:
           ours: What the package computes, in the recorded layout.
           theirs: The recorded value, where it is not an output of its own.
           absolute: Largest difference allowed.
-          relative: The same, as a part of the largest recorded magnitude.
+          relative: The same, as a part of the largest recorded magnitude. Where both
+            are given, one of them is enough.
         """
         theirs = self._recorded(name, theirs)
-        limit = (
-            f"{absolute:g} absolute" if relative is None else f"{relative:g} relative"
-        )
         if theirs is None:
             return
         ours, theirs = np.asarray(ours), np.asarray(theirs)
@@ -257,8 +251,11 @@ class Checks:
             self._fail(name, f"shape {ours.shape}, recorded {theirs.shape}")
             return
         far, part = difference(ours, theirs)
-        passed = far <= absolute if relative is None else part <= relative
-        self.rows.append(Row(name, far, part, bool(passed), limit))
+        tests = [("absolute", far, absolute), ("relative", part, relative)]
+        tests = [(word, got, limit) for word, got, limit in tests if limit is not None]
+        words = " or ".join(f"{limit:g} {word}" for word, _, limit in tests)
+        passed = any(got <= limit for _, got, limit in tests)
+        self.rows.append(Row(name, far, part, passed, words))
 
     def equal(self, name: str, ours: Any, theirs: Any = None) -> None:
         """Compares exactly, with the output of that name or with `theirs` if given."""

@@ -1,7 +1,6 @@
 """Recorded streams: every pass of every block, what it saw, and the cache after it."""
 
 import dataclasses
-import functools
 import re
 
 import jax
@@ -19,30 +18,38 @@ from anchor_jax.cache.policies import (
     ReleaseJunction,
 )
 from anchor_jax.cache.positions import Absolute, Ranked, Relative
-from anchor_jax.cache.types import EMPTY
-from anchor_jax.porting import convert, rules
+from anchor_jax.cache.types import EMPTY, ReadPlan
 from anchor_jax.streaming import stream
-from anchor_jax.streaming.types import BlockNoise, StreamSetup
-from anchor_jax.verify.case import Case, Checks
-from anchor_jax.verify.networks import model_config
+from anchor_jax.streaming.types import BlockNoise, StreamSetup, StreamState
+from anchor_jax.verify.case import Case, CaseError, Checks
+from anchor_jax.verify.networks import CLOSE, dit_params, model_config
 from anchor_jax.wan.rope import Rotary, rotary, rotate
 from anchor_jax.wan.spec import LatentGrid
 
+RANGE = 21
+SCENE_CUT = 45
+FLUSH_KEEPS = 2
 JUNCTION_FRAMES = 3
-LATENT = 1e-4
+LONGEST = 4096
+_PART = re.compile(r"(cache|junction)\.(after_\w+)\.layer(\d+)\.(k|v)(_prior)?")
 
 
 @dataclasses.dataclass
 class Run:
-    """A stream under way, and what its recording says about it."""
+    """A stream under way beside its recording.
+
+    `buffer` lists the latent frame in each filled slot of the official in-place
+    buffer: sink first, then in order of time.
+    """
 
     case: Case
     checks: Checks
     setup: StreamSetup
     variables: dict
     contexts: list
-    state: object
+    state: StreamState
     prompt: int = 0
+    buffer: list[int] = dataclasses.field(default_factory=list)
 
     @property
     def policy(self) -> Policy:
@@ -51,95 +58,115 @@ class Run:
 
 def verify_stream(case: Case, checks: Checks) -> None:
     """Compares a recorded stream of the official sampler with ours."""
-    config = case.config
-    run = _begin(case, checks, _policy(config))
-    checks.compare(
-        "denoising_timesteps", np.asarray(run.setup.levels.timestep), absolute=LATENT
-    )
-    requests = list(config.get("switch_frame_indices", []))
+    run = _begin(case, checks, _policy(case))
+    times = np.asarray(run.setup.levels.timestep, np.float32)
+    checks.compare("denoising_timesteps", times, absolute=CLOSE)
+    requests = list(case.sizes("switch_frame_indices", default=()))
     latents = []
-    for number in range(config["num_frames"] // run.policy.block):
+    for number in range(_num_blocks(run)):
         first = number * run.policy.block
         if requests and first >= requests[0]:
             _switch(run, requests.pop(0), first)
         latents.append(_block(run, number))
-    checks.compare(
-        "latents", _frames_first(np.concatenate(latents, 1)), absolute=LATENT
-    )
-    _leave_out_buffers(checks)
+    _finish(run, latents)
 
 
 def verify_flush(case: Case, checks: Checks) -> None:
-    """Compares a recorded Infinity-RoPE stream, flush and scene cut, with ours."""
-    config = case.config
-    window, sink = config["local_attn_size"], config["sink_size"]
+    """Compares a recorded Infinity-RoPE stream, flushes and scene cuts, with ours."""
+    window = case.size("local_attn_size")
     policy = Policy(
-        block=config["num_frame_per_block"],
-        sink=sink,
+        block=case.size("num_frame_per_block"),
+        sink=case.size("sink_size", low=0),
         window=window,
-        positions=Ranked(range=window, cut=45),
-        on_switch=Flush(last=2),
+        positions=Ranked(range=window, cut=SCENE_CUT),
+        on_switch=Flush(last=FLUSH_KEEPS),
     )
     run = _begin(case, checks, policy)
-    scenes = np.repeat(np.arange(len(config["scenes_blocks"])), config["scenes_blocks"])
+    lengths = case.sizes("scenes_blocks", low=1, high=LONGEST)
+    cuts = case.setting("scene_cut_to_next")
+    if not isinstance(cuts, list) or len(cuts) < len(lengths) - 1:
+        raise CaseError("config.json: scene_cut_to_next needs a flag for every scene")
+    scenes = [scene for scene, length in enumerate(lengths) for _ in range(length)]
     latents = []
-    for number, scene in enumerate(scenes):
+    for number, scene in enumerate(scenes[: _num_blocks(run)]):
         if scene != run.prompt:
-            cut = bool(config["scene_cut_to_next"][scene - 1])
-            _switch(run, number * policy.block, number * policy.block, cut)
+            first = number * policy.block
+            _switch(run, first, first, cut=bool(cuts[scene - 1]))
+            run.buffer = [run.buffer[0], *run.buffer[-FLUSH_KEEPS:]]
         latents.append(_block(run, number))
-    checks.compare(
-        "latents", _frames_first(np.concatenate(latents, 1)), absolute=LATENT
+    _finish(run, latents)
+
+
+def _finish(run: Run, latents: list[np.ndarray]) -> None:
+    whole = np.concatenate(latents, axis=1)
+    run.checks.compare("latents", _frames_first(whole), absolute=CLOSE)
+    run.checks.leave_out(
+        r"junction\..*", "junction buffers of a stream whose policy has no junction"
     )
-    _leave_out_buffers(checks)
 
 
-def _policy(config: dict) -> Policy:
+def _policy(case: Case) -> Policy:
     """Returns the policy that a recorded configuration stands for."""
-    window = config["local_attn_size"]
+    window = case.size("local_attn_size", low=-1)
     junction = None
-    if config["use_prompt_cache"]:
-        single = config.get("pipeline") == "single_prompt"
+    if case.is_set("use_prompt_cache"):
+        single = case.setting("pipeline", default=None) == "single_prompt"
         kind = PeriodicJunction if single else ReleaseJunction
         junction = kind(JUNCTION_FRAMES)
-    rerun = Recache(rewrite_sink=not config["global_sink"])
+    bounded = case.is_set("rope_enhance")
+    rerun = Recache(rewrite_sink=not case.is_set("global_sink"))
     return Policy(
-        block=config["num_frame_per_block"],
-        sink=config["sink_size"],
-        window=config["num_frames"] if window == -1 else window,
+        block=case.size("num_frame_per_block"),
+        sink=case.size("sink_size", low=0),
+        window=case.size("num_frames") if window == -1 else window,
         junction=junction,
-        positions=Relative(range=21) if config["rope_enhance"] else Absolute(),
-        on_switch=rerun if config["recache"] else Keep(),
+        positions=Relative(range=RANGE) if bounded else Absolute(),
+        on_switch=rerun if case.is_set("recache") else Keep(),
     )
 
 
 def _begin(case: Case, checks: Checks, policy: Policy) -> Run:
-    config = case.config
-    model = model_config(config["model"])
+    config = model_config(case)
+    steps = case.sizes("denoising_step_list", high=flow.TRAIN_STEPS)
+    shift = case.number("timestep_shift")
+    rows, columns = case.sizes("latent_hw", low=1, high=LONGEST)
     setup = StreamSetup(
-        model=model,
-        grid=LatentGrid(*config["latent_hw"]),
+        model=config,
+        grid=LatentGrid(rows, columns),
         policy=policy,
-        levels=flow.few_step_levels(
-            tuple(config["denoising_step_list"]), config["timestep_shift"], table=True
-        ),
+        levels=flow.few_step_levels(steps, shift, table=True),
     )
-    params = convert.convert(case.weights(), rules.DIT)
-    variables = {"params": jax.tree.map(jnp.asarray, params)}
-    names = sorted(
-        (name for name in case.inputs if re.fullmatch(r"prompt_embeds\.\d+", name)),
-        key=lambda name: int(name.split(".")[1]),
-    )
-    contexts = [
-        stream.project(variables, case.inputs[name], setup=setup) for name in names
-    ]
+    variables = {"params": jax.tree.map(jnp.asarray, dit_params(case, config))}
+    count = sum(bool(re.fullmatch(r"prompt_embeds\.\d+", name)) for name in case.inputs)
+    contexts = []
+    for number in range(max(1, count)):
+        text = _padded(case.inputs[f"prompt_embeds.{number}"], config.text_len)
+        text = np.repeat(text, len(case.inputs["noise"]) // len(text), axis=0)
+        contexts.append(stream.project(variables, text, setup=setup))
     state = stream.start(contexts[0], setup=setup)
     return Run(case, checks, setup, variables, contexts, state)
 
 
+def _padded(text: np.ndarray, length: int) -> np.ndarray:
+    missing = length - text.shape[1]
+    if text.ndim != 3 or missing < 0:
+        raise CaseError(
+            f"inputs: a prompt has shape {text.shape}, text_len is {length}"
+        )
+    return np.pad(text, ((0, 0), (0, missing), (0, 0)))
+
+
+def _num_blocks(run: Run) -> int:
+    frames, block = run.case.size("num_frames", high=LONGEST), run.policy.block
+    if frames % block:
+        raise CaseError(f"config.json: num_frames={frames} must divide by {block}")
+    return frames // block
+
+
 def _switch(run: Run, requested: int, first: int, cut: bool = False) -> None:
     number, run.prompt = run.prompt, run.prompt + 1
-    rerun = run.policy.rerun(first)
+    if run.prompt >= len(run.contexts):
+        raise CaseError(f"inputs: no prompt_embeds.{run.prompt} to switch to")
     run.state, block = stream.switch(
         run.variables,
         run.state,
@@ -147,209 +174,189 @@ def _switch(run: Run, requested: int, first: int, cut: bool = False) -> None:
         requested,
         cut,
         setup=run.setup,
-        rerun=rerun,
+        rerun=run.policy.rerun(first),
     )
     if block is None:
         return
-    recorded = run.checks.outputs.get(f"flow.recache{number}")
-    if recorded is not None:
-        # The official pass also runs frames whose keys are not stored; the newest
-        # ones are ours.
+    if run.policy.on_switch == Recache(rewrite_sink=True):
+        run.buffer = list(range(first - len(run.buffer), first))
+    name = f"flow.recache{number}"
+    if name in run.checks.outputs:
+        # The official pass also runs frames whose keys it does not store: the newest
+        # ones are those that count.
         ours = _frames_first(block.committed)
-        run.checks.compare(
-            f"flow.recache{number}", ours, absolute=LATENT, newest=ours.shape[1]
-        )
-    _compare_trace(run, block.plan, kind="recache", recache=number)
-    run.checks.seen |= {}
-    _compare_cache(run, f"after_recache{number}", first)
+        theirs = run.checks.outputs[name][:, -ours.shape[1] :]
+        run.checks.compare(name, ours, theirs, absolute=CLOSE)
+    _compare_trace(run, block.plan, ("recache",), "recache", number)
+    _compare_cache(run, f"after_recache{number}")
 
 
 def _block(run: Run, number: int) -> np.ndarray:
     """Returns a block's latents after comparing everything recorded about it."""
-    size = run.policy.block
-    first = number * size
-    noise = run.case.inputs["noise"][:, first : first + size]
-    fresh = run.case.inputs["renoise"][number]
-    batch = noise.shape[0]
-    fresh = rearrange(fresh, "s (b f) c h w -> s b f h w c", b=batch)
-    noise = BlockNoise(
-        jnp.asarray(_channels_last(noise)),
-        jnp.asarray(fresh[: len(run.setup.levels) - 1]),
-    )
+    noise = _block_noise(run, number)
     run.state, block = stream.step(run.variables, run.state, noise, setup=run.setup)
-    name = f"block{number:03d}"
-    compare = functools.partial(run.checks.compare_if_recorded, absolute=LATENT)
+    _append(run, number)
+    name, outputs = f"block{number:03d}", run.checks.outputs
+    # Infinity-RoPE's recording numbers the clean pass as one more step.
+    clean = (f"flow.{name}.context", f"flow.{name}.step{len(run.setup.levels)}")
+    ours = dict.fromkeys(clean, block.committed)
     for level in range(len(run.setup.levels)):
-        compare(f"flow.{name}.step{level}", _frames_first(block.passes.flow[level]))
-        compare(f"x0.{name}.step{level}", _frames_first(block.passes.x0[level]))
-    compare(f"flow.{name}.context", _frames_first(block.committed))
-    _compare_trace(run, block.plan, kind=("denoise", "context"), block=number)
-    _compare_cache(run, f"after_{name}", first + size)
+        ours[f"flow.{name}.step{level}"] = block.passes.flow[level]
+        ours[f"x0.{name}.step{level}"] = block.passes.x0[level]
+    for key in ours.keys() & outputs.keys():
+        run.checks.compare(key, _frames_first(ours[key]), absolute=CLOSE)
+    _compare_trace(run, block.plan, ("denoise", "context"), "block", number)
+    _compare_cache(run, f"after_{name}")
     return np.asarray(block.latents)
 
 
-def _compare_trace(run: Run, plan, kind, **which) -> None:
-    """Compares frames seen and RoPE positions with the trace's records."""
-    kinds = (kind,) if isinstance(kind, str) else kind
+def _block_noise(run: Run, number: int) -> BlockNoise:
+    inputs, size = run.case.inputs, run.policy.block
+    noise = inputs["noise"][:, number * size : (number + 1) * size]
+    grid, channels = run.setup.grid, run.setup.model.latent_channels
+    shape = (channels, grid.height, grid.width)
+    if noise.ndim != 5 or noise.shape[1:] != (size, *shape):
+        raise CaseError(f"inputs: the noise of block {number} has shape {noise.shape}")
+    batch, passes = noise.shape[0], len(run.setup.levels) - 1
+    fresh = inputs["renoise"]
+    if len(fresh) <= number or fresh.shape[1] < passes:
+        raise CaseError(f"inputs: renoise of shape {fresh.shape} ends before {number}")
+    fresh = fresh[number, :passes].reshape(passes, batch, size, *shape)
+    return BlockNoise(
+        jnp.asarray(rearrange(noise, "b f c h w -> b f h w c")),
+        jnp.asarray(rearrange(fresh, "s b f c h w -> s b f h w c")),
+    )
+
+
+def _append(run: Run, number: int) -> None:
+    """Notes a block in the official buffer: the oldest after the sink make room."""
+    size, sink = run.policy.block, run.policy.sink
+    first = number * size
+    buffer = [*run.buffer, *range(first, first + size)]
+    excess = max(0, len(buffer) - run.policy.window)
+    run.buffer = buffer[:sink] + buffer[sink + excess :]
+
+
+def _compare_trace(run: Run, plan: ReadPlan, kinds, key: str, number: int) -> None:
+    """Compares frames seen and RoPE positions with the records of some passes."""
     for record in run.case.trace or []:
-        named = all(record.get(key) == value for key, value in which.items())
-        if not named or record.get("kind") not in kinds:
+        if not isinstance(record, dict) or record.get(key) != number:
             continue
-        label = f"trace.{record['kind']}.{record['start_frame']}"
+        if record.get("kind") not in kinds:
+            continue
+        label = f"trace.{key}{number}.{record['kind']}.{record.get('timestep')}"
         if "kv_frames_attended" in record:
-            run.checks.equal(
-                f"{label}.frames", int(plan.frames), record["kv_frames_attended"]
-            )
-        for region, expected in _recorded_positions(run, record).items():
-            ours = _positions(run, plan, region, len(expected))
+            seen = record["kv_frames_attended"]
+            run.checks.equal(f"{label}.frames", int(plan.frames), seen)
+        for region, expected in _recorded_positions(record).items():
+            ours = _positions(run, plan, region)
+            if kinds == ("recache",) and region in ("query", "key_new"):
+                expected = expected[-len(ours) :]
             run.checks.equal(f"{label}.{region}", ours, expected)
 
 
-def _recorded_positions(run: Run, record: dict) -> dict[str, list[int]]:
-    """Returns {region: positions} of a record."""
-    starts = dict(record.get("rope_frames_start", {}))
+def _recorded_positions(record: dict) -> dict[str, list[int]]:
+    """Returns {region: RoPE positions} of a record.
+
+    A record gives the first position and the number of frames of each region; or, of
+    Infinity-RoPE, of the queries and of the window, and whether the newest three are
+    moved by a scene cut.
+    """
     pair = record.get("rope_frames_start_cut_query_then_key")
+    named = record.get("rope_frames_start", {})
     if pair is not None:
-        (size, first, cut), (keys, key_first, key_cut) = pair
-        return {
-            "query": _with_cut(size, first, cut),
-            "window": _with_cut(keys, key_first, key_cut),
-        }
-    return {
-        region: list(range(first, first + size))
-        for region, (size, first) in starts.items()
-    }
+        named = dict(zip(("query", "window"), pair, strict=True))
+    found = {}
+    for region, (size, first, *cut) in named.items():
+        found[region] = list(range(first, first + size))
+        if any(cut):
+            moved = min(3, size)
+            found[region][-moved:] = range(SCENE_CUT, SCENE_CUT + moved)
+    return found
 
 
-def _with_cut(size: int, first: int, cut: bool) -> list[int]:
-    positions = list(range(first, first + size))
-    if cut:
-        positions[-3:] = [45, 46, 47]
-    return positions
-
-
-def _positions(run: Run, plan, region: str, size: int) -> list[int]:
-    """Returns the positions of a region of the plan as the trace names it."""
+def _positions(run: Run, plan: ReadPlan, region: str) -> list[int]:
+    """Returns the positions of one region of a plan, in order of time."""
     policy, own = run.policy, np.asarray(plan.own).tolist()
-    past, query = np.asarray(plan.past).tolist(), np.asarray(plan.query).tolist()
     if region in ("query", "key_new"):
-        # A short re-cache runs only the newest frames of the official one.
-        chosen = query if region == "query" else own
-        return (
-            list(range(chosen[-1] - size + 1, chosen[-1] + 1))
-            if (len(chosen) < size)
-            else chosen
-        )
-    ring = policy.sink + policy.local
+        return np.asarray(plan.query if region == "query" else plan.own).tolist()
+    ring, past = policy.sink + policy.local, np.asarray(plan.past).tolist()
     if region == "junction":
         return past[ring:] if bool(plan.junction) else []
-    before = int(plan.frames) - len(own) - int(plan.junction) * policy.junction_frames
-    sink = past[: policy.sink] if before else own[: policy.sink]
-    local = sorted(past[policy.sink : max(before, policy.sink)])
-    local += own if before else own[policy.sink :]
+    remembered = int(plan.frames) - len(own)
+    remembered -= int(plan.junction) * policy.junction_frames
+    sink, local = own[: policy.sink], own[policy.sink :]
+    if remembered:
+        # A ring is not in order of time, its positions are.
+        sink, local = (
+            past[: policy.sink],
+            [*sorted(past[policy.sink : remembered]), *own],
+        )
     return {"sink": sink, "local": local, "window": sink + local}[region]
 
 
-def _compare_cache(run: Run, name: str, end: int) -> None:
-    """Compares recorded keys and values frame by frame with the slots that hold them.
+def _compare_cache(run: Run, moment: str) -> None:
+    """Compares recorded keys and values of every frame that we still hold.
 
-    Only frames that a later block can still read are held, and compared.
+    Those are the frames that a later block can read; the official buffer holds some
+    that nobody will.
     """
-    pattern = re.compile(rf"(cache|junction)\.{name}\.layer(\d+)\.(k|v)(_prior)?")
-    for recorded in list(run.checks.outputs):
-        match = pattern.fullmatch(recorded)
-        if not match:
+    for name in list(run.checks.outputs):
+        match = _PART.fullmatch(name)
+        if not match or match[2] != moment:
             continue
-        part, layer, which, prior = match.groups()
-        take = _junction if part == "junction" else _cached
-        result = take(run, int(layer), which, bool(prior), end, recorded)
-        if result is not None:
-            ours, frames = result
-            run.checks.compare(recorded, ours, absolute=LATENT, frames=frames)
+        part, _, layer, which, prior = match.groups()
+        if part == "junction":
+            _compare_junction(run, name, int(layer), which, bool(prior))
+        else:
+            _compare_buffer(run, name, int(layer), which)
 
 
-def _junction(run: Run, layer: int, which: str, prior: bool, end: int, name: str):
-    del end, name
-    cache, policy = run.state.cache, run.policy
-    if prior and cache.prior is None:
-        return None
+def _compare_junction(run: Run, name: str, layer: int, which: str, prior: bool):
+    cache = run.state.cache
+    if not run.policy.keeps_prior:
+        return
     held = getattr(cache.prior if prior else cache.slots, which)[layer]
     if not prior:
-        held = held[:, policy.sink + policy.local :]
-    return np.asarray(rearrange(held, "b f t h d -> b (f t) h d")), None
-
-
-def _cached(run: Run, layer: int, which: str, prior: bool, end: int, name: str):
-    """Returns what we hold of a recorded buffer, and its [frame] mask of held ones."""
-    del prior
-    policy, cache = run.policy, run.state.cache
-    held = np.asarray(getattr(cache.slots, which)[layer])
-    frame_of = np.asarray(cache.index.frame)
-    tokens = held.shape[2]
-    recorded = run.checks.outputs[name]
-    slots = recorded.shape[1] // tokens
-    filled = run.filled if hasattr(run, "filled") else None
-    frames = _buffer_frames(run, slots, end) if filled is None else filled
-    ours = np.zeros((recorded.shape[0], slots, *held.shape[2:]), held.dtype)
-    compared = np.zeros(slots, bool)
-    ring = policy.sink + policy.local
-    usable = np.arange(len(frame_of)) < policy.sink
-    usable |= (np.arange(len(frame_of)) >= policy.sink) & (
-        np.arange(len(frame_of)) < ring
+        held = held[:, run.policy.sink + run.policy.local :]
+    run.checks.compare(
+        name, rearrange(held, "b f t h d -> b (f t) h d"), absolute=CLOSE
     )
-    for slot, frame in enumerate(frames):
-        where = np.flatnonzero(usable & (frame_of == frame))
-        if frame == EMPTY or not len(where):
-            continue
-        ours[:, slot], compared[slot] = held[:, where[0]], True
+
+
+def _compare_buffer(run: Run, name: str, layer: int, which: str) -> None:
+    cache, policy = run.state.cache, run.policy
+    held = np.asarray(getattr(cache.slots, which)[layer])
+    window = policy.sink + policy.local
+    where = {
+        int(frame): slot
+        for slot, frame in enumerate(np.asarray(cache.index.frame)[:window])
+        if frame != EMPTY
+    }
+    slots = [slot for slot, frame in enumerate(run.buffer) if frame in where]
+    frames = [run.buffer[slot] for slot in slots]
+    ours = held[:, [where[frame] for frame in frames]]
     if which == "k":
         ours = _as_stored(run, ours, frames)
-    return rearrange(ours, "b f t h d -> b (f t) h d"), compared
-
-
-def _buffer_frames(run: Run, slots: int, end: int) -> list[int]:
-    """Returns the latent frame in each slot of the official buffer after `end` frames.
-
-    Sink first, then the newest frames in time order.
-    """
-    sink = run.policy.sink
-    if run.policy.on_switch == Recache(rewrite_sink=True):
-        first = [int(x) for x in np.asarray(run.state.cache.index.frame)[:sink]]
-    else:
-        first = list(range(min(sink, end)))
-    rest = min(slots - sink, end - sink)
-    frames = first + list(range(end - rest, end))
-    return frames + [EMPTY] * (slots - len(frames))
+    tokens = held.shape[2]
+    recorded = run.checks.outputs[name]
+    theirs = rearrange(recorded, "b (f t) h d -> b f t h d", t=tokens)[:, slots]
+    run.checks.compare(name, ours, theirs, absolute=CLOSE)
 
 
 def _as_stored(run: Run, keys: np.ndarray, frames: list[int]) -> np.ndarray:
     """Returns keys rotated where the official buffer holds them rotated."""
     rule, config = run.policy.positions, run.setup.model
-    if isinstance(rule, Absolute):
-        turned = frames
-    elif isinstance(rule, Ranked):
-        # Official behaviour: frame 0 is stored rotated, the rest is not.
-        turned = [frame if frame == 0 else EMPTY for frame in frames]
-    else:
+    if not isinstance(rule, Absolute | Ranked):
         return keys
-    position = jnp.asarray(np.maximum(turned, 0), jnp.int32)
+    position = jnp.asarray(frames, jnp.int32)
     turn = rotary(position, run.setup.tokens, config.head_dim, config.rope_theta)
-    is_turned = np.asarray(turned) != EMPTY
-    turn = Rotary(
-        cos=jnp.where(is_turned[:, None, None], turn.cos, 1.0),
-        sin=jnp.where(is_turned[:, None, None], turn.sin, 0.0),
-    )
+    if isinstance(rule, Ranked):
+        # Official behaviour: frame 0 is stored rotated, all others are not.
+        first = (position == 0)[:, None, None]
+        cos, sin = jnp.where(first, turn.cos, 1.0), jnp.where(first, turn.sin, 0.0)
+        turn = Rotary(cos=cos, sin=sin)
     return np.asarray(rotate(jnp.asarray(keys), turn))
-
-
-def _leave_out_buffers(checks: Checks) -> None:
-    checks.leave_out(
-        r"junction\..*", "junction of a block without one, or never captured"
-    )
-
-
-def _channels_last(latents: np.ndarray) -> np.ndarray:
-    return np.moveaxis(latents, 2, -1)
 
 
 def _frames_first(latents) -> np.ndarray:

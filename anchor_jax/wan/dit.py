@@ -38,12 +38,12 @@ class Block(nn.Module):
         h = modulate(layer_norm(x, config.eps), shift1, scale1)
         attend = SelfAttention(config, name="self_attn")
         y, own = attend(h, query_rope, key_rope, visible, past)
-        self.sow("intermediates", "self_attn", y)
+        self.sow("intermediates", "self_attn_out", y)
         x = x + y * gate1[:, :, None]
 
         h = AffineNorm(config.eps, config.param_dtype, name="norm3")(x)
         y = CrossAttention(config, name="cross_attn")(h, context)
-        self.sow("intermediates", "cross_attn", y)
+        self.sow("intermediates", "cross_attn_out", y)
         x = x + y
 
         h = modulate(layer_norm(x, config.eps), shift2, scale2)
@@ -152,7 +152,7 @@ class WanDit(nn.Module):
             x, (context, past), modulation, query_rope, key_rope, visible
         )
         y = self.head(x, time)
-        self.sow("intermediates", "head", y)
+        self.sow("intermediates", "head_out", y)
         return unpatchify(y, tokens, config.patch), own
 
     def _time(self, timestep):
@@ -161,7 +161,7 @@ class WanDit(nn.Module):
         time = self.time_out(nn.silu(self.time_in(wave.astype(config.dtype))))
         modulation = self.time_projection(nn.silu(time))
         self.sow("intermediates", "time_embedding", time)
-        self.sow("intermediates", "time_projection", modulation)
+        self.sow("intermediates", "time_projection_out", modulation)
         return time, rearrange(modulation, "b f (n c) -> b f n c", n=6)
 
 

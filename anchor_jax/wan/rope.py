@@ -1,7 +1,5 @@
 """Three-axis rotary position embedding and the sinusoid of timesteps."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -123,7 +121,5 @@ def table(position: np.ndarray, head_dim: int) -> np.ndarray:
 
     Shape [position, pairs]; only for inspection and tests.
     """
-    split = axis_pairs(head_dim)
-    assert sum(split) == math.ceil(head_dim / 2)
-    freq = np.concatenate([frequencies(pairs) for pairs in split])
+    freq = np.concatenate([frequencies(pairs) for pairs in axis_pairs(head_dim)])
     return np.asarray(position, np.float64)[:, None] * freq

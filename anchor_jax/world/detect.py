@@ -17,9 +17,9 @@ PRESENT = 0.8
 """Share of pixel frames in which a colour must dominate to be a clip's colour."""
 MIN_AREA = 100
 """Pixels that an object must have to be visible; a small triangle has 270."""
-JUMP = 4.6
+JUMP = 2.3 * scene.SPEED
 """A step in pixels that counts as a jump, 2.3 times the commanded one."""
-SEAM = 2.6
+SEAM = 1.3 * scene.SPEED
 """Pixels by which a jump exceeds the commanded step."""
 GOOD_IOU = 0.7
 RADII = (11.0, 12.0, 13.0, 14.0, 15.0)
@@ -40,11 +40,11 @@ class Measured:
       iou: Intersection over union with the best template, mean of visible frames.
       radius: The best template's radius in pixels.
       displacement: Mean (x, y) displacement in pixels per latent frame.
-      border_jumps: Share of the latent borders where the object's step is above 4.6
+      border_jumps: Share of the latent borders where the object's step is above `JUMP`
         pixels or cannot be measured, as it is not visible.
       inner_jumps: The same for the steps inside latent frames.
       seams: Share of the latent borders across which the displacement of a whole
-        latent frame departs by more than 2.6 pixels from the clip's median one.
+        latent frame departs by more than `SEAM` pixels from the clip's median.
       visible: Share of pixel frames with an object.
     """
 
@@ -204,8 +204,9 @@ def classify_motion(
     """Returns the mean displacement in pixels per latent frame, and its class.
 
     The displacement over four pixel frames crosses one latent border. A direction
-    has 4-14 pixels, at most half of it across, and most displacements in line with
-    it; `still` has below 2, and no back and forth above 3; all else is unclear.
+    has 0.5 to 1.75 times the commanded one, at most half of it across, and most
+    displacements in line with it; `still` has below a quarter, and no back and forth
+    above three eighths; all else is unclear.
     """
     span = scene.PIXEL_FRAMES_PER_LATENT
     seen = visible[span:] & visible[:-span]
@@ -214,10 +215,15 @@ def classify_motion(
     steps = scene.wrap(xy[span:] - xy[:-span])[seen]
     x, y = (float(value) for value in steps.mean(axis=0))
     length, path = np.hypot(x, y), np.hypot(*steps.T).mean()
-    if length < 2 and path < 3:
+    full = span * scene.SPEED
+    if length < full / 4 and path < 0.375 * full:
         return (x, y), "still"
     along, across = max(abs(x), abs(y)), min(abs(x), abs(y))
-    if not 4 <= along <= 14 or across > along / 2 or length < 0.6 * path:
+    if (
+        not full / 2 <= along <= 1.75 * full
+        or across > along / 2
+        or length < 0.6 * path
+    ):
         return (x, y), UNCLEAR
     if abs(x) > abs(y):
         return (x, y), "left" if x < 0 else "right"

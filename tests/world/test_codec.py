@@ -33,7 +33,7 @@ def psnr(params: dict, pixels: np.ndarray) -> float:
 def test_quality_on_held_out_clips():
     pixels = clips(1, 24, held_out=True)
     few, more = psnr(fitted(16), pixels), psnr(fitted(24), pixels)
-    assert few > 25.5
+    assert few > 24.5
     assert more > few + 0.8
 
 
@@ -84,12 +84,12 @@ def test_rolled_latents_are_rolled_pixels():
     )
 
 
-def test_motion_is_a_cell_a_latent_frame():
+def test_motion_is_a_token_a_latent_frame():
     one = scene.Attributes("red", "triangle", "left", "white")
     pixels = codec.to_unit(scene.render([(one, 17)], (5.5, 40.2), 13.0))[None]
     latents = np.asarray(codec.encode(fitted(), pixels))
     np.testing.assert_allclose(
-        latents[:, 2:], np.roll(latents[:, 1:-1], -1, axis=3), atol=1e-4
+        latents[:, 2:], np.roll(latents[:, 1:-1], -2, axis=3), atol=1e-4
     )
 
 

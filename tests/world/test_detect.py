@@ -75,7 +75,7 @@ def test_a_wrong_attribute_fails_alone(kind):
 
 def test_measured_numbers():
     measured = detect.measure(clip())
-    np.testing.assert_allclose(measured.displacement, (-8, 0), atol=0.05)
+    np.testing.assert_allclose(measured.displacement, (-16, 0), atol=0.05)
     assert measured.visible == 1 and measured.iou > 0.9
     assert measured.radius in (12, 13)
     assert measured.border_jumps == measured.inner_jumps == measured.seams == 0
@@ -85,7 +85,7 @@ def test_measured_numbers():
 def test_jumps_are_found_at_the_borders_of_the_phase(phase):
     frames = clip(dataclasses.replace(ONE, motion="still"), 16)
     latent = (phase + np.arange(16) + 3) // 4
-    shaken = np.where((latent % 2)[:, None, None, None], np.roll(frames, 6, 2), frames)
+    shaken = np.where((latent % 2)[:, None, None, None], np.roll(frames, 12, 2), frames)
     measured = detect.measure(shaken, phase)
     assert measured.border_jumps == 1 and measured.inner_jumps == 0
     assert measured.motion == detect.UNCLEAR
@@ -96,7 +96,7 @@ def test_jumps_are_found_at_the_borders_of_the_phase(phase):
 def test_a_late_latent_is_a_seam():
     frames = clip()
     shifted = frames.copy()
-    shifted[9:13] = np.roll(frames[9:13], 4, axis=2)
+    shifted[9:13] = np.roll(frames[9:13], 8, axis=2)
     measured = detect.measure(shifted)
     assert measured.seams == 0.5
     assert measured.motion == "left"

@@ -67,10 +67,10 @@ def test_frame_counts():
 
 @pytest.mark.parametrize("shape", scene.SHAPES)
 @pytest.mark.parametrize("motion", scene.MOTIONS)
-def test_motion_is_two_pixels_a_frame_on_a_torus(shape, motion):
+def test_motion_is_four_pixels_a_frame_on_a_torus(shape, motion):
     one = Attributes("green", shape, motion, "gray")
     video = scene.render([(one, 41)], (60.3, 2.7), 13.0)
-    x, y = (2 * part for part in scene.MOTIONS[motion])
+    x, y = (4 * part for part in scene.MOTIONS[motion])
     for number in (1, 7, 40):
         moved = np.roll(video[0], (number * y, number * x), axis=(0, 1))
         np.testing.assert_array_equal(video[number], moved)
@@ -100,8 +100,8 @@ def test_segments_continue_the_track():
     turned = Attributes("blue", "ring", "down", "white")
     segments = [(RED, 9), (turned, 8)]
     steps = scene.wrap(np.diff(scene.centers(segments, (50.0, 10.0)), axis=0))
-    np.testing.assert_allclose(steps[:8], np.tile([2, 0], (8, 1)))
-    np.testing.assert_allclose(steps[8:], np.tile([0, 2], (8, 1)))
+    np.testing.assert_allclose(steps[:8], np.tile([4, 0], (8, 1)))
+    np.testing.assert_allclose(steps[8:], np.tile([0, 4], (8, 1)))
     video = scene.render(segments, (50.0, 10.0), 12.0)
     np.testing.assert_array_equal(video[:9], scene.render(segments[:1], (50, 10), 12))
     assert tuple(video[8, 40, 32]) == scene.BACKGROUNDS["black"]

@@ -1,0 +1,290 @@
+"""Makes videos from prompts, written while they stream."""
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import math
+import os
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from anchor_jax import config as configs
+from anchor_jax.errors import UserError
+
+SUMMARY = "Makes a video for every line of prompts, and writes it while it streams."
+USAGE = """
+anchor-jax sample --config=configs/tiny.py
+anchor-jax sample --config=configs/tiny.py:longlive --config.seed=1 --out=out/longlive
+anchor-jax sample --config=tiny --config.prompt="a red ring moves up on gray[3s]"
+anchor-jax sample --config=tiny --config.prompt_file=prompts.txt --out=out/batch
+
+# Each line makes 000.mp4, 000.png (a row of frames per prompt) and 000.json (all
+# that is needed to make it again). Prompts: "PROMPT[5s] | PROMPT[20f] | PROMPT[5s#]":
+# seconds, latent frames, and # for a scene cut where the policy has one.
+# Run the same command again with the same --out and finished videos are skipped;
+# files of another recipe are never replaced unless you say --overwrite.
+# Compiled programs are kept in ~/.cache/anchor_jax; ANCHOR_JAX_CACHE=off keeps none,
+# ANCHOR_JAX_CACHE=FOLDER keeps them elsewhere.
+"""
+CACHE_VARIABLE = "ANCHOR_JAX_CACHE"
+
+_PIXEL_FRAMES = 4
+_TILES = 8
+
+
+def define_flags() -> None:
+    """Defines the command's flags."""
+    configs.define_config_flag()
+    flags.DEFINE_string(
+        "out", None, "Folder for the videos; the config's, or a new out/<time>."
+    )
+    flags.DEFINE_bool(
+        "overwrite", False, "Whether to replace files that another recipe made."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One video: its files, its script, and what defines it, as plain values."""
+
+    stem: pathlib.Path
+    script: object
+    setup: object
+    request: dict
+
+    def file(self, suffix: str) -> pathlib.Path:
+        return self.stem.with_name(self.stem.name + suffix)
+
+    @property
+    def files(self) -> tuple[pathlib.Path, ...]:
+        """The video last: it tells that the others are there."""
+        return tuple(self.file(suffix) for suffix in (".png", ".json", ".mp4"))
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the command.
+
+    Raises:
+      UserError: Something is wrong; nothing has been written then, unless the disk
+        is full.
+    """
+    del argv
+    cache = enable_compilation_cache()
+    from anchor_jax import experiment
+    from anchor_jax.bundle import load_bundle
+
+    config = flags.FLAGS.config
+    scripts = experiment.load_scripts(config)
+    negative = experiment.negative_prompt(config)
+    bundle = load_bundle(config.weights)
+    setups = [experiment.make_setup(config, bundle, script) for script in scripts]
+    folder = _folder(flags.FLAGS.out or config.out)
+    jobs = _make_jobs(folder, scripts, setups, config.seed, negative, bundle.digest)
+    jobs, skipped = _choose(jobs, flags.FLAGS.overwrite)
+    for warning in _warnings(bundle.tokenizer, jobs, negative):
+        print(f"warning: {warning}", file=sys.stderr)
+    sessions = [_make_session(bundle, job, negative) for job in jobs]
+    if jobs:
+        _prepare_folder(folder)
+        kept = f"; compiled programs are kept in {cache}" if cache else ""
+        print(f"preparing the model{kept}", file=sys.stderr)
+    warm = set()
+    for job, session in zip(jobs, sessions, strict=True):
+        needed = (job.setup, session.reruns(job.script))
+        if needed not in warm:
+            session.warm_up(job.script)
+        warm.add(needed)
+        _run(job, session, config.to_dict())
+    _report(folder, jobs, skipped)
+
+
+def enable_compilation_cache() -> pathlib.Path | None:
+    """Keeps compiled programs from run to run, and returns the folder or None.
+
+    A folder that jax was already given is left as it is.
+    """
+    import jax
+
+    given = os.environ.get(CACHE_VARIABLE, "")
+    if given.lower() in ("off", "0", "no", "none"):
+        return None
+    if jax.config.jax_compilation_cache_dir:
+        return pathlib.Path(jax.config.jax_compilation_cache_dir)
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = pathlib.Path(given or pathlib.Path(base) / "anchor_jax").expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(
+            f"warning: compiled programs are not kept: {folder}: {error.strerror};"
+            f" set {CACHE_VARIABLE} to a folder you may write to, or to off",
+            file=sys.stderr,
+        )
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    return folder
+
+
+def _folder(out: str | None) -> pathlib.Path:
+    if out:
+        return pathlib.Path(out).expanduser()
+    now = datetime.datetime.now()
+    return pathlib.Path("out") / now.strftime("%Y-%m-%d-%H%M%S")
+
+
+def _make_jobs(folder, scripts, setups, seed: int, negative: str, digest: str):
+    from anchor_jax.streaming.session import describe
+
+    jobs = []
+    for number, (script, setup) in enumerate(zip(scripts, setups, strict=True)):
+        request = {
+            "script": describe(script),
+            "seed": seed if script.seed is None else script.seed,
+            "setup": describe(setup),
+            "negative_prompt": negative if setup.copies == 2 else "",
+            "weights": digest,
+        }
+        jobs.append(Job(folder / f"{number:03d}", script, setup, request))
+    return jobs
+
+
+def _choose(jobs: Sequence[Job], overwrite: bool) -> tuple[list[Job], list[Job]]:
+    """Returns the jobs to run and those that are finished.
+
+    Raises:
+      UserError: A job would replace files that another recipe made.
+    """
+    todo, done, foreign = [], [], []
+    for job in jobs:
+        present = [file for file in job.files if file.exists()]
+        same = _stored_request(job) == job.request
+        if same and len(present) == len(job.files) and not overwrite:
+            done.append(job)
+            continue
+        todo.append(job)
+        # Without its video, a recipe is what an interrupted run of ours has left.
+        if present and not same and not overwrite:
+            foreign.append(present[0])
+    if foreign:
+        raise UserError(
+            f"{foreign[0]} was made by another recipe or program, and"
+            f" {len(foreign) - 1} more; choose another --out, or replace them with"
+            " --overwrite"
+        )
+    return todo, done
+
+
+def _stored_request(job: Job) -> dict | None:
+    try:
+        return json.loads(job.file(".json").read_text(encoding="utf-8")).get("request")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _warnings(tokenizer, jobs: Sequence[Job], negative: str) -> Iterator[str]:
+    """Yields a line for each thing that will not have the effect it seems to have."""
+    texts = [prompt for job in jobs for prompt in job.script.prompts]
+    guided = any(job.setup.copies == 2 for job in jobs)
+    texts += [negative] * guided
+    if hasattr(tokenizer, "unknown_words"):
+        found = [word for text in texts for word in tokenizer.unknown_words(text)]
+        unknown = list(dict.fromkeys(found))
+        if unknown:
+            yield f"words that the model does not know: {', '.join(unknown)}"
+    if negative and jobs and not guided:
+        yield "the negative prompt has no effect at guidance 1"
+    for job in jobs:
+        cuts = any(segment.cut for segment in job.script.segments)
+        if cuts and job.setup.policy.positions.cut is None:
+            yield "this policy has no scene cut; # is read as an ordinary switch"
+            return
+
+
+def _make_session(bundle, job: Job, negative: str):
+    """Returns the session of a job, whose script it can play."""
+    from anchor_jax.streaming.session import Session
+
+    first, seed = job.script.prompts[0], job.request["seed"]
+    session = Session(bundle, job.setup, first, seed, negative)
+    session.check(job.script.frames)
+    return session
+
+
+def _prepare_folder(folder: pathlib.Path) -> None:
+    """Makes the folder, and finds out early whether it can be written to."""
+    from anchor_jax.media import replacing
+
+    test = folder / ".writable"
+    with replacing(test) as part:
+        part.touch()
+    test.unlink()
+
+
+def _run(job: Job, session, config: dict) -> None:
+    """Makes one video; its files appear when all of them are whole."""
+    from anchor_jax import media
+
+    with _all_or_none(job), media.VideoWriter(job.file(".mp4")) as video:
+        rows = _stream(job, session, video)
+        recipe = {"request": job.request, "config": config} | session.recipe()
+        media.contact_sheet(rows, job.script.prompts, job.file(".png"))
+        media.write_json(job.file(".json"), recipe)
+
+
+def _stream(job: Job, session, video) -> list[np.ndarray]:
+    """Writes the frames and returns some of each segment, for the contact sheet."""
+    from anchor_jax.streaming.session import landings
+
+    script, block = job.script, job.setup.policy.block
+    starts = (0, *landings(script.switch_frames, block), script.frames)
+    lengths = np.diff(starts) // block
+    rows: list[list[np.ndarray]] = [[] for _ in script.segments]
+    total = 1 + _PIXEL_FRAMES * (script.frames - 1)
+    name = job.stem.name
+    with tqdm(total=total, unit="frame", disable=None, desc=name) as bar:
+        for frames, segment in session.play(script):
+            bar.set_postfix_str(_short(script.prompts[segment]), refresh=False)
+            video.append(frames)
+            bar.update(len(frames))
+            tiles = max(1, math.ceil(_TILES / lengths[segment]))
+            picked = np.linspace(0, len(frames) - 1, tiles + 1).round().astype(int)[1:]
+            rows[segment].append(frames[np.unique(picked)])
+    return [np.concatenate(row) for row in rows]
+
+
+@contextlib.contextmanager
+def _all_or_none(job: Job) -> Iterator[None]:
+    """Removes a job's files before it runs, and those of a run that fails."""
+    _remove(job)
+    try:
+        yield
+    except BaseException:
+        _remove(job)
+        raise
+
+
+def _remove(job: Job) -> None:
+    for file in job.files:
+        file.unlink(missing_ok=True)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 48 else f"{text[:45]}..."
+
+
+def _report(folder: pathlib.Path, jobs: Sequence[Job], skipped: Sequence[Job]) -> None:
+    if skipped:
+        print(f"{len(skipped)} already there, skipped")
+    for job in jobs:
+        print(job.file(".mp4"))
+    if jobs:
+        print(f"{len(jobs)} made; beside each .mp4 a .png to glance at and its recipe")
+    else:
+        print(f"nothing to do in {folder}")

@@ -1,0 +1,38 @@
+"""`anchor-jax verify`: runs recorded cases and compares every recorded tensor."""
+
+import pathlib
+
+from absl import flags
+
+from anchor_jax.errors import UserError
+
+SUMMARY = "Run recorded cases and compare every recorded tensor with ours."
+USAGE = """\
+anchor-jax verify tests/golden
+anchor-jax verify tests/golden/dit_causal_nocache --tensors
+anchor-jax verify my_cases --except=dmd,memflow_bank
+"""
+ARGUMENTS = "PATH..."
+
+
+def define_flags() -> None:
+    """Defines the command's flags."""
+    flags.DEFINE_list(
+        "except", [], "kinds of cases to leave out; any other unknown kind is a failure"
+    )
+    flags.DEFINE_bool("tensors", False, "print a line for every tensor")
+
+
+def main(argv: list[str]) -> int:
+    """Returns 0 if every tensor of every case is within its tolerance, else 1."""
+    if len(argv) < 2:
+        raise UserError("verify needs a folder, for instance: anchor-jax verify cases")
+    from anchor_jax.verify import run
+
+    passed = run.verify(
+        [pathlib.Path(path) for path in argv[1:]],
+        flags.FLAGS["except"].value,
+        flags.FLAGS.tensors,
+        show=lambda line: print(line, flush=True),
+    )
+    return 0 if passed else 1

@@ -1,0 +1,129 @@
+"""Where parameters live: a table of logical axes, and one from these to a mesh.
+
+The mesh has the axes data, fsdp, context and tensor; on one device it is a mesh of
+one.
+"""
+
+import re
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+MESH_AXES = ("data", "fsdp", "context", "tensor")
+
+TO_MESH = {
+    "embed": "fsdp",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+}
+"""Logical axis -> mesh axis; the others are replicated."""
+
+# The first expression that matches the whole path wins. A leading `layer` is added
+# for parameters of the scanned layers.
+GENERATOR = (
+    (r"patch_embed/kernel", ("patch", "embed")),
+    (r"(text_in|time_in)/kernel", ("features", "embed")),
+    (r"(text_out|time_out)/kernel", ("embed", "heads")),
+    (r"(text_out|time_out)/bias", ("heads",)),
+    (r"time_projection/kernel", ("embed", "heads")),
+    (r"time_projection/bias", ("heads",)),
+    (r"(blocks/\w+|context)/(q|k|v)/kernel", ("embed", "heads")),
+    (r"(blocks/\w+|context)/(q|k|v)/bias", ("heads",)),
+    (r"(blocks/\w+|context)/norm_(q|k)/scale", ("heads",)),
+    (r"blocks/\w+/o/kernel", ("heads", "embed")),
+    (r"blocks/ffn_in/kernel", ("embed", "mlp")),
+    (r"blocks/ffn_in/bias", ("mlp",)),
+    (r"blocks/ffn_out/kernel", ("mlp", "embed")),
+    (r"blocks/modulation|head/modulation", ("parts", "embed")),
+    (r"head/out/kernel", ("embed", "patch")),
+    (r"head/out/bias", ("patch",)),
+    (r".*/(bias|scale)", ("embed",)),
+)
+
+LORA = (
+    (r"blocks/ffn_out/a", ("mlp", "rank")),
+    (r"blocks/\w+/o/a", ("heads", "rank")),
+    (r".*/a", ("embed", "rank")),
+    (r"(blocks/ffn_out|blocks/\w+/o)/b", ("rank", "embed")),
+    (r"blocks/ffn_in/b", ("rank", "mlp")),
+    (r".*/b", ("rank", "heads")),
+)
+
+TEXT = (
+    (r"token_embedding/embedding", ("vocab", "embed")),
+    (r"blocks/attn/(q|k|v)/kernel", ("embed", "heads")),
+    (r"blocks/attn/o/kernel", ("heads", "embed")),
+    (r"blocks/position_bias/embedding", ("buckets", "head_count")),
+    (r"blocks/ffn/(gate|fc1)/kernel", ("embed", "mlp")),
+    (r"blocks/ffn/fc2/kernel", ("mlp", "embed")),
+    (r".*/scale", ("embed",)),
+)
+
+VAE = ((r".*", ()),)
+"""Half a gigabyte in float32: replicated whole."""
+
+
+def logical_axes(params, rules):
+    """Returns a tree of tuples: a logical axis name for every axis of every array.
+
+    Raises:
+      ValueError: No rule matches a path, or one of another rank does.
+    """
+
+    def choose(path, leaf):
+        name = "/".join(key.key for key in path)
+        stacked = name.split("/")[0] in ("blocks", "context")
+        for pattern, axes in rules:
+            if not re.fullmatch(pattern, name):
+                continue
+            axes = ("layer", *axes) if stacked and axes else axes
+            axes = axes or ("replicated",) * leaf.ndim
+            if len(axes) != leaf.ndim:
+                raise ValueError(
+                    f"{name!r} of shape {leaf.shape} does not fit the axes {axes}"
+                )
+            return axes
+        raise ValueError(f"no logical axes for {name!r} of shape {leaf.shape}")
+
+    return jax.tree_util.tree_map_with_path(choose, params)
+
+
+def make_mesh(shape: tuple[int, int, int, int] = (1, -1, 1, 1)) -> Mesh:
+    """Returns the mesh of all devices; one entry may be -1, which fills up.
+
+    Raises:
+      ValueError: The shape does not multiply to the number of devices.
+    """
+    devices = jax.device_count()
+    known = 1
+    for size in shape:
+        known *= size if size != -1 else 1
+    shape = tuple(devices // known if size == -1 else size for size in shape)
+    total = 1
+    for size in shape:
+        total *= size
+    if total != devices:
+        raise ValueError(
+            f"mesh {dict(zip(MESH_AXES, shape, strict=True))} needs {total} devices,"
+            f" found {devices}; use -1 for one axis to fill up"
+        )
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+
+
+def shardings(params, rules, mesh: Mesh):
+    """Returns a NamedSharding for every parameter.
+
+    An axis that the mesh axis does not divide is replicated.
+    """
+    axes = logical_axes(params, rules)
+
+    def place(leaf, names):
+        spec = []
+        for size, name in zip(leaf.shape, names, strict=True):
+            to = TO_MESH.get(name)
+            spec.append(to if to and size % mesh.shape[to] == 0 else None)
+        return NamedSharding(mesh, P(*spec))
+
+    return jax.tree.map(place, params, axes)

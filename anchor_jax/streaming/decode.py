@@ -1,0 +1,49 @@
+"""Latents to pixels, block by block, with the decoder's state passed along."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+@functools.partial(jax.jit, static_argnames="codec")
+def decode(params, state, latents: jax.Array, *, codec):
+    """Returns a stream's next frames, uint8 RGB, and the decoder's next state.
+
+    Two programs: the first latents make 4k - 3 frames of k, all others 4k.
+
+    Args:
+      params: the codec's parameters.
+      state: of the previous call; None at the start of a video.
+      latents: [batch, k, height, width, channel].
+      codec: static, e.g. `anchor_jax.world.codec.LinearCodec()`.
+    """
+    pixels, state = codec.decode(params, state, latents)
+    return to_bytes(pixels), state
+
+
+def to_bytes(pixels: jax.Array) -> jax.Array:
+    """Returns pixels in [-1, 1] as uint8, rounded and clipped."""
+    scaled = jnp.rint((pixels.astype(jnp.float32) + 1) * 127.5)
+    return jnp.clip(scaled, 0, 255).astype(jnp.uint8)
+
+
+@functools.partial(jax.jit, static_argnames="codec")
+def renew(params, state, blocks: tuple[jax.Array, ...], *, codec):
+    """Returns the last blocks as the first ones of a new video, joined and apart.
+
+    The last pixel frame of their first latent is encoded again, alone.
+
+    Args:
+      params: the codec's parameters.
+      state: the decoder's, before the first of these blocks.
+      blocks: latents [batch, block, height, width, channel] in order.
+      codec: static.
+
+    Source: CausVid (arXiv:2412.07772), long videos.
+    """
+    pixels, _ = codec.decode(params, state, blocks[0][:, :1])
+    first = codec.encode(params, pixels[:, -1:]).astype(blocks[0].dtype)
+    head = jnp.concatenate([first, blocks[0][:, 1:]], axis=1)
+    renewed = (head, *blocks[1:])
+    return jnp.concatenate(renewed, axis=1), renewed

@@ -1,0 +1,159 @@
+"""Recorded building blocks: rotations, sinusoids, norms, and the noise schedule."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from anchor_jax import flow
+from anchor_jax.verify.case import Case, CaseError, Checks, whole
+from anchor_jax.wan import rope
+from anchor_jax.wan.dit import unpatchify
+from anchor_jax.wan.layers import RmsNorm
+
+CLOSE = 1e-4
+EXACT = 1e-6
+
+
+def verify_primitives(case: Case, checks: Checks) -> None:
+    """Compares RoPE, the sinusoid of timesteps, the RMS norm and unpatchify."""
+    for dim in case.sizes("head_dims", low=2, high=8192):
+        _compare_rope(case, checks, dim)
+    time = jnp.asarray(case.inputs["t"], jnp.float32)
+    for dim in case.sizes("freq_dims", low=2, high=8192):
+        ours = rope.timestep_sinusoid(time, dim)
+        checks.compare(f"sinusoidal.dim{dim}", ours, absolute=CLOSE)
+    scale = jnp.asarray(case.inputs["rms_w"])
+    norm = RmsNorm(case.number("model", "eps", default=1e-6), "float32", "float32")
+    ours = norm.apply({"params": {"scale": scale}}, jnp.asarray(case.inputs["rms_x"]))
+    checks.compare("rms_norm", ours, absolute=CLOSE)
+    _compare_unpatchify(case, checks)
+
+
+def _compare_rope(case: Case, checks: Checks, dim: int) -> None:
+    if dim % 2:
+        raise CaseError(f"config.json: head_dims holds {dim}, which is odd")
+    angle = rope.table(np.asarray(case.sizes("positions", high=1023)), dim)
+    checks.compare(f"rope_table.d{dim}.cos", np.cos(angle), absolute=EXACT)
+    checks.compare(f"rope_table.d{dim}.sin", np.sin(angle), absolute=EXACT)
+    checks.compare(f"rope_apply.d{dim}", rotated(case, dim, 0), absolute=CLOSE)
+    starts = set(case.sizes("start_frames"))
+    for name in checks.outputs:
+        found = re.fullmatch(rf"causal_rope_apply\.d{dim}\.start(\d+)", name)
+        if found:
+            starts.add(whole(int(found[1]), name, 0, 2**20))
+    for start in sorted(starts):
+        ours = rotated(case, dim, start)
+        checks.compare(f"causal_rope_apply.d{dim}.start{start}", ours, absolute=CLOSE)
+
+
+def rotated(case: Case, dim: int, start: int) -> np.ndarray:
+    """Returns a case's tokens rotated from a start frame on.
+
+    Tokens after the last frame are padding, which is not rotated.
+    """
+    x = case.inputs[f"x.d{dim}"]
+    frames, rows, columns = _grid(case, "grid")
+    tokens = frames * rows * columns
+    if x.ndim != 4 or x.shape[1] < tokens or x.shape[3] != dim:
+        raise CaseError(f"inputs: x.d{dim} has shape {x.shape}")
+    by = rope.rotary(start + jnp.arange(frames), (rows, columns), dim)
+    own = rearrange(x[:, :tokens], "b (f t) h d -> b f t h d", f=frames)
+    turned = np.asarray(rope.rotate(jnp.asarray(own), by))
+    turned = rearrange(turned, "b f t h d -> b (f t) h d")
+    return np.concatenate([turned, x[:, tokens:]], axis=1)
+
+
+def _grid(case: Case, name: str) -> tuple[int, int, int]:
+    grid = case.sizes(name, low=1, high=4096)
+    if len(grid) != 3:
+        raise CaseError(f"config.json: {name} must hold frames, rows and columns")
+    return grid
+
+
+def _compare_unpatchify(case: Case, checks: Checks) -> None:
+    frames, *tokens = _grid(case, "unpatchify_grid")
+    patch = case.sizes("model", "patch_size", low=1, high=64)
+    x = case.inputs["tokens"]
+    channels = case.size("model", "out_dim")
+    size = channels * math.prod(patch)
+    if len(patch) != 3 or patch[0] != 1:
+        raise CaseError("config.json: model.patch_size must be 1 and two more sizes")
+    if x.ndim != 3 or x.shape[1:] != (frames * math.prod(tokens), size):
+        raise CaseError(f"inputs: tokens has shape {x.shape}")
+    y = rearrange(x, "b (f t) c -> b f t c", f=frames)
+    ours = unpatchify(jnp.asarray(y), tuple(tokens), patch)
+    checks.equal("unpatchify", rearrange(np.asarray(ours), "b f h w c -> b c f h w"))
+
+
+def verify_scheduler(case: Case, checks: Checks) -> None:
+    """Compares the noise table and everything that is computed from it."""
+    shift = _shift(case)
+    table = flow.sigma_table(shift)
+    checks.compare("sigmas", table, absolute=EXACT)
+    # Relative: a float32 timestep near 1000 is spaced by 6e-5.
+    checks.compare("timesteps", table * np.float32(1000), relative=EXACT)
+    weights = flow.training_weights(shift)
+    checks.compare("training_weights", weights, absolute=CLOSE)
+    steps = case.sizes("denoising_step_list", high=flow.TRAIN_STEPS)
+    warped = flow.few_step_levels(steps, shift).timestep
+    checks.compare("warped_denoising_step_list", warped, absolute=CLOSE)
+    _compare_conversions(case, checks, shift)
+    raw = jnp.asarray(case.inputs["raw_timestep"].astype(np.float32))
+    ours = flow.shift_timestep(raw, shift)
+    checks.compare("dmd_shifted_timestep", ours, absolute=CLOSE)
+    ours = flow.dmd_timestep(raw, shift)
+    checks.compare("dmd_shifted_timestep_clamped", ours, absolute=CLOSE)
+
+
+def _shift(case: Case) -> float:
+    """Returns the shift; the rest of the table's form is fixed in the method."""
+    steps = case.size("num_steps", default=flow.TRAIN_STEPS)
+    extra = case.setting("extra_one_step", default=True)
+    if (
+        steps != flow.TRAIN_STEPS
+        or extra is not True
+        or case.number("sigma_min", default=0)
+    ):
+        raise CaseError(
+            f"config.json: num_steps={steps}, extra_one_step={extra}; the package has"
+            f" only the table of {flow.TRAIN_STEPS} steps from 1 to 0, 0 left out"
+        )
+    shift = case.number("shift")
+    if not 1e-3 <= shift <= 1e3:
+        raise CaseError(f"config.json: shift={shift} is out of range")
+    return shift
+
+
+def _compare_conversions(case: Case, checks: Checks, shift: float) -> None:
+    """Compares noising, the conversions between flow and x0, and the Euler step."""
+    names = ("x0", "xt", "flow", "noise")
+    x0, xt, pred, noise = (jnp.asarray(case.inputs[name]) for name in names)
+    time = jnp.asarray(case.inputs["timestep"])
+    if time.ndim != 1 or not len({x.shape for x in (x0, xt, pred, noise)}) == 1:
+        raise CaseError("inputs: x0, xt, flow and noise must have one shape")
+    if x0.shape[:1] != time.shape:
+        raise CaseError(f"inputs: {time.shape} timesteps for {x0.shape}")
+    sigma = flow.lookup_sigma(time, shift)
+    table = flow.sigma_table(shift)
+    place = np.abs(table * np.float32(1000) - np.asarray(time)[:, None]).argmin(axis=1)
+    weight = flow.training_weights(shift)[place]
+    after = np.append(table, np.float32(0))[place + 1]
+    if (place == len(table) - 1).any():  # Official behaviour: one ends, all end.
+        after = np.zeros_like(after)
+    step = flow.spread(jnp.asarray(after) - sigma, xt) * pred
+    ours = {
+        "sigma_used": sigma,
+        "training_weight_used": weight,
+        "training_target": noise - x0,
+        "add_noise": flow.add_noise(x0, noise, sigma),
+        "x0_from_flow": flow.x0_from_flow(pred, xt, sigma),
+        "flow_from_x0": flow.flow_from_x0(x0, xt, sigma),
+        "euler_step": xt + step,
+    }
+    for name, value in ours.items():
+        # The flow grows as 1 / sigma, past where float32 is spaced by `CLOSE`.
+        checks.compare(name, jax.device_get(value), absolute=CLOSE, relative=EXACT)

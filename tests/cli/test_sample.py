@@ -1,0 +1,232 @@
+import errno
+import json
+import re
+
+import av
+import bundles
+import pytest
+
+from anchor_jax import media
+from anchor_jax.cache.policies import POLICIES
+from anchor_jax.cli import main, policies
+from anchor_jax.cli.sample import CACHE_VARIABLE
+
+CLIP = "a red ring[3f] | a blue square[3f]"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    bundles.save(folder)
+    return folder
+
+
+@pytest.fixture
+def sample(tmp_path, monkeypatch, capsys, weights):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(CACHE_VARIABLE, "off")
+
+    def run(*argv, prompt=CLIP, out="out/test"):
+        given = ["--config=tiny", f"--config.weights={weights}"]
+        given += [f"--config.prompt={prompt}"] if prompt else []
+        given += ["--config.sampler.steps=(1000, 500)"]
+        given += [f"--out={out}"] if out else []
+        status = main.main(["sample", *given, *map(str, argv)])
+        printed, err = capsys.readouterr()
+        return status, printed, err
+
+    return run
+
+
+def count_frames(path):
+    with av.open(str(path)) as container:
+        return sum(1 for _ in container.decode(video=0))
+
+
+def files(folder):
+    return sorted(file.name for file in folder.iterdir())
+
+
+def test_a_sample_is_a_video_a_sheet_and_a_recipe(sample, tmp_path):
+    status, printed, _ = sample()
+
+    out = tmp_path / "out/test"
+    assert status == 0
+    assert "out/test/000.mp4" in printed
+    assert files(out) == ["000.json", "000.mp4", "000.png"]
+    assert count_frames(out / "000.mp4") == 21
+    assert (out / "000.png").read_bytes().startswith(b"\x89PNG")
+    recipe = json.loads((out / "000.json").read_text())
+    assert [one["landed"] for one in recipe["prompts"]] == [0, 3]
+    assert recipe["frames"] == 6
+    assert recipe["config"]["policy"] == "anchor_forcing"
+    assert {"jax", "jaxlib", "weights", "machine"} <= recipe["fingerprint"].keys()
+
+
+def test_the_same_command_makes_the_same_bytes(sample, tmp_path):
+    sample(out="a")
+    sample(out="b")
+    sample("--config.seed=1", out="c")
+
+    a, b, c = ((tmp_path / name / "000.mp4").read_bytes() for name in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_without_a_folder_a_new_one_is_made(sample, tmp_path):
+    status, _, _ = sample(out=None)
+
+    assert status == 0
+    (made,) = (tmp_path / "out").iterdir()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d-\d{6}", made.name)
+
+
+def test_a_batch_resumes_and_other_recipes_are_safe(sample, tmp_path):
+    (tmp_path / "p.txt").write_text("a red ring[3f]\na blue square[3f]\n")
+    batch = "--config.prompt_file=p.txt"
+    out = tmp_path / "out/test"
+    sample(batch)
+    first = (out / "000.mp4").stat().st_mtime_ns
+    (out / "001.mp4").unlink()
+
+    status, printed, _ = sample(batch)
+    assert status == 0
+    assert "1 already there" in printed
+    assert (out / "000.mp4").stat().st_mtime_ns == first
+    assert (out / "001.mp4").exists()
+
+    status, _, err = sample(batch, "--config.seed=1")
+    assert status == 2
+    assert "another recipe" in err and "--overwrite" in err
+    assert (out / "000.mp4").stat().st_mtime_ns == first
+
+    status, _, _ = sample(batch, "--config.seed=1", "--overwrite")
+    assert status == 0
+    assert (out / "000.mp4").stat().st_mtime_ns != first
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--config.prompt_file=bad.txt"], "bad.txt, line 2"),
+        (["--config.prompt_file=no.txt"], "no such file"),
+        (["--config.policy=self_forcing", "--config.frames=24"], "ends after 21"),
+        (["--config.policy=nothing"], "unknown policy"),
+        (["--config.weights=nowhere"], "nowhere"),
+        (["--config.sampler.steps=(1,2)"], "that fall"),
+    ],
+)
+def test_a_mistake_leaves_nothing_written(sample, tmp_path, argv, message):
+    (tmp_path / "bad.txt").write_text("a red ring[3f]\na blue[0s]\n")
+
+    status, _, err = sample(*argv)
+
+    assert status == 2
+    assert message in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_a_file_is_refused(sample, tmp_path):
+    (tmp_path / "taken").write_text("mine")
+
+    status, _, err = sample(out="taken")
+
+    assert status == 2
+    assert "taken" in err
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_words_that_mean_nothing_here_are_named_once(sample):
+    status, _, err = sample(prompt="a red elephant[3f] | a blue elephant sings[3f]")
+
+    warnings = [line for line in err.splitlines() if line.startswith("warning")]
+    assert status == 0
+    assert len(warnings) == 1
+    assert warnings[0].endswith("elephant, sings")
+
+
+def test_what_has_no_effect_is_said(sample):
+    prompt = "a red ring[3f] | a blue ring[3f#]"
+    _, _, err = sample("--config.sampler.negative_prompt=a green ring", prompt=prompt)
+
+    assert "no effect at guidance 1" in err
+    assert "no scene cut" in err
+
+
+@pytest.mark.parametrize("where", ["append", "sheet"])
+def test_a_full_disk_leaves_no_finished_file(sample, tmp_path, monkeypatch, where):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if where == "append":
+        monkeypatch.setattr(media, "_pad_to_even", full)
+    else:
+        monkeypatch.setattr(media, "_strip", full)
+        monkeypatch.setattr(media.Image.Image, "save", full)
+
+    with pytest.raises(OSError) if where == "sheet" else _status() as caught:
+        caught.status, _, caught.err = sample()
+
+    if where == "append":
+        assert caught.status == 2
+        assert "no room" in caught.err
+    finished = [name for name in files(tmp_path / "out/test") if ".part" not in name]
+    assert finished == []
+
+
+class _status:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+
+def test_compiled_programs_go_where_they_are_told(tmp_path, monkeypatch):
+    import jax
+
+    from anchor_jax.cli.sample import enable_compilation_cache
+
+    before = jax.config.jax_compilation_cache_dir
+    least = jax.config.jax_persistent_cache_min_compile_time_secs
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        monkeypatch.setenv(CACHE_VARIABLE, "off")
+        assert enable_compilation_cache() is None
+        monkeypatch.delenv(CACHE_VARIABLE)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        assert enable_compilation_cache() == tmp_path / "anchor_jax"
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "anchor_jax")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
+
+
+def test_every_policy_is_listed(capsys):
+    assert main.main(["policies"]) == 0
+    printed = capsys.readouterr().out
+
+    for name in (*POLICIES, "wan_teacher"):
+        assert re.search(rf"^{name} ", printed, re.MULTILINE)
+        assert policies.ABOUT[name] in printed
+
+
+def test_a_policys_memory_is_shown(capsys):
+    assert main.main(["policies", "anchor_forcing"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+
+    assert "re-cache  33-41@12-20  0-2@0-2" in lines
+    expected = "57        57-59@18-20  0-2@0-2  51-56@12-17  42-44@6-8"
+    assert expected in lines
+
+
+def test_a_restart_is_shown():
+    lines = policies.memory(POLICIES["causvid"], frames=27)
+
+    assert lines[8].split() == ["restart", "18-20@0-2"]
+    assert lines[9].split() == ["21", "21-23@3-5", "18-20@0-2"]
+
+
+def test_an_unknown_policy_is_refused(capsys):
+    assert main.main(["policies", "longlife"]) == 2
+    assert "did you mean 'longlive'" in capsys.readouterr().err

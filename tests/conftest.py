@@ -1,0 +1,21 @@
+"""Settings of every test: the CPU, seen as four devices."""
+
+import os
+import pathlib
+import platform
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+
+DEVICES = 4
+
+if jax.config.jax_num_cpu_devices != DEVICES:
+    # Refused once a device has been used, hence before any test is imported.
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+
+# Compiled programs are kept in the checkout: a second run starts sooner. They hold
+# for one kind of machine only.
+_kept = pathlib.Path(__file__).parents[1] / ".jax_cache" / platform.machine()
+jax.config.update("jax_compilation_cache_dir", str(_kept))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -1,0 +1,132 @@
+"""Which module may import which, read from the sources."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import anchor_jax
+
+PACKAGE = pathlib.Path(anchor_jax.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+LEVELS = [
+    {"errors"},
+    {"cache", "wan", "world", "flow", "media", "prompts", "config", "sharding"},
+    {"bundle"},
+    {"streaming"},
+    {"training", "verify", "porting", "experiment", "evaluation", "serving"},
+    {"cli"},
+    {"__main__"},
+]
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+
+
+def name_of(path):
+    return path.relative_to(PACKAGE).with_suffix("").as_posix()
+
+
+def imports(path):
+    """Every dotted module that a file imports, inside functions too."""
+    known = {name_of(file).replace("/", ".") for file in FILES}
+    known |= {path.name for path in PACKAGE.iterdir() if path.is_dir()}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: write imports in full"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                is_module = inner.removeprefix("anchor_jax.") in known
+                yield inner if is_module else node.module
+
+
+def own_imports(path):
+    """The package's own modules that a file imports, without its name."""
+    start = "anchor_jax."
+    return {
+        name.removeprefix(start) for name in imports(path) if name.startswith(start)
+    }
+
+
+def test_every_module_has_a_level():
+    found = {name_of(path).split("/")[0] for path in FILES} - {"__init__"}
+
+    assert found <= LEVEL.keys(), "give the new module a level"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_go_one_way(path):
+    part = name_of(path).split("/")[0]
+    if part == "__init__":
+        assert not own_imports(path)
+        return
+
+    upward = {
+        name
+        for name in own_imports(path)
+        if LEVEL[name.split(".")[0]] > LEVEL[part]
+        or (LEVEL[part] == 0 and name.split(".")[0] != part)
+    }
+
+    assert not upward
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_networks_and_maths_know_nothing_of_streams(path):
+    part = name_of(path).split("/")[0]
+    if part in ("wan", "flow", "world"):
+        parts = {name.split(".")[0] for name in own_imports(path)}
+        assert parts <= {part, "errors"}
+    if part == "cache":
+        allowed = ("cache.", "wan.attention", "wan.rope", "wan.spec")
+        assert all(name.startswith(allowed) for name in own_imports(path))
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_configs_stay_above_the_library(path):
+    name = name_of(path)
+
+    roots = {module.split(".")[0] for module in imports(path)}
+
+    if name != "config" and not name.startswith("cli/"):
+        assert "ml_collections" not in roots
+    if not name.startswith(("cli/", "config", "__main__")):
+        assert "absl" not in roots
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_only_the_command_line_prints(path):
+    if name_of(path).startswith("cli/"):
+        return
+    called = {
+        node.func.id
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+
+    assert "print" not in called
+
+
+def test_sampling_loads_no_tensorflow():
+    program = """
+import sys
+import anchor_jax
+light = {name.split(".")[0] for name in sys.modules}
+assert "jax" not in light and "flax" not in light, "importing the package is heavy"
+import anchor_jax.experiment
+import anchor_jax.streaming.session
+import anchor_jax.streaming.stream
+import anchor_jax.wan.text
+import anchor_jax.wan.vae
+heavy = {"tensorflow", "tensorflow_datasets", "torch", "matplotlib", "optax", "orbax"}
+print(sorted(heavy & {name.split(".")[0] for name in sys.modules}))
+"""
+
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"

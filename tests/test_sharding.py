@@ -1,0 +1,95 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from anchor_jax import sharding
+from anchor_jax.wan import dit
+from anchor_jax.wan.attention import bidirectional
+from anchor_jax.wan.spec import WAN_1_3B, ModelConfig
+from anchor_jax.wan.text import TextConfig, Umt5Encoder
+from anchor_jax.wan.vae import VaeConfig, WanVae
+
+SMALL = ModelConfig(
+    dim=32, ffn_dim=64, num_heads=4, num_layers=2, freq_dim=16, text_dim=8,
+    text_len=4, latent_channels=4, dtype="float32",
+)  # fmt: skip
+
+
+def text_shapes():
+    ids = jnp.zeros((1, 4), jnp.int32)
+    encoder = Umt5Encoder(TextConfig())
+    return jax.eval_shape(encoder.init, jax.random.key(0), ids, ids)["params"]
+
+
+def vae_shapes():
+    vae = WanVae(VaeConfig())
+
+    def both(module, pixels):
+        return module.decode(module.encode(pixels))
+
+    pixels = jnp.zeros((1, 1, 16, 16, 3))
+    init = jax.eval_shape(
+        lambda rng: vae.init(rng, pixels, method=both), jax.random.key(0)
+    )
+    return init["params"]
+
+
+@pytest.mark.parametrize(
+    "shapes, rules",
+    [
+        (
+            lambda: jax.eval_shape(
+                lambda r: dit.init_params(WAN_1_3B, r), jax.random.key(0)
+            ),
+            sharding.GENERATOR,
+        ),
+        (text_shapes, sharding.TEXT),
+        (vae_shapes, sharding.VAE),
+    ],
+    ids=["generator", "text", "vae"],
+)
+def test_every_parameter_has_as_many_logical_axes_as_axes(shapes, rules):
+    tree = shapes()
+
+    axes = sharding.logical_axes(tree, rules)
+
+    leaves = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple))
+    assert [len(a) for a in leaves] == [x.ndim for x in jax.tree.leaves(tree)]
+
+
+def test_an_unknown_parameter_is_named():
+    with pytest.raises(ValueError, match="blocks/odd/thing"):
+        tree = {"blocks": {"odd": {"thing": jnp.zeros(3)}}}
+        sharding.logical_axes(tree, sharding.GENERATOR)
+
+
+def test_a_mesh_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="needs 7 devices"):
+        sharding.make_mesh((7, 1, 1, 1))
+
+
+def test_sharded_parameters_give_the_same_flow_as_whole_ones():
+    params = dit.init_params(SMALL, jax.random.key(0))
+    params["head"]["out"]["kernel"] += 0.1
+    mesh = sharding.make_mesh((1, 2, 1, jax.device_count() // 2))
+    latents = jax.random.normal(jax.random.key(1), (2, 3, 4, 4, 4))
+    text = jax.random.normal(jax.random.key(2), (2, 4, 8))
+    model = dit.WanDit(SMALL)
+
+    @jax.jit
+    def flow(params):
+        variables = {"params": params}
+        context = model.apply(variables, text, method="project")
+        times, position = jnp.full((2, 3), 500.0), jnp.arange(3)
+        return model.apply(
+            variables, latents, times, context, bidirectional(3), position
+        )[0]
+
+    placed = jax.device_put(
+        params, sharding.shardings(params, sharding.GENERATOR, mesh)
+    )
+    kernel = placed["blocks"]["ffn_in"]["kernel"]
+
+    assert kernel.addressable_shards[0].data.size < kernel.size
+    np.testing.assert_allclose(flow(placed), flow(params), atol=1e-5)
