@@ -62,9 +62,9 @@ def add_noise(x0: jax.Array, noise: jax.Array, sigma: jax.Array) -> jax.Array:
 
 
 def x0_from_flow(flow: jax.Array, noisy: jax.Array, sigma: jax.Array) -> jax.Array:
-    """Returns the clean latents that a predicted flow points to, in its dtype."""
+    """Returns the clean latents that a predicted flow points to, in noisy's dtype."""
     x0 = noisy.astype(jnp.float32) - spread(sigma, flow) * flow.astype(jnp.float32)
-    return x0.astype(flow.dtype)
+    return x0.astype(noisy.dtype)
 
 
 def flow_from_x0(x0: jax.Array, noisy: jax.Array, sigma: jax.Array) -> jax.Array:

@@ -4,6 +4,7 @@ The mesh has the axes data, fsdp, context and tensor; on one device it is a mesh
 one.
 """
 
+import math
 import re
 
 import jax
@@ -97,17 +98,13 @@ def make_mesh(shape: tuple[int, int, int, int] = (1, -1, 1, 1)) -> Mesh:
       ValueError: The shape does not multiply to the number of devices.
     """
     devices = jax.device_count()
-    known = 1
-    for size in shape:
-        known *= size if size != -1 else 1
-    shape = tuple(devices // known if size == -1 else size for size in shape)
-    total = 1
-    for size in shape:
-        total *= size
-    if total != devices:
+    known = math.prod(size for size in shape if size != -1)
+    if known > 0 and shape.count(-1) <= 1:
+        shape = tuple(devices // known if size == -1 else size for size in shape)
+    if math.prod(shape) != devices or min(shape) < 1:
         raise ValueError(
-            f"mesh {dict(zip(MESH_AXES, shape, strict=True))} needs {total} devices,"
-            f" found {devices}; use -1 for one axis to fill up"
+            f"mesh {dict(zip(MESH_AXES, shape, strict=True))} needs"
+            f" {math.prod(shape)} devices, found {devices}; use -1 for one axis to fill up"
         )
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
 

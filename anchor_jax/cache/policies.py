@@ -362,8 +362,10 @@ class Policy:
         order = jnp.arange(last, dtype=jnp.int32)
         newest = (index.cursor - kept + order) % max(1, self.local)
         source = source.at[self.sink : self.sink + last].set(self.sink + newest)
+        slot = jnp.arange(self.slots) - self.sink
+        forgotten = (slot >= kept) & (slot < self.local)
         done = index.replace(
-            frame=index.frame[source],
+            frame=jnp.where(forgotten, EMPTY, index.frame[source]),
             filled=kept,
             cursor=(kept % max(1, self.local)).astype(jnp.int32),
         )
@@ -422,11 +424,14 @@ class Policy:
                 f"window={self.window} must fit into the RoPE range of {rule.range}"
                 " positions"
             )
-        if self.junction and self.junction_start < 0:
+        # Official behaviour: the release lets the junction share the sink's band.
+        lowest = self.sink if type(self.junction) is Junction else 0
+        if self.junction and self.junction_start < lowest:
             return (
                 f"window={self.window} and a junction of {self.junction_frames} leave"
                 f" no room in the RoPE range of {rule.range}; choose a window of"
-                f" {rule.range - self.junction_frames} or less"
+                f" {rule.range - self.junction_frames - lowest} or less, or tri-region"
+                " positions"
             )
         return None
 

@@ -46,8 +46,8 @@ class ReadPlan:
 
     What is visible is always the first `frames` of these, so no mask is needed. A
     re-cache reads no local frames, and no sink if it makes one. Positions are temporal
-    RoPE indices; those of `past` go by slot. `frame` and `position` go by reading order,
-    for tests, `verify` and pictures of the memory.
+    RoPE indices; those of `past` go by slot. `frame` and `position` go by reading
+    order, for tests, `verify` and pictures of the memory.
     """
 
     start: jax.Array  # first latent frame of the pass

@@ -29,6 +29,10 @@ class Renoise:
     Source: Consistency Models (arXiv:2303.01469), algorithm 1.
     """
 
+    def dtype(self, model: str) -> str:
+        """Returns the type that latents have between levels."""
+        return model
+
     def coefficients(self, levels: Levels) -> dict[str, np.ndarray]:
         return {"next": np.asarray([*levels.sigma[1:], 0.0], np.float32)}
 
@@ -43,6 +47,11 @@ class Renoise:
 @dataclasses.dataclass(frozen=True)
 class Euler:
     """Follows the flow in straight steps."""
+
+    def dtype(self, model: str) -> str:
+        """Returns float32: many small steps add up."""
+        del model
+        return "float32"
 
     def coefficients(self, levels: Levels) -> dict[str, np.ndarray]:
         sigma = np.asarray([*levels.sigma, 0.0], np.float64)
@@ -66,9 +75,17 @@ class UniPC:
 
     floor: float = 1e-3
 
+    def dtype(self, model: str) -> str:
+        """Returns float32: many small steps add up."""
+        del model
+        return "float32"
+
     def coefficients(self, levels: Levels) -> dict[str, np.ndarray]:
         sigma = np.asarray(levels.sigma, np.float64)
-        sigma = np.minimum(sigma, 1 - self.floor)
+        if sigma[0] == 1 and len(sigma) > 1:
+            # At 1 the ratio is infinite; what follows must stay below.
+            sigma[0] -= min(self.floor, (1 - sigma[1]) / 2)
+        sigma = np.minimum(sigma, 1 - 1e-9)
         ratio = [math.log((1 - s) / s) for s in sigma]
         rows = []
         for i in range(len(sigma)):
@@ -184,5 +201,5 @@ def guide(predicted: jax.Array, scale: float) -> jax.Array:
 
     Source: classifier-free guidance (arXiv:2207.12598).
     """
-    with_prompt, without = jnp.split(predicted, 2)
-    return without + scale * (with_prompt - without)
+    with_prompt, without = jnp.split(predicted.astype(jnp.float32), 2)
+    return (without + scale * (with_prompt - without)).astype(predicted.dtype)

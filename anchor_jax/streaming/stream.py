@@ -39,7 +39,7 @@ def project(variables, embedding: jax.Array, *, setup: StreamSetup) -> ContextKV
 
 @functools.partial(jax.jit, static_argnames="setup")
 def draw_noise(rng: jax.Array, start, batch_like, *, setup: StreamSetup) -> BlockNoise:
-    """Returns a block's random numbers, a function of the key and the latent frame.
+    """Returns a block's random numbers, a function of key, latent frame and video.
 
     Args:
       rng: a key of the video.
@@ -47,13 +47,15 @@ def draw_noise(rng: jax.Array, start, batch_like, *, setup: StreamSetup) -> Bloc
       batch_like: an array whose leading axis is the batch.
       setup: static.
     """
-    shape = (batch_like.shape[0], setup.policy.block, *_latent_shape(setup))
-    keys = jax.random.split(jax.random.fold_in(rng, start))
-    dtype = setup.model.dtype
-    return BlockNoise(
-        initial=jax.random.normal(keys[0], shape, dtype),
-        fresh=jax.random.normal(keys[1], (len(setup.levels) - 1, *shape), dtype),
-    )
+    shape = (len(setup.levels), setup.policy.block, *_latent_shape(setup))
+    dtype = setup.solver.dtype(setup.model.dtype)
+    rng = jax.random.fold_in(rng, start)
+
+    def draw(video):
+        return jax.random.normal(jax.random.fold_in(rng, video), shape, dtype)
+
+    noise = jax.vmap(draw, out_axes=1)(jnp.arange(batch_like.shape[0]))
+    return BlockNoise(initial=noise[0], fresh=noise[1:])
 
 
 def _latent_shape(setup: StreamSetup) -> tuple[int, int, int]:
@@ -155,8 +157,16 @@ def switch(
 
     Returns:
       The new state, and the re-cache's pass as a block without latents, or None.
+
+    Raises:
+      ValueError: The context is not of the stream's batch.
     """
     policy, cache, block = setup.policy, state.cache, None
+    if context.k.shape != state.context.k.shape:
+        raise ValueError(
+            f"the new prompt's context has shape {context.k.shape}, the stream's"
+            f" {state.context.k.shape}; project one prompt for every video"
+        )
     if isinstance(policy.on_switch, Flush):
         source, index = policy.flush(cache.index)
         slots = store.gather(cache.slots, source)
@@ -166,6 +176,48 @@ def switch(
     index = policy.switched(cache.index, requested, jnp.asarray(cut))
     cache = cache.replace(index=index)
     return StreamState(cache=cache, context=context, recent=state.recent), block
+
+
+@functools.partial(
+    jax.jit, static_argnames=("setup", "rerun"), donate_argnames="states"
+)
+def switch_slot(
+    variables,
+    states: StreamState,
+    slot,
+    context: ContextKV,
+    requested,
+    cut=False,
+    *,
+    setup: StreamSetup,
+    rerun: Rerun | None,
+) -> StreamState:
+    """Returns stacked sessions with the one at `slot` under a new prompt.
+
+    For sessions that step side by side under `jax.vmap`, each at a frame of its own:
+    a switch is a program apart, since a branch under vmap would run for all.
+
+    Args:
+      variables: the generator's collections.
+      states: sessions stacked along a new first axis; donated.
+      slot: which of them, traced.
+      context: as for `switch`, of that session.
+      requested: as for `switch`.
+      cut: as for `switch`.
+      setup: static.
+      rerun: as for `switch`, for that session's frame.
+    """
+    one = jax.tree.map(
+        lambda x: jax.lax.dynamic_index_in_dim(x, slot, keepdims=False), states
+    )
+    changed, _ = switch(
+        variables, one, context, requested, cut, setup=setup, rerun=rerun
+    )
+    return jax.tree.map(
+        lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, slot, 0),
+        states,
+        changed,
+    )
 
 
 def resume(variables, state: StreamState, latents, *, setup: StreamSetup):
@@ -184,6 +236,8 @@ def resume(variables, state: StreamState, latents, *, setup: StreamSetup):
       ValueError: The number of frames does not fit.
     """
     frames, policy = latents.shape[1], setup.policy
+    if not policy.remembers:
+        raise ValueError("this policy remembers nothing, so it cannot continue a clip")
     if frames % policy.block or not 0 < frames <= policy.window:
         raise ValueError(
             f"got {frames} latent frames to continue; expected a multiple of the block"

@@ -142,7 +142,7 @@ def _loop(step_fn, state, batches, config: FitConfig, folder, manager, frozen):
         last = number + 1 == config.steps
         if last or (number + 1) % config.log_every == 0:
             mean = float(np.mean([float(x) for x in losses]))
-            _check_finite(mean, number)
+            _check_finite(mean, number, len(losses))
             bar.set_postfix(loss=f"{mean:.4f}")
             with (folder / "log.jsonl").open("a") as log:
                 log.write(json.dumps({"step": number + 1, "loss": mean}) + "\n")
@@ -153,9 +153,9 @@ def _loop(step_fn, state, batches, config: FitConfig, folder, manager, frozen):
     return state
 
 
-def _check_finite(loss: float, step: int) -> None:
+def _check_finite(loss: float, step: int, steps: int) -> None:
     if not np.isfinite(loss):
         raise FloatingPointError(
-            f"loss {loss} at step {step}; resume from the last checkpoint with a"
-            " lower learning_rate"
+            f"loss {loss} within the {steps} steps up to step {step}; resume from"
+            " the last checkpoint with a lower learning_rate"
         )

@@ -14,7 +14,7 @@ from flax import traverse_util
 from anchor_jax.porting import rules
 from anchor_jax.porting.convert import Rule, convert, convert_lora, fill
 from anchor_jax.verify.case import Case, CaseError, Checks
-from anchor_jax.wan import text, vae
+from anchor_jax.wan import lora, text, vae
 from anchor_jax.wan.attention import (
     Spans,
     bidirectional,
@@ -303,7 +303,7 @@ def verify_lora(case: Case, checks: Checks) -> None:
     def flow(**variables):
         return given.run(variables, rows, config)[0]
 
-    merged = merge(params, adapters)
+    merged = lora.merge(params, adapters)
     checks.compare("flow_adapter", flow(params=params, lora=adapters), absolute=CLOSE)
     checks.compare("flow_merged", flow(params=merged), absolute=CLOSE)
     checks.compare("flow_lora_B_zero", flow(params=params), absolute=CLOSE)
@@ -313,18 +313,6 @@ def verify_lora(case: Case, checks: Checks) -> None:
     recorded = [name.split(".", 1)[1] for name in checks.outputs if "." in name]
     for probe in sorted({*map(str, probes), *recorded}):
         _compare_layer(case, checks, probe, (params, adapters, merged))
-
-
-def merge(params, adapters):
-    """Returns the parameters with each adapter's product added to its kernel."""
-    leaves = traverse_util.flatten_dict(params)
-    found = traverse_util.flatten_dict(adapters)
-    for path in found:
-        if path[-1] == "a":
-            kernel = (*path[:-1], "kernel")
-            down, up = found[path], found[*path[:-1], "b"]
-            leaves[kernel] = leaves[kernel] + np.matmul(down, up)
-    return traverse_util.unflatten_dict(leaves)
 
 
 def _check_rank(adapters, rank: int) -> None:

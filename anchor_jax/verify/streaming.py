@@ -21,7 +21,7 @@ from anchor_jax.cache.positions import Absolute, Ranked, Relative
 from anchor_jax.cache.types import EMPTY, ReadPlan
 from anchor_jax.streaming import stream
 from anchor_jax.streaming.types import BlockNoise, StreamSetup, StreamState
-from anchor_jax.verify.case import Case, CaseError, Checks
+from anchor_jax.verify.case import Case, CaseError, Checks, whole
 from anchor_jax.verify.networks import CLOSE, dit_params, model_config
 from anchor_jax.wan.rope import Rotary, rotary, rotate
 from anchor_jax.wan.spec import LatentGrid
@@ -268,6 +268,7 @@ def _recorded_positions(record: dict) -> dict[str, list[int]]:
         named = dict(zip(("query", "window"), pair, strict=True))
     found = {}
     for region, (size, first, *cut) in named.items():
+        size = whole(size, f"trace: {region}", 0, LONGEST)
         found[region] = list(range(first, first + size))
         if any(cut):
             moved = min(3, size)

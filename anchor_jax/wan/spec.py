@@ -2,6 +2,14 @@
 
 import dataclasses
 
+REMAT = (
+    "none",
+    "nothing_saveable",
+    "everything_saveable",
+    "dots_saveable",
+    "dots_with_no_batch_dims_saveable",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -37,6 +45,10 @@ class ModelConfig:
             raise ValueError(
                 f"ModelConfig: dim / num_heads = {self.head_dim} must be even,"
                 " since RoPE rotates pairs"
+            )
+        if self.remat not in REMAT:
+            raise ValueError(
+                f"ModelConfig: remat={self.remat!r} must be one of {REMAT}"
             )
         if self.patch[0] != 1:
             raise ValueError(

@@ -498,3 +498,23 @@ class WanVae(nn.Module):
                 f"pixel frames of {height} x {width}; both must be multiples of {grid};"
                 " crop or resize"
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class VaeCodec:
+    """The VAE as a streaming decoder: static, with the state passed along."""
+
+    config: VaeConfig = VaeConfig()
+
+    def decode(self, params, state: VaeState | None, latents: jax.Array):
+        """Returns pixels [batch, frame, height, width, 3] in [-1, 1], and the state.
+
+        State None begins a video, whose first latent makes one pixel frame.
+        """
+        return WanVae(self.config).apply(
+            {"params": params}, latents, state, method="decode_stream"
+        )
+
+    def encode(self, params, pixels: jax.Array) -> jax.Array:
+        """Returns the latents of a video's pixels [batch, 1 + 4k, height, width, 3]."""
+        return WanVae(self.config).apply({"params": params}, pixels, method="encode")

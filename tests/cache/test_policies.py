@@ -635,7 +635,7 @@ def test_switch_runs_again_the_frames_that_are_kept(policy, start, rerun):
             "absolute RoPE with a junction makes no sense",
         ),
         ({"window": 22}, "window=22 must fit into the RoPE range of 21"),
-        ({"window": 21, "junction": Junction()}, "choose a window of 18 or less"),
+        ({"window": 21, "junction": Junction()}, "choose a window of 15 or less"),
         ({"window": 12, "positions": Relative(range=9)}, "RoPE range of 9"),
         ({"on_switch": Flush(last=-1)}, "flush must keep 0 or more"),
         ({"restart": Restart(every=3, overlap=3)}, "must be shorter than"),

@@ -123,7 +123,7 @@ def test_relative_is_absolute_until_the_range_is_full(start):
 
 
 @pytest.mark.parametrize(
-    "window, frames, first", [(12, 3, 6), (9, 3, 9), (18, 3, 0), (12, 1, 8)]
+    "window, frames, first", [(12, 3, 6), (9, 3, 9), (15, 3, 3), (12, 1, 8)]
 )
 def test_junction_lies_before_a_full_window_and_itself(window, frames, first):
     policy = Policy(window=window, junction=Junction(frames))

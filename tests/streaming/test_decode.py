@@ -33,7 +33,7 @@ def test_blocks_make_the_same_video_as_the_whole(latents):
 
 def test_only_two_programs_decode_a_stream(latents):
     params = bundles.params()["codec"]
-    jax.clear_caches()
+    decode.clear_cache()
 
     state = None
     for first in (0, 3, 6, 0, 3):

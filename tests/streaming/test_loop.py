@@ -220,3 +220,10 @@ def test_no_other_module_loops_over_noise_levels():
     }
 
     assert found == {"streaming/loop.py"}
+
+
+@pytest.mark.parametrize("steps", [1, 2, 250, 900])
+def test_unipc_coefficients_are_finite_for_any_number_of_steps(steps):
+    levels = even_levels(steps, shift=5.0)
+
+    assert np.isfinite(UniPC().coefficients(levels)["row"]).all()

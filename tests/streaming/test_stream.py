@@ -14,6 +14,7 @@ from anchor_jax.cache.policies import Flush, Keep, Policy, Recache, Rerun
 from anchor_jax.cache.positions import Absolute, Relative
 from anchor_jax.flow import few_step_levels
 from anchor_jax.streaming import stream
+from anchor_jax.streaming.loop import Euler, Renoise, UniPC
 from anchor_jax.wan.attention import LayersKV, Prefix, Spans, block_causal
 from anchor_jax.wan.dit import WanDit
 from anchor_jax.wan.rope import rotary, rotate
@@ -349,15 +350,15 @@ def test_switch_acts_on_one_session_of_a_batch_by_dynamic_index():
     rerun = PAPER.policy.rerun(27)
     context = tiny.context(4, PAPER)
 
-    @jax.jit
-    def switch_one(batch, which):
-        one = jax.tree.map(lambda x: x[which], batch)
-        one, _ = stream.switch(
-            tiny.variables(), one, context, 27, setup=PAPER, rerun=rerun
-        )
-        return jax.tree.map(lambda x, y: x.at[which].set(y), batch, one)
-
-    after = switch_one(stacked(states), jnp.int32(2))
+    after = stream.switch_slot(
+        tiny.variables(),
+        stacked(states),
+        jnp.int32(2),
+        context,
+        27,
+        setup=PAPER,
+        rerun=rerun,
+    )
 
     expected = [*states[:2], tiny.switch(PAPER, tiny.copy(states[2]), 4, 27)]
     jax.tree.map(
@@ -642,3 +643,46 @@ def test_a_single_bidirectional_window_needs_no_memory():
         moved = step(settings, state, 0, initial=initial.at[:, frame].add(1.0))[1]
         reached = np.abs(moved.latents - base.latents).max(axis=(0, 2, 3, 4))
         assert np.all(reached > 1e-4)
+
+
+def test_a_context_of_another_batch_is_refused():
+    state = standing(PAPER, 2)
+    context = jax.tree.map(lambda x: jnp.repeat(x, 3, axis=1), tiny.context(1, PAPER))
+
+    with pytest.raises(ValueError, match="one prompt for every video"):
+        stream.switch(tiny.variables(), state, context, 6, setup=PAPER, rerun=None)
+
+
+def test_a_policy_without_memory_cannot_continue_a_clip():
+    policy = Policy(block=6, sink=0, window=6, positions=Absolute(), on_switch=Keep())
+    setup = tiny.setup(policy)
+    state = stream.start(tiny.context(0, setup), setup=setup)
+
+    with pytest.raises(ValueError, match="remembers nothing"):
+        latents = jnp.zeros((1, 6, 4, 4, 4))
+        stream.resume(tiny.variables(), state, latents, setup=setup)
+
+
+def test_a_videos_noise_does_not_depend_on_how_many_are_made():
+    rng = jax.random.key(3)
+
+    alone = stream.draw_noise(rng, 6, jnp.zeros(1), setup=PAPER)
+    beside = stream.draw_noise(rng, 6, jnp.zeros(4), setup=PAPER)
+
+    np.testing.assert_array_equal(alone.initial[0], beside.initial[0])
+    np.testing.assert_array_equal(alone.fresh[:, 0], beside.fresh[:, 0])
+    assert not np.array_equal(beside.initial[0], beside.initial[1])
+
+
+@pytest.mark.parametrize("solver", [Renoise(), Euler(), UniPC()])
+def test_bfloat16_streams_run_with_every_solver(solver):
+    model = dataclasses.replace(tiny.MODEL, dtype="bfloat16")
+    setup = tiny.setup(model=model, solver=solver)
+    state = stream.start(tiny.context(0, setup), setup=setup)
+    for start in (0, 3):
+        noise = stream.draw_noise(jax.random.key(0), start, jnp.zeros(1), setup=setup)
+        state, block = stream.step(tiny.variables(), state, noise, setup=setup)
+
+    assert block.latents.dtype == solver.dtype("bfloat16")
+    assert state.cache.slots.k.dtype == jnp.bfloat16
+    assert np.isfinite(np.asarray(block.latents, np.float32)).all()
