@@ -1,12 +1,13 @@
 """A bundle: the weights of generator, text encoder and codec, and the tokenizer."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import importlib.resources
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,6 +40,16 @@ TINY_GRID = LatentGrid(8, 8)
 
 _HEADER = "anchor_jax"
 _CODECS = {"linear": LinearCodec()}
+_DTYPES = ("float32", "bfloat16", "float16")
+_LARGEST = {
+    "height": 4096,
+    "width": 4096,
+    "text_len": 65536,
+    "num_layers": 512,
+    "num_heads": 1024,
+    "unroll": 512,
+}
+_LARGEST_OTHER = 2**20
 _SHOWN = 5
 
 
@@ -79,6 +90,19 @@ class Bundle:
         return _encode(self.text_params, ids, mask, config=self.text)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Header:
+    """What the weights' file says about itself."""
+
+    format_version: int
+    model: ModelConfig
+    text: TextConfig
+    grid: LatentGrid
+    codec: str
+    tokenizer: str
+    metadata: Mapping[str, Any]
+
+
 @functools.partial(jax.jit, static_argnames="config")
 def _encode(params, ids, mask, *, config: TextConfig) -> jax.Array:
     return Umt5Encoder(config).apply({"params": params}, ids, mask)
@@ -95,31 +119,30 @@ def load_bundle(weights: str) -> Bundle:
     content = _read(model_file, weights)
     pieces = _read(tokenizer_file, weights)
     header = _header(model_file)
-    if header["tokenizer"] != _digest(pieces):
+    if header.tokenizer != _digest(pieces):
         raise UserError(
             f"{tokenizer_file} is not the tokenizer that {model_file} was saved with;"
             " take both files from the same place"
         )
-    sizes = {
-        "model": from_config(ModelConfig, _tuples(header["model"]), "model"),
-        "text": from_config(TextConfig, _tuples(header["text"]), "text"),
-        "grid": from_config(LatentGrid, header["grid"], "grid"),
-    }
-    codec = _CODECS[header["codec"]]
-    stored = safetensors.numpy.load(content)
-    expected = _expected(sizes["model"], sizes["text"], codec)
+    codec = _CODECS[header.codec]
+    tokenizer = _tokenizer(tokenizer_file, pieces, header.text)
+    with _blaming(model_file):
+        stored = safetensors.numpy.load(content)
+        expected = _expected(header.model, header.text, codec)
     _check_tensors(model_file, stored, expected)
     params = _nest(
         {name: jnp.asarray(stored[name], expected[name].dtype) for name in expected}
     )
     return Bundle(
-        **sizes,
+        model=header.model,
+        text=header.text,
+        grid=header.grid,
         codec=codec,
-        tokenizer=SentencePieceTokenizer(pieces, sizes["text"].text_len),
+        tokenizer=tokenizer,
         variables={"params": params["generator"]},
         text_params=params["text"],
         codec_params=params["codec"],
-        metadata=header["metadata"],
+        metadata=header.metadata,
         digest=_digest(content),
     )
 
@@ -195,7 +218,7 @@ def _read(path: pathlib.Path, weights: str) -> bytes:
         ) from error
 
 
-def _header(path: pathlib.Path) -> dict[str, Any]:
+def _header(path: pathlib.Path) -> _Header:
     """Returns the sizes and metadata in the file's header."""
     try:
         with safetensors.safe_open(path, "np") as opened:
@@ -209,17 +232,87 @@ def _header(path: pathlib.Path) -> dict[str, Any]:
             f"{path} has no {_HEADER!r} in its header, so it is no bundle; write it"
             " with anchor_jax.bundle.save_bundle"
         )
-    header = json.loads(stored[_HEADER])
+    with _blaming(path):
+        header = json.loads(stored[_HEADER])
+        if not isinstance(header, dict):
+            raise UserError(f"got {type(header).__name__}, expected an object")
     version = header.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(
             f"{path} has format_version {version}, expected {FORMAT_VERSION}; use the"
             " version of anchor_jax that wrote it, or save it again"
         )
-    if header["codec"] not in _CODECS:
-        known = suggest(header["codec"], _CODECS, "codecs")
-        raise UserError(f"{path}: unknown codec {header['codec']!r}{known}")
-    return header
+    with _blaming(path):
+        read = from_config(_Header, header, "header")
+        _check_header(read)
+    return read
+
+
+@contextlib.contextmanager
+def _blaming(path: pathlib.Path) -> Iterator[None]:
+    """Turns what is wrong with a file into one message that names it."""
+    try:
+        yield
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        MemoryError,
+        RecursionError,
+        TypeError,
+        ValueError,
+        safetensors.SafetensorError,
+    ) as error:
+        raise UserError(
+            f"{path} is no bundle that can be used: {error}; copy it again, or save it"
+            " with anchor_jax.bundle.save_bundle"
+        ) from error
+
+
+def _check_header(header: _Header) -> None:
+    """Raises unless the sizes are ones that networks can have, and fit together."""
+    if header.codec not in _CODECS:
+        known = suggest(header.codec, _CODECS, "codecs")
+        raise UserError(f"unknown codec {header.codec!r}{known}")
+    for name in ("model", "text", "grid"):
+        for field, value in dataclasses.asdict(getattr(header, name)).items():
+            _check_size(f"{name}.{field}", field, value)
+    model, text = header.model, header.text
+    if text.dim != model.text_dim:
+        raise UserError(f"text.dim={text.dim}, expected {model.text_dim} as the model")
+    header.grid.tokens(model.patch)
+
+
+def _check_size(name: str, field: str, value: Any) -> None:
+    if field in ("dtype", "param_dtype") and value not in _DTYPES:
+        raise UserError(f"{name}={value!r}{suggest(value, _DTYPES, 'types')}")
+    if isinstance(value, float) and not 0 < value < float("inf"):
+        raise UserError(f"{name}={value}: expected more than 0")
+    largest = _LARGEST.get(field, _LARGEST_OTHER)
+    if type(value) is int and not 1 <= value <= largest:
+        raise UserError(f"{name}={value}: expected from 1 to {largest}")
+    if field != "patch":
+        return
+    right = all(type(one) is int and 1 <= one <= 64 for one in value)
+    if len(value) != 3 or not right:
+        raise UserError(f"{name}={value}: expected three whole numbers from 1 to 64")
+
+
+def _tokenizer(path: pathlib.Path, pieces: bytes, text: TextConfig):
+    """Returns the tokenizer, whose ids the text encoder all knows."""
+    try:
+        tokenizer = SentencePieceTokenizer(pieces, text.text_len)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} is no tokenizer that can be used: {error}; expected a"
+            " SentencePiece model; copy it again"
+        ) from error
+    if tokenizer.vocab > text.vocab:
+        raise UserError(
+            f"{path} has {tokenizer.vocab} pieces, expected at most the"
+            f" {text.vocab} of the text encoder; take both files from the same place"
+        )
+    return tokenizer
 
 
 def _expected(model: ModelConfig, text: TextConfig, codec) -> dict[str, Any]:
@@ -265,7 +358,9 @@ def _check_tensors(path, stored: Mapping[str, Any], expected: Mapping[str, Any])
 
 
 def _half(name: str, value) -> np.ndarray:
-    half = np.asarray(value).astype(np.float16)
+    with np.errstate(over="ignore"):
+        # The format takes a buffer as it lies: a transposed view would be garbled.
+        half = np.ascontiguousarray(np.asarray(value), np.float16)
     if not np.isfinite(half).all():
         raise UserError(f"{name} does not fit into float16; its training diverged")
     return half
@@ -292,10 +387,6 @@ def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
             place = place.setdefault(folder, {})
         place[last] = value
     return tree
-
-
-def _tuples(section: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in section.items()}
 
 
 def _digest(content: bytes) -> str:

@@ -8,10 +8,19 @@ from typing import Any
 from anchor_jax import flow, prompts
 from anchor_jax.bundle import Bundle
 from anchor_jax.cache import policies
-from anchor_jax.cache.policies import POLICIES, Flush, Keep, Policy, Recache
+from anchor_jax.cache.policies import (
+    POLICIES,
+    Flush,
+    Junction,
+    Keep,
+    Policy,
+    Recache,
+    ReleaseJunction,
+)
 from anchor_jax.cache.positions import Absolute, Bounded, Ranked, Relative
+from anchor_jax.config import from_config
 from anchor_jax.errors import UserError, suggest
-from anchor_jax.prompts import Script, Timing
+from anchor_jax.prompts import MAX_SEED, Script, Timing
 from anchor_jax.streaming.loop import Euler, Renoise, UniPC
 from anchor_jax.streaming.types import StreamSetup
 
@@ -33,12 +42,57 @@ ROPES: dict[str, Callable[[int, int | None], Any]] = {
     "ranked": lambda window, cut: Ranked(range=window, cut=cut),
 }
 
-_RELEASE = {
-    "anchor_forcing": "anchor_forcing_release",
-    "infinity_rope": "infinity_rope_release",
-}
+_ENDS_AT_WINDOW = ("relative", "ranked")
 _SIZES = ("window", "sink", "block")
 _OVERRIDES = (*_SIZES, "rope", "on_switch")
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerConfig:
+    """The section `sampler` of a config; `configs/tiny.py` explains the fields."""
+
+    solver: str
+    steps: tuple[int, ...]
+    num_steps: int
+    shift: float
+    guidance: float
+    negative_prompt: str
+    negative_prompt_file: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """The fields of a config; `configs/tiny.py` explains them."""
+
+    weights: str
+    policy: str
+    rules: str
+    rope: str | None
+    on_switch: str | None
+    window: int | None
+    sink: int | None
+    block: int | None
+    prompt: str
+    prompt_file: str | None
+    frames: int | None
+    seed: int
+    sampler: SamplerConfig
+    out: str | None
+
+
+def read_config(config) -> SampleConfig:
+    """Returns the config with every field of the type that it must have.
+
+    Raises:
+      UserError: A field is missing, unknown or of another type, or the seed is out of
+        range.
+    """
+    read = from_config(SampleConfig, config, "config")
+    if not 0 <= read.seed <= MAX_SEED:
+        raise UserError(
+            f"config.seed={read.seed}: expected a whole number from 0 to {MAX_SEED}"
+        )
+    return read
 
 
 def make_policy(config, script: Script) -> Policy:
@@ -122,24 +176,49 @@ def _named(config) -> Policy:
     if name not in POLICIES:
         known = [*POLICIES, TEACHER]
         raise UserError(f"unknown policy {name!r}{suggest(name, known, 'policies')}")
-    return POLICIES[_RELEASE.get(name, name) if config.rules == "release" else name]
+    policy = POLICIES[name]
+    return _released(policy) if config.rules == "release" else policy
+
+
+def _released(policy: Policy) -> Policy:
+    """Returns the policy as the published code of its method has it."""
+    junction, positions = policy.junction, policy.positions
+    if type(junction) is Junction:
+        junction = ReleaseJunction(junction.frames)
+    if type(positions) is Relative and positions.cut is not None:
+        positions = Ranked(positions.range, cut=positions.cut)
+    return dataclasses.replace(policy, junction=junction, positions=positions)
 
 
 def _override(policy: Policy, config) -> Policy:
     """Returns the policy with the parts that the config names instead of its own."""
-    fields = {name: config[name] for name in _SIZES if config[name] is not None}
+    given = {name: getattr(config, name) for name in _SIZES}
+    fields = {name: value for name, value in given.items() if value is not None}
     if config.on_switch is not None:
         fields["on_switch"] = _choice("on_switch", config.on_switch, SWITCHES)
+    positions = _positions(policy, config, fields.get("window", policy.window))
     try:
-        if config.rope is not None:
-            make = _choice("rope", config.rope, ROPES)
-            window = fields.get("window", policy.window)
-            fields["positions"] = make(window, policy.positions.cut)
-        return dataclasses.replace(policy, **fields)
-    except UserError:
-        raise
+        return dataclasses.replace(policy, **fields, positions=positions)
     except ValueError as error:
         raise UserError(f"{config.policy} with {_given(config)}: {error}") from error
+
+
+def _positions(policy: Policy, config, window: int):
+    """Returns the RoPE rule; one whose range is the window's size moves with it."""
+    own = policy.positions
+    if config.rope is None:
+        if getattr(own, "range", None) == policy.window:
+            return dataclasses.replace(own, range=window)
+        return own
+    make = _choice("rope", config.rope, ROPES)
+    if policy.junction and config.rope in _ENDS_AT_WINDOW:
+        raise UserError(
+            f"{config.policy} with rope={config.rope}: its range is the window's"
+            f" {window} positions, which leaves none for the junction; choose"
+            " rope=tri_region or rope=bounded, or a policy without a junction, such as"
+            " longlive"
+        )
+    return make(window, own.cut)
 
 
 def _teacher(config, script: Script) -> Policy:
@@ -166,7 +245,7 @@ def _teacher(config, script: Script) -> Policy:
 
 def _given(config) -> str:
     """Returns the overrides that the config makes, as text."""
-    given = [(name, config[name]) for name in _OVERRIDES]
+    given = [(name, getattr(config, name)) for name in _OVERRIDES]
     return ", ".join(f"{name}={value}" for name, value in given if value is not None)
 
 
@@ -179,7 +258,7 @@ def _choice(field: str, name: str, table: dict[str, Any]) -> Any:
 def _levels(sampler) -> flow.Levels:
     """Returns the noise levels of the sampler's section."""
     _choice("sampler.solver", sampler.solver, SOLVERS)
-    if not sampler.shift > 0:
+    if not 0 < sampler.shift < float("inf"):
         raise UserError(f"sampler.shift={sampler.shift}: expected more than 0")
     if sampler.solver != "renoise":
         if sampler.num_steps < 1:
@@ -188,7 +267,8 @@ def _levels(sampler) -> flow.Levels:
             )
         return flow.even_levels(sampler.num_steps, sampler.shift)
     steps = tuple(sampler.steps)
-    falls = all(a > b for a, b in zip(steps, steps[1:], strict=False))
+    whole = all(type(step) is int for step in steps)
+    falls = whole and all(a > b for a, b in zip(steps, steps[1:], strict=False))
     if not steps or not falls or steps[0] > flow.TRAIN_STEPS or steps[-1] < 1:
         raise UserError(
             f"sampler.steps={steps}: expected whole numbers that fall, from at most"

@@ -35,15 +35,6 @@ _MARGIN = 6
 _MIN_TILE = 96
 
 
-def to_uint8(pixels: Any) -> np.ndarray:
-    """Returns pixels in [-1, 1] as 0 to 255; values outside are clamped.
-
-    The product with 255 is cut to a whole number, not rounded.
-    """
-    scaled = np.clip(np.asarray(pixels, np.float32), -1, 1) * 0.5 + 0.5
-    return (scaled * 255).astype(np.uint8)
-
-
 class VideoWriter:
     """An H.264 MP4 that is written while frames arrive; use it as a context manager.
 
@@ -90,7 +81,7 @@ class VideoWriter:
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
             raise ValueError(
                 f"frames: got {frames.dtype} of shape {frames.shape}, expected uint8"
-                " [frame, height, width, 3]; convert with to_uint8"
+                " [frame, height, width, 3]"
             )
         if self._stream is None:
             self._size = frames.shape[1:3]

@@ -16,6 +16,7 @@ LATENT_FRAMES_PER_SECOND = 4  # 16 pixel frames a second, 4 to a latent frame
 DEFAULT_SEGMENT_FRAMES = 40  # so the published lists switch at 40, 80, 120, ...
 MAX_PROMPT_CHARACTERS = 10_000
 MAX_SEGMENT_FRAMES = 1_000_000
+MAX_SEED = 2**63 - 1
 
 _KEYS = ("prompts", "switch_frames", "durations", "seed")
 _DURATION = re.compile(r"(?P<amount>[-+]?\d+(\.\d*)?|\.\d+)(?P<unit>[sf])(?P<cut>#?)")
@@ -251,8 +252,11 @@ def _decode(text: str) -> dict[str, Any]:
     _check_list("prompts", entry.get("prompts"), "strings", _is_string)
     if not entry["prompts"]:
         raise UserError("'prompts' is empty; give at least one")
-    if "seed" in entry and not _is_integer(entry["seed"]):
-        raise UserError(f"'seed': got {entry['seed']!r}, expected a whole number >= 0")
+    seed = entry.get("seed", 0)
+    if not _is_integer(seed) or seed > MAX_SEED:
+        raise UserError(
+            f"'seed': got {_short(seed)}, expected a whole number from 0 to {MAX_SEED}"
+        )
     _check_times(entry)
     return entry
 

@@ -1,9 +1,12 @@
+import io
 import json
 
 import bundles
 import numpy as np
 import pytest
 import safetensors.numpy
+import sentencepiece
+import tiny
 
 from anchor_jax import bundle
 from anchor_jax.errors import UserError
@@ -119,3 +122,107 @@ def test_wrong_tensors_are_named(tmp_path, changes, message):
 def test_weights_that_overflow_float16_are_not_saved(tmp_path):
     with pytest.raises(UserError, match="codec/mean does not fit into float16"):
         bundles.save(tmp_path / "out", change_codec(mean=np.full(768, 1e6)))
+
+
+@pytest.fixture
+def rewrite(tmp_path):
+    """Returns a function that saves a bundle with another header or tokenizer."""
+
+    def run(change=None, text=None, words=None, params=None):
+        bundle.save_bundle(
+            params or bundles.params(),
+            bundles.words() if words is None else words,
+            tmp_path,
+            {},
+            model=tiny.MODEL,
+            text=bundles.TEXT,
+            grid=tiny.GRID,
+        )
+        file = tmp_path / "model.safetensors"
+        with safetensors.safe_open(file, "np") as opened:
+            header = json.loads(opened.metadata()["anchor_jax"])
+        if change:
+            change(header)
+        written = json.dumps(header) if text is None else text
+        stored = safetensors.numpy.load_file(file)
+        safetensors.numpy.save_file(stored, file, {"anchor_jax": written})
+        with pytest.raises(UserError) as caught:
+            bundle.load_bundle(str(tmp_path))
+        return str(caught.value)
+
+    return run
+
+
+@pytest.mark.parametrize("text", ["{", "[1, 2]", "null", '"x"', "[" * 100_000])
+def test_a_broken_header_names_the_file(rewrite, text):
+    message = rewrite(text=text)
+
+    assert "model.safetensors is no bundle that can be used" in message
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "part"),
+    [
+        (None, "model", 5, "header.model"),
+        (None, "text", None, "header.text"),
+        (None, "codec", [], "header.codec"),
+        (None, "codec", "cubic", "unknown codec 'cubic'"),
+        (None, "metadata", 3, "header.metadata"),
+        (None, "tokenizer", {}, "header.tokenizer"),
+        ("model", "dtype", "f7", "model.dtype='f7'"),
+        ("model", "dtype", "float64", "float32, bfloat16, float16"),
+        ("text", "param_dtype", "int8", "text.param_dtype='int8'"),
+        ("model", "patch", [1, 3], "three whole numbers"),
+        ("model", "patch", [1, 0, 2], "three whole numbers"),
+        ("model", "patch", [1, 3, 3], "must divide by the patch"),
+        ("model", "patch", [], "header.model"),
+        ("model", "num_layers", 10**12, "model.num_layers"),
+        ("model", "num_heads", 0, "header.model"),
+        ("model", "eps", float("nan"), "model.eps"),
+        ("text", "vocab", -1, "text.vocab"),
+        ("text", "dim", 16, "text.dim=16"),
+        ("grid", "height", 0, "grid.height=0"),
+        ("grid", "width", 10**9, "grid.width"),
+        ("grid", "width", "4", "header.grid.width"),
+        ("grid", "depth", 4, "unknown field 'depth'"),
+    ],
+)
+def test_a_wrong_size_is_one_message(rewrite, section, field, value, part):
+    def change(header):
+        (header[section] if section else header)[field] = value
+
+    message = rewrite(change)
+
+    assert "model.safetensors" in message and part in message
+
+
+@pytest.mark.parametrize("key", ["model", "codec", "tokenizer", "metadata"])
+def test_a_missing_key_is_named(rewrite, key):
+    message = rewrite(lambda header: header.pop(key))
+
+    assert f"missing field {key!r}" in message
+
+
+@pytest.mark.parametrize("words", [b"", b"no model", b"\x00" * 64])
+def test_a_broken_tokenizer_is_named(rewrite, words):
+    assert "tokenizer.model is no tokenizer" in rewrite(words=words)
+
+
+def test_other_special_ids_are_refused(rewrite):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([bundles.RED, bundles.BLUE]),
+        model_writer=model,
+        vocab_size=30,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+
+    assert "pad, end and unknown ids" in rewrite(words=model.getvalue())
+
+
+def test_a_tokenizer_larger_than_the_text_encoder_is_refused(rewrite):
+    def change(header):
+        header["text"]["vocab"] = 8
+
+    assert "pieces, expected at most the 8" in rewrite(change)

@@ -10,8 +10,9 @@ from anchor_jax.cache.policies import (
     Keep,
     PeriodicJunction,
     Recache,
+    ReleaseJunction,
 )
-from anchor_jax.cache.positions import Absolute, Bounded, Relative
+from anchor_jax.cache.positions import Absolute, Bounded, Ranked, Relative
 from anchor_jax.config import load_config
 from anchor_jax.errors import UserError
 from anchor_jax.prompts import Script, Segment
@@ -63,6 +64,43 @@ def test_rules_choose_the_released_form():
     assert make("infinity_rope", TWO) == POLICIES["infinity_rope_release"]
     assert make("longlive", TWO) == POLICIES["longlive"]
     assert type(make("anchor_forcing", ONE).junction) is PeriodicJunction
+    for name in ("no_recache", "no_global_sink"):
+        released = dataclasses.replace(POLICIES[name], junction=ReleaseJunction())
+        assert make(name, TWO) == released
+    for name in ("anchor_forcing_release", "infinity_rope_release", "causvid"):
+        assert make(name, TWO) == POLICIES[name]
+
+
+def test_a_rope_that_is_asked_for_stays_under_the_releases_rules():
+    given = config("infinity_rope", rules="release", rope="relative")
+
+    made = experiment.make_policy(given, TWO)
+
+    assert made.positions == Relative(range=6, cut=45)
+
+
+@pytest.mark.parametrize(
+    ("policy", "positions"),
+    [
+        ("infinity_rope", Relative(range=9, cut=45)),
+        ("infinity_rope_release", Ranked(range=9, cut=45)),
+        ("longlive_relative", Relative(range=9)),
+        ("anchor_forcing", Relative(range=21)),
+        ("longlive", Absolute()),
+    ],
+)
+def test_a_range_of_the_windows_size_moves_with_it(policy, positions):
+    made = experiment.make_policy(config(policy, window=9), TWO)
+
+    assert (made.window, made.positions) == (9, positions)
+
+
+@pytest.mark.parametrize("rope", ["relative", "ranked"])
+def test_a_junction_needs_a_range_beyond_the_window(rope):
+    with pytest.raises(UserError, match="choose rope=tri_region or rope=bounded"):
+        experiment.make_policy(config(rope=rope), TWO)
+    for other in ("tri_region", "bounded"):
+        experiment.make_policy(config(rope=other), TWO)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +118,10 @@ def test_rules_choose_the_released_form():
         ({"sampler__steps": "(250, 500)"}, "that fall"),
         ({"sampler__steps": "(1001,)"}, "at most 1000"),
         ({"sampler__shift": 0}, "more than 0"),
+        ({"window": "abc"}, "config.window: got 'abc', expected int"),
+        ({"frames": "ten"}, "config.frames: got 'ten', expected int"),
+        ({"frames": "30.0"}, "config.frames: got '30.0', expected int"),
+        ({"rope": "[]"}, "tri_region"),
         ({"sampler__guidance": -1}, "0 or more"),
     ],
 )
@@ -146,3 +188,61 @@ def test_relative_ropes_take_the_window_as_their_range():
 
     assert made.positions == Relative(range=9)
     assert made.on_switch == Recache()
+
+
+def test_the_shipped_config_has_exactly_the_fields_that_are_read():
+    read = experiment.read_config(config())
+
+    assert (read.policy, read.window, read.sampler.shift) == ("anchor_forcing", None, 5)
+    assert experiment.make_setup(read, bundles.load(), TWO) == setup()
+
+
+@pytest.mark.parametrize(
+    ("fields", "parts"),
+    [
+        ({"rulez": "paper"}, ["unknown field 'rulez'", "did you mean 'rules'?"]),
+        ({"sampler": {"stepz": 1}}, ["config.sampler", "did you mean 'steps'?"]),
+        ({"window": "abc"}, ["config.window", "'abc'", "expected int"]),
+        ({"frames": 30.0}, ["config.frames", "30.0", "expected int"]),
+        ({"prompt_file": 123}, ["config.prompt_file", "123", "expected str"]),
+        ({"rope": []}, ["config.rope", "expected str"]),
+        ({"sampler": 3}, ["config.sampler", "expected SamplerConfig"]),
+        ({"seed": -1}, ["config.seed=-1", "from 0 to 9223372036854775807"]),
+        ({"seed": 2**63}, ["config.seed=9223372036854775808"]),
+    ],
+)
+def test_a_mistake_in_a_config_file_is_named(fields, parts):
+    given = config().to_dict() | fields
+    if isinstance(fields.get("sampler"), dict):
+        given["sampler"] = config().sampler.to_dict() | fields["sampler"]
+
+    with pytest.raises(UserError) as caught:
+        experiment.read_config(given)
+
+    assert [part for part in parts if part not in str(caught.value)] == []
+
+
+def test_a_missing_field_is_named():
+    given = config().to_dict()
+    del given["sampler"]["solver"]
+
+    with pytest.raises(UserError, match="missing field 'solver'"):
+        experiment.read_config(given)
+
+
+def test_steps_of_another_type_are_refused():
+    read = experiment.read_config(config())
+    sampler = dataclasses.replace(read.sampler, steps=("a", "b"))
+
+    with pytest.raises(UserError, match="whole numbers that fall"):
+        experiment.make_setup(
+            dataclasses.replace(read, sampler=sampler), bundles.load(), TWO
+        )
+
+
+@pytest.mark.parametrize("seed", [2**63, -1])
+def test_a_scripts_seed_must_fit(tmp_path, seed):
+    (tmp_path / "p.jsonl").write_text(f'{{"prompts": ["a"], "seed": {seed}}}\n')
+
+    with pytest.raises(UserError, match="p.jsonl, line 1: 'seed'"):
+        experiment.load_scripts(config(prompt_file=tmp_path / "p.jsonl"))

@@ -163,13 +163,6 @@ def test_frames_of_another_form_are_refused(tmp_path, frames):
             video.append(frames)
 
 
-def test_pixels_are_clamped_and_cut_to_whole_numbers():
-    pixels = np.array([-2, -1, -0.5, 0, 0.5, 0.999, 1, 3], np.float32)
-    expected = [0, 0, 63, 127, 191, 254, 255, 255]
-    assert media.to_uint8(pixels).tolist() == expected
-    assert media.to_uint8(pixels).dtype == np.uint8
-
-
 def test_a_contact_sheet_enlarges_small_tiles_without_smoothing(tmp_path):
     rows = [shades(12, 64, 64), shades(3, 64, 64)]
     path = tmp_path / "sheet.png"

@@ -36,6 +36,7 @@ ABOUT = {
     "no_global_sink": "ablation: anchor_forcing whose re-cache replaces the sink",
     "wan_teacher": "no stream: the whole clip at once, both ways, one prompt",
 }
+_TEACHER = "wan_teacher"
 _FRAMES = 60
 _SWITCH = 40
 
@@ -58,8 +59,15 @@ def main(argv: Sequence[str]) -> None:
         print("\n".join(table()))
         return
     name = argv[1]
+    if name == _TEACHER:
+        print(f"{name}: {ABOUT[name]}")
+        print(
+            "It has no blocks: every frame sees all others, at positions 0, 1, 2, ..."
+        )
+        return
     if name not in POLICIES:
-        raise UserError(f"unknown policy {name!r}{suggest(name, POLICIES, 'policies')}")
+        known = [*POLICIES, _TEACHER]
+        raise UserError(f"unknown policy {name!r}{suggest(name, known, 'policies')}")
     print(f"{name}: {ABOUT[name]}")
     print("\n".join(memory(POLICIES[name])))
 
@@ -72,7 +80,7 @@ def table() -> list[str]:
     for name, policy in POLICIES.items():
         cells = (_regions(policy), _rope(policy), _on_switch(policy))
         rows.append((name, *cells, ABOUT[name]))
-    rows.append(("wan_teacher", "all", "absolute", "refused", ABOUT["wan_teacher"]))
+    rows.append((_TEACHER, "all", "absolute", "refused", ABOUT[_TEACHER]))
     lines = _aligned(rows)
     return [
         *lines,
@@ -138,19 +146,13 @@ def _plans(policy, frames: int, switch: int) -> Iterator[tuple[str, int, object]
 
 def _cells(policy, plan, origin: int) -> tuple[str, ...]:
     """Returns what a pass sees of itself, sink, local window and junction."""
-    own, first = len(plan.query), policy.sink + policy.local
-    past = int(plan.frames) - own - int(plan.junction) * policy.junction_frames
-    frame = [int(f) + origin for f in plan.frame]
-    position = [int(p) for p in plan.position]
-    pairs = list(zip(frame, position, strict=True))
-    remembered = pairs[own:]
-    junction = remembered[first:] if plan.junction else []
-    parts = (
-        pairs[:own],
-        remembered[: min(past, policy.sink)],
-        sorted(remembered[policy.sink : max(past, policy.sink)]),
-    )
-    last = "prior" if plan.prior else _runs(junction)
+    seen = int(plan.frames)
+    frames = [int(frame) + origin for frame in plan.frame[:seen]]
+    pairs = list(zip(frames, map(int, plan.position[:seen]), strict=True))
+    own, end = len(plan.query), seen - int(plan.junction) * policy.junction_frames
+    sink = min(own + policy.sink, end)
+    parts = (pairs[:own], pairs[own:sink], sorted(pairs[sink:end]))
+    last = "prior" if plan.prior else _runs(pairs[end:])
     return (*map(_runs, parts), last)
 
 

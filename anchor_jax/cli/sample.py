@@ -1,10 +1,9 @@
 """Makes videos from prompts, written while they stream."""
 
-import contextlib
 import dataclasses
 import datetime
+import itertools
 import json
-import math
 import os
 import pathlib
 import sys
@@ -72,14 +71,14 @@ def main(argv: Sequence[str]) -> None:
 
     Raises:
       UserError: Something is wrong; nothing has been written then, unless the disk
-        is full.
+        is full, which leaves the videos before.
     """
     del argv
     cache = enable_compilation_cache()
     from anchor_jax import experiment
     from anchor_jax.bundle import load_bundle
 
-    config = flags.FLAGS.config
+    config = experiment.read_config(flags.FLAGS.config)
     scripts = experiment.load_scripts(config)
     negative = experiment.negative_prompt(config)
     bundle = load_bundle(config.weights)
@@ -89,18 +88,22 @@ def main(argv: Sequence[str]) -> None:
     jobs, skipped = _choose(jobs, flags.FLAGS.overwrite)
     for warning in _warnings(bundle.tokenizer, jobs, negative):
         print(f"warning: {warning}", file=sys.stderr)
-    sessions = [_make_session(bundle, job, negative) for job in jobs]
+    for job in jobs:
+        _make_session(bundle, job, negative)
     if jobs:
         _prepare_folder(folder)
         kept = f"; compiled programs are kept in {cache}" if cache else ""
         print(f"preparing the model{kept}", file=sys.stderr)
     warm = set()
-    for job, session in zip(jobs, sessions, strict=True):
+    for job in jobs:
+        # Its stream leaves the device with it, before the next one.
+        session = _make_session(bundle, job, negative)
         needed = (job.setup, session.reruns(job.script))
         if needed not in warm:
             session.warm_up(job.script)
         warm.add(needed)
-        _run(job, session, config.to_dict())
+        _run(job, session, dataclasses.asdict(config))
+        del session
     _report(folder, jobs, skipped)
 
 
@@ -159,17 +162,22 @@ def _choose(jobs: Sequence[Job], overwrite: bool) -> tuple[list[Job], list[Job]]
     """Returns the jobs to run and those that are finished.
 
     Raises:
-      UserError: A job would replace files that another recipe made.
+      UserError: A job would replace files that another recipe made, or a folder.
     """
     todo, done, foreign = [], [], []
     for job in jobs:
+        folders = [file for file in job.files if file.is_dir()]
+        if folders:
+            raise UserError(
+                f"{folders[0]} is a folder where a file shall be written; move it, or"
+                " choose another --out"
+            )
         present = [file for file in job.files if file.exists()]
         same = _stored_request(job) == job.request
         if same and len(present) == len(job.files) and not overwrite:
             done.append(job)
             continue
         todo.append(job)
-        # Without its video, a recipe is what an interrupted run of ours has left.
         if present and not same and not overwrite:
             foreign.append(present[0])
     if foreign:
@@ -228,51 +236,52 @@ def _prepare_folder(folder: pathlib.Path) -> None:
 
 
 def _run(job: Job, session, config: dict) -> None:
-    """Makes one video; its files appear when all of them are whole."""
+    """Makes one video; its files take the place of older ones when all are whole."""
     from anchor_jax import media
 
-    with _all_or_none(job), media.VideoWriter(job.file(".mp4")) as video:
+    sheet, recipe = job.file(".png"), job.file(".json")
+    # The innermost appears first: never an old video beside a new recipe.
+    with (
+        media.replacing(sheet) as sheet_part,
+        media.replacing(recipe) as recipe_part,
+        media.VideoWriter(job.file(".mp4")) as video,
+    ):
         rows = _stream(job, session, video)
-        recipe = {"request": job.request, "config": config} | session.recipe()
-        media.contact_sheet(rows, job.script.prompts, job.file(".png"))
-        media.write_json(job.file(".json"), recipe)
+        content = {"request": job.request, "config": config} | session.recipe()
+        media.contact_sheet(rows, job.script.prompts, sheet_part)
+        media.write_json(recipe_part, content)
 
 
 def _stream(job: Job, session, video) -> list[np.ndarray]:
     """Writes the frames and returns some of each segment, for the contact sheet."""
-    from anchor_jax.streaming.session import landings
-
-    script, block = job.script, job.setup.policy.block
-    starts = (0, *landings(script.switch_frames, block), script.frames)
-    lengths = np.diff(starts) // block
+    script = job.script
     rows: list[list[np.ndarray]] = [[] for _ in script.segments]
+    wanted = tile_frames(script, job.setup.policy.block)
     total = 1 + _PIXEL_FRAMES * (script.frames - 1)
-    name = job.stem.name
+    name, start = job.stem.name, 0
     with tqdm(total=total, unit="frame", disable=None, desc=name) as bar:
         for frames, segment in session.play(script):
             bar.set_postfix_str(_short(script.prompts[segment]), refresh=False)
             video.append(frames)
             bar.update(len(frames))
-            tiles = max(1, math.ceil(_TILES / lengths[segment]))
-            picked = np.linspace(0, len(frames) - 1, tiles + 1).round().astype(int)[1:]
-            rows[segment].append(frames[np.unique(picked)])
+            picked = wanted[segment] - start
+            picked = picked[(picked >= 0) & (picked < len(frames))]
+            rows[segment].append(frames[picked])
+            start += len(frames)
     return [np.concatenate(row) for row in rows]
 
 
-@contextlib.contextmanager
-def _all_or_none(job: Job) -> Iterator[None]:
-    """Removes a job's files before it runs, and those of a run that fails."""
-    _remove(job)
-    try:
-        yield
-    except BaseException:
-        _remove(job)
-        raise
+def tile_frames(script, block: int) -> list[np.ndarray]:
+    """Returns the pixel frames of each segment to show: evenly spaced, at most 8."""
+    from anchor_jax.streaming.session import landings
 
-
-def _remove(job: Job) -> None:
-    for file in job.files:
-        file.unlink(missing_ok=True)
+    starts = (0, *landings(script.switch_frames, block), script.frames)
+    # The first latent frame is one pixel frame, every other one four.
+    edges = [max(0, _PIXEL_FRAMES * (start - 1) + 1) for start in starts]
+    return [
+        np.linspace(first, end - 1, min(_TILES, end - first)).round().astype(int)
+        for first, end in itertools.pairwise(edges)
+    ]
 
 
 def _short(text: str) -> str:

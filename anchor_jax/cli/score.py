@@ -2,7 +2,9 @@
 
 from absl import flags
 
+from anchor_jax.cli import sample
 from anchor_jax.config import define_config_flag
+from anchor_jax.errors import UserError
 
 SUMMARY = "Measure how often tiny-world videos show what their captions say."
 USAGE = """\
@@ -18,31 +20,57 @@ def define_flags() -> None:
     define_config_flag("configs/tiny.py")
     flags.DEFINE_integer("count", 240, "Videos, each with one switch.", lower_bound=1)
     flags.DEFINE_integer("batch", 40, "Videos generated side by side.", lower_bound=1)
-    flags.DEFINE_integer("blocks", 5, "Blocks before and after the switch.")
-    flags.DEFINE_integer("seed", 1, "Of captions and noise.")
+    flags.DEFINE_integer("blocks", 5, "Blocks before and after the switch.", 1)
+    flags.DEFINE_integer("seed", 1, "Of captions and noise.", lower_bound=0)
     flags.DEFINE_string("out", None, "JSON file for the rates, or none.")
 
 
 def main(argv) -> None:
-    """Runs the command."""
+    """Runs the command.
+
+    Raises:
+      UserError: The config is wrong, or its policy cannot make the trial's videos.
+    """
     del argv
+    sample.enable_compilation_cache()
     from anchor_jax import bundle, experiment, media
     from anchor_jax.evaluation import world
-    from anchor_jax.prompts import Script, Segment
+    from anchor_jax.prompts import Script, Segment, Timing
 
-    config = FLAGS.config
-    model = bundle.load_bundle(config.weights)
+    config = experiment.read_config(FLAGS.config)
     whole = config.policy == experiment.TEACHER
-    frames = config.frames or world.CLIP_FRAMES
+    frames = world.CLIP_FRAMES if config.frames is None else config.frames
+    Timing(block=1, frames=frames)
+    negative = experiment.negative_prompt(config)
+    model = bundle.load_bundle(config.weights)
     starts = (0,) if whole else (0, 3)
     script = Script(tuple(Segment("", start) for start in starts), frames)
     setup = experiment.make_setup(config, model, script)
     batch = min(FLAGS.batch, FLAGS.count)
     blocks = (1,) if whole else (FLAGS.blocks,) * 2
-    trial = world.Trial(FLAGS.count, batch, blocks, FLAGS.seed)
+    _check_policy(config.policy, setup.policy, blocks)
+    trial = world.Trial(FLAGS.count, batch, blocks, FLAGS.seed, negative)
     run = world.score_clips if whole else world.score_switches
     result = run(model, setup, trial)
     print(world.table(result))
     if FLAGS.out:
         media.write_json(FLAGS.out, result)
         print(f"written to {FLAGS.out}")
+
+
+def _check_policy(name: str, policy, blocks: tuple[int, ...]) -> None:
+    """Raises unless a stream of the policy can last as long as the trial."""
+    others = "choose a policy without an end, such as anchor_forcing or longlive"
+    if policy.restart:
+        raise UserError(
+            f"{name} begins anew every {policy.restart.every} latent frames, which"
+            f" score does not do; {others}"
+        )
+    frames = sum(blocks) * policy.block
+    if policy.limit is not None and frames > policy.limit:
+        fit = policy.limit // policy.block // len(blocks)
+        shorter = f"--blocks={fit}" if fit else "a smaller block"
+        raise UserError(
+            f"{name} ends after {policy.limit} latent frames, got {frames}; choose"
+            f" {shorter}, or {others}"
+        )

@@ -4,6 +4,8 @@ import pathlib
 
 from absl import flags
 
+from anchor_jax.errors import UserError
+
 SUMMARY = "Train the embedded tiny model from nothing; about 1.3 CPU-hours."
 USAGE = """\
 anchor-jax train-tiny --out=DIR          all stages; run again to resume
@@ -18,14 +20,20 @@ def define_flags() -> None:
     flags.DEFINE_string("out", None, "Folder of checkpoints and the result.")
     stages = ["teacher", "causal", "student"]
     flags.DEFINE_enum("until", "student", stages, "The last stage to run.")
-    flags.DEFINE_integer("seed", 0, "Of data, weights and noise.")
+    flags.DEFINE_integer("seed", 0, "Of data, weights and noise.", lower_bound=0)
     flags.DEFINE_float("scale", 1.0, "Multiplies every stage's steps; for trials.")
     flags.mark_flag_as_required("out")
 
 
 def main(argv) -> None:
-    """Runs the command."""
+    """Runs the command.
+
+    Raises:
+      UserError: `--out` is not a folder of this run, or a number is out of range.
+    """
     del argv
+    folder = pathlib.Path(FLAGS.out).expanduser()
+    _check_flags(folder, FLAGS.scale)
     import dataclasses
 
     from anchor_jax import bundle
@@ -33,10 +41,21 @@ def main(argv) -> None:
     from anchor_jax.wan.tokenizer import SentencePieceTokenizer
     from anchor_jax.world.words import train_tokenizer
 
-    folder = pathlib.Path(FLAGS.out)
     words = train_tokenizer(world_data.captions())
     tokenizer = SentencePieceTokenizer(words, tiny.TEXT.text_len)
     config = tiny.TinyConfig(seed=FLAGS.seed).scaled(FLAGS.scale)
     params = tiny.train(config, tokenizer, folder, FLAGS.until)
     bundle.save_bundle(params, words, folder, dataclasses.asdict(config))
     print(f"written to {folder}; sample with --config.weights={folder}")
+
+
+def _check_flags(folder: pathlib.Path, scale: float) -> None:
+    if not 0 < scale < float("inf"):
+        raise UserError(f"--scale={scale}: expected a number above 0; 1 is the default")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--out={folder}: expected a folder that can be written to"
+            f" ({error.strerror}); choose another"
+        ) from error

@@ -21,15 +21,21 @@ CRITERIA = ("color", "background", "shape", "shape_iou", "motion", "steady", "sm
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """How many videos are scored and how long their segments are, in blocks."""
+    """How many videos are scored and how long their segments are, in blocks.
+
+    `negative_prompt` is what guidance leads away from, if the setup has any.
+    """
 
     count: int = 240
     batch: int = 40
     segments: tuple[int, ...] = (5, 5)
     seed: int = 1
+    negative_prompt: str = ""
 
 
-def generate(bundle, setup: StreamSetup, prompts, blocks, seed: int) -> np.ndarray:
+def generate(
+    bundle, setup: StreamSetup, prompts, blocks, seed: int, negative_prompt: str = ""
+) -> np.ndarray:
     """Returns videos that switch prompts together, uint8 [batch, frame, 64, 64, 3].
 
     Args:
@@ -38,9 +44,10 @@ def generate(bundle, setup: StreamSetup, prompts, blocks, seed: int) -> np.ndarr
       prompts: a list of `batch` prompts for each segment.
       blocks: each segment's length.
       seed: of the noise.
+      negative_prompt: what guidance leads away from.
     """
     variables = bundle.variables
-    contexts = [_project(bundle, setup, texts) for texts in prompts]
+    contexts = [_project(bundle, setup, texts, negative_prompt) for texts in prompts]
     state = stream.start(contexts[0], setup=setup)
     rng, latents, frame = jax.random.key(seed), [], 0
     like = jnp.zeros(len(prompts[0]))
@@ -59,9 +66,19 @@ def generate(bundle, setup: StreamSetup, prompts, blocks, seed: int) -> np.ndarr
     return codecs.to_bytes(np.asarray(pixels))
 
 
-def _project(bundle, setup: StreamSetup, texts):
-    texts = list(texts) + [""] * (len(texts) * (setup.copies - 1))
+def _project(bundle, setup: StreamSetup, texts, negative_prompt: str):
+    texts = list(texts) + [negative_prompt] * (len(texts) * (setup.copies - 1))
     return stream.project(bundle.variables, bundle.encode_prompts(texts), setup=setup)
+
+
+def _generate(bundle, setup: StreamSetup, trial: Trial, texts, number: int):
+    """Returns the videos from `number` on, at most up to the trial's count.
+
+    The last batch too is made whole, for one program, and cut.
+    """
+    seed, negative = trial.seed + number, trial.negative_prompt
+    videos = generate(bundle, setup, texts, trial.segments, seed, negative)
+    return videos[: trial.count - number]
 
 
 def score_clips(bundle, setup: StreamSetup, trial: Trial) -> dict:
@@ -75,10 +92,9 @@ def score_clips(bundle, setup: StreamSetup, trial: Trial) -> dict:
     for number in tqdm(range(0, trial.count, trial.batch), desc="clips"):
         batch = [scene.sample_attributes(rng, True) for _ in range(trial.batch)]
         texts = [[scene.caption(one) for one in batch]]
-        videos += list(
-            generate(bundle, setup, texts, trial.segments[:1], trial.seed + number)
-        )
+        videos += list(_generate(bundle, setup, trial, texts, number))
         wanted += batch
+    wanted = wanted[: trial.count]
     frames = videos[0].shape[0]
     return {
         "held_out": _rows(score.score(videos, wanted)),
@@ -104,10 +120,11 @@ def score_switches(bundle, setup: StreamSetup, trial: Trial) -> dict:
             for one, k in zip(new, kind, strict=True)
         ]
         texts = [[scene.caption(one) for one in group] for group in (old, new)]
-        videos = generate(bundle, setup, texts, trial.segments, trial.seed + number)
+        videos = _generate(bundle, setup, trial, texts, number)
         before, after, kinds = before + old, after + new, kinds + kind
         first += list(videos[:, :cut])
         second += list(videos[:, cut:])
+    before, after, kinds = (rows[: trial.count] for rows in (before, after, kinds))
     measured = score.measure_all(second, phase=cut)
     result = {
         "before_switch": _rows(score.score(first, before)),
@@ -119,6 +136,8 @@ def score_switches(bundle, setup: StreamSetup, trial: Trial) -> dict:
     }
     for kind in SWITCH_KINDS:
         rows = [i for i, k in enumerate(kinds) if k == kind]
+        if not rows:
+            continue
         picked = score.score_measured(
             [measured[i] for i in rows], [after[i] for i in rows]
         )

@@ -11,6 +11,7 @@ The text encoder is trained with the first stage and frozen afterwards.
 
 import dataclasses
 import functools
+import json
 import pathlib
 
 import jax
@@ -20,7 +21,8 @@ from tqdm import tqdm
 
 from anchor_jax import flow
 from anchor_jax.bundle import TINY_TEXT as TEXT
-from anchor_jax.media import replacing
+from anchor_jax.errors import UserError
+from anchor_jax.media import replacing, write_json
 from anchor_jax.streaming.loop import Euler, approach, guide
 from anchor_jax.training import world_data as data
 from anchor_jax.training.fit import FitConfig, fit
@@ -368,6 +370,34 @@ def make_pairs(
 STAGES = ("teacher", "causal", "student")
 
 
+def check_config(config: TinyConfig, folder: pathlib.Path) -> None:
+    """Raises unless the folder's run has this config, which a new one gets.
+
+    Raises:
+      UserError: The run in the folder has another config, or none that can be read.
+    """
+    path = folder / "config.json"
+    given = json.loads(json.dumps(dataclasses.asdict(config)))
+    if not path.exists():
+        write_json(path, given)
+        return
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}), so the run in {folder} cannot go on;"
+            " choose another --out"
+        ) from error
+    if stored == given:
+        return
+    stored = stored if isinstance(stored, dict) else {}
+    changed = [name for name in given if stored.get(name) != given[name]]
+    raise UserError(
+        f"{folder} holds a run of another config: {', '.join(changed) or 'fields'}"
+        " differ; choose another --out, or the seed and scale that it began with"
+    )
+
+
 def train(config: TinyConfig, tokenizer, folder: pathlib.Path, until: str = STAGES[-1]):
     """Runs the stages in order, resuming where `folder` left off.
 
@@ -378,8 +408,12 @@ def train(config: TinyConfig, tokenizer, folder: pathlib.Path, until: str = STAG
       tokenizer: of the world's words.
       folder: checkpoints and logs, a folder for each stage.
       until: the last stage to run.
+
+    Raises:
+      UserError: The folder holds a run of another config.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    check_config(config, folder)
     codec = data.fit_codec(config.seed, CHANNELS)
     batches = Batches(config, tokenizer, codec)
     stages = STAGES[: STAGES.index(until) + 1]

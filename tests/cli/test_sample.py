@@ -1,15 +1,20 @@
 import errno
 import json
 import re
+import weakref
 
 import av
 import bundles
+import numpy as np
 import pytest
+from PIL import Image
 
 from anchor_jax import media
 from anchor_jax.cache.policies import POLICIES
 from anchor_jax.cli import main, policies
-from anchor_jax.cli.sample import CACHE_VARIABLE
+from anchor_jax.cli.sample import CACHE_VARIABLE, tile_frames
+from anchor_jax.prompts import Script, Segment
+from anchor_jax.streaming.session import Session
 
 CLIP = "a red ring[3f] | a blue square[3f]"
 
@@ -55,6 +60,7 @@ def test_a_sample_is_a_video_a_sheet_and_a_recipe(sample, tmp_path):
     assert "out/test/000.mp4" in printed
     assert files(out) == ["000.json", "000.mp4", "000.png"]
     assert count_frames(out / "000.mp4") == 21
+    assert Image.open(out / "000.png").width == 8 * 96 + 7 * 2 + 12
     assert (out / "000.png").read_bytes().startswith(b"\x89PNG")
     recipe = json.loads((out / "000.json").read_text())
     assert [one["landed"] for one in recipe["prompts"]] == [0, 3]
@@ -114,6 +120,8 @@ def test_a_batch_resumes_and_other_recipes_are_safe(sample, tmp_path):
         (["--config.policy=nothing"], "unknown policy"),
         (["--config.weights=nowhere"], "nowhere"),
         (["--config.sampler.steps=(1,2)"], "that fall"),
+        (["--config.seed=-1"], "from 0 to"),
+        (["--config.seed=9223372036854775808"], "from 0 to"),
     ],
 )
 def test_a_mistake_leaves_nothing_written(sample, tmp_path, argv, message):
@@ -134,6 +142,98 @@ def test_a_folder_that_is_a_file_is_refused(sample, tmp_path):
     assert status == 2
     assert "taken" in err
     assert (tmp_path / "taken").read_text() == "mine"
+
+
+@pytest.mark.parametrize("argv", [[], ["--overwrite"]])
+def test_a_folder_in_place_of_a_video_is_refused(sample, tmp_path, argv):
+    (tmp_path / "out/test/000.mp4").mkdir(parents=True)
+
+    status, _, err = sample(*argv)
+
+    assert status == 2
+    assert "000.mp4 is a folder" in err and "another --out" in err
+    assert files(tmp_path / "out/test") == ["000.mp4"]
+
+
+def test_an_old_video_stays_until_the_new_one_is_whole(sample, tmp_path, monkeypatch):
+    out = tmp_path / "out/test"
+    sample()
+    before = {name: (out / name).read_bytes() for name in files(out)}
+
+    def full(*_, **__):
+        assert (out / "000.mp4").read_bytes() == before["000.mp4"]
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(media.Image.Image, "save", full)
+        status, _, err = sample("--config.seed=1", "--overwrite")
+
+    assert status == 2 and "no room" in err
+    kept = {name: (out / name).read_bytes() for name in before}
+    assert kept == before
+    assert sample("--config.seed=1", "--overwrite")[0] == 0
+    assert (out / "000.mp4").read_bytes() != before["000.mp4"]
+
+
+def test_every_script_is_checked_before_the_first_is_made(sample, tmp_path):
+    (tmp_path / "p.txt").write_text("a red ring[3f]\na blue square[24f]\n")
+
+    status, _, err = sample(
+        "--config.prompt_file=p.txt", "--config.policy=self_forcing"
+    )
+
+    assert status == 2 and "ends after 21" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_stream_at_a_time_is_held(sample, tmp_path, monkeypatch):
+    (tmp_path / "p.txt").write_text("a red ring[3f]\na blue square[3f]\na ring[3f]\n")
+    held, counts = weakref.WeakSet(), []
+
+    def watched(session, script):
+        held.add(session)
+        counts.append(len(held))
+        yield from play(session, script)
+
+    play = Session.play
+    monkeypatch.setattr(Session, "play", watched)
+
+    assert sample("--config.prompt_file=p.txt")[0] == 0
+    assert counts == [1, 1, 1]
+
+
+@pytest.mark.parametrize("block", [1, 3, 7])
+def test_tiles_are_few_and_evenly_spaced(block):
+    segments = (Segment("a", 0), Segment("b", block), Segment("c", 20 * block))
+    script = Script(segments, 10_000 * block)
+
+    rows = tile_frames(script, block)
+
+    assert [len(row) for row in rows] == [min(8, 4 * block - 3), 8, 8]
+    assert rows[0][0] == 0 and rows[1][0] == 4 * block - 3
+    assert rows[-1][-1] == 4 * script.frames - 4
+    assert np.ptp(np.diff(rows[-1])) <= 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"rulez": "paper"}', "did you mean 'rules'?"),
+        ('{"window": "abc"}', "config.window: got 'abc'"),
+        ('{"frames": 30.0}', "config.frames: got 30.0"),
+    ],
+)
+def test_a_mistake_in_a_config_file_is_no_traceback(tmp_path, capsys, text, message):
+    (tmp_path / "mine.py").write_text(
+        "from anchor_jax.config import load_config\n"
+        "from ml_collections import ConfigDict\n\n\n"
+        "def get_config():\n"
+        "    shipped = load_config('tiny').to_dict()\n"
+        f"    return ConfigDict(shipped | {text})\n"
+    )
+    for command in ("sample", "score"):
+        assert main.main([command, f"--config={tmp_path / 'mine.py'}"]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_words_that_mean_nothing_here_are_named_once(sample):
@@ -213,6 +313,17 @@ def test_a_restart_is_shown():
 
     assert lines[8].split() == ["restart", "18-20@0-2"]
     assert lines[9].split() == ["21", "21-23@3-5", "18-20@0-2"]
+
+
+def test_the_teacher_is_explained(capsys):
+    assert main.main(["policies", "wan_teacher"]) == 0
+    printed = capsys.readouterr().out
+    assert policies.ABOUT["wan_teacher"] in printed and "no blocks" in printed
+
+
+def test_the_largest_seed_makes_a_video(sample, tmp_path):
+    assert sample("--config.seed=9223372036854775807")[0] == 0
+    assert (tmp_path / "out/test/000.mp4").exists()
 
 
 def test_an_unknown_policy_is_refused(capsys):

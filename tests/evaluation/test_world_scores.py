@@ -1,3 +1,5 @@
+import dataclasses
+
 import bundles
 import numpy as np
 import pytest
@@ -5,6 +7,7 @@ import tiny
 
 from anchor_jax import flow
 from anchor_jax.cache.policies import POLICIES
+from anchor_jax.cli import main
 from anchor_jax.evaluation import world
 from anchor_jax.streaming.types import StreamSetup
 from anchor_jax.world import scene
@@ -16,7 +19,7 @@ SETUP = StreamSetup(
 TRIAL = world.Trial(count=20, batch=10, segments=(2, 2))
 
 
-def rendered(bundle, setup, prompts, blocks, seed):
+def rendered(bundle, setup, prompts, blocks, seed, negative_prompt):
     """Stands in for a model that draws every prompt right."""
     rng = np.random.default_rng(seed)
     frames = scene.segment_pixel_frames([n * setup.policy.block for n in blocks])
@@ -43,8 +46,8 @@ def test_a_perfect_model_scores_one_and_the_old_prompt_scores_less(monkeypatch):
 
 
 def test_a_model_that_ignores_the_switch_scores_low(monkeypatch):
-    def stuck(bundle, setup, prompts, blocks, seed):
-        return rendered(bundle, setup, [prompts[0]] * 2, blocks, seed)
+    def stuck(bundle, setup, prompts, blocks, seed, negative_prompt):
+        return rendered(bundle, setup, [prompts[0]] * 2, blocks, seed, "")
 
     monkeypatch.setattr(world, "generate", stuck)
 
@@ -74,3 +77,79 @@ def test_the_table_has_a_line_for_every_group(monkeypatch, name):
     text = world.table(world.score_switches(None, SETUP, TRIAL))
 
     assert name in text and "1.000" in text
+
+
+@pytest.mark.parametrize("count", [1, 7, 13])
+def test_exactly_as_many_videos_as_asked_for_are_scored(monkeypatch, count):
+    monkeypatch.setattr(world, "generate", rendered)
+    trial = world.Trial(count=count, batch=min(count, 5), segments=(2, 2))
+
+    result = world.score_switches(None, SETUP, trial)
+
+    for group in ("before_switch", "after_switch", "mismatched"):
+        assert result[group]["color"]["n"] == count
+    kinds = [rates for name, rates in result.items() if "after_switch_of" in name]
+    assert sum(rates["color"]["n"] for rates in kinds) == count
+
+
+def test_clips_are_cut_to_the_count(monkeypatch):
+    monkeypatch.setattr(world, "generate", rendered)
+    monkeypatch.setattr(world, "ceiling", lambda *_: {})
+
+    result = world.score_clips(None, SETUP, world.Trial(7, 5, (2,)))
+
+    assert result["held_out"]["color"]["n"] == 7
+    assert result["held_out"]["color"]["rate"] == 1
+
+
+def test_guidance_leads_away_from_the_negative_prompt():
+    setup = dataclasses.replace(SETUP, guidance=2.0)
+    prompts = [[bundles.RED]]
+
+    def make(negative):
+        return world.generate(bundles.load(), setup, prompts, (1,), 0, negative)
+
+    assert not np.array_equal(make(""), make(bundles.BLUE))
+
+
+@pytest.fixture
+def score(tmp_path, monkeypatch, capsys):
+    bundles.save(tmp_path)
+    monkeypatch.setenv("ANCHOR_JAX_CACHE", "off")
+
+    def run(policy, *argv):
+        given = [f"--config=tiny:{policy}", f"--config.weights={tmp_path}", *argv]
+        status = main.main(["score", *given])
+        return status, capsys.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("policy", "argv", "parts"),
+    [
+        ("causvid", [], ["causvid begins anew every 21", "anchor_forcing"]),
+        ("self_forcing", [], ["ends after 21", "got 30", "--blocks=3"]),
+        ("anchor_forcing", ["--blocks=0"], ["blocks"]),
+        ("wan_teacher", ["--config.frames=0"], ["frames=0"]),
+        ("wan_teacher", ["--config.frames=-3"], ["frames=-3"]),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(score, policy, argv, parts):
+    status, err = score(policy, *argv)
+
+    assert status == 2
+    assert [part for part in parts if part not in err] == [], err
+
+
+def test_the_command_takes_count_and_negative_prompt_to_the_trial(score, monkeypatch):
+    trials = []
+    monkeypatch.setattr(world, "score_switches", lambda *given: trials.append(given[2]))
+    monkeypatch.setattr(world, "table", lambda result: "")
+
+    status, _ = score(
+        "self_forcing", "--blocks=3", "--config.sampler.negative_prompt=ugly"
+    )
+
+    assert status == 0
+    assert trials == [world.Trial(240, 40, (3, 3), 1, "ugly")]
