@@ -101,10 +101,11 @@ def make_mesh(shape: tuple[int, int, int, int] = (1, -1, 1, 1)) -> Mesh:
     known = math.prod(size for size in shape if size != -1)
     if known > 0 and shape.count(-1) <= 1:
         shape = tuple(devices // known if size == -1 else size for size in shape)
-    if math.prod(shape) != devices or min(shape) < 1:
+    needed = math.prod(shape)
+    if needed != devices or min(shape) < 1:
         raise ValueError(
-            f"mesh {dict(zip(MESH_AXES, shape, strict=True))} needs"
-            f" {math.prod(shape)} devices, found {devices}; use -1 for one axis to fill up"
+            f"mesh {dict(zip(MESH_AXES, shape, strict=True))} needs {needed} devices,"
+            f" found {devices}; use -1 for one axis to fill up"
         )
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
 
