@@ -270,4 +270,6 @@ def _explained(path: pathlib.Path) -> Iterator[None]:
             raise UserError(
                 f"{path}: cannot be written ({error.strerror}); {remedy}"
             ) from error
-        raise
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); choose another path"
+        ) from error

@@ -154,6 +154,12 @@ def parse_json(text: str, timing: Timing) -> Script:
     """
     entry = _decode(text)
     prompts, seed = entry["prompts"], entry.get("seed")
+    for number, prompt in enumerate(prompts, start=1):
+        if re.search(r"\[[\d.]+[sf]#?\]\s*$", prompt):
+            raise UserError(
+                f"segment {number}: {_short(prompt)} ends with a duration, which JSON"
+                " lines take as words; write it in 'durations', in seconds"
+            )
     cuts = [False] * len(prompts)
     if "durations" in entry:
         durations = [

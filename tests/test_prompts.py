@@ -209,11 +209,11 @@ def test_a_text_file_holds_a_script_a_line(tmp_path):
 @pytest.mark.parametrize("name", ["prompts.jsonl", "prompts.json", "prompts.txt"])
 def test_a_json_file_holds_an_entry_a_line(tmp_path, name):
     path = tmp_path / name
-    path.write_text('{"prompts": ["a | b[5s]"]}\n\n{"prompts": ["c", "d"]}\n')
+    path.write_text('{"prompts": ["a | b[sic]"]}\n\n{"prompts": ["c", "d"]}\n')
 
     scripts = load_scripts(BLOCK, path=path)
 
-    assert [script.prompts for script in scripts] == [("a | b[5s]",), ("c", "d")]
+    assert [script.prompts for script in scripts] == [("a | b[sic]",), ("c", "d")]
 
 
 def test_every_wrong_line_is_named_with_file_and_number(tmp_path):
@@ -249,3 +249,14 @@ def test_a_prompt_or_a_file_is_needed_and_not_both():
     refused(lambda: load_scripts(BLOCK, inline="a", path=os.devnull), "not both")
     assert load_scripts(BLOCK, inline="a")[0].prompts == ("a",)
     refused(lambda: load_scripts(BLOCK, inline=""), "prompt: segment 1", "empty")
+
+
+def test_a_duration_inside_a_json_prompt_is_refused():
+    with pytest.raises(UserError, match="durations"):
+        parse_json('{"prompts": ["a red ring[1s]", "a blue ring[2s#]"]}', BLOCK)
+
+
+def test_other_brackets_in_a_json_prompt_are_words():
+    script = parse_json('{"prompts": ["a sign [sic] in red"]}', BLOCK)
+
+    assert script.prompts == ("a sign [sic] in red",)

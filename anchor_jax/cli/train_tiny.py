@@ -6,7 +6,7 @@ from absl import flags
 
 from anchor_jax.errors import UserError
 
-SUMMARY = "Train the embedded tiny model from nothing; about 1.3 CPU-hours."
+SUMMARY = "Train the embedded tiny model from nothing; about 0.9 CPU-hours."
 USAGE = """\
 anchor-jax train-tiny --out=DIR          all stages; run again to resume
 anchor-jax train-tiny --out=DIR --until=teacher
