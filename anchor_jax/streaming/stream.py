@@ -20,7 +20,6 @@ from anchor_jax.wan.attention import (
     Prefix,
     bidirectional,
 )
-from anchor_jax.wan.dit import WanDit
 from anchor_jax.wan.rope import rotary
 
 
@@ -34,7 +33,7 @@ def project(variables, embedding: jax.Array, *, setup: StreamSetup) -> ContextKV
         the prompts' rows come first, then the negative prompts'.
       setup: static.
     """
-    return WanDit(setup.model).apply(variables, embedding, method="project")
+    return setup.network.apply(variables, embedding, method="project")
 
 
 @functools.partial(jax.jit, static_argnames="setup")
@@ -273,7 +272,7 @@ def _recache(variables, state, context, setup: StreamSetup, rerun: Rerun):
 
 def _forward(setup: StreamSetup, variables, context, plan: ReadPlan):
     """Returns the model as (latents, timestep, past) -> (guided flow, own)."""
-    model = WanDit(setup.model)
+    model = setup.network
     everything = not setup.policy.remembers
     visible = bidirectional(plan.query.shape[0]) if everything else Prefix(plan.frames)
 
@@ -314,8 +313,15 @@ class _Memory:
         self.read = store.rotated(cache.slots, turn) if policy.remembers else None
         self.fixed = store.take(self.read, first, end) if self.read else None
         self.releases = policy.keeps_prior
-        # Visible frames before the junction: where it starts, since it comes last.
         own = plan.query.shape[0]
+        self.lay_out = functools.partial(
+            Prefix(plan.frames).lay_out, setup.network.attention, own=own
+        )
+        self.whole = None
+        if self.read and not self.releases:
+            rest = store.take(self.read, begin, None)
+            self.whole = self.lay_out(store.join(self.fixed, rest))
+        # Visible frames before the junction: where it starts, since it comes last.
         seen = plan.frames - own - plan.junction * policy.junction_frames
         self.slot = jnp.maximum(seen, 0)
 
@@ -326,14 +332,13 @@ class _Memory:
         return store.take(self.cache.slots, self.begin, None), self.cache.prior
 
     def past(self, kept) -> LayersKV | None:
-        """Returns remembered keys and values in reading order."""
-        if self.read is None:
-            return None
+        """Returns remembered keys and values in reading order, laid out."""
         if kept is None:
-            return store.join(self.fixed, store.take(self.read, self.begin, None))
+            return self.whole
         shown = store.rotated(store.choose(self.plan, *kept), self.turn)
         room = jax.tree.map(jnp.zeros_like, shown)
-        return store.insert(store.join(self.fixed, room), shown, self.slot)
+        past = store.insert(store.join(self.fixed, room), shown, self.slot)
+        return self.lay_out(past)
 
     def captured(self, kept, own: LayersKV, capture):
         """Returns what travels on after a pass."""

@@ -1,6 +1,7 @@
 """What is static about a stream, and what it carries from block to block."""
 
 import dataclasses
+from typing import Any
 
 import jax
 from flax import struct
@@ -10,6 +11,7 @@ from anchor_jax.cache.types import KVCache, ReadPlan
 from anchor_jax.flow import Levels
 from anchor_jax.streaming.loop import Euler, Passes, Renoise, UniPC
 from anchor_jax.wan.attention import ContextKV
+from anchor_jax.wan.dit import WanDit
 from anchor_jax.wan.spec import LatentGrid, ModelConfig
 
 
@@ -18,7 +20,8 @@ class StreamSetup:
     """All that is static about a stream: the one static argument of the sampler.
 
     `guidance` other than 1 runs every video twice, with its prompt and with the
-    negative one; the context's batch is then [prompts..., negatives...].
+    negative one; the context's batch is then [prompts..., negatives...]. `kernel` is
+    one of `anchor_jax.wan.kernels`; None is the best for the machine at hand.
     """
 
     model: ModelConfig
@@ -27,10 +30,16 @@ class StreamSetup:
     levels: Levels
     solver: Renoise | Euler | UniPC = Renoise()
     guidance: float = 1.0
+    kernel: Any = None
 
     @property
     def tokens(self) -> tuple[int, int]:
         return self.grid.tokens(self.model.patch)
+
+    @property
+    def network(self) -> WanDit:
+        """The generator with its attention kernel."""
+        return WanDit(self.model, self.kernel)
 
     @property
     def copies(self) -> int:

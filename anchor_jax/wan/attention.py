@@ -1,6 +1,7 @@
 """Attention: who sees whom, and the two attention layers of a block."""
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -35,10 +36,14 @@ class Prefix:
 
     frames: jax.Array
 
-    def attend(self, q, k, v):
+    def lay_out(self, kernel, past: LayersKV, own: int) -> LayersKV:
+        """Returns remembered frames as the kernel reads them, for a pass of `own`."""
+        tokens = own * past.k.shape[-3]
+        return jax.tree.map(lambda x: kernel.lay_out(x, tokens), past)
+
+    def attend(self, kernel, q, k, v, past=None):
         """Returns [batch, frame, token, head, dim] attended values."""
-        length = jnp.full(q.shape[:1], self.frames * k.shape[2], jnp.int32)
-        return _softmax_attention(q, k, v, key_value_seq_lengths=length)
+        return _flat(kernel, q, k, v, past, self.frames * k.shape[2])
 
 
 @struct.dataclass
@@ -53,12 +58,20 @@ class Spans:
         pytree_node=False
     )
 
-    def attend(self, q, k, v):
+    def lay_out(self, kernel, past: LayersKV, own: int) -> LayersKV:
+        """Returns remembered frames as they are: a span may want any of them."""
+        del kernel, own
+        return past
+
+    def attend(self, kernel, q, k, v, past=None):
         """Returns [batch, frame, token, head, dim] attended values."""
+        if past is not None:
+            k = jnp.concatenate([k, past.k.astype(k.dtype)], axis=1)
+            v = jnp.concatenate([v, past.v.astype(v.dtype)], axis=1)
         out = []
         for first, end, keys in self.spans:
             pick = functools.partial(_frames, spans=keys)
-            out.append(_softmax_attention(q[:, first:end], pick(k), pick(v)))
+            out.append(_flat(kernel, q[:, first:end], pick(k), pick(v)))
         return out[0] if len(out) == 1 else jnp.concatenate(out, axis=1)
 
 
@@ -107,17 +120,18 @@ def _frames(x: jax.Array, spans) -> jax.Array:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
-def _softmax_attention(q, k, v, **limits):
+def _flat(kernel, q, k, v, past=None, seen=None):
     frames, tokens = q.shape[1:3]
     q, k, v = (rearrange(x, "b f t h d -> b (f t) h d") for x in (q, k, v))
-    out = jax.nn.dot_product_attention(q, k, v, **limits)
+    out = kernel.attend(q, k, v, past, seen)
     return rearrange(out, "b (f t) h d -> b f t h d", f=frames, t=tokens)
 
 
 class _Projections(nn.Module):
-    """What both attention layers share."""
+    """What the attention layers share."""
 
     config: ModelConfig
+    kernel: Any = None
 
     def dense(self, name: str) -> Dense:
         config = self.config
@@ -143,11 +157,8 @@ class SelfAttention(_Projections):
         q = self.heads(self.norm("norm_q")(self.dense("q")(x)))
         k = self.heads(self.norm("norm_k")(self.dense("k")(x)))
         v = self.heads(self.dense("v")(x))
-        keys, values = rotate(k, key_rope), v
-        if past is not None:
-            keys = jnp.concatenate([keys, past.k.astype(keys.dtype)], axis=1)
-            values = jnp.concatenate([v, past.v.astype(v.dtype)], axis=1)
-        out = visible.attend(rotate(q, query_rope), keys, values)
+        q, keys = rotate(q, query_rope), rotate(k, key_rope)
+        out = visible.attend(self.kernel, q, keys, v, past)
         out = self.dense("o")(rearrange(out, "... h d -> ... (h d)"))
         return out, LayersKV(k=k, v=v)
 
@@ -165,9 +176,8 @@ class CrossAttention(_Projections):
         groups = context.k.shape[0] // x.shape[0]
         q = self.heads(self.norm("norm_q")(self.dense("q")(x)))
         q = rearrange(q, "b (g f) t h d -> (b g) (f t) h d", g=groups)
-        out = jax.nn.dot_product_attention(
-            q, context.k.astype(q.dtype), context.v.astype(q.dtype)
-        )
+        k, v = context.k.astype(q.dtype), context.v.astype(q.dtype)
+        out = self.kernel.attend(q, k, v)
         out = rearrange(
             out, "(b g) (f t) h d -> b (g f) t (h d)", g=groups, f=frames // groups
         )

@@ -1,11 +1,13 @@
 """The Wan2.1 transformer: generator, real score and fake score are one module."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from anchor_jax.wan import rope
+from anchor_jax.wan import kernels, rope
 from anchor_jax.wan.attention import (
     ContextKV,
     ContextLayer,
@@ -25,6 +27,7 @@ class Block(nn.Module):
     """
 
     config: ModelConfig
+    kernel: Any
 
     @nn.compact
     def __call__(self, x, layer, time, query_rope, key_rope, visible):
@@ -36,13 +39,13 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = (time[:, :, i] for i in range(6))
 
         h = modulate(layer_norm(x, config.eps), shift1, scale1)
-        attend = SelfAttention(config, name="self_attn")
+        attend = SelfAttention(config, self.kernel, name="self_attn")
         y, own = attend(h, query_rope, key_rope, visible, past)
         self.sow("intermediates", "self_attn_out", y)
         x = x + y * gate1[:, :, None]
 
         h = AffineNorm(config.eps, config.param_dtype, name="norm3")(x)
-        y = CrossAttention(config, name="cross_attn")(h, context)
+        y = CrossAttention(config, self.kernel, name="cross_attn")(h, context)
         self.sow("intermediates", "cross_attn_out", y)
         x = x + y
 
@@ -82,9 +85,12 @@ class WanDit(nn.Module):
     The module reads past keys and values and returns its own; it never writes a
     cache. What a pass sees is an object: `Prefix` over own | past when streaming,
     `Spans` for whole sequences (bidirectional, block-causal, teacher forcing).
+    `kernel` is one of `anchor_jax.wan.kernels`; None is the best for the machine at
+    hand.
     """
 
     config: ModelConfig
+    kernel: Any = None
 
     def setup(self):
         config = self.config
@@ -98,8 +104,17 @@ class WanDit(nn.Module):
         self.time_projection = Dense(6 * config.dim, *dtypes)
         self.context = _over_layers(ContextLayer, config, (nn.broadcast,))(config)
         axes = (0, *[nn.broadcast] * 4)
-        self.blocks = _over_layers(_remat(Block, config), config, axes)(config)
+        block = _over_layers(_remat(Block, config), config, axes)
+        self.blocks = block(config, self.attention)
         self.head = Head(config)
+
+    @property
+    def attention(self):
+        """The kernel in use."""
+        config = self.config
+        if self.kernel is not None:
+            return self.kernel
+        return kernels.choose(jax.default_backend(), config.dtype, config.head_dim)
 
     def project(self, embedding: jax.Array) -> ContextKV:
         """Returns a prompt's keys and values in every layer.
@@ -131,7 +146,8 @@ class WanDit(nn.Module):
           visible: `Prefix` or `Spans`, over own frames followed by past ones.
           query_position: [frame], temporal RoPE index of each frame.
           key_position: the same for the frames as keys; the queries' if None.
-          past: [layer, batch, frame, ...] remembered frames, keys already rotated.
+          past: remembered frames, keys already rotated, as `visible.lay_out` gives
+            them from [layer, batch, frame, ...].
         """
         config = self.config
         _, rows, columns = config.patch

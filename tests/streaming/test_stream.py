@@ -33,9 +33,10 @@ def network(x, timestep, context, query, own, visible=None, past=None, *,
     """The network by itself; keys at `own`, past keys already rotated."""
     times = jnp.full(x.shape[:2], timestep, jnp.float32)
     visible = visible_static or visible
-    return WanDit(tiny.MODEL).apply(
-        tiny.variables(), x, times, context, visible, query, own, past
-    )
+    model = WanDit(tiny.MODEL)
+    if past is not None:
+        past = visible.lay_out(model.attention, past, x.shape[1])
+    return model.apply(tiny.variables(), x, times, context, visible, query, own, past)
 
 
 def turned(stored, positions):

@@ -20,6 +20,8 @@ from anchor_jax.wan.attention import (
     block_causal,
     teacher_forcing,
 )
+from anchor_jax.wan.dit import WanDit
+from anchor_jax.wan.kernels import Plain
 from anchor_jax.wan.spec import WAN_1_3B, WAN_14B, LatentGrid, ModelConfig
 
 
@@ -295,7 +297,7 @@ def test_spans_equal_a_dense_mask(spans, frames, expected):
         for _ in range(3)
     )
 
-    ours = jax.jit(spans.attend)(q, k, v)
+    ours = jax.jit(functools.partial(spans.attend, Plain()))(q, k, v)
 
     np.testing.assert_allclose(ours, dense(expected, q, k, v), rtol=0, atol=2e-6)
 
@@ -306,7 +308,7 @@ def test_prefix_equals_a_dense_mask():
         jnp.asarray(rng.standard_normal((2, f, 3, 2, 8)), jnp.float32)
         for f in (3, 7, 7)
     )
-    attend = jax.jit(lambda frames: Prefix(frames).attend(q, k, v))
+    attend = jax.jit(lambda frames: Prefix(frames).attend(Plain(), q, k, v))
 
     for frames in range(1, 8):
         expected = dense(mask(7, lambda q, k, n: k < n, frames)[:3], q, k, v)
@@ -341,6 +343,7 @@ def test_past_keys_count_as_given_and_own_keys_are_returned_unrotated():
         flow, apply(variables, x, context, bidirectional(3))[0], rtol=0, atol=2e-5
     )
     past = LayersKV(k=own.k[:, :, :1], v=own.v[:, :, :1])
+    past = Prefix(jnp.int32(3)).lay_out(WanDit(tiny.MODEL).attention, past, 3)
     unseen = apply(variables, x, context, Prefix(jnp.int32(3)), past=past)[0]
     seen = apply(variables, x, context, Prefix(jnp.int32(4)), past=past)[0]
     np.testing.assert_allclose(unseen, flow, rtol=0, atol=2e-5)

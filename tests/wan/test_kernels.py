@@ -1,0 +1,138 @@
+"""Every attention kernel against the plain one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from anchor_jax.errors import UserError
+from anchor_jax.wan.attention import LayersKV, Prefix
+from anchor_jax.wan.kernels import (
+    KERNELS,
+    Cudnn,
+    Heads,
+    Plain,
+    Splash,
+    choose,
+    named,
+)
+
+HEADS = Heads(least=0)
+SPLASH = Splash(interpret=True, most_queries=256, most_keys=256)
+
+
+def arrays(frames, past, tokens=4, heads=2, dim=8, layers=None, seed=0):
+    rng = np.random.default_rng(seed)
+
+    def draw(count):
+        shape = (2, count, tokens, heads, dim)
+        shape = shape if layers is None else (layers, *shape)
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    return [draw(frames) for _ in range(3)], LayersKV(draw(past), draw(past))
+
+
+def attended(kernel, qkv, past, frames):
+    visible = Prefix(frames)
+    return visible.attend(kernel, *qkv, visible.lay_out(kernel, past, qkv[0].shape[1]))
+
+
+@pytest.mark.parametrize(
+    "kernel, frames, past",
+    [(HEADS, 3, 12), (HEADS, 9, 6), (HEADS, 2, 5), (HEADS, 3, 0)],
+)
+def test_heads_sees_what_plain_sees_at_every_length(kernel, frames, past):
+    qkv, remembered = arrays(frames, past)
+    ours = jax.jit(lambda n: attended(kernel, qkv, remembered, n))
+    plain = jax.jit(lambda n: attended(Plain(), qkv, remembered, n))
+
+    for seen in range(frames, frames + past + 1):
+        seen = jnp.int32(seen)
+        np.testing.assert_allclose(ours(seen), plain(seen), rtol=0, atol=2e-6)
+
+
+def test_heads_has_the_gradient_of_plain():
+    qkv, remembered = arrays(3, 6)
+
+    def loss(kernel, qkv, past):
+        return jnp.sum(jnp.square(attended(kernel, qkv, past, jnp.int32(6))))
+
+    ours = jax.jit(jax.grad(lambda *x: loss(HEADS, *x), (0, 1)))(qkv, remembered)
+    plain = jax.jit(jax.grad(lambda *x: loss(Plain(), *x), (0, 1)))(qkv, remembered)
+
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
+    assert np.abs(jax.tree.leaves(ours)[0]).max() > 1e-2
+
+
+@pytest.mark.parametrize("kernel", [HEADS, SPLASH])
+def test_without_a_past_all_keys_are_seen(kernel):
+    (q, _, _), _ = arrays(3, 0, dim=128)
+    (_, k, v), _ = arrays(5, 0, dim=128, seed=1)
+    q, k, v = (x.reshape(2, -1, 2, 128) for x in (q, k, v))
+
+    ours = jax.jit(kernel.attend)(q, k, v)
+
+    np.testing.assert_allclose(ours, Plain().attend(q, k, v), rtol=0, atol=5e-6)
+
+
+def test_splash_pads_and_hides_what_is_not_visible():
+    qkv, remembered = arrays(3, 6, tokens=50, dim=128)
+    ours = jax.jit(lambda n: attended(SPLASH, qkv, remembered, n))
+
+    for seen in (3, 6, 9):
+        expected = attended(Plain(), qkv, remembered, jnp.int32(seen))
+        np.testing.assert_allclose(ours(jnp.int32(seen)), expected, rtol=0, atol=5e-6)
+
+
+def test_splash_has_the_gradient_of_plain():
+    qkv, remembered = arrays(2, 2, tokens=40, dim=128)
+
+    def loss(kernel, qkv):
+        return jnp.sum(jnp.square(attended(kernel, qkv, remembered, jnp.int32(4))))
+
+    ours = jax.jit(jax.grad(lambda x: loss(SPLASH, x)))(qkv)
+    plain = jax.jit(jax.grad(lambda x: loss(Plain(), x)))(qkv)
+
+    for a, b in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
+
+
+def test_heads_under_vmap_equals_one_by_one():
+    qkv, remembered = arrays(3, 6)
+    seen = jnp.asarray([3, 6, 9])
+
+    together = jax.vmap(lambda n: attended(HEADS, qkv, remembered, n))(seen)
+
+    for one, n in zip(together, seen, strict=True):
+        apart = attended(HEADS, qkv, remembered, n)
+        np.testing.assert_allclose(one, apart, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "platform, dtype, dim, expected",
+    [
+        ("cpu", "float32", 32, Heads),
+        ("tpu", "bfloat16", 128, Splash),
+        ("tpu", "bfloat16", 32, Plain),
+        ("gpu", "bfloat16", 128, Cudnn),
+        ("gpu", "float32", 128, Plain),
+        ("gpu", "bfloat16", 20, Plain),
+        ("another", "bfloat16", 128, Plain),
+    ],
+)
+def test_each_machine_gets_the_fastest_kernel_that_can_serve(
+    platform, dtype, dim, expected
+):
+    assert type(choose(platform, dtype, dim)) is expected
+
+
+def test_a_named_kernel_is_taken_or_refused_with_a_reason():
+    assert named("auto", "float32", 32) is None
+    assert named("plain", "float32", 32) is KERNELS["plain"]
+    with pytest.raises(UserError, match="'cudnn': it computes in bfloat16"):
+        named("cudnn", "float32", 128)
+    with pytest.raises(UserError, match="'splash': a head of 32"):
+        named("splash", "bfloat16", 32)
+    with pytest.raises(UserError, match="did you mean 'heads'"):
+        named("head", "float32", 32)
