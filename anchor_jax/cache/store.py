@@ -36,20 +36,6 @@ def take(stored: LayersKV, first: int, end: int | None) -> LayersKV:
     return jax.tree.map(lambda x: x[:, :, first:end], stored)
 
 
-def insert(past: LayersKV, part: LayersKV, slot: jax.Array) -> LayersKV:
-    """Returns `past` with `part` in its place from a traced slot on."""
-
-    def put(whole, piece):
-        return jax.lax.dynamic_update_slice_in_dim(whole, piece, slot, axis=2)
-
-    return jax.tree.map(put, past, part)
-
-
-def join(first: LayersKV, second: LayersKV) -> LayersKV:
-    """Returns the slots of both, in order."""
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=2), first, second)
-
-
 def choose(plan: ReadPlan, junction: LayersKV, prior: LayersKV) -> LayersKV:
     """Returns the prior junction where the plan shows it, else the junction."""
     return jax.tree.map(lambda a, b: jnp.where(plan.prior, b, a), junction, prior)

@@ -5,12 +5,14 @@ it is, and one per length of re-cache.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from anchor_jax.cache import store
-from anchor_jax.cache.policies import Flush, Rerun
+from anchor_jax.cache.policies import Flush, Policy, Rerun
 from anchor_jax.cache.types import KVCache, ReadPlan
 from anchor_jax.streaming.loop import approach, guide
 from anchor_jax.streaming.types import Block, BlockNoise, StreamSetup, StreamState
@@ -303,24 +305,24 @@ class _Memory:
         rerun: Rerun | None = None,
     ):
         policy, config = setup.policy, setup.model
+        self.plan, self.cache, self.releases = plan, cache, policy.keeps_prior
+        self.kernel = setup.network.attention
+        self.tokens = math.prod(setup.tokens)
+        self.begin = policy.sink + policy.local
         turn = rotary(plan.past, setup.tokens, config.head_dim, config.rope_theta)
-        begin = policy.sink + policy.local
-        first, end = (0, begin) if rerun is None else (0, policy.sink)
-        if rerun and rerun.sink:
-            first = end
-        self.plan, self.cache, self.begin = plan, cache, begin
-        self.turn = jax.tree.map(lambda x: x[begin:], turn)
-        self.read = store.rotated(cache.slots, turn) if policy.remembers else None
-        self.fixed = store.take(self.read, first, end) if self.read else None
-        self.releases = policy.keeps_prior
+        self.turn = jax.tree.map(lambda x: x[self.begin :], turn)
         own = plan.query.shape[0]
-        self.lay_out = functools.partial(
-            Prefix(plan.frames).lay_out, setup.network.attention, own=own
-        )
         self.whole = None
-        if self.read and not self.releases:
-            rest = store.take(self.read, begin, None)
-            self.whole = self.lay_out(store.join(self.fixed, rest))
+        if policy.remembers:
+            read = _slots_read(policy, rerun)
+            turn = jax.tree.map(lambda x: _taken(x, read, 0), turn)
+            past = jax.tree.map(lambda x: _taken(x, read, 2), cache.slots)
+            lay_out = Prefix(plan.frames).lay_out
+            # Layer by layer: a copy of the whole cache is never made.
+            self.whole = jax.lax.map(
+                lambda layer: lay_out(self.kernel, store.rotated(layer, turn), own),
+                past,
+            )
         # Visible frames before the junction: where it starts, since it comes last.
         seen = plan.frames - own - plan.junction * policy.junction_frames
         self.slot = jnp.maximum(seen, 0)
@@ -336,9 +338,13 @@ class _Memory:
         if kept is None:
             return self.whole
         shown = store.rotated(store.choose(self.plan, *kept), self.turn)
-        room = jax.tree.map(jnp.zeros_like, shown)
-        past = store.insert(store.join(self.fixed, room), shown, self.slot)
-        return self.lay_out(past)
+        first, axis = self.slot * self.tokens, self.kernel.axis
+
+        def put(whole, piece):
+            piece = self.kernel.lay_out(piece)
+            return jax.lax.dynamic_update_slice_in_dim(whole, piece, first, axis)
+
+        return jax.tree.map(put, self.whole, shown)
 
     def captured(self, kept, own: LayersKV, capture):
         """Returns what travels on after a pass."""
@@ -352,6 +358,22 @@ class _Memory:
 
         taken = jax.tree.map(pick, store.take(own, 0, frames), junction)
         return taken, jax.tree.map(pick, junction, prior)
+
+
+def _slots_read(policy: Policy, rerun: Rerun | None) -> tuple[int, ...]:
+    """Returns the slots that a pass may see: a re-cache makes the local ones anew."""
+    sink = policy.sink
+    if rerun is None:
+        return tuple(range(policy.slots))
+    kept = () if rerun.sink else tuple(range(sink))
+    return (*kept, *range(sink + policy.local, policy.slots))
+
+
+def _taken(x: jax.Array, picked: tuple[int, ...], axis: int) -> jax.Array:
+    """Returns static places of an axis; all of them cost nothing."""
+    if len(picked) == x.shape[axis]:
+        return x
+    return jnp.take(x, np.asarray(picked, np.int32), axis=axis)
 
 
 def _remember(recent: jax.Array, latents: jax.Array, start) -> jax.Array:

@@ -24,7 +24,10 @@ class LayersKV:
 
 @struct.dataclass
 class ContextKV:
-    """A prompt projected for cross-attention: [(layer,) batch, text, head, dim]."""
+    """A prompt projected for cross-attention, laid out for the kernel.
+
+    Before that, and for kernels that read it so: [(layer,) batch, text, head, dim].
+    """
 
     k: jax.Array
     v: jax.Array
@@ -39,7 +42,7 @@ class Prefix:
     def lay_out(self, kernel, past: LayersKV, own: int) -> LayersKV:
         """Returns remembered frames as the kernel reads them, for a pass of `own`."""
         tokens = own * past.k.shape[-3]
-        return jax.tree.map(lambda x: kernel.lay_out(x, tokens), past)
+        return jax.tree.map(lambda x: kernel.pad(kernel.lay_out(x), tokens), past)
 
     def attend(self, kernel, q, k, v, past=None):
         """Returns [batch, frame, token, head, dim] attended values."""
@@ -176,8 +179,7 @@ class CrossAttention(_Projections):
         groups = context.k.shape[0] // x.shape[0]
         q = self.heads(self.norm("norm_q")(self.dense("q")(x)))
         q = rearrange(q, "b (g f) t h d -> (b g) (f t) h d", g=groups)
-        k, v = context.k.astype(q.dtype), context.v.astype(q.dtype)
-        out = self.kernel.attend(q, k, v)
+        out = self.kernel.attend(q, None, None, context)
         out = rearrange(
             out, "(b g) (f t) h d -> b (g f) t (h d)", g=groups, f=frames // groups
         )

@@ -125,7 +125,8 @@ class WanDit(nn.Module):
         """
         text = self.text_out(gelu(self.text_in(embedding)))
         self.sow("intermediates", "text_embedding", text)
-        return self.context(None, text)[1]
+        context = self.context(None, text)[1]
+        return jax.tree.map(lambda x: self.attention.lay_out(x[:, :, None]), context)
 
     def __call__(
         self,

@@ -2,12 +2,14 @@
 
 A kernel is static: a frozen object with
 
-* `lay_out(x, own)`: remembered keys or values, [layer, batch, frame, token, head, dim],
-  in the order of axes that the kernel reads, done once for all passes of a block whose
-  own frames have `own` tokens;
+* `lay_out(x)`: remembered keys or values, [..., batch, frame, token, head, dim], in
+  the order of axes that the kernel reads, where tokens are at `axis`, and
+  `pad(x, own)`: the same, with room to whole tiles after the pass's `own` tokens; done
+  once for all passes of a block;
 * `attend(q, k, v, past, seen)`: q, k, v [batch, token, head, dim] in, and
   [batch, token, head, dim] out. Keys are the pass's own, then those of `past`, one
-  layer of what `lay_out` gave; of these the first `seen` (traced) are visible;
+  layer of what was laid out; of these the first `seen` (traced) are visible. Without
+  k and v all keys are those of `past`, with nothing padded;
 * `refuses(dtype, head_dim)`: why it cannot serve such a model, or nothing.
 """
 
@@ -30,19 +32,21 @@ class Plain:
     """Attention as XLA makes it: any machine, any size; holds the score matrix."""
 
     implementation = "xla"
+    axis = -3
 
     def refuses(self, dtype: str, head_dim: int) -> str:
         del dtype, head_dim
         return ""
 
-    def lay_out(self, x: jax.Array, own: int) -> jax.Array:
-        del own
+    def lay_out(self, x: jax.Array) -> jax.Array:
         return rearrange(x, "... f t h d -> ... (f t) h d")
 
+    def pad(self, x: jax.Array, own: int) -> jax.Array:
+        del own
+        return x
+
     def attend(self, q, k, v, past=None, seen=None):
-        if past is not None:
-            k = jnp.concatenate([k, past.k.astype(k.dtype)], axis=1)
-            v = jnp.concatenate([v, past.v.astype(v.dtype)], axis=1)
+        k, v = _joined(k, v, past, axis=1)
         if seen is not None:
             seen = jnp.full(q.shape[:1], seen, jnp.int32)
         return jax.nn.dot_product_attention(
@@ -72,34 +76,38 @@ class Heads:
     all steps run. Fewer than `least` scores a head go to `Plain`.
     """
 
+    axis = -2
     least: int = 2**16
 
     def refuses(self, dtype: str, head_dim: int) -> str:
         del dtype, head_dim
         return ""
 
-    def lay_out(self, x: jax.Array, own: int) -> jax.Array:
-        del own
+    def lay_out(self, x: jax.Array) -> jax.Array:
         return rearrange(x, "... f t h d -> ... h (f t) d")
 
+    def pad(self, x: jax.Array, own: int) -> jax.Array:
+        del own
+        return x
+
     def attend(self, q, k, v, past=None, seen=None):
-        if past is not None and not past.k.shape[2]:
-            past = None
-        keys = k.shape[1] + (past.k.shape[2] if past is not None else 0)
+        own = 0 if k is None else k.shape[1]
+        keys = own + (0 if past is None else past.k.shape[2])
         if q.shape[1] * keys < self.least:
-            return Plain().attend(q, k, v, _by_token(past), seen)
-        batch = q.shape[0]
-        scaled = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
-        flat = [rearrange(x, "b t h d -> (b h) t d") for x in (scaled, k, v)]
-        if past is not None:
-            own = flat[1].shape[1]
-            flat += [rearrange(x, "b h t d -> (b h) t d") for x in (past.k, past.v)]
-            shown = jnp.int32(keys - own) if seen is None else seen - own
-            out = _shown_part(*flat, shown)
+            by_token = jax.tree.map(lambda x: rearrange(x, "b h t d -> b t h d"), past)
+            return Plain().attend(q, k, v, by_token, seen)
+        batch, scale = q.shape[0], jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+        q = rearrange(q * scale, "b t h d -> (b h) t d")
+        parts = []
+        if own:
+            parts += [rearrange(x, "b t h d -> (b h) t d") for x in (k, v)]
+        if keys > own:
+            parts += [rearrange(x, "b h t d -> (b h) t d") for x in (past.k, past.v)]
+        if own and keys > own:
+            out = _shown_part(q, *parts, keys - own if seen is None else seen - own)
         else:
-            shown = keys if seen is None else seen
-            own_bias = None if seen is None else _bias(keys, shown, jnp.float32)
-            out = jax.lax.map(lambda x: _one_head(*x, own_bias=own_bias), tuple(flat))
+            bias = None if seen is None else _bias(keys, seen)
+            out = _each_head(q, *parts, bias=bias)
         return rearrange(out, "(b h) t d -> b t h d", b=batch)
 
 
@@ -110,6 +118,7 @@ class Splash:
     Source: jax.experimental.pallas.ops.tpu.splash_attention.
     """
 
+    axis = -2
     interpret: bool = False
     most_queries: int = 2560
     most_keys: int = 1024
@@ -121,27 +130,26 @@ class Splash:
             return f"a head of {head_dim} is not a multiple of {_LANES}"
         return ""
 
-    def lay_out(self, x: jax.Array, own: int) -> jax.Array:
-        x = rearrange(x, "... f t h d -> ... h (f t) d")
-        whole = own + x.shape[-2]
+    def lay_out(self, x: jax.Array) -> jax.Array:
+        return rearrange(x, "... f t h d -> ... h (f t) d")
+
+    def pad(self, x: jax.Array, own: int) -> jax.Array:
+        whole = own + x.shape[self.axis]
         return _padded(x, _tile(whole, self.most_keys)[1] - own)
 
     def attend(self, q, k, v, past=None, seen=None):
-        queries, keys = q.shape[1], k.shape[1]
-        scale = jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
-        q, k, v = (rearrange(x, "b t h d -> b h t d") for x in (q * scale, k, v))
-        if past is None:
-            tile, whole = _tile(keys, self.most_keys)
-            k, v = _padded(k, whole), _padded(v, whole)
-            seen = keys if seen is None else seen
-        else:
-            k = jnp.concatenate([k, past.k.astype(k.dtype)], axis=2)
-            v = jnp.concatenate([v, past.v.astype(v.dtype)], axis=2)
-            tile = _tile(k.shape[2], self.most_keys)[0]
+        queries, scale = q.shape[1], jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+        q = rearrange(q * scale, "b t h d -> b h t d")
+        if k is not None:
+            k, v = (rearrange(x, "b t h d -> b h t d") for x in (k, v))
+        k, v = _joined(k, v, past, axis=2)
+        tile, whole = _tile(k.shape[2], self.most_keys)
+        if seen is None and whole != k.shape[2]:
+            seen = k.shape[2]
+        k, v = _padded(k, whole), _padded(v, whole)
         rows, padded = _tile(queries, self.most_queries)
-        kernel = self._kernel(q.shape[1], padded, k.shape[2], rows, tile)
-        limit = None if seen is None else jnp.asarray(seen)
-        out = kernel(_padded(q, padded), k, v, limit)
+        kernel = self._kernel(q.shape[1], padded, whole, rows, tile)
+        out = kernel(_padded(q, padded), k, v, seen)
         return rearrange(out[:, :, :queries], "b h t d -> b t h d")
 
     def _kernel(self, heads: int, queries: int, keys: int, rows: int, tile: int):
@@ -211,11 +219,14 @@ def named(name: str, dtype: str, head_dim: int):
     return KERNELS[name]
 
 
-def _by_token(past):
-    """Returns the layout of `Heads` as that of `Plain`."""
+def _joined(k, v, past, axis: int):
+    """Returns own keys and values followed by remembered ones."""
     if past is None:
-        return None
-    return jax.tree.map(lambda x: rearrange(x, "b h t d -> b t h d"), past)
+        return k, v
+    if k is None:
+        return past.k, past.v
+    whole = jnp.concatenate([k, past.k.astype(k.dtype)], axis=axis)
+    return whole, jnp.concatenate([v, past.v.astype(v.dtype)], axis=axis)
 
 
 def _shown_part(q, k, v, past_k, past_v, shown):
@@ -236,10 +247,11 @@ def _shown_part(q, k, v, past_k, past_v, shown):
 
     def part(count: int):
         def run():
-            ends = (past_k[:, : count * unit], past_v[:, : count * unit])
-            bias = _bias(count * unit, shown, jnp.float32)
-            each = (q, k, v, *ends) if count else (q, k, v)
-            return jax.lax.map(lambda x: _one_head(*x, bias=bias), each)
+            if not count:
+                return _each_head(q, k, v)
+            end = count * unit
+            bias = _bias(end, shown)
+            return _each_head(q, k, v, past_k[:, :end], past_v[:, :end], bias=bias)
 
         return run
 
@@ -247,26 +259,36 @@ def _shown_part(q, k, v, past_k, past_v, shown):
     return jax.lax.switch(used, [part(count) for count in range(steps + 1)])
 
 
-def _bias(size: int, shown, dtype) -> jax.Array:
-    return jnp.where(jnp.arange(size) < shown, 0.0, _HIDDEN).astype(dtype)
+def _bias(size: int, shown) -> jax.Array:
+    return jnp.where(jnp.arange(size) < shown, 0.0, _HIDDEN).astype(jnp.float32)
 
 
-def _one_head(q, k, v, past_k=None, past_v=None, *, bias=None, own_bias=None):
-    """Returns [query, dim], of one head; own and past keys share one softmax."""
-    scores = [_dot(q, k) if own_bias is None else _dot(q, k) + own_bias]
-    values = [v]
-    if past_k is not None:
-        scores.append(_dot(q, past_k.astype(q.dtype)) + bias)
-        values.append(past_v.astype(v.dtype))
+def _each_head(*arrays, bias=None):
+    """Returns `_one_head` of each of them, one after another."""
+    return jax.lax.map(lambda head: _one_head(*head, bias=bias), arrays)
+
+
+def _one_head(q, *keys_values, bias=None):
+    """Returns [query, dim] of one head; all keys share one softmax.
+
+    Args:
+      q: [query, dim], scaled.
+      *keys_values: keys and values [key, dim], in turn.
+      bias: [key], added to the scores of the last keys.
+    """
+    values = keys_values[1::2]
+    scores = [_dot(q, k.astype(q.dtype)) for k in keys_values[::2]]
+    if bias is not None:
+        scores[-1] = scores[-1] + bias
     tops = [jnp.max(part, axis=-1, keepdims=True) for part in scores]
     top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, tops))
     weights = [jnp.exp(part - top) for part in scores]
     whole = sum(jnp.sum(part, axis=-1, keepdims=True) for part in weights)
     mixed = sum(
-        jnp.matmul(part.astype(v.dtype), value, preferred_element_type=jnp.float32)
-        for part, value in zip(weights, values, strict=True)
+        jnp.matmul(part.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        for part, v in zip(weights, values, strict=True)
     )
-    return (mixed / whole).astype(v.dtype)
+    return (mixed / whole).astype(q.dtype)
 
 
 def _dot(q, k):

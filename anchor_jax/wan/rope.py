@@ -11,7 +11,10 @@ _STRIDE = 1024
 
 @struct.dataclass
 class Rotary:
-    """Rotation of every token: `cos` and `sin` of shape [frame, token, pairs]."""
+    """Rotation of every token: `cos` and `sin` of shape [frame, token, dim].
+
+    Both channels of a pair have its angle; `sin` is negative in the first of them.
+    """
 
     cos: jax.Array
     sin: jax.Array
@@ -82,7 +85,15 @@ def rotary(
         return rearrange(joined, "f h w p -> f (h w) p")
 
     cos, sin = turn(position, frequencies(time, theta))
-    return Rotary(cos=combine(cos, np.cos), sin=combine(sin, np.sin))
+    return of_pairs(combine(cos, np.cos), combine(sin, np.sin))
+
+
+def of_pairs(cos: jax.Array, sin: jax.Array) -> Rotary:
+    """Returns the rotation by angles of pairs, [frame, token, pairs]."""
+    return Rotary(
+        cos=jnp.repeat(cos, 2, axis=-1),
+        sin=rearrange(jnp.stack([-sin, sin], axis=-1), "f t p two -> f t (p two)"),
+    )
 
 
 def rotate(x: jax.Array, by: Rotary) -> jax.Array:
@@ -92,11 +103,12 @@ def rotate(x: jax.Array, by: Rotary) -> jax.Array:
       x: [..., frame, token, head, dim].
       by: rotation of every frame and token.
     """
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    cos, sin = by.cos[:, :, None], by.sin[:, :, None]
-    real, imag = pairs[..., 0], pairs[..., 1]
-    turned = jnp.stack([real * cos - imag * sin, real * sin + imag * cos], axis=-1)
-    return turned.reshape(x.shape).astype(x.dtype)
+    wide = x.astype(jnp.float32)
+    # Each channel's partner by rolling: lanes stay in place, which every backend likes.
+    odd = np.arange(x.shape[-1]) % 2 == 1
+    partner = jnp.where(odd, jnp.roll(wide, 1, -1), jnp.roll(wide, -1, -1))
+    turned = wide * by.cos[:, :, None] + partner * by.sin[:, :, None]
+    return turned.astype(x.dtype)
 
 
 def timestep_sinusoid(timestep: jax.Array, dim: int) -> jax.Array:
