@@ -317,12 +317,7 @@ class _Memory:
             read = _slots_read(policy, rerun)
             turn = jax.tree.map(lambda x: _taken(x, read, 0), turn)
             past = jax.tree.map(lambda x: _taken(x, read, 2), cache.slots)
-            lay_out = Prefix(plan.frames).lay_out
-            # Layer by layer: a copy of the whole cache is never made.
-            self.whole = jax.lax.map(
-                lambda layer: lay_out(self.kernel, store.rotated(layer, turn), own),
-                past,
-            )
+            self.whole = Prefix(plan.frames).lay_out(self.kernel, past, own, turn)
         # Visible frames before the junction: where it starts, since it comes last.
         seen = plan.frames - own - plan.junction * policy.junction_frames
         self.slot = jnp.maximum(seen, 0)

@@ -39,10 +39,30 @@ class Prefix:
 
     frames: jax.Array
 
-    def lay_out(self, kernel, past: LayersKV, own: int) -> LayersKV:
-        """Returns remembered frames as the kernel reads them, for a pass of `own`."""
+    def lay_out(self, kernel, past: LayersKV, own: int, turn: Rotary | None = None):
+        """Returns remembered frames as the kernel reads them, keys at their positions.
+
+        Layer by layer: with all layers at once there would be a second and a third
+        copy of the cache.
+
+        Args:
+          kernel: one of `anchor_jax.wan.kernels`.
+          past: [layer, ...] remembered frames.
+          own: frames of the passes that will see them.
+          turn: rotation of the keys; None if they are rotated.
+        """
         tokens = own * past.k.shape[-3]
-        return jax.tree.map(lambda x: kernel.pad(kernel.lay_out(x), tokens), past)
+
+        def laid_out(x):
+            return kernel.pad(kernel.lay_out(x), tokens)
+
+        def turned(k):
+            return laid_out(k if turn is None else rotate(k, turn))
+
+        keys = jax.lax.map(turned, past.k)
+        if kernel.in_place:
+            return LayersKV(k=keys, v=laid_out(past.v))
+        return LayersKV(k=keys, v=jax.lax.map(laid_out, past.v))
 
     def attend(self, kernel, q, k, v, past=None):
         """Returns [batch, frame, token, head, dim] attended values."""
@@ -60,11 +80,6 @@ class Spans:
     spans: tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...] = struct.field(
         pytree_node=False
     )
-
-    def lay_out(self, kernel, past: LayersKV, own: int) -> LayersKV:
-        """Returns remembered frames as they are: a span may want any of them."""
-        del kernel, own
-        return past
 
     def attend(self, kernel, q, k, v, past=None):
         """Returns [batch, frame, token, head, dim] attended values."""

@@ -3,9 +3,9 @@
 A kernel is static: a frozen object with
 
 * `lay_out(x)`: remembered keys or values, [..., batch, frame, token, head, dim], in
-  the order of axes that the kernel reads, where tokens are at `axis`, and
-  `pad(x, own)`: the same, with room to whole tiles after the pass's `own` tokens; done
-  once for all passes of a block;
+  the order of axes that the kernel reads, where tokens are at `axis` (`in_place` if
+  that moves nothing), and `pad(x, own)`: the same, with room to whole tiles after the
+  pass's `own` tokens; done once for all passes of a block;
 * `attend(q, k, v, past, seen)`: q, k, v [batch, token, head, dim] in, and
   [batch, token, head, dim] out. Keys are the pass's own, then those of `past`, one
   layer of what was laid out; of these the first `seen` (traced) are visible. Without
@@ -33,6 +33,7 @@ class Plain:
 
     implementation = "xla"
     axis = -3
+    in_place = True
 
     def refuses(self, dtype: str, head_dim: int) -> str:
         del dtype, head_dim
@@ -77,6 +78,7 @@ class Heads:
     """
 
     axis = -2
+    in_place = False
     least: int = 2**16
 
     def refuses(self, dtype: str, head_dim: int) -> str:
@@ -119,6 +121,7 @@ class Splash:
     """
 
     axis = -2
+    in_place = False
     interpret: bool = False
     most_queries: int = 2560
     most_keys: int = 1024

@@ -103,3 +103,11 @@ class LatentGrid:
                 f" {8 * rows} and {8 * columns}"
             )
         return self.height // rows, self.width // columns
+
+
+GRIDS = {
+    "480x832": LatentGrid(60, 104),
+    "512x832": LatentGrid(64, 104),
+    "320x576": LatentGrid(40, 72),
+}
+"""Latent sizes by pixel height and width."""

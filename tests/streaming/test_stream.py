@@ -34,7 +34,7 @@ def network(x, timestep, context, query, own, visible=None, past=None, *,
     times = jnp.full(x.shape[:2], timestep, jnp.float32)
     visible = visible_static or visible
     model = WanDit(tiny.MODEL)
-    if past is not None:
+    if past is not None and isinstance(visible, Prefix):
         past = visible.lay_out(model.attention, past, x.shape[1])
     return model.apply(tiny.variables(), x, times, context, visible, query, own, past)
 

@@ -34,7 +34,9 @@ def arrays(frames, past, tokens=4, heads=2, dim=8, layers=None, seed=0):
 
 def attended(kernel, qkv, past, frames):
     visible = Prefix(frames)
-    return visible.attend(kernel, *qkv, visible.lay_out(kernel, past, qkv[0].shape[1]))
+    layers = jax.tree.map(lambda x: x[None], past)
+    laid_out = visible.lay_out(kernel, layers, qkv[0].shape[1])
+    return visible.attend(kernel, *qkv, jax.tree.map(lambda x: x[0], laid_out))
 
 
 @pytest.mark.parametrize(
