@@ -1,13 +1,17 @@
 """A bundle: the weights of generator, text encoder and codec, and the tokenizer."""
 
+import collections
 import contextlib
 import dataclasses
 import functools
 import hashlib
 import importlib.resources
 import json
+import math
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,14 +19,22 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
+from flax import traverse_util
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from anchor_jax import sharding
 from anchor_jax.config import from_config
 from anchor_jax.errors import UserError, suggest
 from anchor_jax.media import replacing
-from anchor_jax.wan import dit
+from anchor_jax.wan import dit, lora
 from anchor_jax.wan.spec import TINY, LatentGrid, ModelConfig
 from anchor_jax.wan.text import TextConfig, Umt5Encoder
-from anchor_jax.wan.tokenizer import SentencePieceTokenizer, Tokenizer
+from anchor_jax.wan.tokenizer import (
+    SentencePieceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
+from anchor_jax.wan.vae import VaeCodec, VaeConfig, WanVae
 from anchor_jax.world.codec import BLOCK_VALUES, LinearCodec
 
 FORMAT_VERSION = 1
@@ -37,6 +49,8 @@ TINY_TEXT = TextConfig(
     dtype="float32",
 )
 TINY_GRID = LatentGrid(8, 8)
+TEXT_ENCODERS = ("device", "free", "sharded")
+ADAPTERS = ("separate", "merged", "none")
 
 _HEADER = "anchor_jax"
 _CODECS = {"linear": LinearCodec()}
@@ -51,6 +65,78 @@ _LARGEST = {
 }
 _LARGEST_OTHER = 2**20
 _SHOWN = 5
+_REMEMBERED = 256
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PromptEncoder:
+    """Prompts to conditioning, with the text encoder's weights where there is room.
+
+    Attributes:
+      config: sizes of the text encoder.
+      tokenizer: makes its ids.
+      load: returns its parameters.
+      frees: whether the parameters leave the device after each use. Embeddings of the
+        last 256 prompts are then remembered on the host, and a prompt is encoded by
+        itself, so that one program serves all calls.
+      place: where results are put; None: where they are made.
+    """
+
+    config: TextConfig
+    tokenizer: Tokenizer
+    load: Callable[[], Mapping[str, Any]]
+    frees: bool = False
+    place: jax.sharding.Sharding | None = None
+    _known: collections.OrderedDict[str, np.ndarray] = dataclasses.field(
+        default_factory=collections.OrderedDict
+    )
+    _turn: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+    @functools.cached_property
+    def params(self) -> Mapping[str, Any]:
+        """The parameters, which stay where they are once they are loaded."""
+        return self.load()
+
+    def __call__(self, texts: Sequence[str]) -> jax.Array:
+        """Returns conditioning [batch, text, dim]; rows past a prompt's end are zero.
+
+        Unless parameters are freed, compiles once per batch size.
+        """
+        if self.frees:
+            with self._turn:
+                encoded = jnp.asarray(self._remembered(texts))
+        else:
+            encoded = self._encode(self.params, texts)
+        return encoded if self.place is None else jax.device_put(encoded, self.place)
+
+    def _encode(self, params, texts: Sequence[str]) -> jax.Array:
+        ids, mask = self.tokenizer.encode(texts)
+        return _encode(params, ids, mask, config=self.config)
+
+    def _remembered(self, texts: Sequence[str]) -> np.ndarray:
+        found = {text: self._known[text] for text in texts if text in self._known}
+        fresh = [text for text in dict.fromkeys(texts) if text not in found]
+        if fresh:
+            params = self.load()
+            for text in fresh:
+                found[text] = _trim(np.asarray(self._encode(params, [text]))[0])
+        for text in found:
+            self._known[text] = found[text]
+            self._known.move_to_end(text)
+        while len(self._known) > _REMEMBERED:
+            self._known.popitem(last=False)
+        shape = (len(texts), self.config.text_len, self.config.dim)
+        whole = np.zeros(shape, np.dtype(jnp.dtype(self.config.dtype)))
+        for row, text in zip(whole, texts, strict=True):
+            row[: len(found[text])] = found[text]
+        return whole
+
+
+def _trim(encoded: np.ndarray) -> np.ndarray:
+    """Returns a prompt's rows [text, dim] without the zeros at their end."""
+    used = np.flatnonzero(encoded.any(axis=-1))
+    return encoded[: used[-1] + 1 if used.size else 0].copy()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,31 +149,34 @@ class Bundle:
       codec: the codec as a streaming decoder; hashable.
       grid: latent size of the videos.
       tokenizer: for the text encoder.
-      variables: the generator's collections.
-      text_params: the text encoder's parameters.
-      codec_params: the codec's parameters.
+      encode_prompts: makes conditioning [batch, text, dim] of a sequence of prompts.
+      load_variables: returns the generator's collections.
+      load_codec: returns the codec's parameters.
       metadata: what was stored with the weights, such as how they were trained.
-      digest: SHA-256 of the weights' file.
+      digest: SHA-256 of the weights' file, or over those that were ported.
     """
 
     model: ModelConfig
     text: TextConfig
-    codec: LinearCodec
+    codec: LinearCodec | VaeCodec
     grid: LatentGrid
     tokenizer: Tokenizer
-    variables: Mapping[str, Any]
-    text_params: Mapping[str, Any]
-    codec_params: Mapping[str, jax.Array]
+    encode_prompts: PromptEncoder
+    load_variables: Callable[[], Mapping[str, Any]]
+    load_codec: Callable[[], Mapping[str, Any]]
     metadata: Mapping[str, Any]
     digest: str
 
-    def encode_prompts(self, texts: Sequence[str]) -> jax.Array:
-        """Returns conditioning [batch, text, dim]; rows past a prompt's end are zero.
+    # Loaded at their first use, so that prompts can be encoded before they take room.
+    @functools.cached_property
+    def variables(self) -> Mapping[str, Any]:
+        """The generator's collections: `params` and perhaps `lora`."""
+        return self.load_variables()
 
-        Compiles once per batch size.
-        """
-        ids, mask = self.tokenizer.encode(texts)
-        return _encode(self.text_params, ids, mask, config=self.text)
+    @functools.cached_property
+    def codec_params(self) -> Mapping[str, Any]:
+        """The codec's parameters."""
+        return self.load_codec()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,13 +197,104 @@ def _encode(params, ids, mask, *, config: TextConfig) -> jax.Array:
     return Umt5Encoder(config).apply({"params": params}, ids, mask)
 
 
-def load_bundle(weights: str) -> Bundle:
-    """Returns the bundle named `tiny`, or the one that `save_bundle` wrote to a path.
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """How `load_bundle` was asked to load."""
+
+    grid: LatentGrid | None
+    dtype: str | None
+    text_encoder: str
+    mesh: Mesh | None
+    lora: str
+
+    def __post_init__(self):
+        for name, known in (("text_encoder", TEXT_ENCODERS), ("lora", ADAPTERS)):
+            value = getattr(self, name)
+            if value not in known:
+                raise UserError(f"{name}={value!r}{suggest(str(value), known, name)}")
+        if self.dtype is not None and self.dtype not in _DTYPES:
+            found = suggest(str(self.dtype), _DTYPES, "types")
+            raise UserError(f"dtype={self.dtype!r}{found}")
+
+    @property
+    def text_mesh(self) -> Mesh | None:
+        """The mesh that the text encoder is split over; None: it is not split."""
+        if self.text_encoder != "sharded":
+            return None
+        return self.mesh or sharding.make_mesh()
+
+    def encoder(self, text: TextConfig, tokenizer: Tokenizer, load) -> PromptEncoder:
+        """Returns the encoder whose parameters `load` puts onto `text_mesh`."""
+        place = None
+        if self.mesh is not None:
+            place = NamedSharding(self.mesh, PartitionSpec())
+        elif self.text_encoder == "sharded":
+            place = SingleDeviceSharding(jax.local_devices()[0])
+        return PromptEncoder(text, tokenizer, load, self.text_encoder == "free", place)
+
+    def typed(self, config):
+        """Returns a network's config with the asked-for type of numbers."""
+        if self.dtype is None:
+            return config
+        return dataclasses.replace(config, dtype=self.dtype, param_dtype=self.dtype)
+
+    def fitting_grid(self, model: ModelConfig, default: LatentGrid) -> LatentGrid:
+        """Returns the latent size of the videos.
+
+        Raises:
+          UserError: The patch does not divide it.
+        """
+        grid = self.grid or default
+        try:
+            grid.tokens(model.patch)
+        except ValueError as error:
+            raise UserError(f"grid: {error}") from error
+        return grid
+
+
+def load_bundle(
+    weights: str,
+    *,
+    grid: LatentGrid | None = None,
+    dtype: str | None = None,
+    text_encoder: str = "device",
+    mesh: Mesh | None = None,
+    lora: str = "separate",
+) -> Bundle:
+    """Returns the bundle named `tiny`, a saved one, or one of ported weights.
+
+    Args:
+      weights: `tiny`, the path that `save_bundle` wrote to, or the folder of a
+        checkpoint with ported weights.
+      grid: latent size of the videos; None: as stored, and 60 x 104 for ported ones.
+      dtype: of weights and activations; None: as stored, and bfloat16 for ported ones.
+      text_encoder: "device" keeps it on the device, "free" only while there are new
+        prompts, and "sharded" splits it over all devices.
+      mesh: splits the generator; None: all is on the default device.
+      lora: "separate" keeps low-rank updates beside the weights they change, "merged"
+        adds them, "none" leaves them out.
 
     Raises:
       UserError: A file is missing or broken, or its tensors are not those of the
-        sizes that it states.
+        sizes that it states; or an argument is none of its choices.
     """
+    options = _Options(grid, dtype, text_encoder, mesh, lora)
+    folder = pathlib.Path(weights).expanduser()
+    if weights != "tiny" and _is_checkpoint(folder):
+        return _load_ported(folder, options)
+    return _load_saved(weights, options)
+
+
+def _is_checkpoint(folder: pathlib.Path) -> bool:
+    if not folder.is_dir() or (folder / "model.safetensors").exists():
+        return False
+    from anchor_jax import checkpoint
+
+    return checkpoint.is_checkpoint(folder)
+
+
+def _load_saved(weights: str, options: _Options) -> Bundle:
+    """Returns the bundle in a safetensors file."""
     model_file, tokenizer_file = _files(weights)
     content = _read(model_file, weights)
     pieces = _read(tokenizer_file, weights)
@@ -126,25 +306,267 @@ def load_bundle(weights: str) -> Bundle:
         )
     codec = _CODECS[header.codec]
     tokenizer = _tokenizer(tokenizer_file, pieces, header.text)
+    model, text = options.typed(header.model), options.typed(header.text)
     with _blaming(model_file):
         stored = safetensors.numpy.load(content)
-        expected = _expected(header.model, header.text, codec)
+        expected = _expected(model, text, codec)
     _check_tensors(model_file, stored, expected)
-    params = _nest(
-        {name: jnp.asarray(stored[name], expected[name].dtype) for name in expected}
-    )
+
+    def load(part: str, rules, mesh: Mesh | None):
+        names = [name for name in expected if name.startswith(f"{part}/")]
+        leaves = {
+            name: jnp.asarray(stored[name], expected[name].dtype) for name in names
+        }
+        params = _nest(leaves)[part]
+        if mesh is None:
+            return params
+        return jax.device_put(params, sharding.shardings(params, rules, mesh))
+
+    def load_text():
+        return load("text", sharding.TEXT, options.text_mesh)
+
     return Bundle(
-        model=header.model,
-        text=header.text,
-        grid=header.grid,
+        model=model,
+        text=text,
+        grid=options.fitting_grid(model, header.grid),
         codec=codec,
         tokenizer=tokenizer,
-        variables={"params": params["generator"]},
-        text_params=params["text"],
-        codec_params=params["codec"],
+        encode_prompts=options.encoder(text, tokenizer, load_text),
+        load_variables=lambda: {
+            "params": load("generator", sharding.GENERATOR, options.mesh)
+        },
+        load_codec=lambda: load("codec", sharding.VAE, options.mesh),
         metadata=header.metadata,
         digest=_digest(content),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ported:
+    """What the item `meta` of ported weights says about them."""
+
+    model: ModelConfig
+    text: TextConfig
+    vae: VaeConfig
+    digest: str
+
+
+def _load_ported(folder: pathlib.Path, options: _Options) -> Bundle:
+    """Returns the bundle in a checkpoint."""
+    from anchor_jax import checkpoint
+
+    meta = checkpoint.read_meta(folder)
+    _check_items(folder, checkpoint.items(folder))
+    with _blaming(folder):
+        ported = _read_ported(meta, options.dtype or "bfloat16")
+        _check_ported(ported)
+    model, text = ported.model, ported.text
+    expected = _expected_ported(folder, ported)
+    for item in ("generator", "text_encoder", "vae"):
+        stored = _flatten(checkpoint.shapes(folder, item))
+        with _blaming(folder):
+            _check_tensors(item, stored, _flatten(expected[item]))
+    tokenizer = _ported_tokenizer(folder, text)
+
+    def load(item: str, rules, mesh: Mesh | None):
+        places = None
+        if mesh is not None:
+            places = sharding.shardings(expected[item], rules, mesh)
+        return checkpoint.restore(folder, item, text.dtype, places)
+
+    return Bundle(
+        model=model,
+        text=text,
+        grid=options.fitting_grid(model, LatentGrid()),
+        codec=VaeCodec(ported.vae),
+        tokenizer=tokenizer,
+        encode_prompts=options.encoder(
+            text,
+            tokenizer,
+            lambda: load("text_encoder", sharding.TEXT, options.text_mesh),
+        ),
+        load_variables=lambda: _load_generator(folder, expected["generator"], options),
+        load_codec=lambda: load("vae", sharding.VAE, options.mesh),
+        metadata=meta,
+        digest=ported.digest,
+    )
+
+
+def _check_items(folder: pathlib.Path, present: Sequence[str]) -> None:
+    """Raises unless there is every network that a bundle needs."""
+    flags = {"generator": "--generator=FILE", "text_encoder": "", "vae": ""}
+    for item, flag in flags.items():
+        if item not in present:
+            command = f"anchor-jax port --wan=FOLDER {flag}".strip()
+            raise UserError(
+                f"{folder} has no {item}, it has {', '.join(present)}; add it with"
+                f" {command} --out={folder} --overwrite, where FOLDER holds the"
+                " published Wan2.1 files"
+            )
+
+
+def _read_ported(meta: Mapping[str, Any], dtype: str) -> _Ported:
+    def read(kind, name: str):
+        section = meta.get(name)
+        if not isinstance(section, Mapping):
+            raise UserError(f"meta.{name} is {section!r}, expected an object of sizes")
+        types = {"dtype": dtype, "param_dtype": dtype}
+        whole = dataclasses.asdict(kind()) | dict(section) | types
+        return from_config(kind, whole, f"meta.{name}")
+
+    return _Ported(
+        read(ModelConfig, "model"),
+        read(TextConfig, "text"),
+        read(VaeConfig, "vae"),
+        _source_digest(meta.get("sources")),
+    )
+
+
+def _source_digest(sources: Any) -> str:
+    """Returns SHA-256 over those of the files that were ported, whatever their names.
+
+    What was taken from a file and how it was scaled are part of it.
+    """
+    if not isinstance(sources, list) or not sources:
+        raise UserError("meta.sources is missing, expected the files that were ported")
+    parts = []
+    for number, source in enumerate(sources):
+        try:
+            hashes = [file["sha256"] for file in source["files"]]
+            taken = [source[key] for key in ("item", "key", "alpha")]
+        except (KeyError, TypeError) as error:
+            raise UserError(f"meta.sources, entry {number}: {error!r}") from error
+        for one in hashes:
+            if not isinstance(one, str) or not _DIGEST.fullmatch(one):
+                raise UserError(f"meta.sources: {one!r} is no SHA-256")
+        parts.append([*taken, sorted(hashes)])
+    ordered = sorted(json.dumps(part) for part in parts)
+    return _digest("\n".join(ordered).encode())
+
+
+def _check_ported(ported: _Ported) -> None:
+    """Raises unless the sizes are ones that networks can have, and fit together."""
+    model, text, vae = ported.model, ported.text, ported.vae
+    for name in ("model", "text", "vae"):
+        for field, value in dataclasses.asdict(getattr(ported, name)).items():
+            _check_size(f"meta.{name}.{field}", field, value)
+    _check_vae(vae)
+    for name, value, wanted in (
+        ("text.dim", text.dim, model.text_dim),
+        ("text.text_len", text.text_len, model.text_len),
+        ("vae.z_dim", vae.z_dim, model.latent_channels),
+    ):
+        if value != wanted:
+            raise UserError(f"meta.{name}={value}, expected {wanted} as the model")
+
+
+def _check_vae(config: VaeConfig) -> None:
+    mult = config.dim_mult
+    if len(mult) > 8 or not all(type(one) is int and 1 <= one <= 64 for one in mult):
+        raise UserError(
+            f"meta.vae.dim_mult={mult}: expected at most 8 whole numbers from 1 to 64"
+        )
+    if not all(type(one) is bool for one in config.temporal_downsample):
+        raise UserError("meta.vae.temporal_downsample: expected true or false each")
+    for name in ("latent_mean", "latent_std"):
+        values = getattr(config, name)
+        numbers = all(
+            type(one) in (int, float) and math.isfinite(one) for one in values
+        )
+        if not numbers or (name == "latent_std" and min(values) <= 0):
+            raise UserError(f"meta.vae.{name}: expected finite numbers, deviations > 0")
+
+
+def _expected_ported(folder: pathlib.Path, ported: _Ported) -> dict[str, Any]:
+    """Returns the shapes of every item, by its name."""
+    from anchor_jax import checkpoint
+
+    stored = checkpoint.shapes(folder, "generator")
+    frame = 2 ** len(ported.vae.temporal_downsample)
+    pixels = jax.ShapeDtypeStruct((1, 1, frame, frame, 3), jnp.float32)
+    with _blaming(folder):
+        tensors = _nest(_expected(ported.model, ported.text, None))
+        init = WanVae(ported.vae).init
+        codec = jax.eval_shape(init, jax.random.key(0), pixels)["params"]
+        generator = {"params": tensors["generator"]}
+        if "lora" in stored:
+            generator["lora"] = _expected_lora(generator["params"], stored["lora"])
+    return {"generator": generator, "text_encoder": tensors["text"], "vae": codec}
+
+
+def _expected_lora(params, stored) -> dict[str, Any]:
+    """Returns the shapes of updates of the stored rank, for layers that have one."""
+    flat = traverse_util.flatten_dict(stored)
+    ranks = {leaf.shape[-1] for path, leaf in flat.items() if path[-1] == "a"}
+    if len(ranks) != 1:
+        raise UserError(
+            f"lora: the updates have the ranks {sorted(ranks)}, expected one"
+        )
+    init = functools.partial(lora.init, rank=ranks.pop(), rng=jax.random.key(0))
+    every = traverse_util.flatten_dict(jax.eval_shape(init, params))
+    changed = {path[:-1] for path in flat}
+    return traverse_util.unflatten_dict(
+        {path: leaf for path, leaf in every.items() if path[:-1] in changed}
+    )
+
+
+def _load_generator(folder: pathlib.Path, expected, options: _Options):
+    """Returns the generator's collections, its low-rank updates as asked for."""
+    from anchor_jax import checkpoint
+
+    places, dtype = None, options.dtype or "bfloat16"
+    if options.mesh is not None:
+        tables = {"params": sharding.GENERATOR, "lora": sharding.LORA}
+        places = {
+            name: sharding.shardings(shapes, tables[name], options.mesh)
+            for name, shapes in expected.items()
+        }
+    # Merged before they are rounded, where they are stored wider.
+    merges = options.lora == "merged" and "lora" in expected
+    variables = checkpoint.restore(
+        folder, "generator", None if merges else dtype, places
+    )
+    if merges:
+        return {"params": _merge(variables.pop("params"), variables.pop("lora"), dtype)}
+    if options.lora == "none":
+        variables.pop("lora", None)
+    return variables
+
+
+def _merge(params, adapters, dtype: str):
+    """Returns the parameters plus their low-rank updates, a layer's kind at a time."""
+    leaves, updates = map(traverse_util.flatten_dict, (params, adapters))
+    del params, adapters
+    for path in list(leaves):
+        names = [(*path[:-1], name) for name in ("a", "b")]
+        one = {path[-1]: leaves.pop(path)}
+        if path[-1] == "kernel" and names[0] in updates:
+            update = {name[-1]: updates.pop(name) for name in names}
+            wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (one, update))
+            one = lora.merge(*wide)
+        leaves[path] = one[path[-1]].astype(dtype)
+    return traverse_util.unflatten_dict(leaves)
+
+
+def _ported_tokenizer(folder: pathlib.Path, text: TextConfig) -> Tokenizer:
+    """Returns the tokenizer that was ported, whose ids the text encoder all knows."""
+    from anchor_jax import checkpoint
+
+    names = ("tokenizer.json", "spiece.model")
+    found = [name for name in names if (folder / "tokenizer" / name).exists()]
+    for name in found:
+        checkpoint.file(folder, f"tokenizer/{name}")
+    place = folder / "tokenizer"
+    try:
+        tokenizer = load_tokenizer(place, text.text_len)
+    # The package `tokenizers` raises plain exceptions for files it cannot read.
+    except Exception as error:
+        raise UserError(
+            f"{place} holds no tokenizer that can be used: {error}; port the weights"
+            " again"
+        ) from error
+    _check_vocab(place, tokenizer, text)
+    return tokenizer
 
 
 def save_bundle(
@@ -213,8 +635,8 @@ def _read(path: pathlib.Path, weights: str) -> bytes:
     except OSError as error:
         raise UserError(
             f"weights={weights!r}: {path} cannot be read ({error.strerror}); expected"
-            " 'tiny', or a folder with model.safetensors and tokenizer.model, as"
-            " anchor-jax train-tiny writes it"
+            " 'tiny', a folder with model.safetensors and tokenizer.model, as"
+            " anchor-jax train-tiny writes it, or one that anchor-jax port wrote"
         ) from error
 
 
@@ -264,8 +686,8 @@ def _blaming(path: pathlib.Path) -> Iterator[None]:
         safetensors.SafetensorError,
     ) as error:
         raise UserError(
-            f"{path} is no bundle that can be used: {error}; copy it again, or save it"
-            " with anchor_jax.bundle.save_bundle"
+            f"{path} is no bundle that can be used: {error}; copy it again, or write"
+            " it again as it was written"
         ) from error
 
 
@@ -307,15 +729,21 @@ def _tokenizer(path: pathlib.Path, pieces: bytes, text: TextConfig):
             f"{path} is no tokenizer that can be used: {error}; expected a"
             " SentencePiece model; copy it again"
         ) from error
+    _check_vocab(path, tokenizer, text)
+    return tokenizer
+
+
+def _check_vocab(path: pathlib.Path, tokenizer, text: TextConfig) -> None:
     if tokenizer.vocab > text.vocab:
         raise UserError(
             f"{path} has {tokenizer.vocab} pieces, expected at most the"
             f" {text.vocab} of the text encoder; take both files from the same place"
         )
-    return tokenizer
 
 
-def _expected(model: ModelConfig, text: TextConfig, codec) -> dict[str, Any]:
+def _expected(
+    model: ModelConfig, text: TextConfig, codec: LinearCodec | None
+) -> dict[str, Any]:
     """Returns shape and type of every tensor, by name, without making any."""
     key = jax.random.key(0)
     ids = jax.ShapeDtypeStruct((1, text.text_len), jnp.int32)
@@ -324,13 +752,12 @@ def _expected(model: ModelConfig, text: TextConfig, codec) -> dict[str, Any]:
         {
             "generator": jax.eval_shape(functools.partial(dit.init_params, model), key),
             "text": encoder["params"],
-            "codec": _codec_shapes(codec, model.latent_channels),
+            "codec": _codec_shapes(model.latent_channels) if codec else {},
         }
     )
 
 
-def _codec_shapes(codec: LinearCodec, channels: int) -> dict[str, Any]:
-    del codec
+def _codec_shapes(channels: int) -> dict[str, Any]:
     shapes = {
         "mean": (BLOCK_VALUES,),
         "encode": (BLOCK_VALUES, channels),

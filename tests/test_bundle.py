@@ -1,17 +1,24 @@
+import dataclasses
+import functools
 import io
 import json
+import shutil
 
 import bundles
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 import sentencepiece
 import tiny
 
-from anchor_jax import bundle
+from anchor_jax import bundle, checkpoint, sharding
 from anchor_jax.errors import UserError
 from anchor_jax.training import tiny as training
+from anchor_jax.wan import dit, lora
 from anchor_jax.wan.spec import TINY, LatentGrid
+from anchor_jax.wan.text import Umt5Encoder
+from anchor_jax.wan.vae import VaeConfig, WanVae
 
 
 @pytest.mark.parametrize("name", ["folder", "mine.safetensors"])
@@ -226,3 +233,314 @@ def test_a_tokenizer_larger_than_the_text_encoder_is_refused(rewrite):
         header["text"]["vocab"] = 8
 
     assert "pieces, expected at most the 8" in rewrite(change)
+
+
+PORTED_MODEL = dataclasses.replace(
+    tiny.MODEL, dim=32, ffn_dim=32, latent_channels=16, dtype="bfloat16"
+)
+PORTED_VAE = VaeConfig(
+    base_dim=8, dim_mult=(1, 2), num_res_blocks=1, temporal_downsample=(True,)
+)
+NOT_SIZES = ("dtype", "param_dtype", "remat", "unroll")
+
+
+def draw(shapes, seed):
+    """Returns parameters filled by numpy, small enough to pass through networks."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: (0.3 * rng.standard_normal(leaf.shape)).astype(np.float32), shapes
+    )
+
+
+@functools.cache
+def ported_items():
+    key = jax.random.key(0)
+    ids = jax.ShapeDtypeStruct((1, bundles.TEXT.text_len), np.int32)
+    pixels = jax.ShapeDtypeStruct((1, 1, 8, 8, 3), np.float32)
+    params = jax.eval_shape(lambda: dit.init_params(PORTED_MODEL, key))
+    adapters = jax.eval_shape(lambda tree: lora.init(tree, 3, key), params)
+    text = jax.eval_shape(Umt5Encoder(bundles.TEXT).init, key, ids, ids)["params"]
+    vae = jax.eval_shape(WanVae(PORTED_VAE).init, key, pixels)["params"]
+    return {
+        "generator": {"params": draw(params, 1), "lora": draw(adapters, 2)},
+        "text_encoder": draw(text, 3),
+        "vae": draw(vae, 4),
+    }
+
+
+def ported_meta():
+    def sizes(config):
+        fields = dataclasses.asdict(config)
+        return {name: fields[name] for name in fields if name not in NOT_SIZES}
+
+    files = [{"name": "generator.pt", "bytes": 5, "sha256": "0a" * 32}]
+    source = {"item": "generator", "key": "generator", "alpha": None, "files": files}
+    return {
+        "model": sizes(PORTED_MODEL),
+        "text": sizes(bundles.TEXT),
+        "vae": sizes(PORTED_VAE),
+        "sources": [source],
+    }
+
+
+@pytest.fixture(scope="module")
+def ported(tmp_path_factory):
+    """Returns the folder of tiny ported weights, for tests that only read it."""
+    folder = tmp_path_factory.mktemp("weights") / "ported"
+    write_ported(folder, ported_items())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ported_digest(ported):
+    return bundle.load_bundle(str(ported)).digest
+
+
+def write_ported(folder, items):
+    files = {"tokenizer/spiece.model": bundles.words()}
+    checkpoint.write(folder, items, ported_meta(), files)
+
+
+@pytest.fixture
+def rewrite_ported(tmp_path, ported):
+    """Returns a function that loads the weights with changed meta or tokenizer."""
+
+    def run(change=None, words=None):
+        folder = tmp_path / "changed"
+        shutil.copytree(ported, folder)
+        meta = checkpoint.read_meta(ported)
+        if change:
+            change(meta)
+        (folder / "0" / "meta" / "metadata").write_text(json.dumps(meta))
+        if words is not None:
+            (folder / "tokenizer" / "spiece.model").write_bytes(words)
+        return folder
+
+    return run
+
+
+def load_fails(folder):
+    with pytest.raises(UserError) as caught:
+        bundle.load_bundle(str(folder))
+    return str(caught.value)
+
+
+def test_ported_weights_load_in_bfloat16_for_the_usual_grid(ported):
+    loaded = bundle.load_bundle(str(ported))
+
+    assert loaded.grid == LatentGrid(60, 104)
+    assert loaded.model == dataclasses.replace(PORTED_MODEL, param_dtype="bfloat16")
+    leaves = jax.tree.leaves((loaded.variables, loaded.codec_params))
+    assert {str(leaf.dtype) for leaf in leaves} == {"bfloat16"}
+    assert loaded.encode_prompts([bundles.RED]).shape == (1, 6, 8)
+
+
+def test_ported_weights_decode(ported):
+    loaded = bundle.load_bundle(str(ported), grid=LatentGrid(2, 2))
+    latents = np.ones((1, 2, 2, 2, 16), np.float32)
+
+    pixels, _ = jax.jit(loaded.codec.decode)(loaded.codec_params, None, latents)
+
+    assert pixels.shape == (1, 3, 4, 4, 3)
+    assert np.isfinite(np.asarray(pixels)).all()
+
+
+def test_a_prompt_is_encoded_alike_wherever_the_encoder_lives(ported):
+    texts = [bundles.RED, bundles.BLUE, bundles.RED]
+    loaded = {
+        mode: bundle.load_bundle(str(ported), dtype="float32", text_encoder=mode)
+        for mode in bundle.TEXT_ENCODERS
+    }
+
+    found = {mode: one.encode_prompts(texts) for mode, one in loaded.items()}
+
+    for mode in ("free", "sharded"):
+        assert found[mode].dtype == found["device"].dtype
+        np.testing.assert_allclose(found[mode], found["device"], rtol=0, atol=1e-6)
+        assert found[mode].devices() == found["device"].devices()
+    split = jax.tree.leaves(loaded["sharded"].encode_prompts.params)
+    assert any(not leaf.sharding.is_fully_replicated for leaf in split)
+
+
+def test_a_freed_encoder_is_loaded_for_new_prompts_only(ported, monkeypatch):
+    loads, restore = [], checkpoint.restore
+
+    def count(path, item, *rest):
+        loads.append(item)
+        return restore(path, item, *rest)
+
+    monkeypatch.setattr(checkpoint, "restore", count)
+    loaded = bundle.load_bundle(str(ported), text_encoder="free")
+
+    first = loaded.encode_prompts([bundles.RED, bundles.BLUE])
+    again = loaded.encode_prompts([bundles.BLUE])
+
+    np.testing.assert_array_equal(first[1:], again)
+    assert loads == ["text_encoder"]  # and no generator beside it
+    loaded.encode_prompts([bundles.GREEN])
+    assert loads == ["text_encoder"] * 2
+
+
+def test_a_freed_encoder_forgets_old_prompts(ported, monkeypatch):
+    monkeypatch.setattr(bundle, "_REMEMBERED", 1)
+    loaded = bundle.load_bundle(str(ported), text_encoder="free")
+
+    both = loaded.encode_prompts([bundles.RED, bundles.BLUE])
+    alone = loaded.encode_prompts([bundles.RED])
+
+    np.testing.assert_array_equal(both[:1], alone)
+    assert len(loaded.encode_prompts._known) == 1
+
+
+def test_low_rank_updates_are_kept_apart_added_or_left_out(ported):
+    loaded = {
+        how: bundle.load_bundle(str(ported), dtype="float32", lora=how).variables
+        for how in bundle.ADAPTERS
+    }
+
+    given = ported_items()["generator"]
+    plain, update = (tree["blocks"]["self_attn"]["q"] for tree in given.values())
+    separate, merged, none = (loaded[how] for how in bundle.ADAPTERS)
+    assert set(separate) == {"params", "lora"}
+    assert set(merged) == set(none) == {"params"}
+    kept, changed = (
+        tree["params"]["blocks"]["self_attn"]["q"]["kernel"] for tree in (none, merged)
+    )
+    np.testing.assert_array_equal(kept, plain["kernel"])
+    expected = plain["kernel"] + update["a"] @ update["b"]
+    np.testing.assert_allclose(changed, expected, atol=1e-5)
+    norm = merged["params"]["blocks"]["self_attn"]["norm_q"]["scale"]
+    stored = given["params"]["blocks"]["self_attn"]["norm_q"]["scale"]
+    np.testing.assert_array_equal(norm, stored)
+
+
+@pytest.mark.parametrize("how", ["separate", "merged"])
+def test_a_mesh_splits_the_generator(ported, how):
+    mesh = sharding.make_mesh()
+    loaded = bundle.load_bundle(str(ported), mesh=mesh, lora=how)
+
+    kernel = loaded.variables["params"]["blocks"]["ffn_in"]["kernel"]
+    text = loaded.encode_prompts([bundles.RED])
+
+    assert kernel.sharding.shard_shape(kernel.shape)[1] == 32 // jax.device_count()
+    assert text.sharding.is_fully_replicated
+    assert text.devices() == kernel.devices() == set(mesh.devices.flat)
+    assert str(kernel.dtype) == "bfloat16"
+
+
+def test_the_shipped_bundle_takes_the_same_arguments():
+    grid = LatentGrid(4, 6)
+    plain = bundle.load_bundle("tiny")
+    loaded = bundle.load_bundle(
+        "tiny", grid=grid, dtype="bfloat16", text_encoder="free"
+    )
+
+    assert (plain.grid, loaded.grid) == (LatentGrid(8, 8), grid)
+    leaves = jax.tree.leaves(loaded.variables)
+    assert {str(leaf.dtype) for leaf in leaves} == {"bfloat16"}
+    text = "a red ring moves up"
+    near = np.asarray(plain.encode_prompts([text]), np.float32)
+    found = np.asarray(loaded.encode_prompts([text]), np.float32)
+    np.testing.assert_allclose(found, near, atol=0.1 * np.abs(near).max())
+
+
+@pytest.mark.parametrize(
+    ("argument", "part"),
+    [
+        ({"text_encoder": "disk"}, "text_encoder='disk'.*device, free, sharded"),
+        ({"lora": "merge"}, "lora='merge'.*did you mean 'merged'"),
+        ({"dtype": "float64"}, "dtype='float64'"),
+        ({"grid": LatentGrid(5, 4)}, "grid: .*must divide by the patch"),
+    ],
+)
+def test_a_wrong_argument_is_named(argument, part):
+    with pytest.raises(UserError, match=part):
+        bundle.load_bundle("tiny", **argument)
+
+
+@pytest.mark.parametrize("missing", ["generator", "text_encoder", "vae"])
+def test_a_network_that_was_not_ported_is_named(rewrite_ported, missing):
+    folder = rewrite_ported()
+    shutil.rmtree(folder / "0" / missing)
+
+    message = load_fails(folder)
+
+    assert f"has no {missing}" in message and "anchor-jax port --wan" in message
+
+
+def test_the_digest_is_that_of_the_sources(ported_digest, rewrite_ported):
+    def rename(meta):
+        meta["sources"][0]["files"][0]["name"] = "moved.pt"
+        meta["method"] = "other"
+
+    renamed = bundle.load_bundle(str(rewrite_ported(rename)))
+
+    assert renamed.digest == ported_digest
+
+
+@pytest.mark.parametrize("field", ["key", "alpha", "item"])
+def test_the_digest_tells_what_was_taken_apart(ported_digest, rewrite_ported, field):
+    changed = rewrite_ported(lambda meta: meta["sources"][0].update({field: "x"}))
+
+    assert bundle.load_bundle(str(changed)).digest != ported_digest
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "part"),
+    [
+        (None, "model", None, "meta.model is None, expected an object"),
+        (None, "vae", [], "meta.vae is []"),
+        (None, "sources", None, "meta.sources is missing"),
+        (None, "sources", [5], "meta.sources, entry 0"),
+        ("model", "num_layers", 10**12, "meta.model.num_layers"),
+        ("model", "num_layers", 3, "the tensors are not those of its sizes"),
+        ("model", "num_heads", 0, "meta.model"),
+        ("model", "depth", 3, "unknown field 'depth'"),
+        ("model", "eps", "x", "meta.model.eps"),
+        ("text", "dim", 16, "meta.text.dim=16, expected 8"),
+        ("text", "text_len", 7, "meta.text.text_len=7, expected 6"),
+        ("text", "vocab", 31, "token_embedding/embedding is (32, 8), expected (31, 8)"),
+        ("text", "num_layers", True, "meta.text.num_layers"),
+        ("vae", "base_dim", 10**10, "meta.vae.base_dim"),
+        ("vae", "base_dim", 16, "vae: the tensors"),
+        ("vae", "dim_mult", [1, 10**9], "meta.vae.dim_mult=(1, 1000000000)"),
+        ("vae", "dim_mult", [1], "temporal_downsample"),
+        ("vae", "temporal_downsample", ["a"], "true or false"),
+        ("vae", "latent_std", [0.0] * 16, "deviations > 0"),
+        ("vae", "latent_mean", ["x"] * 16, "finite numbers"),
+        ("vae", "conv", "fft", "expected 'taps' or 'native'"),
+    ],
+)
+def test_wrong_sizes_of_ported_weights_are_one_message(
+    rewrite_ported, section, field, value, part
+):
+    def change(meta):
+        (meta[section] if section else meta)[field] = value
+
+    message = load_fails(rewrite_ported(change))
+
+    assert "changed" in message and part in message
+
+
+@pytest.mark.parametrize("digest", [5, "abc", "zz" * 32])
+def test_a_wrong_digest_is_refused(rewrite_ported, digest):
+    def change(meta):
+        meta["sources"][0]["files"][0]["sha256"] = digest
+
+    assert "is no SHA-256" in load_fails(rewrite_ported(change))
+
+
+@pytest.mark.parametrize("words", [b"", b"no model"])
+def test_a_broken_ported_tokenizer_is_named(rewrite_ported, words):
+    assert "holds no tokenizer" in load_fails(rewrite_ported(words=words))
+
+
+def test_updates_of_a_wrong_shape_are_named(tmp_path):
+    items = jax.tree.map(np.copy, ported_items())
+    layer = items["generator"]["lora"]["blocks"]["ffn_in"]
+    layer["b"] = layer["b"][:, :, :-1]
+    write_ported(tmp_path / "out", items)
+
+    message = load_fails(tmp_path / "out")
+
+    assert "lora/blocks/ffn_in/b is (2, 3, 31), expected (2, 3, 32)" in message

@@ -1,0 +1,427 @@
+"""Checkpoints: one Orbax item per network, written and read a leaf at a time."""
+
+import asyncio
+import contextlib
+import dataclasses
+import math
+import os
+import pathlib
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import traverse_util
+
+from anchor_jax.errors import UserError, suggest
+
+FORMAT_VERSION = 1
+ITEMS = (
+    "generator",
+    "fake_score",
+    "ema",
+    "opt_generator",
+    "opt_fake_score",
+    "rollout",
+    "data",
+    "text_encoder",
+    "vae",
+    "meta",
+)
+
+_CHUNK_BYTES = 64 * 2**20
+_READ_AT_ONCE = 4 * 10**9
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Lazy:
+    """A leaf that is made when its turn comes to be written.
+
+    Attributes:
+      shape: of the array.
+      dtype: of the array, a numpy type.
+      load: returns the numpy array.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    load: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+class _Writer(ocp.type_handlers.NumpyHandler):
+    """Writes `Lazy` leaves in turn, of all items together one at a time."""
+
+    def __init__(self, progress: Callable[[int], None] | None):
+        super().__init__()
+        self._progress = progress
+        self._turn = threading.Lock()
+        self._failure: BaseException | None = None
+
+    async def serialize(self, values, infos, args=None):
+        """Returns a future of the writing of some leaves; none is loaded yet."""
+        args = args or [ocp.SaveArgs()] * len(values)
+        writing = self._write_all(values, infos, args)
+        return [
+            ocp.future.CommitFutureAwaitingContractedSignals(writing, name="leaves")
+        ]
+
+    def stop(self) -> None:
+        """Waits for the leaf being written, after which no other is begun."""
+        with self._turn:
+            self._failure = self._failure or RuntimeError("writing was stopped")
+
+    async def _write_all(self, values, infos, args) -> None:
+        for value, info, arg in zip(values, infos, args, strict=True):
+            await asyncio.to_thread(self._turn.acquire)
+            try:
+                if self._failure:
+                    raise self._failure
+                await self._background_serialize([_load(value, info)], [info], [arg])
+                if self._progress:
+                    self._progress(value.nbytes)
+            except BaseException as error:
+                self._failure = error
+                raise
+            finally:
+                self._turn.release()
+
+
+def _load(leaf: Lazy, info) -> np.ndarray:
+    array = np.asarray(leaf.load())
+    if array.shape != tuple(leaf.shape) or array.dtype != np.dtype(leaf.dtype):
+        raise ValueError(
+            f"{info.name}: loaded {array.dtype} {array.shape}, expected"
+            f" {np.dtype(leaf.dtype)} {tuple(leaf.shape)} as announced"
+        )
+    return array
+
+
+def write(
+    path: str | pathlib.Path,
+    items: Mapping[str, Any],
+    meta: Mapping[str, Any],
+    files: Mapping[str, pathlib.Path | bytes] | None = None,
+    progress: Callable[[int], None] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a folder that an Orbax `CheckpointManager` reads as step 0.
+
+    The folder appears under its name when whole; on an error nothing is left. At most
+    one leaf is in memory, with as much again while it is encoded.
+
+    Args:
+      path: the folder.
+      items: trees by their name in `ITEMS`; leaves are arrays or `Lazy`.
+      meta: goes into the item `meta` as JSON, with `format_version`.
+      files: small files beside the step, by their relative name: a path or bytes.
+      progress: called with the bytes of each leaf once it is written.
+      overwrite: replace a checkpoint that is there.
+
+    Raises:
+      UserError: The folder is taken, or cannot be written.
+    """
+    target = pathlib.Path(path).expanduser().resolve()
+    _check_target(target, overwrite)
+    unknown = [name for name in items if name not in ITEMS or name == "meta"]
+    if unknown:
+        raise ValueError(f"items {unknown}; expected names among {ITEMS[:-1]}")
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    writer = _Writer(progress)
+    try:
+        part.mkdir(parents=True)
+        for name, content in (files or {}).items():
+            _write_file(part, name, content)
+        _save(part, items, {"format_version": FORMAT_VERSION, **meta}, writer)
+        _move(part, target)
+    except OSError as error:
+        raise UserError(
+            f"{target} cannot be written: {error}; choose another folder or make room"
+        ) from error
+    finally:
+        writer.stop()
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _check_target(target: pathlib.Path, overwrite: bool) -> None:
+    """Raises unless the folder is free, or a checkpoint that may be replaced."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise UserError(f"{target} is a file, expected a folder; choose another name")
+    if not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(
+            f"{target} is not empty; choose another folder, or ask to overwrite it"
+        )
+    if not _steps(target):
+        raise UserError(
+            f"{target} is not a checkpoint, so it is not overwritten; choose another"
+            " folder, or remove this one yourself"
+        )
+
+
+def _write_file(folder: pathlib.Path, name: str, content) -> None:
+    place = _inside(folder, name)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, bytes):
+        place.write_bytes(content)
+    else:
+        shutil.copyfile(content, place)
+
+
+def _save(folder: pathlib.Path, items, meta, writer: _Writer) -> None:
+    """Writes step 0 into an empty folder."""
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, ocp.type_handlers.ArrayHandler()), (Lazy, writer)
+    )
+    handlers = {
+        name: ocp.PyTreeCheckpointHandler(
+            type_handler_registry=registry, use_compression=False
+        )
+        for name in items
+    }
+    args: dict[str, Any] = {"meta": ocp.args.JsonSave(dict(meta))}
+    for name, tree in items.items():
+        tree = jax.tree.map(_lazy, tree)
+        chunks = jax.tree.map(
+            lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree
+        )
+        args[name] = ocp.args.PyTreeSave(tree, save_args=chunks)
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+    handlers["meta"] = ocp.JsonCheckpointHandler()
+    with ocp.CheckpointManager(
+        folder, item_handlers=handlers, options=options
+    ) as manager:
+        manager.save(0, args=ocp.args.Composite(**args))
+
+
+def _lazy(leaf: Any) -> Lazy:
+    """Returns a leaf that is fetched from its device when its turn comes."""
+    if isinstance(leaf, Lazy):
+        return leaf
+    leaf = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+    return Lazy(leaf.shape, np.dtype(leaf.dtype), lambda: np.asarray(leaf))
+
+
+def _move(part: pathlib.Path, target: pathlib.Path) -> None:
+    """Renames a folder to a name; what has the name is removed, or else stays."""
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    if not target.exists():
+        part.rename(target)
+        return
+    target.rename(old)
+    try:
+        part.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def is_checkpoint(path: str | pathlib.Path) -> bool:
+    """Returns whether a folder holds a checkpoint."""
+    return bool(_steps(pathlib.Path(path).expanduser()))
+
+
+def items(path: str | pathlib.Path) -> tuple[str, ...]:
+    """Returns the names of the items that are present, in the order of `ITEMS`."""
+    step = _step(path)
+    return tuple(name for name in ITEMS if (step / name).is_dir())
+
+
+def read_meta(path: str | pathlib.Path) -> dict[str, Any]:
+    """Returns the item `meta`; its values are as they stand in the file.
+
+    Raises:
+      UserError: It is missing, no JSON object, or of a later format.
+    """
+    with _blaming(path):
+        meta = ocp.JsonCheckpointHandler().restore(_item(path, "meta"))
+        if not isinstance(meta, dict):
+            raise TypeError(f"meta is {type(meta).__name__}, expected an object")
+    version = meta.get("format_version")
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format_version {version!r}, expected at most {FORMAT_VERSION};"
+            " use the version of anchor_jax that wrote it, or write it again"
+        )
+    return meta
+
+
+def shapes(path: str | pathlib.Path, item: str) -> dict[str, Any]:
+    """Returns shape and type of an item's leaves, as nested dicts.
+
+    Raises:
+      UserError: The item is missing or broken.
+    """
+    with _blaming(path):
+        found = _reader().metadata(_item(path, item)).tree
+        return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), found)
+
+
+def restore(
+    path: str | pathlib.Path,
+    item: str,
+    dtype: Any = None,
+    shardings: Any = None,
+) -> dict[str, Any]:
+    """Returns an item's leaves as nested dicts of `jax.Array`.
+
+    Args:
+      path: the checkpoint's folder.
+      item: one of `items(path)`.
+      dtype: type of the floating leaves; as stored if None.
+      shardings: a tree of shardings like the item's; None: on the default device.
+
+    Raises:
+      UserError: The item is missing or broken.
+    """
+    stored = shapes(path, item)
+    if shardings is None:
+        one = jax.sharding.SingleDeviceSharding(jnp.zeros(()).device)
+        shardings = jax.tree.map(lambda _: one, stored)
+
+    def place(leaf, sharding):
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return ocp.ArrayRestoreArgs(
+            restore_type=jax.Array,
+            sharding=sharding,
+            global_shape=leaf.shape,
+            dtype=dtype if floating and dtype is not None else leaf.dtype,
+        )
+
+    with _blaming(path):
+        wanted = ocp.args.PyTreeRestore(
+            item=stored, restore_args=jax.tree.map(place, stored, shardings)
+        )
+        return _reader(stored).restore(_item(path, item), args=wanted)
+
+
+def leaf(path: str | pathlib.Path, item: str, name: str) -> np.ndarray:
+    """Returns one leaf, named by its path joined by slashes.
+
+    Raises:
+      UserError: The item or the leaf is missing or broken.
+    """
+    known = traverse_util.flatten_dict(shapes(path, item), sep="/")
+    if name not in known:
+        raise UserError(f"{path}: {item} has no {name!r}{suggest(name, known, 'has')}")
+    return _read_leaf(path, item, name, known[name])
+
+
+def iterate(path: str | pathlib.Path, item: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields name and array of every leaf, one in memory at a time.
+
+    Raises:
+      UserError: The item is missing or broken.
+    """
+    known = traverse_util.flatten_dict(shapes(path, item), sep="/")
+    for name, shape in known.items():
+        yield name, _read_leaf(path, item, name, shape)
+
+
+def _read_leaf(path, item: str, name: str, shape) -> np.ndarray:
+    keys = tuple(name.split("/"))
+    wanted = ocp.args.PyTreeRestore(
+        item=traverse_util.unflatten_dict({keys: shape}),
+        restore_args=traverse_util.unflatten_dict(
+            {keys: ocp.RestoreArgs(restore_type=np.ndarray)}
+        ),
+        partial_restore=True,
+    )
+    with _blaming(path):
+        found = _reader(shape).restore(_item(path, item), args=wanted)
+        return traverse_util.flatten_dict(found)[keys]
+
+
+def file(path: str | pathlib.Path, name: str) -> pathlib.Path:
+    """Returns the path of an extra file.
+
+    Raises:
+      UserError: There is none of this name, or the name leads out of the folder.
+    """
+    place = _inside(pathlib.Path(path).expanduser(), name)
+    if not place.is_file():
+        raise UserError(f"{path} has no file {name!r}; write the checkpoint again")
+    return place
+
+
+def _inside(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """Returns the place of a file in a folder, or raises if it would be elsewhere."""
+    folder = folder.resolve()
+    place = (folder / name).resolve()
+    beside = place.is_relative_to(folder) and place != folder
+    if not beside or place.relative_to(folder).parts[0].isdigit():
+        raise UserError(
+            f"file name {name!r}: expected one inside {folder} and beside its steps"
+        )
+    return place
+
+
+def _reader(stored: Any = None) -> ocp.PyTreeCheckpointHandler:
+    """Returns what reads an item, a few leaves at once or one large one."""
+    sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(stored)]
+    at_once = max([_READ_AT_ONCE, *sizes])
+    return ocp.PyTreeCheckpointHandler(restore_concurrent_gb=-(-at_once // 10**9))
+
+
+def _steps(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the folders of steps, the last one last."""
+    try:
+        found = [x for x in folder.iterdir() if x.name.isdecimal() and x.is_dir()]
+    except OSError:
+        return []
+    return sorted(found, key=lambda x: int(x.name))
+
+
+def _step(path: str | pathlib.Path) -> pathlib.Path:
+    folder = pathlib.Path(path).expanduser().resolve()
+    if not folder.is_dir():
+        raise UserError(f"{path} is no folder; expected that of a checkpoint")
+    steps = _steps(folder)
+    if not steps:
+        raise UserError(
+            f"{path} holds no checkpoint; expected a folder that anchor-jax wrote, with"
+            " a step such as 0/ in it"
+        )
+    return steps[-1]
+
+
+def _item(path: str | pathlib.Path, item: str) -> pathlib.Path:
+    present = items(path)
+    if item not in present:
+        raise UserError(f"{path} has no item {item!r}{suggest(item, present, 'has')}")
+    return _step(path) / item
+
+
+@contextlib.contextmanager
+def _blaming(path: str | pathlib.Path) -> Iterator[None]:
+    """Turns what is wrong with files into one message that names them."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        MemoryError,
+        OSError,
+        RecursionError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{path} is broken or not whole: {reason}; copy or write it again"
+        ) from error
