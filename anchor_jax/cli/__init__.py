@@ -15,8 +15,13 @@ Whatever is slow to import (jax) is best imported inside `main`.
 
 COMMANDS = {
     "sample": "anchor_jax.cli.sample",
+    "replay": "anchor_jax.cli.replay",
     "verify": "anchor_jax.cli.verify",
     "train-tiny": "anchor_jax.cli.train_tiny",
     "score": "anchor_jax.cli.score",
+    "port": "anchor_jax.cli.port",
+    "export": "anchor_jax.cli.export",
     "policies": "anchor_jax.cli.policies",
+    "plan": "anchor_jax.cli.plan",
+    "doctor": "anchor_jax.cli.doctor",
 }

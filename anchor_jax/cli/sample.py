@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from anchor_jax import config as configs
 from anchor_jax.errors import UserError
+from anchor_jax.prompts import LATENT_FRAMES_PER_SECOND
 
 SUMMARY = "Makes a video for every line of prompts, and writes it while it streams."
 USAGE = """
@@ -83,7 +84,7 @@ def main(argv: Sequence[str]) -> None:
     negative = experiment.negative_prompt(config)
     bundle = load_bundle(config.weights)
     setups = [experiment.make_setup(config, bundle, script) for script in scripts]
-    folder = _folder(flags.FLAGS.out or config.out)
+    folder = choose_folder(flags.FLAGS.out or config.out)
     jobs = _make_jobs(folder, scripts, setups, config.seed, negative, bundle.digest)
     jobs, skipped = _choose(jobs, flags.FLAGS.overwrite)
     for warning in _warnings(bundle.tokenizer, jobs, negative):
@@ -91,7 +92,7 @@ def main(argv: Sequence[str]) -> None:
     for job in jobs:
         _make_session(bundle, job, negative)
     if jobs:
-        _prepare_folder(folder)
+        prepare_folder(folder)
         kept = f"; compiled programs are kept in {cache}" if cache else ""
         print(f"preparing the model{kept}", file=sys.stderr)
     warm = set()
@@ -102,7 +103,10 @@ def main(argv: Sequence[str]) -> None:
         if needed not in warm:
             session.warm_up(job.script)
         warm.add(needed)
-        _run(job, session, dataclasses.asdict(config))
+        about = {"request": job.request, "config": dataclasses.asdict(config)}
+        write_video(job, session, session.play(job.script), about)
+        for line in told_switches(session.segments):
+            print(f"{job.stem.name}: {line}", file=sys.stderr)
         del session
     _report(folder, jobs, skipped)
 
@@ -135,7 +139,8 @@ def enable_compilation_cache() -> pathlib.Path | None:
     return folder
 
 
-def _folder(out: str | None) -> pathlib.Path:
+def choose_folder(out: str | None) -> pathlib.Path:
+    """Returns the folder that was asked for, or one named after the time."""
     if out:
         return pathlib.Path(out).expanduser()
     now = datetime.datetime.now()
@@ -143,7 +148,7 @@ def _folder(out: str | None) -> pathlib.Path:
 
 
 def _make_jobs(folder, scripts, setups, seed: int, negative: str, digest: str):
-    from anchor_jax.streaming.session import describe
+    from anchor_jax.streaming.recipe import describe
 
     jobs = []
     for number, (script, setup) in enumerate(zip(scripts, setups, strict=True)):
@@ -225,7 +230,7 @@ def _make_session(bundle, job: Job, negative: str):
     return session
 
 
-def _prepare_folder(folder: pathlib.Path) -> None:
+def prepare_folder(folder: pathlib.Path) -> None:
     """Makes the folder, and finds out early whether it can be written to."""
     from anchor_jax.media import replacing
 
@@ -235,8 +240,18 @@ def _prepare_folder(folder: pathlib.Path) -> None:
     test.unlink()
 
 
-def _run(job: Job, session, config: dict) -> None:
-    """Makes one video; its files take the place of older ones when all are whole."""
+def write_video(job: Job, session, blocks, about: dict) -> list[str]:
+    """Makes one video; its files take the place of older ones when all are whole.
+
+    Args:
+      job: its files and script.
+      session: whose recipe is written.
+      blocks: frames and segment of each block, as `Session.play` yields them.
+      about: put before the recipe.
+
+    Returns:
+      The digest of each block.
+    """
     from anchor_jax import media
 
     sheet, recipe = job.file(".png"), job.file(".json")
@@ -246,29 +261,52 @@ def _run(job: Job, session, config: dict) -> None:
         media.replacing(recipe) as recipe_part,
         media.VideoWriter(job.file(".mp4")) as video,
     ):
-        rows = _stream(job, session, video)
-        content = {"request": job.request, "config": config} | session.recipe()
+        rows, digests = _stream(job, blocks, video)
+        content = about | session.recipe() | {"blocks": digests}
         media.contact_sheet(rows, job.script.prompts, sheet_part)
         media.write_json(recipe_part, content)
+    return digests
 
 
-def _stream(job: Job, session, video) -> list[np.ndarray]:
-    """Writes the frames and returns some of each segment, for the contact sheet."""
+def _stream(job: Job, blocks, video) -> tuple[list[np.ndarray], list[str]]:
+    """Writes the frames.
+
+    Returns:
+      Some frames of each segment, for the contact sheet, and each block's digest.
+    """
+    from anchor_jax.streaming.recipe import digest
+
     script = job.script
     rows: list[list[np.ndarray]] = [[] for _ in script.segments]
     wanted = tile_frames(script, job.setup.policy.block)
-    total = 1 + _PIXEL_FRAMES * (script.frames - 1)
-    name, start = job.stem.name, 0
-    with tqdm(total=total, unit="frame", disable=None, desc=name) as bar:
-        for frames, segment in session.play(script):
+    digests, start = [], 0
+    with progress(job.stem.name, script.frames) as bar:
+        for frames, segment in blocks:
             bar.set_postfix_str(_short(script.prompts[segment]), refresh=False)
             video.append(frames)
+            digests.append(digest(frames))
             bar.update(len(frames))
             picked = wanted[segment] - start
             picked = picked[(picked >= 0) & (picked < len(frames))]
             rows[segment].append(frames[picked])
             start += len(frames)
-    return [np.concatenate(row) for row in rows]
+    return [np.concatenate(row) for row in rows], digests
+
+
+def progress(name: str, frames: int) -> tqdm:
+    """Returns the bar of a video of so many latent frames."""
+    total = 1 + _PIXEL_FRAMES * (frames - 1)
+    return tqdm(total=total, unit="frame", disable=None, desc=name)
+
+
+def told_switches(switches) -> list[str]:
+    """Returns a line for each switch that waited for a block to begin."""
+    return [
+        f"switch asked for at {one.requested / LATENT_FRAMES_PER_SECOND:g} s,"
+        f" latent frame {one.requested} -> {one.landed}"
+        for one in switches
+        if one.landed != one.requested
+    ]
 
 
 def tile_frames(script, block: int) -> list[np.ndarray]:

@@ -6,16 +6,14 @@ The only object with a state that changes; what runs on the device are pure func
 import collections
 import dataclasses
 import functools
-import platform
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 
-import anchor_jax
 from anchor_jax.bundle import Bundle
 from anchor_jax.cache.policies import Policy, Rerun
 from anchor_jax.cache.types import ReadPlan
@@ -23,6 +21,21 @@ from anchor_jax.errors import UserError
 from anchor_jax.prompts import Script
 from anchor_jax.streaming import stream
 from anchor_jax.streaming.decode import decode, renew
+from anchor_jax.streaming.recipe import (
+    FORMAT_VERSION,
+    Recipe,
+    Switch,
+    describe,
+    fingerprint,
+)
+from anchor_jax.streaming.snapshot import (
+    Moment,
+    Moments,
+    describe_switches,
+    read_moment,
+    tail_blocks,
+    write_moment,
+)
 from anchor_jax.streaming.types import StreamSetup, StreamState
 from anchor_jax.wan.attention import ContextKV
 
@@ -69,16 +82,6 @@ class Clock:
 
 
 @dataclasses.dataclass(frozen=True)
-class Switch:
-    """A prompt, the latent frame it was asked for at, and the one it took effect at."""
-
-    prompt: str
-    requested: int
-    cut: bool = False
-    landed: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
 class Frames:
     """The pixel frames of one block, perhaps still being computed.
 
@@ -120,6 +123,7 @@ class Session:
         seed: int,
         negative_prompt: str = "",
         batch: int = 1,
+        moments: Moments | None = None,
     ):
         """Makes a session that has not begun; nothing is held on the device yet.
 
@@ -131,9 +135,12 @@ class Session:
           negative_prompt: what guidance leads away from; used if `setup.guidance` is
             not 1.
           batch: how many videos are made side by side, each with noise of its own.
+          moments: where to keep what `rewind` and `fork` start from; without it they
+            start from the first block.
 
         Raises:
           UserError: The policy's restart does not fit its blocks.
+          ValueError: The moments hold another video.
         """
         _check_restart(setup.policy)
         self.bundle, self.setup, self.batch = bundle, setup, batch
@@ -145,9 +152,46 @@ class Session:
         self._contexts: dict[str, ContextKV] = {}
         self._state: StreamState | None = None
         self._decoder = None
-        restart = setup.policy.restart
-        kept = restart.overlap // setup.policy.block if restart else 0
-        self._tail: collections.deque = collections.deque(maxlen=kept)
+        self._tail: collections.deque = collections.deque(maxlen=tail_blocks(setup))
+        self.moments = moments
+        if moments:
+            video = (setup, seed, negative_prompt, batch, bundle.digest)
+            moments.bind(video)
+
+    @classmethod
+    def from_recipe(
+        cls, bundle: Bundle, recipe: Recipe, moments: Moments | None = None
+    ) -> "Session":
+        """Returns a session that has not begun and will make the video of a recipe."""
+        first, *rest = recipe.prompts
+        made = cls(
+            bundle,
+            recipe.setup,
+            first.prompt,
+            recipe.seed,
+            recipe.negative_prompt,
+            recipe.batch,
+            moments,
+        )
+        made.segments, made.pending = [first], collections.deque(rest)
+        return made
+
+    @classmethod
+    def restore(
+        cls, path: str | os.PathLike, bundle: Bundle, moments: Moments | None = None
+    ) -> "Session":
+        """Returns the session that `save` wrote; it goes on with the same latents.
+
+        Bit for bit where its fingerprint is that of `recipe()` here.
+
+        Raises:
+          UserError: The file is no whole snapshot made with these weights.
+        """
+        recipe, moment = read_moment(path, bundle)
+        made = cls.from_recipe(bundle, recipe, moments)
+        made.go_to(moment)
+        made.pending = collections.deque(moment.pending)
+        return made
 
     @property
     def frame(self) -> int:
@@ -177,7 +221,7 @@ class Session:
             self.segments = [Switch(prompt, requested=0, landed=0)]
             return
         asked = [*self.pending, Switch(prompt, requested, cut)]
-        self.pending = collections.deque(sorted(asked, key=lambda one: one.requested))
+        self.pending = collections.deque(sorted(asked, key=lambda one: one.earliest))
         self._context(prompt)
 
     def step(self) -> Frames:
@@ -209,7 +253,105 @@ class Session:
                 f" {self.frame} and a batch of {self.batch}; make a new Session"
             )
         self._ask(script)
-        return self._blocks(script.frames)
+        return self.blocks(script.frames)
+
+    def blocks(self, frames: int) -> Iterator[tuple[np.ndarray, int]]:
+        """Yields the blocks up to a latent frame, as `play` does, of a first video.
+
+        Raises:
+          UserError: The policy cannot go so far.
+        """
+        self.check(frames)
+        waiting = self.step() if self.frame < frames else None
+        while waiting:
+            shown = waiting
+            waiting = self.step() if self.frame < frames else None
+            yield shown.fetch()[0], shown.segment
+
+    def pin(self) -> int:
+        """Keeps this moment, and returns its latent frame, for `rewind` and `fork`.
+
+        Waits for the device.
+
+        Raises:
+          UserError: It does not fit the budget of `moments`, or there are none.
+        """
+        if self.moments is None:
+            raise UserError(
+                "pin: this session keeps no moments; make it with"
+                " moments=Moments(budget), in bytes"
+            )
+        if self._state is not None:
+            self.moments.add(self._moment(), pin=True)
+        return self.frame
+
+    def rewind(self, frame: int) -> None:
+        """Goes back to a latent frame; what is then made again is the same.
+
+        Starts from the newest moment kept, and makes the blocks since anew. Switches
+        that took effect later are pending again; `pending.clear()` drops them.
+
+        Args:
+          frame: at which a block starts, not after the next one.
+
+        Raises:
+          UserError: No block starts there.
+        """
+        self._check_past(frame)
+        if frame < self.frame:
+            self._follow(self._history(), frame)
+
+    def fork(self, frame: int, prompt: str, cut: bool = False) -> "Session":
+        """Returns a session that shares this one's past and goes on otherwise.
+
+        This session stays as it is. Both use the same store of moments.
+
+        Args:
+          frame: at which a block starts, not after the next one.
+          prompt: from that block on.
+          cut: whether that block is a scene cut, for policies that have one.
+
+        Raises:
+          UserError: No block starts there.
+        """
+        self._check_past(frame)
+        other = Session(
+            self.bundle,
+            self.setup,
+            self.segments[0].prompt,
+            self.seed,
+            self.negative_prompt,
+            self.batch,
+            self.moments,
+        )
+        if frame == self.frame and self._state is not None:
+            other.go_to(self._moment().on_host())
+        else:
+            other._follow(self._history(), frame)
+        other.pending.clear()
+        other.switch(prompt, frame, cut)
+        return other
+
+    def go_to(self, moment: Moment) -> None:
+        """Goes to a moment of this video; what is pending stays."""
+        here = moment.on_device()
+        self._clock = Clock(here.frame, here.origin)
+        self.segments = list(here.segments)
+        self._state, self._decoder = here.state, here.decoder
+        self._tail = collections.deque(here.tail, maxlen=self._tail.maxlen)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes this moment to a file, from which `restore` goes on.
+
+        Raises:
+          UserError: Nothing has been made yet, or the file cannot be written.
+        """
+        if self._state is None:
+            raise UserError(
+                "save: the session has made no block, so there is nothing to keep; make"
+                " one first, or keep the recipe"
+            )
+        write_moment(path, self._moment(), self.recipe())
 
     def warm_up(self, script: Script | None = None) -> None:
         """Compiles all that a script will need, or any stream if there is none.
@@ -278,12 +420,13 @@ class Session:
     def recipe(self) -> dict[str, Any]:
         """Returns all that is needed to make the same video again, as plain values."""
         return {
+            "format_version": FORMAT_VERSION,
             "setup": describe(self.setup),
             "seed": self.seed,
             "negative_prompt": self.negative_prompt,
             "batch": self.batch,
             "frames": self.frame,
-            "prompts": [dataclasses.asdict(segment) for segment in self.segments],
+            "prompts": describe_switches(self.segments),
             "fingerprint": fingerprint(self.bundle),
         }
 
@@ -292,6 +435,8 @@ class Session:
         policy = self.setup.policy
         if self._state is None:
             self._state = stream.start(self._context(self.prompt), setup=self.setup)
+        if self.moments and self.moments.is_due(self.frame, policy.block):
+            self.moments.add(self._moment())
         due = self._take_due()
         if self._clock.is_restart(policy):
             self._restart()
@@ -312,7 +457,7 @@ class Session:
 
     def _take_due(self) -> Switch | None:
         """Returns the switch that takes effect at the next block, or None."""
-        if not self.pending or self.pending[0].requested > self.frame:
+        if not self.pending or self.pending[0].earliest > self.frame:
             return None
         due = dataclasses.replace(self.pending.popleft(), landed=self.frame)
         self.segments.append(due)
@@ -374,36 +519,50 @@ class Session:
         for segment in rest:
             self.switch(segment.prompt, segment.start, segment.cut)
 
-    def _blocks(self, frames: int) -> Iterator[tuple[np.ndarray, int]]:
-        waiting = self.step()
-        while waiting:
-            shown = waiting
-            waiting = self.step() if self.frame < frames else None
-            yield shown.fetch()[0], shown.segment
+    def _check_past(self, frame: int) -> None:
+        block = self.setup.policy.block
+        if frame % block or not 0 <= frame <= self.frame:
+            raise UserError(
+                f"frame={frame}: expected a block's first latent frame, a multiple of"
+                f" {block} from 0 to {self.frame}; choose"
+                f" {min(max(0, frame // block * block), self.frame)}"
+            )
 
+    def _history(self) -> tuple[Switch, ...]:
+        """Returns all prompts with the frames at which they take effect."""
+        asked = [max(one.earliest, self.frame) for one in self.pending]
+        landed = landings(asked, self.setup.policy.block)
+        coming = map(
+            lambda one, frame: dataclasses.replace(one, landed=frame),
+            self.pending,
+            landed,
+        )
+        return (*self.segments, *coming)
 
-def describe(value: Any) -> Any:
-    """Returns a tree of dataclasses as plain values; `kind` names each one's class."""
-    if isinstance(value, tuple | list):
-        return [describe(item) for item in value]
-    if not dataclasses.is_dataclass(value):
-        return value
-    fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    return {"kind": type(value).__name__} | {k: describe(v) for k, v in fields.items()}
+    def _moment(self) -> Moment:
+        """Returns this moment; its arrays are those that the next block donates."""
+        return Moment(
+            self._clock.frame,
+            self._clock.origin,
+            tuple(self.segments),
+            tuple(self.pending),
+            self._state,
+            self._decoder,
+            tuple(self._tail),
+        )
 
-
-def fingerprint(bundle: Bundle) -> dict[str, str]:
-    """Returns what the bits of a video depend on besides its recipe."""
-    return {
-        "anchor_jax": anchor_jax.__version__,
-        "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
-        "numpy": np.__version__,
-        "backend": jax.default_backend(),
-        "device": jax.devices()[0].device_kind,
-        "machine": platform.machine(),
-        "weights": bundle.digest,
-    }
+    def _follow(self, history: tuple[Switch, ...], frame: int) -> None:
+        """Goes to a latent frame of a history; its later switches are pending."""
+        moment = self.moments and self.moments.newest(frame, history)
+        # Gone before others come, so that two streams are never on the device.
+        self._state = self._decoder = None
+        self._tail.clear()
+        self._clock, self.segments = Clock(), [history[0]]
+        if moment:
+            self.go_to(moment)
+        self.pending = collections.deque(history[len(self.segments) :])
+        while self.frame < frame:
+            self._advance()
 
 
 def _check_restart(policy: Policy) -> None:

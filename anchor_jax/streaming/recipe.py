@@ -1,0 +1,423 @@
+"""A recipe: all that is needed to make a video again, and to tell whether it is."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import os
+import pathlib
+import platform
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jaxlib
+import numpy as np
+
+import anchor_jax
+from anchor_jax.bundle import Bundle
+from anchor_jax.cache.policies import (
+    Flush,
+    Junction,
+    Keep,
+    PeriodicJunction,
+    Policy,
+    Recache,
+    ReleaseJunction,
+    Restart,
+)
+from anchor_jax.cache.positions import Absolute, Bounded, Ranked, Relative
+from anchor_jax.config import from_config
+from anchor_jax.errors import UserError, suggest
+from anchor_jax.flow import Levels
+from anchor_jax.prompts import MAX_PROMPT_CHARACTERS, MAX_SEED
+from anchor_jax.streaming.loop import Euler, Renoise, UniPC
+from anchor_jax.streaming.types import StreamSetup
+from anchor_jax.wan.kernels import KERNELS
+from anchor_jax.wan.spec import LatentGrid, ModelConfig
+
+FORMAT_VERSION = 1
+MAX_FRAMES = 10_000_000
+MAX_BATCH = 1024
+
+_PARTS = {
+    kind.__name__: kind
+    for kind in (
+        *(StreamSetup, ModelConfig, LatentGrid, Levels, Renoise, Euler, UniPC),
+        *(Policy, Junction, ReleaseJunction, PeriodicJunction, Restart),
+        *(Keep, Flush, Recache, Absolute, Relative, Bounded, Ranked),
+        *map(type, KERNELS.values()),
+    )
+}
+_LARGEST_NUMBER = 65536
+_LONGEST_LIST = 1024
+_LONGEST_FILE = 64 * 2**20
+_FINGERPRINT_CHARACTERS = 1000
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Switch:
+    """A prompt, the latent frame it was asked for at, and the one it took effect at.
+
+    Of a switch still to come, `landed` is the first frame it may take effect at; None
+    is the one it was asked for at.
+    """
+
+    prompt: str
+    requested: int
+    cut: bool = False
+    landed: int | None = None
+
+    @property
+    def earliest(self) -> int:
+        """The first latent frame at which it may take effect."""
+        return self.requested if self.landed is None else self.landed
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """All that defines a video, as read from a file and checked.
+
+    Attributes:
+      setup: what is static about the stream.
+      seed: of the noise.
+      negative_prompt: what guidance leads away from.
+      batch: how many videos are made side by side.
+      frames: length in latent frames.
+      prompts: in the order in which they took effect.
+      fingerprint: what else the bits depend on, on the machine that made it.
+      blocks: SHA-256 of each block's pixels, or nothing.
+      weights: the name or path that its config gave, or None.
+    """
+
+    setup: StreamSetup
+    seed: int
+    negative_prompt: str
+    batch: int
+    frames: int
+    prompts: tuple[Switch, ...]
+    fingerprint: Mapping[str, str]
+    blocks: tuple[str, ...] = ()
+    weights: str | None = None
+
+    def shortened(self, frames: int) -> "Recipe":
+        """Returns the recipe of the first latent frames; whole blocks."""
+        return dataclasses.replace(
+            self,
+            frames=frames,
+            prompts=tuple(one for one in self.prompts if one.landed < frames),
+            blocks=self.blocks[: frames // self.setup.policy.block],
+        )
+
+    def forked(self, frame: int, prompt: str, frames: int) -> "Recipe":
+        """Returns the same video up to a latent frame, then another prompt.
+
+        Args:
+          frame: at which the prompt is asked for; it takes effect at the first block
+            that starts there or later. Later prompts are dropped.
+          prompt: what to show.
+          frames: length in latent frames; whole blocks.
+        """
+        block = self.setup.policy.block
+        landed = -(-frame // block) * block
+        before = tuple(one for one in self.prompts if one.landed < landed)
+        prompts = (*before, Switch(prompt, frame if before else 0, landed=landed))
+        blocks = self.blocks[: landed // block]
+        return dataclasses.replace(self, prompts=prompts, frames=frames, blocks=blocks)
+
+
+def describe(value: Any) -> Any:
+    """Returns a tree of dataclasses as plain values; `kind` names each one's class."""
+    if isinstance(value, tuple | list):
+        return [describe(item) for item in value]
+    if not dataclasses.is_dataclass(value):
+        return value
+    fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    return {"kind": type(value).__name__} | {k: describe(v) for k, v in fields.items()}
+
+
+def fingerprint(bundle: Bundle) -> dict[str, str]:
+    """Returns what the bits of a video depend on besides its recipe."""
+    return {
+        "anchor_jax": anchor_jax.__version__,
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "numpy": np.__version__,
+        "backend": jax.default_backend(),
+        "device": jax.devices()[0].device_kind,
+        "machine": platform.machine(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "weights": bundle.digest,
+    }
+
+
+def differences(then: Mapping[str, str], now: Mapping[str, str]) -> tuple[str, ...]:
+    """Returns a line for each item in which two fingerprints differ."""
+    return tuple(
+        f"{name}: {then.get(name, 'unknown')!r} then, {now.get(name, 'unknown')!r} now"
+        for name in dict.fromkeys((*then, *now))
+        if then.get(name) != now.get(name)
+    )
+
+
+def digest(pixels: np.ndarray) -> str:
+    """Returns the SHA-256 of a block's pixels, uint8, in hexadecimal."""
+    return hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest()
+
+
+def load_recipe(path: str | os.PathLike) -> Recipe:
+    """Returns the recipe in a JSON file that may hold anything.
+
+    Raises:
+      UserError: It cannot be read, or a field of it is wrong.
+    """
+    path = pathlib.Path(path)
+    try:
+        with path.open("rb") as file:
+            content = file.read(_LONGEST_FILE + 1)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}); give the .json beside a video"
+        ) from error
+    if len(content) > _LONGEST_FILE:
+        raise UserError(
+            f"{path} has more than {_LONGEST_FILE} bytes, so it is no recipe; give the"
+            " .json beside a video"
+        )
+    return parse_recipe(parse_json(content, str(path)), str(path))
+
+
+def parse_json(content: bytes | str, where: str) -> dict[str, Any]:
+    """Returns the JSON object in a text that may hold anything.
+
+    Raises:
+      UserError: It is no JSON object.
+    """
+    try:
+        value = json.loads(content, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON: {error}; copy it again") from error
+    if not isinstance(value, dict):
+        raise UserError(
+            f"{where}: got {type(value).__name__}, expected a JSON object; give a file"
+            " that anchor-jax sample wrote"
+        )
+    return value
+
+
+def parse_recipe(given: Mapping[str, Any], where: str) -> Recipe:
+    """Returns the recipe of plain values that may be anything.
+
+    Args:
+      given: as `Session.recipe` returns it; other fields are left alone, but for
+        `blocks` and `config.weights`.
+      where: what messages call it.
+
+    Raises:
+      UserError: A field is missing or wrong.
+    """
+    version = given.get("format_version")
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        raise UserError(
+            f"{where}: format_version={_short(version)}, expected {FORMAT_VERSION};"
+            " use the version of anchor_jax that wrote it, or make the video anew"
+        )
+    names = {field.name for field in dataclasses.fields(Recipe)}
+    known = {name: given[name] for name in names & given.keys()}
+    config = given.get("config")
+    known["weights"] = config.get("weights") if isinstance(config, Mapping) else None
+    known.setdefault("blocks", ())
+    for name in ("prompts", "blocks"):
+        _check_list(f"{where}: {name}", known.get(name, ()))
+    known["setup"] = rebuild(known.get("setup"), f"{where}: setup")
+    known["prompts"] = parse_switches(known.get("prompts", ()), f"{where}: prompts")
+    recipe = from_config(Recipe, known, f"{where}: recipe")
+    _check_numbers(recipe, where)
+    _check_prompts(recipe, where)
+    _check_fingerprint(recipe, where)
+    return recipe
+
+
+def parse_switches(given: Any, where: str) -> tuple[Switch, ...]:
+    """Returns prompts with their frames, each checked by itself.
+
+    Raises:
+      UserError: One is not what a `Switch` is.
+    """
+    _check_list(where, given)
+    read = []
+    for number, one in enumerate(given):
+        name = f"{where}[{number}]"
+        if not isinstance(one, Mapping):
+            raise UserError(f"{name}: got {_short(one)}, expected an object")
+        switch = from_config(Switch, one, name)
+        check_prompt(switch.prompt, f"{name}.prompt")
+        for field in ("requested", "landed"):
+            frame = getattr(switch, field)
+            if frame is not None:
+                _check_range(f"{name}.{field}", frame, 0, MAX_FRAMES)
+        read.append(switch)
+    return tuple(read)
+
+
+def check_prompt(prompt: str, where: str) -> None:
+    """Raises UserError unless it is text that a prompt can be."""
+    if not prompt.strip() or len(prompt) > MAX_PROMPT_CHARACTERS:
+        raise UserError(
+            f"{where}: got {len(prompt)} characters, expected from 1 to"
+            f" {MAX_PROMPT_CHARACTERS}, not all blank; write what to show"
+        )
+
+
+def rebuild(value: Any, where: str) -> Any:
+    """Returns what `describe` described; classes come from a table of names.
+
+    Raises:
+      UserError: It names an unknown class, or a field does not fit.
+    """
+    if isinstance(value, list):
+        _check_list(where, value, _LONGEST_LIST)
+        return tuple(rebuild(one, f"{where}[{i}]") for i, one in enumerate(value))
+    if isinstance(value, Mapping):
+        return _rebuild_part(value, where)
+    is_number = isinstance(value, int | float)
+    if is_number and not abs(value) <= _LARGEST_NUMBER:
+        raise UserError(f"{where}={value}: expected at most {_LARGEST_NUMBER}")
+    return value
+
+
+def _rebuild_part(value: Mapping[str, Any], where: str) -> Any:
+    name = value.get("kind")
+    if not isinstance(name, str) or name not in _PARTS:
+        known = suggest(name if isinstance(name, str) else "", _PARTS, "kinds")
+        raise UserError(f"{where}.kind={_short(name)} is unknown{known}")
+    kind = _PARTS[name]
+    given = {k: rebuild(v, f"{where}.{k}") for k, v in value.items() if k != "kind"}
+    _check_choices(kind, given, where)
+    part = from_config(kind, given, where)
+    if isinstance(part, Policy):
+        _check_policy(part, where)
+    if isinstance(part, Levels):
+        _check_levels(part, where)
+    return part
+
+
+def _check_choices(kind: type, given: Mapping[str, Any], where: str) -> None:
+    """Raises unless a field that takes one of several classes has one of these."""
+    hints = typing.get_type_hints(kind) | {"kernel": Any}
+    if kind is StreamSetup:
+        hints["kernel"] = typing.Union[(*map(type, KERNELS.values()), types.NoneType)]
+    for name in hints.keys() & given.keys():
+        choices = typing.get_args(hints[name])
+        if typing.get_origin(hints[name]) not in (typing.Union, types.UnionType):
+            continue
+        if not isinstance(given[name], choices):
+            names = " or ".join(choice.__name__ for choice in choices)
+            raise UserError(
+                f"{where}.{name}: got {type(given[name]).__name__}, expected {names}"
+            )
+
+
+def _check_policy(policy: Policy, where: str) -> None:
+    sizes = {"block": policy.block, "window": policy.window}
+    if policy.limit is not None:
+        sizes["limit"] = policy.limit
+    if policy.restart is not None:
+        sizes["restart.every"] = policy.restart.every
+    for name, size in sizes.items():
+        _check_range(f"{where}.{name}", size, 1, _LARGEST_NUMBER)
+    _check_range(f"{where}.sink", policy.sink, 0, policy.window)
+
+
+def _check_levels(levels: Levels, where: str) -> None:
+    numbers = (*levels.timestep, *levels.sigma)
+    fit = len(levels.timestep) == len(levels.sigma) > 0
+    if not fit or not all(type(one) in (int, float) and one > 0 for one in numbers):
+        raise UserError(
+            f"{where}: expected as many numbers over 0 in timestep as in sigma, got"
+            f" {_short(levels.timestep)} and {_short(levels.sigma)}"
+        )
+
+
+def _check_numbers(recipe: Recipe, where: str) -> None:
+    block, guidance = recipe.setup.policy.block, recipe.setup.guidance
+    _check_range(f"{where}: seed", recipe.seed, 0, MAX_SEED)
+    _check_range(f"{where}: batch", recipe.batch, 1, MAX_BATCH)
+    _check_range(f"{where}: frames", recipe.frames, 1, MAX_FRAMES)
+    if recipe.frames % block:
+        raise UserError(
+            f"{where}: frames={recipe.frames}: expected a multiple of the block of"
+            f" {block}"
+        )
+    if not 0 <= guidance < math.inf:
+        raise UserError(f"{where}: setup.guidance={guidance}: expected 0 or more")
+    if len(recipe.negative_prompt) > MAX_PROMPT_CHARACTERS:
+        raise UserError(
+            f"{where}: negative_prompt has {len(recipe.negative_prompt)} characters,"
+            f" expected at most {MAX_PROMPT_CHARACTERS}"
+        )
+    whole = all(isinstance(x, str) and _DIGEST.fullmatch(x) for x in recipe.blocks)
+    if not whole or len(recipe.blocks) not in (0, recipe.frames // block):
+        raise UserError(
+            f"{where}: blocks: got {len(recipe.blocks)} entries, expected a SHA-256"
+            f" for each of {recipe.frames // block} blocks, or none"
+        )
+
+
+def _check_prompts(recipe: Recipe, where: str) -> None:
+    """Raises unless the prompts took effect one a block, from the first frame on."""
+    block, landed = recipe.setup.policy.block, [one.landed for one in recipe.prompts]
+    for number, one in enumerate(recipe.prompts):
+        name = f"{where}: prompts[{number}].landed"
+        if one.landed is None or one.landed % block or one.landed < one.requested:
+            raise UserError(
+                f"{name}={one.landed}: expected a multiple of the block of {block}, not"
+                f" before it was asked for, at {one.requested}"
+            )
+    falls = [b <= a for a, b in itertools.pairwise(landed)]
+    if not landed or landed[0] or any(falls) or landed[-1] >= recipe.frames:
+        raise UserError(
+            f"{where}: prompts landed at {_short(landed)}, expected frames that rise"
+            f" from 0 and stay below frames={recipe.frames}"
+        )
+
+
+def _check_fingerprint(recipe: Recipe, where: str) -> None:
+    for name, value in recipe.fingerprint.items():
+        if not isinstance(value, str) or len(value) > _FINGERPRINT_CHARACTERS:
+            raise UserError(
+                f"{where}: fingerprint.{name[:60]}: got {_short(value)}, expected text"
+            )
+    if "weights" not in recipe.fingerprint:
+        raise UserError(
+            f"{where}: fingerprint.weights is missing, expected the weights' SHA-256"
+        )
+
+
+def _check_range(name: str, value: Any, least: int, most: int) -> None:
+    if type(value) is not int or not least <= value <= most:
+        raise UserError(
+            f"{name}={_short(value)}: expected a whole number from {least} to {most}"
+        )
+
+
+def _check_list(name: str, value: Any, most: int = MAX_FRAMES) -> None:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise UserError(f"{name}: got {_short(value)}, expected a list")
+    if len(value) > most:
+        raise UserError(f"{name}: got {len(value)} entries, expected at most {most}")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number that JSON knows")
+
+
+def _short(value: Any) -> str:
+    """Returns the value's representation, cut to a length that fits a message."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

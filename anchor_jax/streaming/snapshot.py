@@ -1,0 +1,373 @@
+"""Moments of a session: kept on the host within a budget, or in a file."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from anchor_jax.bundle import Bundle
+from anchor_jax.errors import UserError
+from anchor_jax.media import replacing
+from anchor_jax.streaming import stream
+from anchor_jax.streaming.decode import decode
+from anchor_jax.streaming.recipe import (
+    MAX_FRAMES,
+    Recipe,
+    Switch,
+    parse_json,
+    parse_recipe,
+    parse_switches,
+)
+from anchor_jax.streaming.types import StreamSetup, StreamState
+
+_HEADER = "anchor_jax_moment"
+_SHOWN = 3
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Moment:
+    """A session as it stands before a block.
+
+    Attributes:
+      frame: the block's first latent frame.
+      origin: latent frame at which the stream began, or began anew.
+      segments: the prompts so far.
+      pending: the switches asked for that have not taken effect.
+      state: the stream.
+      decoder: the decoder's state.
+      tail: (decoder's state before, latents) of the last blocks, for a restart.
+    """
+
+    frame: int
+    origin: int
+    segments: tuple[Switch, ...]
+    pending: tuple[Switch, ...]
+    state: StreamState
+    decoder: Any
+    tail: tuple[tuple[Any, jax.Array | np.ndarray], ...]
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        """All that is on the device."""
+        return self.state, self.decoder, self.tail
+
+    @property
+    def nbytes(self) -> int:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.arrays))
+
+    def with_arrays(self, arrays: tuple[Any, ...]) -> "Moment":
+        state, decoder, tail = arrays
+        return dataclasses.replace(self, state=state, decoder=decoder, tail=tail)
+
+    def on_host(self) -> "Moment":
+        """Returns a copy of its own in host memory; waits for the device."""
+        # On a CPU device_get may return a view of a buffer that is donated next.
+        copied = jax.tree.map(np.array, jax.device_get(self.arrays))
+        return self.with_arrays(copied)
+
+    def on_device(self) -> "Moment":
+        """Returns a copy that may be donated."""
+        return self.with_arrays(jax.tree.map(jnp.array, self.arrays))
+
+    def belongs_to(self, history: tuple[Switch, ...]) -> bool:
+        """Whether a session with these prompts has passed through this moment."""
+        before = tuple(one for one in history if one.earliest < self.frame)
+        return self.segments == before
+
+
+class Moments:
+    """Moments of one video, in host memory, within a budget.
+
+    Automatic ones make room for new ones and for pins, so that those left are about
+    evenly spaced; a pin is never dropped. Sessions that fork from one another share a
+    store: each goes by the moments of its own past.
+    """
+
+    def __init__(self, budget: int, every: int = 0):
+        """Makes an empty store.
+
+        Args:
+          budget: bytes that all moments together may take.
+          every: blocks from one automatic moment to the next; 0 for pins only.
+
+        Raises:
+          UserError: A number is negative.
+        """
+        if budget < 0 or every < 0:
+            raise UserError(
+                f"moments: budget={budget} bytes and every={every} blocks: expected 0"
+                " or more"
+            )
+        self.budget, self.every = budget, every
+        self._kept: dict[tuple, tuple[Moment, bool]] = {}
+        self._video: Any = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in use."""
+        return sum(moment.nbytes for moment, _ in self._kept.values())
+
+    @property
+    def frames(self) -> tuple[int, ...]:
+        """Latent frames of the moments, rising."""
+        return tuple(sorted(moment.frame for moment, _ in self._kept.values()))
+
+    def bind(self, video: Any) -> None:
+        """Ties the store to what defines a video; it takes moments of no other.
+
+        Raises:
+          ValueError: It is tied to another one.
+        """
+        if self._video not in (None, video):
+            raise ValueError("these Moments hold another video; make a store for each")
+        self._video = video
+
+    def is_due(self, frame: int, block: int) -> bool:
+        """Whether the block at a frame gets an automatic moment."""
+        return bool(self.every and frame and frame // block % self.every == 0)
+
+    def add(self, moment: Moment, pin: bool = False) -> None:
+        """Keeps a copy of a moment; an automatic one only if there is room.
+
+        Args:
+          moment: on the device, or on the host.
+          pin: whether it stays for good.
+
+        Raises:
+          UserError: A pin does not fit beside the other pins.
+        """
+        key, needed = (moment.frame, moment.segments), moment.nbytes
+        if key in self._kept:
+            held, pinned = self._kept[key]
+            self._kept[key] = held, pinned or pin
+            return
+        pins = sum(one.nbytes for one, pinned in self._kept.values() if pinned)
+        if pins + needed > self.budget:
+            if not pin:
+                return
+            raise UserError(
+                f"the moment at latent frame {moment.frame} needs {needed} bytes, but"
+                f" pins hold {pins} of the budget of {self.budget}; unpin a moment, or"
+                f" give Moments a budget of {pins + needed} or more"
+            )
+        while self.nbytes + needed > self.budget:
+            self._thin(moment.frame)
+        self._kept[key] = moment.on_host(), pin
+
+    def unpin(self, frame: int) -> None:
+        """Makes the pins at a latent frame automatic moments."""
+        for key, (moment, _) in self._kept.items():
+            if moment.frame == frame:
+                self._kept[key] = moment, False
+
+    def newest(self, frame: int, history: tuple[Switch, ...]) -> Moment | None:
+        """Returns the newest moment, at or before a frame, of a session's past."""
+        fit = [
+            moment
+            for moment, _ in self._kept.values()
+            if moment.frame <= frame and moment.belongs_to(history)
+        ]
+        return max(fit, key=lambda moment: moment.frame, default=None)
+
+    def _thin(self, coming: int) -> None:
+        """Drops the automatic moment that leaves the smallest gap, or the oldest."""
+        frames = sorted({0, coming, *self.frames})
+
+        def gap(key) -> tuple[int, int]:
+            place = frames.index(key[0])
+            after = frames[min(place + 1, len(frames) - 1)]
+            return after - frames[max(place - 1, 0)], key[0]
+
+        automatic = [key for key, (_, pinned) in self._kept.items() if not pinned]
+        del self._kept[min(automatic, key=gap)]
+
+
+def write_moment(
+    path: str | os.PathLike, moment: Moment, recipe: Mapping[str, Any]
+) -> None:
+    """Writes a moment as safetensors; the file appears under its name when whole.
+
+    Args:
+      path: of the file.
+      moment: of a session that has begun.
+      recipe: `Session.recipe()`, kept in the header.
+
+    Raises:
+      UserError: The file cannot be written.
+    """
+    header = dict(recipe) | {
+        "origin": moment.origin,
+        "pending": describe_switches(moment.pending),
+    }
+    tensors = {
+        name: _carried(leaf) for name, leaf in _named(moment.on_host().arrays).items()
+    }
+    content = safetensors.numpy.save(tensors, {_HEADER: json.dumps(header)})
+    with replacing(path) as part:
+        part.write_bytes(content)
+
+
+def read_moment(path: str | os.PathLike, bundle: Bundle) -> tuple[Recipe, Moment]:
+    """Returns the moment in a file that may hold anything, and its recipe.
+
+    Its tensors are read only once all are known to have the shapes and types that the
+    setup gives them.
+
+    Raises:
+      UserError: The file is not whole or no moment, it was made with other weights, or
+        its tensors are not those of its setup.
+    """
+    path = pathlib.Path(path)
+    try:
+        with safetensors.safe_open(path, "np") as opened:
+            header = _header(path, opened.metadata())
+            recipe = parse_recipe(header, str(path))
+            check_bundle(recipe, bundle, str(path))
+            blank = _blank(path, header, recipe, bundle)
+            expected = _named(blank.arrays)
+            _check_tensors(path, opened, expected)
+            read = [
+                opened.get_tensor(name).view(leaf.dtype)
+                for name, leaf in expected.items()
+            ]
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror or error}); give a file that"
+            " Session.save wrote"
+        ) from error
+    except safetensors.SafetensorError as error:
+        raise UserError(
+            f"{path} is not a whole safetensors file ({error}); copy it again"
+        ) from error
+    arrays = jax.tree.unflatten(jax.tree.structure(blank.arrays), read)
+    _check_start(path, arrays[0], blank)
+    return recipe, blank.with_arrays(arrays)
+
+
+def check_bundle(recipe: Recipe, bundle: Bundle, where: str) -> None:
+    """Raises UserError unless a bundle is the one that a recipe was made with."""
+    made, setup = recipe.fingerprint["weights"], recipe.setup
+    if made != bundle.digest:
+        raise UserError(
+            f"{where} was made with weights of SHA-256 {made[:64]}, got"
+            f" {bundle.digest}; give the weights that it was made with"
+        )
+    if (setup.model, setup.grid) != (bundle.model, bundle.grid):
+        raise UserError(
+            f"{where}: setup.model and setup.grid are not those of its weights; the"
+            " file was changed, copy it again"
+        )
+
+
+def describe_switches(switches) -> list[dict[str, Any]]:
+    """Returns switches as plain values."""
+    return [dataclasses.asdict(one) for one in switches]
+
+
+def _header(path: pathlib.Path, stored: Mapping[str, str] | None) -> dict[str, Any]:
+    if _HEADER not in (stored or {}):
+        raise UserError(
+            f"{path} has no {_HEADER!r} in its header, so it holds no moment; give a"
+            " file that Session.save wrote"
+        )
+    return parse_json(stored[_HEADER], f"{path}: header")
+
+
+def _blank(path, header: Mapping[str, Any], recipe: Recipe, bundle: Bundle) -> Moment:
+    """Returns the moment that a header tells of, with shapes in place of arrays."""
+    policy, origin = recipe.setup.policy, header.get("origin")
+    fits = type(origin) is int and 0 <= origin < recipe.frames <= MAX_FRAMES
+    every = policy.restart.every + policy.block if policy.restart else MAX_FRAMES
+    if not fits or origin % policy.block or recipe.frames - origin > every:
+        raise UserError(
+            f"{path}: origin={origin!r}: expected a multiple of the block of"
+            f" {policy.block} before frames={recipe.frames}; copy the file again"
+        )
+    pending = parse_switches(header.get("pending", ()), f"{path}: pending")
+    arrays = jax.eval_shape(lambda: _fresh(bundle, recipe, recipe.frames - origin))
+    return Moment(recipe.frames, origin, recipe.prompts, pending, *arrays)
+
+
+def _fresh(bundle: Bundle, recipe: Recipe, local: int) -> tuple[Any, ...]:
+    """Returns arrays of a moment `local` frames after its origin; for their shapes."""
+    setup: StreamSetup = recipe.setup
+    texts = [recipe.prompts[0].prompt] * (recipe.batch * setup.copies)
+    embedding = bundle.encode_prompts(texts)
+    context = stream.project(bundle.variables, embedding, setup=setup)
+    state = stream.start(context, setup=setup)
+    grid, policy = setup.grid, setup.policy
+    shape = (recipe.batch, policy.block, grid.height, grid.width)
+    latents = jnp.zeros((*shape, setup.model.latent_channels), setup.model.dtype)
+    _, decoder = decode(bundle.codec_params, None, latents, codec=bundle.codec)
+    blocks = local // policy.block
+    first = max(0, blocks - tail_blocks(setup))
+    befores = [decoder if number else None for number in range(first, blocks)]
+    return state, decoder, tuple((before, latents) for before in befores)
+
+
+def tail_blocks(setup: StreamSetup) -> int:
+    """Returns how many of the last blocks a restart needs."""
+    restart = setup.policy.restart
+    return restart.overlap // setup.policy.block if restart else 0
+
+
+def _named(arrays: Any) -> dict[str, Any]:
+    """Returns the leaves by their path in the tree."""
+    leaves = jax.tree_util.tree_leaves_with_path(arrays)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def _carrier(dtype) -> np.dtype:
+    """Returns the type as which values of `dtype` lie in a file: bits are bits."""
+    dtype = np.dtype(dtype)
+    return np.dtype(f"uint{8 * dtype.itemsize}") if dtype.kind == "V" else dtype
+
+
+def _carried(leaf: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(leaf.view(_carrier(leaf.dtype))).reshape(leaf.shape)
+
+
+def _check_tensors(path: pathlib.Path, opened, expected: Mapping[str, Any]) -> None:
+    """Raises unless there is every tensor, of its shape and type, and no other."""
+    stored = set(opened.keys())
+    wrong = [f"missing {name}" for name in expected if name not in stored]
+    wrong += [f"unexpected {name[:60]}" for name in stored if name not in expected]
+    for name in stored & expected.keys():
+        part, leaf = opened.get_slice(name), expected[name]
+        found = tuple(part.get_shape()), part.get_dtype()
+        sought = leaf.shape, _DTYPES[_carrier(leaf.dtype).name]
+        if found != sought:
+            wrong.append(f"{name} is {found}, expected {sought}")
+    if wrong:
+        more = [f"and {len(wrong) - _SHOWN} more"] * (len(wrong) > _SHOWN)
+        raise UserError(
+            f"{path}: the tensors are not those of its setup:"
+            f" {'; '.join([*wrong[:_SHOWN], *more])}; copy the file again"
+        )
+
+
+_DTYPES = {
+    "bool": "BOOL",
+    "int32": "I32",
+    "uint8": "U8",
+    "uint16": "U16",
+    "float16": "F16",
+    "float32": "F32",
+}
+
+
+def _check_start(path: pathlib.Path, state: StreamState, moment: Moment) -> None:
+    start, local = int(state.cache.index.start), moment.frame - moment.origin
+    if start != local:
+        raise UserError(
+            f"{path}: the stream stands at frame {start}, expected {local} as its"
+            " header says; copy the file again"
+        )

@@ -1,0 +1,186 @@
+import json
+
+import bundles
+import pytest
+
+from anchor_jax.cli import main
+from anchor_jax.cli.sample import CACHE_VARIABLE, told_switches
+from anchor_jax.streaming import recipe as recipes
+from anchor_jax.streaming.recipe import Switch
+
+CLIP = "a red ring[4f] | a blue square[3f] | a green ring[5f]"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with weights, and a recipe of four blocks that was made with them."""
+    folder = tmp_path_factory.mktemp("made")
+    bundles.save(folder / "weights")
+    given = [f"--config.weights={folder / 'weights'}", f"--config.prompt={CLIP}"]
+    given += ["--config.sampler.steps=(900,)", f"--out={folder / 'first'}"]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv(CACHE_VARIABLE, "off")
+        assert main.main(["sample", "--config=tiny", *given]) == 0
+    return folder
+
+
+@pytest.fixture
+def replay(made, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(CACHE_VARIABLE, "off")
+
+    def run(*argv, change=None, weights=True):
+        recipe = json.loads((made / "first/000.json").read_text())
+        if change:
+            change(recipe)
+        (tmp_path / "000.json").write_text(json.dumps(recipe))
+        given = [f"--weights={made / 'weights'}"] if weights else []
+        status = main.main(["replay", "000.json", *given, *map(str, argv)])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_a_replay_is_the_same_video(replay, made, tmp_path):
+    status, printed, err = replay("--out=again")
+
+    assert status == 0
+    assert "identical: 4 of 4 blocks" in printed
+    assert "switch asked for at 1 s, latent frame 4 -> 6" in err
+    for name in ("000.mp4", "000.png"):
+        first = (made / "first" / name).read_bytes()
+        assert (tmp_path / "again" / name).read_bytes() == first
+    again, first = (
+        json.loads((folder / "000.json").read_text())
+        for folder in (tmp_path / "again", made / "first")
+    )
+    for field in ("setup", "seed", "prompts", "blocks", "frames", "fingerprint"):
+        assert again[field] == first[field]
+
+
+def test_a_check_writes_nothing(replay, tmp_path):
+    status, printed, _ = replay("--check", "--until=2")
+
+    assert status == 0
+    assert "identical: 2 of 2 blocks" in printed
+    assert [file.name for file in tmp_path.iterdir()] == ["000.json"]
+
+
+def test_a_block_that_differs_is_named(replay):
+    def other(recipe):
+        recipe["blocks"][2] = "0" * 64
+
+    status, printed, _ = replay("--check", change=other)
+
+    assert status == 1
+    assert "different: 1 of 4 blocks, block 2 first" in printed
+
+
+def test_another_machine_is_said_and_no_failure(replay):
+    def other(recipe):
+        recipe["blocks"][0] = "0" * 64
+        recipe["fingerprint"]["device"] = "abacus"
+
+    status, printed, err = replay("--check", "--until=1", change=other)
+
+    assert status == 0
+    assert "device: 'abacus' then, 'cpu' now" in err and "bits may differ" in err
+    assert "different: 1 of 1 blocks" in printed
+
+
+def test_a_video_goes_on_otherwise_from_a_frame(replay, made, tmp_path):
+    status, printed, err = replay(
+        "--at=8", "--prompt=a red ring", "--frames=15", "--out=fork"
+    )
+
+    assert status == 0
+    assert "identical: 3 of 3 blocks" in printed
+    assert "latent frame 8 -> 9" in err
+    fork, first = (
+        json.loads((folder / "000.json").read_text())
+        for folder in (tmp_path / "fork", made / "first")
+    )
+    told = [(one["prompt"], one["landed"]) for one in fork["prompts"]]
+    assert told == [("a red ring", 0), ("a blue square", 6), ("a red ring", 9)]
+    assert fork["blocks"][:3] == first["blocks"][:3]
+    assert fork["blocks"][3] != first["blocks"][3]
+    assert len(fork["blocks"]) == 5
+
+
+def drop_blocks(recipe):
+    recipe["blocks"] = []
+
+
+def negative_seed(recipe):
+    recipe["seed"] = -1
+
+
+def other_weights(recipe):
+    recipe["fingerprint"]["weights"] = "0" * 64
+
+
+def other_model(recipe):
+    recipe["setup"]["model"]["num_layers"] = 3
+
+
+@pytest.mark.parametrize(
+    ("argv", "change", "message"),
+    [
+        (["--until=5"], None, "--until=5: expected a number of blocks from 1 to 4"),
+        (["--until=0"], None, "--until=0"),
+        (["--at=3"], None, "--at and --prompt go together"),
+        (["--at=12", "--prompt=x"], None, "--at=12: expected a latent frame"),
+        (["--at=3", "--prompt= "], None, "--prompt: got"),
+        (["--at=3", "--prompt=x", "--frames=10"], None, "--frames=10: expected"),
+        (["--at=3", "--prompt=x", "--frames=3"], None, "--frames=3: expected"),
+        (["--frames=9"], None, "--frames goes with --at"),
+        (["--check"], drop_blocks, "no digests"),
+        ([], negative_seed, "seed=-1"),
+        ([], other_weights, "weights of SHA-256 0000"),
+        ([], other_model, "are not those of its weights"),
+        (["--weights=nowhere"], None, "nowhere"),
+        (["more.json"], None, "expected one recipe"),
+    ],
+)
+def test_a_mistake_is_said_and_nothing_is_written(
+    replay, tmp_path, argv, change, message
+):
+    status, _, err = replay(*argv, change=change)
+
+    assert status == 2
+    assert message in err
+    assert [file.name for file in tmp_path.iterdir()] == ["000.json"]
+
+
+def test_a_path_in_a_recipe_is_not_followed(replay):
+    status, _, err = replay("--check", weights=False)
+
+    assert status == 2
+    assert "no path in a recipe is followed" in err and "--weights=FOLDER" in err
+
+
+def test_files_that_are_there_are_never_replaced(replay, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/000.mp4").write_text("mine")
+
+    status, _, err = replay("--out=mine")
+
+    assert status == 2
+    assert "000.mp4 is already there" in err
+    assert (tmp_path / "mine/000.mp4").read_text() == "mine"
+
+
+def test_switches_are_told_where_they_waited():
+    switches = [Switch("a", 0, landed=0), Switch("b", 16, landed=18), Switch("c", 21)]
+
+    (line,) = told_switches(switches[:2])
+
+    assert line == "switch asked for at 4 s, latent frame 16 -> 18"
+    assert told_switches([switches[0]]) == []
+
+
+def test_nothing_differs_from_itself():
+    here = recipes.fingerprint(bundles.load())
+
+    assert recipes.differences(here, here) == ()
+    assert recipes.differences(here, here | {"jax": "0.1"})[0].endswith("'0.1' now")
