@@ -7,18 +7,26 @@ import dataclasses
 import functools
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import einops
+import jax
+import ml_dtypes
 import numpy as np
 from flax import traverse_util
+
+from anchor_jax.checkpoint import Lazy
+from anchor_jax.errors import UserError
+from anchor_jax.porting.torch_file import release
 
 Weights = Mapping[str, np.ndarray]
 Tree = dict[str, Any]
 
 _FIELD = re.compile(r"\{(\w+)(?::([^}]*))?\}")
+_SHOWN = 20
 STACKED = "layer"
+DTYPES = tuple(np.dtype(kind) for kind in (np.float32, ml_dtypes.bfloat16, np.float16))
 
 
 @functools.cache
@@ -99,20 +107,54 @@ class _Claimed:
         return fill(self.rule.source, {**self.fields, STACKED: layer})
 
 
+class Mismatch(UserError):
+    """Weights that are not those of a table and network; `problems` lists each.
+
+    The message shows the first 20.
+    """
+
+    def __init__(self, problems: Sequence[str]):
+        self.problems = tuple(problems)
+        super().__init__(
+            f"{len(problems)} parameters cannot be ported one to one; check that the"
+            " checkpoint, its prefix and the configuration belong together:\n"
+            + "\n".join([*problems[:_SHOWN], *_rest(len(problems) - _SHOWN)])
+        )
+
+
+def _rest(count: int) -> list[str]:
+    return [f"... and {count} more"] if count > 0 else []
+
+
 def convert(
     source: Weights, rules: tuple[Rule, ...], expected: Tree | None = None
 ) -> Tree:
     """Returns the arrays as a nested dict under our names, layers stacked.
 
+    Args, Raises: as `convert_lazily`.
+    """
+    lazy = convert_lazily(source, rules, expected)
+    return jax.tree.map(lambda leaf: leaf.load(), lazy)
+
+
+def convert_lazily(
+    source: Weights, rules: tuple[Rule, ...], expected: Tree | None = None
+) -> Tree:
+    """Returns leaves of type `Lazy` as a nested dict under our names, layers stacked.
+
+    All checks are made now, from shapes and types alone. A leaf is read when it is
+    loaded, layer by layer into one array, and what was read of a mapped file is then
+    released.
+
     Args:
-      source: Official names to arrays.
+      source: Official names to arrays, best those of a mapped file.
       rules: A table; every name must be claimed by exactly one rule.
       expected: The tree to arrive at, of anything with a shape; types are not
         compared. Without it only gaps between layers are found missing.
 
     Raises:
-      ValueError: Names are extra, missing, claimed twice or of a wrong shape; all of
-        them are listed.
+      Mismatch: Names are extra, missing, claimed twice, or of a wrong shape or type;
+        all of them are listed.
     """
     problems: list[str] = []
     claimed = _claim(source, rules, problems)
@@ -121,7 +163,7 @@ def convert(
         leaves = traverse_util.flatten_dict(expected, sep="/")
         shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
         problems += _absent(shapes, claimed, rules)
-    depth = 1 + max((max(item.parts) for item in claimed.values()), default=0)
+    depth = len({layer for item in claimed.values() for layer in item.parts})
     ported = {}
     for path, item in claimed.items():
         shape = shapes.get(path) if shapes is not None else None
@@ -133,12 +175,40 @@ def convert(
             continue
         ported[path] = _assemble(path, item, depth, shape, problems)
     if problems:
-        raise ValueError(
-            f"{len(problems)} parameters cannot be ported one to one; check that the"
-            " checkpoint, its prefix and the configuration belong together:\n"
-            + "\n".join(problems)
-        )
+        raise Mismatch(problems)
     return traverse_util.unflatten_dict(ported, sep="/")
+
+
+def shape_of(source: Weights, rules: tuple[Rule, ...], path: str) -> tuple[int, ...]:
+    """Returns the shape of one of our paths in our order of axes, of a single layer.
+
+    Raises:
+      Mismatch: Its array is missing, or has not the axes that it should have.
+    """
+    name = path
+    for rule in rules:
+        if (fields := rule.match_target(path)) is None:
+            continue
+        name = fill(rule.source, {**fields, STACKED: 0})
+        if name in source:
+            return _lay_out(name, source[name], rule).shape
+    raise Mismatch([f"{name}: missing, expected for {path}"])
+
+
+def num_layers(source: Weights, rules: tuple[Rule, ...]) -> int:
+    """Returns the number of layers that the names of a table count."""
+    stacked = [rule for rule in rules if rule.is_stacked]
+    found = (rule.match_source(name) for name in source for rule in stacked)
+    return len({fields[STACKED] for fields in found if fields is not None})
+
+
+def _lay_out(name: str, array: np.ndarray, rule: Rule) -> np.ndarray:
+    try:
+        return rule.lay_out(array)
+    except einops.EinopsError:
+        wanted = f"axes {rule.layout.split('->')[0].strip()!r}"
+        problem = f"{name}: shape {array.shape}, expected {wanted}"
+        raise Mismatch([problem]) from None
 
 
 def _claim(
@@ -190,8 +260,8 @@ def _assemble(
     depth: int,
     shape: tuple[int, ...] | None,
     problems: list[str],
-) -> np.ndarray | None:
-    """Returns the array of a target, or None with a line in `problems`."""
+) -> Lazy | None:
+    """Returns the leaf of a target, or None with a line in `problems`."""
     each = shape
     if item.rule.is_stacked and shape is not None:
         depth, each = (shape or (0,))[0], shape[1:]
@@ -200,16 +270,16 @@ def _assemble(
     for layer in layers:
         if layer not in item.parts:
             problems.append(f"{item.name(layer)}: missing, expected for {path}")
-    parts = []
+    dtype = item.parts[min(item.parts)][1].dtype
     for layer, (name, array) in sorted(item.parts.items()):
         if layer not in layers:
             problems.append(f"{name}: extra, {path} has {len(layers)} layers")
             continue
+        problems += _check_dtype(name, array.dtype, dtype)
         try:
-            part = item.rule.lay_out(array)
-        except einops.EinopsError:
-            wanted = f"axes {item.rule.layout.split('->')[0].strip()!r}"
-            problems.append(f"{name}: shape {array.shape}, expected {wanted}")
+            part = _lay_out(name, array, item.rule)
+        except Mismatch as mismatch:
+            problems += mismatch.problems
             continue
         each = part.shape if each is None else each
         if part.shape != each:
@@ -217,49 +287,100 @@ def _assemble(
                 f"{name}: shape {array.shape} gives {part.shape} for {path},"
                 f" expected {each}"
             )
-        parts.append(part)
     if len(problems) > before:
         return None
-    return np.stack(parts) if item.rule.is_stacked else np.ascontiguousarray(parts[0])
+    parts = [array for _, (_, array) in sorted(item.parts.items())]
+    whole = (len(parts), *each) if item.rule.is_stacked else each
+    return Lazy(whole, dtype, functools.partial(_read, item.rule, parts, whole))
+
+
+def _check_dtype(name: str, dtype: np.dtype, other: np.dtype) -> Iterator[str]:
+    """Yields a line unless the type is one of weights, and that of the other layers."""
+    if dtype not in DTYPES:
+        names = ", ".join(known.name for known in DTYPES)
+        yield f"{name}: type {dtype.name}, expected one of {names}"
+    elif dtype != other:
+        yield f"{name}: type {dtype.name}, but {other.name} in other layers"
+
+
+def _read(
+    rule: Rule, parts: Sequence[np.ndarray], shape: tuple[int, ...]
+) -> np.ndarray:
+    """Returns the parts in our order of axes, stacked if the rule says so."""
+    whole = np.empty(shape, parts[0].dtype)
+    places = whole if rule.is_stacked else whole[None]
+    for place, part in zip(places, parts, strict=True):
+        place[...] = rule.lay_out(part)
+        release(part)
+    return whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where an official array is in our tree.
+
+    Attributes:
+      name: The official name.
+      rule: The rule that gives it.
+      path: Our path.
+      layer: Its place along the first axis, or None where layers are not stacked.
+    """
+
+    name: str
+    rule: Rule
+    path: str
+    layer: int | None
+
+    def shape(self, leaf: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the official array's shape from that of the whole leaf."""
+        part = leaf if self.layer is None else leaf[1:]
+        return self.rule.lay_back(np.broadcast_to(np.zeros((), np.int8), part)).shape
+
+    def take(self, leaf: np.ndarray) -> np.ndarray:
+        """Returns the official array from the whole leaf at `path`."""
+        part = leaf if self.layer is None else leaf[self.layer]
+        return np.ascontiguousarray(self.rule.lay_back(part))
+
+
+def places(params: Tree, rules: tuple[Rule, ...]) -> list[Place]:
+    """Returns the place of every official array, leaf after leaf.
+
+    Args:
+      params: The tree, of anything with a shape.
+      rules: The table.
+
+    Raises:
+      UserError: A path is claimed by no rule or by several; all are listed.
+    """
+    found, problems = [], []
+    for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
+        claims = [(rule, rule.match_target(path)) for rule in rules]
+        claims = [(rule, fields) for rule, fields in claims if fields is not None]
+        if len(claims) != 1:
+            problems.append(f"{path}: claimed by {len(claims)} rules")
+            continue
+        rule, fields = claims[0]
+        for layer in range(leaf.shape[0]) if rule.is_stacked else [None]:
+            name = fill(rule.source, {**fields, STACKED: layer})
+            found.append(Place(name, rule, path, layer))
+    if problems:
+        raise UserError(
+            "each parameter must be claimed by exactly one rule; is this the table of"
+            " this network?\n" + "\n".join(problems)
+        )
+    return found
 
 
 def export(params: Tree, rules: tuple[Rule, ...]) -> dict[str, np.ndarray]:
     """Returns the parameters under their official names: the inverse of `convert`.
 
     Raises:
-      ValueError: A path is claimed by no rule or by several; all are listed.
+      UserError: A path is claimed by no rule or by several; all are listed.
     """
-    official, problems = {}, []
-    for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
-        found = [(rule, rule.match_target(path)) for rule in rules]
-        found = [(rule, fields) for rule, fields in found if fields is not None]
-        if len(found) != 1:
-            problems.append(f"{path}: claimed by {len(found)} rules")
-            continue
-        rule, fields = found[0]
-        parts = np.asarray(leaf) if rule.is_stacked else [np.asarray(leaf)]
-        for layer, part in enumerate(parts):
-            name = fill(rule.source, {**fields, STACKED: layer})
-            official[name] = np.ascontiguousarray(rule.lay_back(part))
-    if problems:
-        raise ValueError(
-            "each parameter must be claimed by exactly one rule; is this the table of"
-            " this network?\n" + "\n".join(problems)
-        )
-    return official
-
-
-def plain_names(source: Weights, prefix: str = "") -> dict[str, np.ndarray]:
-    """Returns the arrays whose name starts with a prefix, named without it.
-
-    Fragments that sharded training leaves in names are removed. Source: algorithm.md,
-    section 6.5.
-    """
-    plain = {name.replace("_fsdp_wrapped_module.", ""): name for name in source}
+    leaves = traverse_util.flatten_dict(params, sep="/")
     return {
-        name.removeprefix(prefix): source[original]
-        for name, original in plain.items()
-        if name.startswith(prefix)
+        place.name: place.take(np.asarray(leaves[place.path]))
+        for place in places(params, rules)
     }
 
 
@@ -268,7 +389,6 @@ def load_safetensors(path: str | pathlib.Path, prefix: str = "") -> Weights:
 
     bfloat16 arrays come in the type of `ml_dtypes`.
     """
-    import ml_dtypes  # noqa: F401  # registers bfloat16 with numpy
     from safetensors import safe_open
 
     with safe_open(path, framework="numpy") as file:
@@ -284,22 +404,35 @@ def convert_lora(
     So an adapted layer adds x a b, without a factor. Source: LoRA (arXiv:2106.09685),
     section 4.1; algorithm.md, section 6.4.
     """
-    return _scale_adapters(convert(source, rules, expected), lambda rank: alpha / rank)
+    lazy = convert_lora_lazily(source, rules, alpha, expected)
+    return jax.tree.map(lambda leaf: leaf.load(), lazy)
+
+
+def convert_lora_lazily(
+    source: Weights, rules: tuple[Rule, ...], alpha: float, expected: Tree | None = None
+) -> Tree:
+    """Returns what `convert_lora` does, with leaves of type `Lazy`."""
+    leaves = traverse_util.flatten_dict(convert_lazily(source, rules, expected))
+    for path, leaf in leaves.items():
+        if path[-1] == "b" and alpha != leaf.shape[-2]:
+            load = functools.partial(_scaled, leaf, alpha / leaf.shape[-2])
+            leaves[path] = dataclasses.replace(leaf, load=load)
+    return traverse_util.unflatten_dict(leaves)
+
+
+def _scaled(leaf: Lazy, factor: float) -> np.ndarray:
+    array = leaf.load()
+    array *= np.asarray(factor, array.dtype)
+    return array
 
 
 def export_lora(
     adapters: Tree, rules: tuple[Rule, ...], alpha: float
 ) -> dict[str, np.ndarray]:
     """Returns adapters under official names, with alpha / rank divided out of `b`."""
-    unscaled = _scale_adapters(adapters, lambda rank: rank / alpha)
-    return export(unscaled, rules)
-
-
-def _scale_adapters(adapters: Tree, factor: Callable[[int], float]) -> Tree:
-    """Returns the adapters with each `b` [layer, rank, out] times factor(rank)."""
     leaves = traverse_util.flatten_dict(adapters)
     for path, leaf in leaves.items():
         if path[-1] == "b":
             leaf = np.asarray(leaf)
-            leaves[path] = leaf * np.asarray(factor(leaf.shape[-2]), leaf.dtype)
-    return traverse_util.unflatten_dict(leaves)
+            leaves[path] = leaf * np.asarray(leaf.shape[-2] / alpha, leaf.dtype)
+    return export(traverse_util.unflatten_dict(leaves), rules)

@@ -1,6 +1,7 @@
 """The tables: official parameter names and ours, network by network.
 
-Source of the names: algorithm.md, sections 1.8, 6.4, 9.1 and 9.2.
+Source of the official names: algorithm.md, sections 1.8, 6.4, 9.1 and 9.2; those ending
+in `_DIFFUSERS` and `_TRANSFORMERS` are of these libraries.
 """
 
 from anchor_jax.porting.convert import Rule
@@ -26,6 +27,30 @@ UMT5 = (
         "blocks.{layer}.pos_embedding.embedding.weight",
         "blocks/position_bias/embedding",
     ),
+)
+
+_T5_LAYER = "encoder.block.{layer}.layer"
+_T5_ATTENTION = _T5_LAYER + ".0.SelfAttention"
+_T5_FFN = _T5_LAYER + ".1.DenseReluDense"
+
+# What a file may hold beside its table: the same array under another name.
+UMT5_ALIAS = ("encoder.embed_tokens.weight", "shared.weight")
+
+UMT5_TRANSFORMERS = (
+    Rule("shared.weight", "token_embedding/embedding"),
+    Rule("encoder.final_layer_norm.weight", "norm/scale"),
+    Rule(_T5_LAYER + ".0.layer_norm.weight", "blocks/norm1/scale"),
+    Rule(_T5_LAYER + ".1.layer_norm.weight", "blocks/norm2/scale"),
+    Rule(
+        _T5_ATTENTION + ".{part:q|k|v|o}.weight", "blocks/attn/{part}/kernel", _LINEAR
+    ),
+    Rule(
+        _T5_ATTENTION + ".relative_attention_bias.weight",
+        "blocks/position_bias/embedding",
+    ),
+    Rule(_T5_FFN + ".wi_0.weight", "blocks/ffn/gate/kernel", _LINEAR),
+    Rule(_T5_FFN + ".wi_1.weight", "blocks/ffn/fc1/kernel", _LINEAR),
+    Rule(_T5_FFN + ".wo.weight", "blocks/ffn/fc2/kernel", _LINEAR),
 )
 
 _CONV_3D = "o i t h w -> t h w i o"
@@ -76,12 +101,79 @@ VAE = (
 )
 
 
-def _linear(source: str, target: str) -> tuple[Rule, Rule]:
-    """Returns the rules of a linear layer with a bias."""
+_POINT_3D = "o i 1 1 1 -> i o"
+_POINT_2D = "o i 1 1 -> i o"
+_GAMMA_3D = "c 1 1 1 -> c"
+_GAMMA_2D = "c 1 1 -> c"
+
+
+def _layer(source: str, target: str, layout: str) -> tuple[Rule, Rule]:
+    """Returns the rules of a convolution with a bias."""
     return (
-        Rule(source + ".weight", target + "/kernel", _LINEAR),
+        Rule(source + ".weight", target + "/kernel", layout),
         Rule(source + ".bias", target + "/bias"),
     )
+
+
+def _residual(source: str, target: str) -> tuple[Rule, ...]:
+    return (
+        Rule(source + ".norm1.gamma", target + "/residual_0/scale", _GAMMA_3D),
+        Rule(source + ".norm2.gamma", target + "/residual_3/scale", _GAMMA_3D),
+        *_layer(source + ".conv1", target + "/residual_2", _CONV_3D),
+        *_layer(source + ".conv2", target + "/residual_6", _CONV_3D),
+        *_layer(source + ".conv_shortcut", target + "/shortcut", _POINT_3D),
+    )
+
+
+def _resample(source: str, target: str) -> tuple[Rule, ...]:
+    return (
+        *_layer(source + ".resample.1", target + "/resample", _CONV_2D),
+        *_layer(source + ".time_conv", target + "/time_conv", _CONV_3D),
+    )
+
+
+def _upward(levels: int = 4, blocks: int = 3) -> tuple[Rule, ...]:
+    """Returns the rules of the decoder's stages, numbered by level and within it."""
+    rules, at = [], 0
+    for level in range(levels):
+        above = f"decoder.up_blocks.{level}"
+        for block in range(blocks):
+            target = f"decoder/upsamples_{at}"
+            rules += _residual(f"{above}.resnets.{block}", target)
+            at += 1
+        if level < levels - 1:
+            rules += _resample(f"{above}.upsamplers.0", f"decoder/upsamples_{at}")
+            at += 1
+    return tuple(rules)
+
+
+VAE_DIFFUSERS = (
+    *_layer("quant_conv", "conv1", _POINT_3D),
+    *_layer("post_quant_conv", "conv2", _POINT_3D),
+    *_layer(_HALF + ".conv_in", "{half}/conv1", _CONV_3D),
+    *_layer(_HALF + ".conv_out", "{half}/head_2", _CONV_3D),
+    Rule(_HALF + ".norm_out.gamma", "{half}/head_0/scale", _GAMMA_3D),
+    *_residual(_HALF + ".mid_block.resnets.0", "{half}/middle_0"),
+    *_residual(_HALF + ".mid_block.resnets.1", "{half}/middle_2"),
+    Rule(
+        _HALF + ".mid_block.attentions.0.norm.gamma",
+        "{half}/middle_1/norm/scale",
+        _GAMMA_2D,
+    ),
+    *_layer(
+        _HALF + ".mid_block.attentions.0.{part:to_qkv|proj}",
+        "{half}/middle_1/{part}",
+        _POINT_2D,
+    ),
+    *_residual(r"encoder.down_blocks.{at:\d+}", "encoder/downsamples_{at}"),
+    *_resample(r"encoder.down_blocks.{at:\d+}", "encoder/downsamples_{at}"),
+    *_upward(),
+)
+
+
+def _linear(source: str, target: str) -> tuple[Rule, Rule]:
+    """Returns the rules of a linear layer with a bias."""
+    return _layer(source, target, _LINEAR)
 
 
 # The linear layers inside the transformer's blocks: those that adapters go on. Keys and
@@ -93,6 +185,15 @@ _BLOCK_LINEAR = (
     ("blocks.{layer}.ffn.0", "blocks/ffn_in"),
     ("blocks.{layer}.ffn.2", "blocks/ffn_out"),
 )
+_BLOCK_LINEAR_DIFFUSERS = (
+    ("blocks.{layer}.attn1.to_{part:q|k|v}", "blocks/self_attn/{part}"),
+    ("blocks.{layer}.attn1.to_out.0", "blocks/self_attn/o"),
+    ("blocks.{layer}.attn2.to_q", "blocks/cross_attn/q"),
+    ("blocks.{layer}.attn2.to_out.0", "blocks/cross_attn/o"),
+    ("blocks.{layer}.attn2.to_{part:k|v}", "context/{part}"),
+    ("blocks.{layer}.ffn.net.0.proj", "blocks/ffn_in"),
+    ("blocks.{layer}.ffn.net.2", "blocks/ffn_out"),
+)
 
 _OTHER_LINEAR = (
     ("text_embedding.0", "text_in"),
@@ -102,39 +203,88 @@ _OTHER_LINEAR = (
     ("time_projection.1", "time_projection"),
     ("head.head", "head/out"),
 )
-
-DIT = (
-    Rule(
-        "patch_embedding.weight",
-        "patch_embed/kernel",
-        "o i t h w -> (t h w i) o",
-        sizes=(("t", 1), ("h", 2), ("w", 2)),
-    ),
-    Rule("patch_embedding.bias", "patch_embed/bias"),
-    Rule("head.modulation", "head/modulation", "1 part c -> part c"),
-    Rule("blocks.{layer}.modulation", "blocks/modulation", "1 part c -> part c"),
-    Rule(
-        "blocks.{layer}.self_attn.{norm:norm_q|norm_k}.weight",
-        "blocks/self_attn/{norm}/scale",
-    ),
-    Rule("blocks.{layer}.norm3.weight", "blocks/norm3/scale"),
-    Rule("blocks.{layer}.norm3.bias", "blocks/norm3/bias"),
-    Rule("blocks.{layer}.cross_attn.norm_q.weight", "blocks/cross_attn/norm_q/scale"),
-    Rule("blocks.{layer}.cross_attn.norm_k.weight", "context/norm_k/scale"),
-    *(
-        rule
-        for source, target in _BLOCK_LINEAR + _OTHER_LINEAR
-        for rule in _linear(source, target)
-    ),
+_OTHER_LINEAR_DIFFUSERS = (
+    ("condition_embedder.text_embedder.linear_1", "text_in"),
+    ("condition_embedder.text_embedder.linear_2", "text_out"),
+    ("condition_embedder.time_embedder.linear_1", "time_in"),
+    ("condition_embedder.time_embedder.linear_2", "time_out"),
+    ("condition_embedder.time_proj", "time_projection"),
+    ("proj_out", "head/out"),
 )
 
-_PEFT = "base_model.model."
 
-LORA = tuple(
-    rule
-    for source, target in _BLOCK_LINEAR
-    for rule in (
-        Rule(_PEFT + source + ".lora_A.weight", target + "/a", "r i -> i r"),
-        Rule(_PEFT + source + ".lora_B.weight", target + "/b", "o r -> r o"),
+def _dit(
+    linear: tuple[tuple[str, str], ...],
+    own: str,
+    cross: str,
+    norm: str,
+    block_table: str,
+    head_table: str,
+) -> tuple[Rule, ...]:
+    """Returns the transformer's table for one way of naming.
+
+    Args:
+      linear: Pairs of names of the linear layers.
+      own: The self-attention.
+      cross: The attention to the prompt.
+      norm: The norm before it.
+      block_table: The modulation of a block.
+      head_table: The modulation of the head.
+    """
+    block = "blocks.{layer}."
+    return (
+        Rule(
+            "patch_embedding.weight",
+            "patch_embed/kernel",
+            "o i t h w -> (t h w i) o",
+            sizes=(("t", 1), ("h", 2), ("w", 2)),
+        ),
+        Rule("patch_embedding.bias", "patch_embed/bias"),
+        Rule(head_table, "head/modulation", "1 part c -> part c"),
+        Rule(block + block_table, "blocks/modulation", "1 part c -> part c"),
+        Rule(
+            block + own + ".{norm:norm_q|norm_k}.weight",
+            "blocks/self_attn/{norm}/scale",
+        ),
+        Rule(f"{block}{norm}.weight", "blocks/norm3/scale"),
+        Rule(f"{block}{norm}.bias", "blocks/norm3/bias"),
+        Rule(f"{block}{cross}.norm_q.weight", "blocks/cross_attn/norm_q/scale"),
+        Rule(f"{block}{cross}.norm_k.weight", "context/norm_k/scale"),
+        *(rule for source, target in linear for rule in _linear(source, target)),
     )
+
+
+DIT = _dit(
+    _BLOCK_LINEAR + _OTHER_LINEAR,
+    own="self_attn",
+    cross="cross_attn",
+    norm="norm3",
+    block_table="modulation",
+    head_table="head.modulation",
 )
+DIT_DIFFUSERS = _dit(
+    _BLOCK_LINEAR_DIFFUSERS + _OTHER_LINEAR_DIFFUSERS,
+    own="attn1",
+    cross="attn2",
+    norm="norm2",
+    block_table="scale_shift_table",
+    head_table="scale_shift_table",
+)
+
+PEFT = "base_model.model."
+
+
+def _adapters(linear: tuple[tuple[str, str], ...]) -> tuple[Rule, ...]:
+    """Returns the table of the adapters on some linear layers."""
+    return tuple(
+        rule
+        for source, target in linear
+        for rule in (
+            Rule(PEFT + source + ".lora_A.weight", target + "/a", "r i -> i r"),
+            Rule(PEFT + source + ".lora_B.weight", target + "/b", "o r -> r o"),
+        )
+    )
+
+
+LORA = _adapters(_BLOCK_LINEAR)
+LORA_DIFFUSERS = _adapters(_BLOCK_LINEAR_DIFFUSERS)

@@ -16,7 +16,6 @@ from anchor_jax.porting.convert import (
     export,
     export_lora,
     load_safetensors,
-    plain_names,
 )
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -235,12 +234,6 @@ def test_export_names_a_path_without_a_rule():
     params["strange"] = np.zeros(1)
     with pytest.raises(ValueError, match="strange: claimed by 0 rules"):
         export(params, TABLE)
-
-
-def test_prefixes_and_fragments():
-    value = np.zeros(1)
-    source = {"model._fsdp_wrapped_module.a.bias": value, "other.b": value}
-    assert list(plain_names(source, "model.")) == ["a.bias"]
 
 
 def test_loading_bfloat16(tmp_path):

@@ -1,0 +1,55 @@
+"""`anchor-jax export`: a checkpoint of ours back into a published layout."""
+
+from absl import flags
+from tqdm import tqdm
+
+from anchor_jax.errors import UserError
+
+SUMMARY = "Write weights back under their published names, as safetensors."
+USAGE = """\
+anchor-jax export --weights=weights/anchor --out=export --layout=diffusers
+anchor-jax export --weights=weights/anchor --out=export --layout=wan --lora=merged
+anchor-jax export --weights=weights/anchor --out=export --layout=generator
+
+Everything is written as safetensors, text encoder and VAE too: pickles (.pt, .pth) are
+not written."""
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Defines the command's flags."""
+    flags.DEFINE_string("weights", None, "Checkpoint that anchor-jax wrote.")
+    flags.DEFINE_string("out", None, "Folder for the files.")
+    flags.DEFINE_string(
+        "layout",
+        "wan",
+        "Names and files: wan, diffusers, or generator (the transformer alone, named"
+        " as in checkpoints of trainers).",
+    )
+    flags.DEFINE_string("item", "generator", "Of generator, ema and fake_score one.")
+    flags.DEFINE_string(
+        "lora",
+        "separate",
+        "Adapters: separate (in files of PEFT), or merged into the weights.",
+    )
+
+
+def main(argv) -> None:
+    """Runs the command.
+
+    Raises:
+      UserError: The checkpoint lacks what is asked for, or the folder is taken.
+    """
+    del argv
+    from anchor_jax.porting import export
+
+    for name in ("weights", "out"):
+        if not FLAGS[name].value:
+            raise UserError(f"{name} is missing; give --{name}=FOLDER")
+    total = export.total_bytes(FLAGS.weights, FLAGS.layout, FLAGS.item)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="export") as bar:
+        export.export(
+            FLAGS.weights, FLAGS.out, FLAGS.layout, FLAGS.item, FLAGS.lora, bar.update
+        )
+    print(f"written to {FLAGS.out}")

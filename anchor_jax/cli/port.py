@@ -1,0 +1,106 @@
+"""`anchor-jax port`: published weights into a checkpoint of ours."""
+
+from absl import flags
+from tqdm import tqdm
+
+from anchor_jax.errors import UserError
+
+SUMMARY = "Bring published weights (.pt, .pth, safetensors) into JAX."
+USAGE = """\
+anchor-jax port --wan=Wan2.1-T2V-1.3B --out=weights/wan
+anchor-jax port --wan=Wan2.1-T2V-1.3B --generator=base.pt --lora=final.pt \\
+  --method=anchor_forcing --out=weights/anchor
+anchor-jax port --wan=Wan2.1-T2V-1.3B --generator=ll.pt --method=longlive --dry_run"""
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Defines the command's flags."""
+    flags.DEFINE_string(
+        "wan", None, "Folder of Wan2.1, as published or in the layout of diffusers."
+    )
+    flags.DEFINE_string(
+        "generator", None, "Checkpoint (.pt) whose generator replaces that of --wan."
+    )
+    flags.DEFINE_string(
+        "key",
+        None,
+        "Its entry to take; unless given, the first of generator, generator_ema, model"
+        " that is there.",
+    )
+    flags.DEFINE_boolean("critic", False, "Port its critic too, as fake_score.")
+    flags.DEFINE_string("lora", None, "Adapters for the generator: .pt or safetensors.")
+    flags.DEFINE_float(
+        "alpha",
+        None,
+        "Alpha of the adapters; unless given, as adapter_config.json says, or their"
+        " rank.",
+    )
+    flags.DEFINE_string(
+        "method",
+        None,
+        "How the generator was trained: wan, self_forcing, causvid, longlive, memflow"
+        " or anchor_forcing. Needed with --generator and --lora.",
+    )
+    flags.DEFINE_string("out", None, "Folder for the checkpoint.")
+    flags.DEFINE_boolean("overwrite", False, "Replace a checkpoint that is there.")
+    flags.DEFINE_boolean("dry_run", False, "Check and print the plan; write nothing.")
+
+
+def main(argv) -> None:
+    """Runs the command.
+
+    Raises:
+      UserError: The weights are not whole, or do not fit; nothing is then written.
+    """
+    del argv
+    from anchor_jax.porting import port
+
+    if not FLAGS.out and not FLAGS.dry_run:
+        raise UserError("out is missing; give --out=FOLDER, or --dry_run to only check")
+    if FLAGS.out and not FLAGS.overwrite:
+        port.check_free(FLAGS.out)
+    plan = port.plan(
+        FLAGS.wan,
+        FLAGS.generator,
+        FLAGS.lora,
+        key=FLAGS.key,
+        critic=FLAGS.critic,
+        alpha=FLAGS.alpha,
+        method=FLAGS.method,
+    )
+    _print_totals(plan)
+    if not FLAGS.dry_run:
+        _write(plan, port.run)
+    for name, how in plan.missing().items():
+        print(f"without {name}; add it with {how}")
+
+
+def _write(plan, run) -> None:
+    total = plan.read_bytes + plan.write_bytes
+    with tqdm(total=total, unit="B", unit_scale=True, desc="port") as bar:
+        meta = run(plan, FLAGS.out, bar.update, FLAGS.overwrite)
+    for source in meta["sources"]:
+        for file in source["files"]:
+            print(f"{source['item']}: {file['name']} sha256 {file['sha256'][:16]}...")
+    print(f"written to {FLAGS.out}; to sample:")
+    print(
+        "  anchor-jax sample --config=configs/interactive.py"
+        f" --config.weights={FLAGS.out}"
+    )
+
+
+def _print_totals(plan) -> None:
+    print(f"method {plan.meta['method']}")
+    for item, total in plan.meta["totals"].items():
+        count = f"{total['tensors']:,} tensors, {total['parameters']:,} parameters"
+        print(f"{item}: {count}")
+    print(
+        f"to read {_size(plan.read_bytes)}, to write {_size(plan.write_bytes)},"
+        f" peak memory about {_size(plan.peak_bytes)} and the program itself"
+    )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"

@@ -1,0 +1,45 @@
+"""The commands port and export, as typed."""
+
+from anchor_jax.cli.main import main
+from tests.layouts import write_layout
+
+
+def test_port_and_export(tmp_path, capsys):
+    folder, _ = write_layout(tmp_path / "in", "diffusers")
+    base, _ = write_layout(tmp_path / "base", "generator")
+    out, back = tmp_path / "out", tmp_path / "back"
+    flags = [f"--wan={folder}", f"--generator={base}", "--method=memflow"]
+
+    assert main(["port", *flags, "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    assert "generator: 96 tensors, 14,184 parameters" in printed
+    assert "peak memory" in printed
+
+    assert main(["port", *flags, f"--out={out}"]) == 0
+    printed = capsys.readouterr().out
+    assert "base.pt sha256" in printed
+    assert f"--config.weights={out}" in printed
+    assert "without" not in printed
+
+    assert main(["port", *flags, f"--out={out}"]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert main(["port", *flags, f"--out={out}", "--overwrite"]) == 0
+
+    export = ["export", f"--weights={out}", f"--out={back}", "--layout=diffusers"]
+    assert main(export) == 0
+    names = {path.name for path in back.iterdir()}
+    assert names == {"transformer", "text_encoder", "vae", "tokenizer"}
+
+
+def test_what_is_missing_is_listed(tmp_path, capsys):
+    base, _ = write_layout(tmp_path / "base", "generator")
+    flags = [f"--generator={base}", "--method=causvid", "--dry_run"]
+    assert main(["port", *flags]) == 0
+    assert "without text_encoder; add it with --wan" in capsys.readouterr().out
+
+
+def test_a_folder_must_be_named(capsys):
+    assert main(["port", "--wan=x"]) == 2
+    assert "out is missing" in capsys.readouterr().err
+    assert main(["export", "--weights=x"]) == 2
+    assert "out is missing" in capsys.readouterr().err
