@@ -49,11 +49,23 @@ def commit(stored: LayersKV, own: LayersKV, plan: WritePlan) -> LayersKV:
     own = jax.lax.stop_gradient(own)
 
     def put(slots, new):
-        new = new.astype(slots.dtype)
-        slots = slots.at[:, :, plan.slot].set(new, mode="drop")
-        return slots.at[:, :, plan.junction].set(new, mode="drop")
+        for frame in range(new.shape[2]):
+            piece = new[:, :, frame : frame + 1].astype(slots.dtype)
+            for place in (plan.slot[frame], plan.junction[frame]):
+                slots = _put(slots, piece, place)
+        return slots
 
     return jax.tree.map(put, stored, own)
+
+
+def _put(slots: jax.Array, piece: jax.Array, place: jax.Array) -> jax.Array:
+    """Returns the slots with one of them replaced; none if there is no such slot.
+
+    Slices instead of a scatter: accelerators would copy all for that, CPUs loop.
+    """
+    old = jax.lax.dynamic_slice_in_dim(slots, place, 1, axis=2)
+    piece = jnp.where(place < slots.shape[2], piece, old)
+    return jax.lax.dynamic_update_slice_in_dim(slots, piece, place, axis=2)
 
 
 def gather(stored: LayersKV, source: jax.Array) -> LayersKV:
