@@ -46,6 +46,8 @@ setuptools.setup(
     extras_require={
         "gpu": ["jax[cuda13]>=0.10.2,<0.13"],
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
+        "plan-gpu": ["jax[cuda12]>=0.10.2,<0.13"],
+        "plan-tpu": ["libtpu>=0.0.42"],
         "test": ["pytest", "pytest-timeout", "ruff"],
     },
 )

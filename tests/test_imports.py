@@ -13,10 +13,16 @@ PACKAGE = pathlib.Path(anchor_jax.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = [
     {"errors"},
-    {"cache", "wan", "world", "flow", "media", "prompts", "config", "sharding"},
+    {
+        *("cache", "checkpoint", "wan", "world", "flow", "media", "prompts"),
+        *("config", "sharding"),
+    },
     {"bundle"},
     {"streaming"},
-    {"training", "verify", "porting", "experiment", "evaluation", "serving"},
+    {
+        *("training", "verify", "porting", "experiment", "evaluation", "serving"),
+        *("roofline", "aot", "bench"),
+    },
     {"cli"},
     {"__main__"},
 ]

@@ -21,6 +21,7 @@ COMMANDS = {
     "score": "anchor_jax.cli.score",
     "port": "anchor_jax.cli.port",
     "export": "anchor_jax.cli.export",
+    "bench": "anchor_jax.cli.bench",
     "policies": "anchor_jax.cli.policies",
     "plan": "anchor_jax.cli.plan",
     "doctor": "anchor_jax.cli.doctor",

@@ -281,10 +281,12 @@ def _one_head(q, *keys_values, bias=None):
     """
     values = keys_values[1::2]
     scores = [_dot(q, k.astype(q.dtype)) for k in keys_values[::2]]
-    if bias is not None:
-        scores[-1] = scores[-1] + bias
+    # Hidden keys count for the largest score: any large enough one will do, and the
+    # bias, added later, then costs no pass of its own.
     tops = [jnp.max(part, axis=-1, keepdims=True) for part in scores]
     top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, tops))
+    if bias is not None:
+        scores[-1] = scores[-1] + bias
     weights = [jnp.exp(part - top) for part in scores]
     whole = sum(jnp.sum(part, axis=-1, keepdims=True) for part in weights)
     mixed = sum(

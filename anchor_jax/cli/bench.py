@@ -1,0 +1,79 @@
+"""Measures a stream on this machine."""
+
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+
+from absl import flags
+
+from anchor_jax import config as configs
+from anchor_jax.errors import UserError
+
+SUMMARY = "Measures a stream on random weights, phase by phase, against a matmul."
+USAGE = """
+anchor-jax bench --config=configs/bench_medium.py --threads=1
+anchor-jax bench --config=configs/bench_medium.py --threads=2 --out=bench.json
+anchor-jax bench --config=configs/bench_full.py --profile=out/trace   # an accelerator
+anchor-jax bench --config=bench_medium --config.attention=plain
+
+# Prints one JSON: seconds and CPU-seconds of a block and of each phase (medians and
+# spread), frames a second, first frame, switch latency (text, its projection, the
+# re-cache), compile seconds, traces, bytes of the cache. "efficiency" is model FLOP/s
+# over the FLOP/s of a matmul in the same run: by CPU-seconds on a CPU, else by the
+# clock.
+"""
+
+
+def define_flags() -> None:
+    """Defines the command's flags."""
+    configs.define_config_flag()
+    flags.DEFINE_integer(
+        "threads", None, "Cores of a CPU to pin to; all unless given.", lower_bound=1
+    )
+    flags.DEFINE_string("out", None, "File for the JSON, beside the screen.")
+    flags.DEFINE_string(
+        "profile", None, "Folder for a trace of the run, to open in XProf or Perfetto."
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the command.
+
+    Raises:
+      UserError: The config is wrong, or the machine has fewer cores.
+    """
+    del argv
+    threads = _pin(flags.FLAGS.threads)
+    import contextlib
+
+    import jax
+    from tqdm import tqdm
+
+    from anchor_jax import bench, media
+
+    workload = bench.make_workload(flags.FLAGS.config)
+    folder = flags.FLAGS.profile
+    trace = jax.profiler.trace(folder) if folder else contextlib.nullcontext()
+    with trace, tqdm(disable=None, bar_format="{desc} {elapsed}") as bar:
+        measured = bench.measure(workload, bar.set_description_str)
+    measured = {"config": flags.FLAGS.config.to_dict(), "threads": threads} | measured
+    if flags.FLAGS.out:
+        path = pathlib.Path(flags.FLAGS.out).expanduser()
+        with media.replacing(path) as part:
+            media.write_json(part, measured)
+    print(json.dumps(measured, indent=2))
+
+
+def _pin(threads: int | None) -> int | None:
+    """Keeps this process to so many cores, before jax counts them."""
+    if threads is None or not hasattr(os, "sched_setaffinity"):
+        return None
+    cores = sorted(os.sched_getaffinity(0))
+    if threads > len(cores):
+        raise UserError(
+            f"--threads={threads}: this machine lets us use {len(cores)} cores; ask for"
+            f" at most {len(cores)}"
+        )
+    os.sched_setaffinity(0, cores[-threads:])
+    return threads
