@@ -11,6 +11,7 @@ USAGE = """\
 anchor-jax verify tests/golden
 anchor-jax verify tests/golden/dit_causal_nocache --tensors
 anchor-jax verify my_cases --except=dmd,memflow_bank
+anchor-jax verify tests/golden --dtype=bfloat16   # how far bfloat16 is from float32
 """
 ARGUMENTS = "PATH..."
 
@@ -19,6 +20,12 @@ def define_flags() -> None:
     """Defines the command's flags."""
     flags.DEFINE_list(
         "except", [], "kinds of cases to leave out; any other unknown kind is a failure"
+    )
+    flags.DEFINE_enum(
+        "dtype",
+        "float32",
+        ["float32", "bfloat16"],
+        "that the networks compute in; in bfloat16 the differences are only shown",
     )
     flags.DEFINE_bool("tensors", False, "print a line for every tensor")
 
@@ -34,5 +41,6 @@ def main(argv: list[str]) -> int:
         flags.FLAGS["except"].value,
         flags.FLAGS.tensors,
         show=lambda line: print(line, flush=True),
+        dtype=flags.FLAGS.dtype,
     )
     return 0 if passed else 1

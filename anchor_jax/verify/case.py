@@ -45,6 +45,7 @@ class Case:
     inputs: Tensors
     outputs: Tensors
     trace: list[Any] | None = None
+    dtype: str = "float32"  # that the networks compute in; recordings are float32
 
     @property
     def kind(self) -> str:

@@ -51,7 +51,7 @@ def model_config(case: Case, *section: str) -> ModelConfig:
             latent_channels=read("in_dim"),
             patch=case.sizes(*at, "patch_size", low=1, high=64, default=(1, 2, 2)),
             eps=case.number(*at, "eps", default=1e-6),
-            dtype="float32",
+            dtype=case.dtype,
         )
     except CaseError:
         raise
@@ -401,7 +401,7 @@ def _text_config(case: Case) -> text.TextConfig:
         num_layers=read("num_layers", high=_MANY),
         num_buckets=read("num_buckets", low=4),
         max_distance=read("max_distance", default=128),
-        dtype="float32",
+        dtype=case.dtype,
     )
 
 
@@ -483,7 +483,7 @@ def _vae_config(case: Case, checks: Checks) -> vae.VaeConfig:
         dim_mult=case.sizes("model", "dim_mult", low=1, high=64),
         num_res_blocks=case.size("model", "num_res_blocks", high=64),
         temporal_downsample=tuple(flags),
-        dtype="float32",
+        dtype=case.dtype,
         **{name: tuple(map(float, value)) for name, value in scale.items()},
     )
 

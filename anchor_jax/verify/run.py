@@ -65,10 +65,16 @@ class Result:
     problems: tuple[str, ...] = ()
     left_out: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     is_excepted: bool = False
+    dtype: str = "float32"
 
     @property
     def passed(self) -> bool:
-        return not self.problems and all(row.is_equal for row in self.rows)
+        """Whether nothing is wrong; tolerances are those of float32 alone."""
+        return not self.problems and not any(map(self.is_far, self.rows))
+
+    def is_far(self, row: Row) -> bool:
+        """Returns whether a tensor is out of its tolerance."""
+        return self.dtype == "float32" and not row.is_equal
 
 
 def find_cases(paths: Sequence[pathlib.Path]) -> list[pathlib.Path]:
@@ -96,8 +102,17 @@ def _cases_below(path: pathlib.Path) -> Iterator[pathlib.Path]:
             yield pathlib.Path(folder)
 
 
-def verify_case(folder: pathlib.Path, excepted: Sequence[str] = ()) -> Result:
-    """Returns the result of one case; a fault in its files is a failure."""
+def verify_case(
+    folder: pathlib.Path, excepted: Sequence[str] = (), dtype: str = "float32"
+) -> Result:
+    """Returns the result of one case; a fault in its files is a failure.
+
+    Args:
+      folder: The case's.
+      excepted: Kinds that are not run.
+      dtype: That the networks compute in; recordings are in float32, so that with
+        another one the result says how far that type is from it.
+    """
     kind = folder.resolve().parent.name
     try:
         kind = kind_of(folder, read_config(folder))
@@ -109,13 +124,13 @@ def verify_case(folder: pathlib.Path, excepted: Sequence[str] = ()) -> Result:
     if kind not in KINDS:
         problem = f"unknown kind {kind!r}{suggest(kind, KINDS, 'kinds')}"
         return Result(folder, kind, problems=(problem,))
-    return _run(folder, kind)
+    return _run(folder, kind, dtype)
 
 
-def _run(folder: pathlib.Path, kind: str) -> Result:
+def _run(folder: pathlib.Path, kind: str, dtype: str) -> Result:
     checks, problems = Checks({}), []
     try:
-        case = load_case(folder)
+        case = dataclasses.replace(load_case(folder), dtype=dtype)
         checks = Checks(case.outputs)
         with jax.default_matmul_precision("highest"):
             _function(kind)(case, checks)
@@ -129,7 +144,8 @@ def _run(folder: pathlib.Path, kind: str) -> Result:
         ]
         if not checks.rows:
             problems.append("nothing was compared")
-    return Result(folder, kind, tuple(checks.rows), tuple(problems), checks.left_out)
+    rows = tuple(checks.rows)
+    return Result(folder, kind, rows, tuple(problems), checks.left_out, dtype=dtype)
 
 
 def _function(kind: str) -> Callable:
@@ -151,17 +167,23 @@ def report(result: Result, every_tensor: bool = False) -> str:
     far = max((row.absolute for row in result.rows), default=0.0)
     part = max((row.relative for row in result.rows), default=0.0)
     lines = [
-        f"{'pass' if result.passed else 'FAIL':<8}  {title:<45} {len(result.rows):>4}"
+        f"{_verdict(result):<8}  {title:<45} {len(result.rows):>4}"
         f" tensors  absolute {_number(far)}  relative {_number(part)}"
     ]
     for row in result.rows:
-        if every_tensor or not row.is_equal:
+        if every_tensor or result.is_far(row):
             lines.append(_row(row))
     lines += [f"    {line}" for text in result.problems for line in text.splitlines()]
     for reason, names in result.left_out.items():
         shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
         lines.append(f"    left out, {reason}: {len(names)} ({shown})")
     return "\n".join(map(_plain, lines))
+
+
+def _verdict(result: Result) -> str:
+    if not result.passed:
+        return "FAIL"
+    return "pass" if result.dtype == "float32" else result.dtype
 
 
 def _row(row: Row) -> str:
@@ -187,6 +209,7 @@ def verify(
     excepted: Sequence[str] = (),
     every_tensor: bool = False,
     show: Callable[[str], None] = lambda line: None,
+    dtype: str = "float32",
 ) -> bool:
     """Runs all cases at and below the paths; returns whether none failed.
 
@@ -195,10 +218,11 @@ def verify(
       excepted: Kinds that are not run.
       every_tensor: Whether tensors that passed have lines of their own.
       show: Is given each line of the report.
+      dtype: As for `verify_case`.
     """
     results = []
     for folder in find_cases(paths):
-        results.append(verify_case(folder, excepted))
+        results.append(verify_case(folder, excepted, dtype))
         show(report(results[-1], every_tensor))
     left_out = sorted({result.kind for result in results if result.is_excepted})
     run = [result for result in results if not result.is_excepted]

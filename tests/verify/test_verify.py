@@ -252,3 +252,15 @@ def test_a_short_last_block_keeps_its_window():
     spans = causal_pass(case, Sizes).spans
     mask = dense_mask(spans, 1, np.zeros((8, 8)))
     assert mask[7].tolist() == [False] * 3 + [True] * 5
+
+
+def test_bfloat16_is_shown_and_not_judged(capsys):
+    folder = str(GOLDEN / "dit_bidirectional" / "f3_4x6")
+
+    assert main(["verify", folder, "--dtype=bfloat16"]) == 0
+
+    shown = capsys.readouterr().out
+    assert shown.startswith("bfloat16  dit_bidirectional/f3_4x6")
+    assert "DIFFERS" not in shown
+    result = run.verify_case(pathlib.Path(folder), dtype="bfloat16")
+    assert 1e-3 < max(row.absolute for row in result.rows) < 0.3
