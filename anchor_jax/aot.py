@@ -20,7 +20,7 @@ from jax.sharding import SingleDeviceSharding
 from anchor_jax import roofline
 from anchor_jax.errors import UserError, suggest
 from anchor_jax.streaming import session, stream
-from anchor_jax.streaming.decode import decode
+from anchor_jax.streaming.decode import decode, decode_next
 from anchor_jax.streaming.types import StreamSetup
 from anchor_jax.wan import dit, kernels
 from anchor_jax.wan.text import TextConfig, Umt5Encoder
@@ -298,7 +298,7 @@ def _decoders(codec: VaeCodec, setup: StreamSetup):
     static = {"codec": codec}
     found = {
         "decode first": Program(decode, first, static, reads, **common),
-        "decode": Program(decode, later, static, reads, **common),
+        "decode": Program(decode_next, later, static, reads, **common),
     }
     return found, {"decoder": size_of(params), "decoder state": size_of(state)}
 

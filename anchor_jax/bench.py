@@ -265,7 +265,7 @@ class _Run:
     def _decode(self, phase: str, state, latents):
         _, state = self.time(
             phase,
-            lambda: decode.decode(
+            lambda: decode.decode_next(
                 self.codec_params, state, latents, codec=self.workload.codec
             ),
         )
@@ -370,7 +370,11 @@ def _phase(times: Times) -> dict[str, Any]:
 
 def _traces() -> dict[str, int]:
     """Returns how often each program of a stream has been traced so far."""
-    programs = {"advance": advance, "switch": stream.switch, "decode": decode.decode}
+    programs = {
+        "advance": advance,
+        "switch": stream.switch,
+        "decode": decode.decode_next,
+    }
     return {name: one._cache_size() for name, one in programs.items()}  # noqa: SLF001
 
 

@@ -22,6 +22,16 @@ def decode(params, state, latents: jax.Array, *, codec):
     return to_bytes(pixels), state
 
 
+@functools.partial(jax.jit, static_argnames="codec", donate_argnames="state")
+def decode_next(params, state, latents: jax.Array, *, codec):
+    """Returns what `decode` does, and writes the next state over the one given.
+
+    For a stream that never returns to an earlier state: the arrays of `state` are
+    deleted by the call, and a copy of them is saved.
+    """
+    return decode(params, state, latents, codec=codec)
+
+
 def to_bytes(pixels: jax.Array) -> jax.Array:
     """Returns pixels in [-1, 1] as uint8, rounded and clipped."""
     scaled = jnp.rint((pixels.astype(jnp.float32) + 1) * 127.5)

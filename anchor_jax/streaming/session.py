@@ -20,7 +20,7 @@ from anchor_jax.cache.types import ReadPlan
 from anchor_jax.errors import UserError
 from anchor_jax.prompts import Script
 from anchor_jax.streaming import stream
-from anchor_jax.streaming.decode import decode, renew
+from anchor_jax.streaming.decode import decode, decode_next, renew
 from anchor_jax.streaming.recipe import (
     FORMAT_VERSION,
     Recipe,
@@ -495,7 +495,9 @@ class Session:
     def _decode(self, latents: jax.Array) -> jax.Array:
         self._tail.append((self._decoder, latents))
         bundle = self.bundle
-        pixels, self._decoder = decode(
+        # A restart goes back to an earlier state; nothing else does.
+        step = decode if self._tail.maxlen else decode_next
+        pixels, self._decoder = step(
             bundle.codec_params, self._decoder, latents, codec=bundle.codec
         )
         return pixels

@@ -452,7 +452,7 @@ def _run_vae(params, x, state, *, method: str, config: vae.VaeConfig):
     result, other = vae.WanVae(config).apply(
         {"params": params}, x, state, method=chosen, mutable=["intermediates"]
     )
-    return result, other["intermediates"].get("decoder", {})
+    return result, other.get("intermediates", {}).get("decoder", {})
 
 
 def _whole(x: jax.Array, config: vae.VaeConfig) -> jax.Array:

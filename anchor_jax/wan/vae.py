@@ -1,6 +1,7 @@
 """The causal video VAE: pixel frames to latent frames and back, whole or streamed."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import einops
@@ -27,7 +28,9 @@ class VaeConfig:
 
     `conv` says how a causal convolution is computed: "taps" joins the three frames it
     sees along channels and convolves in 2-D, "native" convolves in 3-D. They agree up
-    to rounding; on CPU the first is the faster one.
+    to rounding. "auto" is the native one where JAX's default backend is a GPU, which
+    would write the joined frames to memory, and taps elsewhere; it is settled when a
+    program is traced, so name the form to compile for a device that is not there.
     """
 
     base_dim: int = 96
@@ -37,13 +40,16 @@ class VaeConfig:
     temporal_downsample: tuple[bool, ...] = (False, True, True)
     latent_mean: tuple[float, ...] = LATENT_MEAN
     latent_std: tuple[float, ...] = LATENT_STD
-    conv: str = "taps"
+    conv: str = "auto"
     dtype: str = "bfloat16"
     param_dtype: str = "float32"
 
     def __post_init__(self):
-        if self.conv not in ("taps", "native"):
-            raise ValueError(f"conv={self.conv!r}; expected 'taps' or 'native'")
+        if self.conv not in ("auto", *CONVOLVE):
+            raise ValueError(
+                f"conv={self.conv!r}; expected 'auto', 'taps' or 'native'; 'auto' is"
+                " right unless a program is compiled for another machine"
+            )
         if len(self.temporal_downsample) != len(self.dim_mult) - 1:
             raise ValueError(
                 f"{len(self.temporal_downsample)} entries in temporal_downsample,"
@@ -127,6 +133,13 @@ def _convolve_native(frames: jax.Array, kernel: jax.Array, stride: int) -> jax.A
 CONVOLVE = {"taps": _convolve_taps, "native": _convolve_native}
 
 
+def choose_conv(conv: str, backend: str) -> str:
+    """Returns the form of convolution, "taps" or "native", that `conv` means there."""
+    if conv != "auto":
+        return conv
+    return "native" if backend in ("gpu", "cuda", "rocm") else "taps"
+
+
 class CausalConv(nn.Module):
     """A convolution over time and space that sees no later frame.
 
@@ -157,7 +170,8 @@ class CausalConv(nn.Module):
         if past is None:
             past = jnp.zeros((x.shape[0], 2, *x.shape[2:]), x.dtype)
         frames = jnp.concatenate([past, x], axis=1)
-        y = CONVOLVE[config.conv](frames, kernel.astype(x.dtype), self.stride)
+        convolve = CONVOLVE[choose_conv(config.conv, jax.default_backend())]
+        y = convolve(frames, kernel.astype(x.dtype), self.stride)
         y = y + bias.astype(x.dtype)
         self.sow("intermediates", "output", y)
         return y, frames[:, self.stride - 3 :]
@@ -323,13 +337,47 @@ class Trunk(nn.Module):
     config: VaeConfig
 
     def run(self, x: jax.Array, past: Past | None) -> tuple[jax.Array, Past]:
-        """Returns the output of the layers and head on x, and the new past."""
+        """Returns the output of the layers and head on x, and the new past.
+
+        All of x is held in memory at once, at every level; `stream` is the same piece
+        by piece.
+        """
         kept = {}
         for name, layer in self.layers():
             x, kept[name] = layer(x, _before(past, name))
         x = nn.silu(self.head_0(x))
         x, kept["head_2"] = self.head_2(x, _before(past, "head_2"))
         return x, kept
+
+    def stream(
+        self, x: jax.Array, past: Past | None, piece: int
+    ) -> tuple[jax.Array, Past]:
+        """Returns what `run` does, from a loop over pieces of x.
+
+        Only the first frame of a stream, which runs apart, records intermediates.
+
+        Args:
+          x: [B, k * piece, H, W, C], and one more frame first where past is None.
+          past: of the previous call; None at the start of a stream.
+          piece: frames that run together: those of one latent frame.
+        """
+        outputs = []
+        if past is None:
+            first, past = self.run(x[:, :1], None)
+            outputs, x = [first], x[:, 1:]
+        if x.shape[1]:
+            x = einops.rearrange(x, "b (k f) h w c -> k b f h w c", f=piece)
+            past, later = _scan_pieces(self, past, x)
+            later = einops.rearrange(later, "k b f h w c -> b (k f) h w c")
+            outputs.append(later)
+        return jnp.concatenate(outputs, axis=1), past
+
+
+@functools.partial(nn.scan, variable_broadcast="params", split_rngs={"params": False})
+def _scan_pieces(trunk: Trunk, past: Past, x: jax.Array) -> tuple[Past, jax.Array]:
+    """Returns the last past, and the outputs on pieces x [k, B, F, H, W, C]."""
+    y, past = trunk.run(x, past)
+    return past, y
 
 
 def _middle(config: VaeConfig, features: int) -> list[nn.Module]:
@@ -406,7 +454,8 @@ class WanVae(nn.Module):
     about unit variance. The first latent frame makes one pixel frame, every other four.
     A stream is decoded in pieces of any length, with the state of one call passed to
     the next; the pieces make the same video as the whole. The first call of a stream
-    passes None, and compiles apart from the others.
+    passes None, and compiles apart from the others. However long the piece, one latent
+    frame at a time is in memory between the layers.
 
     Source: algorithm.md, section 9.1; Wan (arXiv:2503.20314), section 4.1.
     """
@@ -450,7 +499,8 @@ class WanVae(nn.Module):
         """Returns the mean of the latents' distribution, not yet normalised."""
         self._check_pixels(pixels, state)
         past = None if state is None else state.past
-        x, past = self.encoder.run(pixels.astype(self.config.dtype), past)
+        x = pixels.astype(self.config.dtype)
+        x, past = self.encoder.stream(x, past, self.config.temporal_stride)
         mean, _ = jnp.split(self.conv1(x), 2, axis=-1)
         return mean, VaeState(past=past)
 
@@ -473,7 +523,7 @@ class WanVae(nn.Module):
         centre, inverse = self._normal(latents.dtype)
         past = None if state is None else state.past
         x = self.conv2(latents / inverse + centre)
-        pixels, past = self.decoder.run(x, past)
+        pixels, past = self.decoder.stream(x, past, 1)
         return pixels, VaeState(past=past)
 
     def _normal(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:

@@ -1,13 +1,33 @@
 import bundles
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from anchor_jax.streaming.decode import decode, renew, to_bytes
+from anchor_jax.streaming.decode import decode, decode_next, renew, to_bytes
+from anchor_jax.wan.vae import VaeCodec, VaeConfig, WanVae
 from anchor_jax.world import codec as world
 from anchor_jax.world.codec import LinearCodec
 
 CODEC = LinearCodec()
+SMALL = VaeCodec(
+    VaeConfig(
+        base_dim=4,
+        dim_mult=(1, 1),
+        num_res_blocks=1,
+        temporal_downsample=(True,),
+        dtype="float32",
+    )
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Compiling, not running, is what takes the time here."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture
@@ -40,6 +60,46 @@ def test_only_two_programs_decode_a_stream(latents):
         _, state = decode(params, state, latents[:, first : first + 3], codec=CODEC)
 
     assert decode._cache_size() == 2
+
+
+@pytest.fixture(scope="module")
+def vae_params():
+    """Returns random parameters; compiling the initialisers would take longer."""
+    init = WanVae(SMALL.config).init
+    shapes = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1, 8, 8, 3)))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(0.1 * rng.standard_normal(leaf.shape), leaf.dtype),
+        shapes["params"],
+    )
+
+
+def test_a_stream_that_gives_its_state_away_is_the_same(vae_params):
+    rng = np.random.default_rng(1)
+    latents = rng.standard_normal((1, 6, 2, 2, 16)).astype(np.float32)
+    kept = given = None
+    for first in (0, 2, 4):
+        part, before = latents[:, first : first + 2], given
+        expected, kept = decode(vae_params, kept, part, codec=SMALL)
+        frames, given = decode_next(vae_params, given, part, codec=SMALL)
+        np.testing.assert_array_equal(frames, expected)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+
+    assert expected.shape == (1, 4, 4, 4, 3)
+    assert expected.std() > 0
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((kept, given)))
+
+
+def test_a_state_given_away_is_written_over(vae_params):
+    latents = jnp.zeros((1, 1, 2, 2, 16))
+    _, state = jax.eval_shape(
+        lambda *args: decode(*args, codec=SMALL), vae_params, None, latents
+    )
+
+    lowered = decode_next.lower(vae_params, state, latents, codec=SMALL)
+
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    assert lowered.compile().memory_analysis().alias_size_in_bytes == held
 
 
 def test_pixels_are_rounded_and_clipped_as_the_worlds_are():

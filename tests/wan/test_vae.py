@@ -43,6 +43,14 @@ class Probed(vae.WanVae):
     def free_and_clipped(self, latents):
         return self.decode_raw(latents)[0], self.decode(latents)
 
+    def decoded_at_once(self, latents):
+        centre, inverse = self._normal(latents.dtype)
+        return self.decoder.run(self.conv2(latents / inverse + centre), None)[0]
+
+    def encoded_at_once(self, pixels):
+        moments = self.conv1(self.encoder.run(pixels, None)[0])
+        return jnp.split(moments, 2, axis=-1)[0]
+
 
 def last(recorded):
     return einops.rearrange(recorded, "b c f h w -> b f h w c")
@@ -167,6 +175,26 @@ def test_streamed_decode_equals_whole(run, golden, whole, split):
     assert relative(np.concatenate(pieces, axis=1), whole) < 5e-6
 
 
+def test_all_frames_at_once_give_what_one_at_a_time_does(run, golden, whole):
+    decoded = run("decoded_at_once", golden["latent"])
+    encoded = run("encoded_at_once", golden["video"])
+    assert relative(decoded, whole) < 5e-6
+    assert relative(encoded, golden["encoded_raw_mu"]) < TOLERANCE
+
+
+def test_more_frames_are_no_larger_program(config, params):
+    apply = functools.partial(vae.WanVae(config).apply, {"params": params})
+    decode = functools.partial(apply, method="decode_raw")
+    latents = jnp.zeros((1, 9, 2, 2, config.z_dim))
+    _, state = jax.eval_shape(decode, latents[:, :1])
+
+    def convolutions(frames):
+        lowered = jax.jit(decode).lower(latents[:, :frames], state).as_text()
+        return lowered.count("stablehlo.convolution")
+
+    assert convolutions(9) == convolutions(1) > 0
+
+
 @pytest.mark.parametrize("split", [(1, 4, 4), (5, 4)])
 def test_streamed_encode_equals_whole(run, golden, split):
     state, pieces, at = None, [], 0
@@ -241,6 +269,39 @@ def test_both_forms_of_convolution_agree(config):
         np.testing.assert_array_equal(kept, also)
 
 
+@pytest.mark.parametrize(
+    "conv, backend, form",
+    [
+        ("auto", "gpu", "native"),
+        ("auto", "cuda", "native"),
+        ("auto", "tpu", "taps"),
+        ("auto", "cpu", "taps"),
+        ("taps", "gpu", "taps"),
+        ("native", "cpu", "native"),
+    ],
+)
+def test_the_form_of_convolution_follows_the_backend(conv, backend, form):
+    assert vae.choose_conv(conv, backend) == form
+
+
+def test_auto_convolves_as_the_backend_of_the_trace_does(config, monkeypatch):
+    layer = vae.CausalConv(dataclasses.replace(config, conv="auto"), 4)
+    x = jnp.zeros((1, 2, 4, 4, 3))
+    variables = layer.init(jax.random.key(0), x, None)
+
+    def dimensions(backend):
+        monkeypatch.setattr(jax, "default_backend", lambda: backend)
+        traced = jax.make_jaxpr(lambda x: layer.apply(variables, x, None))(x)
+        (one,) = [
+            each
+            for each in traced.eqns
+            if each.primitive.name == "conv_general_dilated"
+        ]
+        return one.invars[0].aval.ndim
+
+    assert (dimensions("cpu"), dimensions("gpu")) == (4, 5)
+
+
 def test_a_first_call_of_one_frame_in_native_form(config, params, golden, whole):
     native = vae.WanVae(dataclasses.replace(config, conv="native"))
     latents = golden["latent"][:, :1]
@@ -262,6 +323,13 @@ def test_bfloat16_keeps_its_type(config, params, golden):
     assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("bfloat16")}
     assert pixels.dtype == jnp.bfloat16
     assert clipped.dtype == encoded.dtype == jnp.float32
+
+
+def test_bfloat16_runs_near_float32(config, params, golden, whole):
+    model = vae.WanVae(dataclasses.replace(config, dtype="bfloat16"))
+    decode = jax.jit(functools.partial(model.apply, method="decode_raw"))
+    ours, _ = decode({"params": params}, golden["latent"][:, :3])
+    assert relative(ours.astype(jnp.float32), whole[:, :9]) < 0.05
 
 
 def test_parameter_total_of_the_full_size():
@@ -299,7 +367,7 @@ def test_wrong_sizes_are_refused(config, params, frames, size):
 @pytest.mark.parametrize(
     "field, message",
     [
-        ({"conv": "fast"}, "'taps' or 'native'"),
+        ({"conv": "fast"}, "'auto', 'taps' or 'native'"),
         ({"dim_mult": (1, 2)}, "one less than"),
         ({"z_dim": 8}, "z_dim=8"),
     ],
