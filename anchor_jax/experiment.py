@@ -2,11 +2,12 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from anchor_jax import flow, prompts
-from anchor_jax.bundle import Bundle
+from anchor_jax.bundle import Bundle, load_bundle
 from anchor_jax.cache import policies
 from anchor_jax.cache.policies import (
     POLICIES,
@@ -23,6 +24,8 @@ from anchor_jax.errors import UserError, suggest
 from anchor_jax.prompts import MAX_SEED, Script, Timing
 from anchor_jax.streaming.loop import Euler, Renoise, UniPC
 from anchor_jax.streaming.types import StreamSetup
+from anchor_jax.wan import kernels
+from anchor_jax.wan.spec import GRIDS, LatentGrid
 
 TEACHER = "wan_teacher"
 RULES = ("paper", "release")
@@ -47,26 +50,95 @@ _SIZES = ("window", "sink", "block")
 _OVERRIDES = (*_SIZES, "rope", "on_switch")
 
 
+# What guidance leads away from, as the makers of Wan2.1 publish it.
+WAN_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，"
+    "最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，"
+    "画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
+    "杂乱的背景，三条腿，背景人很多，倒着走"
+)
+
+_PIXELS = 8
+_MOST_PIXELS = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """How weights of a training method are sampled, unless the config says otherwise.
+
+    Attributes:
+      policy: its name in the config.
+      rules: "release" for published weights, as their code samples them.
+      solver: of `SOLVERS`.
+      steps: of the solver renoise.
+      warp: whether `steps` index the shifted grid, or are timesteps themselves.
+      num_steps: of the other solvers.
+      shift: moves noise levels towards noise.
+      guidance: 1 is none.
+      negative_prompt: what guidance leads away from.
+      note: told when such weights are sampled.
+    """
+
+    policy: str
+    rules: str = "release"
+    solver: str = "renoise"
+    steps: tuple[int, ...] = (1000, 750, 500, 250)
+    warp: bool = True
+    num_steps: int = 50
+    shift: float = 5.0
+    guidance: float = 1.0
+    negative_prompt: str = ""
+    note: str = ""
+
+
+METHODS = {
+    "anchor_forcing": Method("anchor_forcing"),
+    "longlive": Method("longlive"),
+    "self_forcing": Method("self_forcing"),
+    # The published list is [1000, 757, 522, 0]: its 0 is the clean pass, which every
+    # block ends with here, and its entries are shifted already.
+    "causvid": Method("causvid", steps=(1000, 757, 522), warp=False, shift=8.0),
+    "memflow": Method(
+        "longlive",
+        note="memflow's memory bank is not supported; sampled with longlive's memory",
+    ),
+    "wan": Method(
+        TEACHER, solver="unipc", guidance=5.0, negative_prompt=WAN_NEGATIVE_PROMPT
+    ),
+}
+# Bundles that were trained here, such as `tiny`.
+SAVED = Method("anchor_forcing", rules="paper")
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
-    """The section `sampler` of a config; `configs/tiny.py` explains the fields."""
+    """The section `sampler`; `configs/interactive.py` explains the fields.
 
-    solver: str
-    steps: tuple[int, ...]
-    num_steps: int
-    shift: float
-    guidance: float
-    negative_prompt: str
+    None is the default of the weights' method.
+    """
+
+    solver: str | None
+    steps: tuple[int, ...] | None
+    warp: bool | None
+    num_steps: int | None
+    shift: float | None
+    guidance: float | None
+    negative_prompt: str | None
     negative_prompt_file: str | None
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-    """The fields of a config; `configs/tiny.py` explains them."""
+    """The fields of a config; `configs/interactive.py` explains them."""
 
     weights: str
-    policy: str
-    rules: str
+    size: str | None
+    dtype: str | None
+    attention: str
+    text_encoder: str
+    lora: str
+    policy: str | None
+    rules: str | None
     rope: str | None
     on_switch: str | None
     window: int | None
@@ -93,6 +165,102 @@ def read_config(config) -> SampleConfig:
             f"config.seed={read.seed}: expected a whole number from 0 to {MAX_SEED}"
         )
     return read
+
+
+def load_weights(config: SampleConfig) -> Bundle:
+    """Returns the bundle that a config names, for its size, type and devices.
+
+    Raises:
+      UserError: The weights or one of these fields is wrong.
+    """
+    return load_bundle(
+        config.weights,
+        grid=None if config.size is None else parse_size(config.size),
+        dtype=config.dtype,
+        text_encoder=config.text_encoder,
+        lora=config.lora,
+    )
+
+
+def parse_size(size: str) -> LatentGrid:
+    """Returns the latent size of videos of `HEIGHTxWIDTH` pixels.
+
+    Raises:
+      UserError: It is none, or no multiple of 8.
+    """
+    match = re.fullmatch(r"(\d{1,4})x(\d{1,4})", size)
+    height, width = map(int, match.groups()) if match else (0, 0)
+    fits = [0 < side <= _MOST_PIXELS and not side % _PIXELS for side in (height, width)]
+    if not all(fits):
+        raise UserError(
+            f"size={size!r}: expected HEIGHTxWIDTH in pixels, multiples of 16 up to"
+            f" {_MOST_PIXELS}, such as {', '.join(GRIDS)}"
+        )
+    return LatentGrid(height // _PIXELS, width // _PIXELS)
+
+
+def resolve(config: SampleConfig, metadata: Mapping[str, Any]) -> SampleConfig:
+    """Returns the config with no field None that the weights' method decides.
+
+    Args:
+      config: its own values stay.
+      metadata: of the bundle; weights that were not ported name no method.
+
+    Raises:
+      UserError: The method is unknown, and decides something.
+    """
+    rest = (config.policy, config.rules, *dataclasses.astuple(config.sampler)[:-1])
+    if None not in rest:
+        return config
+    method = _method(metadata)
+    return dataclasses.replace(
+        config,
+        policy=method.policy if config.policy is None else config.policy,
+        rules=method.rules if config.rules is None else config.rules,
+        sampler=_filled(config.sampler, method),
+    )
+
+
+def told_choices(
+    given: SampleConfig, config: SampleConfig, metadata: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """Returns lines that tell what was chosen for weights.
+
+    Args:
+      given: the config as it was read.
+      config: the config as it was resolved.
+      metadata: of the bundle.
+    """
+    name = metadata.get("method")
+    why = f"weights were ported as {name}" if name else "weights were not ported"
+    if None not in (given.policy, given.rules):
+        why = f"as the config says; {why}"
+    lines = [f"rules: {config.rules}, policy: {config.policy} ({why})"]
+    if given.policy is None and _method(metadata).note:
+        lines.append(f"note: {_method(metadata).note}")
+    return tuple(lines)
+
+
+def _method(metadata: Mapping[str, Any]) -> Method:
+    name = metadata.get("method")
+    if name is None:
+        return SAVED
+    if not isinstance(name, str) or name not in METHODS:
+        known = suggest(str(name), METHODS, "methods")
+        raise UserError(
+            f"the weights were ported as {name!r}{known}; set policy, rules and every"
+            " field of sampler, or port them again"
+        )
+    return METHODS[name]
+
+
+def _filled(sampler: SamplerConfig, method: Method) -> SamplerConfig:
+    """Returns the sampler with the method's value for every field that is None."""
+    values = dataclasses.asdict(sampler)
+    fill = {name: getattr(method, name, None) for name in values}
+    return SamplerConfig(
+        **{name: fill[name] if old is None else old for name, old in values.items()}
+    )
 
 
 def make_policy(config, script: Script) -> Policy:
@@ -135,7 +303,7 @@ def make_setup(config, bundle: Bundle, script: Script) -> StreamSetup:
     """Returns what is static about the stream of a script.
 
     Raises:
-      UserError: The policy or a field of `sampler` is wrong.
+      UserError: The policy, the kernel or a field of `sampler` is wrong.
     """
     sampler = config.sampler
     guidance = sampler.guidance
@@ -148,6 +316,9 @@ def make_setup(config, bundle: Bundle, script: Script) -> StreamSetup:
         levels=_levels(sampler),
         solver=SOLVERS[sampler.solver],
         guidance=float(guidance),
+        kernel=kernels.named(
+            config.attention, bundle.model.dtype, bundle.model.head_dim
+        ),
     )
 
 
@@ -274,4 +445,4 @@ def _levels(sampler) -> flow.Levels:
             f"sampler.steps={steps}: expected whole numbers that fall, from at most"
             f" {flow.TRAIN_STEPS} to at least 1, such as (1000, 750, 500, 250)"
         )
-    return flow.few_step_levels(steps, sampler.shift)
+    return flow.few_step_levels(steps, sampler.shift, sampler.warp)

@@ -1,6 +1,7 @@
 """Reads what a stream shall show: prompts, and the latent frames they start at."""
 
 import dataclasses
+import difflib
 import itertools
 import json
 import math
@@ -150,7 +151,8 @@ def parse_json(text: str, timing: Timing) -> Script:
 
     The optional keys are `switch_frames` (latent frames, one fewer than prompts) or
     `durations` (seconds, one each), and `seed`. Unless the timing or the durations say
-    how long the video is, its last prompt lasts 40 latent frames.
+    how long the video is, its last prompt lasts 40 latent frames. Other keys, which
+    the published files have, are left out.
     """
     entry = _decode(text)
     prompts, seed = entry["prompts"], entry.get("seed")
@@ -249,9 +251,7 @@ def _decode(text: str) -> dict[str, Any]:
         raise UserError(f"bad JSON: {error}") from error
     if not isinstance(entry, dict):
         raise UserError(f'got {_short(text)}, expected an object {{"prompts": [...]}}')
-    for key in entry:
-        if key not in _KEYS:
-            raise UserError(f"unknown key {key!r}{suggest(key, _KEYS, 'keys')}")
+    _check_keys(entry)
     if "prompts" not in entry:
         raise UserError("'prompts' is missing; expected a list of strings")
     entry = {key: value for key, value in entry.items() if value is not None}
@@ -265,6 +265,14 @@ def _decode(text: str) -> dict[str, Any]:
         )
     _check_times(entry)
     return entry
+
+
+def _check_keys(entry: dict[str, Any]) -> None:
+    """Raises when a key looks like a misspelt one; published files have others too."""
+    absent = [key for key in _KEYS if key not in entry]
+    for key in entry:
+        if key not in _KEYS and difflib.get_close_matches(key, absent):
+            raise UserError(f"unknown key {key!r}{suggest(key, absent, 'keys')}")
 
 
 def _check_times(entry: dict[str, Any]) -> None:

@@ -16,6 +16,11 @@ def get_config(policy: str = "anchor_forcing") -> ConfigDict:
     """Returns the config; `anchor-jax policies` lists what `policy` can be."""
     config = ConfigDict()
     config.weights = "tiny"  # or a folder with model.safetensors and tokenizer.model
+    config.size = placeholder(str)  # pixels, such as "64x64"; else the weights' own
+    config.dtype = placeholder(str)  # bfloat16, float32; else the weights' own
+    config.attention = "auto"  # or plain, heads, cudnn, splash
+    config.text_encoder = "device"  # or free, sharded
+    config.lora = "merged"  # or separate, none; for weights that have updates
     config.policy = policy
     config.rules = "paper"  # or "release", as the published code has it
     # Parts of the policy to replace; without a value it keeps its own.
@@ -37,6 +42,7 @@ def get_config(policy: str = "anchor_forcing") -> ConfigDict:
     config.sampler = ConfigDict()
     config.sampler.solver = "renoise"  # or euler, unipc
     config.sampler.steps = (1000, 750, 500, 250)  # of renoise
+    config.sampler.warp = True  # whether steps are before the shift
     config.sampler.num_steps = 50  # of euler and unipc
     config.sampler.shift = 5.0
     config.sampler.guidance = 1.0  # 1 is none; more runs the model twice

@@ -7,8 +7,7 @@ import pathlib
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
-
-from tests.torch_files import write_torch
+from torch_files import write_torch
 
 KINDS = ("wan", "wan_sharded", "diffusers", "generator", "lora", "peft")
 PREFIX = "model._fsdp_wrapped_module."

@@ -240,7 +240,7 @@ from anchor_jax.cli import plan
 plan._prepare_environment()
 import json
 from anchor_jax import aot
-from tests import test_aot
+import test_aot
 print(json.dumps(aot.plan("v5e", test_aot.SETUP, test_aot.TEXT).summary()))
 """
 

@@ -15,8 +15,11 @@ from anchor_jax.cache.policies import (
 from anchor_jax.cache.positions import Absolute, Bounded, Ranked, Relative
 from anchor_jax.config import load_config
 from anchor_jax.errors import UserError
+from anchor_jax.porting import port
 from anchor_jax.prompts import Script, Segment
 from anchor_jax.streaming.loop import Euler, UniPC
+from anchor_jax.wan import kernels
+from anchor_jax.wan.spec import GRIDS, LatentGrid
 
 ONE = Script((Segment("a", 0),), 6)
 TWO = Script((Segment("a", 0), Segment("b", 3)), 6)
@@ -246,3 +249,102 @@ def test_a_scripts_seed_must_fit(tmp_path, seed):
 
     with pytest.raises(UserError, match="p.jsonl, line 1: 'seed'"):
         experiment.load_scripts(config(prompt_file=tmp_path / "p.jsonl"))
+
+
+def open_config(**fields):
+    overrides = [f"--config.{k.replace('__', '.')}={v}" for k, v in fields.items()]
+    return experiment.read_config(load_config("interactive", overrides))
+
+
+@pytest.mark.parametrize("method", experiment.METHODS)
+def test_a_method_decides_all_that_is_open(method):
+    made = experiment.resolve(open_config(), {"method": method})
+
+    assert made.rules == "release"
+    assert made.policy in (*POLICIES, experiment.TEACHER)
+    assert made.sampler.negative_prompt_file is None
+    rest = dataclasses.asdict(made.sampler)
+    assert [name for name, value in rest.items() if value is None] == [
+        "negative_prompt_file"
+    ]
+
+
+def test_causvids_steps_are_timesteps_themselves():
+    made = experiment.resolve(open_config(), {"method": "causvid"})
+
+    built = experiment.make_setup(made, bundles.load(), TWO)
+
+    assert built.levels.timestep == (1000.0, 757.0, 522.0)
+    assert (built.guidance, built.policy) == (1.0, POLICIES["causvid"])
+
+
+def test_the_published_teacher_is_guided():
+    made = experiment.resolve(open_config(), {"method": "wan"})
+
+    built = experiment.make_setup(made, bundles.load(), ONE)
+
+    assert (built.solver, len(built.levels), built.copies) == (UniPC(), 50, 2)
+    assert experiment.negative_prompt(made) == experiment.WAN_NEGATIVE_PROMPT
+
+
+def test_what_a_config_gives_wins_over_the_method():
+    given = open_config(rules="paper", sampler__negative_prompt="", sampler__shift=3.0)
+
+    made = experiment.resolve(given, {"method": "wan"})
+
+    assert (made.rules, made.policy) == ("paper", experiment.TEACHER)
+    assert (made.sampler.shift, made.sampler.negative_prompt) == (3.0, "")
+
+
+def test_weights_that_name_no_method_are_sampled_as_the_tiny_world():
+    made = experiment.resolve(open_config(), {"seed": 0})
+    shipped = experiment.read_config(config())
+
+    assert (made.policy, made.rules) == (shipped.policy, shipped.rules)
+    assert made.sampler == shipped.sampler
+
+
+@pytest.mark.parametrize("method", ["anchorforcing", 3, ["wan"]])
+def test_an_unknown_method_matters_only_where_it_decides(method):
+    shipped = experiment.read_config(config())
+
+    assert experiment.resolve(shipped, {"method": method}) == shipped
+    with pytest.raises(UserError, match="ported as .* methods: anchor_forcing"):
+        experiment.resolve(open_config(), {"method": method})
+
+
+def test_sizes_are_in_pixels():
+    for size, grid in GRIDS.items():
+        assert experiment.parse_size(size) == grid
+    assert experiment.parse_size("16x4096") == LatentGrid(2, 512)
+
+
+@pytest.mark.parametrize("size", ["480", "480x", "x832", "0x16", "12x16", "16x4112"])
+def test_a_wrong_size_says_which_are_right(size):
+    with pytest.raises(UserError, match="expected HEIGHTxWIDTH.*480x832"):
+        experiment.parse_size(size)
+
+
+def test_the_kernel_is_the_one_that_is_named():
+    assert setup().kernel is None
+    assert setup(attention="heads").kernel == kernels.Heads()
+    with pytest.raises(UserError, match="attention='flash'"):
+        setup(attention="flash")
+
+
+def test_what_was_chosen_is_told():
+    def told(metadata, **fields):
+        given = open_config(**fields)
+        made = experiment.resolve(given, metadata)
+        return experiment.told_choices(given, made, metadata)
+
+    line, note = told({"method": "memflow"})
+    assert line == "rules: release, policy: longlive (weights were ported as memflow)"
+    assert "memory bank is not supported" in note
+    assert len(told({"method": "memflow"}, policy="anchor_forcing")) == 1
+    (line,) = told({}, policy="longlive", rules="paper")
+    assert line.endswith("(as the config says; weights were not ported)")
+
+
+def test_methods_are_those_that_weights_are_ported_as():
+    assert set(experiment.METHODS) == set(port.METHODS)

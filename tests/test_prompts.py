@@ -260,3 +260,11 @@ def test_other_brackets_in_a_json_prompt_are_words():
     script = parse_json('{"prompts": ["a sign [sic] in red"]}', BLOCK)
 
     assert script.prompts == ("a sign [sic] in red",)
+
+
+def test_the_keys_of_published_files_do_no_harm():
+    text = '{"prompts": ["a", "b"], "seed": 6979, "num": 3, "prompts_list": []}'
+
+    script = parse_json(text, BLOCK)
+
+    assert (script.seed, script.switch_frames) == (6979, (40,))

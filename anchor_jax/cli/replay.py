@@ -76,7 +76,13 @@ def main(argv: Sequence[str]) -> int:
     from anchor_jax.streaming.session import Session
     from anchor_jax.streaming.snapshot import check_bundle
 
-    bundle = load_bundle(_weights(stored.weights, options.weights))
+    bundle = load_bundle(
+        _weights(stored.weights, options.weights),
+        grid=stored.setup.grid,
+        dtype=stored.setup.model.dtype,
+        text_encoder=stored.text_encoder,
+        lora=stored.lora,
+    )
     check_bundle(stored, bundle, str(path))
     changed = differences(stored.fingerprint, fingerprint(bundle))
     for line in changed:
@@ -86,7 +92,13 @@ def main(argv: Sequence[str]) -> int:
     if options.check and not options.out:
         digests = list(_digests(session, wanted, path.stem))
     else:
-        about = {"config": {"weights": options.weights or stored.weights}}
+        about = {
+            "config": {
+                "weights": options.weights or stored.weights,
+                "lora": stored.lora,
+                "text_encoder": stored.text_encoder,
+            }
+        }
         digests = _write(session, wanted, path, options.out, about)
     for line in sample.told_switches(session.segments):
         print(line, file=sys.stderr)

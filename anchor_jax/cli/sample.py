@@ -23,10 +23,21 @@ anchor-jax sample --config=configs/tiny.py
 anchor-jax sample --config=configs/tiny.py:longlive --config.seed=1 --out=out/longlive
 anchor-jax sample --config=tiny --config.prompt="a red ring moves up on gray[3s]"
 anchor-jax sample --config=tiny --config.prompt_file=prompts.txt --out=out/batch
+anchor-jax sample --config=configs/interactive.py --config.weights=FOLDER
+anchor-jax sample --config=configs/interactive.py --config.weights=FOLDER \
+    --config.prompt_file=interactive_benchmark.jsonl --out=out/benchmark
 
+# FOLDER is what anchor-jax port wrote. What the config leaves open is chosen for the
+# method that the weights were ported as, and told; a field you give wins.
+# --config.text_encoder=free frees it once prompts are encoded; sharded splits it over
+# all devices. --config.size=480x832, 512x832, 320x576 or other multiples of 16.
 # Each line makes 000.mp4, 000.png (a row of frames per prompt) and 000.json (all
 # that is needed to make it again). Prompts: "PROMPT[5s] | PROMPT[20f] | PROMPT[5s#]":
 # seconds, latent frames, and # for a scene cut where the policy has one.
+# A file of JSON lines is read as MemFlow's and Anchor Forcing's are: each line has
+# "prompts", and perhaps a "seed" of its own (else the config's), "switch_frames" in
+# latent frames, or "durations" in seconds; other keys are left out. Without times
+# prompts switch at 40, 80, 120, ... latent frames, so that six last 240.
 # Run the same command again with the same --out and finished videos are skipped;
 # files of another recipe are never replaced unless you say --overwrite.
 # Compiled programs are kept in ~/.cache/anchor_jax; ANCHOR_JAX_CACHE=off keeps none,
@@ -36,6 +47,7 @@ CACHE_VARIABLE = "ANCHOR_JAX_CACHE"
 
 _PIXEL_FRAMES = 4
 _TILES = 8
+_ENCODED_AT_ONCE = 256  # as many as a freed text encoder remembers
 
 
 def define_flags() -> None:
@@ -77,15 +89,17 @@ def main(argv: Sequence[str]) -> None:
     del argv
     cache = enable_compilation_cache()
     from anchor_jax import experiment
-    from anchor_jax.bundle import load_bundle
 
-    config = experiment.read_config(flags.FLAGS.config)
+    given = experiment.read_config(flags.FLAGS.config)
+    bundle = experiment.load_weights(given)
+    config = experiment.resolve(given, bundle.metadata)
     scripts = experiment.load_scripts(config)
     negative = experiment.negative_prompt(config)
-    bundle = load_bundle(config.weights)
     setups = [experiment.make_setup(config, bundle, script) for script in scripts]
+    for line in experiment.told_choices(given, config, bundle.metadata):
+        print(line, file=sys.stderr)
     folder = choose_folder(flags.FLAGS.out or config.out)
-    jobs = _make_jobs(folder, scripts, setups, config.seed, negative, bundle.digest)
+    jobs = _make_jobs(folder, scripts, setups, config, negative, bundle.digest)
     jobs, skipped = _choose(jobs, flags.FLAGS.overwrite)
     for warning in _warnings(bundle.tokenizer, jobs, negative):
         print(f"warning: {warning}", file=sys.stderr)
@@ -95,20 +109,76 @@ def main(argv: Sequence[str]) -> None:
         prepare_folder(folder)
         kept = f"; compiled programs are kept in {cache}" if cache else ""
         print(f"preparing the model{kept}", file=sys.stderr)
-    warm = set()
-    for job in jobs:
+    _run(bundle, jobs, negative, {"config": dataclasses.asdict(config)})
+    _report(folder, jobs, skipped)
+
+
+def _run(bundle, jobs: Sequence[Job], negative: str, about: dict) -> None:
+    """Makes the videos, one after another."""
+    warm, encoded = set(), frozenset()
+    for number, job in enumerate(jobs):
+        encoded = _encode_ahead(bundle, jobs[number:], negative, encoded)
+        if number == 0:
+            _load_generator(bundle)
         # Its stream leaves the device with it, before the next one.
         session = _make_session(bundle, job, negative)
         needed = (job.setup, session.reruns(job.script))
         if needed not in warm:
             session.warm_up(job.script)
         warm.add(needed)
-        about = {"request": job.request, "config": dataclasses.asdict(config)}
-        write_video(job, session, session.play(job.script), about)
+        told = {"request": job.request} | about
+        write_video(job, session, session.play(job.script), told)
         for line in told_switches(session.segments):
             print(f"{job.stem.name}: {line}", file=sys.stderr)
         del session
-    _report(folder, jobs, skipped)
+
+
+def _encode_ahead(bundle, jobs: Sequence[Job], negative: str, encoded: frozenset):
+    """Prepares the text encoder for the first job, and returns the prompts it knows.
+
+    One that is freed encodes the prompts of many jobs before it goes, so that it is
+    loaded once for all. Another stays, and encodes each prompt when it is asked for.
+    """
+    encoder = bundle.encode_prompts
+    if encoded.issuperset(_texts(jobs[0], negative)) or (encoded and not encoder.frees):
+        return encoded
+    print(f"loading the text encoder ({_size(encoder.config)})", file=sys.stderr)
+    if not encoder.frees:
+        _wait(encoder.params)
+        return frozenset(_texts(jobs[0], negative))
+    texts = dict.fromkeys(text for job in jobs for text in _texts(job, negative))
+    texts = list(texts)[:_ENCODED_AT_ONCE]
+    print(f"encoding {len(texts)} prompts", file=sys.stderr)
+    encoder(texts)
+    return frozenset(texts)
+
+
+def _texts(job: Job, negative: str) -> tuple[str, ...]:
+    """Returns what is encoded for a job; first what guidance leads away from."""
+    return (*[negative] * (job.setup.copies - 1), *job.script.prompts)
+
+
+def _size(text) -> str:
+    """Returns the size of a text encoder's parameters, as text."""
+    import jax
+
+    from anchor_jax.wan.text import Umt5Encoder
+
+    ids = jax.ShapeDtypeStruct((1, text.text_len), np.int32)
+    shapes = jax.eval_shape(Umt5Encoder(text).init, jax.random.key(0), ids, ids)
+    count = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def _load_generator(bundle) -> None:
+    print("loading the generator", file=sys.stderr)
+    _wait((bundle.variables, bundle.codec_params))
+
+
+def _wait(arrays) -> None:
+    import jax
+
+    jax.block_until_ready(arrays)
 
 
 def enable_compilation_cache() -> pathlib.Path | None:
@@ -147,17 +217,18 @@ def choose_folder(out: str | None) -> pathlib.Path:
     return pathlib.Path("out") / now.strftime("%Y-%m-%d-%H%M%S")
 
 
-def _make_jobs(folder, scripts, setups, seed: int, negative: str, digest: str):
+def _make_jobs(folder, scripts, setups, config, negative: str, digest: str):
     from anchor_jax.streaming.recipe import describe
 
     jobs = []
     for number, (script, setup) in enumerate(zip(scripts, setups, strict=True)):
         request = {
             "script": describe(script),
-            "seed": seed if script.seed is None else script.seed,
+            "seed": config.seed if script.seed is None else script.seed,
             "setup": describe(setup),
             "negative_prompt": negative if setup.copies == 2 else "",
             "weights": digest,
+            "lora": config.lora,
         }
         jobs.append(Job(folder / f"{number:03d}", script, setup, request))
     return jobs

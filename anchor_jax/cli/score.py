@@ -33,16 +33,17 @@ def main(argv) -> None:
     """
     del argv
     sample.enable_compilation_cache()
-    from anchor_jax import bundle, experiment, media
+    from anchor_jax import experiment, media
     from anchor_jax.evaluation import world
     from anchor_jax.prompts import Script, Segment, Timing
 
-    config = experiment.read_config(FLAGS.config)
+    given = experiment.read_config(FLAGS.config)
+    model = experiment.load_weights(given)
+    config = experiment.resolve(given, model.metadata)
     whole = config.policy == experiment.TEACHER
     frames = world.CLIP_FRAMES if config.frames is None else config.frames
     Timing(block=1, frames=frames)
     negative = experiment.negative_prompt(config)
-    model = bundle.load_bundle(config.weights)
     starts = (0,) if whole else (0, 3)
     script = Script(tuple(Segment("", start) for start in starts), frames)
     setup = experiment.make_setup(config, model, script)

@@ -93,6 +93,8 @@ class Recipe:
       fingerprint: what else the bits depend on, on the machine that made it.
       blocks: SHA-256 of each block's pixels, or nothing.
       weights: the name or path that its config gave, or None.
+      lora: what its config did with adapters.
+      text_encoder: where its config kept the text encoder.
     """
 
     setup: StreamSetup
@@ -104,6 +106,8 @@ class Recipe:
     fingerprint: Mapping[str, str]
     blocks: tuple[str, ...] = ()
     weights: str | None = None
+    lora: str = "separate"
+    text_encoder: str = "device"
 
     def shortened(self, frames: int) -> "Recipe":
         """Returns the recipe of the first latent frames; whole blocks."""
@@ -230,8 +234,14 @@ def parse_recipe(given: Mapping[str, Any], where: str) -> Recipe:
     names = {field.name for field in dataclasses.fields(Recipe)}
     known = {name: given[name] for name in names & given.keys()}
     config = given.get("config")
-    known["weights"] = config.get("weights") if isinstance(config, Mapping) else None
-    known.setdefault("blocks", ())
+    config = config if isinstance(config, Mapping) else {}
+    for name in ("weights", "lora", "text_encoder"):
+        known.pop(name, None)
+        if name in config:
+            known[name] = config[name]
+    for field in dataclasses.fields(Recipe):
+        if field.default is not dataclasses.MISSING:
+            known.setdefault(field.name, field.default)
     for name in ("prompts", "blocks"):
         _check_list(f"{where}: {name}", known.get(name, ()))
     known["setup"] = rebuild(known.get("setup"), f"{where}: setup")

@@ -1,7 +1,8 @@
 """The commands port and export, as typed."""
 
+from layouts import write_layout
+
 from anchor_jax.cli.main import main
-from tests.layouts import write_layout
 
 
 def test_port_and_export(tmp_path, capsys):

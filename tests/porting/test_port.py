@@ -1,5 +1,6 @@
 """Every published layout into a checkpoint and back, and what is refused."""
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -11,7 +12,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from layouts import SMALL, dit_names, draw, lora_names, write_layout
 from safetensors.numpy import load_file, save_file
+from torch_files import write_torch
 
 from anchor_jax import checkpoint
 from anchor_jax.errors import UserError
@@ -19,11 +22,12 @@ from anchor_jax.porting import port, rules, sources
 from anchor_jax.porting.convert import convert, places
 from anchor_jax.porting.export import export
 from anchor_jax.wan import dit
-from anchor_jax.wan.spec import WAN_1_3B, WAN_14B
+from anchor_jax.wan.attention import bidirectional
+from anchor_jax.wan.dit import WanDit
+from anchor_jax.wan.lora import merge
+from anchor_jax.wan.spec import WAN_1_3B, WAN_14B, ModelConfig
 from anchor_jax.wan.text import TextConfig, Umt5Encoder
 from anchor_jax.wan.vae import VaeConfig, WanVae
-from tests.layouts import SMALL, dit_names, draw, lora_names, write_layout
-from tests.torch_files import write_torch
 
 
 def full_size(network):
@@ -155,6 +159,36 @@ def test_a_generator_and_adapters_come_back(tmp_path, kind, alpha, monkeypatch):
     settings = json.loads((tmp_path / "back" / "adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"]) == (SMALL.rank, alpha)
     assert len(settings["target_modules"]) == 10
+
+
+def test_a_rank_256_file_gives_the_same_video_unmerged_and_merged(tmp_path):
+    sizes = dataclasses.replace(SMALL, rank=256)
+    base, _ = write_layout(tmp_path / "base", "generator", sizes, np.float32)
+    lora, _ = write_layout(tmp_path / "lora", "lora", sizes, np.float32)
+    plan = port.plan(generator=base, lora=lora, method="anchor_forcing")
+    port.run(plan, tmp_path / "out")
+    assert plan.meta["sources"][1]["rank"] == 256
+    variables = checkpoint.restore(tmp_path / "out", "generator")
+    model = WanDit(ModelConfig(**plan.meta["model"], dtype="float32"))
+    rng = np.random.default_rng(0)
+    shape = (1, 3, 4, 4, model.config.latent_channels)
+    latents = jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    text = (1, model.config.text_len, model.config.text_dim)
+    text = jnp.asarray(rng.standard_normal(text), jnp.float32)
+
+    @jax.jit
+    def flow(variables):
+        context = model.apply(variables, text, method="project")
+        times, place = jnp.full((1, 3), 500.0), jnp.arange(3)
+        seen = bidirectional(3)
+        return model.apply(variables, latents, times, context, seen, place)[0]
+
+    apart = flow(variables)
+    merged = flow({"params": merge(variables["params"], variables["lora"])})
+
+    size = np.abs(apart).max()
+    assert np.abs(apart - flow({"params": variables["params"]})).max() > 1e-2 * size
+    np.testing.assert_allclose(apart, merged, rtol=0, atol=1e-4 * size)
 
 
 def test_merged_adapters_are_added_in_float32(tmp_path):

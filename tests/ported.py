@@ -1,0 +1,59 @@
+"""Tiny random weights as the port writes them, for the tests that sample from them."""
+
+import dataclasses
+
+import bundles
+import jax
+import numpy as np
+import tiny
+
+from anchor_jax import checkpoint
+from anchor_jax.wan import dit, lora
+from anchor_jax.wan.text import Umt5Encoder
+from anchor_jax.wan.vae import VaeConfig, WanVae
+
+MODEL = dataclasses.replace(tiny.MODEL, dim=32, ffn_dim=32, latent_channels=16)
+VAE = VaeConfig(base_dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1)
+NOT_SIZES = ("dtype", "param_dtype", "remat", "unroll")
+
+
+def save(folder, method: str) -> None:
+    """Writes a checkpoint of weights that were ported as a method."""
+    files = [{"name": "generator.pt", "bytes": 5, "sha256": "0a" * 32}]
+    source = {"item": "generator", "key": "generator", "alpha": None, "files": files}
+    meta = {
+        "method": method,
+        "model": _sizes(MODEL),
+        "text": _sizes(bundles.TEXT),
+        "vae": _sizes(VAE),
+        "sources": [source],
+    }
+    tokenizer = {"tokenizer/spiece.model": bundles.words()}
+    checkpoint.write(folder, _items(), meta, tokenizer)
+
+
+def _items():
+    key = jax.random.key(0)
+    ids = jax.ShapeDtypeStruct((1, bundles.TEXT.text_len), np.int32)
+    pixels = jax.ShapeDtypeStruct((1, 1, 8, 8, 3), np.float32)
+    params = jax.eval_shape(lambda: dit.init_params(MODEL, key))
+    adapters = jax.eval_shape(lambda tree: lora.init(tree, 3, key), params)
+    text = jax.eval_shape(Umt5Encoder(bundles.TEXT).init, key, ids, ids)["params"]
+    vae = jax.eval_shape(WanVae(VAE).init, key, pixels)["params"]
+    return {
+        "generator": {"params": _draw(params, 1), "lora": _draw(adapters, 2)},
+        "text_encoder": _draw(text, 3),
+        "vae": _draw(vae, 4),
+    }
+
+
+def _draw(shapes, seed):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: (0.3 * rng.standard_normal(leaf.shape)).astype(np.float32), shapes
+    )
+
+
+def _sizes(config):
+    fields = dataclasses.asdict(config)
+    return {name: fields[name] for name in fields if name not in NOT_SIZES}
