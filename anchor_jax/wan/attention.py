@@ -10,7 +10,7 @@ from einops import rearrange
 from flax import struct
 
 from anchor_jax.wan.layers import Dense, RmsNorm
-from anchor_jax.wan.rope import Rotary, rotate
+from anchor_jax.wan.rope import Rotary, rotate, rotate_as
 from anchor_jax.wan.spec import ModelConfig
 
 
@@ -57,8 +57,12 @@ class Prefix:
             return kernel.pad(kernel.lay_out(x), tokens)
 
         def turned(k):
-            return laid_out(k if turn is None else rotate(k, turn))
+            k = kernel.lay_out(k)
+            return kernel.pad(k if by is None else rotate_as(k, *by), tokens)
 
+        by = None
+        if turn is not None:
+            by = [kernel.lay_out(x[None, :, :, None]) for x in (turn.cos, turn.sin)]
         keys = jax.lax.map(turned, past.k)
         if kernel.in_place:
             return LayersKV(k=keys, v=laid_out(past.v))

@@ -103,12 +103,16 @@ def rotate(x: jax.Array, by: Rotary) -> jax.Array:
       x: [..., frame, token, head, dim].
       by: rotation of every frame and token.
     """
+    return rotate_as(x, by.cos[:, :, None], by.sin[:, :, None])
+
+
+def rotate_as(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Returns `x` rotated as `rotate` does, by what is laid out as `x` is."""
     wide = x.astype(jnp.float32)
     # Each channel's partner by rolling: lanes stay in place, which every backend likes.
     odd = np.arange(x.shape[-1]) % 2 == 1
     partner = jnp.where(odd, jnp.roll(wide, 1, -1), jnp.roll(wide, -1, -1))
-    turned = wide * by.cos[:, :, None] + partner * by.sin[:, :, None]
-    return turned.astype(x.dtype)
+    return (wide * cos + partner * sin).astype(x.dtype)
 
 
 def timestep_sinusoid(timestep: jax.Array, dim: int) -> jax.Array:
