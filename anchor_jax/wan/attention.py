@@ -88,8 +88,9 @@ class Spans:
     def attend(self, kernel, q, k, v, past=None):
         """Returns [batch, frame, token, head, dim] attended values."""
         if past is not None:
-            k = jnp.concatenate([k, past.k.astype(k.dtype)], axis=1)
-            v = jnp.concatenate([v, past.v.astype(v.dtype)], axis=1)
+            past_k, past_v = past.one()
+            k = jnp.concatenate([k, past_k.astype(k.dtype)], axis=1)
+            v = jnp.concatenate([v, past_v.astype(v.dtype)], axis=1)
         out = []
         for first, end, keys in self.spans:
             pick = functools.partial(_frames, spans=keys)

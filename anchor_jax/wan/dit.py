@@ -30,9 +30,11 @@ class Block(nn.Module):
     kernel: Any
 
     @nn.compact
-    def __call__(self, x, layer, time, query_rope, key_rope, visible):
+    def __call__(self, x, layer, time, query_rope, key_rope, visible, past):
         config = self.config
-        context, past = layer
+        context, number = layer
+        if past is not None:
+            past = kernels.Past(past.k, past.v, number)
         normal = nn.initializers.normal(config.dim**-0.5)
         table = self.param("modulation", normal, (6, config.dim), config.param_dtype)
         time = time + table.astype(config.dtype)
@@ -103,7 +105,7 @@ class WanDit(nn.Module):
         self.time_out = Dense(config.dim, *dtypes, small)
         self.time_projection = Dense(6 * config.dim, *dtypes)
         self.context = _over_layers(ContextLayer, config, (nn.broadcast,))(config)
-        axes = (0, *[nn.broadcast] * 4)
+        axes = (0, *[nn.broadcast] * 5)
         block = _over_layers(_remat(Block, config), config, axes)
         self.blocks = block(config, self.attention)
         self.head = Head(config)
@@ -165,8 +167,9 @@ class WanDit(nn.Module):
 
         query_rope = turn(query_position)
         key_rope = query_rope if key_position is None else turn(key_position)
+        numbers = jnp.arange(config.num_layers)
         x, own = self.blocks(
-            x, (context, past), modulation, query_rope, key_rope, visible
+            x, (context, numbers), modulation, query_rope, key_rope, visible, past
         )
         y = self.head(x, time)
         self.sow("intermediates", "head_out", y)

@@ -7,9 +7,9 @@ A kernel is static: a frozen object with
   that moves nothing), and `pad(x, own)`: the same, with room to whole tiles after the
   pass's `own` tokens; done once for all passes of a block;
 * `attend(q, k, v, past, seen)`: q, k, v [batch, token, head, dim] in, and
-  [batch, token, head, dim] out. Keys are the pass's own, then those of `past`, one
-  layer of what was laid out; of these the first `seen` (traced) are visible. Without
-  k and v all keys are those of `past`, with nothing padded;
+  [batch, token, head, dim] out. Keys are the pass's own, then those of `past`: one
+  layer of what was laid out, or a `Past`; of all these the first `seen` (traced) are
+  visible. Without k and v all keys are those of `past`, with nothing padded;
 * `refuses(dtype, head_dim)`: why it cannot serve such a model, or nothing.
 """
 
@@ -20,11 +20,26 @@ import math
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from flax import struct
 
 from anchor_jax.errors import UserError, suggest
 
 _LANES = 128
 _HIDDEN = -1e30
+
+
+@struct.dataclass
+class Past:
+    """Remembered keys and values of all layers, laid out, and the layer in question."""
+
+    k: jax.Array
+    v: jax.Array
+    layer: jax.Array
+
+    def one(self) -> tuple[jax.Array, jax.Array]:
+        """Returns keys and values of the layer."""
+        pick = jax.lax.dynamic_index_in_dim
+        return tuple(pick(x, self.layer, keepdims=False) for x in (self.k, self.v))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,23 +109,28 @@ class Heads:
 
     def attend(self, q, k, v, past=None, seen=None):
         own = 0 if k is None else k.shape[1]
-        keys = own + (0 if past is None else past.k.shape[2])
+        keys = own + (0 if past is None else past.k.shape[self.axis])
         if q.shape[1] * keys < self.least:
-            by_token = jax.tree.map(lambda x: rearrange(x, "b h t d -> b t h d"), past)
-            return Plain().attend(q, k, v, by_token, seen)
+            return Plain().attend(q, k, v, self._by_token(past), seen)
         batch, scale = q.shape[0], jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
         q = rearrange(q * scale, "b t h d -> (b h) t d")
-        parts = []
         if own:
-            parts += [rearrange(x, "b t h d -> (b h) t d") for x in (k, v)]
-        if keys > own:
-            parts += [rearrange(x, "b h t d -> (b h) t d") for x in (past.k, past.v)]
+            k, v = (rearrange(x, "b t h d -> (b h) t d") for x in (k, v))
         if own and keys > own:
-            out = _shown_part(q, *parts, keys - own if seen is None else seen - own)
+            out = _shown_part(q, k, v, past, keys - own if seen is None else seen - own)
         else:
+            if not own:
+                k, v = (rearrange(x, "b h t d -> (b h) t d") for x in _one(past))
             bias = None if seen is None else _bias(keys, seen)
-            out = _each_head(q, *parts, bias=bias)
+            out = _each_head(q, k, v, bias=bias)
         return rearrange(out, "(b h) t d -> b t h d", b=batch)
+
+    def _by_token(self, past):
+        """Returns the layout of `Plain`."""
+        if past is None:
+            return None
+        k, v = (rearrange(x, "b h t d -> b t h d") for x in _one(past))
+        return Past(k[None], v[None], jnp.int32(0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,44 +242,54 @@ def named(name: str, dtype: str, head_dim: int):
     return KERNELS[name]
 
 
+def _one(past) -> tuple[jax.Array, jax.Array]:
+    return past.one() if isinstance(past, Past) else (past.k, past.v)
+
+
 def _joined(k, v, past, axis: int):
     """Returns own keys and values followed by remembered ones."""
     if past is None:
         return k, v
+    past_k, past_v = _one(past)
     if k is None:
-        return past.k, past.v
-    whole = jnp.concatenate([k, past.k.astype(k.dtype)], axis=axis)
-    return whole, jnp.concatenate([v, past.v.astype(v.dtype)], axis=axis)
+        return past_k, past_v
+    whole = jnp.concatenate([k, past_k.astype(k.dtype)], axis=axis)
+    return whole, jnp.concatenate([v, past_v.astype(v.dtype)], axis=axis)
 
 
-def _shown_part(q, k, v, past_k, past_v, shown):
+def _shown_part(q, k, v, past, shown):
     """Returns attention over own keys and the first `shown` remembered ones.
 
     Args:
-      q: [head, query, dim], scaled.
+      q: [head, query, dim], scaled; heads of all videos in a row.
       k: [head, own, dim].
       v: as `k`.
-      past_k: [head, key, dim].
-      past_v: as `past_k`.
+      past: in the layout of `Heads`.
       shown: traced.
     """
-    size = past_k.shape[1]
+    size, first = past.k.shape[-2], 0
+    if isinstance(past, Past):
+        first = past.layer * len(q)
+    stored = [x.reshape(-1, *x.shape[-2:]) for x in (past.k, past.v)]
     unit = math.gcd(k.shape[1], size)
     steps = size // unit if size // unit <= 8 else 1
     unit = size // steps
 
     def part(count: int):
-        def run():
-            if not count:
-                return _each_head(q, k, v)
-            end = count * unit
-            bias = _bias(end, shown)
-            return _each_head(q, k, v, past_k[:, :end], past_v[:, :end], bias=bias)
+        end = count * unit
+        bias = _bias(end, shown)
 
-        return run
+        def one_head(head):
+            *own, number = head
+            # Cut head by head: cut at once, the whole past would be copied.
+            place, cut = (first + number, 0, 0), (1, end, k.shape[-1])
+            seen = (jax.lax.dynamic_slice(x, place, cut)[0] for x in stored)
+            return _one_head(*own, *seen, bias=bias)
 
-    used = jnp.clip(-(-shown // unit), 0, steps)
-    return jax.lax.switch(used, [part(count) for count in range(steps + 1)])
+        return lambda: jax.lax.map(one_head, (q, k, v, jnp.arange(len(q))))
+
+    branches = [lambda: _each_head(q, k, v), *map(part, range(1, steps + 1))]
+    return jax.lax.switch(jnp.clip(-(-shown // unit), 0, steps), branches)
 
 
 def _bias(size: int, shown) -> jax.Array:
