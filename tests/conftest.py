@@ -7,6 +7,7 @@ import platform
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import pytest
 
 DEVICES = 4
 
@@ -19,3 +20,12 @@ if jax.config.jax_num_cpu_devices != DEVICES:
 _kept = pathlib.Path(__file__).parents[1] / ".jax_cache" / platform.machine()
 jax.config.update("jax_compilation_cache_dir", str(_kept))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Compiling, not running, is what takes the time in many tests."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -508,7 +508,7 @@ def test_the_digest_tells_what_was_taken_apart(ported_digest, rewrite_ported, fi
         ("vae", "temporal_downsample", ["a"], "true or false"),
         ("vae", "latent_std", [0.0] * 16, "deviations > 0"),
         ("vae", "latent_mean", ["x"] * 16, "finite numbers"),
-        ("vae", "conv", "fft", "expected 'taps' or 'native'"),
+        ("vae", "conv", "fft", "'auto', 'taps' or 'native'"),
     ],
 )
 def test_wrong_sizes_of_ported_weights_are_one_message(
