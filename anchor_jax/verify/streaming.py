@@ -23,7 +23,7 @@ from anchor_jax.streaming import stream
 from anchor_jax.streaming.types import BlockNoise, StreamSetup, StreamState
 from anchor_jax.verify.case import Case, CaseError, Checks, whole
 from anchor_jax.verify.networks import CLOSE, dit_params, model_config
-from anchor_jax.wan.rope import of_pairs, rotary, rotate
+from anchor_jax.wan.rope import Rotary, rotary, rotate
 from anchor_jax.wan.spec import LatentGrid
 
 RANGE = 21
@@ -356,7 +356,7 @@ def _as_stored(run: Run, keys: np.ndarray, frames: list[int]) -> np.ndarray:
         # Official behaviour: frame 0 is stored rotated, all others are not.
         first = (position == 0)[:, None, None]
         cos, sin = jnp.where(first, turn.cos, 1.0), jnp.where(first, turn.sin, 0.0)
-        turn = of_pairs(cos, sin)
+        turn = Rotary(cos=cos, sin=sin)
     return np.asarray(rotate(jnp.asarray(keys), turn))
 
 
