@@ -82,6 +82,19 @@ class ReleaseJunction(Junction):
 
 
 @dataclasses.dataclass(frozen=True)
+class TrainedJunction(ReleaseJunction):
+    """As in the release's training: no prior junction, the clean pass captures.
+
+    Source: algorithm.md D3, D4, D8; rules `release`.
+    """
+
+    keeps_prior = False
+
+    def prior(self, index: CacheIndex):
+        return index.switches < 0
+
+
+@dataclasses.dataclass(frozen=True)
 class PeriodicJunction(ReleaseJunction):
     """The release's single-prompt pipeline: captured anew every `every` blocks.
 
@@ -111,12 +124,15 @@ class Flush:
 class Recache:
     """The window's clean frames are run again under the new prompt.
 
-    With `rewrite_sink` the sink too is replaced, by the oldest of these frames.
+    With `rewrite_sink` the sink too is replaced, by the oldest of these frames. With
+    `zero_sink` it is emptied before, and seen as zeros from then on, as in the
+    release's training.
 
-    Source: algorithm.md 5.
+    Source: algorithm.md 5, D1.
     """
 
     rewrite_sink: bool = False
+    zero_sink: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +215,10 @@ class Policy:
     @property
     def keeps_prior(self) -> bool:
         return bool(self.junction and self.junction.keeps_prior)
+
+    @property
+    def zeroes_sink(self) -> bool:
+        return isinstance(self.on_switch, Recache) and self.on_switch.zero_sink
 
     @property
     def junction_start(self) -> int:
@@ -482,6 +502,16 @@ def single_prompt(policy: Policy) -> Policy:
         junction = PeriodicJunction(policy.junction.frames)
         return dataclasses.replace(policy, junction=junction)
     return policy
+
+
+def as_trained(policy: Policy) -> Policy:
+    """Returns the policy as the release's training has it (design-notes.md, table)."""
+    junction, on_switch = policy.junction, policy.on_switch
+    if isinstance(junction, Junction):
+        junction = TrainedJunction(junction.frames)
+    if isinstance(on_switch, Recache):
+        on_switch = Recache(rewrite_sink=on_switch.rewrite_sink, zero_sink=True)
+    return dataclasses.replace(policy, junction=junction, on_switch=on_switch)
 
 
 __all__ = ["EMPTY", "POLICIES", "Policy"]

@@ -68,6 +68,11 @@ def _put(slots: jax.Array, piece: jax.Array, place: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(slots, piece, place, axis=2)
 
 
+def emptied(stored: LayersKV, slots: int) -> LayersKV:
+    """Returns the cache with its first slots zero."""
+    return jax.tree.map(lambda x: x.at[:, :, :slots].set(0), stored)
+
+
 def gather(stored: LayersKV, source: jax.Array) -> LayersKV:
     """Returns the cache with every slot refilled from another."""
     return jax.tree.map(lambda x: jnp.take(x, source, axis=2), stored)

@@ -158,6 +158,7 @@ def approach(
     solver,
     fresh: jax.Array | None = None,
     carry=None,
+    until=None,
 ) -> tuple[jax.Array, Passes, object]:
     """Returns the clean latents that the sampler reaches from `noise`.
 
@@ -170,9 +171,12 @@ def approach(
       solver: `Renoise`, `Euler` or `UniPC`.
       fresh: [level - 1, ...] noise for `Renoise`; drawn outside, since it is data.
       carry: passed from call to call of `denoise`.
+      until: traced number of passes after which the rest are left out, their entries
+        of `Passes` zero; None runs all.
 
     Returns:
-      Clean latents, what every pass saw and said, and the last carry.
+      Clean latents, or what the sampler has after `until` passes; what every pass saw
+      and said; and the last carry.
     """
     if fresh is None:
         fresh = jnp.zeros((len(levels) - 1, *noise.shape), noise.dtype)
@@ -192,8 +196,26 @@ def approach(
         return (following, memory, carry), Passes(noisy, predicted, x0)
 
     state = (noise, solver.init(noise), carry)
-    (x0, _, carry), passes = jax.lax.scan(one_level, state, rows)
+    if until is None:
+        (x0, _, carry), passes = jax.lax.scan(one_level, state, rows)
+        return x0, passes, carry
+    rows["number"] = np.arange(len(levels))
+    (x0, _, carry), passes = jax.lax.scan(_up_to(until, one_level), state, rows)
     return x0, passes, carry
+
+
+def _up_to(until, one_level: Callable) -> Callable:
+    """Returns `one_level`, which from level `until` on changes nothing."""
+
+    def leave_out(state, level):
+        passes = jax.eval_shape(one_level, state, level)[1]
+        return state, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), passes)
+
+    def choose(state, level):
+        running = level["number"] < until
+        return jax.lax.cond(running, one_level, leave_out, state, level)
+
+    return choose
 
 
 def guide(predicted: jax.Array, scale: float) -> jax.Array:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from anchor_jax import flow
 from anchor_jax.cache import store
 from anchor_jax.cache.policies import Flush, Policy, Rerun
 from anchor_jax.cache.types import KVCache, ReadPlan
@@ -99,6 +100,24 @@ def step(
     All noise levels, the clean pass and the commit are one program. `state` is
     donated.
     """
+    return advance(variables, state, noise, setup=setup)[:2]
+
+
+def advance(
+    variables, state: StreamState, noise: BlockNoise, leave=None, *, setup: StreamSetup
+) -> tuple[StreamState, Block, LayersKV | None]:
+    """Returns the stream one block later, the block, and what it left in the cache.
+
+    What `step` compiles; training runs it inside programs of its own.
+
+    Args:
+      variables: the generator's collections.
+      state: as for `step`.
+      noise: as for `step`.
+      leave: number of the level whose estimate is the block, traced; later levels
+        are not run. None runs them all.
+      setup: static.
+    """
     policy, index = setup.policy, state.cache.index
     plan = policy.read(index)
     write, done = policy.write(index)
@@ -106,31 +125,73 @@ def step(
     capture = write.junction[0] < policy.slots if policy.keeps_prior else None
 
     def run(latents, timestep, kept):
-        flow, own = _forward(setup, variables, state.context, plan)(
+        predicted, own = _forward(setup, variables, state.context, plan)(
             latents, timestep, memory.past(kept)
         )
-        return flow, own, memory.captured(kept, own, capture)
+        return predicted, own, memory.captured(kept, own, capture)
 
     def denoise(noisy, timestep, kept):
-        flow, _, kept = run(noisy, timestep, kept)
-        return flow, kept
+        predicted, _, kept = run(noisy, timestep, kept)
+        return predicted, kept
 
     latents, passes, kept = approach(
-        denoise, noise.initial, setup.levels, setup.solver, noise.fresh, memory.kept()
+        denoise,
+        noise.initial,
+        setup.levels,
+        setup.solver,
+        noise.fresh,
+        memory.kept(),
+        None if leave is None else leave + 1,
     )
+    if leave is not None:
+        latents = passes.x0[leave]
     if not policy.remembers:
         cache = state.cache.replace(index=done)
-        return state.replace(cache=cache), Block(latents, plan, passes, None)
-    committed, own, kept = run(latents, jnp.float32(0), kept)
-    slots = store.commit(state.cache.slots, own, write)
+        return state.replace(cache=cache), Block(latents, plan, passes, None), None
+    clean = latents
+    if setup.floor:
+        clean = flow.add_noise(latents, noise.floor, setup.floor)
+    committed, own, kept = run(clean, jnp.float32(0), kept)
     cache = KVCache(
-        slots=slots,
+        slots=store.commit(state.cache.slots, own, write),
         prior=kept[1] if policy.keeps_prior else None,
         index=done,
     )
     recent = _remember(state.recent, latents, index.start)
     state = StreamState(cache=cache, context=state.context, recent=recent)
-    return state, Block(latents, plan, passes, committed)
+    return state, Block(latents, plan, passes, committed), own
+
+
+def estimate(
+    variables, state: StreamState, noisy: jax.Array, level, *, setup: StreamSetup
+) -> jax.Array:
+    """Returns x0 of a block's one pass, as the loop of `advance` makes it.
+
+    What gradients flow through: the pass at the level that a block was left at.
+
+    Args:
+      variables: the generator's collections.
+      state: before the block.
+      noisy: what the pass saw.
+      level: its number, traced.
+      setup: static; the policy keeps no prior junction.
+    """
+    plan = setup.policy.read(state.cache.index)
+    memory = _Memory(setup, state.cache, plan)
+    timestep, sigma = (
+        jnp.asarray(getattr(setup.levels, name), jnp.float32)[level]
+        for name in ("timestep", "sigma")
+    )
+    predicted, _ = _forward(setup, variables, state.context, plan)(
+        noisy, timestep, memory.past(None)
+    )
+    return flow.x0_from_flow(predicted, noisy, sigma)
+
+
+def recommit(cache: KVCache, own: LayersKV, *, setup: StreamSetup) -> KVCache:
+    """Returns the cache as `advance` leaves it, of what a block left in it."""
+    write, done = setup.policy.write(cache.index)
+    return cache.replace(slots=store.commit(cache.slots, own, write), index=done)
 
 
 @functools.partial(jax.jit, static_argnames=("setup", "rerun"), donate_argnames="state")
@@ -172,6 +233,9 @@ def switch(
         source, index = policy.flush(cache.index)
         slots = store.gather(cache.slots, source)
         cache = cache.replace(slots=slots, index=index)
+    if policy.zeroes_sink:
+        cache = cache.replace(slots=store.emptied(cache.slots, policy.sink))
+        state = state.replace(cache=cache)
     if rerun:
         cache, block = _recache(variables, state, context, setup, rerun)
     index = policy.switched(cache.index, requested, jnp.asarray(cut))

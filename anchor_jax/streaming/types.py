@@ -21,7 +21,8 @@ class StreamSetup:
 
     `guidance` other than 1 runs every video twice, with its prompt and with the
     negative one; the context's batch is then [prompts..., negatives...]. `kernel` is
-    one of `anchor_jax.wan.kernels`; None is the best for the machine at hand.
+    one of `anchor_jax.wan.kernels`; None is the best for the machine at hand. Of
+    `floor` is the noise level that latents get for the clean pass.
     """
 
     model: ModelConfig
@@ -31,6 +32,7 @@ class StreamSetup:
     solver: Renoise | Euler | UniPC = Renoise()
     guidance: float = 1.0
     kernel: Any = None
+    floor: float = 0.0
 
     @property
     def tokens(self) -> tuple[int, int]:
@@ -57,11 +59,12 @@ class BlockNoise:
     """The random numbers of one block, drawn outside: noise is data.
 
     `initial` is [batch, block, height, width, channel]; `fresh` has a leading axis
-    of levels - 1.
+    of levels - 1. `floor` is like `initial`, for setups that noise the clean pass.
     """
 
     initial: jax.Array
     fresh: jax.Array
+    floor: jax.Array | None = None
 
 
 @struct.dataclass

@@ -44,7 +44,7 @@ class Case:
     config: dict[str, Any]
     inputs: Tensors
     outputs: Tensors
-    trace: list[Any] | None = None
+    trace: Any = None
     dtype: str = "float32"  # that the networks compute in; recordings are float32
 
     @property
@@ -158,8 +158,6 @@ def load_case(folder: pathlib.Path) -> Case:
     outputs = _beside(folder, "outputs.safetensors", "outputs")
     trace = folder / "trace.json"
     trace = _read_json(trace) if trace.exists() else None
-    if trace is not None and not isinstance(trace, list):
-        raise CaseError("trace.json must hold a list of records")
     return Case(
         folder=folder,
         config=config,

@@ -417,12 +417,7 @@ def _token_ids(case: Case, config: text.TextConfig) -> tuple[np.ndarray, np.ndar
 def verify_vae(case: Case, checks: Checks) -> None:
     """Compares encoding, decoding whole and in pieces, and what a stream keeps."""
     config = _vae_config(case, checks)
-    stride = config.spatial_stride
-    pixels = jnp.zeros((1, 1, stride, stride, 3))
-    shapes = jax.eval_shape(vae.WanVae(config).init, jax.random.key(0), pixels)
-    run = functools.partial(
-        _run_vae, convert(case.weights(), rules.VAE, shapes["params"]), config=config
-    )
+    run = functools.partial(_run_vae, vae_params(case, config), config=config)
     movie = video(case.inputs["video"], "video", 3)
     for name, part in (("", movie), ("_single_frame", movie[:, :1])):
         (latents, mean), _ = run(part, None, method="encode")
@@ -466,26 +461,39 @@ def _first(x: jax.Array) -> np.ndarray:
 
 def _vae_config(case: Case, checks: Checks) -> vae.VaeConfig:
     """Returns the VAE's sizes; 16 channels must have the published mean and spread."""
-    flags = case.setting("model", "temperal_downsample")
-    if not isinstance(flags, list) or not all(isinstance(x, bool) for x in flags):
-        raise CaseError("config.json: model.temperal_downsample must list flags")
-    if case.setting("model", "attn_scales", default=[]) != []:
-        raise CaseError("config.json: model.attn_scales can only be empty")
     names = ("latent_mean", "latent_std")
     scale = {name: np.ravel(case.inputs[name]) for name in names}
     if case.size("model", "z_dim") == len(vae.LATENT_MEAN):
         ours = vae.LATENT_MEAN, vae.LATENT_STD
         for name, value in zip(names, ours, strict=True):
             checks.compare(name, np.float32(value), scale[name], absolute=1e-6)
+    scale = {name: tuple(map(float, value)) for name, value in scale.items()}
+    return dataclasses.replace(vae_sizes(case, "model"), **scale)
+
+
+def vae_sizes(case: Case, section: str) -> vae.VaeConfig:
+    """Returns the VAE that a section of the config names."""
+    flags = case.setting(section, "temperal_downsample")
+    if not isinstance(flags, list) or not all(isinstance(x, bool) for x in flags):
+        raise CaseError(f"config.json: {section}.temperal_downsample must list flags")
+    if case.setting(section, "attn_scales", default=[]) != []:
+        raise CaseError(f"config.json: {section}.attn_scales can only be empty")
     return vae.VaeConfig(
-        base_dim=case.size("model", "dim"),
-        z_dim=case.size("model", "z_dim"),
-        dim_mult=case.sizes("model", "dim_mult", low=1, high=64),
-        num_res_blocks=case.size("model", "num_res_blocks", high=64),
+        base_dim=case.size(section, "dim"),
+        z_dim=case.size(section, "z_dim"),
+        dim_mult=case.sizes(section, "dim_mult", low=1, high=64),
+        num_res_blocks=case.size(section, "num_res_blocks", high=64),
         temporal_downsample=tuple(flags),
         dtype=case.dtype,
-        **{name: tuple(map(float, value)) for name, value in scale.items()},
     )
+
+
+def vae_params(case: Case, config: vae.VaeConfig, prefix: str = ""):
+    """Returns the VAE's parameters, every official name accounted for."""
+    stride = config.spatial_stride
+    pixels = jnp.zeros((1, 1, stride, stride, 3))
+    shapes = jax.eval_shape(vae.WanVae(config).init, jax.random.key(0), pixels)
+    return convert(case.weights(prefix), rules.VAE, shapes["params"])
 
 
 def _compare_stream(case: Case, checks: Checks, latent: np.ndarray, run) -> None:

@@ -33,6 +33,10 @@ KINDS = {
     "streaming_tri_region": "anchor_jax.verify.streaming:verify_stream",
     "streaming_variants": "anchor_jax.verify.streaming:verify_stream",
     "infinity_rope_kv_flush": "anchor_jax.verify.streaming:verify_flush",
+    "dmd": "anchor_jax.verify.training:verify_dmd",
+    "ode_regression": "anchor_jax.verify.training:verify_ode_regression",
+    "self_forcing": "anchor_jax.verify.training:verify_self_forcing",
+    "streaming_training": "anchor_jax.verify.training:verify_streaming_training",
 }
 
 _FILES = ("config.json", "inputs.safetensors", "outputs.safetensors", "trace.json")

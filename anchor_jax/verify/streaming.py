@@ -55,6 +55,14 @@ class Run:
     def policy(self) -> Policy:
         return self.setup.policy
 
+    @property
+    def trace(self) -> list:
+        """The recorded calls of the generator; none if there is no trace."""
+        trace = self.case.trace or []
+        if not isinstance(trace, list):
+            raise CaseError("trace.json must hold a list of records")
+        return trace
+
 
 def verify_stream(case: Case, checks: Checks) -> None:
     """Compares a recorded stream of the official sampler with ours."""
@@ -99,7 +107,7 @@ def verify_flush(case: Case, checks: Checks) -> None:
 
 def _finish(run: Run, latents: list[np.ndarray]) -> None:
     whole = np.concatenate(latents, axis=1)
-    run.checks.compare("latents", _frames_first(whole), absolute=CLOSE)
+    run.checks.compare("latents", frames_first(whole), absolute=CLOSE)
     run.checks.leave_out(
         r"junction\..*", "junction buffers of a stream whose policy has no junction"
     )
@@ -140,14 +148,15 @@ def _begin(case: Case, checks: Checks, policy: Policy) -> Run:
     count = sum(bool(re.fullmatch(r"prompt_embeds\.\d+", name)) for name in case.inputs)
     contexts = []
     for number in range(max(1, count)):
-        text = _padded(case.inputs[f"prompt_embeds.{number}"], config.text_len)
+        text = padded(case.inputs[f"prompt_embeds.{number}"], config.text_len)
         text = np.repeat(text, len(case.inputs["noise"]) // len(text), axis=0)
         contexts.append(stream.project(variables, text, setup=setup))
     state = stream.start(contexts[0], setup=setup)
     return Run(case, checks, setup, variables, contexts, state)
 
 
-def _padded(text: np.ndarray, length: int) -> np.ndarray:
+def padded(text: np.ndarray, length: int) -> np.ndarray:
+    """Returns prompts [batch, text, dim] with rows of zeros up to a length."""
     missing = length - text.shape[1]
     if text.ndim != 3 or missing < 0:
         raise CaseError(
@@ -184,7 +193,7 @@ def _switch(run: Run, requested: int, first: int, cut: bool = False) -> None:
     if name in run.checks.outputs:
         # The official pass also runs frames whose keys it does not store: the newest
         # ones are those that count.
-        ours = _frames_first(block.committed)
+        ours = frames_first(block.committed)
         theirs = run.checks.outputs[name][:, -ours.shape[1] :]
         run.checks.compare(name, ours, theirs, absolute=CLOSE)
     _compare_trace(run, block.plan, ("recache",), "recache", number)
@@ -204,7 +213,7 @@ def _block(run: Run, number: int) -> np.ndarray:
         ours[f"flow.{name}.step{level}"] = block.passes.flow[level]
         ours[f"x0.{name}.step{level}"] = block.passes.x0[level]
     for key in ours.keys() & outputs.keys():
-        run.checks.compare(key, _frames_first(ours[key]), absolute=CLOSE)
+        run.checks.compare(key, frames_first(ours[key]), absolute=CLOSE)
     _compare_trace(run, block.plan, ("denoise", "context"), "block", number)
     _compare_cache(run, f"after_{name}")
     return np.asarray(block.latents)
@@ -239,7 +248,7 @@ def _append(run: Run, number: int) -> None:
 
 def _compare_trace(run: Run, plan: ReadPlan, kinds, key: str, number: int) -> None:
     """Compares frames seen and RoPE positions with the records of some passes."""
-    for record in run.case.trace or []:
+    for record in run.trace:
         if not isinstance(record, dict) or record.get(key) != number:
             continue
         if record.get("kind") not in kinds:
@@ -249,7 +258,7 @@ def _compare_trace(run: Run, plan: ReadPlan, kinds, key: str, number: int) -> No
             seen = record["kv_frames_attended"]
             run.checks.equal(f"{label}.frames", int(plan.frames), seen)
         for region, expected in _recorded_positions(record).items():
-            ours = _positions(run, plan, region)
+            ours = plan_positions(run.policy, plan, region)
             if kinds == ("recache",) and region in ("query", "key_new"):
                 expected = expected[-len(ours) :]
             run.checks.equal(f"{label}.{region}", ours, expected)
@@ -276,9 +285,9 @@ def _recorded_positions(record: dict) -> dict[str, list[int]]:
     return found
 
 
-def _positions(run: Run, plan: ReadPlan, region: str) -> list[int]:
+def plan_positions(policy: Policy, plan: ReadPlan, region: str) -> list[int]:
     """Returns the positions of one region of a plan, in order of time."""
-    policy, own = run.policy, np.asarray(plan.own).tolist()
+    own = np.asarray(plan.own).tolist()
     if region in ("query", "key_new"):
         return np.asarray(plan.query if region == "query" else plan.own).tolist()
     ring, past = policy.sink + policy.local, np.asarray(plan.past).tolist()
@@ -360,6 +369,6 @@ def _as_stored(run: Run, keys: np.ndarray, frames: list[int]) -> np.ndarray:
     return np.asarray(rotate(jnp.asarray(keys), turn))
 
 
-def _frames_first(latents) -> np.ndarray:
+def frames_first(latents) -> np.ndarray:
     """Returns [B, F, H, W, C] as the recorded [B, F, C, H, W]."""
     return np.moveaxis(np.asarray(latents), -1, 2)

@@ -1,0 +1,241 @@
+"""Losses, each a function of arrays and of a `Score`; one per equation.
+
+Noise and timesteps are data: drawn outside, passed in.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from anchor_jax import flow
+from anchor_jax.wan.attention import ContextKV, bidirectional
+from anchor_jax.wan.dit import WanDit
+from anchor_jax.wan.spec import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Tables:
+    """How timesteps become noise levels: exactly, as sigma = t / 1000.
+
+    Source: algorithm.md D12; rules `paper`.
+    """
+
+    def noising(self, timestep: jax.Array) -> jax.Array:
+        """Returns the noise level that latents are noised to."""
+        return timestep / flow.TRAIN_STEPS
+
+    def scoring(self, timestep: jax.Array) -> jax.Array:
+        """Returns the noise level at which a score's flow is read as x0."""
+        return timestep / flow.TRAIN_STEPS
+
+
+@dataclasses.dataclass(frozen=True)
+class ReleaseTables(Tables):
+    """Looked up in 1000-entry tables, those of the scores shifted otherwise.
+
+    Source: algorithm.md D12; rules `release`.
+    """
+
+    shift: float = 5.0
+    score_shift: float = 8.0
+
+    def noising(self, timestep: jax.Array) -> jax.Array:
+        return flow.lookup_sigma(timestep, self.shift)
+
+    def scoring(self, timestep: jax.Array) -> jax.Array:
+        return flow.lookup_sigma(timestep, self.score_shift)
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """A bidirectional network that says where noisy clips come from; static."""
+
+    model: ModelConfig
+    tables: Tables = Tables()
+    kernel: Any = None
+
+    def project(self, variables, embedding: jax.Array) -> ContextKV:
+        """Returns prompts [batch, text, text_dim] as the network attends to them."""
+        network = WanDit(self.model, self.kernel)
+        return network.apply(variables, embedding, method="project")
+
+    def x0(self, variables, noisy, timestep, context: ContextKV) -> jax.Array:
+        """Returns clean clips [batch, frame, height, width, channel].
+
+        Args:
+          variables: the network's collections.
+          noisy: clips at one level each.
+          timestep: [batch], 1000 sigma.
+          context: of `project`.
+        """
+        frames = noisy.shape[1]
+        predicted, _ = WanDit(self.model, self.kernel).apply(
+            variables,
+            noisy,
+            jnp.broadcast_to(timestep[:, None], noisy.shape[:2]),
+            context,
+            bidirectional(frames),
+            jnp.arange(frames),
+        )
+        return flow.x0_from_flow(predicted, noisy, self.tables.scoring(timestep))
+
+
+@struct.dataclass
+class Distillation:
+    """The generator's loss of a clip, and how it came about.
+
+    `gradient` is that of the loss by the latents. `gap` is the mean magnitude of the
+    difference of the two scores before it is normalised.
+    """
+
+    loss: jax.Array
+    gradient: jax.Array
+    gap: jax.Array
+    noisy: jax.Array
+    fake: jax.Array
+    real_with: jax.Array
+    real_without: jax.Array
+    real: jax.Array
+    difference: jax.Array
+    normalizer: jax.Array
+    direction: jax.Array
+
+
+def distribution_matching(
+    latents: jax.Array,
+    noise: jax.Array,
+    timestep: jax.Array,
+    mask: jax.Array,
+    *,
+    fake: tuple[Score, Any, jax.Array],
+    real: tuple[Score, Any, jax.Array, jax.Array],
+    guidance: float = 3.0,
+) -> Distillation:
+    """Returns the distribution-matching loss and its gradient by the latents.
+
+    The gradient of a clip is (fake - real) / mean |x - real| on the frames of the
+    mask, over the number of their elements; the loss is half its mean square before
+    that, so that its gradient is this one.
+
+    Args:
+      latents: generated clips [batch, frame, height, width, channel].
+      noise: like `latents`.
+      timestep: [batch], of `flow.dmd_timestep`.
+      mask: [frame] whether a frame has a loss.
+      fake: the critic, its variables, the prompts' embeddings.
+      real: the teacher, its variables, the prompts' and the negative embeddings.
+      guidance: real = with + guidance (with - without).
+
+    Source: DMD (arXiv:2311.18828) equation 7; algorithm.md 7.4, D23.
+    """
+    latents, noise = jax.lax.stop_gradient((latents, noise))
+    sigma = fake[0].tables.noising(timestep)
+    noisy = flow.add_noise(latents, noise, sigma)
+    fake_x0 = _x0(fake[0], fake[1], noisy, timestep, fake[2])
+    twice = jnp.concatenate([noisy, noisy])
+    both = jnp.concatenate([timestep, timestep])
+    embeddings = jnp.concatenate([real[2], real[3]])
+    real_with, real_without = jnp.split(
+        _x0(real[0], real[1], twice, both, embeddings), 2
+    )
+    real_x0 = real_with + guidance * (real_with - real_without)
+    difference = fake_x0 - real_x0
+    normalizer = jnp.mean(jnp.abs(latents - real_x0), axis=(1, 2, 3, 4))
+    direction = jnp.nan_to_num(difference / flow.spread(normalizer, difference))
+    weight = _frame_weights(mask, latents)
+    return Distillation(
+        loss=0.5 * jnp.sum(weight * jnp.square(direction)),
+        gradient=weight * direction,
+        gap=jnp.mean(jnp.abs(difference)),
+        noisy=noisy,
+        fake=fake_x0,
+        real_with=real_with,
+        real_without=real_without,
+        real=real_x0,
+        difference=difference,
+        normalizer=normalizer,
+        direction=direction,
+    )
+
+
+def score_flow(
+    variables,
+    score: Score,
+    latents: jax.Array,
+    noise: jax.Array,
+    timestep: jax.Array,
+    embedding: jax.Array,
+    mask: jax.Array,
+) -> jax.Array:
+    """Returns the critic's loss on generated clips: its flow against noise - x.
+
+    Args:
+      variables: the critic's collections, with gradient.
+      score: the critic.
+      latents: generated clips, constants.
+      noise: like `latents`.
+      timestep: [batch], of `flow.dmd_timestep`.
+      embedding: the prompts'.
+      mask: [frame] whether a frame has a loss.
+
+    Source: DMD2 (arXiv:2405.14867) section 3; algorithm.md 7.5.
+    """
+    latents = jax.lax.stop_gradient(latents)
+    sigma = score.tables.noising(timestep)
+    noisy = flow.add_noise(latents, noise, sigma)
+    x0 = _x0(score, variables, noisy, timestep, embedding)
+    predicted = flow.flow_from_x0(x0, noisy, sigma)
+    return jnp.sum(
+        _frame_weights(mask, latents) * jnp.square(predicted - (noise - latents))
+    )
+
+
+def clean_regression(x0: jax.Array, target: jax.Array, timestep: jax.Array):
+    """Returns the mean square distance to clean latents, of frames that have noise.
+
+    Args:
+      x0: predictions [batch, frame, height, width, channel].
+      target: like `x0`.
+      timestep: [batch, frame]; frames at 0 are left out.
+
+    Source: CausVid (arXiv:2412.07772) equation 6; algorithm.md 7.1.
+    """
+    error = jnp.mean(jnp.square(x0 - target), axis=(2, 3, 4))
+    return weighted_mean(error, timestep != 0)
+
+
+def flow_matching(predicted, latents, noise, weight=None) -> jax.Array:
+    """Returns the mean square distance of a flow to noise - x.
+
+    Args:
+      predicted: [batch, frame, height, width, channel].
+      latents: like it.
+      noise: like it.
+      weight: [batch, frame], of the frames; None: all count the same.
+
+    Source: flow matching (arXiv:2210.02747); algorithm.md 2.
+    """
+    error = jnp.mean(jnp.square(predicted - (noise - latents)), axis=(2, 3, 4))
+    return jnp.mean(error) if weight is None else weighted_mean(error, weight)
+
+
+def weighted_mean(values: jax.Array, weight: jax.Array) -> jax.Array:
+    """Returns the mean of what has weight; 0 if nothing has."""
+    weight = jnp.asarray(weight, jnp.float32)
+    return jnp.sum(values * weight) / jnp.maximum(jnp.sum(weight), 1e-9)
+
+
+def _x0(score: Score, variables, noisy, timestep, embedding) -> jax.Array:
+    context = score.project(variables, embedding)
+    x0 = score.x0(variables, noisy, timestep, context)
+    return x0.astype(jnp.float32)
+
+
+def _frame_weights(mask: jax.Array, like: jax.Array) -> jax.Array:
+    """Returns 1 / (elements that count) on frames of the mask, else 0."""
+    mask = jnp.asarray(mask, jnp.float32)
+    count = jnp.sum(mask) * like[:, 0].size
+    return (mask / count)[None, :, None, None, None]

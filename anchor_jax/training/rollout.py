@@ -1,0 +1,253 @@
+"""Chunks of a sequence that the generator makes for training, and their gradient.
+
+A chunk is made by the sampler's own step without gradient. The gradient of a loss by
+its latents is then pulled back through one pass of each block, one block at a time:
+what is kept for it is one block's, whatever the length of the chunk.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from anchor_jax.cache import store
+from anchor_jax.cache.types import KVCache, ReadPlan
+from anchor_jax.streaming import stream
+from anchor_jax.streaming.types import BlockNoise, StreamSetup, StreamState
+from anchor_jax.wan.attention import LayersKV
+
+
+@struct.dataclass
+class Rollout:
+    """What a sequence carries from one chunk to the next.
+
+    `recent` is as in `StreamState`; `previous` holds the last clean latent frames, as
+    many as the loss sees, [batch, frame, height, width, channel].
+    """
+
+    cache: KVCache
+    recent: jax.Array
+    previous: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """A prompt switch within a chunk; static.
+
+    Attributes:
+      block: of the chunk, the first one under the new prompt.
+      start: latent frame of that block in the sequence.
+      requested: latent frame of the sequence at which the switch was asked for.
+    """
+
+    block: int
+    start: int
+    requested: int
+
+
+@struct.dataclass
+class Chunk:
+    """New blocks of a sequence, and what their gradient needs.
+
+    Blocks before a prompt switch have no gradient (algorithm.md 7.3.3).
+
+    Attributes:
+      latents: [batch, frame, height, width, channel], of all blocks.
+      cache: before the first block with a gradient.
+      noisy: [block, batch, ...] what the pass with the gradient saw.
+      own: [block, layer, ...] what these blocks left in the cache.
+      plans: what each block of the chunk saw, stacked.
+      recache: what the switch's pass saw, or None.
+    """
+
+    latents: jax.Array
+    cache: KVCache
+    noisy: jax.Array
+    own: LayersKV
+    plans: ReadPlan
+    recache: ReadPlan | None
+
+
+def begin(setup: StreamSetup, batch: int, frames: int) -> Rollout:
+    """Returns a sequence that has not begun; the loss sees `frames`."""
+    rows, columns = setup.tokens
+    shape = (setup.grid.height, setup.grid.width, setup.model.latent_channels)
+    return Rollout(
+        cache=store.init_cache(setup.policy, setup.model, batch, rows * columns),
+        recent=jnp.zeros((batch, setup.recent, *shape), setup.model.dtype),
+        previous=jnp.zeros((batch, frames, *shape), setup.model.dtype),
+    )
+
+
+def roll(
+    variables,
+    rollout: Rollout,
+    prompts: tuple[jax.Array, ...],
+    noise: BlockNoise,
+    leave: jax.Array,
+    *,
+    setup: StreamSetup,
+    turn: Turn | None = None,
+) -> tuple[Rollout, Chunk]:
+    """Returns a sequence one chunk later, and the chunk. Nothing has a gradient.
+
+    Args:
+      variables: the generator's collections.
+      rollout: the sequence.
+      prompts: embeddings [batch, text, text_dim]: the chunk's, and with a turn the
+        new one's after it.
+      noise: its arrays have a leading axis, the chunk's blocks.
+      leave: number of the noise level whose estimate is a block; traced.
+      setup: static.
+      turn: static.
+    """
+    variables, rollout = jax.lax.stop_gradient((variables, rollout))
+    state = StreamState(rollout.cache, _project(variables, prompts[0], setup), None)
+    state = state.replace(recent=rollout.recent)
+    parts, recache = [], None
+    first = turn.block if turn else 0
+    if first:
+        state, part = _blocks(variables, state, _cut(noise, 0, first), leave, setup)
+        parts.append(part)
+    if turn:
+        state, block = stream.switch(
+            variables,
+            state,
+            _project(variables, prompts[1], setup),
+            turn.requested,
+            setup=setup,
+            rerun=setup.policy.rerun(turn.start),
+        )
+        recache = block.plan if block else None
+    cache = state.cache
+    state, part = _blocks(variables, state, _cut(noise, first, None), leave, setup)
+    parts.append(part)
+    latents, plans = (
+        jax.tree.map(lambda *x: jnp.concatenate(x), *(one[name] for one in parts))
+        for name in ("latents", "plans")
+    )
+    latents = _in_a_row(latents)
+    before = jnp.concatenate([rollout.previous, latents], axis=1)
+    previous = before[:, before.shape[1] - rollout.previous.shape[1] :]
+    chunk = Chunk(latents, cache, part["noisy"], part["own"], plans, recache)
+    return Rollout(state.cache, state.recent, previous), chunk
+
+
+def pull_back(
+    trainable,
+    frozen,
+    chunk: Chunk,
+    prompt: jax.Array,
+    leave: jax.Array,
+    cotangent: jax.Array,
+    *,
+    setup: StreamSetup,
+):
+    """Returns the gradient by `trainable` of a loss on a chunk's latents.
+
+    Cached keys and values are constants (algorithm.md D5).
+
+    Args:
+      trainable: collections of the generator with a gradient.
+      frozen: its other collections.
+      chunk: of `roll` with these collections.
+      prompt: the chunk's last embedding.
+      leave: as for `roll`.
+      cotangent: gradient of the loss by the latents of the blocks that have one,
+        [batch, frame, height, width, channel]: the chunk's last frames.
+      setup: static.
+    """
+    blocks = chunk.noisy.shape[0]
+    batch, frames, *rest = cotangent.shape
+    by_block = cotangent.reshape(batch, blocks, frames // blocks, *rest)
+
+    def estimate(trainable, cache, noisy):
+        variables = {**frozen, **trainable}
+        state = StreamState(cache, _project(variables, prompt, setup), None)
+        return stream.estimate(variables, state, noisy, leave, setup=setup)
+
+    def one_block(carry, block):
+        cache, total = carry
+        noisy, own, by_latents = block
+        x0, pull = jax.vjp(lambda some: estimate(some, cache, noisy), trainable)
+        (found,) = pull(by_latents.astype(x0.dtype))
+        total = jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, found)
+        return (stream.recommit(cache, own, setup=setup), total), None
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable)
+    xs = (chunk.noisy, chunk.own, jnp.moveaxis(by_block, 1, 0))
+    (_, total), _ = jax.lax.scan(one_block, (chunk.cache, zeros), xs)
+    return total
+
+
+def window(
+    previous: jax.Array, latents: jax.Array, renew: Callable
+) -> tuple[jax.Array, np.ndarray]:
+    """Returns the frames that the loss sees and which of them have one.
+
+    The new frames after as many earlier ones as are missing, the first of which is
+    encoded anew as the single frame that begins a clip: scores know no others.
+
+    Args:
+      previous: clean frames before the chunk, as many as the loss sees.
+      latents: the chunk's.
+      renew: (latents up to a frame) -> that frame as a clip's first latent.
+
+    Source: algorithm.md 7.3.2.
+    """
+    frames, new = previous.shape[1], latents.shape[1]
+    mask = np.arange(frames) >= frames - new
+    if new == frames:
+        return latents, mask
+    whole = jnp.concatenate([previous, latents], axis=1)
+    image = renew(whole[:, : new + 1]).astype(latents.dtype)
+    return jnp.concatenate([image, whole[:, new + 1 :]], axis=1), mask
+
+
+def renew_last(params, latents: jax.Array, *, codec) -> jax.Array:
+    """Returns the last frame of a clip, encoded alone as a clip's first latent.
+
+    As though the clip began a video (algorithm.md 7.3.2).
+
+    Args:
+      params: the codec's parameters.
+      latents: [batch, frame, height, width, channel].
+      codec: static.
+    """
+    pixels, _ = codec.decode(params, None, latents)
+    return jnp.asarray(codec.encode(params, pixels[:, -1:]))
+
+
+def _blocks(variables, state: StreamState, noise: BlockNoise, leave, setup):
+    """Returns the stream some blocks later, and what each of them made."""
+
+    def one(carry, noise):
+        now = StreamState(carry[0], state.context, carry[1])
+        now, block, own = stream.advance(variables, now, noise, leave, setup=setup)
+        made = {
+            "latents": block.latents,
+            "noisy": block.passes.noisy[leave],
+            "own": own,
+            "plans": block.plan,
+        }
+        return (now.cache, now.recent), made
+
+    (cache, recent), made = jax.lax.scan(one, (state.cache, state.recent), noise)
+    return StreamState(cache, state.context, recent), made
+
+
+def _cut(noise: BlockNoise, first: int, end: int | None) -> BlockNoise:
+    return jax.tree.map(lambda x: x[first:end], noise)
+
+
+def _in_a_row(latents: jax.Array) -> jax.Array:
+    """Returns [block, batch, frame, ...] as [batch, block x frame, ...]."""
+    blocks, batch, frames, *rest = latents.shape
+    return jnp.moveaxis(latents, 0, 1).reshape(batch, blocks * frames, *rest)
+
+
+def _project(variables, embedding, setup: StreamSetup):
+    return stream.project(variables, embedding, setup=setup)

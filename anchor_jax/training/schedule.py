@@ -1,0 +1,101 @@
+"""Sequences and their chunks, as integers: what is generated when, under which prompt.
+
+Source: algorithm.md 7.3.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from anchor_jax.training.rollout import Turn
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One chunk of a sequence.
+
+    Attributes:
+      start: its first new latent frame.
+      new: its new frames.
+      turn: the prompt switch that it holds, or None.
+      prompt: the prompt that it begins with, 0 or 1.
+    """
+
+    start: int
+    new: int
+    turn: Turn | None
+    prompt: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.new
+
+    @property
+    def last_prompt(self) -> int:
+        """The prompt of its last block, under which its loss is taken."""
+        return 1 if self.turn else self.prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How sequences are cut into chunks.
+
+    Attributes:
+      frames: latent frames that the loss sees, all new in a sequence's first chunk.
+      block: frames denoised together; later chunks show one block again.
+      length: frames after which no chunk begins that would not fit.
+      switches: frames of which each sequence takes one for its prompt switch; none:
+        sequences have one prompt.
+    """
+
+    frames: int = 21
+    block: int = 3
+    length: int = 240
+    switches: tuple[int, ...] = tuple(range(21, 202, 18))
+
+    def __post_init__(self):
+        for name in ("frames", "length"):
+            size = getattr(self, name)
+            if size < self.block or self.frames % self.block:
+                raise ValueError(
+                    f"plan: {name}={size} must hold blocks of {self.block} frames, and"
+                    f" frames={self.frames} be a multiple of it"
+                )
+        if self.length < self.frames:
+            raise ValueError(
+                f"plan: length={self.length} must hold a first chunk of"
+                f" frames={self.frames}"
+            )
+        late = [at for at in self.switches if not 0 < at < self.length]
+        if late:
+            raise ValueError(
+                f"plan: switches at {late} must lie between 0 and length={self.length}"
+            )
+
+    def switch(self, seed: int, number: int) -> int | None:
+        """Returns the latent frame at which a sequence's prompt switches."""
+        if not self.switches:
+            return None
+        rng = np.random.default_rng((seed, number, 1))
+        return int(rng.choice(self.switches))
+
+    def piece(self, start: int, switch: int | None) -> Piece | None:
+        """Returns the chunk that begins at a frame, None where the sequence ends."""
+        new = self.frames if start == 0 else self.frames - self.block
+        if start + new > self.length:
+            return None
+        turn, prompt = None, 0
+        if switch is not None:
+            first = -(-switch // self.block) * self.block
+            prompt = int(first < start)
+            if start <= first < start + new:
+                turn = Turn((first - start) // self.block, first, switch)
+        return Piece(start, new, turn, prompt)
+
+    def pieces(self, switch: int | None) -> tuple[Piece, ...]:
+        """Returns all chunks of a sequence."""
+        found, start = [], 0
+        while piece := self.piece(start, switch):
+            found.append(piece)
+            start = piece.end
+        return tuple(found)
