@@ -54,13 +54,11 @@ class Plan:
     switches: tuple[int, ...] = tuple(range(21, 202, 18))
 
     def __post_init__(self):
-        for name in ("frames", "length"):
-            size = getattr(self, name)
-            if size < self.block or self.frames % self.block:
-                raise ValueError(
-                    f"plan: {name}={size} must hold blocks of {self.block} frames, and"
-                    f" frames={self.frames} be a multiple of it"
-                )
+        if self.block < 1 or self.frames < self.block or self.frames % self.block:
+            raise ValueError(
+                f"plan: frames={self.frames} must be a multiple of block={self.block},"
+                " which must be 1 or more"
+            )
         if self.length < self.frames:
             raise ValueError(
                 f"plan: length={self.length} must hold a first chunk of"

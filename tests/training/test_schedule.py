@@ -1,0 +1,67 @@
+"""Sequences as integers, against the timeline of algorithm.md 7.3 and 10.4."""
+
+import pytest
+
+from anchor_jax.training.rollout import Turn
+from anchor_jax.training.schedule import Plan
+
+
+def test_chunks_are_those_of_the_release():
+    pieces = Plan().pieces(None)
+
+    assert [piece.start for piece in pieces] == [0, *range(21, 220, 18)]
+    assert len(pieces) == 13 and pieces[-1].end == 237
+    assert [piece.new for piece in pieces] == [21, *[18] * 12]
+    assert all(piece.turn is None and piece.last_prompt == 0 for piece in pieces)
+
+
+def test_a_switch_belongs_to_one_chunk():
+    pieces = Plan().pieces(39)
+
+    turns = {piece.start: piece.turn for piece in pieces if piece.turn}
+    assert turns == {39: Turn(block=0, start=39, requested=39)}
+    assert [piece.prompt for piece in pieces[:4]] == [0, 0, 0, 1]
+    assert [piece.last_prompt for piece in pieces[:4]] == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("requested", "start", "block", "frame"),
+    [(40, 39, 1, 42), (20, 21, 0, 21), (1, 0, 1, 3), (56, 57, 0, 57)],
+)
+def test_a_switch_takes_effect_at_the_next_block(requested, start, block, frame):
+    pieces = Plan().pieces(requested)
+
+    turns = {piece.start: piece.turn for piece in pieces if piece.turn}
+    assert turns == {start: Turn(block, frame, requested)}
+
+
+def test_switches_are_drawn_from_the_choices_and_from_the_seed_alone():
+    plan = Plan()
+
+    drawn = [plan.switch(seed=0, number=number) for number in range(200)]
+
+    assert set(drawn) == set(range(21, 202, 18))
+    assert drawn == [plan.switch(0, number) for number in range(200)]
+    assert drawn != [plan.switch(1, number) for number in range(200)]
+    assert Plan(switches=()).switch(0, 0) is None
+
+
+def test_a_short_plan_is_one_chunk_a_sequence():
+    (piece,) = Plan(length=21, switches=()).pieces(None)
+
+    assert (piece.start, piece.new) == (0, 21)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"frames": 20},
+        {"length": 20},
+        {"block": 0, "frames": 0},
+        {"switches": (0,)},
+        {"switches": (240,)},
+    ],
+)
+def test_plans_that_make_no_sense_are_refused(wrong):
+    with pytest.raises(ValueError, match="plan"):
+        Plan(**wrong)
