@@ -1,4 +1,4 @@
-"""Chunks for training: they are the sampler's, and their gradient is the chain rule's."""
+"""Chunks for training: the sampler makes them, the chain rule is their gradient."""
 
 import dataclasses
 
