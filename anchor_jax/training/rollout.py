@@ -14,6 +14,7 @@ import numpy as np
 from flax import struct
 
 from anchor_jax.cache import store
+from anchor_jax.cache.policies import Rerun
 from anchor_jax.cache.types import KVCache, ReadPlan
 from anchor_jax.streaming import stream
 from anchor_jax.streaming.types import BlockNoise, StreamSetup, StreamState
@@ -39,13 +40,11 @@ class Turn:
 
     Attributes:
       block: of the chunk, the first one under the new prompt.
-      start: latent frame of that block in the sequence.
-      requested: latent frame of the sequence at which the switch was asked for.
+      rerun: what is run again before it, of `Policy.rerun`.
     """
 
     block: int
-    start: int
-    requested: int
+    rerun: Rerun | None
 
 
 @struct.dataclass
@@ -91,6 +90,7 @@ def roll(
     *,
     setup: StreamSetup,
     turn: Turn | None = None,
+    requested=0,
 ) -> tuple[Rollout, Chunk]:
     """Returns a sequence one chunk later, and the chunk. Nothing has a gradient.
 
@@ -103,6 +103,7 @@ def roll(
       leave: number of the noise level whose estimate is a block; traced.
       setup: static.
       turn: static.
+      requested: latent frame of the sequence at which the turn was asked for, traced.
     """
     variables, rollout = jax.lax.stop_gradient((variables, rollout))
     state = StreamState(rollout.cache, _project(variables, prompts[0], setup), None)
@@ -117,9 +118,9 @@ def roll(
             variables,
             state,
             _project(variables, prompts[1], setup),
-            turn.requested,
+            requested,
             setup=setup,
-            rerun=setup.policy.rerun(turn.start),
+            rerun=turn.rerun,
         )
         recache = block.plan if block else None
     cache = state.cache

@@ -7,8 +7,6 @@ import dataclasses
 
 import numpy as np
 
-from anchor_jax.training.rollout import Turn
-
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
@@ -17,13 +15,13 @@ class Piece:
     Attributes:
       start: its first new latent frame.
       new: its new frames.
-      turn: the prompt switch that it holds, or None.
+      turn: latent frame of the first block under the new prompt, if it holds that.
       prompt: the prompt that it begins with, 0 or 1.
     """
 
     start: int
     new: int
-    turn: Turn | None
+    turn: int | None
     prompt: int
 
     @property
@@ -33,7 +31,7 @@ class Piece:
     @property
     def last_prompt(self) -> int:
         """The prompt of its last block, under which its loss is taken."""
-        return 1 if self.turn else self.prompt
+        return self.prompt if self.turn is None else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,11 +85,11 @@ class Plan:
             first = -(-switch // self.block) * self.block
             prompt = int(first < start)
             if start <= first < start + new:
-                turn = Turn((first - start) // self.block, first, switch)
+                turn = first
         return Piece(start, new, turn, prompt)
 
     def pieces(self, switch: int | None) -> tuple[Piece, ...]:
-        """Returns all chunks of a sequence."""
+        """Returns all chunks of a sequence with a switch at that frame, if any."""
         found, start = [], 0
         while piece := self.piece(start, switch):
             found.append(piece)

@@ -17,7 +17,7 @@ from anchor_jax.porting.convert import export
 from anchor_jax.streaming.types import BlockNoise, StreamSetup
 from anchor_jax.training import losses, rollout
 from anchor_jax.training.losses import Distillation, ReleaseTables, Score
-from anchor_jax.training.rollout import Chunk, Rollout
+from anchor_jax.training.rollout import Chunk, Rollout, Turn
 from anchor_jax.training.schedule import Piece, Plan
 from anchor_jax.verify.case import Case, CaseError, Checks, short, whole
 from anchor_jax.verify.networks import (
@@ -383,6 +383,7 @@ def verify_streaming_training(case: Case, checks: Checks) -> None:
         renew,
         rollout.begin(networks.setup, batch, plan.frames),
         _prompts(case, networks.setup.model, "cond", "switch", "uncond"),
+        switch,
     )
     for record, piece in zip(chunks, pieces, strict=False):
         run.chunk(record, piece)
@@ -406,6 +407,7 @@ class _Sequence:
     renew: Callable
     state: Rollout
     prompts: tuple[np.ndarray, ...]
+    switch: int | None
 
     def chunk(self, record: dict, piece: Piece) -> None:
         """Makes the next chunk, and compares all that was recorded of it."""
@@ -420,8 +422,14 @@ class _Sequence:
         previous = self.state.previous
         noise = _noise(draws, noise, leave, setup)
         prompts = self.prompts[piece.prompt : piece.last_prompt + 1]
+        turn = None
+        if piece.turn is not None:
+            block = (piece.turn - piece.start) // setup.policy.block
+            turn = Turn(block, setup.policy.rerun(piece.turn))
         given = (self.networks.generator, self.state, prompts, noise, leave)
-        self.state, chunk = _roll(*given, setup=setup, turn=piece.turn)
+        self.state, chunk = _roll(
+            *given, setup=setup, turn=turn, requested=self.switch or 0
+        )
         clip, mask = rollout.window(previous, chunk.latents, self.renew)
         for what, value in (("new_frames", chunk.latents), ("loss_chunk", clip)):
             checks.compare(f"{name}.{what}", frames_first(value), absolute=CLOSE)
@@ -503,7 +511,7 @@ class _Sequence:
             self.checks.equal(f"{label}.frames", int(plan.frames), frames)
             self._compare_positions(label, call, plan, recaching)
             turned = piece.prompt == 1 or (
-                piece.turn is not None and (recaching or plan.start >= piece.turn.start)
+                piece.turn is not None and (recaching or plan.start >= piece.turn)
             )
             prompt = ("cond", "switch")[int(turned)]
             self.checks.equal(f"{label}.prompt", prompt, call["prompt"])

@@ -1,0 +1,239 @@
+"""What training carries from step to step, and how parameters move."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from optax.contrib import MuonDimensionNumbers, muon
+
+from anchor_jax.training.rollout import Rollout
+
+OPTIMIZERS = ("adamw", "muon")
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """How one network's parameters move; static.
+
+    Attributes:
+      name: "adamw", or "muon": matrices of the transformer's layers take Muon at
+        `muon_factor` times the rate, all else Adam.
+      learning_rate: after `warmup` steps and until the last share `decay` of all.
+      betas: of Adam's two means.
+      eps: of Adam.
+      weight_decay: decoupled, on every parameter; AdamW alone.
+      clip: largest global norm of a gradient.
+      warmup: steps of a linear rise.
+      decay: share of all steps in which the rate falls linearly to 0.
+      muon_factor: of the matrices.
+
+    Source: algorithm.md 7, table; Muon (arXiv:2502.16982).
+    """
+
+    name: str = "adamw"
+    learning_rate: float = 2e-6
+    betas: tuple[float, float] = (0.0, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip: float = 10.0
+    warmup: int = 0
+    decay: float = 0.0
+    muon_factor: float = 5.0
+
+    def __post_init__(self):
+        problem = self._problem()
+        if problem:
+            raise ValueError(f"optimizer: {problem}")
+
+    def _problem(self) -> str | None:
+        if self.name not in OPTIMIZERS:
+            return f"name={self.name!r} must be one of {OPTIMIZERS}"
+        for field in ("learning_rate", "eps", "clip", "muon_factor"):
+            if not 0 < getattr(self, field) < float("inf"):
+                return f"{field}={getattr(self, field)} must be above 0"
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            return f"betas={self.betas} must be two numbers from 0 to below 1"
+        if not 0 <= self.decay <= 1:
+            return f"decay={self.decay} must lie between 0 and 1"
+        if self.warmup < 0 or self.weight_decay < 0:
+            return "warmup and weight_decay must be 0 or more"
+        return None
+
+    def scale(self, steps: int):
+        """Returns what the rate is multiplied with, a function of the update's number.
+
+        Args:
+          steps: updates in all.
+        """
+        hold = max(self.warmup, round(steps * (1 - self.decay)))
+        parts = [optax.constant_schedule(1.0)]
+        bounds = []
+        if self.warmup:
+            parts.insert(0, optax.linear_schedule(0.0, 1.0, self.warmup))
+            bounds.append(self.warmup)
+        if hold < steps:
+            parts.append(optax.linear_schedule(1.0, 0.0, steps - hold))
+            bounds.append(hold)
+        return optax.join_schedules(parts, bounds)
+
+    def transform(self, steps: int) -> optax.GradientTransformation:
+        """Returns the gradient transformation for a training of so many updates."""
+        scale = self.scale(steps)
+
+        def rate(factor: float):
+            return lambda count: self.learning_rate * factor * scale(count)
+
+        if self.name == "muon":
+            moved = muon(
+                rate(self.muon_factor),
+                beta=0.95,
+                adam_b1=self.betas[0],
+                adam_b2=self.betas[1],
+                adam_learning_rate=rate(1.0),
+                muon_weight_dimension_numbers=_matrices,
+                consistent_rms=0.2,
+            )
+        else:
+            b1, b2 = self.betas
+            moved = optax.adamw(
+                rate(1.0), b1, b2, self.eps, weight_decay=self.weight_decay
+            )
+        return optax.chain(optax.clip_by_global_norm(self.clip), moved)
+
+
+def _matrices(params):
+    """Returns which axes of the layers' matrices Muon makes orthogonal."""
+
+    def choose(path, leaf):
+        names = [key.key for key in path]
+        stacked = names[0] == "params" and names[1] in ("blocks", "context")
+        if stacked and names[-1] == "kernel" and leaf.ndim == 3:
+            return MuonDimensionNumbers(1, 2)
+        return None
+
+    return jax.tree_util.tree_map_with_path(choose, params)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ema:
+    """A running mean of the generator; static.
+
+    Attributes:
+      decay: share of the old mean that an update keeps; 0 is no mean.
+      start: update from which there is one; it begins as the parameters then.
+      warm: whether the share is at first smaller, (1 + n) / (10 + n) after n updates.
+
+    Source: algorithm.md 7, table.
+    """
+
+    decay: float = 0.99
+    start: int = 200
+    warm: bool = False
+
+    def __post_init__(self):
+        if not 0 <= self.decay < 1 or self.start < 0:
+            raise ValueError(
+                f"ema: decay={self.decay} must lie in [0, 1) and start={self.start} be"
+                " 0 or more"
+            )
+
+    def next(self, mean, params, number):
+        """Returns the mean after update `number`, counted from 0."""
+        number = jnp.asarray(number, jnp.float32)
+        keep = jnp.float32(self.decay)
+        if self.warm:
+            keep = jnp.minimum(keep, (1 + number) / (10 + number))
+        keep = jnp.where(number > self.start, keep, 0.0)
+        return optax.incremental_update(params, mean, 1 - keep)
+
+
+@struct.dataclass
+class TrainState:
+    """All that the next step needs, but for frozen weights and the data.
+
+    Attributes:
+      step: of the trainer.
+      rng: key data of the run; every draw is a function of it and the step.
+      updates: of the generator.
+      sound: whether every loss and gradient so far was finite; once false, nothing
+        changes any more.
+      generator: its collections with a gradient, float32.
+      opt_generator: its optimizer's state.
+      ema: the running mean of `generator`, or None.
+      fake_score: the critic's collections with a gradient, or None.
+      opt_fake_score: its optimizer's state, or None.
+      rollout: the sequence under way, or None.
+    """
+
+    step: jax.Array
+    rng: jax.Array
+    updates: jax.Array
+    sound: jax.Array
+    generator: dict[str, Any]
+    opt_generator: Any
+    ema: dict[str, Any] | None = None
+    fake_score: dict[str, Any] | None = None
+    opt_fake_score: Any = None
+    rollout: Rollout | None = None
+
+    def key(self, *numbers: int) -> jax.Array:
+        """Returns the key of a purpose in this step."""
+        key = jax.random.wrap_key_data(self.rng)
+        for number in (self.step, *numbers):
+            key = jax.random.fold_in(key, number)
+        return key
+
+
+def init_state(
+    seed: int,
+    generator,
+    generator_tx: optax.GradientTransformation,
+    *,
+    has_ema: bool,
+    fake_score=None,
+    fake_score_tx: optax.GradientTransformation | None = None,
+    rollout: Rollout | None = None,
+) -> TrainState:
+    """Returns the state before the first step; parameters are copied as float32."""
+
+    def master(tree):
+        return jax.tree.map(lambda x: jnp.array(x, jnp.float32), tree)
+
+    generator = master(generator)
+    state = TrainState(
+        step=jnp.int32(0),
+        rng=jax.random.key_data(jax.random.key(seed)),
+        updates=jnp.int32(0),
+        sound=jnp.array(True),
+        generator=generator,
+        opt_generator=generator_tx.init(generator),
+        ema=master(generator) if has_ema else None,
+        rollout=rollout,
+    )
+    if fake_score is None:
+        return state
+    fake_score = master(fake_score)
+    return state.replace(
+        fake_score=fake_score, opt_fake_score=fake_score_tx.init(fake_score)
+    )
+
+
+def moved(tx, gradient, opt_state, params, loss, sound):
+    """Returns parameters, optimizer state, the gradient's norm and soundness.
+
+    Where the loss or the gradient is not finite, nothing moves.
+    """
+    norm = optax.global_norm(gradient)
+    sound = sound & jnp.isfinite(loss) & jnp.isfinite(norm)
+    updates, after = tx.update(gradient, opt_state, params)
+    new = optax.apply_updates(params, updates)
+    params, opt_state = where(sound, (new, after), (params, opt_state))
+    return params, opt_state, norm, sound
+
+
+def where(condition, new, old):
+    """Returns one of two trees of the same shapes."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
