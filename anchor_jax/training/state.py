@@ -234,6 +234,24 @@ def moved(tx, gradient, opt_state, params, loss, sound):
     return params, opt_state, norm, sound
 
 
+def move_generator(state: TrainState, gradient, loss, tx, ema: Ema | None):
+    """Returns the state with the generator and its mean moved, and the norm."""
+    generator, opt_state, norm, sound = moved(
+        tx, gradient, state.opt_generator, state.generator, loss, state.sound
+    )
+    mean = state.ema
+    if ema is not None:
+        mean = where(sound, ema.next(mean, generator, state.updates), mean)
+    state = state.replace(
+        generator=generator,
+        opt_generator=opt_state,
+        ema=mean,
+        updates=state.updates + sound,
+        sound=sound,
+    )
+    return state, norm
+
+
 def where(condition, new, old):
     """Returns one of two trees of the same shapes."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)

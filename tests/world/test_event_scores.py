@@ -92,7 +92,7 @@ def test_ceiling_of_long_scripts():
 
 @pytest.mark.parametrize("kind", events.EVENTS)
 def test_mismatched_scripts_score_at_chance(kind):
-    rng = np.random.default_rng(4)
+    rng = np.random.default_rng(100)
     scores = event_scores.mismatch_control(rng, *coded(kind), draws=20)
     cells = scores["by_event"][kind]
     is_pair = kind == "enter"
@@ -106,7 +106,7 @@ def test_mismatched_scripts_score_at_chance(kind):
         "recalled_shape": 1 / 3,
     }
     for name in chance.keys() & cells:
-        assert abs(cells[name]["rate"] - chance[name]) < 0.06, name
+        assert abs(cells[name]["rate"] - chance[name]) < 0.05, name
     if kind != "hide":
         assert cells["all"]["rate"] < 0.03
         expected = 1 / 10 if is_pair else 1 / 5
@@ -117,7 +117,7 @@ def test_mismatched_scripts_score_at_chance(kind):
 
 @pytest.mark.parametrize("kind", scene.KINDS)
 def test_a_wrong_attribute_fails_alone(kind):
-    wrong = events.follow(np.random.default_rng(0), ONE, kind)
+    wrong = events.follow(_rng(), ONE, kind)
     _, found = results(film(ONE, ONE), events.follow(_rng(), wrong, kind), wrong)
     name = {"motion": "direction"}.get(kind, kind)
     fails = {one for one, right in found.flags.items() if not right}
@@ -261,6 +261,15 @@ def test_each_of_two_objects_has_its_own_place():
         assert one.visible.all()
         assert np.abs(scene.wrap(one.xy - xy)).max() < 0.6
     assert not shown.object("green").visible.any()
+
+
+def test_a_smaller_third_object_is_counted_but_not_one_of_the_two():
+    video = film(with_first(TWO, motion="still"))
+    video[:, 50:62, 40:52] = scene.COLORS["yellow"]
+    shown = event_scores.measure_frames(video, 0, 2)
+    assert (shown.count == 3).all()
+    seen = [bool(one.visible.any()) for one in shown.objects]
+    assert seen == [name in ("red", "blue") for name in scene.COLORS]
 
 
 @pytest.mark.parametrize("background", scene.BACKGROUNDS)

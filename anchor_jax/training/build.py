@@ -1,0 +1,333 @@
+"""From a config to a stage with its state, weights and data, ready for the loop."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from anchor_jax import flow, sharding
+from anchor_jax.bundle import Bundle
+from anchor_jax.cache import policies
+from anchor_jax.cache.policies import POLICIES, Policy
+from anchor_jax.errors import UserError, suggest
+from anchor_jax.streaming.types import StreamSetup
+from anchor_jax.training import placement, rollout
+from anchor_jax.training.distill import Distill
+from anchor_jax.training.losses import ReleaseTables, Score, Tables
+from anchor_jax.training.programs import DistillStage, RegressionStage, Stage
+from anchor_jax.training.regress import Regression
+from anchor_jax.training.schedule import Plan
+from anchor_jax.training.state import Ema, Optimizer, TrainState, init_state
+from anchor_jax.wan import kernels, lora
+from anchor_jax.wan.spec import ModelConfig
+
+STAGES = ("regression", "distillation")
+RULES = ("paper", "release")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank updates of generator and critic; rank 0 trains everything."""
+
+    rank: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RegressionConfig:
+    """The section `regression`; the fields are those of `Regression`.
+
+    `blocks` counts blocks of `block` frames; `text` trains the text encoder along.
+    """
+
+    forcing: str
+    endpoints: bool
+    block: int
+    blocks: int
+    shift: float
+    window: int | None
+    text: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillationConfig:
+    """The section `distillation`."""
+
+    policy: str
+    steps: tuple[int, ...]
+    shift: float
+    guidance: float
+    frames: int
+    length: int
+    switches: tuple[int, ...]
+    every: int
+    negative_prompt: str
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The fields of a training's config; `configs/train_dmd.py` explains them."""
+
+    stage: str
+    weights: str
+    teacher: str | None
+    critic: str | None
+    rules: str
+    steps: int
+    batch: int
+    seed: int
+    mesh: tuple[int, ...]
+    size: str | None
+    dtype: str | None
+    remat: str
+    attention: str
+    lora: LoraConfig
+    regression: RegressionConfig
+    distillation: DistillationConfig
+    optimizer: Optimizer
+    critic_optimizer: Optimizer
+    ema: Ema
+    data: Any
+    save_every: int
+    keep: int
+    log_every: int
+    sample_every: int
+    out: str
+
+
+@dataclasses.dataclass(eq=False)
+class Prepared:
+    """A stage ready to run.
+
+    Attributes:
+      stage: with its weights on the mesh and its data.
+      state: before the first step, on the mesh.
+      bundle: the generator's, with text encoder and codec.
+      counts: parameters by network, for the plan.
+    """
+
+    stage: Stage
+    state: TrainState
+    bundle: Bundle
+    counts: Mapping[str, int]
+
+
+Batches = Callable[[int], Mapping[str, Any]]
+
+
+def prepare(
+    config: TrainConfig,
+    bundle: Bundle,
+    batches: Batches,
+    teacher: Bundle | None = None,
+    critic: Bundle | None = None,
+) -> Prepared:
+    """Returns a stage with its first state.
+
+    Args:
+      config: of the training.
+      bundle: where the generator begins.
+      batches: number -> batch, as the stage takes it.
+      teacher: the real score, for distillation.
+      critic: where the fake score begins; None: as the teacher.
+
+    Raises:
+      UserError: Parts of the config do not go together.
+    """
+    mesh = make_mesh(config)
+    if config.stage == "regression":
+        return _prepare_regression(config, bundle, batches, mesh)
+    if config.stage == "distillation":
+        if teacher is None:
+            raise UserError("config.teacher is missing; distillation needs a teacher")
+        return _prepare_distillation(
+            config, bundle, batches, teacher, critic or teacher, mesh
+        )
+    known = suggest(config.stage, STAGES, "stages")
+    raise UserError(f"config.stage={config.stage!r}{known}")
+
+
+def make_mesh(config: TrainConfig) -> Mesh:
+    """Returns the mesh of a config.
+
+    Raises:
+      UserError: It does not fit the devices or the batch.
+    """
+    try:
+        mesh = sharding.make_mesh(config.mesh)
+    except ValueError as error:
+        raise UserError(f"config.mesh: {error}") from error
+    split = placement.videos_at_once(mesh)
+    if config.batch % split:
+        raise UserError(
+            f"config.batch={config.batch} must be a multiple of data x fsdp ="
+            f" {split} devices; choose {-(-config.batch // split) * split}"
+        )
+    return mesh
+
+
+def _prepare_regression(config, bundle: Bundle, batches, mesh: Mesh) -> Prepared:
+    section = config.regression
+    blocks = (section.block,) * section.blocks if section.forcing != "none" else ()
+    with _naming("config.regression"):
+        stage = Regression(
+            model=_model(config, bundle.model),
+            blocks=blocks,
+            forcing=section.forcing,
+            endpoints=section.endpoints,
+            shift=section.shift,
+            window=section.window,
+            text=bundle.text if section.text else None,
+            kernel=_kernel(config, bundle.model),
+        )
+    trained, frozen = _split(config, bundle.variables, 0)
+    if section.text:
+        trained = {**trained, "text": bundle.encode_prompts.params}
+    tx = config.optimizer.transform(config.steps)
+    ema = config.ema if config.ema.decay else None
+    state = init_state(config.seed, trained, tx, has_ema=ema is not None)
+    places = placement.of_state(state, mesh)
+    frozen = {"generator": frozen}
+    prepared = RegressionStage(
+        stage=stage,
+        frozen=placement.put(frozen, placement.of_frozen(frozen, mesh)),
+        mesh=mesh,
+        places=places,
+        tx=tx,
+        ema=ema,
+        batches=batches,
+    )
+    counts = {"generator": _count(bundle.variables), "trained": _count(trained)}
+    return Prepared(prepared, placement.put(state, places), bundle, counts)
+
+
+def _prepare_distillation(
+    config, bundle: Bundle, batches, teacher: Bundle, critic: Bundle, mesh: Mesh
+) -> Prepared:
+    section = config.distillation
+    stage = make_distill(config, bundle, teacher, critic)
+    trained, frozen = _split(config, bundle.variables, 0)
+    fake, fake_frozen = _split(config, critic.variables, 1)
+    updates = -(-config.steps // section.every)
+    tx = config.optimizer.transform(updates)
+    critic_tx = config.critic_optimizer.transform(config.steps)
+    ema = config.ema if config.ema.decay else None
+    state = init_state(
+        config.seed,
+        trained,
+        tx,
+        has_ema=ema is not None,
+        fake_score=fake,
+        fake_score_tx=critic_tx,
+        rollout=rollout.begin(stage.setup, config.batch, section.frames),
+    )
+    places = placement.of_state(state, mesh)
+    weights = {
+        "generator": frozen,
+        "fake_score": fake_frozen,
+        "real_score": dict(teacher.variables),
+        "codec": bundle.codec_params,
+    }
+    prepared = DistillStage(
+        stage=stage,
+        frozen=placement.put(weights, placement.of_frozen(weights, mesh)),
+        mesh=mesh,
+        places=places,
+        tx=tx,
+        critic_tx=critic_tx,
+        ema=ema,
+        batches=batches,
+        seed=config.seed,
+        every=section.every,
+    )
+    counts = {
+        "generator": _count(bundle.variables),
+        "trained": _count(trained),
+        "critic": _count(critic.variables),
+        "teacher": _count(teacher.variables),
+    }
+    return Prepared(prepared, placement.put(state, places), bundle, counts)
+
+
+def make_distill(config, bundle: Bundle, teacher: Bundle, critic: Bundle) -> Distill:
+    """Returns what is static about a distillation.
+
+    Raises:
+      UserError: A field of `distillation` is wrong.
+    """
+    section = config.distillation
+    is_release = config.rules == "release"
+    tables = ReleaseTables(shift=section.shift) if is_release else Tables()
+    with _naming("config.distillation"):
+        setup = StreamSetup(
+            model=_model(config, bundle.model),
+            grid=bundle.grid,
+            policy=_policy(config),
+            levels=flow.few_step_levels(section.steps, section.shift, table=is_release),
+            kernel=_kernel(config, bundle.model),
+            floor=float(flow.sigma_table(section.shift)[-1]) if is_release else 0.0,
+        )
+        return Distill(
+            setup=setup,
+            critic=Score(_model(config, critic.model), tables, setup.kernel),
+            teacher=Score(_model(config, teacher.model), tables, setup.kernel),
+            codec=bundle.codec,
+            plan=Plan(
+                frames=section.frames,
+                block=setup.policy.block,
+                length=section.length,
+                switches=section.switches,
+            ),
+            guidance=section.guidance,
+            shift=section.shift,
+            batch=config.batch,
+        )
+
+
+def _policy(config) -> Policy:
+    name = config.distillation.policy
+    if name not in POLICIES:
+        known = suggest(name, POLICIES, "policies")
+        raise UserError(f"config.distillation.policy={name!r}{known}")
+    if config.rules not in RULES:
+        known = suggest(config.rules, RULES, "rules")
+        raise UserError(f"config.rules={config.rules!r}{known}")
+    policy = POLICIES[name]
+    return policies.as_trained(policy) if config.rules == "release" else policy
+
+
+def _model(config, model: ModelConfig) -> ModelConfig:
+    """Returns a network's sizes for training: masters in float32."""
+    return dataclasses.replace(model, remat=config.remat, param_dtype="float32")
+
+
+def _kernel(config, model: ModelConfig):
+    return kernels.named(config.attention, model.dtype, model.head_dim)
+
+
+def _split(config, variables, number: int):
+    """Returns the collections that are trained and those that are not."""
+    rank = config.lora.rank
+    if not rank:
+        return {"params": variables["params"]}, {}
+    given = variables.get("lora")
+    if given is None:
+        key = jax.random.fold_in(jax.random.key(config.seed), number)
+        given = lora.init(variables["params"], rank, key)
+    return {"lora": given}, {"params": variables["params"]}
+
+
+@contextlib.contextmanager
+def _naming(section: str) -> Iterator[None]:
+    """Turns what a dataclass refuses into a message that names the section."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{section}: {error}") from error
+
+
+def _count(tree) -> int:
+    return sum(np.size(leaf) for leaf in jax.tree.leaves(dict(tree)))

@@ -1,0 +1,151 @@
+"""Checkpoints of a training: everything the next step needs, saved in the background.
+
+`OUT/<step>/` holds one Orbax item per network, as `anchor_jax.checkpoint` reads it.
+"""
+
+import dataclasses
+import pathlib
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from anchor_jax.checkpoint import FORMAT_VERSION
+from anchor_jax.errors import UserError
+from anchor_jax.training.programs import Cursor
+from anchor_jax.training.state import TrainState
+
+TREES = (
+    "generator",
+    "fake_score",
+    "ema",
+    "opt_generator",
+    "opt_fake_score",
+    "rollout",
+)
+
+
+@dataclasses.dataclass(eq=False)
+class Checkpoints:
+    """The checkpoints in a training's folder.
+
+    Attributes:
+      folder: of the training.
+      meta: goes into each checkpoint: the config and what reads the weights.
+      keep: how many of the last ones stay.
+      tell: is given a line when a checkpoint cannot be used.
+    """
+
+    folder: pathlib.Path
+    meta: Mapping[str, Any]
+    keep: int = 2
+    tell: Callable[[str], None] = lambda line: None
+
+    def __post_init__(self):
+        self.manager = self._manager()
+
+    def save(self, state: TrainState, cursor: Cursor) -> None:
+        """Begins to save; what is still being saved is finished first."""
+        step = int(state.step)
+        if step in self.manager.all_steps():
+            return
+        items = {
+            name: ocp.args.StandardSave(getattr(state, name)) for name in present(state)
+        }
+        data = {
+            "step": step,
+            "updates": int(state.updates),
+            "rng": np.asarray(state.rng).tolist(),
+            "cursor": dataclasses.asdict(cursor),
+        }
+        meta = {"format_version": FORMAT_VERSION, **self.meta}
+        self.manager.save(
+            step,
+            args=ocp.args.Composite(
+                **items, data=ocp.args.JsonSave(data), meta=ocp.args.JsonSave(meta)
+            ),
+        )
+
+    def restore(
+        self, state: TrainState, places: TrainState
+    ) -> tuple[TrainState, Cursor] | None:
+        """Returns the last state that is whole and its cursor; None if there is none.
+
+        Args:
+          state: of the same shapes.
+          places: its shardings.
+
+        Raises:
+          UserError: There are checkpoints, and none can be used.
+        """
+        steps = sorted(self.manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                return self._restore(step, state, places)
+            # Whatever a torn or foreign file raises; the one before it may be whole.
+            except Exception as error:  # noqa: BLE001
+                reason = " ".join(str(error).split())[:200]
+                self.tell(f"{self._set_aside(step)} is left out, not whole: {reason}")
+        if steps:
+            raise UserError(
+                f"{self.folder} holds the checkpoints {steps}, and none can be"
+                " continued by this config; choose another --config.out, or the config"
+                " that it began with"
+            )
+        return None
+
+    def wait(self) -> None:
+        """Returns when everything is on disk."""
+        self.manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Ends the writing."""
+        self.manager.close()
+
+    def _manager(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self.keep, cleanup_tmp_directories=True, create=True
+        )
+        return ocp.CheckpointManager(self.folder.absolute(), options=options)
+
+    def _set_aside(self, step: int) -> pathlib.Path:
+        """Renames a checkpoint that cannot be used, so that its step can be saved."""
+        self.manager.close()
+        place = self.folder / f"torn-{step}"
+        shutil.rmtree(place, ignore_errors=True)
+        (self.folder / str(step)).rename(place)
+        self.manager = self._manager()
+        return place
+
+    def _restore(self, step: int, state: TrainState, places: TrainState):
+        items = {}
+        for name in present(state):
+            abstract = jax.tree.map(
+                lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+                getattr(state, name),
+                getattr(places, name),
+            )
+            items[name] = ocp.args.StandardRestore(abstract)
+        found = self.manager.restore(
+            step, args=ocp.args.Composite(**items, data=ocp.args.JsonRestore())
+        )
+        data = found["data"]
+        scalars = {
+            "step": np.int32(data["step"]),
+            "updates": np.int32(data["updates"]),
+            "rng": np.asarray(data["rng"], np.uint32),
+        }
+        placed = {
+            name: jax.device_put(value, getattr(places, name))
+            for name, value in scalars.items()
+        }
+        trees = {name: found[name] for name in items}
+        return state.replace(**placed, **trees), Cursor(**data["cursor"])
+
+
+def present(state: TrainState) -> tuple[str, ...]:
+    """Returns the trees that a state has."""
+    return tuple(name for name in TREES if getattr(state, name) is not None)

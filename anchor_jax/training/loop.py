@@ -1,0 +1,147 @@
+"""The loop over training steps: resumes, watches, saves, and stops cleanly."""
+
+import collections
+import contextlib
+import dataclasses
+import pathlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from anchor_jax.errors import UserError
+from anchor_jax.media import replacing
+from anchor_jax.training.checkpoints import Checkpoints
+from anchor_jax.training.monitor import Monitor
+from anchor_jax.training.programs import Cursor, Stage
+from anchor_jax.training.state import TrainState
+
+_LAG = 2
+"""Steps whose numbers are not waited for, so that the device always has work."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """How long a training runs and how often it does what; in steps.
+
+    `sample_every` 0 makes no sample videos.
+    """
+
+    steps: int
+    save_every: int = 250
+    log_every: int = 10
+    sample_every: int = 0
+
+
+def train(
+    stage: Stage,
+    state: TrainState,
+    cursor: Cursor,
+    loop: Loop,
+    checkpoints: Checkpoints,
+    monitor: Monitor,
+    sample: Callable[[TrainState, int], None] | None = None,
+) -> TrainState:
+    """Runs a stage from a state to its last step and returns the last state.
+
+    Whatever ends it early, a checkpoint of the last whole step is left.
+
+    Args:
+      stage: compiled steps with their data.
+      state: donated.
+      cursor: that belongs to the state.
+      loop: lengths.
+      checkpoints: where states go.
+      monitor: is told of every step.
+      sample: makes sample videos of a state at a step.
+
+    Raises:
+      UserError: A loss or gradient was not finite; the state before it is saved, and
+        the batch.
+    """
+    waiting = collections.deque()
+    first = step = int(state.step)
+    with _stop_requests() as asked:
+        for step in range(first, loop.steps):
+            before = cursor
+            state, cursor, watch = stage.advance(state, cursor, step)
+            waiting.append((step, before, watch))
+            if len(waiting) > _LAG:
+                _note(waiting.popleft(), state, stage, checkpoints, monitor)
+            done = step + 1
+            if done % loop.save_every == 0 or done == loop.steps or asked():
+                _drain(waiting, state, stage, checkpoints, monitor)
+                checkpoints.save(state, cursor)
+            if sample and loop.sample_every and done % loop.sample_every == 0:
+                sample(state, done)
+            if asked():
+                break
+    _drain(waiting, state, stage, checkpoints, monitor)
+    checkpoints.save(state, cursor)
+    checkpoints.wait()
+    return state
+
+
+def _drain(waiting, *others) -> None:
+    while waiting:
+        _note(waiting.popleft(), *others)
+
+
+def _note(entry, state: TrainState, stage, checkpoints, monitor: Monitor) -> None:
+    """Tells of a step, whose numbers are waited for, and stops at a bad one."""
+    step, cursor, watch = entry
+    numbers = {name: float(np.asarray(value)) for name, value in watch.items()}
+    bad = {name: value for name, value in numbers.items() if not np.isfinite(value)}
+    if not bad:
+        monitor.note(step, numbers)
+        return
+    place = checkpoints.folder / f"failed-{step}.npz"
+    write_batch(stage, cursor, place)
+    # What comes next is another batch, or another sequence.
+    checkpoints.save(state, Cursor(cursor.number + 1))
+    checkpoints.wait()
+    shown = ", ".join(f"{name}={value}" for name, value in bad.items())
+    raise UserError(
+        f"step {step}: {shown}. It changed no weights: they are saved as"
+        f" {checkpoints.folder / str(step)}, its batch as {place}. Look at the batch;"
+        " the same command goes on after it, perhaps with a lower"
+        " optimizer.learning_rate or optimizer.clip"
+    )
+
+
+def write_batch(stage: Any, cursor: Cursor, place: pathlib.Path) -> None:
+    """Writes the arrays of a step's batch."""
+    batch = stage.batches(cursor.number)
+    arrays = {name: np.asarray(value) for name, value in batch.items()}
+    with replacing(place) as part, part.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[Callable[[], bool]]:
+    """Yields whether the process was asked to stop: SIGTERM, or Ctrl-C once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+
+    def stop(number, frame):
+        del frame
+        if asked.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = {one: signal.signal(one, stop) for one in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked.is_set
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
+def count(tree: Any) -> int:
+    """Returns how many numbers a tree of arrays or shapes holds."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,123 @@
+"""What people watch during a training: numbers, a progress bar, videos."""
+
+import contextlib
+import json
+import pathlib
+import resource
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+_SHOWN = ("loss", "generator_loss", "critic_loss")
+
+
+class Monitor:
+    """Means of a training's numbers, every few steps.
+
+    They go into `log.jsonl`, and into TensorBoard's event files where the package
+    `tensorboardX` is there.
+    """
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        steps: int,
+        first: int,
+        every: int,
+        frames_per_step: float = 0.0,
+        quiet: bool = False,
+    ):
+        """Opens the logs.
+
+        Args:
+          folder: of the training.
+          steps: of all.
+          first: where it goes on.
+          every: steps to a line of numbers.
+          frames_per_step: latent frames that a step sees or makes.
+          quiet: shows no progress bar: of all processes but the first.
+        """
+        self.every, self.frames = every, frames_per_step
+        self.path = folder / "log.jsonl"
+        self.sums: dict[str, list[float]] = {}
+        self.began = time.monotonic()
+        self.noted = 0
+        self.quiet = quiet
+        _cut_log(self.path, first)
+        self.bar = tqdm(initial=first, total=steps, unit="step", disable=quiet)
+        self.events = None if quiet else _events(folder)
+
+    def note(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Takes the numbers of a step; some appear only in some steps."""
+        for name, value in numbers.items():
+            self.sums.setdefault(name, []).append(value)
+        self.noted += 1
+        self.bar.update()
+        if (step + 1) % self.every == 0:
+            self._write(step + 1)
+
+    def close(self) -> None:
+        """Ends the bar and the event files."""
+        self.bar.close()
+        if self.events is not None:
+            self.events.close()
+
+    def _write(self, step: int) -> None:
+        means = {name: sum(x) / len(x) for name, x in self.sums.items()}
+        means |= _ratio(means)
+        seconds = (time.monotonic() - self.began) / self.noted
+        means["seconds_per_step"] = seconds
+        if self.frames:
+            means["latent_frames_per_second"] = self.frames / seconds
+        means["memory_gb"] = memory_gb()
+        self.sums, self.began, self.noted = {}, time.monotonic(), 0
+        shown = {name: f"{means[name]:.4f}" for name in _SHOWN if name in means}
+        self.bar.set_postfix(shown)
+        if self.quiet:
+            return
+        with self.path.open("a", encoding="utf-8") as log:
+            log.write(json.dumps({"step": step, **means}) + "\n")
+        if self.events is not None:
+            for name, value in means.items():
+                self.events.add_scalar(name, value, step)
+
+
+def _ratio(means: Mapping[str, float]) -> dict[str, float]:
+    names = ("generator_gradient_norm", "critic_gradient_norm")
+    if not all(name in means for name in names) or not means[names[1]]:
+        return {}
+    return {"generator_critic_ratio": means[names[0]] / means[names[1]]}
+
+
+def _cut_log(path: pathlib.Path, first: int) -> None:
+    """Removes lines of steps that will be run again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if json.loads(line)["step"] <= first:
+                kept.append(line + "\n")
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(kept), encoding="utf-8")
+    part.replace(path)
+
+
+def _events(folder: pathlib.Path) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder / "events"))
+
+
+def memory_gb() -> float:
+    """Returns the most memory in use so far: of the first device, else of the host."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    peak = stats.get("peak_bytes_in_use")
+    if peak is None:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak / 1e9

@@ -1,0 +1,146 @@
+"""Where a training's arrays live on a mesh."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from anchor_jax import sharding
+from anchor_jax.training.state import TrainState
+
+TABLES = {
+    "params": sharding.GENERATOR,
+    "lora": sharding.LORA,
+    "text": sharding.TEXT,
+}
+BATCH = ("data", "fsdp")
+"""Mesh axes over which videos are split."""
+
+
+def of_collections(collections, mesh: Mesh):
+    """Returns the shardings of a network's collections."""
+    return {
+        name: sharding.shardings(tree, TABLES[name], mesh)
+        for name, tree in collections.items()
+    }
+
+
+def of_optimizer(opt_state, params, mesh: Mesh):
+    """Returns the shardings of an optimizer's state: as the parameters that it is of.
+
+    Args:
+      opt_state: or its shapes.
+      params: the shardings of what is optimized.
+      mesh: of all.
+    """
+    known = {
+        _names(path): leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
+    }
+
+    def place(path, leaf):
+        names = _names(path)
+        for first in range(len(names)):
+            found = known.get(names[first:])
+            if found is not None and len(found.spec) == leaf.ndim:
+                return found
+        return everywhere(mesh)
+
+    return jax.tree_util.tree_map_with_path(place, opt_state)
+
+
+def _names(path) -> tuple[str, ...]:
+    return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+
+
+def of_videos(tree, mesh: Mesh, axis: int = 0):
+    """Returns shardings that split videos, along an axis of every array."""
+
+    def place(leaf):
+        spec = [None] * leaf.ndim
+        if leaf.ndim > axis and leaf.shape[axis] % videos_at_once(mesh) == 0:
+            spec[axis] = BATCH
+        return NamedSharding(mesh, P(*spec))
+
+    return jax.tree.map(place, tree)
+
+
+def videos_at_once(mesh: Mesh) -> int:
+    """Returns over how many devices videos are split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def of_rollout(rollout, mesh: Mesh):
+    """Returns the shardings of a sequence: its videos are split."""
+    if rollout is None:
+        return None
+    cache = rollout.cache
+    return rollout.replace(
+        cache=cache.replace(
+            slots=of_videos(cache.slots, mesh, 1),
+            prior=of_videos(cache.prior, mesh, 1),
+            index=jax.tree.map(lambda _: everywhere(mesh), cache.index),
+        ),
+        recent=of_videos(rollout.recent, mesh),
+        previous=of_videos(rollout.previous, mesh),
+    )
+
+
+def of_state(state: TrainState, mesh: Mesh) -> TrainState:
+    """Returns the shardings of a state, or of its shapes."""
+    generator = of_collections(state.generator, mesh)
+    fake_score = state.fake_score and of_collections(state.fake_score, mesh)
+    return state.replace(
+        **dict.fromkeys(("step", "rng", "updates", "sound"), everywhere(mesh)),
+        generator=generator,
+        opt_generator=of_optimizer(state.opt_generator, generator, mesh),
+        ema=state.ema and generator,
+        fake_score=fake_score,
+        opt_fake_score=of_optimizer(state.opt_fake_score, fake_score, mesh),
+        rollout=of_rollout(state.rollout, mesh),
+    )
+
+
+def of_frozen(frozen, mesh: Mesh):
+    """Returns the shardings of frozen weights; the codec's are replicated."""
+    return {
+        name: sharding.shardings(tree, sharding.VAE, mesh)
+        if name == "codec"
+        else of_collections(tree, mesh)
+        for name, tree in frozen.items()
+    }
+
+
+def put(tree, places):
+    """Returns arrays of this process on their devices."""
+    return jax.tree.map(_put, tree, places)
+
+
+def _put(value: Any, place: NamedSharding) -> jax.Array:
+    if isinstance(value, jax.Array):
+        return jax.device_put(value, place)
+    value = np.asarray(value)
+    return jax.make_array_from_callback(value.shape, place, lambda index: value[index])
+
+
+def put_batch(batch, mesh: Mesh):
+    """Returns a batch on its devices; each process gives the videos of its own."""
+    return jax.tree.map(
+        jax.make_array_from_process_local_data, of_batch(batch, mesh), batch
+    )
+
+
+def of_batch(batch, mesh: Mesh):
+    """Returns the shardings of a batch; what is not by video is everywhere."""
+    shared = ("position", "requested")
+    return {
+        name: everywhere(mesh) if name in shared else of_videos(value, mesh)
+        for name, value in batch.items()
+    }
+
+
+def everywhere(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of what every device holds whole."""
+    return NamedSharding(mesh, P())

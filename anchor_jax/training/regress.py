@@ -1,0 +1,195 @@
+"""Steps of regression: one network, one loss, for teacher and causal initialisation."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from anchor_jax import flow
+from anchor_jax.training import losses
+from anchor_jax.training.state import Ema, TrainState, move_generator
+from anchor_jax.wan.attention import (
+    ContextKV,
+    Spans,
+    bidirectional,
+    block_causal,
+    teacher_forcing,
+)
+from anchor_jax.wan.dit import WanDit
+from anchor_jax.wan.spec import ModelConfig
+from anchor_jax.wan.text import TextConfig, Umt5Encoder
+
+FORCINGS = ("none", "noise", "teacher")
+
+
+@dataclasses.dataclass(frozen=True)
+class Regression:
+    """What is static about a regression.
+
+    A batch holds `latents` [batch, frame, height, width, channel], prompts (either
+    `embedding` [batch, prompt, text, dim], or `ids` and `mask` [batch, prompt, text]
+    for a text encoder that is trained along), and where it differs from the default
+    `which` [batch, block], the prompt of each block, `position` [frame], the temporal
+    RoPE index of each frame, and `weight` [batch, block].
+
+    Attributes:
+      model: the network.
+      blocks: frames of each block; () is one bidirectional clip.
+      forcing: of blocks: "noise", each sees earlier ones at noise levels of their own;
+        "teacher", each sees earlier ones clean.
+      endpoints: whether the target is stored: `target` like `latents`, of which
+        `noisy` at `sigma` [batch, block] is a state of the teacher's trajectory.
+      shift: of noise levels, which are even before it; without `endpoints`.
+      window: frames that a block sees, itself included; None: all.
+      text: the text encoder that is trained along, or None.
+      kernel: of attention.
+
+    Source: algorithm.md 7.1; teacher forcing and noise levels per block as in
+    `dit_causal_nocache`, Diffusion Forcing (arXiv:2407.01392).
+    """
+
+    model: ModelConfig
+    blocks: tuple[int, ...] = ()
+    forcing: str = "none"
+    endpoints: bool = False
+    shift: float = 5.0
+    window: int | None = None
+    text: TextConfig | None = None
+    kernel: Any = None
+
+    def __post_init__(self):
+        if self.forcing not in FORCINGS:
+            raise ValueError(f"forcing={self.forcing!r} must be one of {FORCINGS}")
+        if bool(self.blocks) == (self.forcing == "none"):
+            raise ValueError(
+                "blocks are for forcing noise or teacher, and needed there"
+            )
+
+    def visible(self, frames: int) -> Spans:
+        """Returns who sees whom."""
+        if self.forcing == "none":
+            return bidirectional(frames)
+        if self.forcing == "teacher":
+            return teacher_forcing(self.blocks)
+        return block_causal(self.blocks, self.window)
+
+    def loss(self, variables, batch, key: jax.Array) -> jax.Array:
+        """Returns the loss of a batch, noise and its levels drawn from a key."""
+        if self.endpoints:
+            return self._to_endpoints(variables, batch)
+        latents = batch["latents"]
+        first, second = jax.random.split(key)
+        sigma = self._levels(first, latents)
+        noise = jax.random.normal(second, latents.shape, latents.dtype)
+        noisy = flow.add_noise(latents, noise, sigma)
+        predicted = self.predict(variables, batch, noisy, sigma)
+        return losses.flow_matching(predicted, latents, noise, self._weight(batch))
+
+    def _to_endpoints(self, variables, batch) -> jax.Array:
+        noisy, sigma = batch["noisy"], self._by_frame(batch["sigma"])
+        predicted = self.predict(variables, batch, noisy, sigma)
+        x0 = flow.x0_from_flow(predicted, noisy, sigma)
+        error = jnp.mean(jnp.square(x0 - batch["target"]), axis=(2, 3, 4))
+        weight = self._weight(batch)
+        counted = sigma > 0
+        return losses.weighted_mean(
+            error, counted if weight is None else counted * weight
+        )
+
+    def predict(self, variables, batch, noisy: jax.Array, sigma: jax.Array):
+        """Returns the flow of noisy frames at levels [batch, frame]."""
+        frames = noisy.shape[1]
+        position = batch.get("position", jnp.arange(frames))
+        times, latents = flow.TRAIN_STEPS * sigma, noisy
+        if self.forcing == "teacher":
+            latents = jnp.concatenate([batch["latents"], noisy], axis=1)
+            times = jnp.concatenate([jnp.zeros_like(times), times], axis=1)
+            position = jnp.tile(position, 2)
+        predicted, _ = WanDit(self.model, self.kernel).apply(
+            _of_network(variables),
+            latents,
+            times,
+            self.context(variables, batch),
+            self.visible(frames),
+            position,
+        )
+        return predicted[:, -frames:]
+
+    def context(self, variables, batch) -> ContextKV:
+        """Returns the prompts as frames attend to them, one of each video's a block."""
+        embedding = batch.get("embedding")
+        if embedding is None:
+            flat = (x.reshape(-1, x.shape[-1]) for x in (batch["ids"], batch["mask"]))
+            embedding = Umt5Encoder(self.text).apply(
+                {"params": variables["text"]}, *flat
+            )
+            embedding = embedding.reshape(*batch["ids"].shape, -1)
+        videos, prompts = embedding.shape[:2]
+        context = WanDit(self.model, self.kernel).apply(
+            _of_network(variables),
+            embedding.reshape(videos * prompts, *embedding.shape[2:]),
+            method="project",
+        )
+        which = batch.get("which")
+        if which is None:
+            return context
+        if self.forcing == "teacher":
+            which = jnp.concatenate([which, which], axis=1)
+        rows = (which + prompts * jnp.arange(videos)[:, None]).reshape(-1)
+        return jax.tree.map(lambda x: x[:, rows], context)
+
+    def _levels(self, key: jax.Array, latents: jax.Array) -> jax.Array:
+        blocks = len(self.blocks) or 1
+        uniform = stratified(key, (latents.shape[0], blocks))
+        sigma = flow.shift_sigma(uniform, self.shift)
+        return self._by_frame(sigma, latents.shape[1])
+
+    def _weight(self, batch) -> jax.Array | None:
+        weight = batch.get("weight")
+        return None if weight is None else self._by_frame(weight)
+
+    def _by_frame(self, values: jax.Array, frames: int = 0) -> jax.Array:
+        """Returns values of blocks as values of frames."""
+        sizes = self.blocks or (frames,)
+        return jnp.repeat(
+            values, np.asarray(sizes), axis=1, total_repeat_length=sum(sizes)
+        )
+
+
+def stratified(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Returns uniform numbers in (0, 1), spread evenly over the whole array."""
+    size = math.prod(shape)
+    first, second = jax.random.split(key)
+    cells = (jnp.arange(size) + jax.random.uniform(first, (size,))) / size
+    return jax.random.permutation(second, cells).reshape(shape)
+
+
+def _of_network(variables):
+    return {name: variables[name] for name in ("params", "lora") if name in variables}
+
+
+def regression_step(
+    state: TrainState, frozen, batch, *, stage: Regression, tx, ema: Ema | None
+):
+    """Returns the state a step later, and what to watch.
+
+    Args:
+      state: donated by what compiles this.
+      frozen: collections of `generator` without a gradient.
+      batch: as in `Regression`.
+      stage: static.
+      tx: of the optimizer.
+      ema: static.
+    """
+
+    def loss(trainable):
+        variables = {**frozen["generator"], **trainable}
+        return stage.loss(variables, batch, state.key(0))
+
+    value, gradient = jax.value_and_grad(loss)(state.generator)
+    state, norm = move_generator(state, gradient, value, tx, ema)
+    state = state.replace(step=state.step + state.sound)
+    return state, {"loss": value, "gradient_norm": norm}
