@@ -92,11 +92,27 @@ def make_workload(config) -> Workload:
             f"config.repeats={read.repeats}, config.steps={read.steps}: expected at"
             " least 1 repeat, and 2 steps to tell a level from the clean pass"
         )
+    if read.frames % block:
+        raise UserError(
+            f"config.frames={read.frames}: expected a multiple of the block of {block}"
+        )
     segments = (Segment("one", 0), Segment("two", read.switch_frame))
+    policy = make_policy(read, Script(segments, read.frames))
+    if policy.restart or (policy.limit is not None and read.frames > policy.limit):
+        raise UserError(
+            f"config.policy={read.policy!r} cannot go on for frames={read.frames} in"
+            " one stream; choose one without restarts, or frames up to its limit of"
+            f" {policy.limit}"
+        )
+    grid = LatentGrid(read.height, read.width)
+    try:
+        grid.tokens(model.patch)
+    except ValueError as error:
+        raise UserError(f"config.height, config.width: {error}") from error
     setup = StreamSetup(
         model=model,
-        grid=LatentGrid(read.height, read.width),
-        policy=make_policy(read, Script(segments, read.frames)),
+        grid=grid,
+        policy=policy,
         levels=flow.few_step_levels(read.steps, read.shift),
         guidance=read.guidance,
         kernel=kernels.named(read.attention, model.dtype, model.head_dim),

@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from anchor_jax import sharding
 from anchor_jax.config import from_config
 from anchor_jax.errors import UserError, suggest
-from anchor_jax.media import replacing
+from anchor_jax.media import replacing, write_json
 from anchor_jax.wan import dit, lora
 from anchor_jax.wan.spec import TINY, LatentGrid, ModelConfig
 from anchor_jax.wan.text import TextConfig, Umt5Encoder
@@ -38,6 +38,8 @@ from anchor_jax.wan.vae import VaeCodec, VaeConfig, WanVae
 from anchor_jax.world.codec import BLOCK_VALUES, LinearCodec
 
 FORMAT_VERSION = 1
+RUN = "run.json"
+"""File that marks the folder of a training."""
 TINY_TEXT = TextConfig(
     vocab=64,
     dim=64,
@@ -65,7 +67,7 @@ _LARGEST = {
 }
 _LARGEST_OTHER = 2**20
 _SHOWN = 5
-_REMEMBERED = 256
+_REMEMBERED = 8 * 2**30  # bytes of trimmed prompts
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -78,8 +80,8 @@ class PromptEncoder:
       tokenizer: makes its ids.
       load: returns its parameters.
       frees: whether the parameters leave the device after each use. Embeddings of the
-        last 256 prompts are then remembered on the host, and a prompt is encoded by
-        itself, so that one program serves all calls.
+        last prompts are then remembered on the host, up to 8 GiB, and a prompt is
+        encoded by itself, so that one program serves all calls.
       place: where results are put; None: where they are made.
     """
 
@@ -114,7 +116,19 @@ class PromptEncoder:
         ids, mask = self.tokenizer.encode(texts)
         return _encode(params, ids, mask, config=self.config)
 
-    def _remembered(self, texts: Sequence[str]) -> np.ndarray:
+    def prepare(self, texts: Sequence[str]) -> None:
+        """Loads the parameters; if they are freed, encodes the texts first.
+
+        The texts are remembered as far as there is room for them.
+        """
+        if not self.frees:
+            jax.block_until_ready(self.params)
+            return
+        with self._turn:
+            self._encode_new(texts)
+
+    def _encode_new(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        """Returns the trimmed embeddings of texts, and remembers the last of them."""
         found = {text: self._known[text] for text in texts if text in self._known}
         fresh = [text for text in dict.fromkeys(texts) if text not in found]
         if fresh:
@@ -124,8 +138,13 @@ class PromptEncoder:
         for text in found:
             self._known[text] = found[text]
             self._known.move_to_end(text)
-        while len(self._known) > _REMEMBERED:
-            self._known.popitem(last=False)
+        size = sum(rows.nbytes for rows in self._known.values())
+        while size > _REMEMBERED:
+            size -= self._known.popitem(last=False)[1].nbytes
+        return found
+
+    def _remembered(self, texts: Sequence[str]) -> np.ndarray:
+        found = self._encode_new(texts)
         shape = (len(texts), self.config.text_len, self.config.dim)
         whole = np.zeros(shape, np.dtype(jnp.dtype(self.config.dtype)))
         for row, text in zip(whole, texts, strict=True):
@@ -264,8 +283,8 @@ def load_bundle(
     """Returns the bundle named `tiny`, a saved one, or one of ported weights.
 
     Args:
-      weights: `tiny`, the path that `save_bundle` wrote to, or the folder of a
-        checkpoint with ported weights.
+      weights: `tiny`, the path that `save_bundle` wrote to, the folder of a
+        checkpoint with ported weights, or that of a training.
       grid: latent size of the videos; None: as stored, and 60 x 104 for ported ones.
       dtype: of weights and activations; None: as stored, and bfloat16 for ported ones.
       text_encoder: "device" keeps it on the device, "free" only while there are new
@@ -280,9 +299,112 @@ def load_bundle(
     """
     options = _Options(grid, dtype, text_encoder, mesh, lora)
     folder = pathlib.Path(weights).expanduser()
+    if weights != "tiny" and (folder / RUN).is_file():
+        return _load_trained(folder, options)
     if weights != "tiny" and _is_checkpoint(folder):
         return _load_ported(folder, options)
     return _load_saved(weights, options)
+
+
+def write_run(folder: pathlib.Path, base: str) -> None:
+    """Marks a folder as a training's.
+
+    Args:
+      folder: in which its checkpoints are.
+      base: the weights that it began with, as for `load_bundle`; a name that begins
+        with "./" is relative to the folder.
+    """
+    write_json(folder / RUN, {"format_version": FORMAT_VERSION, "base": base})
+
+
+def _read_run(folder: pathlib.Path) -> str:
+    try:
+        run = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        base, version = run["base"], run["format_version"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{folder / RUN} cannot be read: {error!r}") from error
+    if version != FORMAT_VERSION or not isinstance(base, str) or "\0" in base:
+        raise UserError(
+            f"{folder / RUN}: format_version={version!r} and base={base!r}, expected"
+            f" {FORMAT_VERSION} and the name of weights"
+        )
+    return str(folder / base) if base.startswith("./") else base
+
+
+def _check_bases(folder: pathlib.Path) -> None:
+    """Raises if trainings that began with one another lead in a circle."""
+    seen = []
+    while (folder / RUN).is_file():
+        folder = folder.resolve()
+        if folder in seen:
+            raise UserError(f"{folder / RUN} leads back to itself by its base")
+        seen.append(folder)
+        folder = pathlib.Path(_read_run(folder)).expanduser()
+
+
+def _load_trained(folder: pathlib.Path, options: "_Options") -> Bundle:
+    """Returns the bundle that a training began with, its own weights in place.
+
+    The mean of the generator is taken where there is one.
+    """
+    from anchor_jax import checkpoint
+
+    name = _read_run(folder)
+    _check_bases(folder)
+    fields = (field.name for field in dataclasses.fields(options))
+    base = load_bundle(name, **{field: getattr(options, field) for field in fields})
+    if not checkpoint.is_checkpoint(folder):
+        raise UserError(
+            f"{folder} is a training without a checkpoint yet; wait for its first, or"
+            f" use the weights that it began with: {name}"
+        )
+    item = "ema" if "ema" in checkpoint.items(folder) else "generator"
+    stored = checkpoint.shapes(folder, item)
+    base = _with_variables(folder, item, stored, base, options)
+    if "text" not in stored:
+        return base
+
+    def load_text():
+        return checkpoint.restore(folder, item, base.text.dtype)["text"]
+
+    encoder = options.encoder(base.text, base.tokenizer, load_text)
+    return dataclasses.replace(base, encode_prompts=encoder)
+
+
+def _with_variables(folder, item: str, stored, base: Bundle, options: "_Options"):
+    """Returns the bundle with the collections of a training's checkpoint."""
+    from anchor_jax import checkpoint
+
+    init = functools.partial(dit.init_params, base.model)
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    expected = {"params": shapes}
+    if "lora" in stored:
+        expected = {"lora": _expected_lora(shapes, stored["lora"])}
+    found = {name: tree for name, tree in stored.items() if name in expected}
+    with _blaming(folder):
+        _check_tensors(folder / item, _flatten(found), _flatten(expected))
+    dtype = options.dtype or base.model.param_dtype
+
+    def load():
+        trained = checkpoint.restore(folder, item)
+        trained = {name: trained[name] for name in expected}
+        if "lora" not in trained:
+            return jax.tree.map(lambda x: x.astype(dtype), trained)
+        params = base.variables["params"]
+        if options.lora == "merged":
+            return {"params": _merge(params, trained["lora"], dtype)}
+        return {"params": params, **trained}
+
+    meta = checkpoint.read_meta(folder)
+    training = meta.get("training")
+    step = checkpoint.last_step(folder)
+    digest = json.dumps([base.digest, step, training], sort_keys=True)
+    return dataclasses.replace(
+        base,
+        load_variables=load,
+        metadata={**base.metadata, "training": training, "step": step},
+        digest=_digest(digest.encode()),
+    )
 
 
 def _is_checkpoint(folder: pathlib.Path) -> bool:
@@ -394,14 +516,13 @@ def _load_ported(folder: pathlib.Path, options: _Options) -> Bundle:
 
 def _check_items(folder: pathlib.Path, present: Sequence[str]) -> None:
     """Raises unless there is every network that a bundle needs."""
-    flags = {"generator": "--generator=FILE", "text_encoder": "", "vae": ""}
-    for item, flag in flags.items():
+    for item in ("generator", "text_encoder", "vae"):
         if item not in present:
-            command = f"anchor-jax port --wan=FOLDER {flag}".strip()
             raise UserError(
-                f"{folder} has no {item}, it has {', '.join(present)}; add it with"
-                f" {command} --out={folder} --overwrite, where FOLDER holds the"
-                " published Wan2.1 files"
+                f"{folder} has no {item}, it has {', '.join(present)}; port all parts"
+                " at once into a new folder, with anchor-jax port --wan=FOLDER"
+                " [--generator=FILE --lora=FILE --method=METHOD] --out=NEW; FOLDER is"
+                " one of the published Wan2.1 files"
             )
 
 
@@ -633,6 +754,11 @@ def _read(path: pathlib.Path, weights: str) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
+        if path.parent.is_dir() and any(path.parent.iterdir()):
+            raise UserError(
+                f"weights={weights!r} holds no {path.name}; published weights are first"
+                " ported: anchor-jax port --help"
+            ) from error
         raise UserError(
             f"weights={weights!r}: {path} cannot be read ({error.strerror}); expected"
             " 'tiny', a folder with model.safetensors and tokenizer.model, as"

@@ -33,6 +33,7 @@ ITEMS = (
     "meta",
 )
 
+_FILES = ("tokenizer",)
 _CHUNK_BYTES = 64 * 2**20
 _READ_AT_ONCE = 4 * 10**9
 
@@ -162,11 +163,21 @@ def _check_target(target: pathlib.Path, overwrite: bool) -> None:
         raise UserError(
             f"{target} is not empty; choose another folder, or ask to overwrite it"
         )
-    if not _steps(target):
+    if not _is_written(target):
         raise UserError(
-            f"{target} is not a checkpoint, so it is not overwritten; choose another"
-            " folder, or remove this one yourself"
+            f"{target} is not a checkpoint that write made, or holds more than that, so"
+            " it is not overwritten; choose another folder, or remove this one yourself"
         )
+
+
+def _is_written(folder: pathlib.Path) -> bool:
+    """Returns whether a folder holds what `write` writes, and nothing else."""
+    names = {place.name for place in folder.iterdir()}
+    others = {name for name in names if not name.startswith("_")} - {"0", *_FILES}
+    try:
+        return "0" in names and not others and bool(read_meta(folder))
+    except UserError:
+        return False
 
 
 def _write_file(folder: pathlib.Path, name: str, content) -> None:
@@ -381,6 +392,15 @@ def _steps(folder: pathlib.Path) -> list[pathlib.Path]:
     except OSError:
         return []
     return sorted(found, key=lambda x: int(x.name))
+
+
+def last_step(path: str | pathlib.Path) -> int:
+    """Returns the number of the last step.
+
+    Raises:
+      UserError: There is none.
+    """
+    return int(_step(path).name)
 
 
 def _step(path: str | pathlib.Path) -> pathlib.Path:

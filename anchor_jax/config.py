@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
+from ml_collections.config_dict import placeholder
 
 from anchor_jax.errors import UserError, suggest
 
@@ -142,6 +143,24 @@ def from_config(
         for field in fields
     }
     return _translate(lambda: kind(**values), lambda error: f"{name}: {error}")
+
+
+def to_config(value: Any) -> ConfigDict:
+    """Returns the fields of a dataclass as a config, its dataclasses as sections.
+
+    The inverse of `from_config`. A field that is None takes values of its type.
+    """
+    config, hints = ConfigDict(), typing.get_type_hints(type(value))
+    for field in dataclasses.fields(value):
+        inner = getattr(value, field.name)
+        if dataclasses.is_dataclass(inner):
+            inner = to_config(inner)
+        elif inner is None:
+            kinds = typing.get_args(hints[field.name])
+            kind = next(one for one in kinds if one is not type(None))
+            inner = placeholder(typing.get_origin(kind) or kind)
+        config[field.name] = inner
+    return config
 
 
 _OVERRIDE = re.compile(r"--?(no)?config\.(?P<field>[^=]*)(=(?P<value>.*))?", re.DOTALL)

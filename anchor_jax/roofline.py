@@ -56,13 +56,13 @@ def _chip(name, kinds, vendor, tera, gigabytes, bandwidth, devices=1) -> Chip:
 
 CHIPS = (
     _chip("H100 SXM", r"H100(?!.*(PCIe|NVL))", "nvidia", 989, 80, 3350),
-    _chip("H200", r"H200", "nvidia", 989, 141, 4800),
+    _chip("H200", r"\bH200\b", "nvidia", 989, 141, 4800),
     _chip("B200", r"\bG?B200", "nvidia", 2250, 180, 8000),
     _chip("A100 80GB", r"A100.*80GB|A800.*80GB", "nvidia", 312, 80, 2039),
     _chip("A100 40GB", r"A100", "nvidia", 312, 40, 1555),
     _chip("L40S", r"L40S", "nvidia", 362, 48, 864),
-    _chip("RTX 5090", r"RTX 5090\b", "nvidia", 209.5, 32, 1792),
-    _chip("RTX 4090", r"RTX 4090\b", "nvidia", 165.2, 24, 1008),
+    _chip("RTX 5090", r"RTX 5090\b(?! Laptop)", "nvidia", 209.5, 32, 1792),
+    _chip("RTX 4090", r"RTX 4090\b(?! Laptop)", "nvidia", 165.2, 24, 1008),
     _chip("TPU v4", r"TPU v4$", "google", 275, 32, 1228),
     _chip("TPU v5e", (r"TPU v5 ?lite", r"TPU v5e"), "google", 197, 16, 819),
     _chip("TPU v5p", (r"TPU v5p", r"TPU v5$"), "google", 459, 95, 2765),

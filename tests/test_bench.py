@@ -1,8 +1,8 @@
 """The benchmark: what it reports of a small stream."""
 
 import json
+import os
 
-import jax
 import numpy as np
 import pytest
 
@@ -115,6 +115,23 @@ def test_the_full_config_is_the_published_model():
 
 
 def test_more_cores_than_there_are_are_refused(capsys):
+    before = os.sched_getaffinity(0)
+
     assert main(["bench", "--config=bench_medium", "--threads=4096"]) == 2
+
     assert "--threads=4096" in capsys.readouterr().err
-    assert jax.device_count() >= 1
+    assert os.sched_getaffinity(0) == before
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("policy=self_forcing", "frames=30"),
+        ("policy=causvid", "policy='causvid'"),
+        ("frames=31", "frames=31"),
+        ("height=5", "5x26"),
+    ],
+)
+def test_a_stream_that_cannot_be_is_refused(override, named):
+    with pytest.raises(UserError, match=named):
+        bench.make_workload(load_config("bench_medium", [f"--config.{override}"]))

@@ -362,14 +362,20 @@ def test_a_prompt_is_encoded_alike_wherever_the_encoder_lives(ported):
     assert any(not leaf.sharding.is_fully_replicated for leaf in split)
 
 
-def test_a_freed_encoder_is_loaded_for_new_prompts_only(ported, monkeypatch):
-    loads, restore = [], checkpoint.restore
+@pytest.fixture
+def loads(monkeypatch):
+    """Items of checkpoints that are read, in order."""
+    found, restore = [], checkpoint.restore
 
     def count(path, item, *rest):
-        loads.append(item)
+        found.append(item)
         return restore(path, item, *rest)
 
     monkeypatch.setattr(checkpoint, "restore", count)
+    return found
+
+
+def test_a_freed_encoder_is_loaded_for_new_prompts_only(ported, loads):
     loaded = bundle.load_bundle(str(ported), text_encoder="free")
 
     first = loaded.encode_prompts([bundles.RED, bundles.BLUE])
@@ -389,7 +395,18 @@ def test_a_freed_encoder_forgets_old_prompts(ported, monkeypatch):
     alone = loaded.encode_prompts([bundles.RED])
 
     np.testing.assert_array_equal(both[:1], alone)
-    assert len(loaded.encode_prompts._known) == 1
+    assert not loaded.encode_prompts._known
+
+
+def test_a_freed_encoder_is_loaded_once_for_a_whole_benchmark(ported, loads):
+    loaded = bundle.load_bundle(str(ported), text_encoder="free")
+    texts = [bundles.RED + " a" * number for number in range(300)]
+
+    loaded.encode_prompts.prepare(texts)
+    loaded.encode_prompts(texts[:1])
+    loaded.encode_prompts(texts[-1:])
+
+    assert loads == ["text_encoder"]
 
 
 def test_low_rank_updates_are_kept_apart_added_or_left_out(ported):

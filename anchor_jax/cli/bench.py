@@ -1,8 +1,10 @@
 """Measures a stream on this machine."""
 
+import functools
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Sequence
 
 from absl import flags
@@ -56,7 +58,8 @@ def main(argv: Sequence[str]) -> None:
     folder = flags.FLAGS.profile
     trace = jax.profiler.trace(folder) if folder else contextlib.nullcontext()
     with trace, tqdm(disable=None, bar_format="{desc} {elapsed}") as bar:
-        measured = bench.measure(workload, bar.set_description_str)
+        show = functools.partial(print, file=sys.stderr) if bar.disable else None
+        measured = bench.measure(workload, show or bar.set_description_str)
     measured = {"config": flags.FLAGS.config.to_dict(), "threads": threads} | measured
     if flags.FLAGS.out:
         path = pathlib.Path(flags.FLAGS.out).expanduser()
@@ -67,8 +70,10 @@ def main(argv: Sequence[str]) -> None:
 
 def _pin(threads: int | None) -> int | None:
     """Keeps this process to so many cores, before jax counts them."""
-    if threads is None or not hasattr(os, "sched_setaffinity"):
+    if threads is None:
         return None
+    if not hasattr(os, "sched_setaffinity"):
+        raise UserError("--threads: this system cannot keep a process to some cores")
     cores = sorted(os.sched_getaffinity(0))
     if threads > len(cores):
         raise UserError(

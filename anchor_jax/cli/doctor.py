@@ -236,8 +236,8 @@ def _items(weights: str) -> dict:
     found = {"folder": weights, "items": items}
     if missing:
         found["problem"] = (
-            f"{weights} holds no {', '.join(missing)}; port the rest of the weights"
-            " into it: anchor-jax port --help"
+            f"{weights} holds no {', '.join(missing)}; port all parts at once into a"
+            " new folder: anchor-jax port --help"
         )
     return found
 
@@ -322,7 +322,7 @@ def lines(report: dict) -> list[str]:
         f"device     {device['count']} x {device['kind']} ({device['platform']},"
         f" {device['cores']} host cores), {device['memory'] / _GB:.1f} GB for jax",
         f"speed      {speed['flops'] / 1e12:.3g} Tflop/s ({source})",
-        f"attention  {kernels}",
+        f"attention  kernels: {kernels}",
         f"compiled   {compiled['folder'] or 'not kept'},"
         f" {compiled['bytes'] / 1e6:.1f} MB",
         f"parts      {parts}",
@@ -334,6 +334,11 @@ def lines(report: dict) -> list[str]:
     shown += ["", *_table(report)]
     shown += ["", *(f"do: {what}" for what in report["do"] or ["nothing; all is well"])]
     return shown
+
+
+def _number(value: float) -> str:
+    """Returns three digits without an exponent, eight wide."""
+    return f"{value:8.0f}" if value >= 100 else f"{value:8.3g}"
 
 
 _FITS = {"yes": "yes", "freed": "text_encoder=free", "no": "no"}
@@ -355,7 +360,7 @@ def _table(report: dict) -> list[str]:
         shown.append(
             f"{row['model']:<5}  {row['size']:<7}  {weights:7.1f}  {cache:5.1f}"
             f"  {text:5.1f}  {vae:5.1f}  {parts['working'] / _GB:7.1f}"
-            f"  {row['frames_per_second']:8.3g}  {row['switch_seconds']:8.3g}"
+            f"  {_number(row['frames_per_second'])}  {_number(row['switch_seconds'])}"
             f"  {_FITS[row['fits']]}"
         )
     return shown

@@ -74,7 +74,7 @@ def main(argv) -> None:
     if not FLAGS.dry_run:
         _write(plan, port.run)
     for name, how in plan.missing().items():
-        print(f"without {name}; add it with {how}")
+        print(f"without {name}, which sampling needs; port it along, with {how}")
 
 
 def _write(plan, run) -> None:
@@ -85,9 +85,11 @@ def _write(plan, run) -> None:
         for file in source["files"]:
             print(f"{source['item']}: {file['name']} sha256 {file['sha256'][:16]}...")
     print(f"written to {FLAGS.out}; to sample:")
+    whole = meta.get("method") == "wan"
+    prompt = ' --config.prompt="a red fox in the snow[5s]"' if whole else ""
     print(
         "  anchor-jax sample --config=configs/interactive.py"
-        f" --config.weights={FLAGS.out}"
+        f" --config.weights={FLAGS.out}{prompt}"
     )
 
 

@@ -87,6 +87,10 @@ def main(argv: Sequence[str]) -> int:
     changed = differences(stored.fingerprint, fingerprint(bundle))
     for line in changed:
         print(f"other than in the recipe, bits may differ: {line}", file=sys.stderr)
+    if bundle.encode_prompts.frees:
+        texts = [one.prompt for one in wanted.prompts]
+        negative = [wanted.negative_prompt] * (wanted.setup.copies - 1)
+        sample.prepare_prompts(bundle, list(dict.fromkeys(negative + texts)))
     session = Session.from_recipe(bundle, wanted)
     session.check(wanted.frames)
     if options.check and not options.out:

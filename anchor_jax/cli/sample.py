@@ -24,7 +24,7 @@ anchor-jax sample --config=configs/tiny.py:longlive --config.seed=1 --out=out/lo
 anchor-jax sample --config=tiny --config.prompt="a red ring moves up on gray[3s]"
 anchor-jax sample --config=tiny --config.prompt_file=prompts.txt --out=out/batch
 anchor-jax sample --config=configs/interactive.py --config.weights=FOLDER
-anchor-jax sample --config=configs/interactive.py --config.weights=FOLDER \
+anchor-jax sample --config=configs/interactive.py --config.weights=FOLDER \\
     --config.prompt_file=interactive_benchmark.jsonl --out=out/benchmark
 
 # FOLDER is what anchor-jax port wrote. What the config leaves open is chosen for the
@@ -47,7 +47,6 @@ CACHE_VARIABLE = "ANCHOR_JAX_CACHE"
 
 _PIXEL_FRAMES = 4
 _TILES = 8
-_ENCODED_AT_ONCE = 256  # as many as a freed text encoder remembers
 
 
 def define_flags() -> None:
@@ -139,17 +138,20 @@ def _encode_ahead(bundle, jobs: Sequence[Job], negative: str, encoded: frozenset
     One that is freed encodes the prompts of many jobs before it goes, so that it is
     loaded once for all. Another stays, and encodes each prompt when it is asked for.
     """
-    encoder = bundle.encode_prompts
-    if encoded.issuperset(_texts(jobs[0], negative)) or (encoded and not encoder.frees):
+    frees = bundle.encode_prompts.frees
+    if encoded.issuperset(_texts(jobs[0], negative)) or (encoded and not frees):
         return encoded
-    print(f"loading the text encoder ({_size(encoder.config)})", file=sys.stderr)
-    if not encoder.frees:
-        _wait(encoder.params)
-        return frozenset(_texts(jobs[0], negative))
     texts = dict.fromkeys(text for job in jobs for text in _texts(job, negative))
-    texts = list(texts)[:_ENCODED_AT_ONCE]
-    print(f"encoding {len(texts)} prompts", file=sys.stderr)
-    encoder(texts)
+    return prepare_prompts(bundle, list(texts))
+
+
+def prepare_prompts(bundle, texts: Sequence[str]) -> frozenset:
+    """Loads the text encoder; one that is freed encodes `texts` first. Returns them."""
+    encoder = bundle.encode_prompts
+    print(f"loading the text encoder ({_size(encoder.config)})", file=sys.stderr)
+    if encoder.frees:
+        print(f"encoding {len(texts)} prompts", file=sys.stderr)
+    encoder.prepare(texts)
     return frozenset(texts)
 
 

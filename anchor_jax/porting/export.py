@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -64,8 +65,9 @@ def export(
 ) -> None:
     """Writes a checkpoint's networks under their published names.
 
-    Bit for bit what was ported, unless adapters are merged. Text encoder and VAE are
-    safetensors in every layout: pickles are not written.
+    Bit for bit what was ported, unless adapters are merged, or alpha over their rank
+    is no power of two: scaling them then rounds. Text encoder and VAE are safetensors
+    in every layout: pickles are not written.
 
     Args:
       weights: The checkpoint.
@@ -78,7 +80,8 @@ def export(
       shard_bytes: A file that would be larger is written in shards.
 
     Raises:
-      UserError: The checkpoint lacks the item, or the folder is taken.
+      UserError: The checkpoint lacks the item or says too little about it, or the
+        folder is taken.
     """
     _choose("layout", layout, LAYOUTS)
     _choose("item", item, ITEMS)
@@ -87,6 +90,7 @@ def export(
     meta = checkpoint.read_meta(weights)
     checkpoint.shapes(weights, item)
     job = _Job(pathlib.Path(weights), layout, meta, progress, shard_bytes)
+    job.check()
     with _folder(pathlib.Path(out).expanduser().resolve()) as folder:
         job.transformer(folder, item, merged=lora == "merged")
         if layout != "generator":
@@ -129,6 +133,27 @@ class _Job:
     @property
     def style(self) -> str:
         return "diffusers" if self.layout == "diffusers" else "wan"
+
+    def check(self) -> None:
+        """Raises unless the manifest says all that is written beside the tensors."""
+        needed = {"generator": self._transformer_config}
+        if self.layout == "diffusers":
+            needed |= {"text_encoder": self._text_config, "vae": self._vae_config}
+        if self.layout == "generator":
+            needed = {}
+        present = checkpoint.items(self.weights)
+        try:
+            self._has_alias()
+            alpha = self._source("lora").get("alpha")
+            if alpha is not None and not 0 < float(alpha) < math.inf:
+                raise ValueError(f"alpha={alpha!r} of lora")
+            for item in needed.keys() & set(present):
+                needed[item]()
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{self.weights}: its meta cannot be exported ({error!r}); expected the"
+                " sizes and sources that anchor-jax port writes"
+            ) from error
 
     def transformer(self, folder: pathlib.Path, item: str, merged: bool) -> None:
         """Writes the transformer, its config, and its adapters if it has some."""

@@ -179,7 +179,8 @@ def check_free(out: str | pathlib.Path) -> None:
     out = pathlib.Path(out).expanduser()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(
-            f"out={str(out)!r} is there already; choose another folder, or --overwrite"
+            f"out={str(out)!r} is there already; choose another folder, or remove it"
+            " (port can also --overwrite)"
         )
 
 
@@ -287,8 +288,27 @@ def _rank(source: Source) -> int:
     return shape_of(source.arrays, _table(source), "blocks/self_attn/q/a")[-1]
 
 
+_NEUTRAL = {
+    "use_rslora": False,
+    "use_dora": False,
+    "alpha_pattern": {},
+    "rank_pattern": {},
+    "fan_in_fan_out": False,
+    "bias": "none",
+}
+"""Settings of PEFT that change what adapters do, where they do not."""
+
+
 def _alpha(source: Source, alpha: float | None) -> float:
     """Returns alpha as given, as in the file of settings, or the rank."""
+    others = [
+        f"adapter_config.json: {name}={source.settings[name]!r} changes what tensors"
+        f" mean, expected {neutral!r}; merge the adapter with its own library first"
+        for name, neutral in _NEUTRAL.items()
+        if source.settings.get(name, neutral) not in (neutral, None)
+    ]
+    if others:
+        raise Mismatch(others)
     given = source.settings.get("lora_alpha") if alpha is None else alpha
     rank = _rank(source)
     given = rank if given is None else given

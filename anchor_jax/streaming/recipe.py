@@ -1,6 +1,7 @@
 """A recipe: all that is needed to make a video again, and to tell whether it is."""
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -29,6 +30,7 @@ from anchor_jax.cache.policies import (
     Recache,
     ReleaseJunction,
     Restart,
+    TrainedJunction,
 )
 from anchor_jax.cache.positions import Absolute, Bounded, Ranked, Relative
 from anchor_jax.config import from_config
@@ -48,13 +50,15 @@ _PARTS = {
     kind.__name__: kind
     for kind in (
         *(StreamSetup, ModelConfig, LatentGrid, Levels, Renoise, Euler, UniPC),
-        *(Policy, Junction, ReleaseJunction, PeriodicJunction, Restart),
+        *(Policy, Junction, ReleaseJunction, PeriodicJunction),
+        *(TrainedJunction, Restart),
         *(Keep, Flush, Recache, Absolute, Relative, Bounded, Ranked),
         *map(type, KERNELS.values()),
     )
 }
 _LARGEST_NUMBER = 65536
 _LONGEST_LIST = 1024
+_DEEPEST = 16
 _LONGEST_FILE = 64 * 2**20
 _FINGERPRINT_CHARACTERS = 1000
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -147,17 +151,42 @@ def describe(value: Any) -> Any:
 
 def fingerprint(bundle: Bundle) -> dict[str, str]:
     """Returns what the bits of a video depend on besides its recipe."""
+    config, device = jax.config, jax.devices()[0]
     return {
-        "anchor_jax": anchor_jax.__version__,
+        "anchor_jax": f"{anchor_jax.__version__} {_source()}",
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,
         "numpy": np.__version__,
         "backend": jax.default_backend(),
-        "device": jax.devices()[0].device_kind,
-        "machine": platform.machine(),
+        "device": device.device_kind,
+        "platform": device.client.platform_version,
+        "machine": f"{platform.machine()} {_processor()}".strip(),
+        "prng": f"{config.jax_default_prng_impl} {config.jax_threefry_partitionable}",
+        "matmul_precision": str(config.jax_default_matmul_precision),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "weights": bundle.digest,
     }
+
+
+@functools.cache
+def _source() -> str:
+    """Returns a digest of the package's own sources: a version is many commits."""
+    package = pathlib.Path(anchor_jax.__file__).parent
+    total = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        total.update(path.read_bytes())
+    return total.hexdigest()[:12]
+
+
+@functools.cache
+def _processor() -> str:
+    """Returns the processor's name, as far as the system tells it."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return platform.processor()
+    names = (line.partition(":")[2] for line in lines if line.startswith("model name"))
+    return " ".join(next(names, "").split())
 
 
 def differences(then: Mapping[str, str], now: Mapping[str, str]) -> tuple[str, ...]:
@@ -284,30 +313,36 @@ def check_prompt(prompt: str, where: str) -> None:
         )
 
 
-def rebuild(value: Any, where: str) -> Any:
+def rebuild(value: Any, where: str, depth: int = 0) -> Any:
     """Returns what `describe` described; classes come from a table of names.
 
     Raises:
       UserError: It names an unknown class, or a field does not fit.
     """
+    if depth > _DEEPEST:
+        raise UserError(f"{where[:80]}: nested more than {_DEEPEST} deep")
     if isinstance(value, list):
         _check_list(where, value, _LONGEST_LIST)
-        return tuple(rebuild(one, f"{where}[{i}]") for i, one in enumerate(value))
+        return tuple(
+            rebuild(one, f"{where}[{i}]", depth + 1) for i, one in enumerate(value)
+        )
     if isinstance(value, Mapping):
-        return _rebuild_part(value, where)
+        return _rebuild_part(value, where, depth + 1)
     is_number = isinstance(value, int | float)
     if is_number and not abs(value) <= _LARGEST_NUMBER:
         raise UserError(f"{where}={value}: expected at most {_LARGEST_NUMBER}")
     return value
 
 
-def _rebuild_part(value: Mapping[str, Any], where: str) -> Any:
+def _rebuild_part(value: Mapping[str, Any], where: str, depth: int) -> Any:
     name = value.get("kind")
     if not isinstance(name, str) or name not in _PARTS:
         known = suggest(name if isinstance(name, str) else "", _PARTS, "kinds")
         raise UserError(f"{where}.kind={_short(name)} is unknown{known}")
     kind = _PARTS[name]
-    given = {k: rebuild(v, f"{where}.{k}") for k, v in value.items() if k != "kind"}
+    given = {
+        k: rebuild(v, f"{where}.{k}", depth) for k, v in value.items() if k != "kind"
+    }
     _check_choices(kind, given, where)
     part = from_config(kind, given, where)
     if isinstance(part, Policy):

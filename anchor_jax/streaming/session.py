@@ -23,8 +23,10 @@ from anchor_jax.streaming import stream
 from anchor_jax.streaming.decode import decode, decode_next, renew
 from anchor_jax.streaming.recipe import (
     FORMAT_VERSION,
+    MAX_FRAMES,
     Recipe,
     Switch,
+    check_prompt,
     describe,
     fingerprint,
 )
@@ -139,10 +141,12 @@ class Session:
             start from the first block.
 
         Raises:
-          UserError: The policy's restart does not fit its blocks.
+          UserError: The policy's restart does not fit its blocks, or the prompt is no
+            text of a usable length.
           ValueError: The moments hold another video.
         """
         _check_restart(setup.policy)
+        check_prompt(prompt, "prompt")
         self.bundle, self.setup, self.batch = bundle, setup, batch
         self.seed, self.negative_prompt = seed, negative_prompt
         self.segments = [Switch(prompt, requested=0, landed=0)]
@@ -215,8 +219,17 @@ class Session:
           prompt: what to show.
           requested: latent frame; the next block's start unless given.
           cut: whether that block is a scene cut, for policies that have one.
+
+        Raises:
+          UserError: The prompt is no text of a usable length, or the frame none that
+            a video can have.
         """
+        check_prompt(prompt, "prompt")
         requested = self.frame if requested is None else requested
+        if not 0 <= requested <= MAX_FRAMES:
+            raise UserError(
+                f"requested={requested}: expected a latent frame from 0 to {MAX_FRAMES}"
+            )
         if self._state is None and requested <= 0:
             self.segments = [Switch(prompt, requested=0, landed=0)]
             return
@@ -338,6 +351,10 @@ class Session:
         self._clock = Clock(here.frame, here.origin)
         self.segments = list(here.segments)
         self._state, self._decoder = here.state, here.decoder
+        if here.state.context is None:
+            # A copy: the next block donates it.
+            context = jax.tree.map(jnp.array, self._context(self.prompt))
+            self._state = here.state.replace(context=context)
         self._tail = collections.deque(here.tail, maxlen=self._tail.maxlen)
 
     def save(self, path: str | os.PathLike) -> None:

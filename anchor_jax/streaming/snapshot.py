@@ -207,9 +207,10 @@ def write_moment(
         "origin": moment.origin,
         "pending": describe_switches(moment.pending),
     }
-    tensors = {
-        name: _carried(leaf) for name, leaf in _named(moment.on_host().arrays).items()
-    }
+    # The prompt's keys and values lie as one machine's kernel reads them.
+    state = moment.state.replace(context=None)
+    arrays = dataclasses.replace(moment, state=state).on_host().arrays
+    tensors = {name: _carried(leaf) for name, leaf in _named(arrays).items()}
     content = safetensors.numpy.save(tensors, {_HEADER: json.dumps(header)})
     with replacing(path) as part:
         part.write_bytes(content)
@@ -218,6 +219,7 @@ def write_moment(
 def read_moment(path: str | os.PathLike, bundle: Bundle) -> tuple[Recipe, Moment]:
     """Returns the moment in a file that may hold anything, and its recipe.
 
+    Its state has no context: the prompt is projected anew where it is restored.
     Its tensors are read only once all are known to have the shapes and types that the
     setup gives them.
 
@@ -292,25 +294,31 @@ def _blank(path, header: Mapping[str, Any], recipe: Recipe, bundle: Bundle) -> M
             f" {policy.block} before frames={recipe.frames}; copy the file again"
         )
     pending = parse_switches(header.get("pending", ()), f"{path}: pending")
-    arrays = jax.eval_shape(lambda: _fresh(bundle, recipe, recipe.frames - origin))
+    arrays = _shapes(bundle, recipe, recipe.frames - origin)
     return Moment(recipe.frames, origin, recipe.prompts, pending, *arrays)
 
 
-def _fresh(bundle: Bundle, recipe: Recipe, local: int) -> tuple[Any, ...]:
-    """Returns arrays of a moment `local` frames after its origin; for their shapes."""
-    setup: StreamSetup = recipe.setup
-    texts = [recipe.prompts[0].prompt] * (recipe.batch * setup.copies)
-    embedding = bundle.encode_prompts(texts)
-    context = stream.project(bundle.variables, embedding, setup=setup)
-    state = stream.start(context, setup=setup)
-    grid, policy = setup.grid, setup.policy
-    shape = (recipe.batch, policy.block, grid.height, grid.width)
-    latents = jnp.zeros((*shape, setup.model.latent_channels), setup.model.dtype)
-    _, decoder = decode(bundle.codec_params, None, latents, codec=bundle.codec)
-    blocks = local // policy.block
-    first = max(0, blocks - tail_blocks(setup))
-    befores = [decoder if number else None for number in range(first, blocks)]
-    return state, decoder, tuple((before, latents) for before in befores)
+def _shapes(bundle: Bundle, recipe: Recipe, local: int) -> tuple[Any, ...]:
+    """Returns the shapes of a moment's arrays, `local` frames after its origin."""
+    setup, text = recipe.setup, bundle.text
+    rows = recipe.batch * setup.copies
+    embedding = jax.ShapeDtypeStruct((rows, text.text_len, text.dim), text.dtype)
+    # Loaded here: what is loaded while tracing is good for that trace alone.
+    weights = bundle.variables, bundle.codec_params
+
+    def fresh(variables, codec_params, embedding):
+        context = stream.project(variables, embedding, setup=setup)
+        state = stream.start(context, setup=setup).replace(context=None)
+        grid, policy = setup.grid, setup.policy
+        shape = (recipe.batch, policy.block, grid.height, grid.width)
+        latents = jnp.zeros((*shape, setup.model.latent_channels), setup.model.dtype)
+        _, decoder = decode(codec_params, None, latents, codec=bundle.codec)
+        blocks = local // policy.block
+        first = max(0, blocks - tail_blocks(setup))
+        befores = [decoder if number else None for number in range(first, blocks)]
+        return state, decoder, tuple((before, latents) for before in befores)
+
+    return jax.eval_shape(fresh, *weights, embedding)
 
 
 def tail_blocks(setup: StreamSetup) -> int:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import jax
 import numpy as np
@@ -21,6 +20,7 @@ from anchor_jax.training.losses import ReleaseTables, Score, Tables
 from anchor_jax.training.programs import DistillStage, RegressionStage, Stage
 from anchor_jax.training.regress import Regression
 from anchor_jax.training.schedule import Plan
+from anchor_jax.training.sources import DataConfig
 from anchor_jax.training.state import Ema, Optimizer, TrainState, init_state
 from anchor_jax.wan import kernels, lora
 from anchor_jax.wan.spec import ModelConfig
@@ -31,71 +31,117 @@ RULES = ("paper", "release")
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank updates of generator and critic; rank 0 trains everything."""
+    """The section `lora`: low-rank updates of generator and critic.
 
-    rank: int
+    Attributes:
+      rank: of the updates; 0 trains every parameter.
+    """
+
+    rank: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class RegressionConfig:
-    """The section `regression`; the fields are those of `Regression`.
+    """The section `regression`.
 
-    `blocks` counts blocks of `block` frames; `text` trains the text encoder along.
+    Attributes:
+      forcing: "none", one bidirectional clip; "noise", blocks that see earlier ones at
+        noise levels of their own; "teacher", blocks that see earlier ones clean.
+      endpoints: regress stored endpoints of trajectories, not the flow.
+      block: latent frames denoised together.
+      blocks: of a clip.
+      shift: moves noise levels towards noise.
+      window: latent frames that a block sees; all without a value.
+      text: train the text encoder along.
     """
 
-    forcing: str
-    endpoints: bool
-    block: int
-    blocks: int
-    shift: float
-    window: int | None
-    text: bool
+    forcing: str = "none"
+    endpoints: bool = False
+    block: int = 3
+    blocks: int = 7
+    shift: float = 5.0
+    window: int | None = None
+    text: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class DistillationConfig:
-    """The section `distillation`."""
+    """The section `distillation`.
 
-    policy: str
-    steps: tuple[int, ...]
-    shift: float
-    guidance: float
-    frames: int
-    length: int
-    switches: tuple[int, ...]
-    every: int
-    negative_prompt: str
+    Attributes:
+      policy: `anchor-jax policies` lists them.
+      steps: the generator's noise levels, of a grid of 1000 before the shift.
+      shift: moves noise levels towards noise.
+      guidance: real = with + guidance (with - without).
+      frames: latent frames that the loss sees; a sequence's first chunk.
+      length: latent frames of a sequence; as `frames`: one chunk.
+      switches: latent frames, one of which is each sequence's prompt switch.
+      every: steps to a generator update.
+      negative_prompt: what guidance leads away from.
+    """
+
+    policy: str = "anchor_forcing"
+    steps: tuple[int, ...] = (1000, 750, 500, 250)
+    shift: float = 5.0
+    guidance: float = 3.0
+    frames: int = 21
+    length: int = 21
+    switches: tuple[int, ...] = ()
+    every: int = 5
+    negative_prompt: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """The fields of a training's config; `configs/train_dmd.py` explains them."""
+    """The fields of a training's config, with the paper's values.
 
-    stage: str
-    weights: str
-    teacher: str | None
-    critic: str | None
-    rules: str
-    steps: int
-    batch: int
-    seed: int
-    mesh: tuple[int, ...]
-    size: str | None
-    dtype: str | None
-    remat: str
-    attention: str
-    lora: LoraConfig
-    regression: RegressionConfig
-    distillation: DistillationConfig
-    optimizer: Optimizer
-    critic_optimizer: Optimizer
-    ema: Ema
-    data: Any
-    save_every: int
-    keep: int
-    log_every: int
-    sample_every: int
-    out: str
+    Attributes:
+      stage: "regression" (teacher, causal initialisation) or "distillation".
+      weights: where the generator begins: "tiny", "fresh" (a random tiny model), a
+        folder of ported weights, or of a training.
+      teacher: weights of the real score; for distillation.
+      critic: weights with which the fake score begins; without a value the teacher's.
+      rules: "paper", or "release", to continue published weights as trained.
+      steps: in all.
+      batch: videos of a step, over all devices.
+      seed: of weights, noise and sequences.
+      mesh: devices along data, fsdp, context, tensor; -1 fills up.
+      size: pixels, such as "480x832"; without a value the weights' own.
+      dtype: of activations; without a value the weights' own.
+      remat: a member of jax.checkpoint_policies, or "none".
+      attention: a kernel, or "auto".
+      out: folder of checkpoints, logs and samples.
+      save_every: steps to a checkpoint.
+      keep: checkpoints that stay.
+      log_every: steps to a line of numbers.
+      sample_every: steps to sample videos; 0 is never.
+    """
+
+    stage: str = "distillation"
+    weights: str = "tiny"
+    teacher: str | None = None
+    critic: str | None = None
+    rules: str = "paper"
+    steps: int = 700
+    batch: int = 64
+    seed: int = 0
+    mesh: tuple[int, ...] = (1, -1, 1, 1)
+    size: str | None = None
+    dtype: str | None = None
+    remat: str = "none"
+    attention: str = "auto"
+    lora: LoraConfig = LoraConfig()
+    regression: RegressionConfig = RegressionConfig()
+    distillation: DistillationConfig = DistillationConfig()
+    optimizer: Optimizer = Optimizer()
+    critic_optimizer: Optimizer = Optimizer(learning_rate=4e-7)
+    ema: Ema = Ema()
+    data: DataConfig = DataConfig()
+    save_every: int = 100
+    keep: int = 2
+    log_every: int = 10
+    sample_every: int = 0
+    out: str = "runs/train"
 
 
 @dataclasses.dataclass(eq=False)
@@ -115,7 +161,7 @@ class Prepared:
     counts: Mapping[str, int]
 
 
-Batches = Callable[[int], Mapping[str, Any]]
+Batches = Callable[[int], Mapping[str, np.ndarray]]
 
 
 def prepare(

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping
@@ -44,8 +45,13 @@ class Checkpoints:
     keep: int = 2
     tell: Callable[[str], None] = lambda line: None
 
-    def __post_init__(self):
-        self.manager = self._manager()
+    @functools.cached_property
+    def manager(self) -> ocp.CheckpointManager:
+        """Orbax's own; its threads begin with its first use."""
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self.keep, cleanup_tmp_directories=True, create=True
+        )
+        return ocp.CheckpointManager(self.folder.absolute(), options=options)
 
     def save(self, state: TrainState, cursor: Cursor) -> None:
         """Begins to save; what is still being saved is finished first."""
@@ -105,19 +111,13 @@ class Checkpoints:
         """Ends the writing."""
         self.manager.close()
 
-    def _manager(self) -> ocp.CheckpointManager:
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=self.keep, cleanup_tmp_directories=True, create=True
-        )
-        return ocp.CheckpointManager(self.folder.absolute(), options=options)
-
     def _set_aside(self, step: int) -> pathlib.Path:
         """Renames a checkpoint that cannot be used, so that its step can be saved."""
         self.manager.close()
         place = self.folder / f"torn-{step}"
         shutil.rmtree(place, ignore_errors=True)
         (self.folder / str(step)).rename(place)
-        self.manager = self._manager()
+        del self.manager
         return place
 
     def _restore(self, step: int, state: TrainState, places: TrainState):

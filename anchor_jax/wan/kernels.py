@@ -216,6 +216,7 @@ class Splash:
 
 
 KERNELS = {"plain": Plain(), "heads": Heads(), "cudnn": Cudnn(), "splash": Splash()}
+_NEEDS = {"cudnn": "gpu", "splash": "tpu"}
 PREFERRED = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn", "cpu": "heads"}
 
 
@@ -236,7 +237,10 @@ def named(name: str, dtype: str, head_dim: int):
     if name not in KERNELS:
         known = ["auto", *KERNELS]
         raise UserError(f"attention={name!r}{suggest(name, known, 'kernels')}")
+    needed, here = _NEEDS.get(name), jax.default_backend()
     reason = KERNELS[name].refuses(dtype, head_dim)
+    if not reason and needed and here != needed:
+        reason = f"it needs a {needed}, and jax found a {here} here"
     if reason:
         raise UserError(f"attention={name!r}: {reason}; choose auto or plain")
     return KERNELS[name]
@@ -277,16 +281,22 @@ def _shown_part(q, k, v, past, shown):
 
     def part(count: int):
         end = count * unit
-        bias = _bias(end, shown)
 
-        def one_head(head):
+        def one_head(head, bias=None):
             *own, number = head
             # Cut head by head: cut at once, the whole past would be copied.
             place, cut = (first + number, 0, 0), (1, end, k.shape[-1])
             seen = (jax.lax.dynamic_slice(x, place, cut)[0] for x in stored)
             return _one_head(*own, *seen, bias=bias)
 
-        return lambda: jax.lax.map(one_head, (q, k, v, jnp.arange(len(q))))
+        def all_shown():
+            return jax.lax.map(one_head, (q, k, v, jnp.arange(len(q))))
+
+        def some_hidden():
+            hiding = functools.partial(one_head, bias=_bias(end, shown))
+            return jax.lax.map(hiding, (q, k, v, jnp.arange(len(q))))
+
+        return lambda: jax.lax.cond(shown < end, some_hidden, all_shown)
 
     branches = [lambda: _each_head(q, k, v), *map(part, range(1, steps + 1))]
     return jax.lax.switch(jnp.clip(-(-shown // unit), 0, steps), branches)
@@ -311,12 +321,11 @@ def _one_head(q, *keys_values, bias=None):
     """
     values = keys_values[1::2]
     scores = [_dot(q, k.astype(q.dtype)) for k in keys_values[::2]]
-    # Hidden keys count for the largest score: any large enough one will do, and the
-    # bias, added later, then costs no pass of its own.
+    if bias is not None:
+        # Before the largest is sought: a hidden key may score far above all others.
+        scores[-1] = scores[-1] + bias
     tops = [jnp.max(part, axis=-1, keepdims=True) for part in scores]
     top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, tops))
-    if bias is not None:
-        scores[-1] = scores[-1] + bias
     weights = [jnp.exp(part - top) for part in scores]
     whole = sum(jnp.sum(part, axis=-1, keepdims=True) for part in weights)
     mixed = sum(

@@ -36,7 +36,7 @@ def test_what_is_missing_is_listed(tmp_path, capsys):
     base, _ = write_layout(tmp_path / "base", "generator")
     flags = [f"--generator={base}", "--method=causvid", "--dry_run"]
     assert main(["port", *flags]) == 0
-    assert "without text_encoder; add it with --wan" in capsys.readouterr().out
+    assert "without text_encoder, which sampling needs" in capsys.readouterr().out
 
 
 def test_a_folder_must_be_named(capsys):

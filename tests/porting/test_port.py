@@ -484,3 +484,40 @@ def test_an_export_of_what_is_not_there_is_refused(tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         export(tmp_path / "out", tmp_path / "back", **options)
     assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"alpha_pattern": {"q": 8}},
+        {"rank_pattern": {"q": 8}},
+        {"fan_in_fan_out": True},
+        {"bias": "all"},
+    ],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_settings_that_change_what_adapters_do_are_refused(tmp_path, setting):
+    base, _ = write_layout(tmp_path / "base", "generator")
+    lora, _ = write_layout(tmp_path / "lora", "peft")
+    place = next(tmp_path.rglob("adapter_config.json"))
+    place.write_text(json.dumps(json.loads(place.read_text()) | setting))
+
+    with pytest.raises(UserError, match=next(iter(setting))):
+        port.plan(generator=base, lora=lora, method="longlive")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"model": None}, {"model": {"dim": "x"}}, {"sources": [3]}]
+)
+def test_a_manifest_that_says_too_little_is_not_exported(tmp_path, wrong):
+    base, _ = write_layout(tmp_path / "base", "generator")
+    port.run(port.plan(generator=base, method="causvid"), tmp_path / "out")
+    place = tmp_path / "out" / "0" / "meta" / "metadata"
+    place.write_text(json.dumps(json.loads(place.read_text()) | wrong))
+
+    with pytest.raises(UserError, match="meta cannot be exported"):
+        export(tmp_path / "out", tmp_path / "back", "wan")
+
+    assert not (tmp_path / "back").exists()

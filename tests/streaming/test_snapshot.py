@@ -11,6 +11,8 @@ import tiny
 from bundles import BLUE, GREEN, RED
 
 from anchor_jax import flow
+from anchor_jax.bundle import load_bundle
+from anchor_jax.cache import policies, positions
 from anchor_jax.cache.policies import POLICIES, single_prompt
 from anchor_jax.config import load_config
 from anchor_jax.errors import UserError
@@ -20,7 +22,9 @@ from anchor_jax.streaming import session as sessions
 from anchor_jax.streaming.recipe import (
     Switch,
     describe,
+    differences,
     digest,
+    fingerprint,
     load_recipe,
     parse_recipe,
     rebuild,
@@ -280,6 +284,71 @@ def test_a_saved_session_goes_on_bit_for_bit(tmp_path, name, frame):
     assert same(blocks(other, 30), rest)
     assert other.recipe() == session.recipe()
     assert [file.name for file in tmp_path.iterdir()] == ["moment.safetensors"]
+
+
+@pytest.mark.parametrize("where", ["device", "free", "sharded"])
+def test_weights_that_nobody_has_used_yet_restore_a_session(tmp_path, where):
+    session = ask(make("anchor_forcing"))
+    blocks(session, 6)
+    session.save(tmp_path / "moment.safetensors")
+    rest = blocks(session, 12)
+    bundles.save(tmp_path / "weights")
+
+    fresh = load_bundle(str(tmp_path / "weights"), text_encoder=where)
+    other = Session.restore(tmp_path / "moment.safetensors", fresh)
+
+    assert same(blocks(other, 12), rest)
+
+
+def test_a_moment_is_of_no_kernel(tmp_path):
+    session = make("anchor_forcing")
+    session.step()
+    session.save(tmp_path / "m")
+
+    names = safetensors.safe_open(tmp_path / "m", "np").keys()
+
+    assert not [name for name in names if "context" in name]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [({"prompt": ""}, "prompt"), ({"requested": -3}, "requested=-3")],
+)
+def test_what_could_not_be_read_again_is_not_taken(wrong, named):
+    with pytest.raises(UserError, match=named):
+        make("anchor_forcing").switch(**{"prompt": BLUE, "requested": 3, **wrong})
+
+
+def test_every_part_of_a_policy_can_be_written_and_read():
+    kinds = {
+        kind
+        for module in (policies, positions)
+        for kind in vars(module).values()
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind)
+    }
+    plans = {policies.CacheIndex, policies.ReadPlan, policies.WritePlan, policies.Rerun}
+
+    for kind in kinds - plans:
+        assert rebuild(describe(kind()), "here") == kind()
+
+
+@pytest.mark.parametrize("depth", [20, 900])
+def test_parts_that_are_nested_without_end_are_refused(depth):
+    nested = []
+    for _ in range(depth):
+        nested = [nested]
+
+    with pytest.raises(UserError, match="deep"):
+        rebuild(nested, "setup")
+
+
+def test_the_fingerprint_tells_how_noise_is_drawn():
+    before = fingerprint(bundles.load())
+    with jax.default_prng_impl("rbg"):
+        after = fingerprint(bundles.load())
+
+    (line,) = differences(before, after)
+    assert "prng" in line
 
 
 def test_guided_videos_in_half_precision_are_saved_too(tmp_path):

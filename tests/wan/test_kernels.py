@@ -138,3 +138,19 @@ def test_a_named_kernel_is_taken_or_refused_with_a_reason():
         named("splash", "bfloat16", 32)
     with pytest.raises(UserError, match="did you mean 'heads'"):
         named("head", "float32", 32)
+
+
+def test_heads_is_finite_where_hidden_keys_score_far_above_the_visible():
+    (q, k, v), past = arrays(3, 12)
+    q, k = jnp.ones_like(q), jnp.full_like(k, -50.0)
+    low = jnp.zeros_like(past.k).at[:, :2].set(-50.0)
+
+    def total(v, kernel):
+        seen = jnp.int32(3 + 2)
+        return jnp.sum(attended(kernel, (q, k, v), LayersKV(low, past.v), seen))
+
+    ours, theirs = (jax.value_and_grad(total)(v, one) for one in (HEADS, Plain()))
+
+    assert np.isfinite(ours[0])
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5)
+    np.testing.assert_allclose(ours[1], theirs[1], atol=1e-5)

@@ -1,0 +1,398 @@
+"""Datasets of prompts and of latent clips, built once and read by number.
+
+They are builders of tensorflow-datasets, kept as array records: reading needs no
+TensorFlow.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+import tqdm
+
+from anchor_jax.errors import UserError
+from anchor_jax.prompts import MAX_PROMPT_CHARACTERS
+
+SPLIT = "train"
+_READY = "ready.json"
+_VERSION = tfds.core.Version("1.0.0")
+_Pair = tuple[str, str]
+
+
+class Examples:
+    """Examples by number: dicts of arrays and of text."""
+
+    def __init__(self, source):
+        """Wraps a data source, whose text is bytes."""
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        example = self._source[number]
+        return {name: _as_text(value) for name, value in example.items()}
+
+
+class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """A builder of one split, in the order in which examples are made."""
+
+    VERSION = _VERSION
+
+    def __init__(self, data_dir: str | os.PathLike):
+        super().__init__(data_dir=os.fspath(data_dir), file_format="array_record")
+
+    def inputs(self) -> dict[str, Any]:
+        """What the examples depend on, as JSON values."""
+        raise TypeError(f"{type(self).__name__} does not say what it is made from")
+
+    def _described(self, features: dict[str, Any]) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=type(self).__doc__,
+            features=tfds.features.FeaturesDict(features),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager):
+        del dl_manager
+        return {SPLIT: self._generate_examples()}
+
+
+class PromptPairs(_Builder, skip_registration=True):
+    """Prompts, each with the prompt that it is switched to."""
+
+    def __init__(
+        self,
+        data_dir: str | os.PathLike,
+        path: str | os.PathLike,
+        switch_path: str | os.PathLike | None = None,
+        seed: int = 0,
+    ):
+        """Reads the files.
+
+        Args:
+          data_dir: where the dataset is built.
+          path: a prompt a line, or JSON lines if its name ends in `.jsonl`: objects
+            with `prompt` and `switch`, or with `prompts`, of which two are taken.
+          switch_path: whose line k is switched to after line k of `path`. Without it,
+            a line is switched to another, drawn by `seed`.
+          seed: of that draw.
+
+        Raises:
+          UserError: A file is wrong; the message names the line.
+        """
+        self._seed = seed
+        self._paths = [pathlib.Path(path)]
+        self._paths += [] if switch_path is None else [pathlib.Path(switch_path)]
+        self._digests = [_digest(path) for path in self._paths]
+        self._pairs = self._read()
+        super().__init__(data_dir)
+
+    def inputs(self) -> dict[str, Any]:
+        """The files' hashes and sizes, their kind, and the seed."""
+        return {
+            "files": self._digests,
+            "json": self._paths[0].suffix == ".jsonl",
+            "seed": self._seed,
+        }
+
+    def _read(self) -> list[_Pair]:
+        first, *second = self._paths
+        if any(path.suffix == ".jsonl" for path in self._paths):
+            if second:
+                raise UserError(
+                    f"{first}, {second[0]}: a file of JSON lines holds both prompts;"
+                    " leave the switch path out"
+                )
+            return [_json_pair(first, *line) for line in enumerate(_lines(first), 1)]
+        if not second:
+            return _drawn_pairs(first, self._seed)
+        return _aligned_pairs(first, second[0], self._digests)
+
+    def _info(self):
+        text = tfds.features.Text()
+        return self._described({"prompt": text, "switch": text})
+
+    def _generate_examples(self):
+        for number, (prompt, switch) in enumerate(self._pairs):
+            yield number, {"prompt": prompt, "switch": switch}
+
+
+class Clips(_Builder, skip_registration=True):
+    """Latent clips with captions, and optionally arrays of fixed shape."""
+
+    def __init__(
+        self,
+        data_dir: str | os.PathLike,
+        examples: Callable[[], Iterable[Mapping[str, Any]]],
+        size: int,
+        shape: tuple[int, int, int, int],
+        made_from: Mapping[str, Any],
+        dtype: str = "float16",
+        arrays: Mapping[str, tuple[tuple[int, ...], str]] | None = None,
+    ):
+        """Makes nothing yet.
+
+        Args:
+          data_dir: where the dataset is built.
+          examples: yields dicts of `latents` [frame, height, width, channel],
+            `captions`, a list of text, and the arrays.
+          size: how many it yields.
+          shape: of the latents.
+          made_from: JSON values that the examples depend on, such as a seed; a change
+            builds the dataset anew.
+          dtype: of the latents, float16 or float32.
+          arrays: shape and type of further arrays, by name.
+
+        Raises:
+          UserError: A size, shape, type or name is not allowed.
+        """
+        self._examples, self._size = examples, size
+        self._made_from = dict(made_from)
+        self._arrays = {"latents": (tuple(shape), dtype), **(arrays or {})}
+        if size < 1 or len(shape) != 4 or min(shape) < 1:
+            raise UserError(
+                f"size={size}, shape={tuple(shape)}: expected a clip or more of"
+                " (frame, height, width, channel)"
+            )
+        if dtype not in ("float16", "float32"):
+            raise UserError(f"dtype={dtype!r}: expected float16 or float32")
+        if {"latents", "captions"} & set(arrays or {}):
+            raise UserError("arrays: 'latents' and 'captions' are there already")
+        super().__init__(data_dir)
+
+    def inputs(self) -> dict[str, Any]:
+        """What the caller said, with the size, the shapes and the types."""
+        arrays = {
+            name: [list(shape), np.dtype(dtype).name]
+            for name, (shape, dtype) in self._arrays.items()
+        }
+        return {"made_from": self._made_from, "size": self._size, "arrays": arrays}
+
+    def _info(self):
+        features = {
+            name: tfds.features.Tensor(
+                shape=shape,
+                dtype=np.dtype(dtype),
+                encoding=tfds.features.Encoding.BYTES,
+            )
+            for name, (shape, dtype) in self._arrays.items()
+        }
+        captions = tfds.features.Sequence(tfds.features.Text())
+        return self._described({**features, "captions": captions})
+
+    def _generate_examples(self):
+        made = tqdm.tqdm(self._examples(), desc="clips", total=self._size, leave=False)
+        number = -1
+        for number, example in enumerate(made):
+            yield number, self._checked(number, example)
+        if number + 1 != self._size:
+            raise ValueError(f"{number + 1} clips, expected {self._size}")
+
+    def _checked(self, number: int, example: Mapping[str, Any]) -> dict[str, Any]:
+        expected = {*self._arrays, "captions"}
+        if set(example) != expected:
+            raise ValueError(f"clip {number}: {set(example)}, expected {expected}")
+        checked = {"captions": list(example["captions"])}
+        for name, (shape, dtype) in self._arrays.items():
+            checked[name] = np.asarray(example[name], dtype)
+            _check_array(f"clip {number}, {name}", checked[name], tuple(shape))
+        return checked
+
+
+def prepare(
+    kind: Callable[..., _Builder], folder: str | os.PathLike, **arguments
+) -> Examples:
+    """Returns the examples of a dataset, which is built at the first call only.
+
+    A dataset lies in a folder named by a hash of what it is made from. It is built
+    aside and renamed when complete; of several processes, one builds and the others
+    wait.
+
+    Args:
+      kind: `PromptPairs` or `Clips`.
+      folder: of datasets.
+      **arguments: of the kind, without `data_dir`.
+
+    Raises:
+      UserError: An input is wrong.
+    """
+    root = pathlib.Path(folder)
+    root.mkdir(parents=True, exist_ok=True)
+    building = root / f".building-{os.getpid()}"
+    builder = kind(data_dir=building, **arguments)
+    name = f"{builder.name}-{cache_key(builder)}"
+    with _locked(root / f".{name}.lock"):
+        if not (root / name / _READY).is_file():
+            _build(builder, building, root / name)
+    return open_dataset(root / name)
+
+
+def open_dataset(folder: str | os.PathLike) -> Examples:
+    """Returns the examples of a dataset that `prepare` built.
+
+    Raises:
+      UserError: There is none.
+    """
+    folder = pathlib.Path(folder)
+    try:
+        ready = json.loads((folder / _READY).read_text(encoding="utf-8"))
+        name = pathlib.PurePath(ready["name"]).name
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}: no complete dataset; build it again") from error
+    where = folder / name / str(_VERSION)
+    builder = tfds.builder_from_directory(os.fspath(where))
+    return Examples(builder.as_data_source(SPLIT))
+
+
+def cache_key(builder: _Builder) -> str:
+    """Returns the hash of what a dataset is made from, 16 hexadecimal digits."""
+    parts = [builder.name, str(builder.version), builder.inputs()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _build(builder: _Builder, building: pathlib.Path, target: pathlib.Path) -> None:
+    """Builds aside, then renames; what was left half-built is removed."""
+    shutil.rmtree(target, ignore_errors=True)
+    try:
+        tfds.disable_progress_bar()
+        builder.download_and_prepare(file_format="array_record")
+        ready = {"name": builder.name, "inputs": builder.inputs()}
+        (building / _READY).write_text(json.dumps(ready), encoding="utf-8")
+        building.rename(target)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(path: pathlib.Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _as_text(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, list):
+        return [text.decode() for text in value]
+    return value
+
+
+def _check_array(where: str, value: np.ndarray, shape: tuple[int, ...]) -> None:
+    if value.shape != shape:
+        raise ValueError(f"{where}: shape {value.shape}, expected {shape}")
+    if value.dtype.kind == "f" and not np.isfinite(value).all():
+        raise ValueError(f"{where}: not finite in {value.dtype}")
+
+
+def _digest(path: pathlib.Path) -> list[Any]:
+    """Returns a file's SHA-256 and its size in bytes."""
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return [digest, file.tell()]
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file of prompts") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _lines(path: pathlib.Path) -> list[str]:
+    """Returns the lines of a file of UTF-8 text, none of them empty."""
+    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    if not lines:
+        raise UserError(f"{path}: no lines; expected a prompt a line")
+    return [_line(path, number, line) for number, line in enumerate(lines, 1)]
+
+
+def _line(path: pathlib.Path, number: int, line: bytes) -> str:
+    try:
+        text = line.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}, line {number}: not UTF-8 text; save the file as UTF-8"
+        ) from error
+    limit = MAX_PROMPT_CHARACTERS * (12 if path.suffix == ".jsonl" else 1)
+    _check_length(f"{path}, line {number}", text, limit)
+    return text
+
+
+def _check_length(where: str, text: str, limit: int) -> None:
+    if not text:
+        raise UserError(f"{where}: empty; expected a prompt: write one, or remove it")
+    if len(text) > limit:
+        raise UserError(
+            f"{where}: {len(text)} characters, expected at most {limit}; shorten it"
+        )
+
+
+def _aligned_pairs(
+    first: pathlib.Path, second: pathlib.Path, digests: list[Any]
+) -> list[_Pair]:
+    if digests[0] == digests[1]:
+        raise UserError(
+            f"{first}, {second}: the same text, so that no switch would change the"
+            " prompt; expected a second file with the switch prompts"
+        )
+    prompts, switches = _lines(first), _lines(second)
+    if len(prompts) != len(switches):
+        shorter = min(len(prompts), len(switches))
+        raise UserError(
+            f"{second}: {len(switches)} lines, expected {len(prompts)} as in {first}:"
+            f" line k of one belongs to line k of the other; line {shorter + 1} is the"
+            " first without a partner"
+        )
+    return list(zip(prompts, switches, strict=True))
+
+
+def _drawn_pairs(path: pathlib.Path, seed: int) -> list[_Pair]:
+    """Pairs every line with another one, of another text."""
+    lines = _lines(path)
+    if len(set(lines)) < 2:
+        raise UserError(
+            f"{path}: got one prompt only, expected two or more that differ, since a"
+            " line is switched to another; add lines"
+        )
+    rng = np.random.default_rng((seed, len(lines)))
+    pairs = []
+    for number, line in enumerate(lines):
+        other = line
+        while other == line:
+            step = int(rng.integers(1, len(lines)))
+            other = lines[(number + step) % len(lines)]
+        pairs.append((line, other))
+    return pairs
+
+
+def _json_pair(path: pathlib.Path, number: int, line: str) -> _Pair:
+    where = f"{path}, line {number}"
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: bad JSON: {error}; write one object a line") from (
+            error
+        )
+    got = entry if isinstance(entry, dict) else {}
+    pair = got.get("prompts", [got.get("prompt"), got.get("switch")])
+    is_pair = isinstance(pair, list) and len(pair) >= 2
+    if not is_pair or not all(isinstance(text, str) for text in pair[:2]):
+        raise UserError(
+            f'{where}: got {line[:60]}, expected {{"prompt": TEXT, "switch": TEXT}} or'
+            ' {"prompts": [TEXT, TEXT]}'
+        )
+    prompt, switch = (text.strip() for text in pair[:2])
+    _check_length(where, prompt, MAX_PROMPT_CHARACTERS)
+    _check_length(where, switch, MAX_PROMPT_CHARACTERS)
+    return prompt, switch

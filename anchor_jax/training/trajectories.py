@@ -1,0 +1,278 @@
+"""ODE trajectories on disk, written by many processes and resumed at will.
+
+A dataset builder writes a split in one go, by one process, and names its shards by
+how many there are. Trajectories take days on many machines, so here the shards are
+written one at a time; their records and their reading are those of the builders.
+"""
+
+import bisect
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python import array_record_module
+
+from anchor_jax.errors import UserError
+
+SHARD = 8  # examples; at full size, 21 MB each before compression
+FORMAT = 1
+_SPEC = "spec.json"
+_SUFFIX = ".array_record"
+
+
+class TrajectoryWriter:
+    """Appends the examples of one process to a folder that many write to.
+
+    The examples of process p of n are p, p + n, p + 2n, ... A shard appears whole or
+    not at all: a killed writer loses the examples of its unfinished shard, which
+    `done` then does not name. At most one writer of a process may run.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        process: int,
+        processes: int,
+        shape: tuple[int, ...],
+        shard: int = SHARD,
+        inputs: Mapping[str, Any] | None = None,
+    ):
+        """Opens a folder, new or begun.
+
+        Args:
+          folder: of the shards.
+          process: of this writer, from 0.
+          processes: that write; it may differ from one start to the next.
+          shape: of the states: level + 1, frame, height, width, channel.
+          shard: examples in a shard.
+          inputs: what the examples are made from, for instance the hash of the
+            prompts and the seed. It must be the same at every start.
+
+        Raises:
+          UserError: A value is out of range, or the folder holds other trajectories.
+        """
+        if not 0 <= process < processes:
+            raise UserError(f"process={process}: expected 0 to {processes - 1}")
+        if shard < 1:
+            raise UserError(f"shard={shard}: expected 1 or more examples")
+        _check_shape(shape)
+        self._folder = pathlib.Path(folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._process, self._processes, self._shard = process, processes, shard
+        self._shape = tuple(shape)
+        self._features = _features(self._shape)
+        self._part = self._folder / f".part-{process}"
+        self._part.unlink(missing_ok=True)
+        self._writer, self._numbers = None, []
+        self._join(dict(inputs or {}))
+        self._done = set(_index(self._folder))
+
+    def done(self) -> frozenset[int]:
+        """Returns the numbers of the examples in finished shards, of all processes."""
+        return frozenset(_index(self._folder))
+
+    def remaining(self, size: int) -> list[int]:
+        """Returns this process's numbers below `size` that no finished shard holds."""
+        done = self.done()
+        mine = range(self._process, size, self._processes)
+        return [number for number in mine if number not in done]
+
+    def add(self, number: int, states: np.ndarray, prompt: str) -> None:
+        """Appends an example; the shard is finished when it is full.
+
+        Args:
+          number: of the example, which no other has.
+          states: [level + 1, frame, height, width, channel], noisy to clean.
+          prompt: their text.
+
+        Raises:
+          ValueError: The number is not this process's or is there already, the shape
+            is wrong, or a value is not finite in float16.
+        """
+        if number < 0 or number % self._processes != self._process:
+            raise ValueError(
+                f"number={number} is not of process {self._process} of"
+                f" {self._processes}"
+            )
+        if number in self._done or number in self._numbers:
+            raise ValueError(f"number={number} is written already")
+        example = {"states": self._checked(number, states), "prompt": prompt}
+        record = self._features.serialize_example(example)
+        if self._writer is None:
+            self._writer = _open_writer(self._part)
+        self._writer.write(record)
+        self._numbers.append(number)
+        if len(self._numbers) == self._shard:
+            self.flush()
+
+    def flush(self) -> None:
+        """Finishes the shard, however few examples it has; call it at the end."""
+        if self._writer is None:
+            return
+        self._writer.write(json.dumps(self._numbers).encode())
+        self._writer.close()
+        _sync(self._part)
+        self._part.rename(self._folder / f"{self._numbers[0]:09d}{_SUFFIX}")
+        self._done.update(self._numbers)
+        self._writer, self._numbers = None, []
+
+    def _checked(self, number: int, states: np.ndarray) -> np.ndarray:
+        if states.shape != self._shape:
+            raise ValueError(
+                f"example {number}: states of shape {states.shape}, expected"
+                f" {self._shape}"
+            )
+        with np.errstate(over="ignore"):
+            states = np.asarray(states).astype(np.float16)
+        wrong = int(np.size(states) - np.count_nonzero(np.isfinite(states)))
+        if wrong:
+            raise ValueError(
+                f"example {number}: {wrong} of {states.size} values are not finite in"
+                " float16"
+            )
+        return states
+
+    def _join(self, inputs: Mapping[str, Any]) -> None:
+        """Writes what the folder holds, or checks that it is the same."""
+        spec = {"format": FORMAT, "shape": list(self._shape), "inputs": inputs}
+        spec = json.loads(json.dumps(spec))
+        path = self._folder / _SPEC
+        temporary = self._folder / f".{_SPEC}-{self._process}"
+        temporary.write_text(json.dumps(spec, indent=1), encoding="utf-8")
+        try:
+            os.link(temporary, path)  # Fails if another process came first.
+        except FileExistsError:
+            pass
+        finally:
+            temporary.unlink()
+        found = _read_spec(self._folder)
+        if found != spec:
+            raise UserError(
+                f"{self._folder}: holds trajectories of {found}, expected {spec};"
+                " choose another folder, or remove this one"
+            )
+
+
+class Trajectories:
+    """The finished trajectories of a folder, by place in the order of their numbers.
+
+    Each is a dict of `states`, float16 [level + 1, frame, height, width, channel], and
+    `prompt`, text. Only the shards that were finished at the start are seen.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        """Opens every shard.
+
+        Raises:
+          UserError: The folder has no trajectories, or a shard is damaged.
+        """
+        self._folder = pathlib.Path(folder)
+        self._features = _features(tuple(_read_spec(self._folder)["shape"]))
+        index = _index(self._folder)
+        if not index:
+            raise UserError(f"{folder}: no finished trajectories in it; write some")
+        self.numbers = tuple(sorted(index))
+        self._places = [index[number] for number in self.numbers]
+        self._readers: dict[pathlib.Path, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        path, record = self._places[place]
+        if path not in self._readers:
+            self._readers[path] = _open_reader(path)
+        (read,) = self._readers[path].read([record])
+        example = self._features.deserialize_example_np(read)
+        return {"states": example["states"], "prompt": example["prompt"].decode()}
+
+    def by_number(self, number: int) -> dict[str, Any]:
+        """Returns the example that was written under a number.
+
+        Raises:
+          KeyError: None was.
+        """
+        place = bisect.bisect_left(self.numbers, number)
+        if place == len(self.numbers) or self.numbers[place] != number:
+            raise KeyError(number)
+        return self[place]
+
+
+def _features(shape: tuple[int, ...]) -> tfds.features.FeaturesDict:
+    states = tfds.features.Tensor(
+        shape=shape, dtype=np.float16, encoding=tfds.features.Encoding.BYTES
+    )
+    return tfds.features.FeaturesDict(
+        {"states": states, "prompt": tfds.features.Text()}
+    )
+
+
+def _check_shape(shape: Iterable[int]) -> None:
+    shape = tuple(shape)
+    if len(shape) != 5 or min(shape) < 1 or shape[0] < 2:
+        raise UserError(
+            f"shape={shape}: expected (levels + 1, frame, height, width, channel),"
+            " with a level or more"
+        )
+
+
+def _read_spec(folder: pathlib.Path) -> dict[str, Any]:
+    path = folder / _SPEC
+    try:
+        spec = json.loads(path.read_text(encoding="utf-8"))
+        shape = spec["shape"]
+        is_known = spec["format"] == FORMAT and all(type(n) is int for n in shape)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; expected trajectories there") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged; write the trajectories again") from error
+    if not is_known:
+        raise UserError(f"{path}: not of format {FORMAT}; write them again")
+    _check_shape(shape)
+    return spec
+
+
+def _index(folder: pathlib.Path) -> dict[int, tuple[pathlib.Path, int]]:
+    """Returns the shard and the record of every example, by number."""
+    index: dict[int, tuple[pathlib.Path, int]] = {}
+    for path in sorted(folder.glob(f"[0-9]*{_SUFFIX}")):
+        for record, number in enumerate(_numbers(path)):
+            if number in index:
+                raise UserError(
+                    f"{path}: example {number} is also in {index[number][0].name};"
+                    " remove one of the two"
+                )
+            index[number] = path, record
+    return index
+
+
+def _numbers(path: pathlib.Path) -> list[int]:
+    """Returns the numbers of a shard's examples, which its last record lists."""
+    try:
+        reader = _open_reader(path)
+        last = reader.num_records() - 1
+        numbers = json.loads(reader.read([last])[0])
+        is_right = len(numbers) == last and all(type(n) is int for n in numbers)
+        reader.close()
+    except (ValueError, IndexError, RuntimeError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({error}); remove it") from error
+    if not is_right:
+        raise UserError(f"{path}: damaged (its list of numbers is wrong); remove it")
+    return numbers
+
+
+def _open_reader(path: pathlib.Path):
+    return array_record_module.ArrayRecordReader(str(path))
+
+
+def _open_writer(path: pathlib.Path):
+    return array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+
+
+def _sync(path: pathlib.Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

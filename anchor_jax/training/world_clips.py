@@ -1,0 +1,144 @@
+"""Clips of the tiny world with its events, as latents, for the teacher."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+
+from anchor_jax.training import world_data
+from anchor_jax.world import codec as codecs
+from anchor_jax.world import events, scene
+from anchor_jax.world.events import Scene
+
+BLOCK = 3
+_PARAPHRASES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Clips:
+    """Latent clips and what they show.
+
+    `latents` is [clip, frame, 8, 8, channel] in float16, `scenes` what each clip's
+    caption says: in some, the first block shows the scene before an event.
+    """
+
+    latents: np.ndarray
+    scenes: tuple[Scene, ...]
+
+
+def captions() -> list[str]:
+    """Returns captions that hold every word of the world, and the empty one."""
+    rng = np.random.default_rng(0)
+    found = {events.caption(one) for one in _every_scene()}
+    for _ in range(_PARAPHRASES):
+        found |= {events.caption(one, rng) for one in _every_scene()}
+    return [*sorted(found), ""]
+
+
+@functools.cache
+def _every_scene() -> tuple[Scene, ...]:
+    """Returns one scene of every kind that can begin or follow another."""
+    rng = np.random.default_rng(0)
+    found = []
+    for attributes in scene.all_attributes(False):
+        begin = Scene(attributes)
+        found.append(begin)
+        for kind in events.kinds(begin):
+            after = events.follow(rng, begin, kind)
+            found.append(after)
+            found += [events.follow(rng, after, one) for one in events.kinds(after)]
+    return tuple(found)
+
+
+def sample_clips(codec, seed: int, count: int, frames: int) -> Clips:
+    """Returns clips of training combinations.
+
+    Args:
+      codec: of `fit_codec`.
+      seed: of the draws.
+      count: of clips.
+      frames: latent frames of each.
+    """
+    rng = np.random.default_rng((seed, 3))
+    drawn = list(itertools.islice(_clips(rng, frames), count))
+    shape = (count, frames, *(scene.SIZE // scene.CELL,) * 2, codec["encode"].shape[1])
+    latents = np.empty(shape, np.float16)
+    for place, (played, last) in zip(latents, drawn, strict=True):
+        del last
+        place[:] = _encode(codec, played, rng)
+    return Clips(latents, tuple(last for _, last in drawn))
+
+
+def _clips(rng, frames: int) -> Iterator[tuple[list[tuple[Scene, int]], Scene]]:
+    """Yields what clips play, in pixel frames, and the scene of their captions.
+
+    A third begins with a block of the scene before: so do the clips that distillation
+    scores after a prompt switch.
+    """
+    whole = scene.latent_to_pixel_frames(frames)
+    first = scene.latent_to_pixel_frames(BLOCK)
+    while True:
+        before, after = pair(rng)
+        if rng.random() < 1 / 3:
+            yield [(before, first), (after, whole - first)], after
+        else:
+            yield [(after, whole)], after
+
+
+def pair(rng) -> tuple[Scene, Scene]:
+    """Returns a scene and one that can follow it, plain ones most often."""
+    begin = Scene(scene.sample_attributes(rng, held_out=False))
+    chosen = rng.random()
+    if chosen < 0.5:
+        kind = rng.choice(["color", "shape", "motion", "background"])
+        return begin, events.follow(rng, begin, kind, False)
+    if chosen < 0.7:
+        return begin, events.follow(rng, begin, "enter", False)
+    hidden = events.follow(rng, begin, "hide", False)
+    if chosen < 0.8:
+        return begin, hidden
+    return hidden, events.follow(rng, hidden, "return", False)
+
+
+def _encode(codec, played, rng) -> np.ndarray:
+    start = scene.LATTICE * rng.integers(scene.SIZE // scene.LATTICE, size=2)
+    video = events.render(played, (float(start[0]), float(start[1])))
+    pixels = codecs.with_first_repeated(codecs.to_unit(video)[None])
+    blocks = codecs.pixel_blocks(pixels)
+    return ((blocks - codec["mean"]) @ codec["encode"])[0]
+
+
+class ClipBatches:
+    """Batches for the bidirectional teacher, pure functions of their number."""
+
+    def __init__(
+        self,
+        clips: Clips,
+        tokenizer,
+        batch: int,
+        frames: int,
+        seed: int,
+        dropout: float = 0.1,
+    ):
+        self.clips, self.tokenizer, self.dropout = clips, tokenizer, dropout
+        self.batch, self.frames, self.seed = batch, frames, seed
+
+    def __call__(self, number: int) -> dict[str, np.ndarray]:
+        """Returns latents and token ids of batch `number`; some have no caption."""
+        rng = np.random.default_rng((self.seed, 10, number))
+        rows = rng.integers(len(self.clips.latents), size=self.batch)
+        latents = self.clips.latents[rows, : self.frames].astype(np.float32)
+        texts = [
+            ""
+            if rng.random() < self.dropout
+            else events.caption(self.clips.scenes[row], rng)
+            for row in rows
+        ]
+        ids, mask = self.tokenizer.encode(texts)
+        return {
+            "latents": world_data.roll(rng, latents),
+            "ids": ids[:, None],
+            "mask": mask[:, None],
+        }

@@ -1,0 +1,375 @@
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from anchor_jax.errors import UserError
+from anchor_jax.training.batches import Batches, Order
+
+pytest.importorskip("tensorflow_datasets")
+
+from anchor_jax.training import datasets
+from anchor_jax.training.trajectories import Trajectories, TrajectoryWriter
+
+ROOT = pathlib.Path(datasets.__file__).parents[2]
+SHAPE = (5, 2, 3, 3, 4)
+
+
+def run(program, *arguments):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+
+
+def write(path, lines):
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def all_of(examples):
+    return [examples[number] for number in range(len(examples))]
+
+
+def pairs(tmp_path, **arguments):
+    examples = datasets.prepare(datasets.PromptPairs, tmp_path / "built", **arguments)
+    return [(one["prompt"], one["switch"]) for one in all_of(examples)]
+
+
+def test_aligned_files_come_back_as_pairs_in_order(tmp_path):
+    first = write(tmp_path / "a.txt", [f"élan {n}" for n in range(30)])
+    second = write(tmp_path / "b.txt", [f"夜 {n}" for n in range(30)])
+
+    got = pairs(tmp_path, path=first, switch_path=second)
+
+    assert got == [(f"élan {n}", f"夜 {n}") for n in range(30)]
+
+
+def test_lines_of_one_file_switch_to_another_text_drawn_by_seed(tmp_path):
+    path = write(tmp_path / "a.txt", ["same"] * 20 + [f"line {n}" for n in range(20)])
+
+    got, again, other = (pairs(tmp_path, path=path, seed=seed) for seed in (0, 0, 1))
+
+    assert [prompt for prompt, _ in got] == path.read_text().splitlines()
+    assert all(prompt != switch for prompt, switch in got)
+    assert got == again
+    assert got != other
+
+
+def test_json_lines_hold_both_forms(tmp_path):
+    lines = [{"prompt": "a", "switch": "b"}, {"prompts": ["c", "d", "e"]}]
+    path = write(tmp_path / "a.jsonl", map(json.dumps, lines))
+
+    assert pairs(tmp_path, path=path) == [("a", "b"), ("c", "d")]
+
+
+@pytest.mark.parametrize(
+    "first, second, message",
+    [
+        (b"a\nb\nc\n", b"d\ne\n", r"b.txt: 2 lines, expected 3 .* line 3 is the first"),
+        (b"a\n\nc\n", b"d\ne\nf\n", r"a.txt, line 2: empty"),
+        (b"a\nb\n", b"c\n\xff\n", r"b.txt, line 2: not UTF-8"),
+        (b"a\nb\n", b"a\nb\n", r"the same text"),
+        (b"a\nb\n", b"c\n" + b"x" * 10_001 + b"\n", r"line 2: 10001 characters"),
+        (b"", b"a\n", r"a.txt: no lines"),
+        (b"a\n", None, r"got one prompt only"),
+        (b"a\na\n", None, r"got one prompt only"),
+    ],
+)
+def test_wrong_text_files_are_refused(tmp_path, first, second, message):
+    (tmp_path / "a.txt").write_bytes(first)
+    switch_path = None if second is None else tmp_path / "b.txt"
+    if second is not None:
+        switch_path.write_bytes(second)
+
+    with pytest.raises(UserError, match=message):
+        pairs(tmp_path, path=tmp_path / "a.txt", switch_path=switch_path)
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{", "line 1: bad JSON"),
+        ("[1]", "expected"),
+        ('{"prompt": "a"}', "expected"),
+        ('{"prompts": ["a"]}', "expected"),
+        ('{"prompt": "a", "switch": 3}', "expected"),
+        ('{"prompt": "a", "switch": " "}', "line 1: empty"),
+        (json.dumps({"prompts": ["a", "x" * 10_001]}), "10001 characters"),
+    ],
+)
+def test_wrong_json_lines_are_refused(tmp_path, line, message):
+    path = write(tmp_path / "a.jsonl", [line])
+
+    with pytest.raises(UserError, match=message):
+        pairs(tmp_path, path=path)
+
+
+def test_missing_and_mixed_files_are_refused(tmp_path):
+    path = write(tmp_path / "a.jsonl", ["{}"])
+
+    with pytest.raises(UserError, match="no such file"):
+        pairs(tmp_path, path=tmp_path / "none.txt")
+    with pytest.raises(UserError, match="holds both prompts"):
+        pairs(tmp_path, path=path, switch_path=write(tmp_path / "b.txt", ["a"]))
+
+
+def clip(number):
+    rng = np.random.default_rng(number)
+    return {
+        "latents": rng.normal(size=(2, 3, 3, 4)).astype(np.float16),
+        "captions": [f"clip {number}", "and more"][: 1 + number % 2],
+        "position": np.arange(2, dtype=np.int32) + number,
+        "weight": np.float32(number / 3),
+    }
+
+
+def clip_arguments(make=clip, size=5, **made_from):
+    return {
+        "examples": lambda: map(make, range(5)),
+        "size": size,
+        "shape": (2, 3, 3, 4),
+        "made_from": made_from,
+        "arrays": {"position": ((2,), "int32"), "weight": ((), "float32")},
+    }
+
+
+def test_clips_come_back_equal(tmp_path):
+    examples = datasets.prepare(datasets.Clips, tmp_path, **clip_arguments())
+
+    assert len(examples) == 5
+    for number, got in enumerate(all_of(examples)):
+        expected = clip(number)
+        assert got.pop("captions") == expected.pop("captions")
+        for name, value in expected.items():
+            assert got[name].dtype == value.dtype
+            np.testing.assert_array_equal(got[name], value)
+
+
+def test_wrong_clips_leave_no_dataset(tmp_path):
+    def broken(number):
+        return {**clip(number), "latents": np.full((2, 3, 3, 4), np.inf)}
+
+    for arguments in (clip_arguments(broken), clip_arguments(size=6)):
+        with pytest.raises(ValueError, match="not finite|5 clips, expected 6"):
+            datasets.prepare(datasets.Clips, tmp_path, **arguments)
+
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+def test_preparing_again_only_opens(tmp_path):
+    made = []
+
+    def counted(number):
+        made.append(number)
+        return clip(number)
+
+    for seed in (1, 1, 2):
+        datasets.prepare(datasets.Clips, tmp_path, **clip_arguments(counted, seed=seed))
+
+    assert len(made) == 10
+
+
+def test_a_half_built_folder_is_built_again(tmp_path):
+    datasets.prepare(datasets.Clips, tmp_path, **clip_arguments())
+    (built,) = tmp_path.glob("clips-*")
+    (built / "ready.json").unlink()
+    for shard in built.rglob("*array_record*"):
+        shard.write_bytes(b"")
+
+    with pytest.raises(UserError, match="no complete dataset"):
+        datasets.open_dataset(built)
+    examples = datasets.prepare(datasets.Clips, tmp_path, **clip_arguments())
+
+    assert examples[4]["captions"] == ["clip 4"]
+
+
+def states(number):
+    rng = np.random.default_rng(number)
+    return rng.normal(size=SHAPE).astype(np.float16)
+
+
+KILLED = """
+import os, signal, sys
+import numpy as np
+from anchor_jax.training.trajectories import TrajectoryWriter
+writer = TrajectoryWriter(sys.argv[1], 0, 2, (5, 2, 3, 3, 4), shard=2)
+for number in (0, 2, 4):
+    rng = np.random.default_rng(number)
+    writer.add(number, rng.normal(size=(5, 2, 3, 3, 4)), f"prompt {number}")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_writer_resumes_with_nothing_lost_or_doubled(tmp_path):
+    killed = run(KILLED, tmp_path)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+
+    for process in (0, 1):
+        writer = TrajectoryWriter(tmp_path, process, 2, SHAPE, shard=2)
+        if process == 0:
+            assert writer.done() == {0, 2}
+            assert writer.remaining(9) == [4, 6, 8]
+        for number in writer.remaining(9):
+            writer.add(number, states(number), f"prompt {number}")
+        writer.flush()
+
+    read = Trajectories(tmp_path)
+    assert read.numbers == tuple(range(9))
+    for number in range(9):
+        got = read.by_number(number)
+        assert got["prompt"] == f"prompt {number}"
+        np.testing.assert_array_equal(got["states"], states(number))
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_wrong_trajectories_are_refused(tmp_path):
+    writer = TrajectoryWriter(tmp_path, 1, 2, SHAPE, inputs={"seed": 1})
+    writer.add(1, states(1), "a")
+
+    for number, value, message in [
+        (1, states(1), "already"),
+        (2, states(2), "not of process 1 of 2"),
+        (3, states(3)[:4], "shape"),
+        (3, np.full(SHAPE, 1e6, np.float32), "360 of 360 values are not finite"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            writer.add(number, value, "b")
+    with pytest.raises(UserError, match="holds trajectories of"):
+        TrajectoryWriter(tmp_path, 0, 2, SHAPE, inputs={"seed": 2})
+    with pytest.raises(UserError, match="no finished trajectories"):
+        Trajectories(tmp_path)
+
+
+def test_a_damaged_shard_is_named(tmp_path):
+    writer = TrajectoryWriter(tmp_path, 0, 1, SHAPE, shard=1)
+    writer.add(0, states(0), "a")
+    (shard,) = tmp_path.glob("*.array_record")
+    shard.write_bytes(shard.read_bytes()[:-50])
+
+    with pytest.raises(UserError, match=f"{shard.name}: damaged"):
+        Trajectories(tmp_path)
+
+
+def epoch(order, number):
+    start = number * order.per_epoch
+    return [order.index(start + place) for place in range(order.per_epoch)]
+
+
+def test_processes_share_an_epoch_without_overlap():
+    orders = [Order(12, 3, process, 4) for process in range(4)]
+
+    for number in range(3):
+        seen = [index for order in orders for index in epoch(order, number)]
+        assert sorted(seen) == list(range(12))
+
+
+def test_every_epoch_and_seed_has_an_order_of_its_own():
+    order = Order(50, 3)
+
+    assert epoch(order, 0) != epoch(order, 1)
+    assert epoch(order, 0) != epoch(Order(50, 4), 0)
+    assert epoch(order, 1) == epoch(Order(50, 3), 1)
+
+
+def test_a_remainder_left_out_of_an_epoch_returns():
+    orders = [Order(11, 0, process, 4) for process in range(4)]
+
+    seen = [
+        {index for order in orders for index in epoch(order, number)}
+        for number in range(6)
+    ]
+
+    assert all(len(one) == 8 for one in seen)
+    assert set.union(*seen) == set(range(11))
+
+
+@pytest.mark.parametrize("arguments", [(3, 0, 0, 4), (3, 0, 1, 1), (3, -1)])
+def test_impossible_orders_are_refused(arguments):
+    with pytest.raises(UserError):
+        Order(*arguments)
+
+
+class Numbered:
+    def __init__(self, broken=()):
+        self.broken = broken
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, number):
+        if number in self.broken:
+            raise OSError(f"example {number} cannot be read")
+        return {"x": np.full((2,), number), "prompt": f"p{number}", "captions": ["a"]}
+
+
+def test_batches_are_the_same_read_ahead_resumed_or_out_of_turn():
+    order = Order(10, 1)
+    batches = Batches(Numbered(), order, 4)
+    position, seen = 0, []
+    for _ in range(6):
+        seen.append((position, batches.at(position)))
+        position = batches.after(position)
+
+    for start, batch in reversed(seen):
+        resumed = Batches(Numbered(), order, 4)
+        for got in (batch, resumed.at(start), batches.at(start)):
+            numbers = [order.index(start + place) for place in range(4)]
+            assert got["x"].tolist() == [[number] * 2 for number in numbers]
+            assert got["prompt"] == [f"p{number}" for number in numbers]
+            assert got["captions"] == [["a"]] * 4
+        resumed.close()
+    batches.close()
+
+
+def test_an_error_of_reading_ahead_is_raised_at_the_next_call():
+    order = Order(10, 1)
+    batches = Batches(Numbered(broken={order.index(3)}), order, 2)
+
+    batches.at(0)
+
+    with pytest.raises(OSError, match="cannot be read"):
+        batches.at(batches.after(0))
+    assert batches.at(4)["x"].shape == (2, 2)
+    batches.close()
+
+
+def test_wrong_batches_are_refused():
+    with pytest.raises(UserError, match="batch=0"):
+        Batches(Numbered(), Order(10), 0)
+    with pytest.raises(UserError, match="the source has 10"):
+        Batches(Numbered(), Order(9), 2)
+
+
+WITHOUT_TENSORFLOW = """
+import pathlib, sys
+import anchor_jax
+from anchor_jax.training import batches
+assert "tensorflow_datasets" not in sys.modules
+from anchor_jax.training import datasets, trajectories
+import numpy as np
+root = pathlib.Path(sys.argv[1])
+(root / "a.txt").write_text("a\\nb\\n")
+pairs = datasets.prepare(datasets.PromptPairs, root / "built", path=root / "a.txt")
+assert pairs[0] == {"prompt": "a", "switch": "b"}
+writer = trajectories.TrajectoryWriter(root / "ode", 0, 1, (2, 1, 1, 1, 1))
+writer.add(0, np.zeros((2, 1, 1, 1, 1)), "a")
+writer.flush()
+assert trajectories.Trajectories(root / "ode")[0]["prompt"] == "a"
+assert "tensorflow" not in sys.modules
+"""
+
+
+def test_no_tensorflow_is_loaded(tmp_path):
+    done = run(WITHOUT_TENSORFLOW, tmp_path)
+
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,233 @@
+"""Stages on a mesh: as on one device, resumed bit for bit, stopped when unsound."""
+
+import dataclasses
+import json
+
+import bundles
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from anchor_jax import sharding
+from anchor_jax.errors import UserError
+from anchor_jax.training import build
+from anchor_jax.training.build import (
+    DistillationConfig,
+    LoraConfig,
+    RegressionConfig,
+    TrainConfig,
+)
+from anchor_jax.training.checkpoints import Checkpoints
+from anchor_jax.training.loop import Loop, train
+from anchor_jax.training.monitor import Monitor
+from anchor_jax.training.programs import Cursor
+from anchor_jax.training.state import Ema, Optimizer
+
+BATCH = 4
+FRAMES = 6
+FAST = Optimizer(learning_rate=1e-3, betas=(0.9, 0.99))
+DISTILL = TrainConfig(
+    steps=20,
+    batch=BATCH,
+    distillation=DistillationConfig(
+        steps=(1000, 500), frames=FRAMES, length=12, switches=(6,), every=2
+    ),
+    optimizer=FAST,
+    critic_optimizer=FAST,
+    ema=Ema(0.5, 0),
+)
+REGRESS = dataclasses.replace(
+    DISTILL,
+    stage="regression",
+    regression=RegressionConfig(forcing="teacher", block=3, blocks=2),
+)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def embeddings(number):
+    return {
+        name: np.asarray(tiny.embedding(10 * number + place, batch=BATCH))
+        for place, name in enumerate(("prompt", "switch", "negative"))
+    }
+
+
+def clips(number):
+    rng = np.random.default_rng((3, number))
+    latents = rng.standard_normal((BATCH, FRAMES, 4, 4, 4)).astype(np.float32)
+    prompt = np.asarray(tiny.embedding(number, batch=BATCH))
+    return {"latents": latents, "embedding": prompt[:, None]}
+
+
+def make(config, mesh=(1, 1, 1, 1)):
+    bundle = bundles.load()
+    batches = clips if config.stage == "regression" else embeddings
+    config = dataclasses.replace(config, mesh=mesh)
+    return build.prepare(config, bundle, batches, bundle)
+
+
+def on_one_device(monkeypatch):
+    """A mesh of the first device, though tests have four."""
+    one = jax.make_mesh(
+        (1, 1, 1, 1),
+        sharding.MESH_AXES,
+        axis_types=(jax.sharding.AxisType.Auto,) * 4,
+        devices=jax.devices()[:1],
+    )
+    monkeypatch.setattr(sharding, "make_mesh", lambda shape: one)
+
+
+def steps(prepared, count, state=None, cursor=None):
+    state, cursor = state or prepared.state, cursor or Cursor()
+    watched = []
+    for step in range(int(state.step), count):
+        state, cursor, watch = prepared.stage.advance(state, cursor, step)
+        watched.append({name: float(value) for name, value in watch.items()})
+    return state, cursor, watched
+
+
+def leaves(state):
+    return [np.asarray(x) for x in jax.tree.leaves(jax.device_get(state))]
+
+
+@pytest.mark.parametrize("mesh", [(4, 1, 1, 1), (2, 2, 1, 1)], ids=["data", "fsdp"])
+@pytest.mark.parametrize("config", [DISTILL, REGRESS], ids=["distill", "regress"])
+def test_four_devices_do_what_one_does(config, mesh, monkeypatch):
+    many, _, seen = steps(make(config, mesh), 2)
+    with monkeypatch.context() as patch:
+        on_one_device(patch)
+        one, _, expected = steps(make(config), 2)
+
+    kernel = many.generator["params"]["blocks"]["ffn_in"]["kernel"]
+    assert len(kernel.sharding.device_set) == 4
+    assert kernel.sharding.is_fully_replicated == (mesh[1] == 1)
+    for ours, theirs in zip(seen, expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            np.testing.assert_allclose(value, theirs[name], rtol=1e-4, err_msg=name)
+    for ours, theirs in zip(leaves(many.ema), leaves(one.ema), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-4)
+
+
+def test_low_rank_updates_move_and_nothing_else(monkeypatch):
+    on_one_device(monkeypatch)
+    prepared = make(dataclasses.replace(DISTILL, lora=LoraConfig(rank=2)))
+    before = leaves(prepared.stage.frozen)
+
+    state, _, _ = steps(prepared, 2)
+
+    assert state.generator.keys() == state.fake_score.keys() == {"lora"}
+    assert all(np.any(x) for x in leaves(state.generator))
+    for ours, theirs in zip(leaves(prepared.stage.frozen), before, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def run(config, folder, until, tell=lambda line: None):
+    """Trains to a step as the command does, and returns the last state."""
+    prepared = make(config)
+    checkpoints = Checkpoints(folder, {"training": {}}, 2, tell)
+    state, cursor = prepared.state, Cursor()
+    found = checkpoints.restore(state, prepared.stage.places)
+    state, cursor = found or (state, cursor)
+    monitor = Monitor(folder, until, int(state.step), 1, quiet=True)
+    loop = Loop(until, save_every=2, log_every=1)
+    try:
+        return train(prepared.stage, state, cursor, loop, checkpoints, monitor)
+    finally:
+        monitor.close()
+        checkpoints.close()
+
+
+def test_a_run_in_parts_is_a_run_in_one(tmp_path, monkeypatch):
+    on_one_device(monkeypatch)
+    whole = run(DISTILL, tmp_path / "whole", 5)
+
+    run(DISTILL, tmp_path / "parts", 3)
+    parts = run(DISTILL, tmp_path / "parts", 5)
+
+    for ours, theirs in zip(leaves(parts), leaves(whole), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_torn_checkpoint_is_left_out(tmp_path, monkeypatch):
+    on_one_device(monkeypatch)
+    whole = run(REGRESS, tmp_path / "whole", 4)
+    run(REGRESS, tmp_path / "torn", 4)
+    for place in (tmp_path / "torn" / "4" / "generator").rglob("*"):
+        if place.is_file():
+            place.write_bytes(place.read_bytes()[:40])
+    told = []
+
+    again = run(REGRESS, tmp_path / "torn", 4, told.append)
+
+    assert len(told) == 1 and "torn-4" in told[0]
+    for ours, theirs in zip(leaves(again), leaves(whole), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_loss_that_is_not_finite_stops_with_state_and_batch(tmp_path, monkeypatch):
+    on_one_device(monkeypatch)
+    prepared = make(REGRESS)
+    good = steps(make(REGRESS), 2)[0]
+
+    def broken(number):
+        batch = clips(number)
+        batch["latents"][0, 0] = np.nan if number == 2 else batch["latents"][0, 0]
+        return batch
+
+    prepared.stage.batches = broken
+    checkpoints = Checkpoints(tmp_path, {}, 2)
+    monitor = Monitor(tmp_path, 9, 0, 1, quiet=True)
+    with pytest.raises(UserError, match="step 2: .*loss=nan.*failed-2.npz"):
+        train(
+            prepared.stage,
+            prepared.state,
+            Cursor(),
+            Loop(9, save_every=5),
+            checkpoints,
+            monitor,
+        )
+    checkpoints.close()
+
+    assert np.isnan(np.load(tmp_path / "failed-2.npz")["latents"]).any()
+    again = make(REGRESS)
+    state, cursor = Checkpoints(tmp_path, {}, 2).restore(
+        again.state, again.stage.places
+    )
+    assert (int(state.step), cursor) == (2, Cursor(3))
+    for ours, theirs in zip(
+        leaves(state.generator), leaves(good.generator), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_what_was_logged_beyond_the_checkpoint_is_logged_once(tmp_path):
+    lines = [{"step": step, "loss": 1.0} for step in (1, 2, 3)]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "log.jsonl").write_text(text + '{"step": 4, "lo')
+
+    Monitor(tmp_path, 9, 2, 1, quiet=True).close()
+
+    kept = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in kept] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"stage": "distil"}, "config.stage='distil'"),
+        ({"rules": "papers"}, "config.rules='papers'"),
+        ({"batch": 3, "mesh": (2, 2, 1, 1)}, "config.batch=3"),
+        ({"mesh": (3, 1, 1, 1)}, "config.mesh"),
+    ],
+)
+def test_configs_that_make_no_sense_are_refused(wrong, named):
+    config = dataclasses.replace(DISTILL, **wrong)
+    with pytest.raises(UserError, match=named):
+        build.prepare(config, bundles.load(), embeddings, bundles.load())
+
+
+def test_distillation_needs_a_teacher():
+    config = dataclasses.replace(DISTILL, mesh=(4, 1, 1, 1))
+    with pytest.raises(UserError, match="config.teacher is missing"):
+        build.prepare(config, bundles.load(), embeddings)
