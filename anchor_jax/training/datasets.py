@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import shutil
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -228,7 +229,7 @@ def prepare(
     """
     root = pathlib.Path(folder)
     root.mkdir(parents=True, exist_ok=True)
-    building = root / f".building-{os.getpid()}"
+    building = root / f".building-{uuid.uuid4().hex}"
     builder = kind(data_dir=building, **arguments)
     name = f"{builder.name}-{cache_key(builder)}"
     with _locked(root / f".{name}.lock"):

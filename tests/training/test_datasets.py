@@ -193,6 +193,33 @@ def test_a_half_built_folder_is_built_again(tmp_path):
     assert examples[4]["captions"] == ["clip 4"]
 
 
+KILLED_BUILD = """
+import os, signal, sys
+import numpy as np
+from anchor_jax.training import datasets
+
+def examples():
+    yield {"latents": np.zeros((2, 3, 3, 4)), "captions": ["a"]}
+    if sys.argv[2] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    yield {"latents": np.ones((2, 3, 3, 4)), "captions": ["b"]}
+
+made = {"examples": examples, "size": 2, "shape": (2, 3, 3, 4), "made_from": {}}
+clips = datasets.prepare(datasets.Clips, sys.argv[1], **made)
+assert len(clips) == 2 and clips[1]["captions"] == ["b"]
+"""
+
+
+def test_a_killed_build_leaves_no_dataset_and_the_next_succeeds(tmp_path):
+    killed = run(KILLED_BUILD, tmp_path, "kill")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not list(tmp_path.glob("clips-*"))
+
+    done = run(KILLED_BUILD, tmp_path, "live")
+
+    assert done.returncode == 0, done.stderr
+
+
 def states(number):
     rng = np.random.default_rng(number)
     return rng.normal(size=SHAPE).astype(np.float16)
