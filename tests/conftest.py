@@ -5,6 +5,9 @@ import pathlib
 import platform
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Threads of XLA: collectives of simulated devices block one each, and with as many
+# threads as a small machine has cores they wait for one another for ever.
+os.environ.setdefault("NPROC", "16")
 
 import jax
 import pytest

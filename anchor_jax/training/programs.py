@@ -68,7 +68,11 @@ class RegressionStage:
         step = functools.partial(
             regress.regression_step, stage=self.stage, tx=self.tx, ema=self.ema
         )
-        return jax.jit(step, donate_argnums=0, out_shardings=(self.places, everywhere))
+        return jax.jit(
+            step,
+            donate_argnums=0,
+            out_shardings=(self.places, everywhere),
+        )
 
     def advance(self, state: TrainState, cursor: Cursor, step: int):
         """Returns state, cursor and what to watch, one step later."""
@@ -180,5 +184,7 @@ class DistillStage:
     def _updating(self, update):
         everywhere = placement.everywhere(self.mesh)
         return jax.jit(
-            update, donate_argnums=0, out_shardings=(self.places, everywhere)
+            update,
+            donate_argnums=0,
+            out_shardings=(self.places, everywhere),
         )

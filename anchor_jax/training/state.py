@@ -226,7 +226,7 @@ def moved(tx, gradient, opt_state, params, loss, sound):
 
     Where the loss or the gradient is not finite, nothing moves.
     """
-    norm = optax.global_norm(gradient)
+    norm = optax.tree.norm(gradient)
     sound = sound & jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, after = tx.update(gradient, opt_state, params)
     new = optax.apply_updates(params, updates)
