@@ -144,3 +144,15 @@ def test_clean_frames_are_left_out_of_the_regression():
 
 def test_a_mean_of_nothing_is_zero():
     assert losses.weighted_mean(jnp.ones(3), jnp.zeros(3)) == 0
+
+
+def test_losses_are_those_that_agreed_with_the_official_recordings():
+    """Numbers of the day on which `anchor-jax verify` passed the recorded cases."""
+    found = match(draw(0), np.arange(6) >= 3)
+    given = (draw(0), draw(1), TIMES, prompts(0), np.ones(6, bool))
+
+    np.testing.assert_allclose(found.loss, 0.82142389, rtol=1e-5)
+    np.testing.assert_allclose(found.gap, 0.59918219, rtol=1e-5)
+    np.testing.assert_allclose(np.abs(found.gradient).sum(), 0.99139857, rtol=1e-5)
+    critic = losses.score_flow(tiny.variables(), SCORE, *given)
+    np.testing.assert_allclose(critic, 4.3950921, rtol=1e-5)
