@@ -10,6 +10,9 @@ VERSION = re.search(
     r'__version__ = "(.+)"', (HERE / "anchor_jax" / "__init__.py").read_text()
 )[1]
 
+# tensorflow-datasets needs the last one to write, and does not ask for it.
+DATA = ["tensorflow-datasets", "array_record", "importlib_resources"]
+
 setuptools.setup(
     name="anchor_jax",
     version=VERSION,
@@ -48,6 +51,7 @@ setuptools.setup(
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
         "plan-gpu": ["jax[cuda12]>=0.10.2,<0.13"],
         "plan-tpu": ["libtpu>=0.0.42"],
-        "test": ["pytest", "pytest-timeout", "ruff"],
+        "train": [*DATA, "tensorboardX"],
+        "test": [*DATA, "pytest", "pytest-timeout", "ruff"],
     },
 )

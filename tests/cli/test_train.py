@@ -1,0 +1,125 @@
+"""`anchor-jax train`: a run begins, goes on, and its weights are sampled from."""
+
+import json
+
+import bundles
+import jax
+import numpy as np
+import pytest
+
+from anchor_jax import checkpoint
+from anchor_jax.bundle import load_bundle
+from anchor_jax.cli.main import main
+from anchor_jax.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    bundles.save(folder)
+    return folder
+
+
+def train(weights, out, *more):
+    return main(
+        [
+            "train",
+            "--config=train_teacher",
+            f"--config.weights={weights}",
+            f"--config.out={out}",
+            "--config.steps=4",
+            "--config.save_every=2",
+            "--config.batch=4",
+            "--config.regression.blocks=1",
+            "--config.data.size=8",
+            "--config.log_every=1",
+            *more,
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(weights, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "teacher"
+    assert train(weights, out) == 0
+    return out
+
+
+def test_a_run_leaves_checkpoints_numbers_and_its_config(trained):
+    assert checkpoint.last_step(trained) == 4
+    assert {"generator", "ema", "opt_generator", "data", "meta"} <= {
+        *checkpoint.items(trained)
+    }
+    lines = (trained / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+    assert all(np.isfinite(json.loads(line)["loss"]) for line in lines)
+    assert json.loads((trained / "config.json").read_text())["batch"] == 4
+
+
+def test_a_runs_weights_are_a_bundle(trained, weights):
+    loaded, base = load_bundle(str(trained)), load_bundle(str(weights))
+
+    mean = checkpoint.restore(trained, "ema")
+    for ours, theirs in zip(
+        jax.tree.leaves(loaded.variables["params"]),
+        jax.tree.leaves(mean["params"]),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+    assert loaded.digest != base.digest
+    assert loaded.metadata["training"]["stage"] == "regression"
+    # The text encoder was trained along, the codec was not.
+    ours, theirs = (one.encode_prompts(["a red ring"]) for one in (loaded, base))
+    assert np.abs(np.asarray(ours) - theirs).max() > 0
+    np.testing.assert_array_equal(
+        loaded.codec_params["decode"], base.codec_params["decode"]
+    )
+
+
+def test_a_run_of_another_config_is_not_continued(trained, weights, capsys):
+    assert train(weights, trained, "--config.seed=7") == 2
+
+    assert "another config: seed differ" in capsys.readouterr().err
+
+
+def test_what_may_change_is_told(trained, weights, capsys):
+    more = ("--config.optimizer.learning_rate=0.001", "--config.keep=3")
+
+    assert train(weights, trained, *more, "--dry_run") == 0
+
+    told = capsys.readouterr().out
+    assert "changed since the run began: optimizer.learning_rate" in told
+    assert "parameters: generator" in told
+
+
+def test_a_training_without_a_checkpoint_has_no_weights(trained, weights, tmp_path):
+    assert train(weights, tmp_path / "new", "--dry_run") == 0
+
+    with pytest.raises(UserError, match="without a checkpoint yet"):
+        load_bundle(str(tmp_path / "new"))
+
+
+def test_trainings_that_lead_to_themselves_are_refused(tmp_path):
+    (tmp_path / "run.json").write_text('{"format_version": 1, "base": "./"}')
+
+    with pytest.raises(UserError, match="leads back to itself"):
+        load_bundle(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ("--config.steps=0", "config.steps=0"),
+        ("--config.data.kind=world_clip", "did you mean 'world_clips'"),
+        ("--config.data.dropout=1.0", "config.data.dropout=1.0"),
+        ("--config.regression.forcing=teach", "forcing='teach'"),
+        ("--config.optimizer.name=adam", "name='adam'"),
+        ("--config.weights=/nowhere", "/nowhere"),
+    ],
+)
+def test_bad_configs_are_refused_by_name(weights, tmp_path, capsys, wrong, named):
+    assert train(weights, tmp_path / "x", wrong) == 2
+
+    assert named in capsys.readouterr().err
