@@ -14,19 +14,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from anchor_jax.checkpoint import FORMAT_VERSION
+from anchor_jax.checkpoint import FORMAT_VERSION, ITEMS
 from anchor_jax.errors import UserError
 from anchor_jax.training.programs import Cursor
 from anchor_jax.training.state import TrainState
 
-TREES = (
-    "generator",
-    "fake_score",
-    "ema",
-    "opt_generator",
-    "opt_fake_score",
-    "rollout",
-)
+TREES = ITEMS[: ITEMS.index("data")]
 
 
 @dataclasses.dataclass(eq=False)
