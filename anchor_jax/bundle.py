@@ -112,6 +112,10 @@ class PromptEncoder:
             encoded = self._encode(self.params, texts)
         return encoded if self.place is None else jax.device_put(encoded, self.place)
 
+    def encode_ids(self, ids, mask) -> jax.Array:
+        """Returns conditioning of token ids [batch, text]; the parameters stay."""
+        return _encode(self.params, ids, mask, config=self.config)
+
     def _encode(self, params, texts: Sequence[str]) -> jax.Array:
         ids, mask = self.tokenizer.encode(texts)
         return _encode(params, ids, mask, config=self.config)

@@ -12,7 +12,7 @@ import numpy as np
 
 from anchor_jax.bundle import Bundle
 from anchor_jax.errors import UserError, suggest
-from anchor_jax.training import world_clips
+from anchor_jax.training import world_clips, world_windows
 from anchor_jax.world import events
 
 Batches = Callable[[int], Mapping[str, Any]]
@@ -71,6 +71,32 @@ def _world_clips(data, bundle, batch, frames, negative_prompt) -> Batches:
     )
 
 
+def _world_windows(data, bundle, batch, frames, negative_prompt) -> Batches:
+    del negative_prompt
+    if frames != world_windows.FRAMES:
+        raise UserError(
+            f"config.data.kind='world_windows': windows have {world_windows.FRAMES}"
+            f" latent frames, got regression.block x regression.blocks = {frames}"
+        )
+    codec = {name: np.asarray(value) for name, value in bundle.codec_params.items()}
+    windows = world_windows.sample_windows(codec, data.seed, data.size)
+    draw = world_windows.WindowBatches(
+        windows, bundle.tokenizer, batch, data.seed, data.dropout
+    )
+
+    def encoded(number: int) -> Mapping[str, Any]:
+        """The text encoder is not trained along: its embeddings are data."""
+        found = draw(number)
+        ids, mask = found.pop("ids"), found.pop("mask")
+        embedding = bundle.encode_prompts.encode_ids(
+            ids.reshape(-1, ids.shape[-1]), mask.reshape(-1, mask.shape[-1])
+        )
+        shape = (*ids.shape, embedding.shape[-1])
+        return {**found, "embedding": np.asarray(embedding).reshape(shape)}
+
+    return encoded
+
+
 def _world_prompts(data, bundle, batch, frames, negative_prompt) -> Batches:
     """Two scenes of the world a video, an event between them."""
     del frames
@@ -93,6 +119,7 @@ def _world_prompts(data, bundle, batch, frames, negative_prompt) -> Batches:
 KINDS: dict[str, Callable[..., Batches]] = {
     "world_clips": _world_clips,
     "world_prompts": _world_prompts,
+    "world_windows": _world_windows,
 }
 
 

@@ -1,0 +1,36 @@
+"""Causal initialisation of the tiny world's generator: teacher forcing on windows.
+
+    anchor-jax train --config=configs/train_causal.py --config.weights=runs/teacher \
+        --config.out=runs/causal
+
+Every noisy block of a window sees clean earlier ones, laid out as a stream remembers
+them: sink, junction, local window. Expected: runs/causal with checkpoints and
+log.jsonl; about an hour on one core.
+"""
+
+from ml_collections import ConfigDict
+
+from anchor_jax.config import to_config
+from anchor_jax.training.build import TrainConfig
+
+
+def get_config() -> ConfigDict:
+    """Returns the config."""
+    config = to_config(TrainConfig())
+    config.stage = "regression"
+    config.weights = "runs/teacher"
+    config.steps, config.batch = 2400, 16
+    config.regression.forcing = "teacher"
+    config.regression.blocks = 5
+    config.regression.shift = 3.0
+    config.data.kind = "world_windows"
+    config.data.size = 6144
+    config.optimizer.name = "muon"
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.betas = (0.9, 0.99)
+    config.optimizer.clip = 1.0
+    config.optimizer.warmup = 50
+    config.optimizer.decay = 0.4
+    config.ema.decay, config.ema.start, config.ema.warm = 0.998, 0, True
+    config.out = "runs/causal"
+    return config
