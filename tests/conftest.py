@@ -25,6 +25,13 @@ jax.config.update("jax_compilation_cache_dir", str(_kept))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """A process may map only so many pieces of compiled code at once."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def quick_compilation():
     """Compiling, not running, is what takes the time in many tests."""

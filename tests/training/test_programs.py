@@ -92,10 +92,10 @@ def leaves(state):
 
 @pytest.mark.parametrize("config", [DISTILL, REGRESS], ids=["distill", "regress"])
 def test_four_devices_do_what_one_does(config, monkeypatch):
-    many, _, seen = steps(make(config, (2, 2, 1, 1)), 2)
+    many, _, seen = steps(make(config, (2, 2, 1, 1)), 1)
     with monkeypatch.context() as patch:
         on_one_device(patch)
-        one, _, expected = steps(make(config), 2)
+        one, _, expected = steps(make(config), 1)
 
     kernel = many.generator["params"]["blocks"]["ffn_in"]["kernel"]
     assert len(kernel.sharding.device_set) == 4
@@ -113,7 +113,7 @@ def test_low_rank_updates_move_and_nothing_else(monkeypatch):
     prepared = make(dataclasses.replace(DISTILL, lora=LoraConfig(rank=2)))
     before = leaves(prepared.stage.frozen)
 
-    state, _, _ = steps(prepared, 2)
+    state, _, _ = steps(prepared, 1)
 
     assert state.generator.keys() == state.fake_score.keys() == {"lora"}
     assert all(np.any(x) for x in leaves(state.generator))
