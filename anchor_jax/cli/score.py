@@ -10,7 +10,11 @@ SUMMARY = "Measure how often tiny-world videos show what their captions say."
 USAGE = """\
 anchor-jax score --config=configs/tiny.py
 anchor-jax score --config=configs/tiny.py:longlive --count=240
-anchor-jax score --config=configs/tiny.py --out=score.json"""
+anchor-jax score --config=configs/tiny.py --out=score.json
+anchor-jax score --config=configs/tiny.py --trial=events --count=200
+anchor-jax score --config=configs/tiny.py --trial=minute --count=40"""
+
+TRIALS = ("switch", "events", "minute")
 
 FLAGS = flags.FLAGS
 
@@ -18,9 +22,16 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """Defines the command's flags."""
     define_config_flag("configs/tiny.py")
-    flags.DEFINE_integer("count", 240, "Videos, each with one switch.", lower_bound=1)
+    flags.DEFINE_enum(
+        "trial",
+        TRIALS[0],
+        TRIALS,
+        "switch: an attribute or all of them change; events: also a second object"
+        " enters, or all hides and returns unnamed; minute: 60 s with five switches.",
+    )
+    flags.DEFINE_integer("count", 240, "Videos.", lower_bound=1)
     flags.DEFINE_integer("batch", 40, "Videos generated side by side.", lower_bound=1)
-    flags.DEFINE_integer("blocks", 5, "Blocks before and after the switch.", 1)
+    flags.DEFINE_integer("blocks", 5, "Blocks of a segment; not of minute.", 1)
     flags.DEFINE_integer("seed", 1, "Of captions and noise.", lower_bound=0)
     flags.DEFINE_string("out", None, "JSON file for the rates, or none.")
 
@@ -41,6 +52,11 @@ def main(argv) -> None:
     model = experiment.load_weights(given)
     config = experiment.resolve(given, model.metadata)
     whole = config.policy == experiment.TEACHER
+    if whole and FLAGS.trial != TRIALS[0]:
+        raise UserError(
+            f"--trial={FLAGS.trial} needs a stream; {config.policy} makes whole clips:"
+            " choose another policy, or --trial=switch"
+        )
     frames = world.CLIP_FRAMES if config.frames is None else config.frames
     Timing(block=1, frames=frames)
     negative = experiment.negative_prompt(config)
@@ -48,18 +64,31 @@ def main(argv) -> None:
     script = Script(tuple(Segment("", start) for start in starts), frames)
     setup = experiment.make_setup(config, model, script)
     batch = min(FLAGS.batch, FLAGS.count)
-    blocks = (1,) if whole else (FLAGS.blocks,) * 2
-    _check_policy(config.policy, setup.policy, blocks)
-    trial = world.Trial(FLAGS.count, batch, blocks, FLAGS.seed, negative)
-    run = world.score_clips if whole else world.score_switches
+    run, show, trial = _trial(whole, batch, negative)
+    _check_policy(config.policy, setup.policy, trial.segments)
     result = run(model, setup, trial)
-    print(world.table(result))
+    print(show(result))
     if FLAGS.out:
         media.write_json(FLAGS.out, result)
         print(f"written to {FLAGS.out}")
 
 
-def _check_policy(name: str, policy, blocks: tuple[int, ...]) -> None:
+def _trial(whole: bool, batch: int, negative: str):
+    """Returns what generates and scores, what shows the scores, and the trial."""
+    from anchor_jax.evaluation import events, world
+
+    if FLAGS.trial == TRIALS[0]:
+        run = world.score_clips if whole else world.score_switches
+        blocks = (1,) if whole else (FLAGS.blocks,) * 2
+        trial = world.Trial(FLAGS.count, batch, blocks, FLAGS.seed, negative)
+        return run, world.table, trial
+    run = events.score_long if FLAGS.trial == "minute" else events.score_events
+    blocks = events.MINUTE if FLAGS.trial == "minute" else (FLAGS.blocks,) * 3
+    trial = world.Trial(FLAGS.count, batch, blocks, FLAGS.seed, negative)
+    return run, events.table, trial
+
+
+def _check_policy(name: str, policy, segments: tuple[int, ...]) -> None:
     """Raises unless a stream of the policy can last as long as the trial."""
     others = "choose a policy without an end, such as anchor_forcing or longlive"
     if policy.restart:
@@ -67,9 +96,9 @@ def _check_policy(name: str, policy, blocks: tuple[int, ...]) -> None:
             f"{name} begins anew every {policy.restart.every} latent frames, which"
             f" score does not do; {others}"
         )
-    frames = sum(blocks) * policy.block
+    frames = sum(segments) * policy.block
     if policy.limit is not None and frames > policy.limit:
-        fit = policy.limit // policy.block // len(blocks)
+        fit = policy.limit // policy.block // len(segments)
         shorter = f"--blocks={fit}" if fit else "a smaller block"
         raise UserError(
             f"{name} ends after {policy.limit} latent frames, got {frames}; choose"

@@ -1,6 +1,7 @@
 """Match rates of generated tiny-world videos: whole clips, and after a switch."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -147,15 +148,17 @@ def score_switches(bundle, setup: StreamSetup, trial: Trial) -> dict:
 
 def ceiling(bundle, trial: Trial, pixel_frames: int) -> dict:
     """Returns the rates of real clips after the codec."""
-
-    def roundtrip(video):
-        pixels = jnp.asarray(codecs.to_unit(video)[None])
-        latents = codecs.encode(bundle.codec_params, pixels)
-        decoded = codecs.decode(bundle.codec_params, latents, first=True)
-        return codecs.to_bytes(np.asarray(decoded))[0]
-
     rng = np.random.default_rng(trial.seed + 1)
-    return score.ceiling(rng, roundtrip, min(trial.count, 200), pixel_frames, True)
+    coded = functools.partial(roundtrip, bundle)
+    return score.ceiling(rng, coded, min(trial.count, 200), pixel_frames, True)
+
+
+def roundtrip(bundle, video: np.ndarray) -> np.ndarray:
+    """Returns a video, uint8 [F, 64, 64, 3], after the codec."""
+    pixels = jnp.asarray(codecs.to_unit(video)[None])
+    latents = codecs.encode(bundle.codec_params, pixels)
+    decoded = codecs.decode(bundle.codec_params, latents, first=True)
+    return codecs.to_bytes(np.asarray(decoded))[0]
 
 
 def _rows(rates: dict) -> dict:

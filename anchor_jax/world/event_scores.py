@@ -19,6 +19,8 @@ BLOCK = 3
 """Latent frames of a block, in which `adopted` counts."""
 NEAR = scenes.LATTICE / 2
 """Pixels by which an object may be off its way."""
+SOON = 2
+"""Blocks within which an event should be seen."""
 GOOD_IOU = 0.6
 """Below `detect`'s: a moving ring on gray has 0.68 through a codec of 16 channels."""
 COLORS, BACKGROUNDS = tuple(scenes.COLORS), tuple(scenes.BACKGROUNDS)
@@ -317,10 +319,10 @@ def adopted(shown: Shown, scene: Scene, kind: str) -> int | None:
 def score_shown(shown: Sequence[Shown], script: Sequence[Scene]) -> list[Result]:
     """Returns how each segment of a video scores.
 
-    After an event `adopted` says whether any block shows it and, where the first
-    object is seen before and after, `on_its_way` whether its way goes on. After
-    `enter`, `persists` is the first object's colour, shape and way. `_recall` has
-    what is asked after `return`.
+    After an event `adopted` says whether any block shows it, `adopted_soon` whether
+    one of the first `SOON` does, and, where the first object is seen before and after,
+    `on_its_way` whether its way goes on. After `enter`, `persists` is the first
+    object's colour, shape and way. `_recall` has what is asked after `return`.
     """
     results = []
     for number, (seen, one) in enumerate(zip(shown, script, strict=True)):
@@ -329,6 +331,7 @@ def score_shown(shown: Sequence[Shown], script: Sequence[Scene]) -> list[Result]
             kind = events.event(script[number - 1], one)
             blocks = adopted(seen, one, kind)
             flags["adopted"] = blocks is not None
+            flags["adopted_soon"] = blocks is not None and blocks < SOON
             values |= {} if blocks is None else {"adopted": blocks}
         if kind == "return":
             flags |= _recall(shown[: number + 1], flags)

@@ -121,7 +121,7 @@ def test_a_wrong_attribute_fails_alone(kind):
     _, found = results(film(ONE, ONE), events.follow(_rng(), wrong, kind), wrong)
     name = {"motion": "direction"}.get(kind, kind)
     fails = {one for one, right in found.flags.items() if not right}
-    related = {"all", "adopted", "on_its_way", "shape_iou"}
+    related = {"all", "adopted", "adopted_soon", "on_its_way", "shape_iou"}
     assert name in fails and fails <= {name} | related
     assert not found.flags["adopted"] and "adopted" not in found.numbers
 
