@@ -102,6 +102,18 @@ def pair(rng) -> tuple[Scene, Scene]:
     return hidden, events.follow(rng, hidden, "return", False)
 
 
+def stream_scenes(rng) -> tuple[Scene, Scene]:
+    """Returns a stream's scenes before and after a switch, as `pair`.
+
+    A tenth begins with two objects, which in `pair` only enter.
+    """
+    before, after = pair(rng)
+    if after.second is None or rng.random() < 0.5:
+        return before, after
+    kind = rng.choice(events.kinds(after, False))
+    return after, events.follow(rng, after, kind, False)
+
+
 def _encode(codec, played, rng) -> np.ndarray:
     start = scene.LATTICE * rng.integers(scene.SIZE // scene.LATTICE, size=2)
     video = events.render(played, (float(start[0]), float(start[1])))

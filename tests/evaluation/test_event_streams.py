@@ -49,8 +49,8 @@ def rendered(bundle, setup, prompts, blocks, seed, negative_prompt):
 
 
 def forgetful(bundle, setup, prompts, blocks, seed, negative_prompt):
-    """Draws a still red circle for what no prompt names."""
-    told = events.caption(Scene(Attributes("red", "circle", "still", "black")))
+    """Draws a still red ring for what no prompt names."""
+    told = events.caption(Scene(Attributes("red", "ring", "still", "black")))
     forgotten = [
         [told if events.parse(t).color is None and events.parse(t).motion else t
          for t in texts]
