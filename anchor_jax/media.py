@@ -170,8 +170,13 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes `value` as indented JSON, numpy and JAX numbers and arrays included."""
     text = json.dumps(value, indent=2, ensure_ascii=False, default=_plain)
+    write_text(path, text + "\n")
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes text as UTF-8."""
     with replacing(path) as part:
-        part.write_text(text + "\n", encoding="utf-8")
+        part.write_text(text, encoding="utf-8")
 
 
 def contact_sheet(

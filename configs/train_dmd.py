@@ -3,6 +3,8 @@
     anchor-jax train --config=configs/train_dmd.py --config.out=runs/dmd \
         --config.weights=runs/causal --config.teacher=runs/teacher
 
+With `train_dmd.py:tiny` the tiny world's, about half an hour on one core.
+
 Expected: runs/dmd with checkpoints, log.jsonl and TensorBoard events. Every step makes
 a clip with the generator and moves the critic; every fifth moves the generator.
 `anchor_jax.training.build.TrainConfig` explains the fields.
@@ -14,9 +16,16 @@ from anchor_jax.config import to_config
 from anchor_jax.training.build import TrainConfig
 
 
-def get_config() -> ConfigDict:
-    """Returns the config."""
+def get_config(scale: str = "paper") -> ConfigDict:
+    """Returns the config: of the paper, or with scale "tiny" of the tiny world."""
     config = to_config(TrainConfig())
     config.distillation.policy = "longlive"  # window 12, sink 3, no junction yet
     config.out = "runs/dmd"
+    if scale == "tiny":
+        config.weights, config.teacher = "runs/causal", "runs/teacher21"
+        config.steps, config.batch = 1000, 16
+        config.distillation.guidance = 1.5
+        config.optimizer.learning_rate = 1e-4
+        config.critic_optimizer.learning_rate = 3e-4
+        config.ema.decay, config.ema.start, config.ema.warm = 0.98, 0, True
     return config

@@ -3,6 +3,8 @@
     anchor-jax train --config=configs/train_streaming.py --config.out=runs/streaming \
         --config.weights=runs/dmd --config.teacher=runs/teacher
 
+With `train_streaming.py:tiny` the tiny world's: shorter sequences, no LoRA.
+
 Expected: runs/streaming with checkpoints, log.jsonl and TensorBoard events. Sequences
 of 240 latent frames go on over the steps, in chunks of 21 and then 18 new frames.
 `anchor_jax.training.build.TrainConfig` explains the fields.
@@ -14,16 +16,26 @@ from anchor_jax.config import to_config
 from anchor_jax.training.build import TrainConfig
 
 
-def get_config() -> ConfigDict:
-    """Returns the config."""
+def get_config(scale: str = "paper") -> ConfigDict:
+    """Returns the config: of the paper, or with scale "tiny" of the tiny world."""
     config = to_config(TrainConfig())
+    config.distillation.policy = "anchor_forcing"
+    config.out = "runs/streaming"
+    if scale == "tiny":
+        config.weights, config.teacher = "runs/dmd", "runs/teacher21"
+        config.steps, config.batch = 400, 16
+        config.distillation.guidance = 1.5
+        config.distillation.length = 75
+        config.distillation.switches = (21, 39)
+        config.optimizer.learning_rate = 5e-5
+        config.critic_optimizer.learning_rate = 3e-4
+        config.ema.decay, config.ema.start, config.ema.warm = 0.98, 0, True
+        return config
     config.steps = 3000
     config.lora.rank = 256
     config.optimizer.learning_rate = 1e-5
     config.critic_optimizer.learning_rate = 2e-6
     config.ema.decay = 0.0  # the published training has none with LoRA
-    config.distillation.policy = "anchor_forcing"
     config.distillation.length = 240
     config.distillation.switches = tuple(range(21, 202, 18))
-    config.out = "runs/streaming"
     return config

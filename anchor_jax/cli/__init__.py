@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "anchor_jax.cli.train",
     "train-tiny": "anchor_jax.cli.train_tiny",
     "score": "anchor_jax.cli.score",
+    "ablate": "anchor_jax.cli.ablate",
     "port": "anchor_jax.cli.port",
     "export": "anchor_jax.cli.export",
     "bench": "anchor_jax.cli.bench",

@@ -47,7 +47,7 @@ def score_long(bundle, setup: StreamSetup, trial: world.Trial) -> dict:
 
 def _score(bundle, setup, trial: world.Trial, scripts, rng) -> dict:
     order, measured = [], []
-    for rows, seen in _watched(bundle, setup, trial, scripts):
+    for rows, seen in watch(bundle, setup, trial, scripts):
         order += rows
         measured += seen
     ordered = [scripts[row] for row in order]
@@ -68,7 +68,7 @@ def _score(bundle, setup, trial: world.Trial, scripts, rng) -> dict:
     }
 
 
-def _watched(
+def watch(
     bundle, setup: StreamSetup, trial: world.Trial, scripts: Sequence[Sequence[Scene]]
 ) -> Iterator[tuple[list[int], list[list[Shown]]]]:
     """Yields numbers of scripts, and what their segments show.

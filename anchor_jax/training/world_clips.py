@@ -103,11 +103,14 @@ def pair(rng) -> tuple[Scene, Scene]:
 
 
 def stream_scenes(rng) -> tuple[Scene, Scene]:
-    """Returns a stream's scenes before and after a switch, as `pair`.
+    """Returns a stream's scenes before and after a switch.
 
-    A tenth begins with two objects, which in `pair` only enter.
+    As `pair`, but a tenth begins with two objects, and none with nothing, since what
+    returns from there would be anything.
     """
     before, after = pair(rng)
+    if before.hidden:
+        return Scene(before.first), before
     if after.second is None or rng.random() < 0.5:
         return before, after
     kind = rng.choice(events.kinds(after, False))
