@@ -1,0 +1,158 @@
+"""The tiny ladder's gate and table, from the scores in its folder.
+
+    python launch/ladder_results.py gate FOLDER
+    python launch/ladder_results.py table FOLDER
+
+`gate` ends with status 1 unless the teacher may be distilled. `table` writes
+results.json and results.md, and says what holds of what a distilled model must.
+"""
+
+import json
+import pathlib
+import sys
+
+from anchor_jax import media
+
+GATE = {"shape": 0.75, "motion": 0.85}
+BORDERS = 20
+"""Latent borders of the teacher's clips."""
+JUMPS = 1 - 0.865 ** (1 / 4)
+"""Of a border: 13.5 % of clips with four."""
+COLUMNS = {
+    "causal20": "causal teacher, 20 steps, guided",
+    "causal4": "the same, 4 steps",
+    "dmd": "self-forcing, 4 steps",
+    "streaming": "streaming-tuned, 4 steps",
+}
+SWITCH_ROWS = {
+    "color": "colour",
+    "background": "background",
+    "shape": "shape",
+    "shape_iou": "shape, IoU > 0.7",
+    "motion": "direction",
+    "smooth": "no border jump",
+}
+EVENT_ROWS = {
+    ("motion", "adopted_soon"): "motion changes: seen in 2 blocks",
+    ("motion", "on_its_way"): "motion changes: its way goes on",
+    ("color", "adopted_soon"): "colour changes: seen in 2 blocks",
+    ("background", "adopted_soon"): "background changes: seen in 2 blocks",
+    ("enter", "adopted_soon"): "second object enters: seen in 2 blocks",
+    ("enter", "persists"): "second object enters: the first persists",
+    ("return", "recalled_color"): "hidden, returns unnamed: colour recalled",
+    ("return", "recalled_shape"): "hidden, returns unnamed: shape recalled",
+    ("start", "speed"): "signed speed / commanded",
+    ("start", "jumps"): "share of borders with a jump",
+}
+
+
+def read(folder: pathlib.Path, name: str) -> dict | None:
+    """Returns scores, None if they are missing."""
+    path = folder / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def gate(folder: pathlib.Path) -> int:
+    """Says whether the teacher passes, and returns the exit status."""
+    rates = read(folder, "teacher_clips")["held_out"]
+    failed = [
+        f"{name} {rates[name]['rate']:.3f} is below {least}"
+        for name, least in GATE.items()
+        if rates[name]["rate"] < least
+    ]
+    jumps = 1 - rates["smooth"]["rate"] ** (1 / BORDERS)
+    if jumps > JUMPS:
+        failed.append(f"jumps at {jumps:.3f} of the borders, above {JUMPS:.3f}")
+    for line in failed or ["the teacher passes"]:
+        sys.stdout.write(f"gate: {line}\n")
+    return int(bool(failed))
+
+
+def cell(found: dict | None) -> str:
+    """Returns a rate or a mean with its interval."""
+    if found is None:
+        return "-"
+    middle = found.get("rate", found.get("mean"))
+    if found["low"] is None:
+        return f"{middle:.2f}"
+    return f"{middle:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+
+
+def table(folder: pathlib.Path) -> int:
+    """Writes the table and returns the exit status."""
+    switch = {name: read(folder, f"{name}_switch") for name in COLUMNS}
+    events = {name: read(folder, f"{name}_events") for name in COLUMNS}
+    rows = [["", *COLUMNS.values(), "ceiling", "mismatched"]]
+    rows.append(["---"] * len(rows[0]))
+    for key, title in SWITCH_ROWS.items():
+        rates = [one and one["after_switch"][key] for one in switch.values()]
+        control = switch["streaming"]["mismatched"][key]
+        rows.append([title, *map(cell, rates), "-", cell(control)])
+    for (kind, key), title in EVENT_ROWS.items():
+        found = [one and one["generated"]["by_event"][kind] for one in events.values()]
+        more = [
+            events["streaming"][group]["by_event"][kind].get(key)
+            for group in ("ceiling", "mismatched")
+        ]
+        values = [one and one.get(key) for one in found]
+        rows.append([title, *map(cell, values), *map(cell, more)])
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    holds = {**claims(switch, events), **minute(read(folder, "streaming_minute"))}
+    lines += ["", *(f"- {name}: {text}" for name, text in holds.items())]
+    media.write_text(folder / "results.md", "\n".join(lines) + "\n")
+    names = [f"{name}_{trial}" for name in COLUMNS for trial in ("switch", "events")]
+    names += ["teacher_clips", "streaming_minute"]
+    every = {name: read(folder, name) for name in names}
+    media.write_json(folder / "results.json", {"scores": every, "claims": holds})
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 0
+
+
+def claims(switch: dict, events: dict) -> dict[str, str]:
+    """Returns what is asked of a distilled model, and what was found."""
+
+    def rate(name: str, key: str) -> float:
+        return switch[name]["after_switch"][key]["rate"]
+
+    def jumps(name: str) -> float:
+        return events[name]["generated"]["by_event"]["start"]["jumps"]["mean"]
+
+    keys = ("color", "shape", "motion")
+    worst = max(rate("causal20", key) - rate("streaming", key) for key in keys)
+    adopted = [
+        cells["adopted_soon"]
+        for cells in events["streaming"]["generated"]["by_event"].values()
+        if "adopted_soon" in cells
+    ]
+    count = sum(one["n"] for one in adopted)
+    share = sum(one["rate"] * one["n"] for one in adopted) / count
+    return {
+        "behind the 20-step teacher at most": f"{100 * worst:.1f} points",
+        "IoU > 0.7 against the teacher at 4 steps": " and ".join(
+            f"{rate(name, 'shape_iou'):.2f}" for name in ("streaming", "causal4")
+        ),
+        "borders with a jump against it": " and ".join(
+            f"{jumps(name):.3f}" for name in ("streaming", "causal4")
+        ),
+        "switches seen in 2 blocks": f"{share:.3f} of {count}",
+    }
+
+
+def minute(found: dict | None) -> dict[str, str]:
+    """Returns how the last segment of a minute differs from the first."""
+    if found is None:
+        return {}
+    drift, first = found["generated"]["drift"], found["generated"]["by_segment"]["0"]
+    return {
+        f"a minute, {key}": (
+            f"first ten seconds {cell(first[key])}, last minus first"
+            f" {drift[key].get('difference', drift[key].get('mean')):+.2f}"
+            f" [{drift[key]['low']:+.2f}, {drift[key]['high']:+.2f}]"
+        )
+        for key in ("background", "color", "shape", "direction", "jumps", "speed")
+        if key in drift
+    }
+
+
+if __name__ == "__main__":
+    sys.exit({"gate": gate, "table": table}[sys.argv[1]](pathlib.Path(sys.argv[2])))
