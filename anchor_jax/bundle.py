@@ -740,6 +740,30 @@ def save_bundle(
         part.write_bytes(content)
 
 
+def save_loaded(bundle: Bundle, path: str | pathlib.Path) -> None:
+    """Writes what was loaded, for instance of a training, by `save_bundle`.
+
+    Args:
+      bundle: with the linear codec; low-rank updates are merged.
+      path: as for `save_bundle`.
+
+    Raises:
+      UserError: The bundle is not of the kind that has this layout.
+    """
+    if not isinstance(bundle.codec, LinearCodec):
+        raise UserError(
+            "layout=bundle holds models with the linear codec only, such as the tiny"
+            f" one; got {type(bundle.codec).__name__}: choose layout wan or diffusers"
+        )
+    params = {
+        "generator": bundle.variables["params"],
+        "text": bundle.encode_prompts.params,
+        "codec": bundle.codec_params,
+    }
+    sizes = {"model": bundle.model, "text": bundle.text, "grid": bundle.grid}
+    save_bundle(params, bundle.tokenizer.content, path, bundle.metadata, **sizes)
+
+
 def _files(weights: str) -> tuple[pathlib.Path, pathlib.Path]:
     """Returns the files of a bundle's name or path."""
     if weights == "tiny":

@@ -45,6 +45,16 @@ def test_saving_twice_gives_the_same_bytes(tmp_path):
     assert first.read_bytes() == second.read_bytes()
 
 
+def test_what_was_loaded_is_saved_as_it_was(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    bundles.save(first)
+
+    bundle.save_loaded(bundle.load_bundle(str(first)), second)
+
+    for name in ("model.safetensors", "tokenizer.model"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
 def test_the_embedded_sizes_are_those_that_are_trained():
     assert training.TEXT == bundle.TINY_TEXT
     assert TINY.text_len == bundle.TINY_TEXT.text_len

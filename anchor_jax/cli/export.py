@@ -10,6 +10,7 @@ USAGE = """\
 anchor-jax export --weights=weights/anchor --out=export --layout=diffusers
 anchor-jax export --weights=weights/anchor --out=export --layout=wan --lora=merged
 anchor-jax export --weights=weights/anchor --out=export --layout=generator
+anchor-jax export --weights=runs/streaming --out=tiny --layout=bundle
 
 Everything is written as safetensors, text encoder and VAE too: pickles (.pt, .pth) are
 not written."""
@@ -24,8 +25,8 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "layout",
         "wan",
-        "Names and files: wan, diffusers, or generator (the transformer alone, named"
-        " as in checkpoints of trainers).",
+        "Names and files: wan, diffusers, generator (the transformer alone, named as in"
+        " checkpoints of trainers), or bundle (a tiny model whole, as it is shipped).",
     )
     flags.DEFINE_string("item", "generator", "Of generator, ema and fake_score one.")
     flags.DEFINE_string(
@@ -47,6 +48,14 @@ def main(argv) -> None:
     for name in ("weights", "out"):
         if not FLAGS[name].value:
             raise UserError(f"{name} is missing; give --{name}=FOLDER")
+    if FLAGS.layout == "bundle":
+        from anchor_jax import bundle
+        from anchor_jax.porting.port import check_free
+
+        check_free(FLAGS.out)
+        bundle.save_loaded(bundle.load_bundle(FLAGS.weights), FLAGS.out)
+        print(f"written to {FLAGS.out}")
+        return
     total = export.total_bytes(FLAGS.weights, FLAGS.layout, FLAGS.item)
     with tqdm(total=total, unit="B", unit_scale=True, desc="export") as bar:
         export.export(

@@ -75,6 +75,11 @@ class SentencePieceTokenizer:
     def vocab(self) -> int:
         return self._processor.get_piece_size()
 
+    @property
+    def content(self) -> bytes:
+        """The model, as its file holds it."""
+        return self._processor.serialized_model_proto()
+
     def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Returns ids and mask, int32 [B, text_len]."""
         cleaned = [clean_prompt(prompt) for prompt in prompts]
