@@ -52,6 +52,6 @@ setuptools.setup(
         "plan-gpu": ["jax[cuda12]>=0.10.2,<0.13"],
         "plan-tpu": ["libtpu>=0.0.42"],
         "train": [*DATA, "tensorboardX"],
-        "test": [*DATA, "pytest", "pytest-timeout", "ruff"],
+        "test": [*DATA, "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
     },
 )
