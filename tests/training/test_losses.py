@@ -32,13 +32,19 @@ def prompts(number):
 
 def match(latents, mask=None, real=None, guidance=3.0, fake=None):
     mask = np.ones(6, bool) if mask is None else mask
+    fake, real = fake or tiny.variables(), real or other_weights()
+    return _match(latents, mask, fake, real, guidance)
+
+
+@jax.jit
+def _match(latents, mask, fake, real, guidance):
     return losses.distribution_matching(
         latents,
         draw(1),
         TIMES,
         mask,
-        fake=(SCORE, fake or tiny.variables(), prompts(0)),
-        real=(SCORE, real or other_weights(), prompts(0), prompts(1)),
+        fake=(SCORE, fake, prompts(0)),
+        real=(SCORE, real, prompts(0), prompts(1)),
         guidance=guidance,
     )
 
