@@ -1,6 +1,6 @@
 """Kills trainings at random moments, and checks that they go on bit for bit.
 
-    python launch/kill_training.py [--kills=20] [--seed=0] [--folder=FOLDER]
+    python launch/kill_training.py [--kills=20] [--folder=FOLDER] [--stages dmd ...]
 
 Every stage of the ladder, made very short, is run to its end; then once more, killed
 (SIGKILL) again and again, every other time while a checkpoint is being written, and
@@ -128,12 +128,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stages", nargs="+", default=list(STAGES), help="some only")
     parser.add_argument("--folder", type=pathlib.Path)
     given = parser.parse_args()
     folder = given.folder or pathlib.Path(tempfile.mkdtemp())
     random.seed(given.seed)
-    report, per_stage = {}, -(-given.kills // len(STAGES))
-    for stage in STAGES:
+    report, per_stage = {}, -(-given.kills // len(given.stages))
+    finish(command("teacher", folder / "teacher-whole", folder))
+    for stage in given.stages:
         report[stage] = endure(stage, folder, per_stage)
         sys.stderr.write(f"{stage}: {report[stage]}\n")
     sys.stdout.write(json.dumps(report, indent=1) + "\n")
