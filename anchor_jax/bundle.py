@@ -288,7 +288,8 @@ def load_bundle(
 
     Args:
       weights: `tiny`, the path that `save_bundle` wrote to, the folder of a
-        checkpoint with ported weights, or that of a training.
+        checkpoint with ported weights, or that of a training; of a training,
+        `FOLDER/400` takes the checkpoint of step 400, not the last one.
       grid: latent size of the videos; None: as stored, and 60 x 104 for ported ones.
       dtype: of weights and activations; None: as stored, and bfloat16 for ported ones.
       text_encoder: "device" keeps it on the device, "free" only while there are new
@@ -303,7 +304,7 @@ def load_bundle(
     """
     options = _Options(grid, dtype, text_encoder, mesh, lora)
     folder = pathlib.Path(weights).expanduser()
-    if weights != "tiny" and (folder / RUN).is_file():
+    if weights != "tiny" and run_folder(folder) is not None:
         return _load_trained(folder, options)
     if weights != "tiny" and _is_checkpoint(folder):
         return _load_ported(folder, options)
@@ -319,6 +320,23 @@ def write_run(folder: pathlib.Path, base: str) -> None:
         with "./" is relative to the folder.
     """
     write_json(folder / RUN, {"format_version": FORMAT_VERSION, "base": base})
+
+
+def run_folder(folder: pathlib.Path) -> pathlib.Path | None:
+    """Returns the training that weights are of: its folder, or a step in it."""
+    folder = folder.absolute()
+    places = [folder, folder.parent] if folder.name.isdecimal() else [folder]
+    return next((place for place in places if (place / RUN).is_file()), None)
+
+
+def run_base(folder: pathlib.Path) -> str:
+    """Returns the name of the weights that a training began with.
+
+    Raises:
+      UserError: The folder does not say it, or leads back to itself.
+    """
+    _check_bases(folder)
+    return _read_run(folder)
 
 
 def _read_run(folder: pathlib.Path) -> str:
@@ -337,24 +355,24 @@ def _read_run(folder: pathlib.Path) -> str:
 
 def _check_bases(folder: pathlib.Path) -> None:
     """Raises if trainings that began with one another lead in a circle."""
-    seen = []
-    while (folder / RUN).is_file():
-        folder = folder.resolve()
-        if folder in seen:
-            raise UserError(f"{folder / RUN} leads back to itself by its base")
-        seen.append(folder)
-        folder = pathlib.Path(_read_run(folder)).expanduser()
+    seen, run = [], run_folder(folder)
+    while run is not None:
+        run = run.resolve()
+        if run in seen:
+            raise UserError(f"{run / RUN} leads back to itself by its base")
+        seen.append(run)
+        run = run_folder(pathlib.Path(_read_run(run)).expanduser())
 
 
 def _load_trained(folder: pathlib.Path, options: "_Options") -> Bundle:
     """Returns the bundle that a training began with, its own weights in place.
 
-    The mean of the generator is taken where there is one.
+    Of the last checkpoint, or of the step that the folder is. The mean of the
+    generator is taken where there is one.
     """
     from anchor_jax import checkpoint
 
-    name = _read_run(folder)
-    _check_bases(folder)
+    name = run_base(run_folder(folder))
     fields = (field.name for field in dataclasses.fields(options))
     base = load_bundle(name, **{field: getattr(options, field) for field in fields})
     if not checkpoint.is_checkpoint(folder):
@@ -761,7 +779,18 @@ def save_loaded(bundle: Bundle, path: str | pathlib.Path) -> None:
         "codec": bundle.codec_params,
     }
     sizes = {"model": bundle.model, "text": bundle.text, "grid": bundle.grid}
-    save_bundle(params, bundle.tokenizer.content, path, bundle.metadata, **sizes)
+    metadata = _without_places(bundle.metadata)
+    save_bundle(params, bundle.tokenizer.content, path, metadata, **sizes)
+
+
+def _without_places(value: Any) -> Any:
+    """Returns metadata in which paths are cut to their last part: it is given away."""
+    if isinstance(value, Mapping):
+        return {name: _without_places(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_places(one) for one in value]
+    is_path = isinstance(value, str) and "/" in value and " " not in value
+    return pathlib.PurePath(value).name if is_path else value
 
 
 def _files(weights: str) -> tuple[pathlib.Path, pathlib.Path]:

@@ -239,8 +239,9 @@ def _move(part: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def is_checkpoint(path: str | pathlib.Path) -> bool:
-    """Returns whether a folder holds a checkpoint."""
-    return bool(_steps(pathlib.Path(path).expanduser()))
+    """Returns whether a folder holds a checkpoint, or is one of its steps."""
+    folder = pathlib.Path(path).expanduser()
+    return _is_step(folder) or bool(_steps(folder))
 
 
 def items(path: str | pathlib.Path) -> tuple[str, ...]:
@@ -385,6 +386,10 @@ def _reader(stored: Any = None) -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(restore_concurrent_gb=-(-at_once // 10**9))
 
 
+def _is_step(folder: pathlib.Path) -> bool:
+    return folder.name.isdecimal() and (folder / "meta").is_dir()
+
+
 def _steps(folder: pathlib.Path) -> list[pathlib.Path]:
     """Returns the folders of steps, the last one last."""
     try:
@@ -407,6 +412,8 @@ def _step(path: str | pathlib.Path) -> pathlib.Path:
     folder = pathlib.Path(path).expanduser().resolve()
     if not folder.is_dir():
         raise UserError(f"{path} is no folder; expected that of a checkpoint")
+    if _is_step(folder):
+        return folder
     steps = _steps(folder)
     if not steps:
         raise UserError(

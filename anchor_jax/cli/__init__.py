@@ -18,6 +18,7 @@ COMMANDS = {
     "replay": "anchor_jax.cli.replay",
     "verify": "anchor_jax.cli.verify",
     "train": "anchor_jax.cli.train",
+    "sweep": "anchor_jax.cli.sweep",
     "train-tiny": "anchor_jax.cli.train_tiny",
     "score": "anchor_jax.cli.score",
     "ablate": "anchor_jax.cli.ablate",

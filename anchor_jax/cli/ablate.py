@@ -118,7 +118,7 @@ def _measure_trained(ablation, folder: pathlib.Path, name: str, start: int):
     place = folder / "trained" / f"{name}-{start}"
     chosen = load_config(FLAGS.train)
     chosen.weights = FLAGS.config.weights
-    chosen.out, chosen.seed = str(place), start
+    chosen.out, chosen.seed, chosen.sample_every = str(place), start, 0
     chosen.distillation.policy = ablation.TRAINED[name]
     if FLAGS.steps is not None:
         chosen.steps = FLAGS.steps

@@ -28,7 +28,12 @@ def define_flags() -> None:
         "Names and files: wan, diffusers, generator (the transformer alone, named as in"
         " checkpoints of trainers), or bundle (a tiny model whole, as it is shipped).",
     )
-    flags.DEFINE_string("item", "generator", "Of generator, ema and fake_score one.")
+    flags.DEFINE_string(
+        "item",
+        None,
+        "Of generator, ema and fake_score one; of a training the running mean where"
+        " there is one, else generator.",
+    )
     flags.DEFINE_string(
         "lora",
         "separate",
@@ -53,12 +58,14 @@ def main(argv) -> None:
         from anchor_jax.porting.port import check_free
 
         check_free(FLAGS.out)
-        bundle.save_loaded(bundle.load_bundle(FLAGS.weights), FLAGS.out)
+        loaded = bundle.load_bundle(FLAGS.weights, lora="merged")
+        bundle.save_loaded(loaded, FLAGS.out)
         print(f"written to {FLAGS.out}")
         return
-    total = export.total_bytes(FLAGS.weights, FLAGS.layout, FLAGS.item)
+    item = FLAGS.item or export.default_item(FLAGS.weights)
+    total = export.total_bytes(FLAGS.weights, FLAGS.layout, item)
     with tqdm(total=total, unit="B", unit_scale=True, desc="export") as bar:
         export.export(
-            FLAGS.weights, FLAGS.out, FLAGS.layout, FLAGS.item, FLAGS.lora, bar.update
+            FLAGS.weights, FLAGS.out, FLAGS.layout, item, FLAGS.lora, bar.update
         )
     print(f"written to {FLAGS.out}")

@@ -11,7 +11,17 @@ anchor-jax train --config=configs/train_dmd.py --config.out=runs/dmd \\
     --config.weights=runs/causal --config.teacher=runs/teacher
 anchor-jax train --config=configs/train_dmd.py --config.out=runs/dmd --dry_run
 anchor-jax sample --config=configs/tiny.py --config.weights=runs/dmd
-The same command goes on where a run was ended, bit for bit."""
+anchor-jax sample --config=configs/tiny.py --config.weights=runs/dmd/400
+tensorboard --logdir runs
+
+The same command goes on where a run was ended, bit for bit; Ctrl-C or SIGTERM ends it
+with a checkpoint. Where to look: OUT/log.jsonl has a line of numbers every
+--config.log_every steps, OUT/events the same for TensorBoard (pip install tensorboard
+tensorboardX), OUT/samples a video and a sheet of frames every --config.sample_every
+steps; --config.samples.* says what they show. OUT/400 is the checkpoint of step 400:
+the last --config.keep stay, and the --config.keep_best lowest in --config.best_of.
+--dry_run tells sizes and hours, leaves no files, and times a few steps if the folder
+has no log; what a step needs on chips that are not here: anchor-jax plan --help."""
 
 FLAGS = flags.FLAGS
 
@@ -36,8 +46,22 @@ def main(argv) -> None:
     from anchor_jax.training import run
 
     config = run.read_config(FLAGS.config)
+    if FLAGS.dry_run:
+        run.dry_run(config, tell=print)
+        return
     job = run.open_job(config, tell=print)
     print(job.plan())
-    if not FLAGS.dry_run:
-        job.run()
-        print(f"done; sample with --config.weights={config.out}")
+    step = job.run()
+    _report(job, step)
+
+
+def _report(job, step: int) -> None:
+    """Prints where things are."""
+    out = job.config.out
+    print(f"numbers: {job.folder / 'log.jsonl'}; see also: tensorboard --logdir {out}")
+    if job.sampler is not None and job.sampler.folder.is_dir():
+        print(f"sample videos: {job.sampler.folder}")
+    if step < job.config.steps:
+        print(f"stopped at step {step} of {job.config.steps}; the same command goes on")
+    else:
+        print(f"done; sample with --config.weights={out}")

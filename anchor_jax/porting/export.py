@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 from flax import traverse_util
 
-from anchor_jax import checkpoint
+from anchor_jax import bundle, checkpoint
 from anchor_jax.errors import UserError, suggest
 from anchor_jax.porting.convert import Place, places
 from anchor_jax.porting.port import TABLES, check_free
@@ -70,7 +70,7 @@ def export(
     in every layout: pickles are not written.
 
     Args:
-      weights: The checkpoint.
+      weights: The checkpoint, a training that began with one, or a step of it.
       out: The folder, which appears when whole.
       layout: One of `LAYOUTS`; "generator" is the transformer alone, with names as
         checkpoints of trainers have them.
@@ -87,14 +87,56 @@ def export(
     _choose("item", item, ITEMS)
     _choose("lora", lora, LORA)
     check_free(out)
-    meta = checkpoint.read_meta(weights)
-    checkpoint.shapes(weights, item)
-    job = _Job(pathlib.Path(weights), layout, meta, progress, shard_bytes)
+    line = _lineage(weights)
+    checkpoint.shapes(line[0], item)
+    meta = _meta(line[-1], layout)
+    job = _Job(line, layout, meta, progress, shard_bytes)
     job.check()
     with _folder(pathlib.Path(out).expanduser().resolve()) as folder:
         job.transformer(folder, item, merged=lora == "merged")
         if layout != "generator":
-            job.others(folder)
+            job.others(folder, item)
+
+
+def default_item(weights: str | pathlib.Path) -> str:
+    """Returns what is exported: of a training its running mean if there is one."""
+    folder = pathlib.Path(weights).expanduser()
+    is_run = bundle.run_folder(folder) is not None
+    return "ema" if is_run and "ema" in checkpoint.items(folder) else "generator"
+
+
+def _lineage(weights: str | pathlib.Path) -> list[pathlib.Path]:
+    """Returns a checkpoint, what it began with if it is a training's, and so on."""
+    line = [pathlib.Path(weights).expanduser()]
+    while (run := bundle.run_folder(line[-1])) is not None:
+        line.append(pathlib.Path(bundle.run_base(run)).expanduser())
+    return line
+
+
+def _with_params(line: Sequence[pathlib.Path]) -> tuple[pathlib.Path, str]:
+    """Returns the first of some checkpoints that holds whole weights, and its item."""
+    for folder in line:
+        if not checkpoint.is_checkpoint(folder):
+            break
+        item = default_item(folder)
+        if "params" in checkpoint.shapes(folder, item):
+            return folder, item
+    raise UserError(
+        f"{line[-1]}: what the training began with is no checkpoint of ported weights;"
+        " a tiny model is written whole with --layout=bundle"
+    )
+
+
+def _meta(origin: pathlib.Path, layout: str) -> dict[str, Any]:
+    """Returns what is known of ported weights; only some layouts need it."""
+    if checkpoint.is_checkpoint(origin):
+        return checkpoint.read_meta(origin)
+    if layout == "generator":
+        return {}
+    raise UserError(
+        f"{origin} is no checkpoint of ported weights, so there is no layout={layout}"
+        " of it; a tiny model is written whole with --layout=bundle"
+    )
 
 
 def _choose(field: str, value: str, known: Sequence[str]) -> None:
@@ -122,13 +164,22 @@ def _folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Job:
-    """One export: from which checkpoint, in which layout."""
+    """One export: from which checkpoint, in which layout.
 
-    weights: pathlib.Path
+    `line` is the checkpoint, and if that is a training's what it began with, what that
+    began with, and so on to one that was ported.
+    """
+
+    line: Sequence[pathlib.Path]
     layout: str
     meta: Mapping[str, Any]
     progress: Callable[[int], None] | None
     shard_bytes: int
+
+    @property
+    def origin(self) -> pathlib.Path:
+        """The folder with text encoder, VAE, tokenizer, and their sizes."""
+        return self.line[-1]
 
     @property
     def style(self) -> str:
@@ -141,7 +192,7 @@ class _Job:
             needed |= {"text_encoder": self._text_config, "vae": self._vae_config}
         if self.layout == "generator":
             needed = {}
-        present = checkpoint.items(self.weights)
+        present = checkpoint.items(self.origin) if needed else ()
         try:
             self._has_alias()
             alpha = self._source("lora").get("alpha")
@@ -151,14 +202,13 @@ class _Job:
                 needed[item]()
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
-                f"{self.weights}: its meta cannot be exported ({error!r}); expected the"
+                f"{self.origin}: its meta cannot be exported ({error!r}); expected the"
                 " sizes and sources that anchor-jax port writes"
             ) from error
 
     def transformer(self, folder: pathlib.Path, item: str, merged: bool) -> None:
         """Writes the transformer, its config, and its adapters if it has some."""
-        trees = checkpoint.shapes(self.weights, item)
-        read = self._reader(item)
+        trees, read = self._trees(item)
         adapters = trees.get("lora")
         base = _merged(read) if merged and adapters else _below("params", read)
         table = TABLES["generator", self.style]
@@ -177,7 +227,29 @@ class _Job:
         if adapters and not merged:
             self._adapters(folder, adapters, _below("lora", read))
 
-    def others(self, folder: pathlib.Path) -> None:
+    def _trees(self, item: str) -> tuple[dict[str, Any], Read]:
+        """Returns the transformer's collections as shapes, and how to read leaves.
+
+        A training of low-rank updates has them alone; the rest is what it began with.
+        """
+        trees, read = checkpoint.shapes(self.line[0], item), self._reader(item)
+        if "params" in trees:
+            return trees, read
+        if item == "fake_score":
+            raise UserError(
+                f"{self.line[0]}: fake_score holds low-rank updates alone, of another"
+                " network's weights; choose --item=generator or ema"
+            )
+        base, name = _with_params(self.line[1:])
+        params = checkpoint.shapes(base, name)["params"]
+        read_base = self._reader(name, base)
+
+        def both(path: str) -> np.ndarray:
+            return (read_base if path.startswith("params/") else read)(path)
+
+        return {**trees, "params": params}, both
+
+    def others(self, folder: pathlib.Path, item: str) -> None:
         """Writes text encoder, VAE and tokenizer, as far as there are some."""
         official = self.layout == "wan"
         homes = {
@@ -187,32 +259,36 @@ class _Job:
             "vae": (folder, VAE_FILE) if official else (folder / "vae", DIFFUSION),
         }
         configs = {"text_encoder": self._text_config, "vae": self._vae_config}
-        for item in homes.keys() & set(checkpoint.items(self.weights)):
-            place, stem = homes[item]
-            tree = checkpoint.shapes(self.weights, item)
-            tensors = _tensors(tree, TABLES[item, self.style])
-            if item == "text_encoder" and self._has_alias():
+        trained = checkpoint.shapes(self.line[0], item).get("text")
+        for name in homes.keys() & set(checkpoint.items(self.origin)):
+            place, stem = homes[name]
+            tree = checkpoint.shapes(self.origin, name)
+            read = self._reader(name, self.origin)
+            if name == "text_encoder" and trained is not None:
+                tree, read = trained, _below("text", self._reader(item))
+            tensors = _tensors(tree, TABLES[name, self.style])
+            if name == "text_encoder" and self._has_alias():
                 tensors = _with_alias(tensors)
             # Shards have an index, which the official names know for the transformer
             # only.
             limit = None if official else self.shard_bytes
-            read = self._reader(item)
             self._write(place, stem, tensors, read, limit)
             if not official:
-                _write_json(place / "config.json", configs[item]())
+                _write_json(place / "config.json", configs[name]())
         for name in TOKENIZER:
             with contextlib.suppress(UserError):
-                source = checkpoint.file(self.weights, f"tokenizer/{name}")
+                source = checkpoint.file(self.origin, f"tokenizer/{name}")
                 home = folder / _TOKENIZER[self.layout]
                 home.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, home / name)
 
-    def _reader(self, item: str) -> Read:
+    def _reader(self, item: str, folder: pathlib.Path | None = None) -> Read:
         """Returns how to read leaves; those of a small item are read at once."""
-        leaves = jax.tree.leaves(checkpoint.shapes(self.weights, item))
+        folder = folder or self.line[0]
+        leaves = jax.tree.leaves(checkpoint.shapes(folder, item))
         if sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) > _SMALL:
-            return functools.partial(checkpoint.leaf, self.weights, item)
-        tree = checkpoint.restore(self.weights, item)
+            return functools.partial(checkpoint.leaf, folder, item)
+        tree = checkpoint.restore(folder, item)
         found = traverse_util.flatten_dict(tree, sep="/")
         return lambda path: np.asarray(found[path])
 
@@ -445,12 +521,14 @@ def _write_json(path: pathlib.Path, value: Any) -> None:
 
 def total_bytes(weights: str | pathlib.Path, layout: str, item: str) -> int:
     """Returns about how many bytes an export writes."""
-    items = [item] if layout == "generator" else [item, "text_encoder", "vae"]
-    present = set(checkpoint.items(weights))
+    line = _lineage(weights)
+    places = [(line[0], item)]
+    if layout != "generator":
+        places += [(line[-1], "text_encoder"), (line[-1], "vae")]
     leaves = [
         leaf
-        for name in items
-        if name in present
-        for leaf in jax.tree.leaves(checkpoint.shapes(weights, name))
+        for folder, name in places
+        if checkpoint.is_checkpoint(folder) and name in checkpoint.items(folder)
+        for leaf in jax.tree.leaves(checkpoint.shapes(folder, name))
     ]
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)

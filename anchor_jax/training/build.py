@@ -92,6 +92,29 @@ class DistillationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SamplesConfig:
+    """The section `samples`: the videos that are made while a training runs.
+
+    Attributes:
+      prompts: a script a video, as `anchor-jax sample` takes them: "PROMPT | PROMPT"
+        switches; without any, the tiny world's or the first ones of the data.
+      num: videos, where no prompts are given.
+      frames: latent frames; of a bidirectional teacher at most those of its clips.
+      policy: what streams remember; without a value `distillation.policy`, and the
+        whole clip for a bidirectional teacher.
+      steps: of Euler, for networks that are not distilled.
+      guidance: of the same; 1 is none.
+    """
+
+    prompts: tuple[str, ...] = ()
+    num: int = 4
+    frames: int = 21
+    policy: str | None = None
+    steps: int = 20
+    guidance: float = 2.5
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """The fields of a training's config, with the paper's values.
 
@@ -112,9 +135,11 @@ class TrainConfig:
       attention: a kernel, or "auto".
       out: folder of checkpoints, logs and samples.
       save_every: steps to a checkpoint.
-      keep: checkpoints that stay.
+      keep: last checkpoints that stay.
+      keep_best: checkpoints that stay for their `best_of`; 0 is none.
+      best_of: a logged number; its mean since the save before, lower is better.
       log_every: steps to a line of numbers.
-      sample_every: steps to sample videos; 0 is never.
+      sample_every: steps to sample videos, which the last step has too; 0 is never.
     """
 
     stage: str = "distillation"
@@ -137,10 +162,13 @@ class TrainConfig:
     critic_optimizer: Optimizer = Optimizer(learning_rate=4e-7)
     ema: Ema = Ema()
     data: DataConfig = DataConfig()
+    samples: SamplesConfig = SamplesConfig()
     save_every: int = 100
     keep: int = 2
+    keep_best: int = 0
+    best_of: str = "loss"
     log_every: int = 10
-    sample_every: int = 0
+    sample_every: int = 250
     out: str = "runs/train"
 
 
@@ -153,12 +181,14 @@ class Prepared:
       state: before the first step, on the mesh.
       bundle: the generator's, with text encoder and codec.
       counts: parameters by network, for the plan.
+      frames: latent frames that a step sees or makes, in the mean.
     """
 
     stage: Stage
     state: TrainState
     bundle: Bundle
     counts: Mapping[str, int]
+    frames: float
 
 
 Batches = Callable[[int], Mapping[str, np.ndarray]]
@@ -233,21 +263,12 @@ def _prepare_regression(config, bundle: Bundle, batches, mesh: Mesh) -> Prepared
     if section.text:
         trained = {**trained, "text": bundle.encode_prompts.params}
     tx = config.optimizer.transform(config.steps)
-    ema = config.ema if config.ema.decay else None
-    state = init_state(config.seed, trained, tx, has_ema=ema is not None)
-    places = placement.of_state(state, mesh)
-    frozen = {"generator": frozen}
-    prepared = RegressionStage(
-        stage=stage,
-        frozen=placement.put(frozen, placement.of_frozen(frozen, mesh)),
-        mesh=mesh,
-        places=places,
-        tx=tx,
-        ema=ema,
-        batches=batches,
-    )
+    state = init_state(config.seed, trained, tx, has_ema=_ema(config) is not None)
+    placed, state = _place(config, state, {"generator": frozen}, mesh)
+    prepared = RegressionStage(stage=stage, tx=tx, batches=batches, **placed)
     counts = {"generator": _count(bundle.variables), "trained": _count(trained)}
-    return Prepared(prepared, placement.put(state, places), bundle, counts)
+    frames = config.batch * section.block * section.blocks
+    return Prepared(prepared, state, bundle, counts, frames)
 
 
 def _prepare_distillation(
@@ -260,34 +281,30 @@ def _prepare_distillation(
     updates = -(-config.steps // section.every)
     tx = config.optimizer.transform(updates)
     critic_tx = config.critic_optimizer.transform(config.steps)
-    ema = config.ema if config.ema.decay else None
     state = init_state(
         config.seed,
         trained,
         tx,
-        has_ema=ema is not None,
+        has_ema=_ema(config) is not None,
         fake_score=fake,
         fake_score_tx=critic_tx,
         rollout=rollout.begin(stage.setup, config.batch, section.frames),
     )
-    places = placement.of_state(state, mesh)
     weights = {
         "generator": frozen,
         "fake_score": fake_frozen,
         "real_score": dict(teacher.variables),
         "codec": bundle.codec_params,
     }
+    placed, state = _place(config, state, weights, mesh)
     prepared = DistillStage(
         stage=stage,
-        frozen=placement.put(weights, placement.of_frozen(weights, mesh)),
-        mesh=mesh,
-        places=places,
         tx=tx,
         critic_tx=critic_tx,
-        ema=ema,
         batches=batches,
         seed=config.seed,
         every=section.every,
+        **placed,
     )
     counts = {
         "generator": _count(bundle.variables),
@@ -295,7 +312,34 @@ def _prepare_distillation(
         "critic": _count(critic.variables),
         "teacher": _count(teacher.variables),
     }
-    return Prepared(prepared, placement.put(state, places), bundle, counts)
+    rollouts = 1 + 1 / section.every
+    frames = config.batch * rollouts * _mean_chunk(stage.plan)
+    return Prepared(prepared, state, bundle, counts, frames)
+
+
+def _place(config, state: TrainState, frozen, mesh: Mesh):
+    """Returns what every stage has, and its state; both on the mesh."""
+    places = placement.of_state(state, mesh)
+    placed = {
+        "frozen": placement.put(frozen, placement.of_frozen(frozen, mesh)),
+        "mesh": mesh,
+        "places": places,
+        "ema": _ema(config),
+    }
+    return placed, placement.put(state, places)
+
+
+def _ema(config) -> Ema | None:
+    return config.ema if config.ema.decay else None
+
+
+def _mean_chunk(plan: Plan) -> float:
+    """Returns how many latent frames a chunk makes, in the mean of a sequence."""
+    made, piece = [], plan.piece(0, None)
+    while piece is not None:
+        made.append(piece.new)
+        piece = plan.piece(piece.end, None)
+    return sum(made) / len(made)
 
 
 def make_distill(config, bundle: Bundle, teacher: Bundle, critic: Bundle) -> Distill:

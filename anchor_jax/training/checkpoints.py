@@ -5,6 +5,7 @@
 
 import dataclasses
 import functools
+import math
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
 
 from anchor_jax.checkpoint import FORMAT_VERSION, ITEMS
 from anchor_jax.errors import UserError
@@ -31,23 +33,53 @@ class Checkpoints:
       meta: goes into each checkpoint: the config and what reads the weights.
       keep: how many of the last ones stay.
       tell: is given a line when a checkpoint cannot be used.
+      keep_best: how many stay besides for their metric; 0: checkpoints have none.
+      best_of: the metric; lower is better.
     """
 
     folder: pathlib.Path
     meta: Mapping[str, Any]
     keep: int = 2
     tell: Callable[[str], None] = lambda line: None
+    keep_best: int = 0
+    best_of: str = "loss"
 
     @functools.cached_property
     def manager(self) -> ocp.CheckpointManager:
         """Orbax's own; its threads begin with its first use."""
+        kept = [policies.LatestN(self.keep)]
+        if self.keep_best:
+            best = policies.BestN(
+                n=self.keep_best,
+                get_metric_fn=self._metric,
+                reverse=True,
+                keep_checkpoints_without_metrics=False,
+            )
+            kept.append(best)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=self.keep, cleanup_tmp_directories=True, create=True
+            preservation_policy=policies.AnyPreservationPolicy(kept),
+            # Without it Orbax does not write metrics, which the policy needs again
+            # when a run goes on.
+            best_fn=self._metric if self.keep_best else None,
+            best_mode="min",
+            cleanup_tmp_directories=True,
+            create=True,
         )
         return ocp.CheckpointManager(self.folder.absolute(), options=options)
 
-    def save(self, state: TrainState, cursor: Cursor) -> None:
-        """Begins to save; what is still being saved is finished first."""
+    def save(
+        self,
+        state: TrainState,
+        cursor: Cursor,
+        means: Mapping[str, float] | None = None,
+    ) -> None:
+        """Begins to save; what is still being saved is finished first.
+
+        Args:
+          state: of the training.
+          cursor: that belongs to it.
+          means: what was logged, as means since the save before.
+        """
         step = int(state.step)
         if step in self.manager.all_steps():
             return
@@ -61,8 +93,12 @@ class Checkpoints:
             "cursor": dataclasses.asdict(cursor),
         }
         meta = {"format_version": FORMAT_VERSION, **self.meta}
+        metrics = None
+        if self.keep_best and means and self.best_of in means:
+            metrics = {self.best_of: means[self.best_of]}
         self.manager.save(
             step,
+            metrics=metrics,
             args=ocp.args.Composite(
                 **items, data=ocp.args.JsonSave(data), meta=ocp.args.JsonSave(meta)
             ),
@@ -96,6 +132,18 @@ class Checkpoints:
             )
         return None
 
+    def best(self) -> tuple[int, float] | None:
+        """Returns the step of the best checkpoint that stayed, and its metric."""
+        if not self.keep_best:
+            return None
+        metrics = {x: self.manager.metrics(x) or {} for x in self.manager.all_steps()}
+        ranked = [
+            (found[self.best_of], step)
+            for step, found in metrics.items()
+            if self.best_of in found
+        ]
+        return min(ranked)[::-1] if ranked else None
+
     def wait(self) -> None:
         """Returns when everything is on disk."""
         self.manager.wait_until_finished()
@@ -103,6 +151,10 @@ class Checkpoints:
     def close(self) -> None:
         """Ends the writing."""
         self.manager.close()
+
+    def _metric(self, metrics: Mapping[str, float]) -> float:
+        """Returns what ranks a checkpoint; last, if it was saved for another number."""
+        return metrics.get(self.best_of, math.inf)
 
     def _set_aside(self, step: int) -> pathlib.Path:
         """Renames a checkpoint that cannot be used, so that its step can be saved."""

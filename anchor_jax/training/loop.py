@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 import numpy as np
 
 from anchor_jax.errors import UserError
@@ -27,13 +26,18 @@ _LAG = 2
 class Loop:
     """How long a training runs and how often it does what; in steps.
 
-    `sample_every` 0 makes no sample videos.
+    `sample_every` 0 makes no sample videos; otherwise the last step has some too.
     """
 
     steps: int
     save_every: int = 250
     log_every: int = 10
     sample_every: int = 0
+
+    def is_sampled(self, done: int) -> bool:
+        """Returns whether so many steps are followed by sample videos."""
+        every = self.sample_every
+        return every > 0 and (done % every == 0 or done == self.steps)
 
 
 def train(
@@ -74,13 +78,14 @@ def train(
             done = step + 1
             if done % loop.save_every == 0 or done == loop.steps or asked():
                 _drain(waiting, state, stage, checkpoints, monitor)
-                checkpoints.save(state, cursor)
-            if sample and loop.sample_every and done % loop.sample_every == 0:
-                sample(state, done)
+                checkpoints.save(state, cursor, monitor.means())
             if asked():
                 break
+            if sample and loop.is_sampled(done):
+                with monitor.paused():
+                    sample(state, done)
     _drain(waiting, state, stage, checkpoints, monitor)
-    checkpoints.save(state, cursor)
+    checkpoints.save(state, cursor, monitor.means())
     checkpoints.wait()
     return state
 
@@ -140,8 +145,3 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
     finally:
         for one, handler in before.items():
             signal.signal(one, handler)
-
-
-def count(tree: Any) -> int:
-    """Returns how many numbers a tree of arrays or shapes holds."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -5,12 +5,14 @@ import json
 import pathlib
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
+LOG = "log.jsonl"
 _SHOWN = ("loss", "generator_loss", "critic_loss")
 
 
@@ -41,8 +43,9 @@ class Monitor:
           quiet: shows no progress bar: of all processes but the first.
         """
         self.every, self.frames = every, frames_per_step
-        self.path = folder / "log.jsonl"
+        self.path = folder / LOG
         self.sums: dict[str, list[float]] = {}
+        self.unsaved: dict[str, list[float]] = {}
         self.began = time.monotonic()
         self.noted = 0
         self.quiet = quiet
@@ -54,10 +57,28 @@ class Monitor:
         """Takes the numbers of a step; some appear only in some steps."""
         for name, value in numbers.items():
             self.sums.setdefault(name, []).append(value)
+            self.unsaved.setdefault(name, []).append(value)
         self.noted += 1
         self.bar.update()
         if (step + 1) % self.every == 0:
             self._write(step + 1)
+
+    def means(self) -> dict[str, float]:
+        """Returns the means since the last call."""
+        unsaved, self.unsaved = self.unsaved, {}
+        return _means(unsaved)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keeps what is done meanwhile out of the seconds of a step."""
+        began = time.monotonic()
+        yield
+        self.began += time.monotonic() - began
+
+    def show(self, image: np.ndarray, step: int) -> None:
+        """Shows a sheet of samples, uint8 [height, width, 3], in TensorBoard."""
+        if self.events is not None:
+            self.events.add_image("samples", image, step, dataformats="HWC")
 
     def close(self) -> None:
         """Ends the bar and the event files."""
@@ -66,7 +87,7 @@ class Monitor:
             self.events.close()
 
     def _write(self, step: int) -> None:
-        means = {name: sum(x) / len(x) for name, x in self.sums.items()}
+        means = _means(self.sums)
         means |= _ratio(means)
         seconds = (time.monotonic() - self.began) / self.noted
         means["seconds_per_step"] = seconds
@@ -83,6 +104,10 @@ class Monitor:
         if self.events is not None:
             for name, value in means.items():
                 self.events.add_scalar(name, value, step)
+
+
+def _means(values: Mapping[str, list[float]]) -> dict[str, float]:
+    return {name: sum(found) / len(found) for name, found in values.items()}
 
 
 def _ratio(means: Mapping[str, float]) -> dict[str, float]:

@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import pathlib
+import statistics
+import tempfile
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,23 +14,33 @@ import jax
 from anchor_jax import bundle as bundles
 from anchor_jax.bundle import Bundle
 from anchor_jax.config import from_config
-from anchor_jax.errors import UserError
+from anchor_jax.errors import UserError, suggest
 from anchor_jax.experiment import parse_size
 from anchor_jax.media import write_json
-from anchor_jax.training import build, sources, world_clips, world_data
+from anchor_jax.training import build, fresh, samples, sources
 from anchor_jax.training.build import Prepared, TrainConfig
 from anchor_jax.training.checkpoints import Checkpoints
 from anchor_jax.training.loop import Loop, train
-from anchor_jax.training.monitor import Monitor
-from anchor_jax.training.programs import Cursor
-from anchor_jax.training.tiny import init_params
-from anchor_jax.world.words import train_tokenizer
+from anchor_jax.training.monitor import LOG, Monitor, memory_gb
+from anchor_jax.training.programs import Cursor, DistillStage
+from anchor_jax.training.samples import Sampler
 
 FRESH = "fresh"
 _CONFIG = "config.json"
 # What may change from one start of a run to the next.
-_FREE = ("save_every", "keep", "log_every", "sample_every", "mesh", "out")
+_FREE = (
+    *("save_every", "keep", "keep_best", "best_of", "log_every", "sample_every"),
+    *("samples", "mesh", "out"),
+)
 _TOLD = ("optimizer", "critic_optimizer")
+_BEST = {
+    "regression": ("loss", "gradient_norm"),
+    "distillation": (
+        *("critic_loss", "generator_loss", "score_gap"),
+        *("critic_gradient_norm", "generator_gradient_norm"),
+    ),
+}
+_LAST_LINES = 5
 
 
 def read_config(config) -> TrainConfig:
@@ -38,11 +51,16 @@ def read_config(config) -> TrainConfig:
     """
     read = from_config(TrainConfig, config, "config")
     least = {"steps": 1, "batch": 1, "keep": 1, "save_every": 1, "log_every": 1}
+    least |= {"keep_best": 0, "sample_every": 0}
     for name, smallest in least.items():
         if getattr(read, name) < smallest:
             raise UserError(
                 f"config.{name}={getattr(read, name)}: expected {smallest}+"
             )
+    known = _BEST.get(read.stage, (read.best_of,))
+    if read.keep_best and read.best_of not in known:
+        found = suggest(read.best_of, known, f"numbers of {read.stage}")
+        raise UserError(f"config.best_of={read.best_of!r}{found}")
     return read
 
 
@@ -56,6 +74,7 @@ class Job:
       prepared: the stage.
       checkpoints: in the folder.
       tell: is given lines to show.
+      sampler: makes sample videos, or None.
     """
 
     config: TrainConfig
@@ -63,6 +82,7 @@ class Job:
     prepared: Prepared
     checkpoints: Checkpoints
     tell: Callable[[str], None]
+    sampler: Sampler | None = None
 
     def plan(self) -> str:
         """Returns what will be trained, as text."""
@@ -72,13 +92,25 @@ class Job:
             f" rules {config.rules}, mesh {dict(self.prepared.stage.mesh.shape)}",
             "parameters: "
             + ", ".join(f"{name} {count:,}" for name, count in counts.items()),
-            f"state: {_gigabytes(self.prepared.state):.2f} GB, frozen weights:"
-            f" {_gigabytes(self.prepared.stage.frozen):.2f} GB, over all devices",
+            f"on each device: state {_gigabytes(self.prepared.state):.2f} GB, frozen"
+            f" weights {_gigabytes(self.prepared.stage.frozen):.2f} GB, and"
+            " activations",
+            f"sample videos: {self._shown()}",
         ]
         return "\n".join(lines)
 
-    def run(self) -> None:
-        """Trains to the last step, from the last checkpoint if there is one."""
+    def _shown(self) -> str:
+        if self.sampler is None:
+            return "none (sample_every is 0, there are no prompts, or many processes)"
+        texts = [" | ".join(one.script.prompts) for one in self.sampler.videos]
+        return f"every {self.config.sample_every} steps, " + "; ".join(texts)
+
+    def run(self) -> int:
+        """Trains to the last step, from the last checkpoint if there is one.
+
+        Returns:
+          The step that it got to; a request to stop ends it early.
+        """
         stage, state = self.prepared.stage, self.prepared.state
         found = self.checkpoints.restore(state, stage.places)
         state, cursor = found or (state, Cursor())
@@ -94,13 +126,45 @@ class Job:
             config.steps,
             first,
             config.log_every,
+            self.prepared.frames,
             quiet=jax.process_index() > 0,
         )
+        if self.sampler is not None:
+            self.sampler.show = monitor.show
         try:
-            train(stage, state, cursor, loop, self.checkpoints, monitor)
+            state = train(
+                stage, state, cursor, loop, self.checkpoints, monitor, self.sampler
+            )
+            self._tell_best()
         finally:
             monitor.close()
             self.checkpoints.close()
+        return int(state.step)
+
+    def _tell_best(self) -> None:
+        best = self.checkpoints.best()
+        if best is not None:
+            step, value = best
+            self.tell(
+                f"lowest {self.config.best_of}, {value:.6g}: step {step}, weights"
+                f" {self.folder / str(step)}"
+            )
+
+    def seconds_per_step(self) -> float:
+        """Returns how long a step takes here: runs some, and throws them away."""
+        stage, state = self.prepared.stage, self.prepared.state
+        kinds, shares = [0], [1.0]
+        if isinstance(stage, DistillStage) and stage.every > 1:
+            kinds, shares = [0, 1], [1 / stage.every, 1 - 1 / stage.every]
+        seconds = []
+        for kind in (*kinds, *kinds):
+            began = time.monotonic()
+            # The first chunk each time, so that the second time nothing is compiled.
+            state, _, watch = stage.advance(state, Cursor(), kind)
+            jax.block_until_ready((state, watch))
+            seconds.append(time.monotonic() - began)
+        timed = seconds[len(kinds) :]
+        return sum(one * share for one, share in zip(timed, shares, strict=True))
 
 
 def open_job(config: TrainConfig, tell: Callable[[str], None]) -> Job:
@@ -126,10 +190,43 @@ def open_job(config: TrainConfig, tell: Callable[[str], None]) -> Job:
         config.distillation.negative_prompt if distills else "",
     )
     prepared = build.prepare(config, generator, batches, teacher, critic)
+    sampler = samples.make_sampler(config, prepared, folder)
     bundles.write_run(folder, base)
     meta = {"training": _json(config)}
-    checkpoints = Checkpoints(folder, meta, config.keep, tell)
-    return Job(config, folder, prepared, checkpoints, tell)
+    checkpoints = Checkpoints(
+        folder, meta, config.keep, tell, config.keep_best, config.best_of
+    )
+    return Job(config, folder, prepared, checkpoints, tell, sampler)
+
+
+def dry_run(config: TrainConfig, tell: Callable[[str], None]) -> None:
+    """Tells what a training would be and how long it would take; leaves no files.
+
+    Raises:
+      UserError: Something of the config is wrong, or the folder holds another run.
+    """
+    folder = pathlib.Path(config.out).expanduser()
+    compare_config(config, folder, tell)
+    with tempfile.TemporaryDirectory() as scratch:
+        job = open_job(dataclasses.replace(config, out=scratch), tell)
+        tell(job.plan())
+        seconds = _logged_seconds(folder)
+        where = f"as {folder / LOG} has it"
+        if seconds is None:
+            tell("times a few steps, the first of which compile")
+            seconds, where = job.seconds_per_step(), "here"
+            tell(f"most memory in use: {memory_gb():.2f} GB")
+    hours = config.steps * seconds / 3600
+    tell(f"a step takes {seconds:.3g} s {where}; {config.steps} steps: {hours:.3g} h")
+
+
+def _logged_seconds(folder: pathlib.Path) -> float | None:
+    """Returns the seconds of a step in the last lines of a log, or None."""
+    try:
+        lines = (folder / LOG).read_text(encoding="utf-8").splitlines()[-_LAST_LINES:]
+        return statistics.median(json.loads(x)["seconds_per_step"] for x in lines)
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def _base(config: TrainConfig, folder: pathlib.Path) -> str:
@@ -137,18 +234,18 @@ def _base(config: TrainConfig, folder: pathlib.Path) -> str:
     if config.weights != FRESH:
         inside = pathlib.Path(config.weights).expanduser()
         return str(inside.resolve()) if inside.exists() else config.weights
-    place = folder / FRESH
-    if not (place / "model.safetensors").exists():
-        words = train_tokenizer(world_clips.captions())
-        codec = world_data.fit_codec(config.data.seed, 16)
-        params = {**init_params(config.seed), "codec": codec}
-        bundles.save_bundle(params, words, place, {})
+    fresh.save_fresh(folder / FRESH, config.seed, config.data.seed)
     return f"./{FRESH}"
 
 
 def _load(config: TrainConfig, name: str) -> Bundle:
-    grid = None if config.size is None else parse_size(config.size)
-    return bundles.load_bundle(name, grid=grid, dtype=config.dtype)
+    """Returns weights; without updates to train, those there are are added to them."""
+    return bundles.load_bundle(
+        name,
+        grid=None if config.size is None else parse_size(config.size),
+        dtype=config.dtype,
+        lora="separate" if config.lora.rank else "merged",
+    )
 
 
 def check_config(
@@ -159,37 +256,52 @@ def check_config(
     Raises:
       UserError: The run in the folder has another config, or none that can be read.
     """
-    path, given = folder / _CONFIG, _json(config)
-    if path.exists():
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{path} cannot be read ({error}), so the run in {folder} cannot go on;"
-                " choose another --config.out"
-            ) from error
-        changed = _changed(stored if isinstance(stored, dict) else {}, given)
-        refused = [name for name in changed if name.split(".")[0] not in _TOLD]
-        if refused:
-            raise UserError(
-                f"{folder} holds a run of another config: {', '.join(refused)} differ;"
-                " choose another --config.out, or the values that it began with"
-            )
-        if changed:
-            tell(f"changed since the run began: {', '.join(changed)}")
-    write_json(path, given)
+    compare_config(config, folder, tell)
+    write_json(folder / _CONFIG, _json(config))
+
+
+def compare_config(
+    config: TrainConfig, folder: pathlib.Path, tell: Callable[[str], None]
+) -> None:
+    """Raises unless the run in a folder, if there is one, can go on with a config.
+
+    Fields that the run's version did not have yet count as their default.
+
+    Raises:
+      UserError: The run in the folder has another config, or none that can be read.
+    """
+    path = folder / _CONFIG
+    if not path.exists():
+        return
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}), so the run in {folder} cannot go on;"
+            " choose another --config.out"
+        ) from error
+    changed = _changed(stored if isinstance(stored, dict) else {}, _json(config))
+    refused = [name for name in changed if name.split(".")[0] not in _TOLD]
+    if refused:
+        raise UserError(
+            f"{folder} holds a run of another config: {', '.join(refused)} differ;"
+            " choose another --config.out, or the values that it began with"
+        )
+    if changed:
+        tell(f"changed since the run began: {', '.join(changed)}")
 
 
 def _changed(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
     """Returns the fields that differ and may not simply do so."""
-    found = []
+    found, defaults = [], _json(TrainConfig())
     for name, value in given.items():
-        old = stored.get(name)
+        old = stored.get(name, defaults[name])
         if name in _FREE or old == value:
             continue
         if isinstance(value, dict) and isinstance(old, dict):
+            old = {**defaults[name], **old}
             found += [
-                f"{name}.{inner}" for inner in value if old.get(inner) != value[inner]
+                f"{name}.{inner}" for inner in value if old[inner] != value[inner]
             ]
         else:
             found.append(name)
@@ -201,4 +313,14 @@ def _json(config: TrainConfig) -> dict[str, Any]:
 
 
 def _gigabytes(tree) -> float:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) / 1e9
+    """Returns what the first device holds of some arrays."""
+    device = jax.local_devices()[0]
+    return (
+        sum(
+            shard.data.nbytes
+            for leaf in jax.tree.leaves(tree)
+            for shard in leaf.addressable_shards
+            if shard.device == device
+        )
+        / 1e9
+    )

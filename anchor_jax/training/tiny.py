@@ -26,6 +26,7 @@ from anchor_jax.media import replacing, write_json
 from anchor_jax.streaming.loop import Euler, approach, guide
 from anchor_jax.training import world_data as data
 from anchor_jax.training.fit import FitConfig, fit
+from anchor_jax.training.fresh import init_params
 from anchor_jax.wan import dit
 from anchor_jax.wan.attention import (
     ContextKV,
@@ -79,16 +80,6 @@ class TinyConfig:
             causal=scale(self.causal),
             student=scale(self.student),
         )
-
-
-def init_params(seed: int):
-    """Returns fresh transformer and text encoder; residual gates start near 1."""
-    generator_key, text_key = jax.random.split(jax.random.key(seed))
-    generator = jax.jit(functools.partial(dit.init_params, TINY))(generator_key)
-    generator["blocks"]["modulation"] += jnp.zeros((6, 1)).at[jnp.array([2, 5])].set(1)
-    ids = jnp.zeros((1, TEXT.text_len), jnp.int32)
-    text = jax.jit(Umt5Encoder(TEXT).init)(text_key, ids, jnp.ones_like(ids))
-    return jax.tree.map(np.asarray, {"generator": generator, "text": text["params"]})
 
 
 def encode_text(params, ids, mask) -> jax.Array:

@@ -1,6 +1,8 @@
 """`anchor-jax train`: a run begins, goes on, and its weights are sampled from."""
 
+import dataclasses
 import json
+import re
 
 import bundles
 import jax
@@ -8,9 +10,11 @@ import numpy as np
 import pytest
 
 from anchor_jax import checkpoint
-from anchor_jax.bundle import load_bundle
+from anchor_jax.bundle import load_bundle, write_run
 from anchor_jax.cli.main import main
 from anchor_jax.errors import UserError
+from anchor_jax.training import run
+from anchor_jax.training.build import LoraConfig, TrainConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -35,6 +39,9 @@ def train(weights, out, *more):
             "--config.regression.blocks=1",
             "--config.data.size=8",
             "--config.log_every=1",
+            "--config.sample_every=4",
+            "--config.samples.num=1",
+            "--config.samples.steps=1",
             *more,
         ]
     )
@@ -54,8 +61,28 @@ def test_a_run_leaves_checkpoints_numbers_and_its_config(trained):
     }
     lines = (trained / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
-    assert all(np.isfinite(json.loads(line)["loss"]) for line in lines)
+    names = {"loss", "gradient_norm", "latent_frames_per_second", "memory_gb"}
+    for line in map(json.loads, lines):
+        assert all(np.isfinite(line[name]) for name in names)
+        frames = line["latent_frames_per_second"] * line["seconds_per_step"]
+        np.testing.assert_allclose(frames, 4 * 3)
+    made = sorted(place.name for place in (trained / "samples").iterdir())
+    assert made == ["step-000004.mp4", "step-000004.png"]
     assert json.loads((trained / "config.json").read_text())["batch"] == 4
+
+
+def test_a_step_of_a_run_is_a_bundle(trained):
+    earlier, last = load_bundle(str(trained / "2")), load_bundle(str(trained))
+
+    mean = checkpoint.restore(trained / "2", "ema")["params"]
+    for ours, theirs in zip(
+        jax.tree.leaves(earlier.variables["params"]), jax.tree.leaves(mean), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+    assert (earlier.metadata["step"], last.metadata["step"]) == (2, 4)
+    assert earlier.digest != last.digest
+    with pytest.raises(UserError, match="3"):
+        load_bundle(str(trained / "3"))
 
 
 def test_a_runs_weights_are_a_bundle(trained, weights):
@@ -92,13 +119,47 @@ def test_what_may_change_is_told(trained, weights, capsys):
     told = capsys.readouterr().out
     assert "changed since the run began: optimizer.learning_rate" in told
     assert "parameters: generator" in told
+    assert re.search(r"a step takes \S+ s as .*log.jsonl has it; 4 steps: \S+ h", told)
 
 
-def test_a_training_without_a_checkpoint_has_no_weights(trained, weights, tmp_path):
+def test_a_dry_run_times_steps_and_leaves_nothing(weights, tmp_path, capsys):
     assert train(weights, tmp_path / "new", "--dry_run") == 0
 
+    told = capsys.readouterr().out
+    assert re.search(r"a step takes \S+ s here; 4 steps: \S+ h", told)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_that_has_ended_tells_where_things_are(trained, weights, capsys):
+    assert train(weights, trained) == 0
+
+    told = capsys.readouterr().out
+    for place in (trained / "log.jsonl", trained / "samples"):
+        assert str(place) in told
+    assert f"sample with --config.weights={trained}" in told
+
+
+def test_fields_that_an_older_run_did_not_have_are_its_defaults(tmp_path):
+    config = TrainConfig(out=str(tmp_path))
+    run.check_config(config, tmp_path, print)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    for name in ("samples", "lora", "keep_best"):
+        del stored[name]
+    del stored["data"]["dropout"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+
+    run.compare_config(config, tmp_path, print)
+
+    other = dataclasses.replace(config, lora=LoraConfig(rank=2))
+    with pytest.raises(UserError, match="lora.rank differ"):
+        run.compare_config(other, tmp_path, print)
+
+
+def test_a_training_without_a_checkpoint_has_no_weights(weights, tmp_path):
+    write_run(tmp_path, str(weights))
+
     with pytest.raises(UserError, match="without a checkpoint yet"):
-        load_bundle(str(tmp_path / "new"))
+        load_bundle(str(tmp_path))
 
 
 def test_trainings_that_lead_to_themselves_are_refused(tmp_path):
@@ -112,6 +173,9 @@ def test_trainings_that_lead_to_themselves_are_refused(tmp_path):
     ("wrong", "named"),
     [
         ("--config.steps=0", "config.steps=0"),
+        ("--config.samples.frames=0", "config.samples.frames=0"),
+        ("--config.samples.policy=longliv", "did you mean 'longlive'"),
+        ("--config.samples.prompts=('a | b',)", "config.samples: wan_teacher"),
         ("--config.data.kind=world_clip", "did you mean 'world_clips'"),
         ("--config.data.dropout=1.0", "config.data.dropout=1.0"),
         ("--config.regression.forcing=teach", "forcing='teach'"),
@@ -123,3 +187,11 @@ def test_bad_configs_are_refused_by_name(weights, tmp_path, capsys, wrong, named
     assert train(weights, tmp_path / "x", wrong) == 2
 
     assert named in capsys.readouterr().err
+
+
+def test_a_best_of_what_is_not_logged_is_refused(weights, tmp_path, capsys):
+    more = ("--config.keep_best=1", "--config.best_of=critic_loss")
+
+    assert train(weights, tmp_path / "x", *more) == 2
+
+    assert "config.best_of='critic_loss'" in capsys.readouterr().err

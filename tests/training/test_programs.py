@@ -148,6 +148,44 @@ def test_a_run_in_parts_is_a_run_in_one(tmp_path, monkeypatch):
         np.testing.assert_array_equal(ours, theirs)
 
 
+def test_the_best_checkpoints_stay_beside_the_last(tmp_path, monkeypatch):
+    on_one_device(monkeypatch)
+    prepared = make(REGRESS)
+
+    def opened():
+        return Checkpoints(tmp_path, {}, 1, keep_best=1, best_of="loss")
+
+    checkpoints = opened()
+    for step, loss in enumerate((3.0, 1.0, 2.0, 4.0), 1):
+        state = prepared.state.replace(step=jax.numpy.int32(step))
+        checkpoints.save(state, Cursor(step), {"loss": loss, "other": 0.0})
+    checkpoints.wait()
+    checkpoints.close()
+
+    again = opened()
+    assert sorted(again.manager.all_steps()) == [2, 4]
+    assert again.best() == (2, 1.0)
+    state, cursor = again.restore(prepared.state, prepared.stage.places)
+    assert (int(state.step), cursor) == (4, Cursor(4))
+    last = prepared.state.replace(step=jax.numpy.int32(5))
+    again.save(last, Cursor(5), {"loss": 5.0})
+    again.wait()
+    assert sorted(again.manager.all_steps()) == [2, 5]
+    again.close()
+
+
+def test_means_are_of_the_steps_since_a_save(tmp_path):
+    monitor = Monitor(tmp_path, 9, 0, 10, quiet=True)
+    monitor.note(0, {"loss": 1.0})
+    monitor.note(1, {"loss": 2.0, "score_gap": 5.0})
+    first = monitor.means()
+    monitor.note(2, {"loss": 7.0})
+
+    assert first == {"loss": 1.5, "score_gap": 5.0}
+    assert monitor.means() == {"loss": 7.0}
+    monitor.close()
+
+
 def test_a_torn_checkpoint_is_left_out(tmp_path, monkeypatch):
     on_one_device(monkeypatch)
     whole = run(REGRESS, tmp_path / "whole", 4)

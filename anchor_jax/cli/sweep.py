@@ -1,0 +1,240 @@
+"""`anchor-jax sweep`: a training for every combination of some values."""
+
+import ast
+import dataclasses
+import itertools
+import json
+import multiprocessing
+import pathlib
+import re
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from absl import flags
+
+from anchor_jax.config import define_config_flag
+from anchor_jax.errors import UserError, suggest
+
+SUMMARY = "Train with every combination of some values, and put results in one table."
+USAGE = """\
+anchor-jax sweep --config=configs/train_teacher.py --config.out=runs/sweep \\
+    --vary=optimizer.learning_rate=1e-3,3e-3 --vary=seed=0,1
+anchor-jax sweep --config=configs/train_dmd.py:tiny --config.out=runs/steps \\
+    --config.weights=runs/causal --config.teacher=runs/teacher \\
+    --vary=distillation.steps=(1000,500),(1000,750,500,250)
+
+Each combination is a training in a folder of --config.out that is named after it, one
+after another, each in a process of its own; one that fails does not stop the others.
+The same command goes on where it was ended, and skips what is finished. OUT/sweep.json
+and OUT/sweep.md hold the last numbers of each; tensorboard --logdir OUT shows all."""
+
+FLAGS = flags.FLAGS
+
+_MOST = 1000
+_NUMBERS = ("loss", "generator_loss", "critic_loss", "score_gap", "seconds_per_step")
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One combination: its values by field, and the config of its training."""
+
+    values: Mapping[str, Any]
+    config: Any
+
+    @property
+    def name(self) -> str:
+        return name_of(self.values)
+
+    @property
+    def folder(self) -> pathlib.Path:
+        return pathlib.Path(self.config.out).expanduser()
+
+
+def define_flags() -> None:
+    """Defines the command's flags."""
+    define_config_flag()
+    flags.DEFINE_multi_string(
+        "vary",
+        [],
+        "FIELD=VALUE,VALUE,... of the config; may be given more than once, for every"
+        " combination.",
+    )
+
+
+def main(argv) -> int:
+    """Runs the command, and returns 1 if a training failed.
+
+    Raises:
+      UserError: A flag or a combination is wrong; nothing has been trained then.
+    """
+    del argv
+    from anchor_jax import media
+
+    folder = pathlib.Path(FLAGS.config.out).expanduser()
+    points = make_points(FLAGS.config, FLAGS.vary)
+    results = []
+    for number, point in enumerate(points, 1):
+        print(f"{number} of {len(points)}: {point.name}")
+        status = run_point(point)
+        results.append({"values": point.values, "status": status, **_last(point)})
+        media.write_json(folder / "sweep.json", results)
+        media.write_text(folder / "sweep.md", table(results) + "\n")
+    print(table(results))
+    print(f"written to {folder / 'sweep.json'} and .md; tensorboard --logdir {folder}")
+    return int(any(one["status"] != "finished" for one in results))
+
+
+def make_points(config, vary: list[str]) -> list[Point]:
+    """Returns the trainings of every combination, all checked.
+
+    Raises:
+      UserError: A value is wrong, or there are no values or too many.
+    """
+    from anchor_jax.training import run
+
+    axes = dict(_axis(config, one) for one in vary)
+    if not axes or len(axes) < len(vary):
+        raise UserError(
+            f"--vary={vary}: expected each field once, such as"
+            " --vary=optimizer.learning_rate=1e-3,3e-3"
+        )
+    points = []
+    for chosen in itertools.islice(itertools.product(*axes.values()), _MOST + 1):
+        values = dict(zip(axes, chosen, strict=True))
+        changed = config.copy_and_resolve_references()
+        for field, value in values.items():
+            _set(changed, field, value)
+        changed.out = str(pathlib.Path(config.out) / name_of(values))
+        points.append(Point(values, run.read_config(changed)))
+    if len({point.name for point in points}) < len(points) or len(points) > _MOST:
+        raise UserError(
+            f"--vary={vary}: expected values with names that differ, and at most"
+            f" {_MOST} combinations"
+        )
+    return points
+
+
+def name_of(values: Mapping[str, Any]) -> str:
+    """Returns the name of a combination's folder."""
+    named = ",".join(f"{field}={value}" for field, value in values.items())
+    return re.sub(r"[^\w.,=+-]+", "_", named)
+
+
+def _axis(config, text: str) -> tuple[str, tuple]:
+    """Returns the field and the values of `FIELD=VALUE,VALUE`."""
+    field, equals, values = text.partition("=")
+    if not equals or not values.strip():
+        raise UserError(f"--vary={text}: expected FIELD=VALUE,VALUE")
+    if field in ("out", ""):
+        raise UserError(f"--vary={text}: expected a field of the config other than out")
+    try:
+        found = ast.literal_eval(f"[{values}]")
+    except (ValueError, SyntaxError):
+        found = [one.strip() for one in values.split(",")]
+    for value in found:
+        _set(config.copy_and_resolve_references(), field, value)
+    return field, tuple(found)
+
+
+def _set(config, field: str, value: Any) -> None:
+    *sections, last = field.split(".")
+    for name in sections:
+        config = _part(config, field, name)
+    _part(config, field, last)
+    try:
+        config[last] = value
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--vary={field}: {value!r}: {error}") from error
+
+
+def _part(config, field: str, name: str) -> Any:
+    known = config if hasattr(config, "keys") else {}
+    if name not in known:
+        raise UserError(
+            f"--vary={field}: no field {name!r}{suggest(name, known, 'fields')}"
+        )
+    return config[name]
+
+
+def run_point(point: Point) -> str:
+    """Trains, in a process of its own, unless it is done; returns how it ended."""
+    from anchor_jax.training import run
+
+    try:
+        run.compare_config(point.config, point.folder, print)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return "failed"
+    if _is_finished(point):
+        return "finished"
+    # Spawned, not forked: what a training holds on a device goes with its process.
+    process = multiprocessing.get_context("spawn").Process(
+        target=train_point, args=(point.config,), daemon=True
+    )
+    before = signal.signal(signal.SIGTERM, _end)
+    try:
+        process.start()
+        process.join()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if process.exitcode:
+        return "failed"
+    return "finished" if _is_finished(point) else "stopped"
+
+
+def train_point(config) -> None:
+    """Trains a combination; what a process of its own runs."""
+    from anchor_jax.cli import sample
+    from anchor_jax.training import run
+
+    sample.enable_compilation_cache()
+    try:
+        run.open_job(config, tell=print).run()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _is_finished(point: Point) -> bool:
+    from anchor_jax import checkpoint
+
+    present = checkpoint.is_checkpoint(point.folder)
+    return present and checkpoint.last_step(point.folder) >= point.config.steps
+
+
+def _last(point: Point) -> dict[str, Any]:
+    """Returns the last mean of each number that was logged."""
+    found: dict[str, Any] = {}
+    for line in _lines(point.folder / "log.jsonl"):
+        try:
+            found |= json.loads(line)
+        except (ValueError, TypeError):
+            continue
+    return found
+
+
+def _lines(path: pathlib.Path) -> Iterator[str]:
+    if path.exists():
+        yield from path.read_text(encoding="utf-8").splitlines()
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Returns the results as a table in Markdown, a line for each combination."""
+    fields = list(results[0]["values"])
+    numbers = [name for name in _NUMBERS if any(name in one for one in results)]
+    rows = [[*fields, "status", "step", *numbers], ["---"] * (len(fields) + 2)]
+    rows[1] += ["---"] * len(numbers)
+    for one in results:
+        cells = [one["values"][field] for field in fields]
+        cells += [one["status"], one.get("step", "")]
+        cells += [f"{one[name]:.5g}" if name in one else "" for name in numbers]
+        rows.append(cells)
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+
+
+def _end(number, frame):
+    """Ends the command; its training, a daemon, is asked to stop and saves."""
+    del number, frame
+    sys.exit(143)

@@ -1,0 +1,326 @@
+"""Sample videos of a training under way, made by the sampler that streams use."""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import pathlib
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from PIL import Image
+
+from anchor_jax import experiment, flow, media, prompts
+from anchor_jax.bundle import Bundle
+from anchor_jax.errors import UserError
+from anchor_jax.prompts import LATENT_FRAMES_PER_SECOND, Script, Segment, Timing
+from anchor_jax.streaming.loop import Euler, Renoise
+from anchor_jax.streaming.session import Session
+from anchor_jax.streaming.types import StreamSetup
+from anchor_jax.training import placement, world_clips
+from anchor_jax.training.build import Prepared, TrainConfig
+from anchor_jax.training.programs import DistillStage
+from anchor_jax.training.state import TrainState
+from anchor_jax.world import events
+
+FOLDER = "samples"
+"""Of the videos, in a training's folder."""
+_MOST = 64
+_OWN = dict.fromkeys(("window", "sink", "block", "rope", "on_switch"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Video:
+    """A video that is made again and again: what it shows, and how it streams."""
+
+    script: Script
+    setup: StreamSetup
+
+
+@dataclasses.dataclass(eq=False)
+class Sampler:
+    """Makes the sample videos of a training: the same prompts and noise each time.
+
+    Attributes:
+      folder: of the files.
+      videos: all of them; they have one length.
+      bundle: the generator's, before the training.
+      frozen: the generator's collections that are not trained.
+      codec: the codec's parameters, on the mesh.
+      place: the sharding of what every device holds whole.
+      negative_prompt: what guidance leads away from.
+      seed: of the noise; a video's number is added.
+      show: is given the contact sheet, uint8 [height, width, 3], and the step.
+    """
+
+    folder: pathlib.Path
+    videos: Sequence[Video]
+    bundle: Bundle
+    frozen: Mapping[str, Any]
+    codec: Mapping[str, Any]
+    place: NamedSharding
+    negative_prompt: str
+    seed: int
+    show: Callable[[np.ndarray, int], None] = lambda image, step: None
+
+    def __call__(self, state: TrainState, step: int) -> None:
+        """Writes the videos of a state, side by side, and a sheet of their frames.
+
+        The running mean of the generator is taken where there is one.
+
+        Raises:
+          UserError: The files cannot be written.
+        """
+        bundle = self._with(state.generator if state.ema is None else state.ema)
+        made = [
+            self._play(bundle, video, self.seed + number)
+            for number, video in enumerate(self.videos)
+        ]
+        stem = self.folder / f"step-{step:06d}"
+        labels = [" | ".join(video.script.prompts) for video in self.videos]
+        media.contact_sheet(made, labels, stem.with_suffix(".png"))
+        with media.VideoWriter(stem.with_suffix(".mp4")) as video:
+            video.append(side_by_side(made))
+        with Image.open(stem.with_suffix(".png")) as sheet:
+            self.show(np.asarray(sheet.convert("RGB")), step)
+
+    def _with(self, trained: Mapping[str, Any]) -> Bundle:
+        """Returns the bundle with the weights of a state."""
+        networks = {name: tree for name, tree in trained.items() if name != "text"}
+        variables = {**self.frozen, **networks}
+        encoder = self.bundle.encode_prompts
+        text = trained.get("text", encoder.params)
+        encoder = dataclasses.replace(encoder, load=lambda: text, place=self.place)
+        return dataclasses.replace(
+            self.bundle,
+            encode_prompts=encoder,
+            load_variables=lambda: variables,
+            load_codec=lambda: self.codec,
+        )
+
+    def _play(self, bundle: Bundle, video: Video, seed: int) -> np.ndarray:
+        """Returns a video's pixels, uint8 [frame, height, width, 3]."""
+        script = video.script
+        session = _session(bundle, video, seed, self.negative_prompt)
+        return np.concatenate([frames for frames, _ in session.play(script)])
+
+
+def side_by_side(videos: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns videos of one size as one, in a grid whose empty places are black."""
+    columns = math.ceil(math.sqrt(len(videos)))
+    rows = -(-len(videos) // columns)
+    empty = [np.zeros_like(videos[0])] * (rows * columns - len(videos))
+    cells = iter([*videos, *empty])
+    lines = [
+        np.concatenate(list(itertools.islice(cells, columns)), axis=2)
+        for _ in range(rows)
+    ]
+    return np.concatenate(lines, axis=1)
+
+
+def make_sampler(
+    config: TrainConfig, prepared: Prepared, folder: pathlib.Path
+) -> Sampler | None:
+    """Returns what makes a training's videos; None where there is nothing to show.
+
+    Args:
+      config: of the training; `samples` says what is shown.
+      prepared: the stage, on its mesh.
+      folder: of the training.
+
+    Raises:
+      UserError: A field of `samples` is wrong.
+    """
+    _check(config)
+    with _naming():
+        block = _block(config, prepared)
+    scripts = _scripts(config, block)
+    # A video's arrays would have to be gathered from other processes.
+    if not scripts or not config.sample_every or jax.process_count() > 1:
+        return None
+    negative = config.distillation.negative_prompt
+    with _naming():
+        videos = [Video(one, _setup(config, prepared, one)) for one in scripts]
+        for video in videos:
+            _session(prepared.bundle, video, config.seed, negative)
+    mesh, frozen = prepared.stage.mesh, prepared.stage.frozen
+    codec = frozen.get("codec")
+    if codec is None:
+        codec = {"codec": prepared.bundle.codec_params}
+        codec = placement.put(codec, placement.of_frozen(codec, mesh))["codec"]
+    return Sampler(
+        folder=folder / FOLDER,
+        videos=videos,
+        bundle=prepared.bundle,
+        frozen=frozen["generator"],
+        codec=codec,
+        place=placement.everywhere(mesh),
+        negative_prompt=negative,
+        seed=config.seed,
+    )
+
+
+def _session(bundle: Bundle, video: Video, seed: int, negative: str) -> Session:
+    """Returns the session that makes a video, once it is known to be able to."""
+    session = Session(bundle, video.setup, video.script.prompts[0], seed, negative)
+    session.check(video.script.frames)
+    return session
+
+
+@contextlib.contextmanager
+def _naming() -> Iterator[None]:
+    """Says of which section of the config an error is."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"config.samples: {error}") from error
+
+
+def _check(config: TrainConfig) -> None:
+    samples = config.samples
+    for name in ("num", "frames", "steps"):
+        if getattr(samples, name) < 1:
+            raise UserError(
+                f"config.samples.{name}={getattr(samples, name)}: expected 1+"
+            )
+    if max(samples.num, len(samples.prompts)) > _MOST:
+        raise UserError(f"config.samples: expected at most {_MOST} videos")
+    if not 0 <= samples.guidance < math.inf:
+        raise UserError(
+            f"config.samples.guidance={samples.guidance}: expected 0 or more; 1 is none"
+        )
+    if not all(isinstance(one, str) and one.strip() for one in samples.prompts):
+        raise UserError(
+            f"config.samples.prompts={samples.prompts}: expected texts, such as"
+            " ('a red ring | a blue ring',)"
+        )
+
+
+def _block(config: TrainConfig, prepared: Prepared) -> int:
+    """Returns the latent frames of the streams' blocks."""
+    name = _policy_name(config)
+    if isinstance(prepared.stage, DistillStage) and config.samples.policy is None:
+        return prepared.stage.stage.setup.policy.block
+    if name == experiment.TEACHER:
+        return 1
+    whole = Script((Segment("", 0),), config.samples.frames)
+    return experiment.make_policy(_choice(config), whole).block
+
+
+def _policy_name(config: TrainConfig) -> str:
+    """Returns the name of what the streams remember."""
+    if config.samples.policy is not None:
+        return config.samples.policy
+    is_whole = config.stage == "regression" and config.regression.forcing == "none"
+    return experiment.TEACHER if is_whole else config.distillation.policy
+
+
+def _choice(config: TrainConfig):
+    return types.SimpleNamespace(
+        policy=_policy_name(config), rules=config.rules, **_OWN
+    )
+
+
+def _setup(config: TrainConfig, prepared: Prepared, script: Script) -> StreamSetup:
+    """Returns what is static about a video's stream: as the stage's network is used."""
+    stage = prepared.stage.stage
+    if isinstance(prepared.stage, DistillStage):
+        if config.samples.policy is None:
+            return stage.setup
+        policy = experiment.make_policy(_choice(config), script)
+        return dataclasses.replace(stage.setup, policy=policy)
+    shift = config.regression.shift
+    setup = StreamSetup(
+        model=stage.model,
+        grid=prepared.bundle.grid,
+        policy=experiment.make_policy(_choice(config), script),
+        levels=flow.even_levels(config.samples.steps, shift),
+        solver=Euler(),
+        guidance=float(config.samples.guidance),
+        kernel=stage.kernel,
+    )
+    if not stage.endpoints:
+        return setup
+    levels = flow.few_step_levels(config.distillation.steps, shift)
+    return dataclasses.replace(setup, levels=levels, solver=Renoise(), guidance=1.0)
+
+
+def _scripts(config: TrainConfig, block: int) -> tuple[Script, ...]:
+    """Returns what the videos show, all of one length."""
+    samples, frames = config.samples, config.samples.frames
+    if _policy_name(config) == experiment.TEACHER:
+        section = config.regression
+        frames = min(frames, section.block * section.blocks)
+    frames = max(1, round(frames / block)) * block
+    if samples.prompts:
+        return tuple(_parse(text, block, frames) for text in samples.prompts)
+    distills = config.stage == "distillation"
+    middle = frames // 2 // block * block
+    is_switched = distills and bool(config.distillation.switches) and middle > 0
+    return tuple(
+        Script((Segment(first, 0), Segment(second, middle))[: 1 + is_switched], frames)
+        for first, second in _texts(config, samples.num)
+    )
+
+
+def _parse(text: str, block: int, frames: int) -> Script:
+    """Returns an inline script; segments without a duration share the frames."""
+    seconds = frames / LATENT_FRAMES_PER_SECOND / (text.count("|") + 1)
+    try:
+        return prompts.parse_inline(text, Timing(block, frames, seconds))
+    except UserError as error:
+        raise UserError(f"config.samples.prompts, {text!r}: {error}") from error
+
+
+def _texts(config: TrainConfig, num: int) -> list[tuple[str, str]]:
+    """Returns prompts, each with one to switch to: the world's, or those of files."""
+    if config.data.kind.startswith("world_"):
+        rng = np.random.default_rng(config.samples.num)
+        return [
+            tuple(events.caption(one) for one in world_clips.stream_scenes(rng))
+            for _ in range(num)
+        ]
+    if config.data.path is None:
+        return []
+    first = _first_lines(config.data.path, num)
+    second = first[1:] + first[:1]
+    if config.data.switch_path is not None:
+        second = _first_lines(config.data.switch_path, num)
+    return [((*a, b[0])[0], (*a, b[0])[1]) for a, b in zip(first, second, strict=False)]
+
+
+def _first_lines(path: str, num: int) -> list[tuple[str, ...]]:
+    """Returns the prompts in the first lines of a file, or of a folder's captions."""
+    place = pathlib.Path(path).expanduser()
+    if place.is_dir():
+        place = place / "captions.jsonl"
+    if not place.is_file():
+        return []
+    try:
+        with place.open(encoding="utf-8-sig") as file:
+            lines = list(itertools.islice(file, num))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{place} cannot be read: {error}") from error
+    found = [_prompts_in(line, place.suffix == ".jsonl") for line in lines]
+    return [one for one in found if one]
+
+
+def _prompts_in(line: str, is_json: bool) -> tuple[str, ...]:
+    """Returns the prompts of a line; none where it has no text."""
+    if not is_json:
+        return (line.strip(),) * bool(line.strip())
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return ()
+    entry = entry if isinstance(entry, dict) else {}
+    names = ("prompt", "caption", "switch")
+    found = entry.get("prompts") or [entry[name] for name in names if name in entry]
+    if not isinstance(found, list):
+        return ()
+    return tuple(text for text in found if isinstance(text, str) and text.strip())[:2]

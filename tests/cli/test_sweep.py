@@ -1,0 +1,87 @@
+"""`anchor-jax sweep`: a training for every combination, and their table."""
+
+import json
+
+import bundles
+import jax
+import pytest
+
+from anchor_jax import checkpoint
+from anchor_jax.cli import sweep
+from anchor_jax.cli.main import main
+
+
+def run(out, *more):
+    flags = (f"--config.out={out}", "--config.steps=1", "--config.batch=4")
+    return main(["sweep", "--config=train_teacher", *flags, *more])
+
+
+def test_trainings_that_fail_do_not_stop_the_others(tmp_path, capsys, monkeypatch):
+    bundles.save(tmp_path / "good")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    kept = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", kept)
+    more = (
+        "--config.regression.blocks=1",
+        "--config.data.size=8",
+        "--config.log_every=1",
+        "--config.sample_every=0",
+        "--vary=weights=bad,good",
+    )
+
+    assert run("runs", *more) == 1
+
+    results = json.loads((tmp_path / "runs" / "sweep.json").read_text())
+    assert [one["status"] for one in results] == ["failed", "finished"]
+    assert results[1]["values"] == {"weights": "good"} and results[1]["loss"] > 0
+    assert checkpoint.last_step(tmp_path / "runs" / "weights=good") == 1
+    told = capsys.readouterr().out
+    assert "| good | finished | 1 |" in told
+
+    # What is finished is not begun again.
+    monkeypatch.setattr(sweep.multiprocessing, "get_context", None)
+    assert run("runs", *more[:-1], "--vary=weights=good") == 0
+    assert "| good | finished | 1 |" in capsys.readouterr().out
+
+
+def test_every_combination_has_a_folder_of_its_name(tmp_path, monkeypatch):
+    seen = {}
+
+    def pretend(point):
+        seen[point.folder.relative_to(tmp_path).as_posix()] = point.config
+        return "stopped"
+
+    monkeypatch.setattr(sweep, "run_point", pretend)
+    rates = "--vary=optimizer.learning_rate=1e-3,2"
+    betas = "--vary=optimizer.betas=(0.0, 0.9),(0.9, 0.99)"
+
+    assert run(tmp_path, rates, betas) == 1
+
+    first = seen["optimizer.learning_rate=0.001,optimizer.betas=_0.0,_0.9_"]
+    assert len(seen) == 4
+    assert first.optimizer.learning_rate == 1e-3
+    assert first.optimizer.betas == (0.0, 0.9)
+    assert {one.optimizer.learning_rate for one in seen.values()} == {1e-3, 2.0}
+
+
+@pytest.mark.parametrize(
+    ("vary", "named"),
+    [
+        ((), "expected each field once"),
+        (("batch=4", "batch=8"), "expected each field once"),
+        (("batch",), "expected FIELD=VALUE"),
+        (("batch=4,many",), "batch"),
+        (("batch=0",), "config.batch=0"),
+        (("bach=4",), "did you mean 'batch'"),
+        (("optimizer.lr=4",), "no field 'lr'"),
+        (("seed.x=4",), "no field 'x'"),
+        (("out=a,b",), "other than out"),
+        (("seed=1,1",), "names that differ"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(tmp_path, capsys, vary, named):
+    assert run(tmp_path / "x", *(f"--vary={one}" for one in vary)) == 2
+
+    assert named in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
