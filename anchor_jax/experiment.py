@@ -404,14 +404,7 @@ def _teacher(config, script: Script) -> Policy:
             f"{TEACHER} denoises a whole clip at once, so its prompt cannot switch; got"
             f" {len(script.segments)} prompts; give one, such as 'a red square[6f]'"
         )
-    return Policy(
-        block=script.frames,
-        sink=0,
-        window=script.frames,
-        positions=Absolute(),
-        on_switch=Keep(),
-        limit=script.frames,
-    )
+    return policies.whole_clip(script.frames)
 
 
 def _given(config) -> str:

@@ -496,6 +496,18 @@ POLICIES = {
 """Named methods; `dataclasses.replace` composes others."""
 
 
+def whole_clip(frames: int) -> Policy:
+    """Returns the policy of a model that denoises a whole clip at once."""
+    return Policy(
+        block=frames,
+        sink=0,
+        window=frames,
+        positions=Absolute(),
+        on_switch=Keep(),
+        limit=frames,
+    )
+
+
 def single_prompt(policy: Policy) -> Policy:
     """Returns the policy for a stream without switches, under the release's rules."""
     if type(policy.junction) is ReleaseJunction:

@@ -17,6 +17,7 @@ COMMANDS = {
     "sample": "anchor_jax.cli.sample",
     "replay": "anchor_jax.cli.replay",
     "verify": "anchor_jax.cli.verify",
+    "trajectories": "anchor_jax.cli.trajectories",
     "train": "anchor_jax.cli.train",
     "sweep": "anchor_jax.cli.sweep",
     "train-tiny": "anchor_jax.cli.train_tiny",

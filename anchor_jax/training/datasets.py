@@ -94,7 +94,7 @@ class PromptPairs(_Builder, skip_registration=True):
         self._seed = seed
         self._paths = [pathlib.Path(path)]
         self._paths += [] if switch_path is None else [pathlib.Path(switch_path)]
-        self._digests = [_digest(path) for path in self._paths]
+        self._digests = [digest(path) for path in self._paths]
         self._pairs = self._read()
         super().__init__(data_dir)
 
@@ -296,7 +296,7 @@ def _check_array(where: str, value: np.ndarray, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{where}: not finite in {value.dtype}")
 
 
-def _digest(path: pathlib.Path) -> list[Any]:
+def digest(path: pathlib.Path) -> list[Any]:
     """Returns a file's SHA-256 and its size in bytes."""
     try:
         with path.open("rb") as file:

@@ -179,16 +179,7 @@ def open_job(config: TrainConfig, tell: Callable[[str], None]) -> Job:
     generator = _load(config, base if base != f"./{FRESH}" else str(folder / FRESH))
     teacher = _load(config, config.teacher) if config.teacher else None
     critic = _load(config, config.critic) if config.critic else None
-    distills = config.stage == "distillation"
-    section = config.distillation if distills else config.regression
-    frames = section.frames if distills else section.block * section.blocks
-    batches = sources.open_source(
-        config.data,
-        generator,
-        config.batch,
-        frames,
-        config.distillation.negative_prompt if distills else "",
-    )
+    batches = sources.open_source(config, generator, folder)
     prepared = build.prepare(config, generator, batches, teacher, critic)
     sampler = samples.make_sampler(config, prepared, folder)
     bundles.write_run(folder, base)

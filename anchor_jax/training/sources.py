@@ -4,6 +4,7 @@ A source is a pure function of a batch's number.
 """
 
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from anchor_jax.training import world_clips, world_windows
 from anchor_jax.world import events
 
 Batches = Callable[[int], Mapping[str, Any]]
+Texts = Callable[[int], tuple[str, str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +26,11 @@ class DataConfig:
 
     Attributes:
       kind: of `KINDS`.
-      path: of files, where the kind reads some.
-      switch_path: of the second prompts, where the kind takes them from a file.
+      path: prompts: a file with a prompt a line, or JSON lines with `prompt` and
+        `switch`; trajectories: the folder that `anchor-jax trajectories` wrote.
+      switch_path: a file whose line k is the second prompt of line k of `path`;
+        without it another line of `path` is.
+      cache: where datasets are built; without a value in the training's folder.
       size: examples of a generated world.
       dropout: share of prompts left out, for guidance.
       seed: of what is generated and of the order.
@@ -34,36 +39,164 @@ class DataConfig:
     kind: str = "world_prompts"
     path: str | None = None
     switch_path: str | None = None
+    cache: str | None = None
     size: int = 4096
     dropout: float = 0.1
     seed: int = 0
 
 
-def open_source(
-    data: DataConfig, bundle: Bundle, batch: int, frames: int, negative_prompt: str
-) -> Batches:
+def open_source(config, bundle: Bundle, folder: pathlib.Path) -> Batches:
     """Returns the batches of a stage.
 
+    Every process makes the whole batch, of which `placement.put_batch` puts its rows
+    onto its devices.
+
     Args:
-      data: what they are made of.
+      config: `TrainConfig` of the stage.
       bundle: its tokenizer, text encoder and codec.
-      batch: videos.
-      frames: latent frames of a clip.
-      negative_prompt: what guidance leads away from.
+      folder: of the training.
 
     Raises:
-      UserError: The kind is unknown, or a file is wrong.
+      UserError: The kind does not suit the stage, or a file is wrong.
     """
-    if data.kind not in KINDS:
-        known = suggest(data.kind, KINDS, "kinds")
-        raise UserError(f"config.data.kind={data.kind!r}{known}")
+    _check(config)
+    if config.stage == "distillation":
+        texts = open_texts(config.data, folder)
+        negative = config.distillation.negative_prompt
+        return _prompts(texts, bundle, config.batch, negative)
+    return CLIPS[config.data.kind](config.data, bundle, config.batch, config.regression)
+
+
+def _check(config) -> None:
+    """Raises unless data and stage go together."""
+    data, section = config.data, config.regression
+    known = TEXTS if config.stage == "distillation" else CLIPS
+    if data.kind not in known:
+        found = suggest(data.kind, known, f"kinds for stage {config.stage}")
+        raise UserError(f"config.data.kind={data.kind!r}{found}")
     if not 0 <= data.dropout < 1:
         raise UserError(f"config.data.dropout={data.dropout}: expected 0 to below 1")
-    return KINDS[data.kind](data, bundle, batch, frames, negative_prompt)
+    if config.stage == "distillation":
+        return
+    stored = data.kind == "trajectories"
+    if stored != section.endpoints or stored and section.forcing != "noise":
+        raise UserError(
+            f"config.data.kind={data.kind!r} with regression.endpoints="
+            f"{section.endpoints} and forcing={section.forcing!r}: endpoints are those"
+            " of data.kind='trajectories', regressed with forcing='noise'"
+        )
 
 
-def _world_clips(data, bundle, batch, frames, negative_prompt) -> Batches:
-    del negative_prompt
+def open_texts(data: DataConfig, folder: pathlib.Path) -> Texts:
+    """Returns number -> a prompt and the one that it is switched to.
+
+    Args:
+      data: of a kind in `TEXTS`.
+      folder: where datasets are built, in `data`, unless the config says otherwise.
+
+    Raises:
+      UserError: The kind has no prompts, or a file is wrong.
+    """
+    if data.kind not in TEXTS:
+        known = suggest(data.kind, TEXTS, "kinds with prompts")
+        raise UserError(f"config.data.kind={data.kind!r}{known}")
+    return TEXTS[data.kind](data, folder)
+
+
+def _world_texts(data: DataConfig, folder: pathlib.Path) -> Texts:
+    """Two scenes of the world, an event between them."""
+    del folder
+
+    def draw(number: int) -> tuple[str, str]:
+        rng = np.random.default_rng((data.seed, 11, number))
+        first, second = world_clips.stream_scenes(rng)
+        return events.caption(first, rng), events.caption(second, rng)
+
+    return draw
+
+
+def _file_texts(data: DataConfig, folder: pathlib.Path) -> Texts:
+    """Pairs of a file or of two, another order in every epoch."""
+    from anchor_jax.training import datasets
+    from anchor_jax.training.batches import Order
+
+    if data.path is None:
+        raise UserError(
+            "config.data.path is missing; data.kind='prompts' reads a prompt a line, or"
+            " JSON lines with prompt and switch"
+        )
+    place = pathlib.Path(data.cache).expanduser() if data.cache else folder / "data"
+    paths = {"path": data.path, "switch_path": data.switch_path, "seed": data.seed}
+    pairs = datasets.prepare(datasets.PromptPairs, place, **paths)
+    order = Order(len(pairs), data.seed)
+
+    def draw(number: int) -> tuple[str, str]:
+        pair = pairs[order.index(number)]
+        return pair["prompt"], pair["switch"]
+
+    return draw
+
+
+def _prompts(texts: Texts, bundle, batch: int, negative_prompt: str) -> Batches:
+    negative = np.asarray(bundle.encode_prompts([negative_prompt] * batch))
+
+    def draw(number: int) -> Mapping[str, Any]:
+        numbers = range(number * batch, (number + 1) * batch)
+        first, second = zip(*map(texts, numbers), strict=True)
+        return {
+            "prompt": np.asarray(bundle.encode_prompts(list(first))),
+            "switch": np.asarray(bundle.encode_prompts(list(second))),
+            "negative": negative,
+        }
+
+    return draw
+
+
+def _trajectories(data, bundle, batch: int, section) -> Batches:
+    """Stored states of a teacher's way from noise, each block at a level of its own.
+
+    Source: algorithm.md 7.1.
+    """
+    from anchor_jax.training.batches import Order
+    from anchor_jax.training.trajectories import Trajectories
+
+    if data.path is None:
+        raise UserError(
+            "config.data.path is missing; data.kind='trajectories' reads the folder"
+            " that anchor-jax trajectories wrote"
+        )
+    stored, grid = Trajectories(data.path), bundle.grid
+    frames, block = section.block * section.blocks, section.block
+    shape = (frames, grid.height, grid.width, bundle.model.latent_channels)
+    if stored.shape[1:] != shape:
+        raise UserError(
+            f"{data.path}: trajectories of {stored.shape[1:]} (frame, height, width,"
+            f" channel), expected {shape}; choose the same size and number of frames"
+        )
+    sigma = np.asarray(stored.inputs["sigma"], np.float32)
+    order = Order(len(stored), data.seed)
+
+    def draw(number: int) -> Mapping[str, Any]:
+        rng = np.random.default_rng((data.seed, 30, number))
+        places = itertools.islice(itertools.count(number * batch), batch)
+        examples = [stored[order.index(place)] for place in places]
+        states = np.stack([one["states"] for one in examples]).astype(np.float32)
+        level = rng.integers(len(sigma), size=(batch, frames // block))
+        of_frame = np.repeat(level, block, axis=1)
+        rows, columns = np.arange(batch)[:, None], np.arange(frames)
+        embedding = bundle.encode_prompts([one["prompt"] for one in examples])
+        return {
+            "noisy": states[rows, of_frame, columns],
+            "sigma": sigma[level],
+            "target": states[:, -1],
+            "embedding": np.asarray(embedding)[:, None],
+        }
+
+    return draw
+
+
+def _world_clips(data, bundle, batch, section) -> Batches:
+    frames = section.block * section.blocks
     codec = {name: np.asarray(value) for name, value in bundle.codec_params.items()}
     clips = world_clips.sample_clips(codec, data.seed, data.size, frames)
     return world_clips.ClipBatches(
@@ -71,8 +204,8 @@ def _world_clips(data, bundle, batch, frames, negative_prompt) -> Batches:
     )
 
 
-def _world_windows(data, bundle, batch, frames, negative_prompt) -> Batches:
-    del negative_prompt
+def _world_windows(data, bundle, batch, section) -> Batches:
+    frames = section.block * section.blocks
     if frames != world_windows.FRAMES:
         raise UserError(
             f"config.data.kind='world_windows': windows have {world_windows.FRAMES}"
@@ -97,30 +230,20 @@ def _world_windows(data, bundle, batch, frames, negative_prompt) -> Batches:
     return encoded
 
 
-def _world_prompts(data, bundle, batch, frames, negative_prompt) -> Batches:
-    """Two scenes of the world a video, an event between them."""
-    del frames
-    negative = np.asarray(bundle.encode_prompts([negative_prompt] * batch))
-
-    def draw(number: int) -> Mapping[str, Any]:
-        rng = np.random.default_rng((data.seed, 11, number))
-        played = [world_clips.pair(rng) for _ in range(batch)]
-        texts = [[events.caption(one, rng) for one in two] for two in played]
-        first, second = zip(*texts, strict=True)
-        return {
-            "prompt": np.asarray(bundle.encode_prompts(list(first))),
-            "switch": np.asarray(bundle.encode_prompts(list(second))),
-            "negative": negative,
-        }
-
-    return draw
-
-
-KINDS: dict[str, Callable[..., Batches]] = {
-    "world_clips": _world_clips,
-    "world_prompts": _world_prompts,
-    "world_windows": _world_windows,
+TEXTS: dict[str, Callable[[DataConfig, pathlib.Path], Texts]] = {
+    "world_prompts": _world_texts,
+    "prompts": _file_texts,
 }
+"""Kinds of prompts, for distillation and for trajectories."""
+
+CLIPS: dict[str, Callable[..., Batches]] = {
+    "world_clips": _world_clips,
+    "world_windows": _world_windows,
+    "trajectories": _trajectories,
+}
+"""Kinds of clips, for regression."""
+
+KINDS = (*TEXTS, *CLIPS)
 
 
 def check_folder(path: str) -> pathlib.Path:

@@ -161,7 +161,8 @@ class Trajectories:
     """The finished trajectories of a folder, by place in the order of their numbers.
 
     Each is a dict of `states`, float16 [level + 1, frame, height, width, channel], and
-    `prompt`, text. Only the shards that were finished at the start are seen.
+    `prompt`, text. Only the shards that were finished at the start are seen. `shape`
+    is that of the states, `inputs` what they were made from.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -171,7 +172,9 @@ class Trajectories:
           UserError: The folder has no trajectories, or a shard is damaged.
         """
         self._folder = pathlib.Path(folder)
-        self._features = _features(tuple(_read_spec(self._folder)["shape"]))
+        spec = _read_spec(self._folder)
+        self.shape, self.inputs = tuple(spec["shape"]), dict(spec.get("inputs", {}))
+        self._features = _features(self.shape)
         index = _index(self._folder)
         if not index:
             raise UserError(f"{folder}: no finished trajectories in it; write some")

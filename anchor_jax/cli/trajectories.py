@@ -1,0 +1,55 @@
+"""`anchor-jax trajectories`: a teacher's ways from noise to clips."""
+
+import signal
+import sys
+
+from absl import flags
+
+from anchor_jax.config import define_config_flag
+
+SUMMARY = "Write a teacher's trajectories, which a causal generator then regresses."
+USAGE = """\
+anchor-jax trajectories --config=configs/trajectories.py --config.weights=runs/teacher21
+anchor-jax trajectories --config=configs/trajectories.py --config.weights=weights/wan \\
+    --config.data.kind=prompts --config.data.path=prompts.txt --config.dtype=float32
+anchor-jax trajectories --config=configs/trajectories.py --process=3 --processes=8
+anchor-jax train --config=configs/train_ode.py --config.data.path=data/trajectories
+The same command goes on where it was ended. Process p of n writes every n-th
+trajectory; all of them write into one folder, and their number may change."""
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Defines the command's flags."""
+    define_config_flag("configs/trajectories.py")
+    flags.DEFINE_integer(
+        "process", None, "This process, from 0; else as jax counts them.", 0
+    )
+    flags.DEFINE_integer("processes", None, "Of all; else as jax counts them.", 1)
+
+
+def main(argv) -> None:
+    """Runs the command.
+
+    Raises:
+      UserError: The config is wrong, or the folder holds other trajectories.
+    """
+    del argv
+    from anchor_jax.cli import sample
+
+    sample.enable_compilation_cache()
+    import jax
+
+    from anchor_jax.bundle import load_bundle
+    from anchor_jax.experiment import parse_size
+    from anchor_jax.training import ode
+
+    config = ode.read_config(FLAGS.config)
+    size = None if config.size is None else parse_size(config.size)
+    bundle = load_bundle(config.weights, grid=size, dtype=config.dtype)
+    process = jax.process_index() if FLAGS.process is None else FLAGS.process
+    processes = jax.process_count() if FLAGS.processes is None else FLAGS.processes
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    count = ode.write(config, bundle, process, processes)
+    print(f"{count} trajectories written to {config.out}")

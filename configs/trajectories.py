@@ -1,0 +1,20 @@
+"""Trajectories of a bidirectional teacher, for ODE regression.
+
+    anchor-jax trajectories --config=configs/trajectories.py \
+        --config.weights=runs/teacher21 --config.out=data/trajectories
+
+48 Euler steps at shift 5 with guidance; the states at noise levels 1, 0.9375, 0.8333
+and 0.625 and the clean one are stored as float16. Prompts are the tiny world's, or with
+`data.kind=prompts` those of `data.path`. `anchor_jax.training.ode.TrajectoryConfig`
+explains the fields.
+"""
+
+from ml_collections import ConfigDict
+
+from anchor_jax.config import to_config
+from anchor_jax.training.ode import TrajectoryConfig
+
+
+def get_config() -> ConfigDict:
+    """Returns the config."""
+    return to_config(TrajectoryConfig())
