@@ -196,12 +196,12 @@ def _trajectories(data, bundle, batch: int, section) -> Batches:
 
 
 def _world_clips(data, bundle, batch, section) -> Batches:
-    frames = section.block * section.blocks
-    codec = {name: np.asarray(value) for name, value in bundle.codec_params.items()}
+    frames, codec = section.block * section.blocks, _codec(bundle)
     clips = world_clips.sample_clips(codec, data.seed, data.size, frames)
-    return world_clips.ClipBatches(
+    draw = world_clips.ClipBatches(
         clips, bundle.tokenizer, batch, frames, data.seed, data.dropout
     )
+    return draw if section.text else _encoded(draw, bundle)
 
 
 def _world_windows(data, bundle, batch, section) -> Batches:
@@ -211,15 +211,22 @@ def _world_windows(data, bundle, batch, section) -> Batches:
             f"config.data.kind='world_windows': windows have {world_windows.FRAMES}"
             f" latent frames, got regression.block x regression.blocks = {frames}"
         )
-    codec = {name: np.asarray(value) for name, value in bundle.codec_params.items()}
-    windows = world_windows.sample_windows(codec, data.seed, data.size)
+    windows = world_windows.sample_windows(_codec(bundle), data.seed, data.size)
     draw = world_windows.WindowBatches(
         windows, bundle.tokenizer, batch, data.seed, data.dropout
     )
+    return draw if section.text else _encoded(draw, bundle)
+
+
+def _codec(bundle) -> dict[str, np.ndarray]:
+    return {name: np.asarray(value) for name, value in bundle.codec_params.items()}
+
+
+def _encoded(draw: Batches, bundle) -> Batches:
+    """Where the text encoder is not trained along, its embeddings are data."""
 
     def encoded(number: int) -> Mapping[str, Any]:
-        """The text encoder is not trained along: its embeddings are data."""
-        found = draw(number)
+        found = dict(draw(number))
         ids, mask = found.pop("ids"), found.pop("mask")
         embedding = bundle.encode_prompts.encode_ids(
             ids.reshape(-1, ids.shape[-1]), mask.reshape(-1, mask.shape[-1])

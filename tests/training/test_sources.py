@@ -1,0 +1,34 @@
+"""Where batches come from; stored trajectories are in test_ode."""
+
+import bundles
+import numpy as np
+import pytest
+
+from anchor_jax.training import sources
+from anchor_jax.training.build import RegressionConfig, TrainConfig
+from anchor_jax.training.sources import DataConfig
+
+
+@pytest.mark.parametrize(("kind", "blocks"), [("world_clips", 2), ("world_windows", 5)])
+def test_prompts_are_embedded_unless_the_text_encoder_is_trained(
+    kind, blocks, tmp_path
+):
+    model = bundles.load()
+
+    def draw(text: bool):
+        section = RegressionConfig(blocks=blocks, text=text)
+        data = DataConfig(kind, size=6)
+        config = TrainConfig("regression", batch=2, regression=section, data=data)
+        return sources.open_source(config, model, tmp_path)(3)
+
+    given, embedded = draw(True), draw(False)
+
+    ids, mask = given.pop("ids"), given.pop("mask")
+    embedding = embedded.pop("embedding")
+    assert embedding.shape[:2] == ids.shape[:2]
+    for prompt in range(ids.shape[1]):
+        expected = model.encode_prompts.encode_ids(ids[:, prompt], mask[:, prompt])
+        np.testing.assert_allclose(embedding[:, prompt], expected, atol=1e-6)
+    assert given.keys() == embedded.keys()
+    for name, value in given.items():
+        np.testing.assert_array_equal(embedded[name], value)
