@@ -91,7 +91,7 @@ def table(folder: pathlib.Path) -> int:
     for (kind, key), title in EVENT_ROWS.items():
         found = [one and one["generated"]["by_event"][kind] for one in events.values()]
         more = [
-            events["streaming"][group]["by_event"][kind].get(key)
+            events["streaming"][group]["by_event"].get(kind, {}).get(key)
             for group in ("ceiling", "mismatched")
         ]
         values = [one and one.get(key) for one in found]

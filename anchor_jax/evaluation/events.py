@@ -54,7 +54,7 @@ def _score(bundle, setup, trial: world.Trial, scripts, rng) -> dict:
     results = [
         event_scores.score_shown(*pair) for pair in zip(measured, ordered, strict=True)
     ]
-    few = ordered[: min(len(ordered), 60)]
+    few = ordered[:: -(-len(ordered) // 60)]
     return {
         "generated": event_scores.aggregate(results),
         "mismatched": event_scores.mismatch_control(rng, measured, ordered),

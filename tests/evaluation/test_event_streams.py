@@ -95,3 +95,12 @@ def test_a_long_stream_has_a_row_for_every_segment(monkeypatch):
     segments = result["generated"]["by_segment"]
     assert [cells["background"]["n"] for cells in segments.values()] == [12] * 3
     assert result["generated"]["drift"]["background"]["difference"] == 0
+
+
+def test_the_ceiling_has_every_event(monkeypatch):
+    monkeypatch.setattr(world, "generate", rendered)
+    trial = world.Trial(count=126, batch=30, segments=(1, 1, 1))
+
+    result = trials.score_events(None, SETUP, trial)
+
+    assert set(result["ceiling"]["by_event"]) == {"start", *trials.KINDS, "hide"}
