@@ -1,5 +1,7 @@
+import gc
 import json
 import pathlib
+import time
 import weakref
 
 import jax
@@ -115,7 +117,15 @@ def test_leaves_are_restored_onto_many_devices(folder):
 def test_lazy_leaves_are_in_memory_one_after_another(tmp_path):
     live, most, written = set(), [], []
 
+    def wait_for_the_writer():
+        # A thread of the writer lets go of an array a little after it is written.
+        until = time.monotonic() + 5
+        while live and time.monotonic() < until:
+            gc.collect()
+            time.sleep(0.01)
+
     def load(number):
+        wait_for_the_writer()
         array = np.full((64, 64), number, np.float32)
         live.add(id(array))
         weakref.finalize(array, live.discard, id(array))
@@ -129,8 +139,7 @@ def test_lazy_leaves_are_in_memory_one_after_another(tmp_path):
     items = {"generator": leaves, "text_encoder": {"deeper": leaves}}
     checkpoint.write(tmp_path / "out", items, {}, progress=written.append)
 
-    # One more where a thread has yet to let go of the one before.
-    assert len(most) == 8 and max(most) <= 2
+    assert most == [1] * 8
     assert written == [64 * 64 * 4] * 8
     assert checkpoint.leaf(tmp_path / "out", "text_encoder", "deeper/3")[0, 0] == 3
 

@@ -18,6 +18,7 @@ anchor-jax bench --config=configs/bench_medium.py --threads=1
 anchor-jax bench --config=configs/bench_medium.py --threads=2 --out=bench.json
 anchor-jax bench --config=configs/bench_full.py --profile=out/trace   # an accelerator
 anchor-jax bench --config=bench_medium --config.attention=plain
+anchor-jax bench --config=configs/train_dmd.py:tiny --threads=1   # steps of a training
 
 # Prints one JSON: seconds and CPU-seconds of a block and of each phase (medians and
 # spread), frames a second, first frame, switch latency (text, its projection, the
@@ -54,18 +55,30 @@ def main(argv: Sequence[str]) -> None:
 
     from anchor_jax import bench, media
 
-    workload = bench.make_workload(flags.FLAGS.config)
+    is_training = "stage" in flags.FLAGS.config
+    if not is_training:
+        workload = bench.make_workload(flags.FLAGS.config)
     folder = flags.FLAGS.profile
     trace = jax.profiler.trace(folder) if folder else contextlib.nullcontext()
     with trace, tqdm(disable=None, bar_format="{desc} {elapsed}") as bar:
         show = functools.partial(print, file=sys.stderr) if bar.disable else None
-        measured = bench.measure(workload, show or bar.set_description_str)
+        show = show or bar.set_description_str
+        if is_training:
+            measured = _measure_training(show)
+        else:
+            measured = bench.measure(workload, show)
     measured = {"config": flags.FLAGS.config.to_dict(), "threads": threads} | measured
     if flags.FLAGS.out:
         path = pathlib.Path(flags.FLAGS.out).expanduser()
         with media.replacing(path) as part:
             media.write_json(part, measured)
     print(json.dumps(measured, indent=2))
+
+
+def _measure_training(show):
+    from anchor_jax.training import bench, run
+
+    return bench.measure(run.read_config(flags.FLAGS.config), show)
 
 
 def _pin(threads: int | None) -> int | None:
