@@ -126,10 +126,9 @@ def _put(value: Any, place: NamedSharding) -> jax.Array:
 
 
 def put_batch(batch, mesh: Mesh):
-    """Returns a batch on its devices; each process gives the videos of its own."""
-    return jax.tree.map(
-        jax.make_array_from_process_local_data, of_batch(batch, mesh), batch
-    )
+    """Returns a batch on its devices; every process gives the whole of it."""
+    whole = {name: np.asarray(value) for name, value in batch.items()}
+    return put(whole, of_batch(batch, mesh))
 
 
 def of_batch(batch, mesh: Mesh):

@@ -1,0 +1,37 @@
+"""A batch over two processes, each of which makes the whole of it."""
+
+import json
+import socket
+import subprocess
+import sys
+
+PROCESS = """
+import json, sys
+import jax, numpy as np
+number, address = int(sys.argv[1]), sys.argv[2]
+jax.config.update("jax_num_cpu_devices", 1)
+jax.distributed.initialize(address, 2, number)
+from anchor_jax.sharding import make_mesh
+from anchor_jax.training.placement import put_batch
+batch = {"prompt": np.arange(8.0).reshape(4, 2), "position": np.arange(3)}
+found = put_batch(batch, make_mesh((1, 2, 1, 1)))
+rows = {name: x.addressable_shards[0].data.tolist() for name, x in found.items()}
+print(json.dumps([list(found["prompt"].shape), rows]))
+"""
+
+
+def test_each_process_puts_its_rows_of_the_batch():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    line = [sys.executable, "-c", PROCESS]
+    running = [
+        subprocess.Popen([*line, str(number), address], stdout=subprocess.PIPE)
+        for number in range(2)
+    ]
+    found = [json.loads(one.communicate(timeout=200)[0]) for one in running]
+
+    rows = [[[0.0, 1.0], [2.0, 3.0]], [[4.0, 5.0], [6.0, 7.0]]]
+    for number, (shape, held) in enumerate(found):
+        assert shape == [4, 2]
+        assert held == {"prompt": rows[number], "position": [0, 1, 2]}
