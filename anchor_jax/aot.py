@@ -53,36 +53,57 @@ class Target:
 
     Attributes:
       platform: `tpu` or `cuda`.
-      topology: how the compiler names one such chip.
+      kind: how the compiler names the chip.
       chip: its data sheet.
-      options: further options of the topology.
+      axes: of a pod's network; 0: machines of 8.
+      description: of a GPU, for its compiler.
       conv: how the VAE's convolutions are best computed there.
     """
 
     platform: str
-    topology: str
+    kind: str
     chip: roofline.Chip
-    options: tuple[tuple[str, Any], ...] = ()
+    axes: int = 0
+    description: str = ""
     conv: str = "taps"
 
+    def name(self, count: int) -> tuple[str, dict[str, Any]]:
+        """Returns how the compiler names so many chips, and further options.
 
-def _tpu(kind: str, topology: str) -> Target:
-    options = (("chips_per_host_bounds", (1, 1, 1)),)
-    return Target("tpu", topology, roofline.find(kind), options)
+        Raises:
+          UserError: There is no machine with so many.
+        """
+        if count < 1 or count & (count - 1):
+            raise UserError(f"chips={count}: expected a power of two")
+        if not self.axes:
+            machines, each = max(1, count // 8), min(count, 8)
+            shape = f"{machines}x1x{each}"
+            return self.kind, {"topology": shape, "target_config": self.description}
+        doublings, sides = count.bit_length() - 1, []
+        for left in range(self.axes, 0, -1):
+            sides.append(2 ** (doublings // left))
+            doublings -= doublings // left
+        sides.sort(key=lambda side: (side == 1, side))
+        one = {"chips_per_host_bounds": (1, 1, 1)} if count == 1 else {}
+        return f"{self.kind}:{'x'.join(map(str, sides))}", one
+
+
+def _tpu(kind: str, name: str, axes: int) -> Target:
+    return Target("tpu", name, roofline.find(kind), axes)
 
 
 def _hopper(name: str, bandwidth: int, memory: int) -> Target:
     text = _GPU.format(name=name, bandwidth=bandwidth, memory=memory)
-    options = (("topology", "1x1x1"), ("target_config", text))
-    return Target("cuda", name, roofline.find(name), options, conv="native")
+    chip = roofline.find(name)
+    return Target("cuda", name, chip, description=text, conv="native")
 
 
 TARGETS = {
     "h100": _hopper("NVIDIA H100 80GB HBM3", 3352320000000, 84942979072),
     "h200": _hopper("NVIDIA H200", 4800000000000, 151397597184),
-    "v5e": _tpu("TPU v5e", "v5e:1x1"),
-    "v5p": _tpu("TPU v5p", "v5p:1x1x1"),
-    "v6e": _tpu("TPU v6e", "v6e:1x1"),
+    "v5e": _tpu("TPU v5e", "v5e", 2),
+    "v5p": _tpu("TPU v5p", "v5p", 3),
+    "v6e": _tpu("TPU v6e", "v6e", 2),
 }
 
 
@@ -170,24 +191,24 @@ def find_target(name: str) -> Target:
     return target
 
 
-def device_of(target: Target):
-    """Returns the description of one device of the target.
+def devices_of(target: Target, count: int = 1):
+    """Returns the descriptions of so many devices of the target.
 
     Raises:
-      UserError: The installed compiler does not take it.
+      UserError: The installed compiler does not take it, or there is no machine with
+        so many.
     """
     jax.devices()  # Plug-ins are discovered when the first backend starts.
+    name, options = target.name(count)
     try:
-        found = topologies.get_topology_desc(
-            target.topology, platform=target.platform, **dict(target.options)
-        )
+        found = topologies.get_topology_desc(name, platform=target.platform, **options)
     except (RuntimeError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"the compiler for {target.chip.name} does not start: {reason}; it must"
             " suit the installed jax, and only one process at a time can use it"
         ) from error
-    return found.devices[0]
+    return found.devices
 
 
 def programs(
@@ -237,7 +258,7 @@ def _generator(setup: StreamSetup) -> tuple[dict[str, Program], dict[str, int]]:
     common = {
         "reads": frozenset({"generator", "cache"}),
         "tokens": policy.block * rows * columns,
-        "features": _features(model),
+        "features": features_of(model),
     }
     step = (variables, state, key, number)
     found = {"step": Program(session.advance, step, {"setup": setup}, **common)}
@@ -250,8 +271,8 @@ def _generator(setup: StreamSetup) -> tuple[dict[str, Program], dict[str, int]]:
     return found, {"generator": size_of(variables), "cache": size_of(state)}
 
 
-def _features(model) -> frozenset[int]:
-    """Returns sizes of the generator that are no number of tokens."""
+def features_of(model) -> frozenset[int]:
+    """Returns sizes of a generator that are no number of tokens."""
     # Layers of one input may run side by side.
     joined = {count * model.dim for count in range(1, 7)}
     return frozenset(joined | {model.ffn_dim, model.text_dim})
@@ -316,16 +337,23 @@ def size_of(tree) -> int:
     return sum(x.size * x.dtype.itemsize for x in leaves)
 
 
-def compile_program(program: Program, device) -> Compiled | Refused:
-    """Returns what the compiler of a described device makes of a program."""
+def on_device(program: Program, device) -> Program:
+    """Returns a program with its arguments on one described device."""
     sharding = SingleDeviceSharding(device)
 
     def place(x):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    args = jax.tree.map(place, program.args)
+    return dataclasses.replace(program, args=jax.tree.map(place, program.args))
+
+
+def compile_program(program: Program) -> Compiled | Refused:
+    """Returns what the compiler of a described device makes of a program.
+
+    Its arguments say where they are.
+    """
     began = time.perf_counter()
-    lowered = program.function.lower(*args, **program.kwargs)
+    lowered = program.function.lower(*program.args, **program.kwargs)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -442,14 +470,14 @@ def plan(
       UserError: The target is unknown, or its compiler is not installed.
     """
     target = find_target(name)
-    device = device_of(target)
+    (device,) = devices_of(target)
     if vae:
         vae = dataclasses.replace(vae, conv=target.conv)
     found, resident = programs(target, setup, text, VaeCodec(vae) if vae else None)
     made = {}
     for part, program in found.items():
         progress(part)
-        made[part] = compile_program(program, device)
+        made[part] = compile_program(on_device(program, device))
     stream = roofline.make_stream(
         setup.model, setup.grid, setup.policy, len(setup.levels), text=text, codec=vae
     )

@@ -77,7 +77,8 @@ def define_config_flag(default: str | None = None) -> None:
     """Defines `--config`, whose value is the loaded config once flags are parsed.
 
     The shell of the command line (`anchor_jax.cli.main`) loads the file and applies
-    the overrides, so that a command reads a locked ConfigDict from `FLAGS.config`.
+    the overrides, so that a command reads a locked ConfigDict from `FLAGS.config`. With
+    the default "" a command can do without: `FLAGS.config` is then "".
     """
     flags.DEFINE_string("config", default, _CONFIG_HELP)
 

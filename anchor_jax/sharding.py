@@ -12,6 +12,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
+VIDEOS = ("data", "fsdp")
+"""Mesh axes over which videos are split."""
+HEADS = ("tensor",)
+"""Mesh axes over which attention's heads are split."""
 
 TO_MESH = {
     "embed": "fsdp",
@@ -91,13 +95,18 @@ def logical_axes(params, rules):
     return jax.tree_util.tree_map_with_path(choose, params)
 
 
-def make_mesh(shape: tuple[int, int, int, int] = (1, -1, 1, 1)) -> Mesh:
+def make_mesh(shape: tuple[int, int, int, int] = (1, -1, 1, 1), found=None) -> Mesh:
     """Returns the mesh of all devices; one entry may be -1, which fills up.
+
+    Args:
+      shape: devices along each axis.
+      found: the devices; None: those of all processes.
 
     Raises:
       ValueError: The shape does not multiply to the number of devices.
     """
-    devices = jax.device_count()
+    found = jax.devices() if found is None else found
+    devices = len(found)
     known = math.prod(size for size in shape if size != -1)
     if known > 0 and shape.count(-1) <= 1:
         shape = tuple(devices // known if size == -1 else size for size in shape)
@@ -107,7 +116,9 @@ def make_mesh(shape: tuple[int, int, int, int] = (1, -1, 1, 1)) -> Mesh:
             f"mesh {dict(zip(MESH_AXES, shape, strict=True))} needs {needed} devices,"
             f" found {devices}; use -1 for one axis to fill up"
         )
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    return jax.make_mesh(
+        shape, MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=found
+    )
 
 
 def shardings(params, rules, mesh: Mesh):
@@ -125,3 +136,53 @@ def shardings(params, rules, mesh: Mesh):
         return NamedSharding(mesh, P(*spec))
 
     return jax.tree.map(place, params, axes)
+
+
+def is_on_mesh() -> bool:
+    """Returns whether what is traced will run on several devices, by `jax.set_mesh`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1
+
+
+def dividing(axes: tuple[str, ...], size: int) -> tuple[str, ...]:
+    """Returns those axes of the mesh over which so many things can be split.
+
+    Devices along an axis that is left out do the same work.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    found = tuple(axis for axis in axes if mesh.shape[axis] > 1)
+    while size % math.prod(mesh.shape[axis] for axis in found):
+        found = found[:-1]
+    return found
+
+
+def gathered(x: jax.Array, path: tuple[str, ...], rules) -> jax.Array:
+    """Returns a layer's parameter whole, but for the heads that are split.
+
+    Cast it before, so that fewer bytes travel. Left to themselves, compilers cut each
+    product into one for each device, and take minutes for a large mesh.
+
+    Args:
+      x: the parameter, of one layer.
+      path: its name.
+      rules: a table such as `GENERATOR`; if it has no such name, nothing is split.
+    """
+    if not is_on_mesh():
+        return x
+    name = "/".join(path)
+    axes = next((a for pattern, a in rules if re.fullmatch(pattern, name)), ())
+    split = [dividing(HEADS, n) for n in x.shape[: len(axes)]]
+    spec = [
+        s if TO_MESH.get(a) in HEADS else None for a, s in zip(axes, split, strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(x, P(*spec))
+
+
+def by_video(x: jax.Array) -> jax.Array:
+    """Returns activations [batch, ...] with each device's own videos on it.
+
+    Left to themselves, compilers split features as parameters are, and gather videos.
+    """
+    if not is_on_mesh():
+        return x
+    return jax.lax.with_sharding_constraint(x, P(dividing(VIDEOS, x.shape[0])))

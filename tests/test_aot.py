@@ -98,7 +98,7 @@ def test_programs_compile_on_this_machine_and_do_not_copy_the_cache():
     cpu = dataclasses.replace(aot.TARGETS["h100"], platform="cpu")
     made, resident = aot.programs(cpu, SETUP)
 
-    step = aot.compile_program(made["step"], jax.devices()[0])
+    step = aot.compile_program(aot.on_device(made["step"], jax.devices()[0]))
 
     # The weights of the prompt's projection are not read.
     cache = resident["cache"]

@@ -84,7 +84,7 @@ def test_networks_and_maths_know_nothing_of_streams(path):
     part = name_of(path).split("/")[0]
     if part in ("wan", "flow", "world"):
         parts = {name.split(".")[0] for name in own_imports(path)}
-        assert parts <= {part, "errors"}
+        assert parts <= {part, "errors", "sharding"}
     if part == "cache":
         allowed = ("cache.", "wan.attention", "wan.rope", "wan.spec")
         assert all(name.startswith(allowed) for name in own_imports(path))

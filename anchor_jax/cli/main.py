@@ -131,7 +131,8 @@ def _parse_flags(name: str, argv: list[str], own: list[str]) -> list[str]:
                 "--config is missing; expected a config file or the name of a shipped"
                 f" one: {', '.join(config.shipped_configs())}"
             )
-        FLAGS["config"].value = config.load_config(FLAGS.config, overrides)
+        if FLAGS.config or overrides:
+            FLAGS["config"].value = config.load_config(FLAGS.config, overrides)
     return arguments
 
 

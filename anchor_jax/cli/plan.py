@@ -1,19 +1,26 @@
 """`anchor-jax plan`: memory and programs on a chip that is not there."""
 
 import dataclasses
+import functools
 import os
 import sys
 
 from absl import flags
 
+from anchor_jax.config import define_config_flag
 from anchor_jax.errors import UserError, suggest
-from anchor_jax.wan.spec import GRIDS, PRESETS
+from anchor_jax.wan.spec import GRIDS, PRESETS, REMAT
 
-SUMMARY = "Compile a stream for a chip that is not there: memory, kernels, speed."
+SUMMARY = "Compile for chips that are not there: memory and kernels of a stream."
 USAGE = """\
 anchor-jax plan --target=h100
 anchor-jax plan --target=v5e --size=320x576
-anchor-jax plan --target=all --model=1.3B --size=480x832 --json=plan.json"""
+anchor-jax plan --target=all --model=1.3B --size=480x832 --json=plan.json
+anchor-jax plan --config=configs/train_dmd.py --target=v5p --chips=64
+anchor-jax plan --config=configs/train_streaming.py --target=h100 --chips=64 \\
+    --remat=none,nothing_saveable
+With the config of a training, its steps on --chips of the target, with the config's
+mesh, batch and LoRA; prompts are encoded beforehand. Without one, a stream."""
 
 # The process stays on the CPU; the TPU's variables keep its compiler from asking for
 # a machine that is not there.
@@ -31,6 +38,11 @@ FLAGS = flags.FLAGS
 _MODELS = ("1.3B", "14B")
 _STEPS, _SHIFT = (1000, 750, 500, 250), 5.0
 _GB = 10**9
+_HELD = {"param_dtype": "bfloat16"}  # as weights are stored
+_HEADER = (
+    "  program                 compile s  inputs GB  outputs GB  working GB  peak GB"
+    "  fused"
+)
 
 
 def define_flags() -> None:
@@ -39,6 +51,12 @@ def define_flags() -> None:
     flags.DEFINE_string("model", "1.3B", f"Generator: {' or '.join(_MODELS)}.")
     flags.DEFINE_string("size", "480x832", f"Pixels: {', '.join(GRIDS)}.")
     flags.DEFINE_string("policy", "anchor_forcing", "What the stream remembers.")
+    define_config_flag("")
+    flags.DEFINE_integer("chips", 64, "Of a training.", lower_bound=1)
+    flags.DEFINE_string("teacher", "14B", f"Real score: {' or '.join(_MODELS)}.")
+    flags.DEFINE_list(
+        "remat", [], "Of a training, one after another; else the config's."
+    )
     flags.DEFINE_string("json", None, "File for the numbers, or none.")
 
 
@@ -52,15 +70,71 @@ def main(argv) -> None:
     _prepare_environment()
     from anchor_jax import aot, media
 
+    if FLAGS.config:
+        summaries = _plan_training(aot)
+    else:
+        summaries = _plan_stream(aot)
+    if FLAGS.json:
+        media.write_json(FLAGS.json, summaries)
+        print(f"written to {FLAGS.json}")
+
+
+def _plan_stream(aot) -> dict:
     setup, text, vae = _sizes()
     summaries = {}
     for name in _targets(aot):
         report = aot.plan(name, setup, text, vae, _say(name))
         summaries[name] = report.summary()
         print("\n".join(table(name, summaries[name])), flush=True)
-    if FLAGS.json:
-        media.write_json(FLAGS.json, summaries)
-        print(f"written to {FLAGS.json}")
+    return summaries
+
+
+def _plan_training(aot) -> dict:
+    from anchor_jax.training import plan
+    from anchor_jax.training.run import read_config
+    from anchor_jax.wan.vae import VaeConfig
+
+    config = read_config(FLAGS.config)
+    models = (_stored(flag) for flag in ("model", "teacher"))
+    report = functools.partial(
+        plan.plan,
+        chips=FLAGS.chips,
+        networks=plan.Networks(*models, VaeConfig(**_HELD)),
+    )
+    summaries = {}
+    for name in _targets(aot):
+        for remat in FLAGS.remat or [config.remat]:
+            chosen = dataclasses.replace(config, remat=_remat(remat))
+            title = f"{name}, remat {remat}"
+            made = report(name, config=chosen, progress=_say(title))
+            summaries[title] = made.summary()
+            print("\n".join(training_table(title, summaries[title])), flush=True)
+    return summaries
+
+
+def _remat(name: str) -> str:
+    if name not in REMAT:
+        raise UserError(f"--remat={name!r}{suggest(name, REMAT, 'choices')}")
+    return name
+
+
+def training_table(title: str, summary: dict) -> list[str]:
+    """Returns the lines that show a `training.plan.Report.summary()`."""
+    mesh = ", ".join(f"{axis} {n}" for axis, n in summary["mesh"].items() if n > 1)
+    chip, memory = summary["chip"], summary["memory"] / _GB
+    lines = [
+        f"{title}: {chip}, {memory:.0f} GB, {mesh or 'one chip'}",
+        _HEADER,
+        *[_row(part, made) for part, made in summary["programs"].items()],
+        _resident(summary),
+        f"  needed at most on a chip: {summary['needed'] / _GB:.1f} GB",
+    ]
+    return lines + [f"  problem: {line}" for line in summary["problems"]]
+
+
+def _resident(summary: dict) -> str:
+    parts = [f"{part} {n / _GB:.2f}" for part, n in summary["resident"].items()]
+    return f"  stays in memory, GB: {', '.join(parts)}"
 
 
 def table(name: str, summary: dict) -> list[str]:
@@ -68,11 +142,10 @@ def table(name: str, summary: dict) -> list[str]:
     memory = summary["memory"]
     lines = [
         f"{name}: {summary['chip']}, {memory / _GB:.0f} GB",
-        "  program       compile s  inputs GB  outputs GB  working GB  peak GB  fused",
+        _HEADER,
     ]
     lines += [_row(part, made) for part, made in summary["programs"].items()]
-    parts = [f"{part} {n / _GB:.2f}" for part, n in summary["resident"].items()]
-    lines.append(f"  stays in memory, GB: {', '.join(parts)}")
+    lines.append(_resident(summary))
     lines.append(
         f"  needed at most: {summary['needed'] / _GB:.1f} GB;"
         f" {summary['needed_encoder_freed'] / _GB:.1f} GB with text_encoder=free"
@@ -88,17 +161,21 @@ def table(name: str, summary: dict) -> list[str]:
 
 def _row(part: str, made: dict) -> str:
     if "reason" in made:
-        return f"  {part:<13} {made['reason']}"
+        return f"  {part:<23} {made['reason']}"
     sizes = (made[key] / _GB for key in ("arguments", "outputs", "temporaries", "peak"))
     inputs, outputs, working, peak = sizes
     return (
-        f"  {part:<13} {made['seconds']:9.1f}  {inputs:9.2f}  {outputs:10.2f}"
+        f"  {part:<23} {made['seconds']:9.1f}  {inputs:9.2f}  {outputs:10.2f}"
         f"  {working:10.2f}  {peak:7.2f}  {made['fused']:5}"
     )
 
 
 def _prepare_environment() -> None:
     os.environ |= ENVIRONMENT
+    import jax
+
+    # A config may have imported jax, which then has read the environment.
+    jax.config.update("jax_platforms", ENVIRONMENT["JAX_PLATFORMS"])
     given = os.environ.get("XLA_FLAGS", "")
     if AUTOTUNING not in given:
         os.environ["XLA_FLAGS"] = f"{given} {AUTOTUNING}".strip()
@@ -112,15 +189,18 @@ def _sizes():
     from anchor_jax.wan.text import TextConfig
     from anchor_jax.wan.vae import VaeConfig
 
-    held = {"param_dtype": "bfloat16"}
-    model = PRESETS[_one_of("model", _MODELS)]
     setup = StreamSetup(
-        model=dataclasses.replace(model, **held),
+        model=_stored("model"),
         grid=GRIDS[_one_of("size", GRIDS)],
         policy=POLICIES[_one_of("policy", POLICIES)],
         levels=few_step_levels(_STEPS, _SHIFT),
     )
-    return setup, TextConfig(**held), VaeConfig(**held)
+    return setup, TextConfig(**_HELD), VaeConfig(**_HELD)
+
+
+def _stored(flag: str):
+    """Returns the sizes of the network that a flag names."""
+    return dataclasses.replace(PRESETS[_one_of(flag, _MODELS)], **_HELD)
 
 
 def _one_of(flag: str, known) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
@@ -17,12 +18,13 @@ from anchor_jax.streaming.types import StreamSetup
 from anchor_jax.training import placement, rollout
 from anchor_jax.training.distill import Distill
 from anchor_jax.training.losses import ReleaseTables, Score, Tables
+from anchor_jax.training.placement import Arrays
 from anchor_jax.training.programs import DistillStage, RegressionStage, Stage
 from anchor_jax.training.regress import Regression
 from anchor_jax.training.schedule import Plan
 from anchor_jax.training.sources import DataConfig
 from anchor_jax.training.state import Ema, Optimizer, TrainState, init_state
-from anchor_jax.wan import kernels, lora
+from anchor_jax.wan import lora
 from anchor_jax.wan.spec import ModelConfig
 
 STAGES = ("regression", "distillation")
@@ -200,6 +202,7 @@ def prepare(
     batches: Batches,
     teacher: Bundle | None = None,
     critic: Bundle | None = None,
+    on: Arrays | None = None,
 ) -> Prepared:
     """Returns a stage with its first state.
 
@@ -209,31 +212,32 @@ def prepare(
       batches: number -> batch, as the stage takes it.
       teacher: the real score, for distillation.
       critic: where the fake score begins; None: as the teacher.
+      on: makes and places arrays; None: on the mesh of the config.
 
     Raises:
       UserError: Parts of the config do not go together.
     """
-    mesh = make_mesh(config)
+    on = on or Arrays(make_mesh(config))
     if config.stage == "regression":
-        return _prepare_regression(config, bundle, batches, mesh)
+        return _prepare_regression(config, bundle, batches, on)
     if config.stage == "distillation":
         if teacher is None:
             raise UserError("config.teacher is missing; distillation needs a teacher")
         return _prepare_distillation(
-            config, bundle, batches, teacher, critic or teacher, mesh
+            config, bundle, batches, teacher, critic or teacher, on
         )
     known = suggest(config.stage, STAGES, "stages")
     raise UserError(f"config.stage={config.stage!r}{known}")
 
 
-def make_mesh(config: TrainConfig) -> Mesh:
-    """Returns the mesh of a config.
+def make_mesh(config: TrainConfig, devices=None) -> Mesh:
+    """Returns the mesh of a config, of all devices unless they are given.
 
     Raises:
       UserError: It does not fit the devices or the batch.
     """
     try:
-        mesh = sharding.make_mesh(config.mesh)
+        mesh = sharding.make_mesh(config.mesh, devices)
     except ValueError as error:
         raise UserError(f"config.mesh: {error}") from error
     split = placement.videos_at_once(mesh)
@@ -245,7 +249,7 @@ def make_mesh(config: TrainConfig) -> Mesh:
     return mesh
 
 
-def _prepare_regression(config, bundle: Bundle, batches, mesh: Mesh) -> Prepared:
+def _prepare_regression(config, bundle: Bundle, batches, on: Arrays) -> Prepared:
     section = config.regression
     blocks = (section.block,) * section.blocks if section.forcing != "none" else ()
     with _naming("config.regression"):
@@ -257,14 +261,18 @@ def _prepare_regression(config, bundle: Bundle, batches, mesh: Mesh) -> Prepared
             shift=section.shift,
             window=section.window,
             text=bundle.text if section.text else None,
-            kernel=_kernel(config, bundle.model),
+            kernel=on.kernel(config.attention, bundle.model),
         )
-    trained, frozen = _split(config, bundle.variables, 0)
+    trained, frozen = _split(config, bundle.variables, 0, on)
     if section.text:
         trained = {**trained, "text": bundle.encode_prompts.params}
     tx = config.optimizer.transform(config.steps)
-    state = init_state(config.seed, trained, tx, has_ema=_ema(config) is not None)
-    placed, state = _place(config, state, {"generator": frozen}, mesh)
+
+    def begin(trained):
+        return init_state(config.seed, trained, tx, has_ema=_ema(config) is not None)
+
+    state = on.make(begin, trained)
+    placed, state = _place(config, state, {"generator": frozen}, on)
     prepared = RegressionStage(stage=stage, tx=tx, batches=batches, **placed)
     counts = {"generator": _count(bundle.variables), "trained": _count(trained)}
     frames = config.batch * section.block * section.blocks
@@ -272,31 +280,35 @@ def _prepare_regression(config, bundle: Bundle, batches, mesh: Mesh) -> Prepared
 
 
 def _prepare_distillation(
-    config, bundle: Bundle, batches, teacher: Bundle, critic: Bundle, mesh: Mesh
+    config, bundle: Bundle, batches, teacher: Bundle, critic: Bundle, on: Arrays
 ) -> Prepared:
     section = config.distillation
-    stage = make_distill(config, bundle, teacher, critic)
-    trained, frozen = _split(config, bundle.variables, 0)
-    fake, fake_frozen = _split(config, critic.variables, 1)
+    stage = make_distill(config, bundle, teacher, critic, on)
+    trained, frozen = _split(config, bundle.variables, 0, on)
+    fake, fake_frozen = _split(config, critic.variables, 1, on)
     updates = -(-config.steps // section.every)
     tx = config.optimizer.transform(updates)
     critic_tx = config.critic_optimizer.transform(config.steps)
-    state = init_state(
-        config.seed,
-        trained,
-        tx,
-        has_ema=_ema(config) is not None,
-        fake_score=fake,
-        fake_score_tx=critic_tx,
-        rollout=rollout.begin(stage.setup, config.batch, section.frames),
-    )
+
+    def begin(trained, fake):
+        return init_state(
+            config.seed,
+            trained,
+            tx,
+            has_ema=_ema(config) is not None,
+            fake_score=fake,
+            fake_score_tx=critic_tx,
+            rollout=rollout.begin(stage.setup, config.batch, section.frames),
+        )
+
+    state = on.make(begin, trained, fake)
     weights = {
         "generator": frozen,
         "fake_score": fake_frozen,
         "real_score": dict(teacher.variables),
         "codec": bundle.codec_params,
     }
-    placed, state = _place(config, state, weights, mesh)
+    placed, state = _place(config, state, weights, on)
     prepared = DistillStage(
         stage=stage,
         tx=tx,
@@ -317,16 +329,17 @@ def _prepare_distillation(
     return Prepared(prepared, state, bundle, counts, frames)
 
 
-def _place(config, state: TrainState, frozen, mesh: Mesh):
+def _place(config, state: TrainState, frozen, on: Arrays):
     """Returns what every stage has, and its state; both on the mesh."""
+    mesh = on.mesh
     places = placement.of_state(state, mesh)
     placed = {
-        "frozen": placement.put(frozen, placement.of_frozen(frozen, mesh)),
+        "frozen": on.put(frozen, placement.of_frozen(frozen, mesh)),
         "mesh": mesh,
         "places": places,
         "ema": _ema(config),
     }
-    return placed, placement.put(state, places)
+    return placed, on.put(state, places)
 
 
 def _ema(config) -> Ema | None:
@@ -342,7 +355,7 @@ def _mean_chunk(plan: Plan) -> float:
     return sum(made) / len(made)
 
 
-def make_distill(config, bundle: Bundle, teacher: Bundle, critic: Bundle) -> Distill:
+def make_distill(config, bundle, teacher, critic, on: Arrays) -> Distill:
     """Returns what is static about a distillation.
 
     Raises:
@@ -357,7 +370,7 @@ def make_distill(config, bundle: Bundle, teacher: Bundle, critic: Bundle) -> Dis
             grid=bundle.grid,
             policy=_policy(config),
             levels=flow.few_step_levels(section.steps, section.shift, table=is_release),
-            kernel=_kernel(config, bundle.model),
+            kernel=on.kernel(config.attention, bundle.model),
             floor=float(flow.sigma_table(section.shift)[-1]) if is_release else 0.0,
         )
         return Distill(
@@ -394,11 +407,7 @@ def _model(config, model: ModelConfig) -> ModelConfig:
     return dataclasses.replace(model, remat=config.remat, param_dtype="float32")
 
 
-def _kernel(config, model: ModelConfig):
-    return kernels.named(config.attention, model.dtype, model.head_dim)
-
-
-def _split(config, variables, number: int):
+def _split(config, variables, number: int, on: Arrays):
     """Returns the collections that are trained and those that are not."""
     rank = config.lora.rank
     if not rank:
@@ -406,7 +415,8 @@ def _split(config, variables, number: int):
     given = variables.get("lora")
     if given is None:
         key = jax.random.fold_in(jax.random.key(config.seed), number)
-        given = lora.init(variables["params"], rank, key)
+        begin = functools.partial(lora.init, rank=rank, rng=key)
+        given = on.make(begin, variables["params"])
     return {"lora": given}, {"params": variables["params"]}
 
 

@@ -1,5 +1,7 @@
 """Where a training's arrays live on a mesh."""
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,14 +11,55 @@ from jax.sharding import PartitionSpec as P
 
 from anchor_jax import sharding
 from anchor_jax.training.state import TrainState
+from anchor_jax.wan import kernels
+from anchor_jax.wan.spec import ModelConfig
 
 TABLES = {
     "params": sharding.GENERATOR,
     "lora": sharding.LORA,
     "text": sharding.TEXT,
 }
-BATCH = ("data", "fsdp")
-"""Mesh axes over which videos are split."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrays:
+    """Makes arrays, and puts them onto the devices of a mesh."""
+
+    mesh: Mesh
+
+    def make(self, function: Callable, *args):
+        """Returns `function(*args)`."""
+        return function(*args)
+
+    def put(self, tree, places):
+        """Returns arrays of this process on their devices."""
+        return put(tree, places)
+
+    def kernel(self, name: str, model: ModelConfig):
+        """Returns the attention kernel of a name; None chooses when it is used."""
+        return kernels.named(name, model.dtype, model.head_dim)
+
+
+class Shapes(Arrays):
+    """Makes shapes alone, for compilers of a mesh that is not there."""
+
+    def make(self, function: Callable, *args):
+        """Returns the shapes of `function(*args)`."""
+        return jax.eval_shape(function, *args)
+
+    def put(self, tree, places):
+        """Returns shapes that say where their arrays would be."""
+
+        def place(leaf, where):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+        return jax.tree.map(place, tree, places)
+
+    def kernel(self, name: str, model: ModelConfig):
+        """Returns the attention kernel for the mesh's devices, whatever the name."""
+        del name
+        platform = self.mesh.devices.flat[0].platform
+        return kernels.choose(platform, model.dtype, model.head_dim)
 
 
 def of_collections(collections, mesh: Mesh):
@@ -61,7 +104,7 @@ def of_videos(tree, mesh: Mesh, axis: int = 0):
     def place(leaf):
         spec = [None] * leaf.ndim
         if leaf.ndim > axis and leaf.shape[axis] % videos_at_once(mesh) == 0:
-            spec[axis] = BATCH
+            spec[axis] = sharding.VIDEOS
         return NamedSharding(mesh, P(*spec))
 
     return jax.tree.map(place, tree)

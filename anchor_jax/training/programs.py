@@ -39,6 +39,9 @@ class Stage(Protocol):
     def advance(self, state: TrainState, cursor: Cursor, step: int):
         """Returns state, cursor and what to watch, one step later."""
 
+    def programs(self, state: TrainState, batch) -> dict[str, tuple[Callable, tuple]]:
+        """Returns a step's jitted functions and their arguments, by name."""
+
 
 @dataclasses.dataclass(eq=False)
 class RegressionStage:
@@ -81,6 +84,10 @@ class RegressionStage:
         with jax.set_mesh(self.mesh):
             state, watch = self._step(state, self.frozen, batch)
         return state, Cursor(cursor.number + 1), watch
+
+    def programs(self, state: TrainState, batch) -> dict[str, tuple[Callable, tuple]]:
+        """Returns a step's jitted functions and their arguments, by name."""
+        return {"step": (self._step, (state, self.frozen, batch))}
 
 
 @dataclasses.dataclass(eq=False)
@@ -136,6 +143,31 @@ class DistillStage:
             state, more = self._update_critic(state, by_critic, loss)
         return state, cursor, watch | more
 
+    def programs(self, state: TrainState, batch) -> dict[str, tuple[Callable, tuple]]:
+        """Returns the jitted functions of steps and their arguments, by name.
+
+        A gradient has a program for each shape of a chunk; here is one of each kind.
+        """
+        found, args = {}, (state, self.frozen, batch)
+        for name, shape in self._kinds().items():
+            for role in ("generator", "critic"):
+                found[f"{role}, {name}"] = self._gradient(role, shape), args
+        loss = jax.ShapeDtypeStruct((), "float32")
+        args = state, state.generator, loss
+        found["generator update"] = self._update_generator, args
+        args = state, state.fake_score, loss
+        found["critic update"] = self._update_critic, args
+        return found
+
+    def _kinds(self) -> dict[str, Shape]:
+        """Returns the shape of the last chunk of each kind, a late switch's."""
+        plan, kinds = self.stage.plan, {}
+        for piece in plan.pieces(max(plan.switches, default=None)):
+            shape = distill.shape_of(self.stage, piece)
+            kind = "switch" if shape.turn else "later chunk"
+            kinds["first chunk" if shape.is_first else kind] = shape
+        return kinds
+
     @property
     def _is_short(self) -> bool:
         plan = self.stage.plan
@@ -167,6 +199,8 @@ class DistillStage:
         return jax.jit(
             functools.partial(function, stage=self.stage, shape=shape),
             donate_argnums=0,
+            # A sequence's first chunk reads no rollout, and takes the old one's room.
+            keep_unused=True,
             out_shardings=(self.places, gradient, everywhere),
         )
 

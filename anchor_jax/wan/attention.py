@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import struct
 
+from anchor_jax.wan import kernels
 from anchor_jax.wan.layers import Dense, RmsNorm
 from anchor_jax.wan.rope import Rotary, rotate, rotate_as
 from anchor_jax.wan.spec import ModelConfig
@@ -146,7 +147,7 @@ def _frames(x: jax.Array, spans) -> jax.Array:
 def _flat(kernel, q, k, v, past=None, seen=None):
     frames, tokens = q.shape[1:3]
     q, k, v = (rearrange(x, "b f t h d -> b (f t) h d") for x in (q, k, v))
-    out = kernel.attend(q, k, v, past, seen)
+    out = kernels.attend(kernel, q, k, v, past, seen)
     return rearrange(out, "b (f t) h d -> b f t h d", f=frames, t=tokens)
 
 
@@ -199,7 +200,7 @@ class CrossAttention(_Projections):
         groups = context.k.shape[0] // x.shape[0]
         q = self.heads(self.norm("norm_q")(self.dense("q")(x)))
         q = rearrange(q, "b (g f) t h d -> (b g) (f t) h d", g=groups)
-        out = self.kernel.attend(q, None, None, context)
+        out = kernels.attend(self.kernel, q, None, None, context)
         out = rearrange(
             out, "(b g) (f t) h d -> b (g f) t (h d)", g=groups, f=frames // groups
         )

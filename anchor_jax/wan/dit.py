@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from anchor_jax import sharding
 from anchor_jax.wan import kernels, rope
 from anchor_jax.wan.attention import (
     ContextKV,
@@ -37,7 +38,7 @@ class Block(nn.Module):
             past = kernels.Past(past.k, past.v, number)
         normal = nn.initializers.normal(config.dim**-0.5)
         table = self.param("modulation", normal, (6, config.dim), config.param_dtype)
-        time = time + table.astype(config.dtype)
+        x, time = sharding.by_video(x), time + table.astype(config.dtype)
         shift1, scale1, gate1, shift2, scale2, gate2 = (time[:, :, i] for i in range(6))
 
         h = modulate(layer_norm(x, config.eps), shift1, scale1)
@@ -158,7 +159,7 @@ class WanDit(nn.Module):
         x = rearrange(
             latents, "b f (h p) (w q) c -> b f (h w) (p q c)", p=rows, q=columns
         )
-        x = self.patch_embed(x)
+        x = self.patch_embed(sharding.by_video(x))
         self.sow("intermediates", "patch_embedding", x)
         time, modulation = self._time(timestep)
 
@@ -171,7 +172,7 @@ class WanDit(nn.Module):
         x, own = self.blocks(
             x, (context, numbers), modulation, query_rope, key_rope, visible, past
         )
-        y = self.head(x, time)
+        y = self.head(sharding.by_video(x), time)
         self.sow("intermediates", "head_out", y)
         return unpatchify(y, tokens, config.patch), own
 

@@ -11,6 +11,9 @@ A kernel is static: a frozen object with
   layer of what was laid out, or a `Past`; of all these the first `seen` (traced) are
   visible. Without k and v all keys are those of `past`, with nothing padded;
 * `refuses(dtype, head_dim)`: why it cannot serve such a model, or nothing.
+
+Networks call `attend` of this module, which gives each device of a mesh its videos and
+heads: compilers do not split a kernel by themselves.
 """
 
 import dataclasses
@@ -21,7 +24,9 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import struct
+from jax.sharding import PartitionSpec as P
 
+from anchor_jax import sharding
 from anchor_jax.errors import UserError, suggest
 
 _LANES = 128
@@ -213,6 +218,33 @@ class Splash:
             return jax.vmap(functools.partial(kernel, segment_ids=ids))(q, k, v)
 
         return attend
+
+
+def attend(kernel, q, k, v, past=None, seen=None) -> jax.Array:
+    """Returns `kernel.attend`, on a mesh with each device's own videos and heads.
+
+    The mesh is that of `jax.set_mesh`; without one, or on one device, nothing is
+    split.
+    """
+    if not sharding.is_on_mesh():
+        return kernel.attend(q, k, v, past, seen)
+    videos = sharding.dividing(sharding.VIDEOS, q.shape[0])
+    heads = sharding.dividing(sharding.HEADS, q.shape[2])
+    by_token, by_head = P(videos, None, heads, None), P(videos, heads, None, None)
+    stored = by_token if kernel.axis == -3 else by_head
+    if isinstance(past, Past):
+        stored = Past(P(None, *stored), P(None, *stored), P())
+    given = {"q": q, "k": k, "v": v, "past": past, "seen": seen}
+    specs = dict.fromkeys("qkv", by_token) | {"past": stored, "seen": P()}
+    # Arguments that are not given have no specification.
+    specs = {name: None if given[name] is None else specs[name] for name in given}
+    split = jax.shard_map(
+        lambda given: kernel.attend(**given),
+        in_specs=(specs,),
+        out_specs=by_token,
+        check_vma=False,
+    )
+    return split(given)
 
 
 KERNELS = {"plain": Plain(), "heads": Heads(), "cudnn": Cudnn(), "splash": Splash()}

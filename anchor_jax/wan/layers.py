@@ -4,6 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from anchor_jax import sharding
+
 
 class Dense(nn.Module):
     """A linear layer; adds a low-rank update if the collection `lora` holds one.
@@ -24,12 +26,18 @@ class Dense(nn.Module):
         kernel = self.param("kernel", self.init, shape, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, shape[1:], self.param_dtype)
         x = x.astype(self.dtype)
-        y = x @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+        y = x @ self._whole("kernel", kernel) + bias.astype(self.dtype)
         if self.has_variable("lora", "a"):
-            down = self.get_variable("lora", "a").astype(self.dtype)
-            up = self.get_variable("lora", "b").astype(self.dtype)
+            down, up = (
+                self._whole(name, self.get_variable("lora", name), sharding.LORA)
+                for name in ("a", "b")
+            )
             y = y + (x @ down) @ up
         return y
+
+    def _whole(self, name: str, value: jax.Array, rules=sharding.GENERATOR):
+        path = (*self.path, name)
+        return sharding.gathered(value.astype(self.dtype), path, rules)
 
 
 class RmsNorm(nn.Module):

@@ -9,8 +9,9 @@ import tiny
 from anchor_jax import roofline
 from anchor_jax.cache.policies import POLICIES
 from anchor_jax.errors import UserError
-from anchor_jax.training import bench
-from anchor_jax.training.build import DistillationConfig, TrainConfig, make_distill
+from anchor_jax.training import bench, build
+from anchor_jax.training.build import DistillationConfig, TrainConfig
+from anchor_jax.training.placement import Arrays
 from anchor_jax.training.sources import DataConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -25,7 +26,8 @@ CONFIG = TrainConfig(
 
 def test_operations_are_those_of_the_passes_that_ran():
     model = bundles.load()
-    stage = make_distill(CONFIG, model, model, model)
+    on = Arrays(build.make_mesh(CONFIG))
+    stage = build.make_distill(CONFIG, model, model, model, on)
     pass_flops = roofline.pass_flops
     block = sum(pass_flops(tiny.MODEL, tiny.GRID, 3, keys).total for keys in (3, 6))
     clip = pass_flops(tiny.MODEL, tiny.GRID, 6, 6).total

@@ -74,7 +74,7 @@ def on_one_device(monkeypatch):
         axis_types=(jax.sharding.AxisType.Auto,) * 4,
         devices=jax.devices()[:1],
     )
-    monkeypatch.setattr(sharding, "make_mesh", lambda shape: one)
+    monkeypatch.setattr(sharding, "make_mesh", lambda shape, devices: one)
 
 
 def steps(prepared, count, state=None, cursor=None):

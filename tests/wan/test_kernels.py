@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from anchor_jax import sharding
 from anchor_jax.errors import UserError
 from anchor_jax.wan.attention import LayersKV, Prefix
 from anchor_jax.wan.kernels import (
@@ -13,6 +14,7 @@ from anchor_jax.wan.kernels import (
     Heads,
     Plain,
     Splash,
+    attend,
     choose,
     named,
 )
@@ -154,3 +156,34 @@ def test_heads_is_finite_where_hidden_keys_score_far_above_the_visible():
     assert np.isfinite(ours[0])
     np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5)
     np.testing.assert_allclose(ours[1], theirs[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", [SPLASH, HEADS], ids=["splash", "heads"])
+def test_devices_attend_to_their_own_videos_and_heads(kernel):
+    qkv, remembered = arrays(3, 6, tokens=43, dim=128 if kernel is SPLASH else 8)
+
+    def loss(qkv):
+        out = attended(kernel, qkv, remembered, jnp.int32(6))
+        return jnp.sum(jnp.square(out)), out
+
+    step = jax.value_and_grad(loss, has_aux=True)
+    (_, alone), expected = jax.jit(step)(qkv)
+    with jax.set_mesh(sharding.make_mesh((1, 2, 1, 2))):
+        lowered = jax.jit(step).lower(qkv)
+        (_, together), gradient = lowered.compile()(qkv)
+
+    assert "manual_computation" in lowered.as_text()
+    spec = together.sharding.shard_shape(together.shape)
+    assert spec[0] == 1 and spec[-2] == 1, "a video and a head a device"
+    np.testing.assert_allclose(together, alone, rtol=0, atol=1e-6)
+    for ours, theirs in zip(gradient, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_heads_that_no_device_can_have_alone_are_not_split():
+    qkv, _ = arrays(3, 0, heads=3)
+    with jax.set_mesh(sharding.make_mesh((1, 1, 1, 4))):
+        out = jax.jit(lambda q, k, v: attend(Plain(), q[0], k[0], v[0]))(*qkv)
+
+    q, k, v = (x[0] for x in qkv)
+    np.testing.assert_allclose(out, Plain().attend(q, k, v), atol=1e-6)
