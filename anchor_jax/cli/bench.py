@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from anchor_jax import config as configs
+from anchor_jax.cli import allocator
 from anchor_jax.errors import UserError
 
 SUMMARY = "Measures a stream on random weights, phase by phase, against a matmul."
@@ -56,7 +57,9 @@ def main(argv: Sequence[str]) -> None:
     from anchor_jax import bench, media
 
     is_training = "stage" in flags.FLAGS.config
-    if not is_training:
+    if is_training:
+        allocator.keep_freed_memory()
+    else:
         workload = bench.make_workload(flags.FLAGS.config)
     folder = flags.FLAGS.profile
     trace = jax.profiler.trace(folder) if folder else contextlib.nullcontext()

@@ -40,9 +40,10 @@ def main(argv) -> None:
         finite.
     """
     del argv
-    from anchor_jax.cli import sample
+    from anchor_jax.cli import allocator, sample
 
     sample.enable_compilation_cache()
+    allocator.keep_freed_memory()
     from anchor_jax.training import run
 
     config = run.read_config(FLAGS.config)

@@ -94,7 +94,7 @@ class Heads:
     """One head at a time, for CPU: a head's scores stay in the cache.
 
     What is not visible is not computed, in steps of the pass's own size; under `vmap`
-    all steps run. Fewer than `least` scores a head go to `Plain`.
+    all steps run. With fewer than `least` scores a head, all heads go at once.
     """
 
     axis = -2
@@ -115,27 +115,12 @@ class Heads:
     def attend(self, q, k, v, past=None, seen=None):
         own = 0 if k is None else k.shape[1]
         keys = own + (0 if past is None else past.k.shape[self.axis])
-        if q.shape[1] * keys < self.least:
-            return Plain().attend(q, k, v, self._by_token(past), seen)
-        batch, scale = q.shape[0], jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
-        q = rearrange(q * scale, "b t h d -> (b h) t d")
+        scale = jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+        q = rearrange(q * scale, "b t h d -> b h t d")
         if own:
-            k, v = (rearrange(x, "b t h d -> (b h) t d") for x in (k, v))
-        if own and keys > own:
-            out = _shown_part(q, k, v, past, keys - own if seen is None else seen - own)
-        else:
-            if not own:
-                k, v = (rearrange(x, "b h t d -> (b h) t d") for x in _one(past))
-            bias = None if seen is None else _bias(keys, seen)
-            out = _each_head(q, k, v, bias=bias)
-        return rearrange(out, "(b h) t d -> b t h d", b=batch)
-
-    def _by_token(self, past):
-        """Returns the layout of `Plain`."""
-        if past is None:
-            return None
-        k, v = (rearrange(x, "b h t d -> b t h d") for x in _one(past))
-        return Past(k[None], v[None], jnp.int32(0))
+            k, v = (rearrange(x, "b t h d -> b h t d") for x in (k, v))
+        call = _all_heads if q.shape[2] * keys < self.least else _head_by_head
+        return rearrange(call(q, k, v, past, seen), "b h t d -> b t h d")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,6 +276,32 @@ def _joined(k, v, past, axis: int):
         return past_k, past_v
     whole = jnp.concatenate([k, past_k.astype(k.dtype)], axis=axis)
     return whole, jnp.concatenate([v, past_v.astype(v.dtype)], axis=axis)
+
+
+def _all_heads(q, k, v, past, seen):
+    """Returns attention of all heads at once, everything [batch, head, token, dim]."""
+    keys_values = [] if k is None else [k, v]
+    if past is not None and past.k.shape[-2]:
+        keys_values += _one(past)
+        seen = seen if k is None or seen is None else seen - k.shape[2]
+    bias = None if seen is None else _bias(keys_values[-1].shape[2], seen)
+    one = functools.partial(_one_head, bias=bias)
+    return jax.vmap(jax.vmap(one))(q, *keys_values)
+
+
+def _head_by_head(q, k, v, past, seen):
+    """Returns the same, one head after another."""
+    batch, own = q.shape[0], 0 if k is None else k.shape[2]
+    remembered = 0 if past is None else past.k.shape[-2]
+    if not own:
+        k, v = _one(past)
+    q, k, v = (rearrange(x, "b h t d -> (b h) t d") for x in (q, k, v))
+    if own and remembered:
+        out = _shown_part(q, k, v, past, remembered if seen is None else seen - own)
+    else:
+        bias = None if seen is None else _bias(k.shape[1], seen)
+        out = _each_head(q, k, v, bias=bias)
+    return rearrange(out, "(b h) t d -> b h t d", b=batch)
 
 
 def _shown_part(q, k, v, past, shown):
