@@ -1,4 +1,4 @@
-"""Writes videos, contact sheets and JSON; a file appears under its name when whole."""
+"""Videos, contact sheets and JSON; a file appears under its name when whole."""
 
 import contextlib
 import errno
@@ -12,7 +12,7 @@ from typing import Any
 
 import av
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from anchor_jax.errors import UserError
 
@@ -33,6 +33,7 @@ _FRAGMENTED = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
 _SMPTE_170M = 6  # the matrix that the conversion from RGB uses, so players undo it
 _MARGIN = 6
 _MIN_TILE = 96
+_LARGEST_SIDE = 8192
 
 
 class VideoWriter:
@@ -145,6 +146,47 @@ class VideoWriter:
         except UserError:
             self._discard()
             raise
+
+
+def read_video(
+    path: str | os.PathLike,
+    count: int,
+    size: tuple[int, int],
+    fps: int = PIXEL_FRAMES_PER_SECOND,
+) -> np.ndarray:
+    """Returns the first frames of a video, uint8 [count, height, width, 3].
+
+    Frames are taken at `fps`, whatever the video's own rate is; they are scaled until
+    they cover the size, and cut around their middle.
+
+    Raises:
+      UserError: It is no video, too short, or its frames are too large.
+    """
+    found, first = [], None
+    try:
+        with av.open(os.fspath(path)) as container:
+            for frame in container.decode(video=0):
+                if max(frame.width, frame.height) > _LARGEST_SIDE:
+                    raise UserError(
+                        f"{path}: frames of {frame.width} x {frame.height}, expected"
+                        f" sides up to {_LARGEST_SIDE}; scale it down"
+                    )
+                first = frame.time if first is None else first
+                while len(found) < count and frame.time - first >= len(found) / fps:
+                    found.append(_covering(frame.to_image(), size))
+                if len(found) == count:
+                    return np.stack(found)
+    except (av.FFmpegError, IndexError) as error:
+        raise UserError(f"{path}: no video that can be read ({error})") from error
+    raise UserError(
+        f"{path}: {len(found)} frames at {fps} a second, expected {count}; choose a"
+        " longer video, or shorter clips"
+    )
+
+
+def _covering(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    height, width = size
+    return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC))
 
 
 @contextlib.contextmanager

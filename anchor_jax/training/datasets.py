@@ -114,7 +114,9 @@ class PromptPairs(_Builder, skip_registration=True):
                     f"{first}, {second[0]}: a file of JSON lines holds both prompts;"
                     " leave the switch path out"
                 )
-            return [_json_pair(first, *line) for line in enumerate(_lines(first), 1)]
+            return [
+                _json_pair(first, *line) for line in enumerate(read_lines(first), 1)
+            ]
         if not second:
             return _drawn_pairs(first, self._seed)
         return _aligned_pairs(first, second[0], self._digests)
@@ -308,7 +310,7 @@ def digest(path: pathlib.Path) -> list[Any]:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def _lines(path: pathlib.Path) -> list[str]:
+def read_lines(path: pathlib.Path) -> list[str]:
     """Returns the lines of a file of UTF-8 text, none of them empty."""
     lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     if not lines[-1]:
@@ -326,11 +328,12 @@ def _line(path: pathlib.Path, number: int, line: bytes) -> str:
             f"{path}, line {number}: not UTF-8 text; save the file as UTF-8"
         ) from error
     limit = MAX_PROMPT_CHARACTERS * (12 if path.suffix == ".jsonl" else 1)
-    _check_length(f"{path}, line {number}", text, limit)
+    check_length(f"{path}, line {number}", text, limit)
     return text
 
 
-def _check_length(where: str, text: str, limit: int) -> None:
+def check_length(where: str, text: str, limit: int) -> None:
+    """Raises UserError unless a text has one character or more, up to a limit."""
     if not text:
         raise UserError(f"{where}: empty; expected a prompt: write one, or remove it")
     if len(text) > limit:
@@ -347,7 +350,7 @@ def _aligned_pairs(
             f"{first}, {second}: the same text, so that no switch would change the"
             " prompt; expected a second file with the switch prompts"
         )
-    prompts, switches = _lines(first), _lines(second)
+    prompts, switches = read_lines(first), read_lines(second)
     if len(prompts) != len(switches):
         shorter = min(len(prompts), len(switches))
         raise UserError(
@@ -360,7 +363,7 @@ def _aligned_pairs(
 
 def _drawn_pairs(path: pathlib.Path, seed: int) -> list[_Pair]:
     """Pairs every line with another one, of another text."""
-    lines = _lines(path)
+    lines = read_lines(path)
     if len(set(lines)) < 2:
         raise UserError(
             f"{path}: got one prompt only, expected two or more that differ, since a"
@@ -394,6 +397,6 @@ def _json_pair(path: pathlib.Path, number: int, line: str) -> _Pair:
             ' {"prompts": [TEXT, TEXT]}'
         )
     prompt, switch = (text.strip() for text in pair[:2])
-    _check_length(where, prompt, MAX_PROMPT_CHARACTERS)
-    _check_length(where, switch, MAX_PROMPT_CHARACTERS)
+    check_length(where, prompt, MAX_PROMPT_CHARACTERS)
+    check_length(where, switch, MAX_PROMPT_CHARACTERS)
     return prompt, switch

@@ -27,7 +27,8 @@ class DataConfig:
     Attributes:
       kind: of `KINDS`.
       path: prompts: a file with a prompt a line, or JSON lines with `prompt` and
-        `switch`; trajectories: the folder that `anchor-jax trajectories` wrote.
+        `switch`; trajectories: the folder that `anchor-jax trajectories` wrote; videos:
+        JSON lines with `video` and `caption`.
       switch_path: a file whose line k is the second prompt of line k of `path`;
         without it another line of `path` is.
       cache: where datasets are built; without a value in the training's folder.
@@ -64,7 +65,8 @@ def open_source(config, bundle: Bundle, folder: pathlib.Path) -> Batches:
         texts = open_texts(config.data, folder)
         negative = config.distillation.negative_prompt
         return _prompts(texts, bundle, config.batch, negative)
-    return CLIPS[config.data.kind](config.data, bundle, config.batch, config.regression)
+    make = CLIPS[config.data.kind]
+    return make(config.data, bundle, config.batch, config.regression, folder)
 
 
 def _check(config) -> None:
@@ -118,14 +120,14 @@ def _world_texts(data: DataConfig, folder: pathlib.Path) -> Texts:
 def _file_texts(data: DataConfig, folder: pathlib.Path) -> Texts:
     """Pairs of a file or of two, another order in every epoch."""
     from anchor_jax.training import datasets
-    from anchor_jax.training.batches import Order
+    from anchor_jax.training.order import Order
 
     if data.path is None:
         raise UserError(
             "config.data.path is missing; data.kind='prompts' reads a prompt a line, or"
             " JSON lines with prompt and switch"
         )
-    place = pathlib.Path(data.cache).expanduser() if data.cache else folder / "data"
+    place = _cache(data, folder)
     paths = {"path": data.path, "switch_path": data.switch_path, "seed": data.seed}
     pairs = datasets.prepare(datasets.PromptPairs, place, **paths)
     order = Order(len(pairs), data.seed)
@@ -135,6 +137,10 @@ def _file_texts(data: DataConfig, folder: pathlib.Path) -> Texts:
         return pair["prompt"], pair["switch"]
 
     return draw
+
+
+def _cache(data: DataConfig, folder: pathlib.Path) -> pathlib.Path:
+    return pathlib.Path(data.cache).expanduser() if data.cache else folder / "data"
 
 
 def _prompts(texts: Texts, bundle, batch: int, negative_prompt: str) -> Batches:
@@ -152,14 +158,15 @@ def _prompts(texts: Texts, bundle, batch: int, negative_prompt: str) -> Batches:
     return draw
 
 
-def _trajectories(data, bundle, batch: int, section) -> Batches:
+def _trajectories(data, bundle, batch: int, section, folder) -> Batches:
     """Stored states of a teacher's way from noise, each block at a level of its own.
 
     Source: algorithm.md 7.1.
     """
-    from anchor_jax.training.batches import Order
+    from anchor_jax.training.order import Order
     from anchor_jax.training.trajectories import Trajectories
 
+    del folder
     if data.path is None:
         raise UserError(
             "config.data.path is missing; data.kind='trajectories' reads the folder"
@@ -195,7 +202,8 @@ def _trajectories(data, bundle, batch: int, section) -> Batches:
     return draw
 
 
-def _world_clips(data, bundle, batch, section) -> Batches:
+def _world_clips(data, bundle, batch, section, folder) -> Batches:
+    del folder
     frames, codec = section.block * section.blocks, _codec(bundle)
     clips = world_clips.sample_clips(codec, data.seed, data.size, frames)
     draw = world_clips.ClipBatches(
@@ -204,7 +212,8 @@ def _world_clips(data, bundle, batch, section) -> Batches:
     return draw if section.text else _encoded(draw, bundle)
 
 
-def _world_windows(data, bundle, batch, section) -> Batches:
+def _world_windows(data, bundle, batch, section, folder) -> Batches:
+    del folder
     frames = section.block * section.blocks
     if frames != world_windows.FRAMES:
         raise UserError(
@@ -215,6 +224,18 @@ def _world_windows(data, bundle, batch, section) -> Batches:
     draw = world_windows.WindowBatches(
         windows, bundle.tokenizer, batch, data.seed, data.dropout
     )
+    return draw if section.text else _encoded(draw, bundle)
+
+
+def _videos(data, bundle, batch, section, folder) -> Batches:
+    from anchor_jax.training.videos import Videos
+
+    if data.path is None:
+        raise UserError(
+            "config.data.path is missing; data.kind='videos' reads a file of JSON lines"
+            ' {"video": NAME, "caption": TEXT}'
+        )
+    draw = Videos(data, bundle, batch, section, _cache(data, folder))
     return draw if section.text else _encoded(draw, bundle)
 
 
@@ -247,6 +268,7 @@ CLIPS: dict[str, Callable[..., Batches]] = {
     "world_clips": _world_clips,
     "world_windows": _world_windows,
     "trajectories": _trajectories,
+    "videos": _videos,
 }
 """Kinds of clips, for regression."""
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from anchor_jax.errors import UserError
-from anchor_jax.training.batches import Batches, Order
+from anchor_jax.training.order import Order
 
 pytest.importorskip("tensorflow_datasets")
 
@@ -326,61 +326,10 @@ def test_impossible_orders_are_refused(arguments):
         Order(*arguments)
 
 
-class Numbered:
-    def __init__(self, broken=()):
-        self.broken = broken
-
-    def __len__(self):
-        return 10
-
-    def __getitem__(self, number):
-        if number in self.broken:
-            raise OSError(f"example {number} cannot be read")
-        return {"x": np.full((2,), number), "prompt": f"p{number}", "captions": ["a"]}
-
-
-def test_batches_are_the_same_read_ahead_resumed_or_out_of_turn():
-    order = Order(10, 1)
-    batches = Batches(Numbered(), order, 4)
-    position, seen = 0, []
-    for _ in range(6):
-        seen.append((position, batches.at(position)))
-        position = batches.after(position)
-
-    for start, batch in reversed(seen):
-        resumed = Batches(Numbered(), order, 4)
-        for got in (batch, resumed.at(start), batches.at(start)):
-            numbers = [order.index(start + place) for place in range(4)]
-            assert got["x"].tolist() == [[number] * 2 for number in numbers]
-            assert got["prompt"] == [f"p{number}" for number in numbers]
-            assert got["captions"] == [["a"]] * 4
-        resumed.close()
-    batches.close()
-
-
-def test_an_error_of_reading_ahead_is_raised_at_the_next_call():
-    order = Order(10, 1)
-    batches = Batches(Numbered(broken={order.index(3)}), order, 2)
-
-    batches.at(0)
-
-    with pytest.raises(OSError, match="cannot be read"):
-        batches.at(batches.after(0))
-    assert batches.at(4)["x"].shape == (2, 2)
-    batches.close()
-
-
-def test_wrong_batches_are_refused():
-    with pytest.raises(UserError, match="batch=0"):
-        Batches(Numbered(), Order(10), 0)
-    with pytest.raises(UserError, match="the source has 10"):
-        Batches(Numbered(), Order(9), 2)
-
-
 WITHOUT_TENSORFLOW = """
 import pathlib, sys
 import anchor_jax
-from anchor_jax.training import batches
+from anchor_jax.training import order
 assert "tensorflow_datasets" not in sys.modules
 from anchor_jax.training import datasets, trajectories
 import numpy as np

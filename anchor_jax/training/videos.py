@@ -1,0 +1,113 @@
+"""A user's own videos with captions, as latent clips."""
+
+import functools
+import json
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from anchor_jax import media
+from anchor_jax.errors import UserError
+from anchor_jax.training import datasets
+from anchor_jax.training.order import Order
+from anchor_jax.world.scene import latent_to_pixel_frames
+
+_CELL = 8  # pixels of a latent's side
+
+
+def read_list(path: str) -> list[tuple[pathlib.Path, str]]:
+    """Returns the videos and captions of a file of JSON lines.
+
+    A line is `{"video": "NAME.mp4", "caption": TEXT}`, the video beside the file or in
+    a folder below it.
+
+    Raises:
+      UserError: A line is wrong; the message says which.
+    """
+    file = pathlib.Path(path).expanduser()
+    found = []
+    for number, line in enumerate(datasets.read_lines(file), 1):
+        where = f"{file}, line {number}"
+        try:
+            entry = json.loads(line)
+            name, caption = entry["video"], entry["caption"]
+            is_text = isinstance(name, str) and isinstance(caption, str)
+        except (ValueError, RecursionError, KeyError, TypeError):
+            is_text = False
+        if not is_text:
+            raise UserError(
+                f'{where}: got {line[:60]}, expected {{"video": NAME, "caption": TEXT}}'
+            )
+        datasets.check_length(where, caption, datasets.MAX_PROMPT_CHARACTERS)
+        found.append((_beside(file, name, where), caption))
+    return found
+
+
+def _beside(file: pathlib.Path, name: str, where: str) -> pathlib.Path:
+    folder = file.parent.resolve()
+    video = (folder / name).resolve()
+    if not video.is_relative_to(folder) or not video.is_file():
+        raise UserError(
+            f"{where}: {name!r} is no file in {folder}; put the videos beside the list,"
+            " or in folders below it"
+        )
+    return video
+
+
+class Videos:
+    """Batches of clips, pure functions of their number; encoded once, then kept."""
+
+    def __init__(self, data, bundle, batch: int, section, folder: pathlib.Path):
+        """Reads the list, and encodes the videos unless that is done.
+
+        Args:
+          data: `DataConfig`; `path` is the list.
+          bundle: with the codec, the tokenizer and the size.
+          batch: clips of a batch.
+          section: `RegressionConfig`, with the clips' length.
+          folder: where the encoded clips are kept.
+
+        Raises:
+          UserError: The list or a video is wrong.
+        """
+        self._tokenizer, self._batch, self._data = bundle.tokenizer, batch, data
+        self._frames = section.block * section.blocks
+        listed, grid = read_list(data.path), bundle.grid
+        hashes = [[datasets.digest(video), caption] for video, caption in listed]
+        self._clips = datasets.prepare(
+            datasets.Clips,
+            folder,
+            examples=lambda: self._encode(listed, bundle),
+            size=len(listed),
+            shape=(self._frames, grid.height, grid.width, bundle.model.latent_channels),
+            made_from={"videos": hashes, "weights": bundle.digest},
+        )
+        self._order = Order(len(self._clips), data.seed)
+
+    def _encode(self, listed, bundle) -> Iterator[dict[str, Any]]:
+        encode = jax.jit(functools.partial(bundle.codec.encode, bundle.codec_params))
+        grid = bundle.grid
+        size = grid.height * _CELL, grid.width * _CELL
+        count = latent_to_pixel_frames(self._frames)
+        for video, caption in listed:
+            pixels = media.read_video(video, count, size)
+            unit = jnp.asarray(pixels[None], jnp.float32) / 127.5 - 1
+            yield {"latents": np.asarray(encode(unit))[0], "captions": [caption]}
+
+    def __call__(self, number: int) -> Mapping[str, Any]:
+        """Returns latents and token ids of batch `number`; some have no caption."""
+        rng = np.random.default_rng((self._data.seed, 31, number))
+        places = range(number * self._batch, (number + 1) * self._batch)
+        found = [self._clips[self._order.index(place)] for place in places]
+        kept = rng.random(self._batch) >= self._data.dropout
+        texts = [
+            one["captions"][0] if keep else ""
+            for one, keep in zip(found, kept, strict=True)
+        ]
+        ids, mask = self._tokenizer.encode(texts)
+        latents = np.stack([one["latents"] for one in found]).astype(np.float32)
+        return {"latents": latents, "ids": ids[:, None], "mask": mask[:, None]}

@@ -1,0 +1,36 @@
+"""Fine-tunes a bidirectional teacher such as Wan2.1 on your own videos, with LoRA.
+
+    anchor-jax train --config=configs/train_finetune.py --config.out=runs/mine \
+        --config.weights=weights/wan --config.data.path=videos/list.jsonl
+
+The list has a line {"video": "NAME.mp4", "caption": "TEXT"} for each video, which lies
+beside it or below. The first 81 frames at 16 a second are taken, scaled and cut to
+`config.size`. Videos are encoded once, into runs/mine/data.
+
+Expected: runs/mine with checkpoints and log.jsonl. Sample from it with
+--config.weights=runs/mine --config.policy=wan_teacher --config.sampler.solver=euler.
+"""
+
+from ml_collections import ConfigDict
+
+from anchor_jax.config import to_config
+from anchor_jax.training.build import TrainConfig
+
+
+def get_config() -> ConfigDict:
+    """Returns the config."""
+    config = to_config(TrainConfig())
+    config.stage = "regression"
+    config.weights = "weights/wan"
+    config.steps, config.batch = 1000, 8
+    config.remat = "nothing_saveable"
+    config.lora.rank = 32
+    config.data.kind = "videos"
+    config.data.path = "videos/list.jsonl"
+    config.optimizer.learning_rate = 1e-4
+    config.optimizer.betas = (0.9, 0.999)
+    config.optimizer.clip = 1.0
+    config.optimizer.warmup = 50
+    config.ema.decay = 0.0
+    config.out = "runs/finetune"
+    return config
