@@ -271,11 +271,18 @@ def _generator(setup: StreamSetup) -> tuple[dict[str, Program], dict[str, int]]:
     return found, {"generator": size_of(variables), "cache": size_of(state)}
 
 
-def features_of(model) -> frozenset[int]:
-    """Returns sizes of a generator that are no number of tokens."""
-    # Layers of one input may run side by side.
-    joined = {count * model.dim for count in range(1, 7)}
-    return frozenset(joined | {model.ffn_dim, model.text_dim})
+def features_of(model, rank: int = 0) -> frozenset[int]:
+    """Returns sizes of a generator that are no number of tokens.
+
+    Args:
+      model: of the generator.
+      rank: of its low-rank updates.
+    """
+    # Layers of one input may run side by side, their updates too.
+    widths = (model.dim, model.dim + rank)
+    joined = {count * width for count in range(1, 7) for width in widths}
+    wide = {model.ffn_dim, model.ffn_dim + rank}
+    return frozenset(joined | wide | {model.text_dim})
 
 
 def _text(config: TextConfig, prompts: int) -> tuple[Program, int]:

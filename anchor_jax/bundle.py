@@ -818,8 +818,8 @@ def _read(path: pathlib.Path, weights: str) -> bytes:
             ) from error
         raise UserError(
             f"weights={weights!r}: {path} cannot be read ({error.strerror}); expected"
-            " 'tiny', a folder with model.safetensors and tokenizer.model, as"
-            " anchor-jax train-tiny writes it, or one that anchor-jax port wrote"
+            " 'tiny', the folder of a training, one that anchor-jax port wrote, or a"
+            " bundle of anchor-jax export with model.safetensors and tokenizer.model"
         ) from error
 
 

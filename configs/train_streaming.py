@@ -3,7 +3,8 @@
     anchor-jax train --config=configs/train_streaming.py --config.out=runs/streaming \
         --config.weights=runs/dmd --config.teacher=runs/teacher
 
-With `train_streaming.py:tiny` the tiny world's: shorter sequences, no LoRA.
+With `train_streaming.py:tiny` the tiny world's, about an hour on one core: shorter
+sequences, no LoRA.
 
 Expected: runs/streaming with checkpoints, log.jsonl and TensorBoard events. Sequences
 of 240 latent frames go on over the steps, in chunks of 21 and then 18 new frames.
@@ -23,7 +24,7 @@ def get_config(scale: str = "paper") -> ConfigDict:
     config.out = "runs/streaming"
     if scale == "tiny":
         config.weights, config.teacher = "runs/dmd", "runs/teacher21"
-        config.steps, config.batch = 400, 16
+        config.steps, config.batch = 1600, 16
         config.distillation.guidance = 1.5
         config.distillation.length = 75
         config.distillation.switches = (21, 39)

@@ -20,7 +20,7 @@ def get_config(frames: str = "6") -> ConfigDict:
     config = to_config(TrainConfig())
     config.stage = "regression"
     config.weights = "fresh"
-    config.steps, config.batch = (2000, 32) if frames == "6" else (2400, 16)
+    config.steps, config.batch = (2000, 32) if frames == "6" else (5400, 16)
     config.regression.blocks = int(frames) // config.regression.block
     config.regression.shift = 3.0
     config.regression.text = True

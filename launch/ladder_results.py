@@ -36,6 +36,7 @@ EVENT_ROWS = {
     ("motion", "adopted_soon"): "motion changes: seen in 2 blocks",
     ("motion", "on_its_way"): "motion changes: its way goes on",
     ("color", "adopted_soon"): "colour changes: seen in 2 blocks",
+    ("shape", "adopted_soon"): "shape changes: seen in 2 blocks",
     ("background", "adopted_soon"): "background changes: seen in 2 blocks",
     ("enter", "adopted_soon"): "second object enters: seen in 2 blocks",
     ("enter", "persists"): "second object enters: the first persists",

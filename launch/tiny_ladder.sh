@@ -2,8 +2,8 @@
 # The training ladder on the tiny world: every stage in order, from nothing to a
 # generator that streams in four steps, with the scores of each.
 #
-#   launch/tiny_ladder.sh [FOLDER]   default runs/ladder; 3 hours of training on one
-#                                    core, and about 2 of scores
+#   launch/tiny_ladder.sh [FOLDER]   default runs/ladder; 5 hours of training on one
+#                                    core, and about an hour of scores
 #
 # The same command goes on where it was ended. At the end FOLDER/bundle holds the
 # weights, FOLDER/results.json and FOLDER/results.md the scores.

@@ -20,7 +20,6 @@ COMMANDS = {
     "trajectories": "anchor_jax.cli.trajectories",
     "train": "anchor_jax.cli.train",
     "sweep": "anchor_jax.cli.sweep",
-    "train-tiny": "anchor_jax.cli.train_tiny",
     "score": "anchor_jax.cli.score",
     "ablate": "anchor_jax.cli.ablate",
     "port": "anchor_jax.cli.port",

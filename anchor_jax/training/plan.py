@@ -127,21 +127,22 @@ def plan(
         progress(part)
         with jax.set_mesh(mesh):
             made[part] = aot.compile_program(program)
+    resident, gradient = _resident(prepared)
+    return Report(target, dict(mesh.shape), made, resident, gradient)
+
+
+def _resident(prepared: Prepared) -> tuple[dict[str, int], int]:
+    """Returns what stays in a chip's memory, by name, and the largest gradient."""
     state = prepared.state
-    networks = {"generator": state.generator, "critic": state.fake_score}
-    resident = {
-        **networks,
+    trained = {"generator": state.generator, "critic": state.fake_score}
+    held = {
+        **trained,
         "optimizers": (state.opt_generator, state.opt_fake_score, state.ema),
         "frozen weights": prepared.stage.frozen,
         "rollout": state.rollout,
     }
-    return Report(
-        target,
-        dict(mesh.shape),
-        made,
-        {name: bytes_on_one(tree) for name, tree in resident.items()},
-        max(map(bytes_on_one, networks.values())),
-    )
+    sizes = {name: bytes_on_one(tree) for name, tree in held.items()}
+    return sizes, max(sizes[name] for name in trained)
 
 
 def on_paper(config: TrainConfig, networks: Networks, mesh: Mesh) -> Prepared:
@@ -190,6 +191,12 @@ def programs(
         batch, placement.of_batch(batch, stage.mesh)
     )
     rows, columns = bundle.grid.tokens(bundle.model.patch)
+    features = {
+        # The VAE attends to the pixels of one latent frame.
+        bundle.grid.height * bundle.grid.width,
+        *aot.features_of(networks.generator, config.lora.rank),
+        *aot.features_of(networks.teacher),
+    }
     return {
         name: Program(
             function,
@@ -197,8 +204,7 @@ def programs(
             {},
             reads=frozenset(),
             tokens=BLOCK * rows * columns,
-            features=aot.features_of(networks.generator)
-            | aot.features_of(networks.teacher),
+            features=frozenset(features),
         )
         for name, (function, args) in stage.programs(prepared.state, batch).items()
     }
