@@ -126,12 +126,12 @@ def _parse_flags(name: str, argv: list[str], own: list[str]) -> list[str]:
     except flags.Error as error:
         raise UserError(f"{error}; see: anchor-jax {name} --help") from error
     if "config" in own:
-        if FLAGS.config is None:
+        if FLAGS.config is None or overrides and not FLAGS.config:
             raise UserError(
                 "--config is missing; expected a config file or the name of a shipped"
                 f" one: {', '.join(config.shipped_configs())}"
             )
-        if FLAGS.config or overrides:
+        if FLAGS.config:
             FLAGS["config"].value = config.load_config(FLAGS.config, overrides)
     return arguments
 

@@ -49,10 +49,10 @@ def define_flags() -> None:
     """Defines the command's flags."""
     flags.DEFINE_string("target", "all", "Chip: h100, h200, v5e, v5p, v6e, or all.")
     flags.DEFINE_string("model", "1.3B", f"Generator: {' or '.join(_MODELS)}.")
-    flags.DEFINE_string("size", "480x832", f"Pixels: {', '.join(GRIDS)}.")
-    flags.DEFINE_string("policy", "anchor_forcing", "What the stream remembers.")
+    flags.DEFINE_string("size", "480x832", f"Of a stream, pixels: {', '.join(GRIDS)}.")
+    flags.DEFINE_string("policy", "anchor_forcing", "What a stream remembers.")
     define_config_flag("")
-    flags.DEFINE_integer("chips", 64, "Of a training.", lower_bound=1)
+    flags.DEFINE_integer("chips", 64, "Of a training; a power of two.", 1)
     flags.DEFINE_string("teacher", "14B", f"Real score: {' or '.join(_MODELS)}.")
     flags.DEFINE_list(
         "remat", [], "Of a training, one after another; else the config's."

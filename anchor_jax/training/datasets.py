@@ -300,23 +300,30 @@ def _check_array(where: str, value: np.ndarray, shape: tuple[int, ...]) -> None:
 
 def digest(path: pathlib.Path) -> list[Any]:
     """Returns a file's SHA-256 and its size in bytes."""
+    with _opened(path) as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return [digest, file.tell()]
+
+
+@contextlib.contextmanager
+def _opened(path: pathlib.Path) -> Iterator[Any]:
     try:
         with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            return [digest, file.tell()]
+            yield file
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file of prompts") from error
+        raise UserError(f"{path}: no such file; give the path of one") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def read_lines(path: pathlib.Path) -> list[str]:
     """Returns the lines of a file of UTF-8 text, none of them empty."""
-    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    with _opened(path) as file:
+        lines = file.read().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     if not lines[-1]:
         lines.pop()
     if not lines:
-        raise UserError(f"{path}: no lines; expected a prompt a line")
+        raise UserError(f"{path}: no lines; expected a prompt, or JSON, a line")
     return [_line(path, number, line) for number, line in enumerate(lines, 1)]
 
 

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from anchor_jax import aot
 from anchor_jax.aot import Compiled, Program, Refused, Target
 from anchor_jax.bundle import Bundle
+from anchor_jax.errors import UserError
 from anchor_jax.experiment import parse_size
 from anchor_jax.training import build, placement
 from anchor_jax.training.build import Prepared, TrainConfig
@@ -146,7 +147,16 @@ def _resident(prepared: Prepared) -> tuple[dict[str, int], int]:
 
 
 def on_paper(config: TrainConfig, networks: Networks, mesh: Mesh) -> Prepared:
-    """Returns a stage whose weights and state are shapes."""
+    """Returns a stage whose weights and state are shapes.
+
+    Raises:
+      UserError: The text encoder would be trained along, which is left out here.
+    """
+    if config.stage == "regression" and config.regression.text:
+        raise UserError(
+            "config.regression.text=True: a plan leaves the text encoder out; add"
+            " --config.regression.text=False"
+        )
     grid, vae = parse_size(config.size or _SIZE), VaeCodec(networks.vae)
     generator = _bundle(networks.generator, vae, grid)
     teacher = _bundle(networks.teacher, vae, grid)

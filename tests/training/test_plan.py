@@ -103,6 +103,30 @@ def test_recomputing_activations_takes_less_memory():
     assert recomputed.arguments == kept.arguments
 
 
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_plan_counts_what_stays_and_names_what_is_wrong(monkeypatch):
+    monkeypatch.setattr(aot, "find_target", aot.TARGETS.get)
+    monkeypatch.setattr(aot, "devices_of", lambda target, count: jax.devices()[:count])
+    section = RegressionConfig(block=3, blocks=2)
+    config = dataclasses.replace(DISTILL, stage="regression", regression=section)
+
+    one = plan.plan("h100", 4, config, NETWORKS)
+
+    held = on_paper(config).state
+    assert one.resident["generator"] == plan.bytes_on_one(held.generator) > 0
+    assert one.resident["critic"] == one.resident["rollout"] == 0
+    assert one.needed > sum(one.resident.values()) + one.gradient
+    assert one.problems()[0] == "step: no fused attention kernel"
+
+
+def test_a_text_encoder_that_is_trained_along_is_refused():
+    section = RegressionConfig(text=True)
+    config = dataclasses.replace(DISTILL, stage="regression", regression=section)
+
+    with pytest.raises(UserError, match="add --config.regression.text=False"):
+        on_paper(config)
+
+
 def made(temporaries, **changes):
     values = dict(outputs=GB, temporaries=temporaries, fused=2)
     return aot.Compiled(**{
@@ -195,3 +219,8 @@ def test_the_command_refuses_what_it_does_not_know(
     given = ["plan", "--config=configs/train_dmd.py", *arguments]
     assert main.main(given) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_field_of_a_config_needs_the_config(capsys):
+    assert main.main(["plan", "--config.batch=3"]) == 2
+    assert "--config is missing" in capsys.readouterr().err

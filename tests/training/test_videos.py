@@ -136,3 +136,5 @@ def test_videos_need_a_list(tmp_path):
 
     with pytest.raises(UserError, match="config.data.path is missing"):
         sources.open_source(wanted, bundles.load(), tmp_path)
+    with pytest.raises(UserError, match="none.jsonl: no such file"):
+        videos.read_list(str(tmp_path / "none.jsonl"))
