@@ -26,7 +26,7 @@ from anchor_jax.wan import dit, kernels
 from anchor_jax.wan.text import TextConfig, Umt5Encoder
 from anchor_jax.wan.vae import VaeCodec, VaeConfig, WanVae
 
-_ENCODER = "text encoder"
+ENCODER = "text encoder"
 _ATTENDING = ("step", "switch")
 _FUSED = ("tpu_custom_call", "__cudnn$fmha")
 _GPU = """
@@ -230,7 +230,7 @@ def programs(
     setup = dataclasses.replace(setup, kernel=kernel)
     found, resident = _generator(setup)
     if text:
-        found["text"], resident[_ENCODER] = _text(text, setup.copies)
+        found["text"], resident[ENCODER] = text_program(text, setup.copies)
     if codec:
         decoders, sizes = _decoders(codec, setup)
         found |= decoders
@@ -285,7 +285,8 @@ def features_of(model, rank: int = 0) -> frozenset[int]:
     return frozenset(joined | wide | {model.text_dim})
 
 
-def _text(config: TextConfig, prompts: int) -> tuple[Program, int]:
+def text_program(config: TextConfig, prompts: int) -> tuple[Program, int]:
+    """Returns the text encoder's program, and the bytes of its weights."""
     encoder = Umt5Encoder(config)
     ids = jax.ShapeDtypeStruct((prompts, config.text_len), jnp.int32)
     params = jax.eval_shape(encoder.init, jax.random.key(0), ids, ids)["params"]
@@ -299,7 +300,7 @@ def _text(config: TextConfig, prompts: int) -> tuple[Program, int]:
         encode,
         (params, ids, ids),
         {},
-        reads=frozenset({_ENCODER}),
+        reads=frozenset({ENCODER}),
         # Scores of one prompt are small, and are meant to be there.
         tokens=config.text_len + 1,
         features=frozenset(sizes),
@@ -405,7 +406,7 @@ class Report:
           keep_encoder: whether the text encoder stays beside the generator; if not,
             it encodes first and is then freed.
         """
-        away = set() if keep_encoder else {_ENCODER}
+        away = set() if keep_encoder else {ENCODER}
         beside = {name: n for name, n in self.resident.items() if name not in away}
         totals = [0]
         for made in self.programs.values():

@@ -20,7 +20,8 @@ anchor-jax plan --config=configs/train_dmd.py --target=v5p --chips=64
 anchor-jax plan --config=configs/train_streaming.py --target=h100 --chips=64 \\
     --remat=none,nothing_saveable
 With the config of a training, its steps on --chips of the target, with the config's
-mesh, batch and LoRA; prompts are encoded beforehand. Without one, a stream."""
+mesh, batch and LoRA; the text encoder is on a machine's first chip. Without a config,
+a stream."""
 
 # The process stays on the CPU; the TPU's variables keep its compiler from asking for
 # a machine that is not there.
@@ -92,6 +93,7 @@ def _plan_stream(aot) -> dict:
 def _plan_training(aot) -> dict:
     from anchor_jax.training import plan
     from anchor_jax.training.run import read_config
+    from anchor_jax.wan.text import TextConfig
     from anchor_jax.wan.vae import VaeConfig
 
     config = read_config(FLAGS.config)
@@ -99,7 +101,7 @@ def _plan_training(aot) -> dict:
     report = functools.partial(
         plan.plan,
         chips=FLAGS.chips,
-        networks=plan.Networks(*models, VaeConfig(**_HELD)),
+        networks=plan.Networks(*models, VaeConfig(**_HELD), TextConfig(**_HELD)),
     )
     summaries = {}
     for name in _targets(aot):

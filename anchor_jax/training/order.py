@@ -1,61 +1,77 @@
-"""The order of examples, a pure function of a position."""
+"""The order of examples, and which of them a process reads: pure functions."""
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 
 import numpy as np
 
 from anchor_jax.errors import UserError
+
+SHARED = ("position", "requested")
+"""What a batch holds once, not video by video."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Order:
     """A shuffled order of examples, another one in every epoch.
 
-    The processes read disjoint examples, each `per_epoch` of them; a remainder of
-    fewer than `processes` examples is left out of an epoch, others in each. A position
-    is all that a checkpoint has to hold.
+    A position is all that a checkpoint has to hold.
 
     Attributes:
       size: examples.
       seed: of the order.
-      process: this process, from 0.
-      processes: that share the examples.
 
     Raises:
-      UserError: There are fewer examples than processes, or no such process.
+      UserError: There are no examples, or the seed is negative.
     """
 
     size: int
     seed: int = 0
-    process: int = 0
-    processes: int = 1
 
     def __post_init__(self):
-        if not 0 <= self.process < self.processes:
-            raise UserError(
-                f"process={self.process}: expected 0 to {self.processes - 1}"
-            )
-        if self.size < self.processes:
-            raise UserError(
-                f"size={self.size}: expected an example or more for each of"
-                f" {self.processes} processes; give more data or use fewer processes"
-            )
+        if self.size < 1:
+            raise UserError(f"size={self.size}: expected an example or more")
         if self.seed < 0:
-            raise UserError(f"seed={self.seed}: expected 0 or more")
-
-    @property
-    def per_epoch(self) -> int:
-        """The examples of an epoch that this process reads."""
-        return self.size // self.processes
+            raise UserError(f"config.data.seed={self.seed}: expected 0 or more")
 
     def index(self, position: int) -> int:
-        """Returns the number of this process's example at `position`, 0 or more."""
+        """Returns the number of the example at `position`, 0 or more."""
         if position < 0:
             raise ValueError(f"position={position}: expected 0 or more")
-        epoch, place = divmod(position, self.per_epoch)
-        shuffled = _permutation(self.size, self.seed, epoch)
-        return int(shuffled[place * self.processes + self.process])
+        epoch, place = divmod(position, self.size)
+        return int(_permutation(self.size, self.seed, epoch)[place])
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """The videos of every batch that this process makes.
+
+    What a batch holds does not depend on how many processes share it.
+
+    Attributes:
+      size: videos of a batch.
+      rows: numbers of this process's, in order.
+    """
+
+    size: int
+    rows: np.ndarray
+
+    @classmethod
+    def whole(cls, size: int) -> "Share":
+        """Returns the share of a process that is alone."""
+        return cls(size, np.arange(size))
+
+    def places(self, number: int) -> list[int]:
+        """Returns the positions of this process's examples of batch `number`."""
+        return [number * self.size + int(row) for row in self.rows]
+
+    def of(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Returns this process's rows of a whole batch."""
+        return {
+            name: value if name in SHARED else value[self.rows]
+            for name, value in batch.items()
+        }
 
 
 @functools.lru_cache(maxsize=4)

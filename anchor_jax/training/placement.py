@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from anchor_jax import sharding
+from anchor_jax.training import order
 from anchor_jax.training.state import TrainState
 from anchor_jax.wan import kernels
 from anchor_jax.wan.spec import ModelConfig
@@ -168,19 +169,28 @@ def _put(value: Any, place: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(value.shape, place, lambda index: value[index])
 
 
+def rows_of_process(mesh: Mesh, batch: int) -> np.ndarray:
+    """Returns the numbers of the videos, of a batch, on this process's devices."""
+    held = _of_rows(mesh).addressable_devices_indices_map((batch,)).values()
+    return np.unique([np.arange(batch)[rows] for (rows,) in held])
+
+
 def put_batch(batch, mesh: Mesh):
-    """Returns a batch on its devices; every process gives the whole of it."""
-    whole = {name: np.asarray(value) for name, value in batch.items()}
-    return put(whole, of_batch(batch, mesh))
+    """Returns a batch on its devices; every process gives its own rows of it."""
+    own = {name: np.asarray(value) for name, value in batch.items()}
+    return jax.make_array_from_process_local_data(of_batch(batch, mesh), own)
 
 
 def of_batch(batch, mesh: Mesh):
     """Returns the shardings of a batch; what is not by video is everywhere."""
-    shared = ("position", "requested")
     return {
-        name: everywhere(mesh) if name in shared else of_videos(value, mesh)
-        for name, value in batch.items()
+        name: everywhere(mesh) if name in order.SHARED else _of_rows(mesh)
+        for name in batch
     }
+
+
+def _of_rows(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P(sharding.VIDEOS))
 
 
 def everywhere(mesh: Mesh) -> NamedSharding:

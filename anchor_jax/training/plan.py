@@ -1,6 +1,7 @@
 """Compiling the steps of a training for machines that are not there.
 
-Weights are shapes; every array has the sharding that it would have on the mesh.
+Weights are shapes; every array has the sharding that it would have on the mesh. The
+chip that is counted is the first of its machine, which has the text encoder too.
 """
 
 import dataclasses
@@ -28,6 +29,7 @@ from anchor_jax.wan.vae import VaeCodec, VaeConfig, WanVae
 BLOCK = 3
 """Latent frames; fewer tokens on a side are no score matrix."""
 _SIZE = "480x832"
+_MACHINE = 8  # chips of a process, the first of which encodes its prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Networks:
     generator: ModelConfig
     teacher: ModelConfig
     vae: VaeConfig
+    text: TextConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Report:
         for name, made in self.programs.items():
             if isinstance(made, Refused):
                 found.append(f"{name}: {made.reason}")
-            elif not name.endswith("update"):
+            elif name != aot.ENCODER and not name.endswith("update"):
                 if not made.fused:
                     found.append(f"{name}: no fused attention kernel")
                 if made.scores:
@@ -129,6 +132,11 @@ def plan(
         with jax.set_mesh(mesh):
             made[part] = aot.compile_program(program)
     resident, gradient = _resident(prepared)
+    progress(aot.ENCODER)
+    prompts = config.batch * min(chips, _MACHINE) // chips
+    encoder, resident[aot.ENCODER] = aot.text_program(networks.text, prompts)
+    (device,) = aot.devices_of(target, 1)
+    made[aot.ENCODER] = aot.compile_program(aot.on_device(encoder, device))
     return Report(target, dict(mesh.shape), made, resident, gradient)
 
 
@@ -150,11 +158,11 @@ def on_paper(config: TrainConfig, networks: Networks, mesh: Mesh) -> Prepared:
     """Returns a stage whose weights and state are shapes.
 
     Raises:
-      UserError: The text encoder would be trained along, which is left out here.
+      UserError: The text encoder would be trained along.
     """
     if config.stage == "regression" and config.regression.text:
         raise UserError(
-            "config.regression.text=True: a plan leaves the text encoder out; add"
+            "config.regression.text=True: a plan takes prompts that are encoded; add"
             " --config.regression.text=False"
         )
     grid, vae = parse_size(config.size or _SIZE), VaeCodec(networks.vae)

@@ -17,11 +17,12 @@ from anchor_jax.config import from_config
 from anchor_jax.errors import UserError, suggest
 from anchor_jax.experiment import parse_size
 from anchor_jax.media import write_json
-from anchor_jax.training import build, fresh, samples, sources
+from anchor_jax.training import build, fresh, placement, samples, sources
 from anchor_jax.training.build import Prepared, TrainConfig
 from anchor_jax.training.checkpoints import Checkpoints
 from anchor_jax.training.loop import Loop, train
 from anchor_jax.training.monitor import LOG, Monitor, memory_gb
+from anchor_jax.training.order import Share
 from anchor_jax.training.programs import Cursor, DistillStage
 from anchor_jax.training.samples import Sampler
 
@@ -179,7 +180,9 @@ def open_job(config: TrainConfig, tell: Callable[[str], None]) -> Job:
     generator = _load(config, base if base != f"./{FRESH}" else str(folder / FRESH))
     teacher = _load(config, config.teacher) if config.teacher else None
     critic = _load(config, config.critic) if config.critic else None
-    batches = sources.open_source(config, generator, folder)
+    rows = placement.rows_of_process(build.make_mesh(config), config.batch)
+    share = Share(config.batch, rows)
+    batches = sources.open_source(config, generator, folder, share)
     prepared = build.prepare(config, generator, batches, teacher, critic)
     sampler = samples.make_sampler(config, prepared, folder)
     bundles.write_run(folder, base)

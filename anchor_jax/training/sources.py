@@ -4,7 +4,6 @@ A source is a pure function of a batch's number.
 """
 
 import dataclasses
-import itertools
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 from anchor_jax.bundle import Bundle
 from anchor_jax.errors import UserError, suggest
 from anchor_jax.training import world_clips, world_windows
+from anchor_jax.training.order import Order, Share
 from anchor_jax.world import events
 
 Batches = Callable[[int], Mapping[str, Any]]
@@ -46,27 +46,28 @@ class DataConfig:
     seed: int = 0
 
 
-def open_source(config, bundle: Bundle, folder: pathlib.Path) -> Batches:
+def open_source(
+    config, bundle: Bundle, folder: pathlib.Path, share: Share | None = None
+) -> Batches:
     """Returns the batches of a stage.
-
-    Every process makes the whole batch, of which `placement.put_batch` puts its rows
-    onto its devices.
 
     Args:
       config: `TrainConfig` of the stage.
       bundle: its tokenizer, text encoder and codec.
       folder: of the training.
+      share: the videos that this process makes; None: all of a batch.
 
     Raises:
       UserError: The kind does not suit the stage, or a file is wrong.
     """
     _check(config)
+    share = share or Share.whole(config.batch)
     if config.stage == "distillation":
         texts = open_texts(config.data, folder)
         negative = config.distillation.negative_prompt
-        return _prompts(texts, bundle, config.batch, negative)
+        return _prompts(texts, bundle, share, negative)
     make = CLIPS[config.data.kind]
-    return make(config.data, bundle, config.batch, config.regression, folder)
+    return make(config.data, bundle, share, config.regression, folder)
 
 
 def _check(config) -> None:
@@ -120,7 +121,6 @@ def _world_texts(data: DataConfig, folder: pathlib.Path) -> Texts:
 def _file_texts(data: DataConfig, folder: pathlib.Path) -> Texts:
     """Pairs of a file or of two, another order in every epoch."""
     from anchor_jax.training import datasets
-    from anchor_jax.training.order import Order
 
     if data.path is None:
         raise UserError(
@@ -143,12 +143,11 @@ def _cache(data: DataConfig, folder: pathlib.Path) -> pathlib.Path:
     return pathlib.Path(data.cache).expanduser() if data.cache else folder / "data"
 
 
-def _prompts(texts: Texts, bundle, batch: int, negative_prompt: str) -> Batches:
-    negative = np.asarray(bundle.encode_prompts([negative_prompt] * batch))
+def _prompts(texts: Texts, bundle, share: Share, negative_prompt: str) -> Batches:
+    negative = np.asarray(bundle.encode_prompts([negative_prompt] * len(share.rows)))
 
     def draw(number: int) -> Mapping[str, Any]:
-        numbers = range(number * batch, (number + 1) * batch)
-        first, second = zip(*map(texts, numbers), strict=True)
+        first, second = zip(*map(texts, share.places(number)), strict=True)
         return {
             "prompt": np.asarray(bundle.encode_prompts(list(first))),
             "switch": np.asarray(bundle.encode_prompts(list(second))),
@@ -158,12 +157,11 @@ def _prompts(texts: Texts, bundle, batch: int, negative_prompt: str) -> Batches:
     return draw
 
 
-def _trajectories(data, bundle, batch: int, section, folder) -> Batches:
+def _trajectories(data, bundle, share: Share, section, folder) -> Batches:
     """Stored states of a teacher's way from noise, each block at a level of its own.
 
     Source: algorithm.md 7.1.
     """
-    from anchor_jax.training.order import Order
     from anchor_jax.training.trajectories import Trajectories
 
     del folder
@@ -185,12 +183,11 @@ def _trajectories(data, bundle, batch: int, section, folder) -> Batches:
 
     def draw(number: int) -> Mapping[str, Any]:
         rng = np.random.default_rng((data.seed, 30, number))
-        places = itertools.islice(itertools.count(number * batch), batch)
-        examples = [stored[order.index(place)] for place in places]
+        examples = [stored[order.index(place)] for place in share.places(number)]
         states = np.stack([one["states"] for one in examples]).astype(np.float32)
-        level = rng.integers(len(sigma), size=(batch, frames // block))
+        level = rng.integers(len(sigma), size=(share.size, frames // block))[share.rows]
         of_frame = np.repeat(level, block, axis=1)
-        rows, columns = np.arange(batch)[:, None], np.arange(frames)
+        rows, columns = np.arange(len(states))[:, None], np.arange(frames)
         embedding = bundle.encode_prompts([one["prompt"] for one in examples])
         return {
             "noisy": states[rows, of_frame, columns],
@@ -202,17 +199,17 @@ def _trajectories(data, bundle, batch: int, section, folder) -> Batches:
     return draw
 
 
-def _world_clips(data, bundle, batch, section, folder) -> Batches:
+def _world_clips(data, bundle, share: Share, section, folder) -> Batches:
     del folder
     frames, codec = section.block * section.blocks, _codec(bundle)
     clips = world_clips.sample_clips(codec, data.seed, data.size, frames)
     draw = world_clips.ClipBatches(
-        clips, bundle.tokenizer, batch, frames, data.seed, data.dropout
+        clips, bundle.tokenizer, share.size, frames, data.seed, data.dropout
     )
-    return draw if section.text else _encoded(draw, bundle)
+    return _ready(lambda number: share.of(draw(number)), bundle, section)
 
 
-def _world_windows(data, bundle, batch, section, folder) -> Batches:
+def _world_windows(data, bundle, share: Share, section, folder) -> Batches:
     del folder
     frames = section.block * section.blocks
     if frames != world_windows.FRAMES:
@@ -222,12 +219,12 @@ def _world_windows(data, bundle, batch, section, folder) -> Batches:
         )
     windows = world_windows.sample_windows(_codec(bundle), data.seed, data.size)
     draw = world_windows.WindowBatches(
-        windows, bundle.tokenizer, batch, data.seed, data.dropout
+        windows, bundle.tokenizer, share.size, data.seed, data.dropout
     )
-    return draw if section.text else _encoded(draw, bundle)
+    return _ready(lambda number: share.of(draw(number)), bundle, section)
 
 
-def _videos(data, bundle, batch, section, folder) -> Batches:
+def _videos(data, bundle, share: Share, section, folder) -> Batches:
     from anchor_jax.training.videos import Videos
 
     if data.path is None:
@@ -235,16 +232,18 @@ def _videos(data, bundle, batch, section, folder) -> Batches:
             "config.data.path is missing; data.kind='videos' reads a file of JSON lines"
             ' {"video": NAME, "caption": TEXT}'
         )
-    draw = Videos(data, bundle, batch, section, _cache(data, folder))
-    return draw if section.text else _encoded(draw, bundle)
+    draw = Videos(data, bundle, share, section, _cache(data, folder))
+    return _ready(draw, bundle, section)
 
 
 def _codec(bundle) -> dict[str, np.ndarray]:
     return {name: np.asarray(value) for name, value in bundle.codec_params.items()}
 
 
-def _encoded(draw: Batches, bundle) -> Batches:
+def _ready(draw: Batches, bundle, section) -> Batches:
     """Where the text encoder is not trained along, its embeddings are data."""
+    if section.text:
+        return draw
 
     def encoded(number: int) -> Mapping[str, Any]:
         found = dict(draw(number))

@@ -13,7 +13,7 @@ import numpy as np
 from anchor_jax import media
 from anchor_jax.errors import UserError
 from anchor_jax.training import datasets
-from anchor_jax.training.order import Order
+from anchor_jax.training.order import Order, Share
 from anchor_jax.world.scene import latent_to_pixel_frames
 
 _CELL = 8  # pixels of a latent's side
@@ -61,20 +61,20 @@ def _beside(file: pathlib.Path, name: str, where: str) -> pathlib.Path:
 class Videos:
     """Batches of clips, pure functions of their number; encoded once, then kept."""
 
-    def __init__(self, data, bundle, batch: int, section, folder: pathlib.Path):
+    def __init__(self, data, bundle, share: Share, section, folder: pathlib.Path):
         """Reads the list, and encodes the videos unless that is done.
 
         Args:
           data: `DataConfig`; `path` is the list.
           bundle: with the codec, the tokenizer and the size.
-          batch: clips of a batch.
+          share: clips of a batch that this process makes.
           section: `RegressionConfig`, with the clips' length.
           folder: where the encoded clips are kept.
 
         Raises:
           UserError: The list or a video is wrong.
         """
-        self._tokenizer, self._batch, self._data = bundle.tokenizer, batch, data
+        self._tokenizer, self._share, self._data = bundle.tokenizer, share, data
         self._frames = section.block * section.blocks
         listed, grid = read_list(data.path), bundle.grid
         hashes = [[datasets.digest(video), caption] for video, caption in listed]
@@ -100,10 +100,11 @@ class Videos:
 
     def __call__(self, number: int) -> Mapping[str, Any]:
         """Returns latents and token ids of batch `number`; some have no caption."""
-        rng = np.random.default_rng((self._data.seed, 31, number))
-        places = range(number * self._batch, (number + 1) * self._batch)
-        found = [self._clips[self._order.index(place)] for place in places]
-        kept = rng.random(self._batch) >= self._data.dropout
+        rng, share = np.random.default_rng((self._data.seed, 31, number)), self._share
+        found = [
+            self._clips[self._order.index(place)] for place in share.places(number)
+        ]
+        kept = rng.random(share.size)[share.rows] >= self._data.dropout
         texts = [
             one["captions"][0] if keep else ""
             for one, keep in zip(found, kept, strict=True)

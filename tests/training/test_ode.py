@@ -4,6 +4,7 @@ import bundles
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import shares
 
 from anchor_jax import flow
 from anchor_jax.cli.main import main
@@ -128,6 +129,14 @@ def test_batches_hold_each_block_at_a_stored_level(model, written, tmp_path):
     for name, value in batch.items():
         np.testing.assert_array_equal(value, again[name])
     assert not np.array_equal(draw(5)["noisy"], batch["noisy"])
+
+
+def test_processes_share_a_batch(model, written, tmp_path):
+    config = regression(written, batch=4)
+
+    shares.assert_shared(
+        lambda share: sources.open_source(config, model, tmp_path, share)(4)
+    )
 
 
 def _is(a, b):

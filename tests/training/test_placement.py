@@ -1,4 +1,4 @@
-"""A batch over two processes, each of which makes the whole of it."""
+"""A batch over two processes, each of which makes its own rows."""
 
 import json
 import socket
@@ -12,9 +12,13 @@ number, address = int(sys.argv[1]), sys.argv[2]
 jax.config.update("jax_num_cpu_devices", 1)
 jax.distributed.initialize(address, 2, number)
 from anchor_jax.sharding import make_mesh
-from anchor_jax.training.placement import put_batch
+from anchor_jax.training.order import Share
+from anchor_jax.training.placement import put_batch, rows_of_process
 batch = {"prompt": np.arange(8.0).reshape(4, 2), "position": np.arange(3)}
-found = put_batch(batch, make_mesh((1, 2, 1, 1)))
+mesh = make_mesh((1, 2, 1, 1))
+own = Share(4, rows_of_process(mesh, 4)).of(batch)
+assert len(own["prompt"]) == 2, own
+found = put_batch(own, mesh)
 rows = {name: x.addressable_shards[0].data.tolist() for name, x in found.items()}
 print(json.dumps([list(found["prompt"].shape), rows]))
 """

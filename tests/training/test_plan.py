@@ -18,6 +18,7 @@ from anchor_jax.training.build import (
     TrainConfig,
 )
 from anchor_jax.wan.spec import ModelConfig
+from anchor_jax.wan.text import TextConfig
 from anchor_jax.wan.vae import VaeConfig
 
 GB = 10**9
@@ -26,7 +27,18 @@ SMALL = ModelConfig(
     text_len=16, param_dtype="bfloat16",
 )  # fmt: skip
 NETWORKS = plan.Networks(
-    SMALL, dataclasses.replace(SMALL, dim=128), VaeConfig(base_dim=8)
+    SMALL,
+    dataclasses.replace(SMALL, dim=128),
+    VaeConfig(base_dim=8),
+    TextConfig(
+        vocab=64,
+        dim=32,
+        attention_dim=32,
+        ffn_dim=64,
+        num_heads=2,
+        num_layers=1,
+        text_len=16,
+    ),
 )
 DISTILL = TrainConfig(
     batch=4,
@@ -106,7 +118,9 @@ def test_recomputing_activations_takes_less_memory():
 @pytest.mark.usefixtures("quick_compilation")
 def test_a_plan_counts_what_stays_and_names_what_is_wrong(monkeypatch):
     monkeypatch.setattr(aot, "find_target", aot.TARGETS.get)
-    monkeypatch.setattr(aot, "devices_of", lambda target, count: jax.devices()[:count])
+    monkeypatch.setattr(
+        aot, "devices_of", lambda target, count=1: jax.devices()[:count]
+    )
     section = RegressionConfig(block=3, blocks=2)
     config = dataclasses.replace(DISTILL, stage="regression", regression=section)
 
@@ -115,6 +129,8 @@ def test_a_plan_counts_what_stays_and_names_what_is_wrong(monkeypatch):
     held = on_paper(config).state
     assert one.resident["generator"] == plan.bytes_on_one(held.generator) > 0
     assert one.resident["critic"] == one.resident["rollout"] == 0
+    assert one.resident["text encoder"] > 64 * 32
+    assert one.programs["text encoder"].outputs > 0
     assert one.needed > sum(one.resident.values()) + one.gradient
     assert one.problems()[0] == "step: no fused attention kernel"
 

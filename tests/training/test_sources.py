@@ -3,6 +3,7 @@
 import bundles
 import numpy as np
 import pytest
+import shares
 
 from anchor_jax.training import sources
 from anchor_jax.training.build import RegressionConfig, TrainConfig
@@ -32,3 +33,22 @@ def test_prompts_are_embedded_unless_the_text_encoder_is_trained(
     assert given.keys() == embedded.keys()
     for name, value in given.items():
         np.testing.assert_array_equal(embedded[name], value)
+
+
+@pytest.mark.parametrize(
+    "stage, kind, blocks",
+    [
+        ("regression", "world_clips", 2),
+        ("regression", "world_windows", 5),
+        ("distillation", "world_prompts", 5),
+    ],
+)
+def test_processes_share_a_batch(stage, kind, blocks, tmp_path):
+    model = bundles.load()
+    section = RegressionConfig(blocks=blocks, text=True)
+    data = DataConfig(kind, size=6)
+    config = TrainConfig(stage, batch=4, regression=section, data=data)
+
+    shares.assert_shared(
+        lambda share: sources.open_source(config, model, tmp_path, share)(4)
+    )

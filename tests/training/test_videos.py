@@ -6,6 +6,7 @@ import json
 import bundles
 import numpy as np
 import pytest
+import shares
 
 from anchor_jax import media
 from anchor_jax.errors import UserError
@@ -77,6 +78,14 @@ def test_batches_hold_the_encoded_videos_with_their_captions(listed, tmp_path):
         np.testing.assert_allclose(batch["latents"][row], latents[0], atol=2e-2)
         np.testing.assert_allclose(batch["embedding"][row, 0], text, atol=1e-6)
     np.testing.assert_array_equal(draw(0)["latents"], batch["latents"])
+
+
+def test_processes_share_a_batch(listed, tmp_path):
+    wanted = config(listed, batch=4)
+
+    shares.assert_shared(
+        lambda share: sources.open_source(wanted, bundles.load(), tmp_path, share)(4)
+    )
 
 
 def test_videos_are_encoded_once(listed, tmp_path, monkeypatch):
