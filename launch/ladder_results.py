@@ -90,7 +90,9 @@ def table(folder: pathlib.Path) -> int:
         control = switch["streaming"]["mismatched"][key]
         rows.append([title, *map(cell, rates), "-", cell(control)])
     for (kind, key), title in EVENT_ROWS.items():
-        found = [one and one["generated"]["by_event"][kind] for one in events.values()]
+        found = [
+            one and one["generated"]["by_event"].get(kind) for one in events.values()
+        ]
         more = [
             events["streaming"][group]["by_event"].get(kind, {}).get(key)
             for group in ("ceiling", "mismatched")

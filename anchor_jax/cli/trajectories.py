@@ -1,8 +1,5 @@
 """`anchor-jax trajectories`: a teacher's ways from noise to clips."""
 
-import signal
-import sys
-
 from absl import flags
 
 from anchor_jax.config import define_config_flag
@@ -50,6 +47,5 @@ def main(argv) -> None:
     bundle = load_bundle(config.weights, grid=size, dtype=config.dtype)
     process = jax.process_index() if FLAGS.process is None else FLAGS.process
     processes = jax.process_count() if FLAGS.processes is None else FLAGS.processes
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     count = ode.write(config, bundle, process, processes)
     print(f"{count} trajectories written to {config.out}")

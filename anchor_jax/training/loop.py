@@ -1,12 +1,9 @@
 """The loop over training steps: resumes, watches, saves, and stops cleanly."""
 
 import collections
-import contextlib
 import dataclasses
 import pathlib
-import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,6 +14,7 @@ from anchor_jax.training.checkpoints import Checkpoints
 from anchor_jax.training.monitor import Monitor
 from anchor_jax.training.programs import Cursor, Stage
 from anchor_jax.training.state import TrainState
+from anchor_jax.training.stopping import stop_requests
 
 _LAG = 2
 """Steps whose numbers are not waited for, so that the device always has work."""
@@ -68,7 +66,7 @@ def train(
     """
     waiting = collections.deque()
     first = step = int(state.step)
-    with _stop_requests() as asked:
+    with stop_requests() as asked:
         for step in range(first, loop.steps):
             before = cursor
             state, cursor, watch = stage.advance(state, cursor, step)
@@ -123,25 +121,3 @@ def write_batch(stage: Any, cursor: Cursor, place: pathlib.Path) -> None:
     arrays = {name: np.asarray(value) for name, value in batch.items()}
     with replacing(place) as part, part.open("wb") as file:
         np.savez(file, **arrays)
-
-
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Yields whether the process was asked to stop: SIGTERM, or Ctrl-C once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-
-    def stop(number, frame):
-        del frame
-        if asked.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.set()
-
-    before = {one: signal.signal(one, stop) for one in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield asked.is_set
-    finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)

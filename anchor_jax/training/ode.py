@@ -20,6 +20,7 @@ from anchor_jax.streaming.loop import Euler
 from anchor_jax.streaming.types import BlockNoise, StreamSetup
 from anchor_jax.training import sources
 from anchor_jax.training.sources import DataConfig
+from anchor_jax.training.stopping import stop_requests
 from anchor_jax.training.trajectories import TrajectoryWriter
 from anchor_jax.wan import kernels
 
@@ -146,6 +147,8 @@ def write(
 ) -> int:
     """Writes this process's trajectories that are missing, and returns how many.
 
+    SIGTERM, or Ctrl-C once, ends it after the clips that are under way.
+
     Raises:
       UserError: The folder holds trajectories of another kind, or a file is wrong.
     """
@@ -156,8 +159,11 @@ def write(
     shape = (STORED + 1, config.frames, grid.height, grid.width, channels)
     inputs = _inputs(config, bundle, setup)
     writer = TrajectoryWriter(folder, process, processes, shape, inputs=inputs)
-    missing = writer.remaining(config.count)
-    with _bar(config, writer, process, processes, missing) as bar:
+    missing, written = writer.remaining(config.count), 0
+    with (
+        stop_requests() as asked,
+        _bar(config, writer, process, processes, missing) as bar,
+    ):
         for first in range(0, len(missing), config.batch):
             numbers = missing[first : first + config.batch]
             # Whole batches, for one program.
@@ -168,9 +174,12 @@ def write(
             )
             for number, state, text in zip(numbers, states, chosen, strict=False):
                 writer.add(number, state, text)
+            written += len(numbers)
             bar.update(len(numbers))
+            if asked():
+                break
         writer.flush()
-    return len(missing)
+    return written
 
 
 def _inputs(config: TrajectoryConfig, bundle: Bundle, setup: StreamSetup) -> dict:

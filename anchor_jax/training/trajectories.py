@@ -67,7 +67,7 @@ class TrajectoryWriter:
         self._features = _features(self._shape)
         self._part = self._folder / f".part-{process}"
         self._part.unlink(missing_ok=True)
-        self._writer, self._numbers = None, []
+        self._writer, self._numbers, self._is_cut = None, [], False
         self._join(dict(inputs or {}))
         self._done = set(_index(self._folder))
 
@@ -104,21 +104,27 @@ class TrajectoryWriter:
         record = self._features.serialize_example(example)
         if self._writer is None:
             self._writer = _open_writer(self._part)
+        self._is_cut = True
         self._writer.write(record)
         self._numbers.append(number)
+        self._is_cut = False
         if len(self._numbers) == self._shard:
             self.flush()
 
     def flush(self) -> None:
-        """Finishes the shard, however few examples it has; call it at the end."""
-        if self._writer is None:
+        """Finishes the shard, however few examples it has; call it at the end.
+
+        One that was interrupted while it was written is left out.
+        """
+        if self._writer is None or self._is_cut:
             return
+        self._is_cut = True
         self._writer.write(json.dumps(self._numbers).encode())
         self._writer.close()
         _sync(self._part)
         self._part.rename(self._folder / f"{self._numbers[0]:09d}{_SUFFIX}")
         self._done.update(self._numbers)
-        self._writer, self._numbers = None, []
+        self._writer, self._numbers, self._is_cut = None, [], False
 
     def _checked(self, number: int, states: np.ndarray) -> np.ndarray:
         if states.shape != self._shape:

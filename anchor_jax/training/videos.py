@@ -49,8 +49,9 @@ def read_list(path: str) -> list[tuple[pathlib.Path, str]]:
 
 def _beside(file: pathlib.Path, name: str, where: str) -> pathlib.Path:
     folder = file.parent.resolve()
-    video = (folder / name).resolve()
-    if not video.is_relative_to(folder) or not video.is_file():
+    # No path has a NUL.
+    video = (folder / name.replace("\0", "")).resolve()
+    if "\0" in name or not video.is_relative_to(folder) or not video.is_file():
         raise UserError(
             f"{where}: {name!r} is no file in {folder}; put the videos beside the list,"
             " or in folders below it"

@@ -277,6 +277,23 @@ def test_wrong_trajectories_are_refused(tmp_path):
         Trajectories(tmp_path)
 
 
+def test_a_shard_cut_within_an_example_is_left_out(tmp_path, monkeypatch):
+    writer = TrajectoryWriter(tmp_path, 0, 1, SHAPE, shard=2)
+    for number in (0, 1, 2):
+        writer.add(number, states(number), "a")
+
+    class Interrupted(list):
+        def append(self, number):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(writer, "_numbers", Interrupted(writer._numbers))
+    with pytest.raises(KeyboardInterrupt):
+        writer.add(3, states(3), "a")
+    writer.flush()
+
+    assert TrajectoryWriter(tmp_path, 0, 1, SHAPE).done() == {0, 1}
+
+
 def test_a_damaged_shard_is_named(tmp_path):
     writer = TrajectoryWriter(tmp_path, 0, 1, SHAPE, shard=1)
     writer.add(0, states(0), "a")

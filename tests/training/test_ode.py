@@ -1,5 +1,8 @@
 """Trajectories of a teacher, and the regression that reads them."""
 
+import os
+import signal
+
 import bundles
 import jax.numpy as jnp
 import numpy as np
@@ -100,6 +103,21 @@ def test_a_stopped_process_keeps_what_it_finished(
     np.testing.assert_array_equal(
         states(tmp_path)[4]["states"], states(written)[4]["states"]
     )
+
+
+def test_a_process_that_is_asked_to_stop_ends_after_the_clips_under_way(
+    model, written, tmp_path, monkeypatch
+):
+    made = ode.trajectories
+
+    def ask(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return made(*arguments)
+
+    monkeypatch.setattr(ode, "trajectories", ask)
+
+    assert ode.write(_in(tmp_path), model, 0, 1) == 2
+    assert sorted(states(tmp_path)) == [0, 1]
 
 
 def regression(folder, **changes):

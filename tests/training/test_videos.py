@@ -119,6 +119,7 @@ def test_some_captions_are_left_out_for_guidance(listed, tmp_path):
         ({"video": "../a.mp4", "caption": "x"}, "is no file in"),
         ({"video": "/etc/hostname", "caption": "x"}, "is no file in"),
         ({"video": "none.mp4", "caption": "x"}, "'none.mp4' is no file in"),
+        ({"video": "a\0.mp4", "caption": "x"}, "is no file in"),
     ],
 )
 def test_a_wrong_list_is_refused(tmp_path, line, message):
