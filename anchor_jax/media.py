@@ -156,11 +156,11 @@ def read_video(
 ) -> np.ndarray:
     """Returns the first frames of a video, uint8 [count, height, width, 3].
 
-    Frames are taken at `fps`, whatever the video's own rate is; they are scaled until
-    they cover the size, and cut around their middle.
+    Frames are taken at `fps`, whatever the video's own rate is; they are turned as the
+    file says, scaled until they cover the size, and cut around their middle.
 
     Raises:
-      UserError: It is no video, too short, or its frames are too large.
+      UserError: It is no video, too short, or frames are too large or have no times.
     """
     found, first = [], None
     try:
@@ -171,9 +171,12 @@ def read_video(
                         f"{path}: frames of {frame.width} x {frame.height}, expected"
                         f" sides up to {_LARGEST_SIDE}; scale it down"
                     )
+                if frame.time is None:
+                    raise UserError(f"{path}: frames without times; write it as an mp4")
                 first = frame.time if first is None else first
                 while len(found) < count and frame.time - first >= len(found) / fps:
-                    found.append(_covering(frame.to_image(), size))
+                    image = frame.to_image().rotate(frame.rotation, expand=True)
+                    found.append(_covering(image, size))
                 if len(found) == count:
                     return np.stack(found)
     except (av.FFmpegError, IndexError) as error:

@@ -1,7 +1,8 @@
 """Self-forcing distillation on 21 latent frames: many steps become four.
 
     anchor-jax train --config=configs/train_dmd.py --config.out=runs/dmd \
-        --config.weights=runs/causal --config.teacher=runs/teacher
+        --config.weights=runs/causal --config.teacher=runs/teacher \
+        --config.data.path=prompts.txt
 
 With `train_dmd.py:tiny` the tiny world's, about half an hour on one core.
 
@@ -13,6 +14,7 @@ a clip with the generator and moves the critic; every fifth moves the generator.
 from ml_collections import ConfigDict
 
 from anchor_jax.config import to_config
+from anchor_jax.experiment import WAN_NEGATIVE_PROMPT
 from anchor_jax.training.build import TrainConfig
 
 
@@ -28,4 +30,7 @@ def get_config(scale: str = "paper") -> ConfigDict:
         config.optimizer.learning_rate = 1e-4
         config.critic_optimizer.learning_rate = 3e-4
         config.ema.decay, config.ema.start, config.ema.warm = 0.98, 0, True
+        return config
+    config.data.kind = "prompts"
+    config.distillation.negative_prompt = WAN_NEGATIVE_PROMPT
     return config

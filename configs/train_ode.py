@@ -24,5 +24,7 @@ def get_config() -> ConfigDict:
     config.regression.forcing, config.regression.endpoints = "noise", True
     config.data.kind, config.data.path = "trajectories", "data/trajectories"
     config.optimizer.learning_rate = 2e-6
+    config.optimizer.betas = (0.9, 0.999)
+    config.ema.decay = 0.0
     config.out = "runs/causal"
     return config

@@ -1,7 +1,8 @@
 """Streaming long tuning: chunks of sequences with a prompt switch, on LoRA updates.
 
     anchor-jax train --config=configs/train_streaming.py --config.out=runs/streaming \
-        --config.weights=runs/dmd --config.teacher=runs/teacher
+        --config.weights=runs/dmd --config.teacher=runs/teacher \
+        --config.data.path=prompts.txt --config.data.switch_path=switched.txt
 
 With `train_streaming.py:tiny` the tiny world's, about an hour on one core: shorter
 sequences, no LoRA.
@@ -14,6 +15,7 @@ of 240 latent frames go on over the steps, in chunks of 21 and then 18 new frame
 from ml_collections import ConfigDict
 
 from anchor_jax.config import to_config
+from anchor_jax.experiment import WAN_NEGATIVE_PROMPT
 from anchor_jax.training.build import TrainConfig
 
 
@@ -32,6 +34,8 @@ def get_config(scale: str = "paper") -> ConfigDict:
         config.critic_optimizer.learning_rate = 3e-4
         config.ema.decay, config.ema.start, config.ema.warm = 0.98, 0, True
         return config
+    config.data.kind = "prompts"
+    config.distillation.negative_prompt = WAN_NEGATIVE_PROMPT
     config.steps = 3000
     config.lora.rank = 256
     config.optimizer.learning_rate = 1e-5

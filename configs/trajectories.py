@@ -4,17 +4,22 @@
         --config.weights=runs/teacher21 --config.out=data/trajectories
 
 48 Euler steps at shift 5 with guidance; the states at noise levels 1, 0.9375, 0.8333
-and 0.625 and the clean one are stored as float16. Prompts are the tiny world's, or with
-`data.kind=prompts` those of `data.path`. `anchor_jax.training.ode.TrajectoryConfig`
-explains the fields.
+and 0.625 and the clean one are stored as float16. Prompts are the tiny world's; with
+`trajectories.py:paper`, for Wan2.1 in float32, those of `data.path`.
+`anchor_jax.training.ode.TrajectoryConfig` explains the fields.
 """
 
 from ml_collections import ConfigDict
 
 from anchor_jax.config import to_config
+from anchor_jax.experiment import WAN_NEGATIVE_PROMPT
 from anchor_jax.training.ode import TrajectoryConfig
 
 
-def get_config() -> ConfigDict:
-    """Returns the config."""
-    return to_config(TrajectoryConfig())
+def get_config(scale: str = "tiny") -> ConfigDict:
+    """Returns the config: of the tiny world, or with scale "paper" of the paper."""
+    config = to_config(TrajectoryConfig())
+    if scale == "paper":
+        config.data.kind, config.dtype = "prompts", "float32"
+        config.negative_prompt = WAN_NEGATIVE_PROMPT
+    return config

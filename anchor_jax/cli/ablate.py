@@ -13,10 +13,11 @@ SUMMARY = "Swap parts of the method, or train without them, and compare."
 USAGE = """\
 anchor-jax ablate --config=configs/tiny.py --out=runs/swaps
 anchor-jax ablate --config=configs/tiny.py --part=trained --out=runs/arms \\
-    --train=configs/train_streaming.py:tiny --steps=300
+    --config.weights=launch/ladder/dmd --teacher=launch/ladder/teacher --steps=400
 anchor-jax ablate --config=configs/tiny.py --scripts=10 --starts=1
 swaps: one generator, streamed with other RoPE rules and switch actions. trained: arms
-that begin as the same generator and are tuned alike, but for what they remember.
+that begin as the same generator, one that no arm's memory was tuned on, and are tuned
+alike, but for what they remember.
 The same command goes on where it was ended; the table is written beside the numbers."""
 
 PARTS = ("swaps", "trained")
@@ -41,6 +42,7 @@ def define_flags() -> None:
         "configs/train_streaming.py:tiny",
         "Config of the arms' training; it begins with the weights of --config.",
     )
+    flags.DEFINE_string("teacher", None, "Of that training; else the config's.")
     flags.DEFINE_integer("steps", None, "Of that training; else the config's.", 1)
 
 
@@ -122,8 +124,15 @@ def _measure_trained(ablation, folder: pathlib.Path, name: str, start: int):
     chosen.distillation.policy = ablation.TRAINED[name]
     if FLAGS.steps is not None:
         chosen.steps = FLAGS.steps
+    if FLAGS.teacher is not None:
+        chosen.teacher = FLAGS.teacher
     print(f"{name}, start {start}: trains in {place}")
-    run.open_job(run.read_config(chosen), tell=print).run()
+    reached = run.open_job(run.read_config(chosen), tell=print).run()
+    if reached < chosen.steps:
+        raise UserError(
+            f"{place}: ended at step {reached} of {chosen.steps}; the same command goes"
+            " on from there"
+        )
     config = FLAGS.config.copy_and_resolve_references()
     config.weights = str(place)
     return _measure(ablation, folder / "trained", name, start, config)
@@ -131,7 +140,9 @@ def _measure_trained(ablation, folder: pathlib.Path, name: str, start: int):
 
 def _measure(ablation, folder: pathlib.Path, name: str, start: int, config):
     trial = _trial(ablation)
+    model, setup = _model(config)
     about = {
+        "weights": model.digest,
         "trial": dataclasses.asdict(dataclasses.replace(trial, starts=1, batch=1)),
         "config": config.to_json_best_effort(),
         "arm": repr(ablation.ARMS[name].policy),
@@ -140,8 +151,7 @@ def _measure(ablation, folder: pathlib.Path, name: str, start: int, config):
 
     def run():
         print(f"{name}, start {start}: {trial.scripts} streams")
-        model, setup = _model(config)
-        setup = dataclasses.replace(setup, policy=ablation.ARMS[name].policy)
-        return ablation.measure(model, setup, trial, start)
+        arm = dataclasses.replace(setup, policy=ablation.ARMS[name].policy)
+        return ablation.measure(model, arm, trial, start)
 
     return ablation.measure_once(folder / f"{name}-{start}.json", about, run)

@@ -7,8 +7,8 @@ from anchor_jax.config import define_config_flag
 SUMMARY = "Write a teacher's trajectories, which a causal generator then regresses."
 USAGE = """\
 anchor-jax trajectories --config=configs/trajectories.py --config.weights=runs/teacher21
-anchor-jax trajectories --config=configs/trajectories.py --config.weights=weights/wan \\
-    --config.data.kind=prompts --config.data.path=prompts.txt --config.dtype=float32
+anchor-jax trajectories --config=configs/trajectories.py:paper \\
+    --config.weights=weights/wan --config.data.path=prompts.txt
 anchor-jax trajectories --config=configs/trajectories.py --process=3 --processes=8
 anchor-jax train --config=configs/train_ode.py --config.data.path=data/trajectories
 The same command goes on where it was ended. Process p of n writes every n-th
@@ -21,9 +21,11 @@ def define_flags() -> None:
     """Defines the command's flags."""
     define_config_flag("configs/trajectories.py")
     flags.DEFINE_integer(
-        "process", None, "This process, from 0; else as jax counts them.", 0
+        "process", None, "This process, from 0; else of this cluster, 0 of 1 alone.", 0
     )
-    flags.DEFINE_integer("processes", None, "Of all; else as jax counts them.", 1)
+    flags.DEFINE_integer(
+        "processes", None, "Of all; else of this cluster, 0 of 1 alone.", 1
+    )
 
 
 def main(argv) -> None:

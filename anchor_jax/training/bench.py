@@ -40,12 +40,13 @@ def measure(
     Raises:
       UserError: The config is wrong, or not of such a stage.
     """
-    if config.stage != "distillation" or config.distillation.switches:
+    section = config.distillation
+    if config.stage != "distillation" or section.length != section.frames:
         raise UserError(
             f"config.stage={config.stage!r}: bench measures distillations whose"
             " sequences are one chunk, such as configs/train_dmd.py:tiny"
         )
-    every = config.distillation.every
+    every = section.every
     config = dataclasses.replace(config, steps=(1 + repeats) * every, sample_every=0)
     with tempfile.TemporaryDirectory() as folder:
         scratch = dataclasses.replace(config, out=str(pathlib.Path(folder) / "run"))

@@ -417,6 +417,12 @@ def _split(config, variables, number: int, on: Arrays):
         key = jax.random.fold_in(jax.random.key(config.seed), number)
         begin = functools.partial(lora.init, rank=rank, rng=key)
         given = on.make(begin, variables["params"])
+    if lora.ranks(given) != {rank}:
+        has = ", ".join(map(str, sorted(lora.ranks(given))))
+        raise UserError(
+            f"config.lora.rank={rank}: the weights have updates of rank {has}; choose"
+            " that, or export the weights merged"
+        )
     return {"lora": given}, {"params": variables["params"]}
 
 

@@ -5,6 +5,7 @@
 
 import dataclasses
 import functools
+import json
 import math
 import pathlib
 import shutil
@@ -18,10 +19,12 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from anchor_jax.checkpoint import FORMAT_VERSION, ITEMS
 from anchor_jax.errors import UserError
+from anchor_jax.media import write_json
 from anchor_jax.training.programs import Cursor
 from anchor_jax.training.state import TrainState
 
 TREES = ITEMS[: ITEMS.index("data")]
+SKIPPED = "skipped.json"
 
 
 @dataclasses.dataclass(eq=False)
@@ -104,10 +107,20 @@ class Checkpoints:
             ),
         )
 
+    def skip(self, number: int) -> None:
+        """Leaves a batch, or a sequence, out of what comes after a restore."""
+        write_json(self.folder / SKIPPED, [*self._skipped(), number])
+
+    def _skipped(self) -> list[int]:
+        path = self.folder / SKIPPED
+        return json.loads(path.read_text("utf-8")) if path.exists() else []
+
     def restore(
         self, state: TrainState, places: TrainState
     ) -> tuple[TrainState, Cursor] | None:
         """Returns the last state that is whole and its cursor; None if there is none.
+
+        Checkpoints that come after it are set aside.
 
         Args:
           state: of the same shapes.
@@ -116,19 +129,25 @@ class Checkpoints:
         Raises:
           UserError: There are checkpoints, and none can be used.
         """
-        steps = sorted(self.manager.all_steps(), reverse=True)
-        for step in steps:
+        reasons = {}
+        for step in sorted(self.manager.all_steps(), reverse=True):
             try:
-                return self._restore(step, state, places)
+                found, cursor = self._restore(step, state, places)
             # Whatever a torn or foreign file raises; the one before it may be whole.
             except Exception as error:  # noqa: BLE001
-                reason = " ".join(str(error).split())[:200]
-                self.tell(f"{self._set_aside(step)} is left out, not whole: {reason}")
-        if steps:
+                reasons[step] = " ".join(str(error).split())[:200]
+                continue
+            for torn, reason in reasons.items():
+                self.tell(f"{self._set_aside(torn)} is left out, not whole: {reason}")
+            skipped = self._skipped()
+            while cursor.number in skipped:
+                cursor = Cursor(cursor.number + 1)
+            return found, cursor
+        if reasons:
             raise UserError(
-                f"{self.folder} holds the checkpoints {steps}, and none can be"
-                " continued by this config; choose another --config.out, or the config"
-                " that it began with"
+                f"{self.folder} holds the checkpoints {list(reasons)}, and none can be"
+                f" continued by this config ({next(iter(reasons.values()))}); choose"
+                " another --config.out, or the config that it began with"
             )
         return None
 

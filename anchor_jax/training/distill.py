@@ -16,7 +16,13 @@ from anchor_jax.training import losses, rollout
 from anchor_jax.training.losses import Score
 from anchor_jax.training.rollout import Turn
 from anchor_jax.training.schedule import Piece, Plan
-from anchor_jax.training.state import Ema, TrainState, move_generator, moved
+from anchor_jax.training.state import (
+    Ema,
+    TrainState,
+    checked,
+    move_generator,
+    moved,
+)
 
 GENERATOR, CRITIC = 1, 2
 """Purposes of random numbers, one for each role's rollout."""
@@ -75,7 +81,8 @@ def generator_gradient(
     """Returns the state a chunk later, the generator's gradient, and what to watch.
 
     Args:
-      state: `rollout` goes on; nothing else changes.
+      state: `rollout` goes on, and `sound` is that of the loss and gradient too, so
+        that of two gradients of a step none is used if one is not finite.
       frozen: weights without a gradient: collections of `generator`, `fake_score` and
         `real_score`, and the parameters of `codec`.
       batch: embeddings `prompt`, `switch` and `negative` [batch, text, text_dim], and
@@ -113,7 +120,7 @@ def generator_gradient(
         "exit_level": leave,
         "loss_timestep": jnp.mean(timestep),
     }
-    return state, gradient, watch
+    return checked(state, gradient, found.loss), gradient, watch
 
 
 def critic_gradient(state: TrainState, frozen, batch, *, stage: Distill, shape: Shape):
@@ -138,7 +145,8 @@ def critic_gradient(state: TrainState, frozen, batch, *, stage: Distill, shape: 
         )
 
     value, gradient = jax.value_and_grad(loss)(state.fake_score)
-    return state, gradient, {"critic_loss": value, "critic_exit_level": leave}
+    watch = {"critic_loss": value, "critic_exit_level": leave}
+    return checked(state, gradient, value), gradient, watch
 
 
 def update_generator(state: TrainState, gradient, loss, *, tx, ema: Ema | None):

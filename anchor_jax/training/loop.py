@@ -1,11 +1,13 @@
 """The loop over training steps: resumes, watches, saves, and stops cleanly."""
 
 import collections
+import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
 from anchor_jax.errors import UserError
@@ -49,7 +51,8 @@ def train(
 ) -> TrainState:
     """Runs a stage from a state to its last step and returns the last state.
 
-    Whatever ends it early, a checkpoint of the last whole step is left.
+    Whatever ends it early, a checkpoint of the last whole step is left, unless another
+    step was under way.
 
     Args:
       stage: compiled steps with their data.
@@ -66,7 +69,8 @@ def train(
     """
     waiting = collections.deque()
     first = step = int(state.step)
-    with stop_requests() as asked:
+    keeping = _saving_on_error(checkpoints, lambda: (state, cursor))
+    with stop_requests() as asked, keeping:
         for step in range(first, loop.steps):
             before = cursor
             state, cursor, watch = stage.advance(state, cursor, step)
@@ -88,6 +92,21 @@ def train(
     return state
 
 
+@contextlib.contextmanager
+def _saving_on_error(
+    checkpoints: Checkpoints, now: Callable[[], tuple[TrainState, Cursor]]
+) -> Iterator[None]:
+    """Saves the state and cursor of `now` when something fails between two steps."""
+    try:
+        yield
+    except Exception:
+        state, cursor = now()
+        if not any(x.is_deleted() for x in jax.tree.leaves(state)):
+            checkpoints.save(state, cursor)
+            checkpoints.wait()
+        raise
+
+
 def _drain(waiting, *others) -> None:
     while waiting:
         _note(waiting.popleft(), *others)
@@ -101,9 +120,11 @@ def _note(entry, state: TrainState, stage, checkpoints, monitor: Monitor) -> Non
     if not bad:
         monitor.note(step, numbers)
         return
-    place = checkpoints.folder / f"failed-{step}.npz"
+    own = f"-{jax.process_index()}" if jax.process_count() > 1 else ""
+    place = checkpoints.folder / f"failed-{step}{own}.npz"
     write_batch(stage, cursor, place)
     # What comes next is another batch, or another sequence.
+    checkpoints.skip(cursor.number)
     checkpoints.save(state, Cursor(cursor.number + 1))
     checkpoints.wait()
     shown = ", ".join(f"{name}={value}" for name, value in bad.items())

@@ -133,7 +133,7 @@ def plan(
             made[part] = aot.compile_program(program)
     resident, gradient = _resident(prepared)
     progress(aot.ENCODER)
-    prompts = config.batch * min(chips, _MACHINE) // chips
+    prompts = max(1, config.batch * min(chips, _MACHINE) // chips)
     encoder, resident[aot.ENCODER] = aot.text_program(networks.text, prompts)
     (device,) = aot.devices_of(target, 1)
     made[aot.ENCODER] = aot.compile_program(aot.on_device(encoder, device))

@@ -117,6 +117,9 @@ class DistillStage:
     batches: Callable[[int], Mapping[str, Any]]
     seed: int = 0
     every: int = 5
+    _gradients: dict[tuple[str, Shape], Callable] = dataclasses.field(
+        default_factory=dict, init=False
+    )
 
     def advance(self, state: TrainState, cursor: Cursor, step: int):
         """Returns state, cursor and what to watch, one step later.
@@ -183,13 +186,25 @@ class DistillStage:
             after = Cursor(cursor.number + 1)
         return piece, self._batch(cursor.number, switch or 0), after
 
-    @functools.lru_cache(maxsize=1)  # noqa: B019  (lives as long as the training)
-    def _batch(self, number: int, requested: int):
-        batch = placement.put_batch(self.batches(number), self.mesh)
-        return {**batch, "requested": jax.numpy.int32(requested)}
+    @functools.cached_property
+    def _batch(self):
+        """The batch of a sequence, made once for all of its chunks."""
+        batches, mesh = self.batches, self.mesh
 
-    @functools.cache  # noqa: B019
+        @functools.lru_cache(maxsize=1)
+        def make(number: int, requested: int):
+            batch = placement.put_batch(batches(number), mesh)
+            return {**batch, "requested": jax.numpy.int32(requested)}
+
+        return make
+
     def _gradient(self, role: str, shape: Shape) -> Callable:
+        """Returns a compiled gradient, one for each shape of a chunk."""
+        if (role, shape) not in self._gradients:
+            self._gradients[role, shape] = self._make_gradient(role, shape)
+        return self._gradients[role, shape]
+
+    def _make_gradient(self, role: str, shape: Shape) -> Callable:
         functions = {
             "generator": (distill.generator_gradient, self.places.generator),
             "critic": (distill.critic_gradient, self.places.fake_score),

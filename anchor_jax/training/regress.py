@@ -67,6 +67,11 @@ class Regression:
             raise ValueError(
                 "blocks are for forcing noise or teacher, and needed there"
             )
+        if self.window is not None and self.forcing != "noise":
+            raise ValueError(
+                f"window={self.window} is for forcing='noise', not {self.forcing!r};"
+                " leave it out"
+            )
 
     def visible(self, frames: int) -> Spans:
         """Returns who sees whom."""

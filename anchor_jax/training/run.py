@@ -27,7 +27,7 @@ from anchor_jax.training.programs import Cursor, DistillStage
 from anchor_jax.training.samples import Sampler
 
 FRESH = "fresh"
-_CONFIG = "config.json"
+_CONFIG, _INPUTS = "config.json", "inputs.json"
 # What may change from one start of a run to the next.
 _FREE = (
     *("save_every", "keep", "keep_best", "best_of", "log_every", "sample_every"),
@@ -168,24 +168,35 @@ class Job:
         return sum(one * share for one, share in zip(timed, shares, strict=True))
 
 
-def open_job(config: TrainConfig, tell: Callable[[str], None]) -> Job:
+def open_job(
+    config: TrainConfig, tell: Callable[[str], None], most: int | None = None
+) -> Job:
     """Returns a stage with its weights, data and folder.
+
+    Args:
+      config: of the training.
+      tell: is given lines to show.
+      most: examples that are read of data that take long to prepare; None: all.
 
     Raises:
       UserError: Something of the config is wrong, or the folder holds another run.
     """
     folder = sources.check_folder(config.out)
-    check_config(config, folder, tell)
+    compare_config(config, folder, tell)
     base = _base(config, folder)
     generator = _load(config, base if base != f"./{FRESH}" else str(folder / FRESH))
     teacher = _load(config, config.teacher) if config.teacher else None
     critic = _load(config, config.critic) if config.critic else None
     rows = placement.rows_of_process(build.make_mesh(config), config.batch)
     share = Share(config.batch, rows)
-    batches = sources.open_source(config, generator, folder, share)
+    batches = sources.open_source(config, generator, folder, share, most)
     prepared = build.prepare(config, generator, batches, teacher, critic)
+    inputs = _inputs(config, generator, teacher, critic)
+    _compare_inputs(folder, inputs)
     sampler = samples.make_sampler(config, prepared, folder)
     bundles.write_run(folder, base)
+    write_config(config, folder)
+    write_json(folder / _INPUTS, inputs)
     meta = {"training": _json(config)}
     checkpoints = Checkpoints(
         folder, meta, config.keep, tell, config.keep_best, config.best_of
@@ -202,7 +213,10 @@ def dry_run(config: TrainConfig, tell: Callable[[str], None]) -> None:
     folder = pathlib.Path(config.out).expanduser()
     compare_config(config, folder, tell)
     with tempfile.TemporaryDirectory() as scratch:
-        job = open_job(dataclasses.replace(config, out=scratch), tell)
+        # What is built stays in the scratch folder.
+        data = dataclasses.replace(config.data, cache=None)
+        trial = dataclasses.replace(config, out=scratch, data=data)
+        job = open_job(trial, tell, most=config.batch)
         tell(job.plan())
         seconds = _logged_seconds(folder)
         where = f"as {folder / LOG} has it"
@@ -242,18 +256,6 @@ def _load(config: TrainConfig, name: str) -> Bundle:
     )
 
 
-def check_config(
-    config: TrainConfig, folder: pathlib.Path, tell: Callable[[str], None]
-) -> None:
-    """Writes a new run's config; of one that goes on, checks that it is the same.
-
-    Raises:
-      UserError: The run in the folder has another config, or none that can be read.
-    """
-    compare_config(config, folder, tell)
-    write_json(folder / _CONFIG, _json(config))
-
-
 def compare_config(
     config: TrainConfig, folder: pathlib.Path, tell: Callable[[str], None]
 ) -> None:
@@ -283,6 +285,37 @@ def compare_config(
         )
     if changed:
         tell(f"changed since the run began: {', '.join(changed)}")
+
+
+def write_config(config: TrainConfig, folder: pathlib.Path) -> None:
+    """Writes the config of a run, with which alone it then goes on."""
+    write_json(folder / _CONFIG, _json(config))
+
+
+def _inputs(config: TrainConfig, generator: Bundle, teacher, critic) -> dict[str, Any]:
+    """Returns what every step reads and no checkpoint holds."""
+    found = {"data": sources.identity(config.data)}
+    if teacher is not None:
+        found["teacher"] = teacher.digest
+    if config.lora.rank:
+        found["weights"] = generator.digest
+        found["critic"] = (critic or teacher or generator).digest
+    return json.loads(json.dumps(found))
+
+
+def _compare_inputs(folder: pathlib.Path, inputs: Mapping[str, Any]) -> None:
+    """Raises unless a run's inputs are those that it began with."""
+    path = folder / _INPUTS
+    if not path.exists():
+        return
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    changed = [name for name, value in inputs.items() if stored.get(name) != value]
+    if changed:
+        raise UserError(
+            f"{folder}: what config.{', config.'.join(changed)} names holds something"
+            " else than when the run began; put it back, or choose another"
+            " --config.out"
+        )
 
 
 def _changed(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:

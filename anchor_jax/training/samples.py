@@ -77,10 +77,12 @@ class Sampler:
           UserError: The files cannot be written.
         """
         bundle = self._with(state.generator if state.ema is None else state.ema)
-        made = [
-            self._play(bundle, video, self.seed + number)
-            for number, video in enumerate(self.videos)
-        ]
+        # Kernels split themselves over the mesh that is set.
+        with jax.set_mesh(self.place.mesh):
+            made = [
+                self._play(bundle, video, self.seed + number)
+                for number, video in enumerate(self.videos)
+            ]
         stem = self.folder / f"step-{step:06d}"
         labels = [" | ".join(video.script.prompts) for video in self.videos]
         media.contact_sheet(made, labels, stem.with_suffix(".png"))
@@ -278,7 +280,7 @@ def _parse(text: str, block: int, frames: int) -> Script:
 
 
 def _texts(config: TrainConfig, num: int) -> list[tuple[str, str]]:
-    """Returns prompts, each with one to switch to: the world's, or those of files."""
+    """Returns prompts, each with one to switch to: the world's, or the data's."""
     if config.data.kind.startswith("world_"):
         rng = np.random.default_rng(config.samples.num)
         return [
@@ -287,6 +289,12 @@ def _texts(config: TrainConfig, num: int) -> list[tuple[str, str]]:
         ]
     if config.data.path is None:
         return []
+    if config.data.kind == "trajectories":
+        from anchor_jax.training.trajectories import Trajectories
+
+        stored = Trajectories(config.data.path)
+        texts = [stored[place]["prompt"] for place in range(min(num, len(stored)))]
+        return [(text, text) for text in texts]
     first = _first_lines(config.data.path, num)
     second = first[1:] + first[:1]
     if config.data.switch_path is not None:
@@ -295,10 +303,8 @@ def _texts(config: TrainConfig, num: int) -> list[tuple[str, str]]:
 
 
 def _first_lines(path: str, num: int) -> list[tuple[str, ...]]:
-    """Returns the prompts in the first lines of a file, or of a folder's captions."""
+    """Returns the prompts in the first lines of a file."""
     place = pathlib.Path(path).expanduser()
-    if place.is_dir():
-        place = place / "captions.jsonl"
     if not place.is_file():
         return []
     try:

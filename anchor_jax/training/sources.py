@@ -47,7 +47,11 @@ class DataConfig:
 
 
 def open_source(
-    config, bundle: Bundle, folder: pathlib.Path, share: Share | None = None
+    config,
+    bundle: Bundle,
+    folder: pathlib.Path,
+    share: Share | None = None,
+    most: int | None = None,
 ) -> Batches:
     """Returns the batches of a stage.
 
@@ -56,6 +60,7 @@ def open_source(
       bundle: its tokenizer, text encoder and codec.
       folder: of the training.
       share: the videos that this process makes; None: all of a batch.
+      most: videos that are encoded; None: all of the data.
 
     Raises:
       UserError: The kind does not suit the stage, or a file is wrong.
@@ -66,6 +71,8 @@ def open_source(
         texts = open_texts(config.data, folder)
         negative = config.distillation.negative_prompt
         return _prompts(texts, bundle, share, negative)
+    if config.data.kind == "videos":
+        return _videos(config.data, bundle, share, config.regression, folder, most)
     make = CLIPS[config.data.kind]
     return make(config.data, bundle, share, config.regression, folder)
 
@@ -88,6 +95,25 @@ def _check(config) -> None:
             f"{section.endpoints} and forcing={section.forcing!r}: endpoints are those"
             " of data.kind='trajectories', regressed with forcing='noise'"
         )
+
+
+def identity(data: DataConfig) -> dict[str, Any]:
+    """Returns what tells whether data are still those that a training began with.
+
+    Raises:
+      UserError: The folder of trajectories has none.
+    """
+    if data.kind == "trajectories":
+        from anchor_jax.training.trajectories import Trajectories
+
+        stored = Trajectories(data.path)
+        return {"count": len(stored), "made_from": stored.inputs}
+    if data.path is None:
+        return {}
+    from anchor_jax.training import datasets
+
+    paths = (path for path in (data.path, data.switch_path) if path is not None)
+    return {path: datasets.digest(pathlib.Path(path).expanduser()) for path in paths}
 
 
 def open_texts(data: DataConfig, folder: pathlib.Path) -> Texts:
@@ -224,7 +250,7 @@ def _world_windows(data, bundle, share: Share, section, folder) -> Batches:
     return _ready(lambda number: share.of(draw(number)), bundle, section)
 
 
-def _videos(data, bundle, share: Share, section, folder) -> Batches:
+def _videos(data, bundle, share: Share, section, folder, most=None) -> Batches:
     from anchor_jax.training.videos import Videos
 
     if data.path is None:
@@ -232,7 +258,7 @@ def _videos(data, bundle, share: Share, section, folder) -> Batches:
             "config.data.path is missing; data.kind='videos' reads a file of JSON lines"
             ' {"video": NAME, "caption": TEXT}'
         )
-    draw = Videos(data, bundle, share, section, _cache(data, folder))
+    draw = Videos(data, bundle, share, section, _cache(data, folder), most)
     return _ready(draw, bundle, section)
 
 

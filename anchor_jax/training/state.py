@@ -123,7 +123,7 @@ class Ema:
 
     Attributes:
       decay: share of the old mean that an update keeps; 0 is no mean.
-      start: update from which there is one; it begins as the parameters then.
+      start: trainer step from which there is one; it begins as the parameters then.
       warm: whether the share is at first smaller, (1 + n) / (10 + n) after n updates.
 
     Source: algorithm.md 7, table.
@@ -140,13 +140,13 @@ class Ema:
                 " 0 or more"
             )
 
-    def next(self, mean, params, number):
-        """Returns the mean after update `number`, counted from 0."""
+    def next(self, mean, params, number, step):
+        """Returns the mean after update `number`, in trainer step `step`, from 0."""
         number = jnp.asarray(number, jnp.float32)
         keep = jnp.float32(self.decay)
         if self.warm:
             keep = jnp.minimum(keep, (1 + number) / (10 + number))
-        keep = jnp.where(number > self.start, keep, 0.0)
+        keep = jnp.where(step > self.start, keep, 0.0)
         return optax.incremental_update(params, mean, 1 - keep)
 
 
@@ -234,6 +234,12 @@ def moved(tx, gradient, opt_state, params, loss, sound):
     return params, opt_state, norm, sound
 
 
+def checked(state: TrainState, gradient, loss) -> TrainState:
+    """Returns the state, no longer sound if the gradient or the loss is not finite."""
+    sound = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradient))
+    return state.replace(sound=state.sound & sound)
+
+
 def move_generator(state: TrainState, gradient, loss, tx, ema: Ema | None):
     """Returns the state with the generator and its mean moved, and the norm."""
     generator, opt_state, norm, sound = moved(
@@ -241,7 +247,8 @@ def move_generator(state: TrainState, gradient, loss, tx, ema: Ema | None):
     )
     mean = state.ema
     if ema is not None:
-        mean = where(sound, ema.next(mean, generator, state.updates), mean)
+        after = ema.next(mean, generator, state.updates, state.step)
+        mean = where(sound, after, mean)
     state = state.replace(
         generator=generator,
         opt_generator=opt_state,

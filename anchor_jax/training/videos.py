@@ -3,12 +3,13 @@
 import functools
 import json
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from anchor_jax import media
 from anchor_jax.errors import UserError
@@ -17,6 +18,7 @@ from anchor_jax.training.order import Order, Share
 from anchor_jax.world.scene import latent_to_pixel_frames
 
 _CELL = 8  # pixels of a latent's side
+_SHOWN = 10  # videos in a message
 
 
 def read_list(path: str) -> list[tuple[pathlib.Path, str]]:
@@ -59,10 +61,23 @@ def _beside(file: pathlib.Path, name: str, where: str) -> pathlib.Path:
     return video
 
 
+def _check(videos: Iterable[pathlib.Path], count: int, size: tuple[int, int]) -> None:
+    """Raises what is wrong with all of the videos, before any is encoded."""
+    wrong = []
+    for video in tqdm(list(videos), desc="checks videos", unit="video"):
+        try:
+            media.read_video(video, count, size)
+        except UserError as error:
+            wrong.append(str(error))
+    if wrong:
+        shown = "; ".join(wrong[:_SHOWN]) + "; ..." * (len(wrong) > _SHOWN)
+        raise UserError(f"{len(wrong)} videos cannot be used: {shown}")
+
+
 class Videos:
     """Batches of clips, pure functions of their number; encoded once, then kept."""
 
-    def __init__(self, data, bundle, share: Share, section, folder: pathlib.Path):
+    def __init__(self, data, bundle, share: Share, section, folder, most=None):
         """Reads the list, and encodes the videos unless that is done.
 
         Args:
@@ -71,13 +86,14 @@ class Videos:
           share: clips of a batch that this process makes.
           section: `RegressionConfig`, with the clips' length.
           folder: where the encoded clips are kept.
+          most: videos of the list that are read; None: all.
 
         Raises:
           UserError: The list or a video is wrong.
         """
         self._tokenizer, self._share, self._data = bundle.tokenizer, share, data
         self._frames = section.block * section.blocks
-        listed, grid = read_list(data.path), bundle.grid
+        listed, grid = read_list(data.path)[:most], bundle.grid
         hashes = [[datasets.digest(video), caption] for video, caption in listed]
         self._clips = datasets.prepare(
             datasets.Clips,
@@ -94,6 +110,7 @@ class Videos:
         grid = bundle.grid
         size = grid.height * _CELL, grid.width * _CELL
         count = latent_to_pixel_frames(self._frames)
+        _check((video for video, _ in listed), count, size)
         for video, caption in listed:
             pixels = media.read_video(video, count, size)
             unit = jnp.asarray(pixels[None], jnp.float32) / 127.5 - 1

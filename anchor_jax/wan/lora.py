@@ -36,6 +36,12 @@ def init(params, rank: int, rng: jax.Array):
     return traverse_util.unflatten_dict(adapters)
 
 
+def ranks(adapters) -> set[int]:
+    """Returns the ranks of updates."""
+    found = traverse_util.flatten_dict(adapters)
+    return {leaf.shape[-1] for path, leaf in found.items() if path[-1] == "a"}
+
+
 def merge(params, adapters):
     """Returns the parameters with each update's product added to its kernel."""
     leaves = traverse_util.flatten_dict(params)

@@ -5,7 +5,9 @@ import json
 
 import bundles
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 
@@ -22,7 +24,13 @@ from anchor_jax.training.checkpoints import Checkpoints
 from anchor_jax.training.loop import Loop, train
 from anchor_jax.training.monitor import Monitor
 from anchor_jax.training.programs import Cursor
-from anchor_jax.training.state import Ema, Optimizer
+from anchor_jax.training.state import (
+    Ema,
+    Optimizer,
+    checked,
+    init_state,
+    move_generator,
+)
 
 BATCH = 4
 FRAMES = 6
@@ -236,6 +244,113 @@ def test_a_loss_that_is_not_finite_stops_with_state_and_batch(tmp_path, monkeypa
         leaves(state.generator), leaves(good.generator), strict=True
     ):
         np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("every, bad", [(2, {2}), (5, {2, 3})])
+def test_batches_that_are_not_finite_are_left_out(tmp_path, monkeypatch, every, bad):
+    on_one_device(monkeypatch)
+    failed = 0
+    while failed <= len(bad):
+        prepared = make(REGRESS)
+
+        def broken(number):
+            batch = clips(number)
+            batch["latents"] = batch["latents"] + np.float32(
+                "nan" if number in bad else 0
+            )
+            return batch
+
+        prepared.stage.batches = broken
+        checkpoints = Checkpoints(tmp_path, {}, 2)
+        found = checkpoints.restore(prepared.state, prepared.stage.places)
+        state, cursor = found or (prepared.state, Cursor())
+        monitor = Monitor(tmp_path, 6, int(state.step), 1, quiet=True)
+        loop = Loop(6, save_every=every)
+        try:
+            state = train(prepared.stage, state, cursor, loop, checkpoints, monitor)
+            break
+        except UserError:
+            failed += 1
+        finally:
+            checkpoints.close()
+
+    assert failed == len(bad) and int(state.step) == 6
+
+
+def test_an_error_between_steps_loses_none(tmp_path, monkeypatch):
+    on_one_device(monkeypatch)
+    prepared = make(REGRESS)
+    checkpoints = Checkpoints(tmp_path, {}, 2)
+    monitor = Monitor(tmp_path, 9, 0, 1, quiet=True)
+
+    def fail(state, step):
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        train(
+            prepared.stage,
+            prepared.state,
+            Cursor(),
+            Loop(9, save_every=9, sample_every=3),
+            checkpoints,
+            monitor,
+            fail,
+        )
+    checkpoints.close()
+
+    again = make(REGRESS)
+    state, cursor = Checkpoints(tmp_path, {}, 2).restore(
+        again.state, again.stage.places
+    )
+    assert (int(state.step), cursor) == (3, Cursor(3))
+
+
+def test_nothing_is_set_aside_where_nothing_can_be_restored(tmp_path, monkeypatch):
+    on_one_device(monkeypatch)
+    run(REGRESS, tmp_path, 4)
+    prepared = make(REGRESS)
+
+    def fail(self, *arguments):
+        raise RuntimeError("RESOURCE_EXHAUSTED")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "_restore", fail)
+        for _ in range(2):
+            with pytest.raises(UserError, match="none can be.*RESOURCE_EXHAUSTED"):
+                Checkpoints(tmp_path, {}, 2).restore(
+                    prepared.state, prepared.stage.places
+                )
+
+    state, _ = Checkpoints(tmp_path, {}, 2).restore(
+        prepared.state, prepared.stage.places
+    )
+    assert int(state.step) == 4
+
+
+def test_a_wrong_gradient_stops_the_updates_of_all_networks():
+    tx = optax.sgd(1.0)
+    before = init_state(0, {"w": jnp.ones(2)}, tx, has_ema=False)
+    good, bad = {"w": jnp.ones(2)}, {"w": jnp.array([1, jnp.nan])}
+
+    sound = checked(before, good, jnp.float32(1))
+    wrong = checked(sound, bad, jnp.float32(1))
+    moved, _ = move_generator(sound, good, jnp.float32(1), tx, None)
+    kept, _ = move_generator(wrong, good, jnp.float32(1), tx, None)
+
+    assert bool(sound.sound) and int(moved.updates) == 1
+    assert not bool(wrong.sound) and int(kept.updates) == 0
+    np.testing.assert_array_equal(kept.generator["w"], 1)
+    np.testing.assert_array_equal(moved.generator["w"], 0)
+
+
+def test_the_mean_begins_at_a_step_of_the_trainer():
+    ema, mean = Ema(0.5, start=3), jnp.float32(0)
+    for update, step in enumerate((0, 2, 4, 6)):
+        mean = ema.next(mean, jnp.float32(step), update, step)
+        if step < 3:
+            assert mean == step
+
+    assert mean == ((2 + 4) / 2 + 6) / 2
 
 
 def test_what_was_logged_beyond_the_checkpoint_is_logged_once(tmp_path):
