@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import operator
 import pathlib
 import statistics
 import tempfile
@@ -52,12 +53,12 @@ def read_config(config) -> TrainConfig:
     """
     read = from_config(TrainConfig, config, "config")
     least = {"steps": 1, "batch": 1, "keep": 1, "save_every": 1, "log_every": 1}
-    least |= {"keep_best": 0, "sample_every": 0}
+    least |= {"keep_best": 0, "sample_every": 0, "lora.rank": 0, "data.size": 1}
+    least |= {"regression.block": 1, "regression.blocks": 1, "distillation.every": 1}
     for name, smallest in least.items():
-        if getattr(read, name) < smallest:
-            raise UserError(
-                f"config.{name}={getattr(read, name)}: expected {smallest}+"
-            )
+        value = operator.attrgetter(name)(read)
+        if value < smallest:
+            raise UserError(f"config.{name}={value}: expected {smallest}+")
     known = _BEST.get(read.stage, (read.best_of,))
     if read.keep_best and read.best_of not in known:
         found = suggest(read.best_of, known, f"numbers of {read.stage}")
@@ -191,12 +192,12 @@ def open_job(
     share = Share(config.batch, rows)
     batches = sources.open_source(config, generator, folder, share, most)
     prepared = build.prepare(config, generator, batches, teacher, critic)
-    inputs = _inputs(config, generator, teacher, critic)
-    _compare_inputs(folder, inputs)
+    read = inputs(config, generator, teacher, critic)
+    compare_inputs(folder, read)
     sampler = samples.make_sampler(config, prepared, folder)
     bundles.write_run(folder, base)
     write_config(config, folder)
-    write_json(folder / _INPUTS, inputs)
+    write_json(folder / _INPUTS, read)
     meta = {"training": _json(config)}
     checkpoints = Checkpoints(
         folder, meta, config.keep, tell, config.keep_best, config.best_of
@@ -292,7 +293,7 @@ def write_config(config: TrainConfig, folder: pathlib.Path) -> None:
     write_json(folder / _CONFIG, _json(config))
 
 
-def _inputs(config: TrainConfig, generator: Bundle, teacher, critic) -> dict[str, Any]:
+def inputs(config: TrainConfig, generator: Bundle, teacher, critic) -> dict[str, Any]:
     """Returns what every step reads and no checkpoint holds."""
     found = {"data": sources.identity(config.data)}
     if teacher is not None:
@@ -303,13 +304,17 @@ def _inputs(config: TrainConfig, generator: Bundle, teacher, critic) -> dict[str
     return json.loads(json.dumps(found))
 
 
-def _compare_inputs(folder: pathlib.Path, inputs: Mapping[str, Any]) -> None:
-    """Raises unless a run's inputs are those that it began with."""
+def compare_inputs(folder: pathlib.Path, given: Mapping[str, Any]) -> None:
+    """Raises unless a run's inputs are those that it began with.
+
+    Raises:
+      UserError: Some are not.
+    """
     path = folder / _INPUTS
     if not path.exists():
         return
     stored = json.loads(path.read_text(encoding="utf-8"))
-    changed = [name for name, value in inputs.items() if stored.get(name) != value]
+    changed = [name for name, value in given.items() if stored.get(name) != value]
     if changed:
         raise UserError(
             f"{folder}: what config.{', config.'.join(changed)} names holds something"

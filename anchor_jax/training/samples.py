@@ -292,6 +292,8 @@ def _texts(config: TrainConfig, num: int) -> list[tuple[str, str]]:
     if config.data.kind == "trajectories":
         from anchor_jax.training.trajectories import Trajectories
 
+        if not pathlib.Path(config.data.path).is_dir():
+            return []
         stored = Trajectories(config.data.path)
         texts = [stored[place]["prompt"] for place in range(min(num, len(stored)))]
         return [(text, text) for text in texts]

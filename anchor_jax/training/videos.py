@@ -106,11 +106,11 @@ class Videos:
         self._order = Order(len(self._clips), data.seed)
 
     def _encode(self, listed, bundle) -> Iterator[dict[str, Any]]:
-        encode = jax.jit(functools.partial(bundle.codec.encode, bundle.codec_params))
         grid = bundle.grid
         size = grid.height * _CELL, grid.width * _CELL
         count = latent_to_pixel_frames(self._frames)
         _check((video for video, _ in listed), count, size)
+        encode = jax.jit(functools.partial(bundle.codec.encode, bundle.codec_params))
         for video, caption in listed:
             pixels = media.read_video(video, count, size)
             unit = jnp.asarray(pixels[None], jnp.float32) / 127.5 - 1

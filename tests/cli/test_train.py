@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import types
 
 import bundles
 import jax
@@ -13,7 +14,8 @@ from anchor_jax import checkpoint
 from anchor_jax.bundle import load_bundle, write_run
 from anchor_jax.cli.main import main
 from anchor_jax.errors import UserError
-from anchor_jax.training import run
+from anchor_jax.media import write_json
+from anchor_jax.training import run, sources
 from anchor_jax.training.build import LoraConfig, TrainConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -128,6 +130,34 @@ def test_a_dry_run_times_steps_and_leaves_nothing(weights, tmp_path, capsys):
     told = capsys.readouterr().out
     assert re.search(r"a step takes \S+ s here; 4 steps: \S+ h", told)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_start_that_failed_does_not_bind_the_next(weights, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(tmp_path / "none", out) == 2
+    assert train(weights, out, "--config.regression.blocks=0") == 2
+    assert "holds a run" not in capsys.readouterr().err
+    assert not (out / "config.json").exists()
+
+
+def test_data_that_changed_are_not_gone_on_with(tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a\nb\n")
+    data = sources.DataConfig("prompts", str(prompts))
+    config = TrainConfig(out=str(tmp_path), data=data)
+    bundle = types.SimpleNamespace(digest="x")
+    first = run.inputs(config, bundle, bundle, None)
+    write_json(tmp_path / "inputs.json", first)
+    run.compare_inputs(tmp_path, run.inputs(config, bundle, bundle, None))
+
+    prompts.write_text("b\na\n")
+    with pytest.raises(UserError, match="what config.data names"):
+        run.compare_inputs(tmp_path, run.inputs(config, bundle, bundle, None))
+    prompts.write_text("a\nb\n")
+    other = types.SimpleNamespace(digest="y")
+    run.compare_inputs(tmp_path, run.inputs(config, other, bundle, None))
+    with pytest.raises(UserError, match="what config.teacher names"):
+        run.compare_inputs(tmp_path, run.inputs(config, bundle, other, None))
 
 
 def test_a_run_that_has_ended_tells_where_things_are(trained, weights, capsys):

@@ -58,6 +58,10 @@ def test_a_short_run_is_measured(tmp_path):
     assert all(0 < rate < 1 for rate in found["efficiency"].values())
 
 
-def test_other_stages_are_refused():
+def test_other_stages_and_longer_sequences_are_refused():
+    section = dataclasses.replace(CONFIG.distillation, length=12)
+    longer = dataclasses.replace(CONFIG, distillation=section)
+    with pytest.raises(UserError, match="sequences are one chunk"):
+        bench.measure(longer, progress=print)
     with pytest.raises(UserError, match="sequences are one chunk"):
         bench.measure(TrainConfig(stage="regression"), progress=print)

@@ -31,6 +31,7 @@ from anchor_jax.training.state import (
     init_state,
     move_generator,
 )
+from anchor_jax.wan import lora
 
 BATCH = 4
 FRAMES = 6
@@ -371,12 +372,27 @@ def test_what_was_logged_beyond_the_checkpoint_is_logged_once(tmp_path):
         ({"rules": "papers"}, "config.rules='papers'"),
         ({"batch": 3, "mesh": (2, 2, 1, 1)}, "config.batch=3"),
         ({"mesh": (3, 1, 1, 1)}, "config.mesh"),
+        (
+            {"stage": "regression", "regression": RegressionConfig(window=12)},
+            "config.regression: window=12",
+        ),
     ],
 )
 def test_configs_that_make_no_sense_are_refused(wrong, named):
     config = dataclasses.replace(DISTILL, **wrong)
     with pytest.raises(UserError, match=named):
         build.prepare(config, bundles.load(), embeddings, bundles.load())
+
+
+def test_the_rank_of_updates_is_that_of_the_weights():
+    bundle = bundles.load()
+    updates = lora.init(bundle.variables["params"], 3, jax.random.key(0))
+    variables = {**bundle.variables, "lora": updates}
+    bundle = dataclasses.replace(bundle, load_variables=lambda: variables)
+    config = dataclasses.replace(REGRESS, lora=LoraConfig(rank=2))
+
+    with pytest.raises(UserError, match="config.lora.rank=2: .* updates of rank 3"):
+        build.prepare(config, bundle, clips)
 
 
 def test_distillation_needs_a_teacher():

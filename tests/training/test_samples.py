@@ -26,6 +26,7 @@ from anchor_jax.training.monitor import Monitor
 from anchor_jax.training.programs import Cursor
 from anchor_jax.training.sources import DataConfig
 from anchor_jax.training.state import Ema
+from anchor_jax.training.trajectories import TrajectoryWriter
 
 DISTILL = TrainConfig(
     steps=3,
@@ -89,6 +90,19 @@ def test_videos_are_of_the_mean_and_compiled_once(tmp_path):
     (first, _), (second, _), (third, step) = shown
     np.testing.assert_array_equal(first, second)
     assert np.any(first != third) and step == 750
+
+
+def test_kernels_know_the_mesh(tmp_path, monkeypatch):
+    prepared, seen = prepare(DISTILL), []
+
+    def play(*arguments):
+        seen.append(jax.sharding.get_abstract_mesh())
+        return np.zeros((1, 16, 16, 3), np.uint8)
+
+    monkeypatch.setattr(samples.Sampler, "_play", play)
+    samples.make_sampler(DISTILL, prepared, tmp_path)(prepared.state, 1)
+
+    assert seen == [prepared.stage.mesh.abstract_mesh] * 3
 
 
 def test_videos_switch_where_training_does():
@@ -170,6 +184,12 @@ def test_prompts_are_those_of_the_config_or_the_first_of_the_data(tmp_path):
     assert shown(DataConfig("prompts", a, b)) == pairs
     assert shown(DataConfig("prompts", a))[0] == ("one", "two")
     assert shown(DataConfig("prompts", c)) == pairs[:2]
+    writer = TrajectoryWriter(tmp_path / "ode", 0, 1, (5, 3, 8, 8, 4))
+    writer.add(0, np.zeros((5, 3, 8, 8, 4)), "stored")
+    writer.flush()
+    assert shown(DataConfig("trajectories", str(tmp_path / "ode"))) == [
+        ("stored", "stored")
+    ]
     assert shown(DataConfig("trajectories", str(tmp_path / "none"))) is None
 
 

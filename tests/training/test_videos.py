@@ -1,12 +1,15 @@
 """A user's own videos as training data."""
 
+import contextlib
 import dataclasses
 import json
+import types
 
 import bundles
 import numpy as np
 import pytest
 import shares
+from PIL import Image
 
 from anchor_jax import media
 from anchor_jax.errors import UserError
@@ -139,6 +142,52 @@ def test_a_short_or_broken_video_is_named(tmp_path):
         media.read_video(tmp_path / "a.mp4", FRAMES, (8, 8))
     with pytest.raises(UserError, match="b.mp4: no video that can be read"):
         media.read_video(tmp_path / "b.mp4", FRAMES, (8, 8))
+
+
+def played(monkeypatch, *frames):
+    """Makes files of any name hold these frames."""
+    container = types.SimpleNamespace(decode=lambda video: iter(frames))
+    opened = contextlib.nullcontext(container)
+    monkeypatch.setattr(media.av, "open", lambda path: opened)
+
+
+def frame(time, rotation=0):
+    pixels = np.zeros((4, 8, 3), np.uint8)
+    pixels[:, :4] = 255  # white on the left
+    return types.SimpleNamespace(
+        width=8,
+        height=4,
+        time=time,
+        rotation=rotation,
+        to_image=lambda: Image.fromarray(pixels),
+    )
+
+
+def test_a_turned_video_is_turned_upright(monkeypatch):
+    # Ninety degrees against the clock: left becomes down.
+    played(monkeypatch, frame(0.0, 90))
+
+    (pixels,) = media.read_video("phone.mp4", 1, (8, 4))
+
+    assert pixels.shape == (8, 4, 3)
+    assert pixels[6:].min() > 250 and pixels[:2].max() < 5
+
+
+def test_a_video_without_times_is_named(monkeypatch):
+    played(monkeypatch, frame(None))
+
+    with pytest.raises(UserError, match="raw.h264: frames without times"):
+        media.read_video("raw.h264", 1, (8, 8))
+
+
+def test_all_videos_that_are_wrong_are_named_before_any_is_encoded(tmp_path):
+    for name, frames in (("a.mp4", FRAMES), ("b.mp4", 2), ("c.mp4", 1)):
+        write_video(tmp_path / name, frames=frames)
+    rows = [{"video": f"{name}.mp4", "caption": name} for name in "abc"]
+    bundle = dataclasses.replace(bundles.load(), codec=None)
+
+    with pytest.raises(UserError, match="2 videos .*b.mp4: 2 frames.*c.mp4: 1 frames"):
+        sources.open_source(config(write_list(tmp_path, *rows)), bundle, tmp_path)
 
 
 def test_videos_need_a_list(tmp_path):
