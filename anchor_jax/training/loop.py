@@ -101,7 +101,9 @@ def _saving_on_error(
         yield
     except Exception:
         state, cursor = now()
-        if not any(x.is_deleted() for x in jax.tree.leaves(state)):
+        is_whole = not any(x.is_deleted() for x in jax.tree.leaves(state))
+        # A save waits for all processes, which may not have failed.
+        if is_whole and jax.process_count() == 1:
             checkpoints.save(state, cursor)
             checkpoints.wait()
         raise
