@@ -23,6 +23,8 @@ if jax.config.jax_num_cpu_devices != DEVICES:
 _kept = pathlib.Path(__file__).parents[1] / ".jax_cache" / platform.machine()
 jax.config.update("jax_compilation_cache_dir", str(_kept))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+# Compiling, not running, is what takes the time; see `optimized_compilation`.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,9 +35,8 @@ def forget_programs():
 
 
 @pytest.fixture(scope="module")
-def quick_compilation():
-    """Compiling, not running, is what takes the time in many tests."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+def optimized_compilation():
+    """Programs as users have them."""
+    jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", True)

@@ -34,7 +34,7 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory, quick_compilation):
+def measured(tmp_path_factory):
     path = tmp_path_factory.mktemp("bench") / "bench.json"
 
     assert main(["bench", "--config=bench_medium", *SMALL, f"--out={path}"]) == 0

@@ -1,7 +1,11 @@
+import pytest
+
 from anchor_jax import bundle, flow
 from anchor_jax.cache.policies import POLICIES
 from anchor_jax.evaluation import world
 from anchor_jax.streaming.types import StreamSetup
+
+pytestmark = pytest.mark.usefixtures("optimized_compilation")
 
 
 def test_the_shipped_model_follows_a_switch_in_four_steps_without_guidance():

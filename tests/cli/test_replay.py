@@ -8,6 +8,8 @@ from anchor_jax.cli.sample import CACHE_VARIABLE, told_switches
 from anchor_jax.streaming import recipe as recipes
 from anchor_jax.streaming.recipe import Switch
 
+pytestmark = pytest.mark.usefixtures("optimized_compilation")
+
 CLIP = "a red ring[4f] | a blue square[3f] | a green ring[5f]"
 
 

@@ -16,6 +16,8 @@ from anchor_jax.cli.sample import CACHE_VARIABLE, tile_frames
 from anchor_jax.prompts import Script, Segment
 from anchor_jax.streaming.session import Session
 
+pytestmark = pytest.mark.usefixtures("optimized_compilation")
+
 CLIP = "a red ring[3f] | a blue square[3f]"
 
 

@@ -15,9 +15,6 @@ CLIP = f"{bundles.RED}[3f] | {bundles.BLUE}[3f]"
 SHORT = f"--config.prompt={bundles.RED}[3f]"
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights") / "ported"

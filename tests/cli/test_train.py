@@ -18,8 +18,6 @@ from anchor_jax.media import write_json
 from anchor_jax.training import run, sources
 from anchor_jax.training.build import LoraConfig, TrainConfig
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):

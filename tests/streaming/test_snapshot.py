@@ -46,9 +46,6 @@ POLICIES_HERE = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 @pytest.fixture
 def kept(monkeypatch):
     """Latents of each block that any session makes, (frame, latents), in order."""

@@ -14,7 +14,6 @@ from anchor_jax.training.build import DistillationConfig, TrainConfig
 from anchor_jax.training.placement import Arrays
 from anchor_jax.training.sources import DataConfig
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 CONFIG = TrainConfig(
     batch=4,
     distillation=DistillationConfig(

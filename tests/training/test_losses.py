@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 import tiny
 
 from anchor_jax import flow
@@ -14,7 +13,6 @@ from anchor_jax.training.losses import ReleaseTables, Score, Tables
 
 SCORE = Score(tiny.MODEL)
 TIMES = jnp.array([700.0, 100.0])
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def draw(seed):

@@ -19,7 +19,6 @@ from anchor_jax.training.regress import Regression
 from anchor_jax.training.sources import DataConfig
 from anchor_jax.training.trajectories import Trajectories
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 CONFIG = TrajectoryConfig(
     count=5, batch=2, frames=6, steps=8, guidance=2.0, data=DataConfig("world_prompts")
 )

@@ -105,7 +105,6 @@ def test_weights_are_split_and_low_rank_updates_are_few():
     assert plan.bytes_on_one(low.stage.frozen) > plan.bytes_on_one(split.stage.frozen)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_recomputing_activations_takes_less_memory():
     kept = compiled(DISTILL, "critic, first chunk")
     again = dataclasses.replace(DISTILL, remat="nothing_saveable")
@@ -115,7 +114,6 @@ def test_recomputing_activations_takes_less_memory():
     assert recomputed.arguments == kept.arguments
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_plan_counts_what_stays_and_names_what_is_wrong(monkeypatch):
     monkeypatch.setattr(aot, "find_target", aot.TARGETS.get)
     monkeypatch.setattr(

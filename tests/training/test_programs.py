@@ -51,7 +51,6 @@ REGRESS = dataclasses.replace(
     stage="regression",
     regression=RegressionConfig(forcing="teacher", block=3, blocks=2),
 )
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def embeddings(number):

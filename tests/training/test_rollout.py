@@ -16,7 +16,6 @@ from anchor_jax.training.rollout import Turn
 
 BLOCKS = 2
 SETUP = tiny.setup()
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 _roll = jax.jit(rollout.roll, static_argnames=("setup", "turn"))

@@ -42,7 +42,6 @@ REGRESS = dataclasses.replace(
     stage="regression",
     regression=RegressionConfig(block=3, blocks=1),
 )
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def prepare(config):

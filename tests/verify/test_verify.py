@@ -28,9 +28,6 @@ CASES = [
 ]
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 @pytest.fixture
 def golden_set(tmp_path):
     """A set with one quick case of its own, which tests may damage."""

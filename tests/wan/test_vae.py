@@ -19,15 +19,6 @@ GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "vae"
 TOLERANCE = 5e-5
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling, not running, is what takes the time here."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 def relative(ours, theirs):
     ours, theirs = np.asarray(ours), np.asarray(theirs)
     assert ours.shape == theirs.shape
