@@ -134,7 +134,8 @@ class Compiled:
       outputs: those that do not take an input's place.
       temporaries: working memory.
       code: of the program itself.
-      fused: calls of a fused attention kernel.
+      fused: calls of a fused attention kernel; None if the compiler could not
+        print the program.
       scores: shapes of tokens by tokens that lie in memory; there should be none.
       reads: long-lived arrays among arguments and results.
     """
@@ -144,13 +145,21 @@ class Compiled:
     outputs: int
     temporaries: int
     code: int
-    fused: int
+    fused: int | None
     scores: tuple[str, ...]
     reads: frozenset[str]
 
     @property
     def peak(self) -> int:
         return self.arguments + self.outputs + self.temporaries + self.code
+
+    def problems(self) -> tuple[str, ...]:
+        """Returns what is wrong with its attention over tokens."""
+        if self.fused is None:
+            return ("the compiler cannot print it: attention was not looked at",)
+        found = () if self.fused else ("no fused attention kernel",)
+        scores = (f"score matrices {', '.join(self.scores)}",) if self.scores else ()
+        return found + scores
 
     def summary(self) -> dict[str, Any]:
         """Returns the numbers as plain values."""
@@ -355,6 +364,14 @@ def on_device(program: Program, device) -> Program:
     return dataclasses.replace(program, args=jax.tree.map(place, program.args))
 
 
+def _text(compiled) -> str | None:
+    """Returns a compiled program as text; not all that TPUs run can be printed."""
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        return None
+
+
 def compile_program(program: Program) -> Compiled | Refused:
     """Returns what the compiler of a described device makes of a program.
 
@@ -369,7 +386,9 @@ def compile_program(program: Program) -> Compiled | Refused:
             raise
         return Refused(_reason(str(error)), size_of(program.args), program.reads)
     seconds = time.perf_counter() - began
-    memory, text = compiled.memory_analysis(), compiled.as_text()
+    memory, text = compiled.memory_analysis(), _text(compiled)
+    calls = [f'custom_call_target="{name}' for name in _FUSED]
+    sizes = program.tokens, program.features
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Compiled(
         seconds=seconds,
@@ -377,8 +396,8 @@ def compile_program(program: Program) -> Compiled | Refused:
         outputs=max(0, outputs),
         temporaries=memory.temp_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
-        fused=sum(text.count(f'custom_call_target="{name}') for name in _FUSED),
-        scores=score_shapes(text, program.tokens, program.features),
+        fused=None if text is None else sum(text.count(call) for call in calls),
+        scores=() if text is None else score_shapes(text, *sizes),
         reads=program.reads,
     )
 
@@ -422,10 +441,8 @@ class Report:
         for name, made in self.programs.items():
             if isinstance(made, Refused):
                 found.append(f"{name}: {made.reason}")
-            elif name in _ATTENDING and not made.fused:
-                found.append(f"{name}: no fused attention kernel")
-            if isinstance(made, Compiled) and name in _ATTENDING and made.scores:
-                found.append(f"{name}: score matrices {', '.join(made.scores)}")
+            elif name in _ATTENDING:
+                found += [f"{name}: {problem}" for problem in made.problems()]
         if self.needed(keep_encoder=False) > memory:
             found.append(
                 f"{chip} has too little memory; choose a smaller size, such as"

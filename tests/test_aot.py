@@ -110,6 +110,20 @@ def test_programs_compile_on_this_machine_and_do_not_copy_the_cache():
     assert step.summary()["peak"] == step.peak
 
 
+def test_a_program_that_cannot_be_printed_is_measured_all_the_same(monkeypatch):
+    def fail(self):
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
+
+    monkeypatch.setattr(jax.stages.Compiled, "as_text", fail)
+    x = jax.ShapeDtypeStruct((96, 8), jnp.float32)
+    program = aot.Program(jax.jit(jnp.sin), (x,), {}, frozenset(), 96, frozenset())
+
+    found = aot.compile_program(program)
+
+    assert found.arguments == 96 * 8 * 4
+    assert found.fused is None and "cannot print" in found.problems()[0]
+
+
 def test_a_stream_has_these_programs_and_arrays():
     made, resident = aot.programs(aot.TARGETS["h100"], SETUP, TEXT, VaeCodec(VAE))
 

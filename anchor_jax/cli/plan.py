@@ -166,9 +166,10 @@ def _row(part: str, made: dict) -> str:
         return f"  {part:<23} {made['reason']}"
     sizes = (made[key] / _GB for key in ("arguments", "outputs", "temporaries", "peak"))
     inputs, outputs, working, peak = sizes
+    fused = "-" if made["fused"] is None else made["fused"]
     return (
         f"  {part:<23} {made['seconds']:9.1f}  {inputs:9.2f}  {outputs:10.2f}"
-        f"  {working:10.2f}  {peak:7.2f}  {made['fused']:5}"
+        f"  {working:10.2f}  {peak:7.2f}  {fused:>5}"
     )
 
 

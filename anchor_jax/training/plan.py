@@ -74,10 +74,7 @@ class Report:
             if isinstance(made, Refused):
                 found.append(f"{name}: {made.reason}")
             elif name != aot.ENCODER and not name.endswith("update"):
-                if not made.fused:
-                    found.append(f"{name}: no fused attention kernel")
-                if made.scores:
-                    found.append(f"{name}: score matrices {', '.join(made.scores)}")
+                found += [f"{name}: {problem}" for problem in made.problems()]
         chip = self.target.chip
         is_refused = any(isinstance(made, Refused) for made in self.programs.values())
         if is_refused or self.needed > chip.memory:

@@ -181,7 +181,7 @@ def test_score_matrices_and_a_missing_kernel_are_problems():
 
 
 def test_a_report_is_shown_and_can_be_written():
-    one = report(generator=made(40 * GB), critic_update=made(GB))
+    one = report(generator=made(40 * GB), critic_update=made(GB, fused=None))
     summary = json.loads(json.dumps(one.summary()))
 
     shown = "\n".join(command.training_table("h100, remat none", summary))
@@ -189,6 +189,7 @@ def test_a_report_is_shown_and_can_be_written():
     assert "h100, remat none: H100 SXM, 80 GB" in shown
     assert "fsdp 8" in shown
     assert "needed at most on a chip: 76.0 GB" in shown
+    assert any(line.split()[-1:] == ["-"] for line in shown.splitlines())
 
 
 @pytest.mark.parametrize(
