@@ -124,12 +124,14 @@ def training_table(title: str, summary: dict) -> list[str]:
     """Returns the lines that show a `training.plan.Report.summary()`."""
     mesh = ", ".join(f"{axis} {n}" for axis, n in summary["mesh"].items() if n > 1)
     chip, memory = summary["chip"], summary["memory"] / _GB
+    is_refused = any("reason" in made for made in summary["programs"].values())
+    those = ", by the programs that fit" if is_refused else ""
     lines = [
         f"{title}: {chip}, {memory:.0f} GB, {mesh or 'one chip'}",
         _HEADER,
         *[_row(part, made) for part, made in summary["programs"].items()],
         _resident(summary),
-        f"  needed at most on a chip: {summary['needed'] / _GB:.1f} GB",
+        f"  needed at most on a chip: {summary['needed'] / _GB:.1f} GB{those}",
     ]
     return lines + [f"  problem: {line}" for line in summary["problems"]]
 

@@ -168,7 +168,10 @@ def test_what_does_not_fit_is_told_with_a_remedy():
 
     for one in (report(critic=made(60 * GB)), report(critic=refused)):
         assert "--remat=nothing_saveable" in one.problems()[-1]
-    assert "critic: does not fit: Used 99G" in report(critic=refused).problems()
+    found = report(generator=made(GB), critic=refused)
+    assert "critic: does not fit: Used 99G" in found.problems()
+    shown = "\n".join(command.training_table("h100", found.summary()))
+    assert "37.0 GB, by the programs that fit" in shown
 
 
 def test_score_matrices_and_a_missing_kernel_are_problems():
