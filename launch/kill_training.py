@@ -29,6 +29,7 @@ CLIP = ("--config.distillation.frames=6", "--config.distillation.every=2")
 STAGES = {
     "teacher": ("train_teacher", "--config.regression.blocks=2"),
     "causal": ("train_causal", "--config.data.size=48"),
+    "guided": ("train_causal:guided", "--config.data.size=48"),
     "dmd": ("train_dmd:tiny", "--config.distillation.length=6", *CLIP),
     "streaming": (
         "train_streaming:tiny",
@@ -46,7 +47,7 @@ def command(stage: str, out: pathlib.Path, teacher: pathlib.Path) -> list[str]:
     weights = "fresh" if stage == "teacher" else teacher
     line = [sys.executable, "-m", "anchor_jax", "train", f"--config={config}", *SHORT]
     line += [f"--config.out={out}", f"--config.weights={weights}", *more]
-    if config.endswith(":tiny"):
+    if ":" in config:
         line.append(f"--config.teacher={teacher}")
     elif stage == "teacher":
         line.append("--config.data.size=16")

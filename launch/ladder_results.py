@@ -21,6 +21,7 @@ JUMPS = 1 - 0.865 ** (1 / 4)
 COLUMNS = {
     "causal20": "causal teacher, 20 steps, guided",
     "causal4": "the same, 4 steps",
+    "guided": "guidance distilled, 4 steps",
     "dmd": "self-forcing, 4 steps",
     "streaming": "streaming-tuned, 4 steps",
 }

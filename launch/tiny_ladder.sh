@@ -38,11 +38,13 @@ for steps in 20 4; do
   done
 done
 
-train train_dmd.py:tiny dmd --config.weights="$folder/causal" \
+train train_causal.py:guided guided --config.weights="$folder/causal" \
+  --config.teacher="$folder/causal"
+train train_dmd.py:tiny dmd --config.weights="$folder/guided" \
   --config.teacher="$folder/teacher21"
 train train_streaming.py:tiny streaming --config.weights="$folder/dmd" \
   --config.teacher="$folder/teacher21"
-for stage in dmd streaming; do
+for stage in guided dmd streaming; do
   score "${stage}_switch" "$folder/$stage" --count=240
   score "${stage}_events" "$folder/$stage" --trial=events --count=200
 done

@@ -55,6 +55,9 @@ class RegressionConfig:
       shift: moves noise levels towards noise.
       window: latent frames that a block sees; all without a value.
       text: train the text encoder along.
+      guidance: the target is the guided flow of `teacher`, a network of the same
+        forcing: without + guidance (with - without); without a value it is the data's.
+      negative_prompt: what guidance leads away from.
     """
 
     forcing: str = "none"
@@ -64,6 +67,8 @@ class RegressionConfig:
     shift: float = 5.0
     window: int | None = None
     text: bool = False
+    guidance: float | None = None
+    negative_prompt: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +129,8 @@ class TrainConfig:
       stage: "regression" (teacher, causal initialisation) or "distillation".
       weights: where the generator begins: "tiny", "fresh" (a random tiny model), a
         folder of ported weights, or of a training.
-      teacher: weights of the real score; for distillation.
+      teacher: weights of the real score, for distillation; of the guided network, for
+        `regression.guidance`.
       critic: weights with which the fake score begins; without a value the teacher's.
       rules: "paper", or "release", to continue published weights as trained.
       steps: in all.
@@ -210,7 +216,7 @@ def prepare(
       config: of the training.
       bundle: where the generator begins.
       batches: number -> batch, as the stage takes it.
-      teacher: the real score, for distillation.
+      teacher: the real score, for distillation; or whose guided flow is regressed.
       critic: where the fake score begins; None: as the teacher.
       on: makes and places arrays; None: on the mesh of the config.
 
@@ -218,8 +224,9 @@ def prepare(
       UserError: Parts of the config do not go together.
     """
     on = on or Arrays(make_mesh(config))
+    _check_fits(bundle.model, teacher=teacher, critic=critic)
     if config.stage == "regression":
-        return _prepare_regression(config, bundle, batches, on)
+        return _prepare_regression(config, bundle, batches, teacher, on)
     if config.stage == "distillation":
         if teacher is None:
             raise UserError("config.teacher is missing; distillation needs a teacher")
@@ -228,6 +235,19 @@ def prepare(
         )
     known = suggest(config.stage, STAGES, "stages")
     raise UserError(f"config.stage={config.stage!r}{known}")
+
+
+def _check_fits(model: ModelConfig, **others: Bundle | None) -> None:
+    """Raises unless all networks have the generator's latents and prompts."""
+    for name, other in others.items():
+        for field in ("latent_channels", "text_dim", "text_len"):
+            ours = getattr(model, field)
+            theirs = getattr(other.model, field) if other else ours
+            if theirs != ours:
+                raise UserError(
+                    f"config.{name}: its {field} is {theirs}, the generator's {ours};"
+                    " choose weights with the same codec and text encoder"
+                )
 
 
 def make_mesh(config: TrainConfig, devices=None) -> Mesh:
@@ -249,8 +269,11 @@ def make_mesh(config: TrainConfig, devices=None) -> Mesh:
     return mesh
 
 
-def _prepare_regression(config, bundle: Bundle, batches, on: Arrays) -> Prepared:
+def _prepare_regression(
+    config, bundle: Bundle, batches, teacher: Bundle | None, on: Arrays
+) -> Prepared:
     section = config.regression
+    teacher = _guided_teacher(section, teacher)
     blocks = (section.block,) * section.blocks if section.forcing != "none" else ()
     with _naming("config.regression"):
         stage = Regression(
@@ -261,6 +284,8 @@ def _prepare_regression(config, bundle: Bundle, batches, on: Arrays) -> Prepared
             shift=section.shift,
             window=section.window,
             text=bundle.text if section.text else None,
+            teacher=_model(config, teacher.model) if teacher else None,
+            guidance=section.guidance if teacher else 1.0,
             kernel=on.kernel(config.attention, bundle.model),
         )
     trained, frozen = _split(config, bundle.variables, 0, on)
@@ -272,11 +297,27 @@ def _prepare_regression(config, bundle: Bundle, batches, on: Arrays) -> Prepared
         return init_state(config.seed, trained, tx, has_ema=_ema(config) is not None)
 
     state = on.make(begin, trained)
-    placed, state = _place(config, state, {"generator": frozen}, on)
-    prepared = RegressionStage(stage=stage, tx=tx, batches=batches, **placed)
+    weights = {"generator": frozen}
     counts = {"generator": _count(bundle.variables), "trained": _count(trained)}
+    if teacher is not None:
+        weights["teacher"] = dict(teacher.variables)
+        counts["teacher"] = _count(teacher.variables)
+    placed, state = _place(config, state, weights, on)
+    prepared = RegressionStage(stage=stage, tx=tx, batches=batches, **placed)
     frames = config.batch * section.block * section.blocks
     return Prepared(prepared, state, bundle, counts, frames)
+
+
+def _guided_teacher(section: RegressionConfig, teacher: Bundle | None):
+    """Returns whose guided flow is regressed, None without guidance."""
+    if section.guidance is None:
+        return None
+    if teacher is None:
+        raise UserError(
+            "config.teacher is missing; regression.guidance takes the guided flow of a"
+            " teacher, which may be the network that config.weights names"
+        )
+    return teacher
 
 
 def _prepare_distillation(

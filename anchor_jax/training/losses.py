@@ -207,18 +207,17 @@ def clean_regression(x0: jax.Array, target: jax.Array, timestep: jax.Array):
     return weighted_mean(error, timestep != 0)
 
 
-def flow_matching(predicted, latents, noise, weight=None) -> jax.Array:
-    """Returns the mean square distance of a flow to noise - x.
+def flow_matching(predicted, target, weight=None) -> jax.Array:
+    """Returns the mean square distance of a flow to its target.
 
     Args:
       predicted: [batch, frame, height, width, channel].
-      latents: like it.
-      noise: like it.
+      target: like it; noise - x of data, or a teacher's flow.
       weight: [batch, frame], of the frames; None: all count the same.
 
     Source: flow matching (arXiv:2210.02747); algorithm.md 2.
     """
-    error = jnp.mean(jnp.square(predicted - (noise - latents)), axis=(2, 3, 4))
+    error = jnp.mean(jnp.square(predicted - target), axis=(2, 3, 4))
     return jnp.mean(error) if weight is None else weighted_mean(error, weight)
 
 

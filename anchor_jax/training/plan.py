@@ -237,6 +237,8 @@ def _batch(config: TrainConfig, bundle: Bundle) -> dict[str, jax.ShapeDtypeStruc
     frames = section.block * section.blocks
     video = (config.batch, frames, grid.height, grid.width, model.latent_channels)
     batch = {"embedding": shape((config.batch, 1, *prompt[1:]), model.dtype)}
+    if section.guidance is not None:
+        batch["negative"] = shape(prompt, model.dtype)
     clip = shape(video, jnp.float32)
     if not section.endpoints:
         return {**batch, "latents": clip}

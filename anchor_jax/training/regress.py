@@ -45,10 +45,15 @@ class Regression:
       shift: of noise levels, which are even before it; without `endpoints`.
       window: frames that a block sees, itself included; None: all.
       text: the text encoder that is trained along, or None.
+      teacher: a frozen network of the same layout, whose guided flow is the target;
+        None: the data's is. A batch then has `negative` [batch, text, dim], the
+        embedding that guidance leads away from.
+      guidance: target = without + guidance (with - without).
       kernel: of attention.
 
     Source: algorithm.md 7.1; teacher forcing and noise levels per block as in
-    `dit_causal_nocache`, Diffusion Forcing (arXiv:2407.01392).
+    `dit_causal_nocache`, Diffusion Forcing (arXiv:2407.01392); guidance distillation,
+    first stage of arXiv:2210.03142.
     """
 
     model: ModelConfig
@@ -58,6 +63,8 @@ class Regression:
     shift: float = 5.0
     window: int | None = None
     text: TextConfig | None = None
+    teacher: ModelConfig | None = None
+    guidance: float = 1.0
     kernel: Any = None
 
     def __post_init__(self):
@@ -72,6 +79,11 @@ class Regression:
                 f"window={self.window} is for forcing='noise', not {self.forcing!r};"
                 " leave it out"
             )
+        if self.teacher is not None and (self.endpoints or self.text is not None):
+            raise ValueError(
+                "guidance is for a flow and stored embeddings; leave it out, or set"
+                " endpoints=False and text=False"
+            )
 
     def visible(self, frames: int) -> Spans:
         """Returns who sees whom."""
@@ -81,8 +93,15 @@ class Regression:
             return teacher_forcing(self.blocks)
         return block_causal(self.blocks, self.window)
 
-    def loss(self, variables, batch, key: jax.Array) -> jax.Array:
-        """Returns the loss of a batch, noise and its levels drawn from a key."""
+    def loss(self, variables, batch, key: jax.Array, teacher=None) -> jax.Array:
+        """Returns the loss of a batch, noise and its levels drawn from a key.
+
+        Args:
+          variables: collections of the network, and of a trained text encoder.
+          batch: as above.
+          key: of noise and levels.
+          teacher: collections of the teacher, where there is one.
+        """
         if self.endpoints:
             return self._to_endpoints(variables, batch)
         latents = batch["latents"]
@@ -91,7 +110,22 @@ class Regression:
         noise = jax.random.normal(second, latents.shape, latents.dtype)
         noisy = flow.add_noise(latents, noise, sigma)
         predicted = self.predict(variables, batch, noisy, sigma)
-        return losses.flow_matching(predicted, latents, noise, self._weight(batch))
+        target = noise - latents
+        if self.teacher is not None:
+            target = jax.lax.stop_gradient(self.guided(teacher, batch, noisy, sigma))
+        return losses.flow_matching(predicted, target, self._weight(batch))
+
+    def guided(self, variables, batch, noisy: jax.Array, sigma: jax.Array):
+        """Returns the teacher's flow of noisy frames, with guidance."""
+        network = dataclasses.replace(self, model=self.teacher)
+        negative = jnp.broadcast_to(
+            batch["negative"][:, None], batch["embedding"].shape
+        )
+        with_prompt, without = (
+            network.predict(variables, {**batch, "embedding": one}, noisy, sigma)
+            for one in (batch["embedding"], negative)
+        )
+        return without + self.guidance * (with_prompt - without)
 
     def _to_endpoints(self, variables, batch) -> jax.Array:
         noisy, sigma = batch["noisy"], self._by_frame(batch["sigma"])
@@ -183,7 +217,7 @@ def regression_step(
 
     Args:
       state: donated by what compiles this.
-      frozen: collections of `generator` without a gradient.
+      frozen: collections of `generator` without a gradient, and of a `teacher`.
       batch: as in `Regression`.
       stage: static.
       tx: of the optimizer.
@@ -192,7 +226,7 @@ def regression_step(
 
     def loss(trainable):
         variables = {**frozen["generator"], **trainable}
-        return stage.loss(variables, batch, state.key(0))
+        return stage.loss(variables, batch, state.key(0), frozen.get("teacher"))
 
     value, gradient = jax.value_and_grad(loss)(state.generator)
     state, norm = move_generator(state, gradient, value, tx, ema)

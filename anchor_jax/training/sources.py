@@ -71,10 +71,15 @@ def open_source(
         texts = open_texts(config.data, folder)
         negative = config.distillation.negative_prompt
         return _prompts(texts, bundle, share, negative)
+    section = config.regression
     if config.data.kind == "videos":
-        return _videos(config.data, bundle, share, config.regression, folder, most)
-    make = CLIPS[config.data.kind]
-    return make(config.data, bundle, share, config.regression, folder)
+        draw = _videos(config.data, bundle, share, section, folder, most)
+    else:
+        draw = CLIPS[config.data.kind](config.data, bundle, share, section, folder)
+    if section.guidance is None:
+        return draw
+    negative = _negative(bundle, section.negative_prompt, share)
+    return lambda number: {**draw(number), "negative": negative}
 
 
 def _check(config) -> None:
@@ -170,7 +175,7 @@ def _cache(data: DataConfig, folder: pathlib.Path) -> pathlib.Path:
 
 
 def _prompts(texts: Texts, bundle, share: Share, negative_prompt: str) -> Batches:
-    negative = np.asarray(bundle.encode_prompts([negative_prompt] * len(share.rows)))
+    negative = _negative(bundle, negative_prompt, share)
 
     def draw(number: int) -> Mapping[str, Any]:
         first, second = zip(*map(texts, share.places(number)), strict=True)
@@ -181,6 +186,11 @@ def _prompts(texts: Texts, bundle, share: Share, negative_prompt: str) -> Batche
         }
 
     return draw
+
+
+def _negative(bundle, prompt: str, share: Share) -> np.ndarray:
+    """Returns what guidance leads away from, [row, text, dim]."""
+    return np.asarray(bundle.encode_prompts([prompt] * len(share.rows)))
 
 
 def _trajectories(data, bundle, share: Share, section, folder) -> Batches:

@@ -112,7 +112,7 @@ def test_the_critics_loss_is_flow_matching_of_what_was_generated():
         tiny.variables(), SCORE, latents, noise, TIMES, prompts(0), np.ones(6, bool)
     )
 
-    expected = losses.flow_matching(predicted, latents, noise)
+    expected = losses.flow_matching(predicted, noise - latents)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 

@@ -80,8 +80,15 @@ def compiled(config, name):
             },
             {"step"},
         ),
+        (
+            {
+                "stage": "regression",
+                "regression": RegressionConfig(forcing="teacher", guidance=5.0),
+            },
+            {"step"},
+        ),
     ],
-    ids=["distill", "regress"],
+    ids=["distill", "regress", "guided"],
 )
 def test_a_step_has_these_programs_and_no_arrays(change, names):
     config = dataclasses.replace(DISTILL, **change)

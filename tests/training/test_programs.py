@@ -52,6 +52,11 @@ REGRESS = dataclasses.replace(
     regression=RegressionConfig(forcing="teacher", block=3, blocks=2),
 )
 
+GUIDED = dataclasses.replace(
+    REGRESS,
+    regression=dataclasses.replace(REGRESS.regression, guidance=2.5),
+)
+
 
 def embeddings(number):
     return {
@@ -63,8 +68,10 @@ def embeddings(number):
 def clips(number):
     rng = np.random.default_rng((3, number))
     latents = rng.standard_normal((BATCH, FRAMES, 4, 4, 4)).astype(np.float32)
-    prompt = np.asarray(tiny.embedding(number, batch=BATCH))
-    return {"latents": latents, "embedding": prompt[:, None]}
+    prompt, negative = (
+        np.asarray(tiny.embedding(seed, batch=BATCH)) for seed in (number, 99)
+    )
+    return {"latents": latents, "embedding": prompt[:, None], "negative": negative}
 
 
 def make(config, mesh=(1, 1, 1, 1)):
@@ -98,7 +105,9 @@ def leaves(state):
     return [np.asarray(x) for x in jax.tree.leaves(jax.device_get(state))]
 
 
-@pytest.mark.parametrize("config", [DISTILL, REGRESS], ids=["distill", "regress"])
+@pytest.mark.parametrize(
+    "config", [DISTILL, REGRESS, GUIDED], ids=["distill", "regress", "guided"]
+)
 def test_four_devices_do_what_one_does(config, monkeypatch):
     many, _, seen = steps(make(config, (2, 2, 1, 1)), 1)
     with monkeypatch.context() as patch:
@@ -375,6 +384,20 @@ def test_what_was_logged_beyond_the_checkpoint_is_logged_once(tmp_path):
             {"stage": "regression", "regression": RegressionConfig(window=12)},
             "config.regression: window=12",
         ),
+        (
+            {
+                "stage": "regression",
+                "regression": RegressionConfig("noise", True, guidance=2.5),
+            },
+            "config.regression: guidance is for a flow",
+        ),
+        (
+            {
+                "stage": "regression",
+                "regression": RegressionConfig(text=True, guidance=2.5),
+            },
+            "config.regression: guidance is for a flow",
+        ),
     ],
 )
 def test_configs_that_make_no_sense_are_refused(wrong, named):
@@ -394,7 +417,20 @@ def test_the_rank_of_updates_is_that_of_the_weights():
         build.prepare(config, bundle, clips)
 
 
-def test_distillation_needs_a_teacher():
+@pytest.mark.parametrize("field", ["latent_channels", "text_dim", "text_len"])
+@pytest.mark.parametrize("name", ["teacher", "critic"])
+def test_networks_of_other_prompts_or_latents_are_refused(name, field):
+    bundle = bundles.load()
+    model = dataclasses.replace(bundle.model, **{field: 5})
+    given = {"teacher": bundle, name: dataclasses.replace(bundle, model=model)}
     config = dataclasses.replace(DISTILL, mesh=(4, 1, 1, 1))
+
+    with pytest.raises(UserError, match=f"config.{name}: its {field} is 5"):
+        build.prepare(config, bundle, embeddings, **given)
+
+
+@pytest.mark.parametrize("config", [DISTILL, GUIDED], ids=["distill", "guided"])
+def test_stages_with_a_teacher_need_it(config):
+    config = dataclasses.replace(config, mesh=(4, 1, 1, 1))
     with pytest.raises(UserError, match="config.teacher is missing"):
         build.prepare(config, bundles.load(), embeddings)

@@ -35,6 +35,22 @@ def test_prompts_are_embedded_unless_the_text_encoder_is_trained(
         np.testing.assert_array_equal(embedded[name], value)
 
 
+def test_guidance_leads_away_from_the_negative_prompt(tmp_path):
+    model = bundles.load()
+    section = RegressionConfig(blocks=2, guidance=2.5, negative_prompt=bundles.BLUE)
+    data = DataConfig("world_clips", size=6)
+    config = TrainConfig("regression", batch=4, regression=section, data=data)
+
+    draw = sources.open_source(config, model, tmp_path)
+
+    expected = np.asarray(model.encode_prompts([bundles.BLUE] * 4))
+    for number in (0, 3):
+        np.testing.assert_array_equal(draw(number)["negative"], expected)
+    shares.assert_shared(
+        lambda share: sources.open_source(config, model, tmp_path, share)(4)
+    )
+
+
 @pytest.mark.parametrize(
     "stage, kind, blocks",
     [
