@@ -303,7 +303,7 @@ def probe_table(found: Mapping[str, Any]) -> str:
 def _probe_batch(bundle, count: int, seed: int) -> dict[str, jax.Array]:
     """Returns windows in the steady state, under one prompt throughout."""
     codec = {name: np.asarray(value) for name, value in bundle.codec_params.items()}
-    windows = world_windows.sample_windows(codec, seed, 20 * count)
+    windows = world_windows.sample_windows(codec, seed, 40 * count)
     steady = (windows.layout == 1) & (windows.since == 0)
     rows = np.flatnonzero(steady)[:count]
     texts = [events.caption(windows.now[row]) for row in rows]

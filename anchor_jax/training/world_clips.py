@@ -93,7 +93,7 @@ def pair(rng) -> tuple[Scene, Scene]:
     chosen = rng.random()
     if chosen < 0.5:
         kind = rng.choice(["color", "shape", "motion", "background"])
-        return begin, events.follow(rng, begin, kind, False)
+        return begin, world_data.follow(rng, begin, kind)
     if chosen < 0.7:
         return begin, events.follow(rng, begin, "enter", False)
     hidden = events.follow(rng, begin, "hide", False)
@@ -105,16 +105,22 @@ def pair(rng) -> tuple[Scene, Scene]:
 def stream_scenes(rng) -> tuple[Scene, Scene]:
     """Returns a stream's scenes before and after a switch.
 
-    As `pair`, but a tenth begins with two objects, and none with nothing, since what
-    returns from there would be anything.
+    As `pair`, but three tenths change several attributes at once and two the motion,
+    fewer begin with two objects, and none with nothing, since what returns from there
+    would be anything.
     """
+    first = scene.sample_attributes(rng, held_out=False)
+    chosen = rng.random()
+    if chosen < 0.3:
+        return Scene(first), Scene(scene.switch_attributes(rng, first, "any", False))
+    if chosen < 0.5:
+        return Scene(first), world_data.follow(rng, Scene(first), "motion")
     before, after = pair(rng)
     if before.hidden:
         return Scene(before.first), before
     if after.second is None or rng.random() < 0.5:
         return before, after
-    kind = rng.choice(events.kinds(after, False))
-    return after, events.follow(rng, after, kind, False)
+    return after, world_data.follow_any(rng, after)
 
 
 def _encode(codec, played, rng) -> np.ndarray:

@@ -1,9 +1,12 @@
 """What clips and windows of the tiny world share."""
 
+import dataclasses
+
 import numpy as np
 
 from anchor_jax.world import codec as codecs
-from anchor_jax.world import scene
+from anchor_jax.world import events, scene
+from anchor_jax.world.events import Scene
 
 BLOCK = 3
 BLOCKS = 5
@@ -14,6 +17,29 @@ BLOCKS = 5
 START = tuple(range(15))
 STEADY = (0, 1, 2, *range(9, 21))
 JUNCTION = (0, 1, 2, 6, 7, 8, *range(12, 21))
+
+_OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
+
+
+def follow(rng, before: Scene, kind: str) -> Scene:
+    """Returns a scene of the training split to which an event leads.
+
+    Half of the motions that change turn around: what a stream remembers speaks against
+    no other event as much, and by chance it is one in four.
+    """
+    motion = _OPPOSITE.get(before.first.motion)
+    if kind == "motion" and motion and rng.random() < 0.5:
+        first = dataclasses.replace(before.first, motion=motion)
+        if not scene.is_held_out(first):
+            return dataclasses.replace(before, first=first)
+    return events.follow(rng, before, kind, False)
+
+
+def follow_any(rng, before: Scene) -> Scene:
+    """Returns a scene of the training split that can follow; motions change often."""
+    kinds = events.kinds(before, False)
+    turns = "motion" in kinds and rng.random() < 0.3
+    return follow(rng, before, "motion" if turns else rng.choice(kinds))
 
 
 def fit_codec(seed: int, channels: int) -> dict[str, np.ndarray]:

@@ -71,7 +71,7 @@ def _early(rng):
     begin = Scene(scene.sample_attributes(rng, held_out=False))
     if rng.random() < 0.4:
         return [(begin, BLOCKS)], tuple(range(BLOCKS))
-    after = events.follow(rng, begin, rng.choice(events.kinds(begin, False)), False)
+    after = world_data.follow_any(rng, begin)
     first = int(rng.integers(1, BLOCKS))
     return [(begin, first), (after, BLOCKS - first)], tuple(range(BLOCKS))
 
@@ -103,8 +103,7 @@ def _script(rng, layout: int) -> list[Scene]:
         return [begin, hidden, events.follow(rng, hidden, "return", False)]
     script = [begin]
     for _ in range(int(rng.integers(1, 3))):
-        kinds = [one for one in events.kinds(script[-1], False)]
-        script.append(events.follow(rng, script[-1], rng.choice(kinds), False))
+        script.append(world_data.follow_any(rng, script[-1]))
     return script
 
 
