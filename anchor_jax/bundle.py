@@ -376,10 +376,7 @@ def _load_trained(folder: pathlib.Path, options: "_Options") -> Bundle:
     fields = (field.name for field in dataclasses.fields(options))
     base = load_bundle(name, **{field: getattr(options, field) for field in fields})
     if not checkpoint.is_checkpoint(folder):
-        raise UserError(
-            f"{folder} is a training without a checkpoint yet; wait for its first, or"
-            f" use the weights that it began with: {name}"
-        )
+        raise UserError(_why_not(folder, name))
     item = "ema" if "ema" in checkpoint.items(folder) else "generator"
     stored = checkpoint.shapes(folder, item)
     base = _with_variables(folder, item, stored, base, options)
@@ -391,6 +388,23 @@ def _load_trained(folder: pathlib.Path, options: "_Options") -> Bundle:
 
     encoder = options.encoder(base.text, base.tokenizer, load_text)
     return dataclasses.replace(base, encode_prompts=encoder)
+
+
+def _why_not(folder: pathlib.Path, base: str) -> str:
+    """Says why there are no weights of a training, or of a step of it."""
+    from anchor_jax import checkpoint
+
+    run = run_folder(folder)
+    kept = ", ".join(map(str, checkpoint.steps(run)))
+    if kept:
+        return (
+            f"{run} has no checkpoint of step {folder.name}, only of {kept}; trainings"
+            " that begin with a step need it later too: keep more with config.keep"
+        )
+    return (
+        f"{folder} is a training without a checkpoint yet; wait for its first, or use"
+        f" the weights that it began with: {base}"
+    )
 
 
 def _with_variables(folder, item: str, stored, base: Bundle, options: "_Options"):

@@ -399,6 +399,11 @@ def _steps(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(found, key=lambda x: int(x.name))
 
 
+def steps(path: str | pathlib.Path) -> tuple[int, ...]:
+    """Returns the numbers of all steps, the last one last."""
+    return tuple(int(one.name) for one in _steps(pathlib.Path(path)))
+
+
 def last_step(path: str | pathlib.Path) -> int:
     """Returns the number of the last step.
 

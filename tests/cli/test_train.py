@@ -190,6 +190,14 @@ def test_a_training_without_a_checkpoint_has_no_weights(weights, tmp_path):
         load_bundle(str(tmp_path))
 
 
+def test_a_step_that_is_not_kept_is_missed_by_name(weights, tmp_path):
+    write_run(tmp_path, str(weights))
+    (tmp_path / "500").mkdir()
+
+    with pytest.raises(UserError, match="no checkpoint of step 300, only of 500"):
+        load_bundle(str(tmp_path / "300"))
+
+
 def test_trainings_that_lead_to_themselves_are_refused(tmp_path):
     (tmp_path / "run.json").write_text('{"format_version": 1, "base": "./"}')
 
