@@ -4,7 +4,7 @@
         --config.weights=runs/causal --config.teacher=runs/teacher \
         --config.data.path=prompts.txt
 
-With `train_dmd.py:tiny` the tiny world's, about half an hour on one core.
+With `train_dmd.py:tiny` the tiny world's, about a quarter of an hour on one core.
 
 Expected: runs/dmd with checkpoints, log.jsonl and TensorBoard events. Every step makes
 a clip with the generator and moves the critic; every fifth moves the generator.
@@ -24,10 +24,10 @@ def get_config(scale: str = "paper") -> ConfigDict:
     config.distillation.policy = "longlive"  # window 12, sink 3, no junction yet
     config.out = "runs/dmd"
     if scale == "tiny":
-        config.weights, config.teacher = "runs/causal", "runs/teacher21"
-        config.steps, config.batch = 1000, 16
+        config.weights, config.teacher = "runs/guided", "runs/teacher21"
+        config.steps, config.batch = 400, 16
         config.distillation.guidance = 1.5
-        config.optimizer.learning_rate = 1e-4
+        config.optimizer.learning_rate, config.optimizer.warmup = 1e-4, 20
         config.critic_optimizer.learning_rate = 3e-4
         config.ema.decay, config.ema.start, config.ema.warm = 0.98, 0, True
         return config

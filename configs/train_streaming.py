@@ -4,7 +4,7 @@
         --config.weights=runs/dmd --config.teacher=runs/teacher \
         --config.data.path=prompts.txt --config.data.switch_path=switched.txt
 
-With `train_streaming.py:tiny` the tiny world's, about an hour on one core: shorter
+With `train_streaming.py:tiny` the tiny world's, about 20 minutes on one core: shorter
 sequences, no LoRA.
 
 Expected: runs/streaming with checkpoints, log.jsonl and TensorBoard events. Sequences
@@ -26,11 +26,11 @@ def get_config(scale: str = "paper") -> ConfigDict:
     config.out = "runs/streaming"
     if scale == "tiny":
         config.weights, config.teacher = "runs/dmd", "runs/teacher21"
-        config.steps, config.batch = 1600, 16
+        config.steps, config.batch = 400, 16
         config.distillation.guidance = 1.5
         config.distillation.length = 75
         config.distillation.switches = (21, 39)
-        config.optimizer.learning_rate = 5e-5
+        config.optimizer.learning_rate, config.optimizer.warmup = 5e-5, 20
         config.critic_optimizer.learning_rate = 3e-4
         config.ema.decay, config.ema.start, config.ema.warm = 0.98, 0, True
         return config

@@ -2,7 +2,7 @@
 # The training ladder on the tiny world: every stage in order, from nothing to a
 # generator that streams in four steps, with the scores of each.
 #
-#   launch/tiny_ladder.sh [FOLDER]   default runs/ladder; 5 hours of training on one
+#   launch/tiny_ladder.sh [FOLDER]   default runs/ladder; 4 hours of training on one
 #                                    core, and about an hour of scores
 #
 # The same command goes on where it was ended. At the end FOLDER/bundle holds the

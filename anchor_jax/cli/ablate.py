@@ -13,7 +13,7 @@ SUMMARY = "Swap parts of the method, or train without them, and compare."
 USAGE = """\
 anchor-jax ablate --config=configs/tiny.py --out=runs/swaps
 anchor-jax ablate --config=configs/tiny.py --part=trained --out=runs/arms \\
-    --config.weights=launch/ladder/dmd --teacher=launch/ladder/teacher --steps=400
+    --config.weights=launch/ablation/start --teacher=launch/ablation/teacher --steps=400
 anchor-jax ablate --config=configs/tiny.py --scripts=10 --starts=1
 swaps: one generator, streamed with other RoPE rules and switch actions. trained: arms
 that begin as the same generator, one that no arm's memory was tuned on, and are tuned
