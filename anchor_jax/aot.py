@@ -343,6 +343,8 @@ def _decoders(codec: VaeCodec, setup: StreamSetup):
 
 def _reason(message: str) -> str:
     """Returns the part of a compiler's message that says how much is too much."""
+    if kernel := re.search(r"size ([\d.]+\w) and limit ([\d.]+\w).*vmem", message):
+        return f"a kernel takes {kernel[1]} of vector memory, {kernel[2]} are there"
     used = re.search(r"Used [\w.]+ of [\w.]+ \w+", message)
     return f"does not fit: {used[0]}" if used else "does not fit in memory"
 

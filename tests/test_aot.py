@@ -246,6 +246,49 @@ def test_all_targets_without_a_compiler_are_an_error(monkeypatch, capsys):
     assert "needs its compiler" in capsys.readouterr().err
 
 
+def test_a_kernel_that_is_too_large_is_not_mistaken_for_a_lack_of_memory():
+    message = (
+        "RESOURCE_EXHAUSTED: Scoped allocation with size 16.14M and limit 16.00M"
+        " exceeded scoped vmem limit by 140.0K"
+    )
+
+    reason = aot._reason(message)
+
+    assert reason == "a kernel takes 16.14M of vector memory, 16.00M are there"
+    used = "RESOURCE_EXHAUSTED: Used 18.0G of 15.7G hbm. Exceeded by 2.3G."
+    assert aot._reason(used) == "does not fit: Used 18.0G of 15.7G hbm"
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
+def test_the_gradient_at_full_size_fits_a_tpus_vector_memory():
+    program = """
+from anchor_jax.cli import plan
+plan._prepare_environment()
+import jax, jax.numpy as jnp
+from anchor_jax import aot
+from anchor_jax.wan.kernels import Splash
+(device,) = aot.devices_of(aot.find_target("v5p"), 1)
+place = jax.sharding.SingleDeviceSharding(device)
+def loss(q, k, v, seen):
+    return jnp.sum(Splash().attend(q, k, v, seen=seen).astype(jnp.float32))
+for queries, keys in ((3 * 1560, 15 * 1560), (21 * 1560, 21 * 1560)):
+    args = [
+        jax.ShapeDtypeStruct((1, n, 12, 128), jnp.bfloat16, sharding=place)
+        for n in (queries, keys, keys)
+    ]
+    seen = jax.ShapeDtypeStruct((), jnp.int32, sharding=place)
+    jax.jit(jax.grad(loss, (0, 1, 2))).lower(*args, seen).compile()
+print("compiled")
+"""
+
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "compiled"
+
+
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
 def test_a_small_stream_compiles_for_a_tpu_with_the_fused_kernel():
     program = """

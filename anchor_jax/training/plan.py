@@ -76,8 +76,9 @@ class Report:
             elif name != aot.ENCODER and not name.endswith("update"):
                 found += [f"{name}: {problem}" for problem in made.problems()]
         chip = self.target.chip
-        is_refused = any(isinstance(made, Refused) for made in self.programs.values())
-        if is_refused or self.needed > chip.memory:
+        refused = (m.reason for m in self.programs.values() if isinstance(m, Refused))
+        is_full = any(reason.startswith("does not fit") for reason in refused)
+        if is_full or self.needed > chip.memory:
             found.append(
                 f"{chip.name} has too little memory; recompute activations with"
                 " --remat=nothing_saveable, use more --chips, or a smaller size"

@@ -133,7 +133,7 @@ class Splash:
     axis = -2
     in_place = False
     interpret: bool = False
-    most_queries: int = 2560
+    most_queries: int = 2048
     most_keys: int = 1024
 
     def refuses(self, dtype: str, head_dim: int) -> str:

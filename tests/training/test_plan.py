@@ -181,6 +181,14 @@ def test_what_does_not_fit_is_told_with_a_remedy():
     assert "37.0 GB, by the programs that fit" in shown
 
 
+def test_a_kernel_that_is_too_large_asks_for_no_memory():
+    refused = aot.Refused("a kernel takes 17M of vector memory", 0, frozenset())
+
+    (problem,) = report(generator=made(GB), critic=refused).problems()
+
+    assert problem == "critic: a kernel takes 17M of vector memory"
+
+
 def test_score_matrices_and_a_missing_kernel_are_problems():
     one = report(critic=made(GB, fused=0, scores=("f32[9,9]",)))
 
