@@ -204,7 +204,8 @@ def resolve(config: SampleConfig, metadata: Mapping[str, Any]) -> SampleConfig:
 
     Args:
       config: its own values stay.
-      metadata: of the bundle; weights that were not ported name no method.
+      metadata: of the bundle: of a training its config, else what the weights were
+        ported as; weights that are neither name no method.
 
     Raises:
       UserError: The method is unknown, and decides something.
@@ -233,6 +234,8 @@ def told_choices(
     """
     name = metadata.get("method")
     why = f"weights were ported as {name}" if name else "weights were not ported"
+    if metadata.get("training") is not None:
+        why = "as the weights were trained"
     if None not in (given.policy, given.rules):
         why = f"as the config says; {why}"
     lines = [f"rules: {config.rules}, policy: {config.policy} ({why})"]
@@ -241,7 +244,45 @@ def told_choices(
     return tuple(lines)
 
 
+def trained_method(training: Mapping[str, Any], base: Method = SAVED) -> Method:
+    """Returns how a training's weights are sampled: as its stage makes videos.
+
+    Args:
+      training: its config, as plain values.
+      base: of the weights that it began with; a bidirectional one stays so.
+    """
+    section, regression = training["distillation"], training["regression"]
+    samples, rules = training["samples"], training["rules"]
+    distills = training["stage"] == "distillation"
+    is_causal = distills or regression["forcing"] != "none"
+    policy = samples["policy"] or (section["policy"] if is_causal else TEACHER)
+    if policy == base.policy == TEACHER:
+        return base
+    if distills or regression["endpoints"]:
+        shift = (section if distills else regression)["shift"]
+        return Method(policy, rules, steps=tuple(section["steps"]), shift=shift)
+    return Method(
+        policy,
+        rules,
+        solver="euler",
+        num_steps=samples["steps"],
+        shift=regression["shift"],
+        guidance=samples["guidance"],
+        negative_prompt=section["negative_prompt"],
+    )
+
+
 def _method(metadata: Mapping[str, Any]) -> Method:
+    training = metadata.get("training")
+    if training is not None:
+        begun = _method({**metadata, "training": None})
+        try:
+            return trained_method(training, begun)
+        except (LookupError, TypeError) as error:
+            raise UserError(
+                f"the weights' training has a config that cannot be read ({error!r});"
+                " set policy, rules and every field of sampler"
+            ) from error
     name = metadata.get("method")
     if name is None:
         return SAVED
@@ -313,7 +354,7 @@ def make_setup(config, bundle: Bundle, script: Script) -> StreamSetup:
         model=bundle.model,
         grid=bundle.grid,
         policy=make_policy(config, script),
-        levels=_levels(sampler),
+        levels=noise_levels(sampler),
         solver=SOLVERS[sampler.solver],
         guidance=float(guidance),
         kernel=kernels.named(
@@ -419,8 +460,12 @@ def _choice(field: str, name: str, table: dict[str, Any]) -> Any:
     return table[name]
 
 
-def _levels(sampler) -> flow.Levels:
-    """Returns the noise levels of the sampler's section."""
+def noise_levels(sampler) -> flow.Levels:
+    """Returns the noise levels of a section `sampler`, or of a method.
+
+    Raises:
+      UserError: A field is wrong.
+    """
     _choice("sampler.solver", sampler.solver, SOLVERS)
     if not 0 < sampler.shift < float("inf"):
         raise UserError(f"sampler.shift={sampler.shift}: expected more than 0")

@@ -3,9 +3,10 @@
     python launch/kill_training.py [--kills=20] [--folder=FOLDER] [--stages dmd ...]
 
 Every stage of the ladder, made very short, is run to its end; then once more, killed
-(SIGKILL) again and again, every other time while a checkpoint is being written, and
-started with the same command. The last checkpoints of both must hold the same bits.
-Prints one JSON, and ends with status 1 if anything differs.
+(SIGKILL) again and again, every other time while a checkpoint or a shard is being
+written, and started with the same command. What both leave, the last checkpoints or
+all trajectories, must hold the same bits. Prints one JSON, and ends with status 1 if
+anything differs.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import jax
 import numpy as np
 
 from anchor_jax import checkpoint
+from anchor_jax.training import trajectories
 
 SHORT = ("--config.steps=10", "--config.batch=2", "--config.save_every=2")
 CLIP = ("--config.distillation.frames=6", "--config.distillation.every=2")
@@ -30,6 +32,8 @@ STAGES = {
     "teacher": ("train_teacher", "--config.regression.blocks=2"),
     "causal": ("train_causal", "--config.data.size=48"),
     "guided": ("train_causal:guided", "--config.data.size=48"),
+    "trajectories": ("trajectories", "--config.count=48", "--config.frames=6"),
+    "ode": ("train_ode",),
     "dmd": ("train_dmd:tiny", "--config.distillation.length=6", *CLIP),
     "streaming": (
         "train_streaming:tiny",
@@ -38,20 +42,37 @@ STAGES = {
         *CLIP,
     ),
 }
-SAVING = "*orbax-checkpoint-tmp*"
+# Each stage begins with what others leave.
+FIRST = ("teacher", "trajectories")
+SAVING = ("*orbax-checkpoint-tmp*", ".part-*")
 
 
-def command(stage: str, out: pathlib.Path, teacher: pathlib.Path) -> list[str]:
+def command(stage: str, out: pathlib.Path) -> list[str]:
     """Returns the command line of a stage."""
     config, *more = STAGES[stage]
+    teacher = whole("teacher", out.parent)
     weights = "fresh" if stage == "teacher" else teacher
-    line = [sys.executable, "-m", "anchor_jax", "train", f"--config={config}", *SHORT]
-    line += [f"--config.out={out}", f"--config.weights={weights}", *more]
+    line = [sys.executable, "-m", "anchor_jax"]
+    line += ["trajectories"] if stage == "trajectories" else ["train", *SHORT]
+    line += [f"--config={config}", f"--config.out={out}"]
+    line += [f"--config.weights={weights}", *more]
     if ":" in config:
         line.append(f"--config.teacher={teacher}")
     elif stage == "teacher":
         line.append("--config.data.size=16")
+    elif stage == "ode":
+        line.append(f"--config.data.path={whole('trajectories', out.parent)}")
     return line
+
+
+def whole(stage: str, folder: pathlib.Path) -> pathlib.Path:
+    """Returns the folder of the run that is not killed."""
+    return folder / f"{stage}-whole"
+
+
+def is_saving(out: pathlib.Path) -> bool:
+    """Returns whether something in a run's folder is being written."""
+    return any(path for pattern in SAVING for path in out.glob(pattern))
 
 
 def finish(line: list[str]) -> float:
@@ -68,25 +89,26 @@ def kill(
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     began = time.monotonic()
     while process.poll() is None:
-        is_saving = any(out.glob(SAVING))
-        if in_save and is_saving:
+        if in_save and is_saving(out):
             time.sleep(random.uniform(0, 0.05))
             break
         if not in_save and time.monotonic() - began > seconds:
             break
         time.sleep(0.002)
-    is_saving = any(out.glob(SAVING))
+    was_saving = is_saving(out)
     process.send_signal(signal.SIGKILL)
     output, _ = process.communicate()
     if process.returncode != -signal.SIGKILL:
         if process.returncode:
             raise RuntimeError(output.decode()[-2000:])
         return None
-    return "saving" if is_saving else f"after {time.monotonic() - began:.1f} s"
+    return "saving" if was_saving else f"after {time.monotonic() - began:.1f} s"
 
 
-def differing(first: pathlib.Path, second: pathlib.Path) -> list[str]:
-    """Returns the arrays of two runs' last checkpoints that do not have equal bits."""
+def differing(stage: str, first: pathlib.Path, second: pathlib.Path) -> list[str]:
+    """Returns the arrays that two runs left and that do not have equal bits."""
+    if stage == "trajectories":
+        return differing_clips(*map(trajectories.Trajectories, (first, second)))
     found = []
     if checkpoint.last_step(first) != checkpoint.last_step(second):
         return [f"steps {checkpoint.last_step(first)}, {checkpoint.last_step(second)}"]
@@ -102,26 +124,39 @@ def differing(first: pathlib.Path, second: pathlib.Path) -> list[str]:
     return found
 
 
+def differing_clips(
+    first: trajectories.Trajectories, second: trajectories.Trajectories
+) -> list[str]:
+    """Returns the trajectories of two folders that do not have equal bits."""
+    if first.numbers != second.numbers:
+        return [f"numbers {first.numbers}, {second.numbers}"]
+    return [
+        f"trajectory {number}"
+        for number, a, b in zip(first.numbers, first, second, strict=True)
+        if a["prompt"] != b["prompt"] or a["states"].tobytes() != b["states"].tobytes()
+    ]
+
+
 def endure(stage: str, folder: pathlib.Path, kills: int) -> dict:
     """Returns the moments at which a stage was killed, and what differed at its end.
 
     A run that ends before it is killed is compared, and begun anew.
     """
-    teacher, killed = folder / "teacher-whole", folder / f"{stage}-killed"
-    whole, timed = folder / f"{stage}-whole", folder / f"{stage}-timed"
-    finish(command(stage, whole, teacher))
-    seconds = finish(command(stage, timed, teacher))
-    line, moments, found = command(stage, killed, teacher), [], []
+    killed, timed = folder / f"{stage}-killed", folder / f"{stage}-timed"
+    finish(command(stage, whole(stage, folder)))
+    seconds = finish(command(stage, timed))
+    line, moments, found = command(stage, killed), [], []
     while len(moments) < kills:
         after = random.uniform(0.3, 0.9) * seconds
         moment = kill(line, killed, after, len(moments) % 2 == 1)
         if moment is None:
-            found += differing(whole, killed)
+            found += differing(stage, whole(stage, folder), killed)
             shutil.rmtree(killed)
         else:
             moments.append(moment)
     finish(line)
-    return {"kills": moments, "differing": found + differing(whole, killed)}
+    found += differing(stage, whole(stage, folder), killed)
+    return {"kills": moments, "differing": found}
 
 
 def main() -> int:
@@ -135,7 +170,8 @@ def main() -> int:
     folder = given.folder or pathlib.Path(tempfile.mkdtemp())
     random.seed(given.seed)
     report, per_stage = {}, -(-given.kills // len(given.stages))
-    finish(command("teacher", folder / "teacher-whole", folder))
+    for stage in FIRST:
+        finish(command(stage, whole(stage, folder)))
     for stage in given.stages:
         report[stage] = endure(stage, folder, per_stage)
         sys.stderr.write(f"{stage}: {report[stage]}\n")

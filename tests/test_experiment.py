@@ -18,6 +18,12 @@ from anchor_jax.errors import UserError
 from anchor_jax.porting import port
 from anchor_jax.prompts import Script, Segment
 from anchor_jax.streaming.loop import Euler, UniPC
+from anchor_jax.training.build import (
+    DistillationConfig,
+    RegressionConfig,
+    SamplesConfig,
+    TrainConfig,
+)
 from anchor_jax.wan import kernels
 from anchor_jax.wan.spec import GRIDS, LatentGrid
 
@@ -302,6 +308,57 @@ def test_weights_that_name_no_method_are_sampled_as_the_tiny_world():
 
     assert (made.policy, made.rules) == (shipped.policy, shipped.rules)
     assert made.sampler == shipped.sampler
+
+
+def training(stage="distillation", rules="paper", samples=None, **regression):
+    config = TrainConfig(
+        stage=stage,
+        rules=rules,
+        distillation=DistillationConfig("tri_region_no_junction", steps=(1000, 500)),
+        regression=RegressionConfig(**regression),
+        samples=samples or SamplesConfig(steps=8, guidance=2.0),
+    )
+    return dataclasses.asdict(config)
+
+
+@pytest.mark.parametrize("base", ["longlive", "wan", None])
+def test_distilled_weights_are_sampled_as_they_were_trained(base):
+    metadata = {"method": base, "training": training(rules="release")}
+
+    made = experiment.resolve(open_config(), metadata)
+
+    assert (made.policy, made.rules) == ("tri_region_no_junction", "release")
+    assert (made.sampler.solver, made.sampler.steps) == ("renoise", (1000, 500))
+    assert (made.sampler.shift, made.sampler.guidance) == (5.0, 1.0)
+    (line,) = experiment.told_choices(open_config(), made, metadata)
+    assert line.endswith("(as the weights were trained)")
+
+
+def test_regressed_weights_are_sampled_as_their_network_is_used():
+    def made(base=None, **fields):
+        metadata = {"method": base, "training": training("regression", **fields)}
+        return experiment.resolve(open_config(), metadata)
+
+    teacher, tuned = made(shift=3.0), made("wan")
+    causal, endpoints = made(forcing="teacher"), made(forcing="noise", endpoints=True)
+    other = made(forcing="teacher", samples=SamplesConfig(policy="longlive"))
+
+    assert teacher.policy == tuned.policy == "wan_teacher"
+    assert (teacher.sampler.solver, teacher.sampler.num_steps) == ("euler", 8)
+    assert (teacher.sampler.shift, teacher.sampler.guidance) == (3.0, 2.0)
+    assert tuned.sampler == experiment.resolve(open_config(), {"method": "wan"}).sampler
+    assert (causal.policy, causal.sampler.solver) == ("tri_region_no_junction", "euler")
+    assert (endpoints.sampler.solver, endpoints.sampler.guidance) == ("renoise", 1.0)
+    assert other.policy == "longlive"
+
+
+@pytest.mark.parametrize("wrong", [{}, {"stage": "distillation"}, [], "x"])
+def test_a_training_that_cannot_be_read_matters_only_where_it_decides(wrong):
+    shipped = experiment.read_config(config())
+
+    assert experiment.resolve(shipped, {"training": wrong}) == shipped
+    with pytest.raises(UserError, match="training has a config that cannot be read"):
+        experiment.resolve(open_config(), {"training": wrong})
 
 
 @pytest.mark.parametrize("method", ["anchorforcing", 3, ["wan"]])

@@ -31,6 +31,7 @@ class Junction:
 
     frames: int = 3
     keeps_prior = False
+    from_chunk = False
     first_switch = NEVER
 
     def active(self, index: CacheIndex, start, span: int):
@@ -85,10 +86,13 @@ class ReleaseJunction(Junction):
 class TrainedJunction(ReleaseJunction):
     """As in the release's training: no prior junction, the clean pass captures.
 
-    Source: algorithm.md D3, D4, D8; rules `release`.
+    In a chunk that holds a switch its first block is captured, wherever the switch is.
+
+    Source: algorithm.md D3, D4, D7, D8; rules `release`.
     """
 
     keeps_prior = False
+    from_chunk = True
 
     def prior(self, index: CacheIndex):
         return index.switches < 0
@@ -215,6 +219,11 @@ class Policy:
     @property
     def keeps_prior(self) -> bool:
         return bool(self.junction and self.junction.keeps_prior)
+
+    @property
+    def captures_from_chunk(self) -> bool:
+        """Whether training captures a chunk's first block, not the switch's."""
+        return bool(self.junction and self.junction.from_chunk)
 
     @property
     def zeroes_sink(self) -> bool:

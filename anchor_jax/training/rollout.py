@@ -110,6 +110,9 @@ def roll(
     state = state.replace(recent=rollout.recent)
     parts, recache = [], None
     first = turn.block if turn else 0
+    captures = bool(first) and setup.policy.captures_from_chunk
+    if captures:
+        state = _capturing(state, True)
     if first:
         state, part = _blocks(variables, state, _cut(noise, 0, first), leave, setup)
         parts.append(part)
@@ -123,6 +126,8 @@ def roll(
             rerun=turn.rerun,
         )
         recache = block.plan if block else None
+    if captures:
+        state = _capturing(state, False)
     cache = state.cache
     state, part = _blocks(variables, state, _cut(noise, first, None), leave, setup)
     parts.append(part)
@@ -238,6 +243,12 @@ def _blocks(variables, state: StreamState, noise: BlockNoise, leave, setup):
 
     (cache, recent), made = jax.lax.scan(one, (state.cache, state.recent), noise)
     return StreamState(cache, state.context, recent), made
+
+
+def _capturing(state: StreamState, captures: bool) -> StreamState:
+    """Returns the stream whose next block becomes the junction, or does not."""
+    index = state.cache.index.replace(capture=jnp.array(captures))
+    return state.replace(cache=state.cache.replace(index=index))
 
 
 def _cut(noise: BlockNoise, first: int, end: int | None) -> BlockNoise:

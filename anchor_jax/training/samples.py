@@ -15,11 +15,12 @@ import numpy as np
 from jax.sharding import NamedSharding
 from PIL import Image
 
-from anchor_jax import experiment, flow, media, prompts
+from anchor_jax import experiment, media, prompts
 from anchor_jax.bundle import Bundle
+from anchor_jax.cache.policies import Policy
 from anchor_jax.errors import UserError
+from anchor_jax.experiment import Method
 from anchor_jax.prompts import LATENT_FRAMES_PER_SECOND, Script, Segment, Timing
-from anchor_jax.streaming.loop import Euler, Renoise
 from anchor_jax.streaming.session import Session
 from anchor_jax.streaming.types import StreamSetup
 from anchor_jax.training import placement, world_clips
@@ -140,7 +141,7 @@ def make_sampler(
     """
     _check(config)
     with _naming():
-        block = _block(config, prepared)
+        block = _block(config)
     scripts = _scripts(config, block)
     # A video's arrays would have to be gathered from other processes.
     if not scripts or not config.sample_every or jax.process_count() > 1:
@@ -203,59 +204,46 @@ def _check(config: TrainConfig) -> None:
         )
 
 
-def _block(config: TrainConfig, prepared: Prepared) -> int:
-    """Returns the latent frames of the streams' blocks."""
-    name = _policy_name(config)
-    if isinstance(prepared.stage, DistillStage) and config.samples.policy is None:
-        return prepared.stage.stage.setup.policy.block
-    if name == experiment.TEACHER:
-        return 1
-    whole = Script((Segment("", 0),), config.samples.frames)
-    return experiment.make_policy(_choice(config), whole).block
-
-
-def _policy_name(config: TrainConfig) -> str:
-    """Returns the name of what the streams remember."""
-    if config.samples.policy is not None:
-        return config.samples.policy
-    is_whole = config.stage == "regression" and config.regression.forcing == "none"
-    return experiment.TEACHER if is_whole else config.distillation.policy
-
-
-def _choice(config: TrainConfig):
-    return types.SimpleNamespace(
-        policy=_policy_name(config), rules=config.rules, **_OWN
-    )
-
-
 def _setup(config: TrainConfig, prepared: Prepared, script: Script) -> StreamSetup:
-    """Returns what is static about a video's stream: as the stage's network is used."""
-    stage = prepared.stage.stage
+    """Returns what is static about a video's stream: as its weights are sampled."""
+    stage, method = prepared.stage.stage, _method(config)
+    policy = _policy(method, script)
     if isinstance(prepared.stage, DistillStage):
-        if config.samples.policy is None:
-            return stage.setup
-        policy = experiment.make_policy(_choice(config), script)
-        return dataclasses.replace(stage.setup, policy=policy)
-    shift = config.regression.shift
-    setup = StreamSetup(
+        # Only training has noise in the clean pass (algorithm.md D11).
+        return dataclasses.replace(stage.setup, policy=policy, floor=0.0)
+    return StreamSetup(
         model=stage.model,
         grid=prepared.bundle.grid,
-        policy=experiment.make_policy(_choice(config), script),
-        levels=flow.even_levels(config.samples.steps, shift),
-        solver=Euler(),
-        guidance=float(config.samples.guidance),
+        policy=policy,
+        levels=experiment.noise_levels(method),
+        solver=experiment.SOLVERS[method.solver],
+        guidance=float(method.guidance),
         kernel=stage.kernel,
     )
-    if not stage.endpoints:
-        return setup
-    levels = flow.few_step_levels(config.distillation.steps, shift)
-    return dataclasses.replace(setup, levels=levels, solver=Renoise(), guidance=1.0)
+
+
+def _method(config: TrainConfig) -> Method:
+    return experiment.trained_method(dataclasses.asdict(config))
+
+
+def _policy(method: Method, script: Script) -> Policy:
+    choice = types.SimpleNamespace(policy=method.policy, rules=method.rules, **_OWN)
+    return experiment.make_policy(choice, script)
+
+
+def _block(config: TrainConfig) -> int:
+    """Returns the latent frames of the streams' blocks."""
+    method = _method(config)
+    if method.policy == experiment.TEACHER:
+        return 1
+    whole = Script((Segment("", 0),), config.samples.frames)
+    return _policy(method, whole).block
 
 
 def _scripts(config: TrainConfig, block: int) -> tuple[Script, ...]:
     """Returns what the videos show, all of one length."""
     samples, frames = config.samples, config.samples.frames
-    if _policy_name(config) == experiment.TEACHER:
+    if _method(config).policy == experiment.TEACHER:
         section = config.regression
         frames = min(frames, section.block * section.blocks)
     frames = max(1, round(frames / block)) * block

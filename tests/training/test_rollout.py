@@ -201,6 +201,32 @@ def test_the_trained_release_sees_a_sink_of_zeros_after_a_switch():
     assert chunk.recache.frames == 12 and np.all(chunk.plans.frames == 12)
 
 
+@pytest.mark.parametrize(
+    ("policy", "captured"),
+    [(as_trained(POLICIES["anchor_forcing"]), 15), (POLICIES["anchor_forcing"], 18)],
+    ids=["release", "paper"],
+)
+def test_a_switch_within_a_chunk_captures_its_block_or_the_chunks_first(
+    policy, captured
+):
+    setup, last = tiny.setup(policy), jnp.int32(0)
+    state = begin(setup)
+    for number in range(5):
+        state, _ = roll(state, number, 1, last, setup)
+    alone, _ = roll(state, 5, 1, last, setup)
+
+    after, chunk = roll(state, 5, 2, last, setup, prompts=(0, 1), at=18)
+
+    ring = policy.sink + policy.local
+    newest = np.argsort(np.asarray(alone.cache.index.frame)[policy.sink : ring])[-3:]
+    first = np.asarray(alone.cache.slots.k)[:, :, policy.sink + newest]
+    own = np.asarray(chunk.own.k)[0]
+    expected = {15: first, 18: own}[captured]
+    np.testing.assert_allclose(after.cache.slots.k[:, :, ring:], expected, atol=1e-6)
+    assert np.abs(first - own).max() > 1e-2
+    assert not after.cache.index.capture
+
+
 def test_a_noised_clean_pass_changes_what_is_remembered_alone():
     noisy = dataclasses.replace(SETUP, floor=0.3)
     noise = chunk_noise(0, 1)

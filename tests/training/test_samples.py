@@ -133,6 +133,22 @@ def test_each_stage_has_the_sampler_of_its_network():
     assert (regressed.solver, regressed.guidance) == (Renoise(), 1.0)
 
 
+@pytest.mark.parametrize("policy", ["longlive", "anchor_forcing"])
+def test_the_release_is_sampled_as_it_streams_not_as_it_trains(policy, tmp_path):
+    section = dataclasses.replace(DISTILL.distillation, policy=policy)
+    config = dataclasses.replace(DISTILL, rules="release", distillation=section)
+    prepared = prepare(config)
+    sampler = samples.make_sampler(config, prepared, tmp_path)
+
+    sampler(prepared.state, 250)
+
+    assert prepared.stage.stage.setup.floor > 0
+    (setup,) = {video.setup for video in sampler.videos}
+    assert not setup.floor and not setup.policy.zeroes_sink
+    assert setup.policy.keeps_prior == (policy == "anchor_forcing")
+    assert (tmp_path / "samples" / "step-000250.mp4").exists()
+
+
 def test_sampling_changes_nothing_of_a_training(tmp_path):
     def run(folder, every):
         prepared = prepare(REGRESS)
