@@ -229,15 +229,18 @@ class _Options:
     text_encoder: str
     mesh: Mesh | None
     lora: str
+    param_dtype: str | None
 
     def __post_init__(self):
         for name, known in (("text_encoder", TEXT_ENCODERS), ("lora", ADAPTERS)):
             value = getattr(self, name)
             if value not in known:
                 raise UserError(f"{name}={value!r}{suggest(str(value), known, name)}")
-        if self.dtype is not None and self.dtype not in _DTYPES:
-            found = suggest(str(self.dtype), _DTYPES, "types")
-            raise UserError(f"dtype={self.dtype!r}{found}")
+        for name in ("dtype", "param_dtype"):
+            value = getattr(self, name)
+            if value is not None and value not in _DTYPES:
+                found = suggest(str(value), _DTYPES, "types")
+                raise UserError(f"{name}={value!r}{found}")
 
     @property
     def text_mesh(self) -> Mesh | None:
@@ -261,6 +264,12 @@ class _Options:
             return config
         return dataclasses.replace(config, dtype=self.dtype, param_dtype=self.dtype)
 
+    def mastered(self, model: ModelConfig) -> ModelConfig:
+        """Returns the generator's config with the asked-for type of its weights."""
+        if self.param_dtype is None:
+            return model
+        return dataclasses.replace(model, param_dtype=self.param_dtype)
+
     def fitting_grid(self, model: ModelConfig, default: LatentGrid) -> LatentGrid:
         """Returns the latent size of the videos.
 
@@ -283,6 +292,7 @@ def load_bundle(
     text_encoder: str = "device",
     mesh: Mesh | None = None,
     lora: str = "separate",
+    param_dtype: str | None = None,
 ) -> Bundle:
     """Returns the bundle named `tiny`, a saved one, or one of ported weights.
 
@@ -297,12 +307,13 @@ def load_bundle(
       mesh: splits the generator; None: all is on the default device.
       lora: "separate" keeps low-rank updates beside the weights they change, "merged"
         adds them, "none" leaves them out.
+      param_dtype: of the generator's weights, where it is not that of activations.
 
     Raises:
       UserError: A file is missing or broken, or its tensors are not those of the
         sizes that it states; or an argument is none of its choices.
     """
-    options = _Options(grid, dtype, text_encoder, mesh, lora)
+    options = _Options(grid, dtype, text_encoder, mesh, lora, param_dtype)
     folder = pathlib.Path(weights).expanduser()
     if weights != "tiny" and run_folder(folder) is not None:
         return _load_trained(folder, options)
@@ -373,13 +384,16 @@ def _load_trained(folder: pathlib.Path, options: "_Options") -> Bundle:
     from anchor_jax import checkpoint
 
     name = run_base(run_folder(folder))
-    fields = (field.name for field in dataclasses.fields(options))
-    base = load_bundle(name, **{field: getattr(options, field) for field in fields})
     if not checkpoint.is_checkpoint(folder):
         raise UserError(_why_not(folder, name))
     item = "ema" if "ema" in checkpoint.items(folder) else "generator"
     stored = checkpoint.shapes(folder, item)
-    base = _with_variables(folder, item, stored, base, options)
+    fields = (field.name for field in dataclasses.fields(options))
+    given = {field: getattr(options, field) for field in fields}
+    if "lora" in stored:
+        # A training goes on with the updates that it finds: they hold these.
+        given["lora"] = "none"
+    base = _with_variables(folder, item, stored, load_bundle(name, **given), options)
     if "text" not in stored:
         return base
 
@@ -419,9 +433,11 @@ def _with_variables(folder, item: str, stored, base: Bundle, options: "_Options"
     found = {name: tree for name, tree in stored.items() if name in expected}
     with _blaming(folder):
         _check_tensors(folder / item, _flatten(found), _flatten(expected))
-    dtype = options.dtype or base.model.param_dtype
+    dtype = base.model.param_dtype
 
     def load():
+        if "lora" in expected and options.lora == "none":
+            return base.variables
         trained = checkpoint.restore(folder, item)
         trained = {name: trained[name] for name in expected}
         if "lora" not in trained:
@@ -464,7 +480,8 @@ def _load_saved(weights: str, options: _Options) -> Bundle:
         )
     codec = _CODECS[header.codec]
     tokenizer = _tokenizer(tokenizer_file, pieces, header.text)
-    model, text = options.typed(header.model), options.typed(header.text)
+    model = options.mastered(options.typed(header.model))
+    text = options.typed(header.text)
     with _blaming(model_file):
         stored = safetensors.numpy.load(content)
         expected = _expected(model, text, codec)
@@ -518,7 +535,7 @@ def _load_ported(folder: pathlib.Path, options: _Options) -> Bundle:
     with _blaming(folder):
         ported = _read_ported(meta, options.dtype or "bfloat16")
         _check_ported(ported)
-    model, text = ported.model, ported.text
+    model, text = options.mastered(ported.model), ported.text
     expected = _expected_ported(folder, ported)
     for item in ("generator", "text_encoder", "vae"):
         stored = _flatten(checkpoint.shapes(folder, item))
@@ -671,7 +688,7 @@ def _load_generator(folder: pathlib.Path, expected, options: _Options):
     """Returns the generator's collections, its low-rank updates as asked for."""
     from anchor_jax import checkpoint
 
-    places, dtype = None, options.dtype or "bfloat16"
+    places, dtype = None, options.param_dtype or options.dtype or "bfloat16"
     if options.mesh is not None:
         tables = {"params": sharding.GENERATOR, "lora": sharding.LORA}
         places = {

@@ -439,6 +439,41 @@ def test_low_rank_updates_are_kept_apart_added_or_left_out(ported):
     np.testing.assert_array_equal(norm, stored)
 
 
+def test_updates_that_a_training_went_on_with_are_added_once(ported, tmp_path):
+    given, base = ported_items()["generator"], str(ported)
+    for number in (2, 3):
+        folder = tmp_path / str(number)
+        update = jax.tree.map(lambda x, by=number: by * x, given["lora"])
+        checkpoint.write(folder, {"generator": {"lora": update}}, {"training": {}})
+        bundle.write_run(folder, base)
+        base = str(folder)
+
+    separate, merged, none = (
+        bundle.load_bundle(base, dtype="float32", lora=how).variables
+        for how in bundle.ADAPTERS
+    )
+
+    plain, update = (tree["blocks"]["self_attn"]["q"] for tree in given.values())
+    assert set(separate) == {"params", "lora"} and set(none) == {"params"}
+    np.testing.assert_allclose(
+        separate["lora"]["blocks"]["self_attn"]["q"]["a"], 3 * update["a"], rtol=1e-6
+    )
+    for tree, by in ((separate, 0), (none, 0), (merged, 9)):
+        kernel = tree["params"]["blocks"]["self_attn"]["q"]["kernel"]
+        expected = plain["kernel"] + by * update["a"] @ update["b"]
+        np.testing.assert_allclose(kernel, expected, atol=1e-5)
+
+
+def test_weights_can_be_wider_than_activations(ported):
+    loaded = bundle.load_bundle(str(ported), param_dtype="float32", lora="none")
+
+    kernel = loaded.variables["params"]["blocks"]["self_attn"]["q"]["kernel"]
+    given = ported_items()["generator"]["params"]["blocks"]["self_attn"]["q"]["kernel"]
+    np.testing.assert_array_equal(kernel, given)
+    assert (loaded.model.dtype, loaded.model.param_dtype) == ("bfloat16", "float32")
+    assert loaded.text.param_dtype == "bfloat16"
+
+
 @pytest.mark.parametrize("how", ["separate", "merged"])
 def test_a_mesh_splits_the_generator(ported, how):
     mesh = sharding.make_mesh()

@@ -107,9 +107,9 @@ class Checkpoints:
             ),
         )
 
-    def skip(self, number: int) -> None:
-        """Leaves a batch, or a sequence, out of what comes after a restore."""
-        write_json(self.folder / SKIPPED, [*self._skipped(), number])
+    def skip(self, *numbers: int) -> None:
+        """Leaves batches, or sequences, out of what comes after a restore."""
+        write_json(self.folder / SKIPPED, [*self._skipped(), *numbers])
 
     def _skipped(self) -> list[int]:
         path = self.folder / SKIPPED

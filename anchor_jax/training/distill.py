@@ -120,7 +120,8 @@ def generator_gradient(
         "exit_level": leave,
         "loss_timestep": jnp.mean(timestep),
     }
-    return checked(state, gradient, found.loss), gradient, watch
+    # Where scores are not finite the gap says so: the direction counts them as 0.
+    return checked(state, gradient, found.loss + found.gap), gradient, watch
 
 
 def critic_gradient(state: TrainState, frozen, batch, *, stage: Distill, shape: Shape):

@@ -4,7 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -74,7 +74,7 @@ def train(
         for step in range(first, loop.steps):
             before = cursor
             state, cursor, watch = stage.advance(state, cursor, step)
-            waiting.append((step, before, watch))
+            waiting.append((step, _taken(before, cursor), watch))
             if len(waiting) > _LAG:
                 _note(waiting.popleft(), state, stage, checkpoints, monitor)
             done = step + 1
@@ -109,6 +109,11 @@ def _saving_on_error(
         raise
 
 
+def _taken(before: Cursor, after: Cursor) -> range:
+    """Returns the numbers of the batches, or sequences, that a step took from."""
+    return range(before.number, after.number + (after.start > 0))
+
+
 def _drain(waiting, *others) -> None:
     while waiting:
         _note(waiting.popleft(), *others)
@@ -116,7 +121,7 @@ def _drain(waiting, *others) -> None:
 
 def _note(entry, state: TrainState, stage, checkpoints, monitor: Monitor) -> None:
     """Tells of a step, whose numbers are waited for, and stops at a bad one."""
-    step, cursor, watch = entry
+    step, taken, watch = entry
     numbers = {name: float(np.asarray(value)) for name, value in watch.items()}
     bad = {name: value for name, value in numbers.items() if not np.isfinite(value)}
     if not bad:
@@ -124,10 +129,10 @@ def _note(entry, state: TrainState, stage, checkpoints, monitor: Monitor) -> Non
         return
     own = f"-{jax.process_index()}" if jax.process_count() > 1 else ""
     place = checkpoints.folder / f"failed-{step}{own}.npz"
-    write_batch(stage, cursor, place)
+    write_batches(stage, taken, place)
     # What comes next is another batch, or another sequence.
-    checkpoints.skip(cursor.number)
-    checkpoints.save(state, Cursor(cursor.number + 1))
+    checkpoints.skip(*taken)
+    checkpoints.save(state, Cursor(taken[-1] + 1))
     checkpoints.wait()
     shown = ", ".join(f"{name}={value}" for name, value in bad.items())
     raise UserError(
@@ -138,9 +143,12 @@ def _note(entry, state: TrainState, stage, checkpoints, monitor: Monitor) -> Non
     )
 
 
-def write_batch(stage: Any, cursor: Cursor, place: pathlib.Path) -> None:
-    """Writes the arrays of a step's batch."""
-    batch = stage.batches(cursor.number)
-    arrays = {name: np.asarray(value) for name, value in batch.items()}
+def write_batches(stage: Any, taken: Sequence[int], place: pathlib.Path) -> None:
+    """Writes the arrays of a step's batch; of several, their numbers before them."""
+    arrays = {}
+    for number in taken:
+        prefix = f"{number}." if len(taken) > 1 else ""
+        for name, value in stage.batches(number).items():
+            arrays[prefix + name] = np.asarray(value)
     with replacing(place) as part, part.open("wb") as file:
         np.savez(file, **arrays)

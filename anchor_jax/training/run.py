@@ -1,5 +1,6 @@
 """One stage of training as a command runs it: weights, data, folder, loop."""
 
+import contextlib
 import dataclasses
 import json
 import operator
@@ -7,7 +8,7 @@ import pathlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -185,13 +186,17 @@ def open_job(
     folder = sources.check_folder(config.out)
     compare_config(config, folder, tell)
     base = _base(config, folder)
-    generator = _load(config, base if base != f"./{FRESH}" else str(folder / FRESH))
+    begun = base if base != f"./{FRESH}" else str(folder / FRESH)
+    generator = _load(config, begun, trained=True)
     teacher = _load(config, config.teacher) if config.teacher else None
-    critic = _load(config, config.critic) if config.critic else None
+    critic = _load_critic(config)
     rows = placement.rows_of_process(build.make_mesh(config), config.batch)
     share = Share(config.batch, rows)
     batches = sources.open_source(config, generator, folder, share, most)
-    prepared = build.prepare(config, generator, batches, teacher, critic)
+    with _on_host():
+        prepared = build.prepare(config, generator, batches, teacher, critic)
+    for bundle in (generator, teacher, critic):
+        _forget_variables(bundle)
     read = inputs(config, generator, teacher, critic)
     compare_inputs(folder, read)
     sampler = samples.make_sampler(config, prepared, folder)
@@ -247,14 +252,47 @@ def _base(config: TrainConfig, folder: pathlib.Path) -> str:
     return f"./{FRESH}"
 
 
-def _load(config: TrainConfig, name: str) -> Bundle:
-    """Returns weights; without updates to train, those there are are added to them."""
+def _load(config: TrainConfig, name: str, trained: bool = False) -> Bundle:
+    """Returns weights; without updates to train, those there are are added to them.
+
+    What is trained as a whole comes in float32, as its masters are.
+    """
+    masters = trained and not config.lora.rank
     return bundles.load_bundle(
         name,
         grid=None if config.size is None else parse_size(config.size),
         dtype=config.dtype,
         lora="separate" if config.lora.rank else "merged",
+        param_dtype="float32" if masters else None,
     )
+
+
+def _load_critic(config: TrainConfig) -> Bundle | None:
+    """Returns where the fake score begins; None: as the teacher that is loaded."""
+    name = config.critic
+    if config.stage == "distillation" and not config.lora.rank:
+        name = name or config.teacher
+    return _load(config, name, trained=True) if name else None
+
+
+@contextlib.contextmanager
+def _on_host() -> Iterator[None]:
+    """Makes arrays in the host's memory: they are put onto the mesh in pieces.
+
+    A device of a large mesh has no room for whole networks.
+    """
+    try:
+        host = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out.
+        host = None
+    with jax.default_device(host):
+        yield
+
+
+def _forget_variables(bundle: Bundle | None) -> None:
+    """Drops a network's weights; the ones on the mesh are those that are used."""
+    if bundle is not None:
+        bundle.__dict__.pop("variables", None)
 
 
 def compare_config(
@@ -294,12 +332,15 @@ def write_config(config: TrainConfig, folder: pathlib.Path) -> None:
 
 
 def inputs(config: TrainConfig, generator: Bundle, teacher, critic) -> dict[str, Any]:
-    """Returns what every step reads and no checkpoint holds."""
-    found = {"data": sources.identity(config.data)}
+    """Returns what every step reads and no checkpoint holds.
+
+    Of the weights that a run began with it is the text encoder and the codec, and what
+    has no gradient.
+    """
+    found = {"data": sources.identity(config.data), "weights": generator.digest}
     if teacher is not None:
         found["teacher"] = teacher.digest
     if config.lora.rank:
-        found["weights"] = generator.digest
         found["critic"] = (critic or teacher or generator).digest
     return json.loads(json.dumps(found))
 
@@ -314,7 +355,9 @@ def compare_inputs(folder: pathlib.Path, given: Mapping[str, Any]) -> None:
     if not path.exists():
         return
     stored = json.loads(path.read_text(encoding="utf-8"))
-    changed = [name for name, value in given.items() if stored.get(name) != value]
+    changed = [
+        name for name, value in given.items() if stored.get(name, value) != value
+    ]
     if changed:
         raise UserError(
             f"{folder}: what config.{', config.'.join(changed)} names holds something"

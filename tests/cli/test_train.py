@@ -153,7 +153,8 @@ def test_data_that_changed_are_not_gone_on_with(tmp_path):
         run.compare_inputs(tmp_path, run.inputs(config, bundle, bundle, None))
     prompts.write_text("a\nb\n")
     other = types.SimpleNamespace(digest="y")
-    run.compare_inputs(tmp_path, run.inputs(config, other, bundle, None))
+    with pytest.raises(UserError, match="what config.weights names"):
+        run.compare_inputs(tmp_path, run.inputs(config, other, bundle, None))
     with pytest.raises(UserError, match="what config.teacher names"):
         run.compare_inputs(tmp_path, run.inputs(config, bundle, other, None))
 
