@@ -77,9 +77,14 @@ def _measure(job, config: TrainConfig, progress) -> dict[str, Any]:
         rates.setdefault(kind, []).append(flops / spent)
         _, spent = _timed(lambda: _some(matmul, factor))
         rates.setdefault("matmul", []).append(20 * 2 * SIZE**3 / spent)
-    peak = statistics.median(rates["matmul"])
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    whole = median["generator and critic"] + (every - 1) * median["critic"]
+    rate = {name: statistics.median(values) for name, values in rates.items()}
+    peak = rate.pop("matmul")
+    # A cycle of steps, of which one moves the generator.
+    spent = {name: (every - 1) * value for name, value in median.items()}
+    spent["generator and critic"] = median["generator and critic"]
+    whole = sum(spent.values())
+    rate["all steps"] = sum(rate[name] * spent[name] for name in spent) / whole
     return {
         "batch": config.batch,
         "seconds": median,
@@ -90,11 +95,7 @@ def _measure(job, config: TrainConfig, progress) -> dict[str, Any]:
         / whole,
         "first_steps_seconds": compiled,
         "matmul_flops_per_second": peak,
-        "efficiency": {
-            name: statistics.median(values) / peak
-            for name, values in rates.items()
-            if name != "matmul"
-        },
+        "efficiency": {name: value / peak for name, value in rate.items()},
         "memory_gb": memory_gb(),
     }
 
@@ -119,8 +120,9 @@ def step_flops(stage: Distill, watch) -> float:
     """Returns the operations of a step, of the exit levels that it drew.
 
     A rollout's passes up to its exit level and the clean one; for the generator three
-    forwards of the scores, and of the exit pass the forward and the backward, which
-    counts twice; for the critic one forward and backward.
+    forwards of the scores, and the exit pass's backward, which counts twice; for the
+    critic one forward and backward. That a chunk's gradient runs the exit pass forward
+    once more is our way to save memory, and does not count.
 
     Args:
       stage: static.
@@ -133,7 +135,7 @@ def step_flops(stage: Distill, watch) -> float:
         total += _clip(stage, stage.critic.model) + 2 * _clip(
             stage, stage.teacher.model
         )
-        total += 3 * _blocks(stage)
+        total += 2 * _blocks(stage)
     return stage.batch * total
 
 

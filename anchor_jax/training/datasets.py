@@ -6,6 +6,7 @@ TensorFlow.
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -92,8 +93,8 @@ class PromptPairs(_Builder, skip_registration=True):
           UserError: A file is wrong; the message names the line.
         """
         self._seed = seed
-        self._paths = [pathlib.Path(path)]
-        self._paths += [] if switch_path is None else [pathlib.Path(switch_path)]
+        given = (path,) if switch_path is None else (path, switch_path)
+        self._paths = [pathlib.Path(one).expanduser() for one in given]
         self._digests = [digest(path) for path in self._paths]
         self._pairs = self._read()
         super().__init__(data_dir)
@@ -114,12 +115,12 @@ class PromptPairs(_Builder, skip_registration=True):
                     f"{first}, {second[0]}: a file of JSON lines holds both prompts;"
                     " leave the switch path out"
                 )
-            return [
-                _json_pair(first, *line) for line in enumerate(read_lines(first), 1)
-            ]
+            lines = enumerate(read_lines(first), 1)
+            return _switching(str(first), [_json_pair(first, *line) for line in lines])
         if not second:
             return _drawn_pairs(first, self._seed)
-        return _aligned_pairs(first, second[0], self._digests)
+        pairs = _aligned_pairs(first, second[0])
+        return _switching(f"{first}, {second[0]}", pairs)
 
     def _info(self):
         text = tfds.features.Text()
@@ -299,10 +300,17 @@ def _check_array(where: str, value: np.ndarray, shape: tuple[int, ...]) -> None:
 
 
 def digest(path: pathlib.Path) -> list[Any]:
-    """Returns a file's SHA-256 and its size in bytes."""
+    """Returns a file's SHA-256 and its size in bytes; read again if it changes."""
     with _opened(path) as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return [digest, file.tell()]
+        status = os.fstat(file.fileno())
+        return list(_digest(path, status.st_size, status.st_mtime_ns))
+
+
+@functools.cache
+def _digest(path: pathlib.Path, size: int, changed: int) -> tuple[str, int]:
+    del size, changed  # Parts of the cache's key.
+    with _opened(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
 
 
 @contextlib.contextmanager
@@ -349,14 +357,17 @@ def check_length(where: str, text: str, limit: int) -> None:
         )
 
 
-def _aligned_pairs(
-    first: pathlib.Path, second: pathlib.Path, digests: list[Any]
-) -> list[_Pair]:
-    if digests[0] == digests[1]:
+def _switching(where: str, pairs: list[_Pair]) -> list[_Pair]:
+    """Returns pairs; raises UserError if none of them changes the prompt."""
+    if all(prompt == switch for prompt, switch in pairs):
         raise UserError(
-            f"{first}, {second}: the same text, so that no switch would change the"
-            " prompt; expected a second file with the switch prompts"
+            f"{where}: each prompt is the same text as its switch, so that no switch"
+            " would change the prompt; expected others, in a second file or in `switch`"
         )
+    return pairs
+
+
+def _aligned_pairs(first: pathlib.Path, second: pathlib.Path) -> list[_Pair]:
     prompts, switches = read_lines(first), read_lines(second)
     if len(prompts) != len(switches):
         shorter = min(len(prompts), len(switches))

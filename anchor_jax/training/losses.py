@@ -193,18 +193,22 @@ def score_flow(
     )
 
 
-def clean_regression(x0: jax.Array, target: jax.Array, timestep: jax.Array):
+def clean_regression(
+    x0: jax.Array, target: jax.Array, timestep: jax.Array, weight=None
+) -> jax.Array:
     """Returns the mean square distance to clean latents, of frames that have noise.
 
     Args:
       x0: predictions [batch, frame, height, width, channel].
       target: like `x0`.
       timestep: [batch, frame]; frames at 0 are left out.
+      weight: [batch, frame], of the others; None: all count the same.
 
     Source: CausVid (arXiv:2412.07772) equation 6; algorithm.md 7.1.
     """
     error = jnp.mean(jnp.square(x0 - target), axis=(2, 3, 4))
-    return weighted_mean(error, timestep != 0)
+    counted = timestep != 0
+    return weighted_mean(error, counted if weight is None else counted * weight)
 
 
 def flow_matching(predicted, target, weight=None) -> jax.Array:

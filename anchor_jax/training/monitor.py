@@ -51,7 +51,7 @@ class Monitor:
         self.quiet = quiet
         _cut_log(self.path, first)
         self.bar = tqdm(initial=first, total=steps, unit="step", disable=quiet)
-        self.events = None if quiet else _events(folder)
+        self.events = None if quiet else _events(folder, first)
 
     def note(self, step: int, numbers: Mapping[str, float]) -> None:
         """Takes the numbers of a step; some appear only in some steps."""
@@ -131,12 +131,13 @@ def _cut_log(path: pathlib.Path, first: int) -> None:
     part.replace(path)
 
 
-def _events(folder: pathlib.Path) -> Any:
+def _events(folder: pathlib.Path, first: int) -> Any:
+    """Returns a writer that hides points of steps that will be run again, or None."""
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder / "events"))
+    return SummaryWriter(str(folder / "events"), purge_step=first + 1)
 
 
 def memory_gb() -> float:

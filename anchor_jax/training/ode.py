@@ -179,6 +179,7 @@ def write(
             if asked():
                 break
         writer.flush()
+    writer.close()
     return written
 
 
@@ -198,7 +199,7 @@ def _prompts_of(data: DataConfig) -> dict:
     from anchor_jax.training import datasets
 
     files = [path for path in (data.path, data.switch_path) if path is not None]
-    hashes = [datasets.digest(pathlib.Path(path)) for path in files]
+    hashes = [datasets.digest(pathlib.Path(path).expanduser()) for path in files]
     return {"kind": data.kind, "seed": data.seed, "files": hashes}
 
 

@@ -131,11 +131,9 @@ class Regression:
         noisy, sigma = batch["noisy"], self._by_frame(batch["sigma"])
         predicted = self.predict(variables, batch, noisy, sigma)
         x0 = flow.x0_from_flow(predicted, noisy, sigma)
-        error = jnp.mean(jnp.square(x0 - batch["target"]), axis=(2, 3, 4))
-        weight = self._weight(batch)
-        counted = sigma > 0
-        return losses.weighted_mean(
-            error, counted if weight is None else counted * weight
+        timestep = flow.TRAIN_STEPS * sigma
+        return losses.clean_regression(
+            x0, batch["target"], timestep, self._weight(batch)
         )
 
     def predict(self, variables, batch, noisy: jax.Array, sigma: jax.Array):

@@ -155,15 +155,18 @@ class Job:
 
     def seconds_per_step(self) -> float:
         """Returns how long a step takes here: runs some, and throws them away."""
-        stage, state = self.prepared.stage, self.prepared.state
+        stage, state, cursor = self.prepared.stage, self.prepared.state, Cursor()
         kinds, shares = [0], [1.0]
-        if isinstance(stage, DistillStage) and stage.every > 1:
-            kinds, shares = [0, 1], [1 / stage.every, 1 - 1 / stage.every]
+        if isinstance(stage, DistillStage):
+            if stage.every > 1:
+                kinds, shares = [0, 1], [1 / stage.every, 1 - 1 / stage.every]
+            # Of a long sequence nearly all chunks come after the first.
+            state, cursor, _ = stage.advance(state, cursor, 1)
         seconds = []
         for kind in (*kinds, *kinds):
             began = time.monotonic()
-            # The first chunk each time, so that the second time nothing is compiled.
-            state, _, watch = stage.advance(state, Cursor(), kind)
+            # The same chunks each time, so that the second time nothing is compiled.
+            state, _, watch = stage.advance(state, cursor, kind)
             jax.block_until_ready((state, watch))
             seconds.append(time.monotonic() - began)
         timed = seconds[len(kinds) :]
@@ -224,21 +227,23 @@ def dry_run(config: TrainConfig, tell: Callable[[str], None]) -> None:
         trial = dataclasses.replace(config, out=scratch, data=data)
         job = open_job(trial, tell, most=config.batch)
         tell(job.plan())
-        seconds = _logged_seconds(folder)
-        where = f"as {folder / LOG} has it"
-        if seconds is None:
+        where, logged = f"as {folder / LOG} has it", _logged(folder)
+        if logged is None:
             tell("times a few steps, the first of which compile")
-            seconds, where = job.seconds_per_step(), "here"
-            tell(f"most memory in use: {memory_gb():.2f} GB")
+            logged, where = (job.seconds_per_step(), memory_gb()), "here"
+    seconds, memory = logged
+    tell(f"most memory in use: {memory:.2f} GB {where}")
     hours = config.steps * seconds / 3600
     tell(f"a step takes {seconds:.3g} s {where}; {config.steps} steps: {hours:.3g} h")
 
 
-def _logged_seconds(folder: pathlib.Path) -> float | None:
-    """Returns the seconds of a step in the last lines of a log, or None."""
+def _logged(folder: pathlib.Path) -> tuple[float, float] | None:
+    """Returns a step's seconds and the most memory (GB), of a log's end, or None."""
     try:
-        lines = (folder / LOG).read_text(encoding="utf-8").splitlines()[-_LAST_LINES:]
-        return statistics.median(json.loads(x)["seconds_per_step"] for x in lines)
+        text = (folder / LOG).read_text(encoding="utf-8")
+        lines = [json.loads(line) for line in text.splitlines()[-_LAST_LINES:]]
+        seconds = statistics.median(line["seconds_per_step"] for line in lines)
+        return seconds, max(line["memory_gb"] for line in lines)
     except (OSError, ValueError, LookupError, TypeError):
         return None
 

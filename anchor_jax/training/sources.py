@@ -117,6 +117,10 @@ def identity(data: DataConfig) -> dict[str, Any]:
         return {}
     from anchor_jax.training import datasets
 
+    if data.kind == "videos":
+        from anchor_jax.training import videos
+
+        return {"videos": videos.identity(data.path)}
     paths = (path for path in (data.path, data.switch_path) if path is not None)
     return {path: datasets.digest(pathlib.Path(path).expanduser()) for path in paths}
 

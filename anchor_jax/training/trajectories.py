@@ -6,6 +6,8 @@ written one at a time; their records and their reading are those of the builders
 """
 
 import bisect
+import fcntl
+import functools
 import json
 import os
 import pathlib
@@ -20,6 +22,7 @@ from anchor_jax.errors import UserError
 
 SHARD = 8  # examples; at full size, 21 MB each before compression
 FORMAT = 1
+_OPEN = 128
 _SPEC = "spec.json"
 _SUFFIX = ".array_record"
 
@@ -29,7 +32,8 @@ class TrajectoryWriter:
 
     The examples of process p of n are p, p + n, p + 2n, ... A shard appears whole or
     not at all: a killed writer loses the examples of its unfinished shard, which
-    `done` then does not name. At most one writer of a process may run.
+    `done` then does not name. A second writer of a process is refused while the first
+    one lives.
     """
 
     def __init__(
@@ -53,18 +57,20 @@ class TrajectoryWriter:
             prompts and the seed. It must be the same at every start.
 
         Raises:
-          UserError: A value is out of range, or the folder holds other trajectories.
+          UserError: A value is out of range, the folder holds other trajectories, or
+            another writer of this process is at work.
         """
         if not 0 <= process < processes:
             raise UserError(f"process={process}: expected 0 to {processes - 1}")
         if shard < 1:
             raise UserError(f"shard={shard}: expected 1 or more examples")
         _check_shape(shape)
-        self._folder = pathlib.Path(folder)
+        self._folder = pathlib.Path(folder).expanduser()
         self._folder.mkdir(parents=True, exist_ok=True)
         self._process, self._processes, self._shard = process, processes, shard
         self._shape = tuple(shape)
         self._features = _features(self._shape)
+        self._lock = _lock(self._folder / f".lock-{process}", process)
         self._part = self._folder / f".part-{process}"
         self._part.unlink(missing_ok=True)
         self._writer, self._numbers, self._is_cut = None, [], False
@@ -126,6 +132,10 @@ class TrajectoryWriter:
         self._done.update(self._numbers)
         self._writer, self._numbers, self._is_cut = None, [], False
 
+    def close(self) -> None:
+        """Lets another writer take this one's place; what is not flushed is lost."""
+        self._lock.close()
+
     def _checked(self, number: int, states: np.ndarray) -> np.ndarray:
         if states.shape != self._shape:
             raise ValueError(
@@ -177,7 +187,7 @@ class Trajectories:
         Raises:
           UserError: The folder has no trajectories, or a shard is damaged.
         """
-        self._folder = pathlib.Path(folder)
+        self._folder = pathlib.Path(folder).expanduser()
         spec = _read_spec(self._folder)
         self.shape, self.inputs = tuple(spec["shape"]), dict(spec.get("inputs", {}))
         self._features = _features(self.shape)
@@ -186,16 +196,15 @@ class Trajectories:
             raise UserError(f"{folder}: no finished trajectories in it; write some")
         self.numbers = tuple(sorted(index))
         self._places = [index[number] for number in self.numbers]
-        self._readers: dict[pathlib.Path, Any] = {}
+        # A process may not have thousands of files open at a time.
+        self._reader = functools.lru_cache(_OPEN)(_open_reader)
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def __getitem__(self, place: int) -> dict[str, Any]:
         path, record = self._places[place]
-        if path not in self._readers:
-            self._readers[path] = _open_reader(path)
-        (read,) = self._readers[path].read([record])
+        (read,) = self._reader(path).read([record])
         example = self._features.deserialize_example_np(read)
         return {"states": example["states"], "prompt": example["prompt"].decode()}
 
@@ -272,6 +281,20 @@ def _numbers(path: pathlib.Path) -> list[int]:
     if not is_right:
         raise UserError(f"{path}: damaged (its list of numbers is wrong); remove it")
     return numbers
+
+
+def _lock(path: pathlib.Path, process: int):
+    """Returns a file that this writer alone holds; it is let go of when closed."""
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise UserError(
+            f"{path.parent}: process {process} of the writers is at work already; wait"
+            " for it, or share the work: --process=P --processes=N, another P for each"
+        ) from error
+    return file
 
 
 def _open_reader(path: pathlib.Path):

@@ -1,6 +1,7 @@
 """A user's own videos with captions, as latent clips."""
 
 import functools
+import hashlib
 import json
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -47,6 +48,12 @@ def read_list(path: str) -> list[tuple[pathlib.Path, str]]:
         datasets.check_length(where, caption, datasets.MAX_PROMPT_CHARACTERS)
         found.append((_beside(file, name, where), caption))
     return found
+
+
+def identity(path: str) -> str:
+    """Returns a hash of a list's videos and captions; their names do not count."""
+    found = [[datasets.digest(video), text] for video, text in read_list(path)]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
 def _beside(file: pathlib.Path, name: str, where: str) -> pathlib.Path:

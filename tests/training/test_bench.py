@@ -35,7 +35,7 @@ def test_operations_are_those_of_the_passes_that_ran():
     both = bench.step_flops(stage, {"critic_exit_level": 1, "exit_level": 0})
 
     assert critic == pytest.approx(4 * (3 * block + 3 * clip))
-    assert both - critic == pytest.approx(4 * (2 * block + 3 * clip + 3 * block))
+    assert both - critic == pytest.approx(4 * (2 * block + 3 * clip + 2 * block))
     long = dataclasses.replace(
         stage, plan=dataclasses.replace(stage.plan, frames=21, length=21)
     )
@@ -54,7 +54,8 @@ def test_a_short_run_is_measured(tmp_path):
     found = bench.measure(config, progress=lambda line: None, repeats=1)
 
     assert set(found["seconds"]) == {"generator and critic", "critic"}
-    assert all(0 < rate < 1 for rate in found["efficiency"].values())
+    both, critic, every = found["efficiency"].values()
+    assert 0 < min(both, critic) <= every <= max(both, critic) < 1
 
 
 def test_other_stages_and_longer_sequences_are_refused():

@@ -13,7 +13,7 @@ from anchor_jax.training.order import Order
 
 pytest.importorskip("tensorflow_datasets")
 
-from anchor_jax.training import datasets
+from anchor_jax.training import datasets, trajectories
 from anchor_jax.training.trajectories import Trajectories, TrajectoryWriter
 
 ROOT = pathlib.Path(datasets.__file__).parents[2]
@@ -79,6 +79,7 @@ def test_json_lines_hold_both_forms(tmp_path):
         (b"a\n\nc\n", b"d\ne\nf\n", r"a.txt, line 2: empty"),
         (b"a\nb\n", b"c\n\xff\n", r"b.txt, line 2: not UTF-8"),
         (b"a\nb\n", b"a\nb\n", r"the same text"),
+        (b"a\nb\n", b"a \r\nb", r"the same text"),
         (b"a\nb\n", b"c\n" + b"x" * 10_001 + b"\n", r"line 2: 10001 characters"),
         (b"", b"a\n", r"a.txt: no lines"),
         (b"a\n", None, r"got one prompt only"),
@@ -256,7 +257,30 @@ def test_a_killed_writer_resumes_with_nothing_lost_or_doubled(tmp_path):
         got = read.by_number(number)
         assert got["prompt"] == f"prompt {number}"
         np.testing.assert_array_equal(got["states"], states(number))
-    assert not list(tmp_path.glob(".*"))
+    assert {path.name for path in tmp_path.glob(".*")} == {".lock-0", ".lock-1"}
+
+
+def test_a_second_writer_of_a_process_is_refused_while_the_first_lives(tmp_path):
+    first = TrajectoryWriter(tmp_path, 0, 1, SHAPE, shard=2)
+    first.add(0, states(0), "a")
+
+    with pytest.raises(UserError, match="process 0 of the writers is at work"):
+        TrajectoryWriter(tmp_path, 0, 1, SHAPE)
+    first.add(1, states(1), "a")
+    first.close()
+
+    assert TrajectoryWriter(tmp_path, 0, 1, SHAPE).done() == {0, 1}
+
+
+def test_many_shards_are_read_with_few_files_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(trajectories, "_OPEN", 2)
+    writer = TrajectoryWriter(tmp_path, 0, 1, SHAPE, shard=1)
+    for number in range(5):
+        writer.add(number, states(number), "a")
+
+    read = Trajectories(tmp_path)
+    for number in (0, 4, 1, 3, 2, 0):
+        np.testing.assert_array_equal(read[number]["states"], states(number))
 
 
 def test_wrong_trajectories_are_refused(tmp_path):
@@ -290,6 +314,7 @@ def test_a_shard_cut_within_an_example_is_left_out(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         writer.add(3, states(3), "a")
     writer.flush()
+    writer.close()
 
     assert TrajectoryWriter(tmp_path, 0, 1, SHAPE).done() == {0, 1}
 

@@ -101,6 +101,17 @@ def test_videos_are_encoded_once(listed, tmp_path, monkeypatch):
     assert again(3)["latents"].shape[0] == 2
 
 
+def test_a_run_knows_its_videos_by_what_they_hold(listed, tmp_path):
+    first = sources.identity(config(listed).data)
+    (tmp_path / "a.mp4").rename(tmp_path / "c.mp4")
+    listed.write_text(listed.read_text().replace("a.mp4", "c.mp4"))
+    assert sources.identity(config(listed).data) == first
+
+    write_video(tmp_path / "c.mp4", colors=(255, 100))
+
+    assert sources.identity(config(listed).data) != first
+
+
 def test_some_captions_are_left_out_for_guidance(listed, tmp_path):
     bundle = bundles.load()
     data = DataConfig("videos", str(listed), dropout=0.5)
