@@ -19,7 +19,9 @@ from anchor_jax.training.ode import TrajectoryConfig
 def get_config(scale: str = "tiny") -> ConfigDict:
     """Returns the config: of the tiny world, or with scale "paper" of the paper."""
     config = to_config(TrajectoryConfig())
+    config.guidance = 2.5
     if scale == "paper":
+        config.guidance = TrajectoryConfig.guidance
         config.data.kind, config.dtype = "prompts", "float32"
         config.negative_prompt = WAN_NEGATIVE_PROMPT
     return config

@@ -33,7 +33,7 @@ STAGES = {
     "causal": ("train_causal", "--config.data.size=48"),
     "guided": ("train_causal:guided", "--config.data.size=48"),
     "trajectories": ("trajectories", "--config.count=48", "--config.frames=6"),
-    "ode": ("train_ode",),
+    "ode": ("train_ode:tiny", "--config.regression.blocks=2"),
     "dmd": ("train_dmd:tiny", "--config.distillation.length=6", *CLIP),
     "streaming": (
         "train_streaming:tiny",
@@ -56,11 +56,11 @@ def command(stage: str, out: pathlib.Path) -> list[str]:
     line += ["trajectories"] if stage == "trajectories" else ["train", *SHORT]
     line += [f"--config={config}", f"--config.out={out}"]
     line += [f"--config.weights={weights}", *more]
-    if ":" in config:
+    if ":" in config and stage != "ode":
         line.append(f"--config.teacher={teacher}")
     elif stage == "teacher":
         line.append("--config.data.size=16")
-    elif stage == "ode":
+    if stage == "ode":
         line.append(f"--config.data.path={whole('trajectories', out.parent)}")
     return line
 

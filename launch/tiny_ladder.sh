@@ -50,6 +50,8 @@ for stage in guided dmd streaming; do
 done
 score streaming_minute "$folder/streaming" --trial=minute --count=40
 
-[[ -d "$folder/bundle" ]] || anchor-jax export --layout=bundle \
-  --weights="$folder/streaming" --out="$folder/bundle"
+if [[ ! -f "$folder/bundle/model.safetensors" ]]; then
+  rm -rf "$folder/bundle"
+  anchor-jax export --layout=bundle --weights="$folder/streaming" --out="$folder/bundle"
+fi
 python launch/ladder_results.py table "$folder"

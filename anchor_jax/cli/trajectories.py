@@ -10,7 +10,7 @@ anchor-jax trajectories --config=configs/trajectories.py --config.weights=runs/t
 anchor-jax trajectories --config=configs/trajectories.py:paper \\
     --config.weights=weights/wan --config.data.path=prompts.txt
 anchor-jax trajectories --config=configs/trajectories.py --process=3 --processes=8
-anchor-jax train --config=configs/train_ode.py --config.data.path=data/trajectories
+anchor-jax train --config=configs/train_ode.py:tiny --config.data.path=data/trajectories
 The same command goes on where it was ended. Process p of n writes every n-th
 trajectory; all of them write into one folder, and their number may change."""
 

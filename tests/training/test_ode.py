@@ -11,8 +11,9 @@ import shares
 
 from anchor_jax import flow
 from anchor_jax.cli.main import main
+from anchor_jax.config import load_config
 from anchor_jax.errors import UserError
-from anchor_jax.training import ode, sources
+from anchor_jax.training import build, ode, run, sources
 from anchor_jax.training.build import RegressionConfig, TrainConfig
 from anchor_jax.training.ode import TrajectoryConfig
 from anchor_jax.training.regress import Regression
@@ -43,6 +44,31 @@ def _in(folder, **changes):
 def states(folder):
     stored = Trajectories(folder)
     return {number: stored.by_number(number) for number in stored.numbers}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("train_teacher", "train_teacher:21", "train_causal", "train_causal:guided"),
+        *("train_ode", "train_ode:tiny", "train_dmd", "train_dmd:tiny"),
+        *("train_streaming", "train_streaming:tiny", "train_finetune"),
+    ],
+)
+def test_shipped_trainings_are_read(name):
+    read = run.read_config(load_config(name))
+
+    assert read.out.startswith("runs/")
+    assert read.stage in build.STAGES
+
+
+@pytest.mark.parametrize(("name", "guidance"), [("", 2.5), (":paper", 6.0)])
+def test_shipped_trajectories_are_of_the_papers_levels(name, guidance):
+    read = ode.read_config(load_config(f"trajectories{name}"))
+    levels = flow.even_levels(read.steps, read.shift)
+
+    stored = levels.timestep[:: read.steps // ode.STORED]
+    np.testing.assert_allclose(stored, [1000, 937.5, 833.333, 625], rtol=1e-6)
+    assert read.guidance == guidance
 
 
 def test_states_are_those_of_the_guided_flow(model, written):
