@@ -114,11 +114,15 @@ class PromptEncoder:
 
     def encode_ids(self, ids, mask) -> jax.Array:
         """Returns conditioning of token ids [batch, text]; the parameters stay."""
-        return _encode(self.params, ids, mask, config=self.config)
+        return self._run(self.params, ids, mask)
 
     def _encode(self, params, texts: Sequence[str]) -> jax.Array:
-        ids, mask = self.tokenizer.encode(texts)
-        return _encode(params, ids, mask, config=self.config)
+        return self._run(params, *self.tokenizer.encode(texts))
+
+    def _run(self, params, ids, mask) -> jax.Array:
+        # A generator's mesh may be set; the encoder need not be on it.
+        with sharding.no_mesh():
+            return _encode(params, ids, mask, config=self.config)
 
     def prepare(self, texts: Sequence[str]) -> None:
         """Loads the parameters; if they are freed, encodes the texts first.

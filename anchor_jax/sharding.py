@@ -8,6 +8,7 @@ import math
 import re
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -93,6 +94,11 @@ def logical_axes(params, rules):
         raise ValueError(f"no logical axes for {name!r} of shape {leaf.shape}")
 
     return jax.tree_util.tree_map_with_path(choose, params)
+
+
+def no_mesh():
+    """Returns a context without a mesh, for programs whose arrays are elsewhere."""
+    return jax.set_mesh(Mesh(np.empty((), object), ()))
 
 
 def make_mesh(shape: tuple[int, int, int, int] = (1, -1, 1, 1), found=None) -> Mesh:

@@ -16,7 +16,7 @@ from anchor_jax.cli.main import main
 from anchor_jax.errors import UserError
 from anchor_jax.media import write_json
 from anchor_jax.training import run, sources
-from anchor_jax.training.build import LoraConfig, TrainConfig
+from anchor_jax.training.build import LoraConfig, RegressionConfig, TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +157,22 @@ def test_data_that_changed_are_not_gone_on_with(tmp_path):
         run.compare_inputs(tmp_path, run.inputs(config, other, bundle, None))
     with pytest.raises(UserError, match="what config.teacher names"):
         run.compare_inputs(tmp_path, run.inputs(config, bundle, other, None))
+
+
+def test_whole_weights_are_not_held_beside_those_on_the_mesh(weights, tmp_path):
+    config = TrainConfig(
+        stage="regression",
+        weights=str(weights),
+        batch=4,
+        regression=RegressionConfig(blocks=1),
+        data=sources.DataConfig("world_clips", size=8),
+        sample_every=0,
+        out=str(tmp_path),
+    )
+
+    job = run.open_job(config, tell=print)
+
+    assert "variables" not in vars(job.prepared.bundle)
 
 
 def test_a_run_that_has_ended_tells_where_things_are(trained, weights, capsys):

@@ -1,0 +1,101 @@
+"""Published weights go on: ported, tuned under the release's rules, sampled from."""
+
+import json
+
+import bundles
+import jax
+import numpy as np
+import ported
+import pytest
+
+from anchor_jax import checkpoint
+from anchor_jax.bundle import load_bundle
+from anchor_jax.cli import main
+from anchor_jax.cli.sample import CACHE_VARIABLE
+
+RANK = 3  # of the ported updates
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights") / "ported"
+    ported.save(folder, "anchor_forcing")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(weights, tmp_path_factory):
+    """A run of two steps, over a prompt switch."""
+    folder = tmp_path_factory.mktemp("runs")
+    prompts = [folder / "prompts.txt", folder / "switched.txt"]
+    for path, texts in zip(prompts, (bundles.RED, bundles.BLUE), strict=True):
+        path.write_text(f"{texts}\n" * 2)
+    fields = {
+        **dict.fromkeys(("weights", "teacher", "critic"), weights),
+        "out": folder / "tuned",
+        "data.path": prompts[0],
+        "data.switch_path": prompts[1],
+        "distillation.steps": "(1000,500)",
+        "distillation.frames": 6,
+        "distillation.length": 12,
+        "distillation.switches": "(6,)",
+        "distillation.every": 2,
+        "distillation.negative_prompt": "''",
+        "samples.frames": 6,
+        "optimizer.learning_rate": 1e-2,
+        "size": "16x32",
+        "lora.rank": RANK,
+        **dict.fromkeys(("steps", "sample_every"), 2),
+        **dict.fromkeys(("samples.num", "log_every"), 1),
+        "batch": jax.device_count(),
+        "rules": "release",
+    }
+    given = [f"--config.{name}={value}" for name, value in fields.items()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE_VARIABLE, "off")
+        assert main.main(["train", "--config=train_streaming", *given]) == 0
+    return folder / "tuned"
+
+
+def test_the_ported_updates_are_those_that_go_on(tuned, weights):
+    before = checkpoint.restore(weights, "generator")["lora"]
+    after = checkpoint.restore(tuned, "generator")["lora"]
+
+    changes = [
+        float(np.abs(np.asarray(a) - b).max())
+        for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True)
+    ]
+    assert 0 < max(changes) < 0.05  # Two steps of Adam at 0.01, one of them an update.
+    lines = (tuned / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+    assert all("critic_loss" in json.loads(line) for line in lines)
+    assert sorted(path.name for path in (tuned / "samples").iterdir()) == [
+        *("step-000002.mp4", "step-000002.png"),
+    ]
+
+
+def test_they_are_added_once(tuned, weights):
+    plain, merged = (
+        load_bundle(str(folder), dtype="float32", lora=how).variables["params"]
+        for folder, how in ((weights, "none"), (tuned, "merged"))
+    )
+    update = checkpoint.restore(tuned, "generator")["lora"]["blocks"]["ffn_in"]
+
+    change = merged["blocks"]["ffn_in"]["kernel"] - plain["blocks"]["ffn_in"]["kernel"]
+    np.testing.assert_allclose(change, update["a"] @ update["b"], atol=1e-5)
+
+
+def test_they_are_sampled_as_they_were_trained(tuned, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv(CACHE_VARIABLE, "off")
+    clip = f"{bundles.RED}[3f] | {bundles.BLUE}[3f]"
+    given = ["--config=interactive", f"--config.weights={tuned}", f"--out={tmp_path}"]
+    given += ["--config.size=16x32", f"--config.prompt={clip}"]
+
+    assert main.main(["sample", *given]) == 0
+
+    told = capsys.readouterr().err
+    assert (
+        "rules: release, policy: anchor_forcing (as the weights were trained)" in told
+    )
+    recipe = json.loads((tmp_path / "000.json").read_text())
+    assert recipe["config"]["sampler"]["steps"] == [1000, 500]
