@@ -133,6 +133,8 @@ def from_config(
     fields = [field.name for field in dataclasses.fields(kind) if field.init]
     missing = [field for field in fields if field not in section]
     unknown = [key for key in section if key not in fields]
+    if len(missing) > len(fields) / 2:
+        raise UserError(f"{name}: {_of_another(section, missing)}")
     if missing or unknown:
         problems = [f"missing field {field!r}" for field in missing]
         problems += [f"unknown field {key!r}" for key in unknown]
@@ -144,6 +146,20 @@ def from_config(
         for field in fields
     }
     return _translate(lambda: kind(**values), lambda error: f"{name}: {error}")
+
+
+# A field that only the configs of a command have.
+_COMMANDS = {"sampler": "sample", "stage": "train", "count": "trajectories"}
+
+
+def _of_another(section, missing: Sequence[str]) -> str:
+    """Says what a config is that has few of the fields that a command needs."""
+    found = [one for field, one in _COMMANDS.items() if field in section]
+    what = f"a config of anchor-jax {found[0]}" if found else "no config"
+    return (
+        f"this is {what}, not of this command: it has no {', '.join(missing[:4])}, ...;"
+        " the command's --help shows one that is"
+    )
 
 
 def to_config(value: Any) -> ConfigDict:

@@ -1,7 +1,8 @@
 """The error for mistakes that a user can put right."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class UserError(ValueError):
@@ -17,3 +18,14 @@ def suggest(name: str, known: Iterable[str], kind: str) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f" did you mean {close[0]!r}?" if close else ""
     return f";{hint} {kind}: {', '.join(known) or 'none'}"
+
+
+@contextlib.contextmanager
+def naming(field: str) -> Iterator[None]:
+    """Says of which field of the config a mistake is, where its message does not."""
+    try:
+        yield
+    except UserError as error:
+        if str(error).startswith("config."):
+            raise
+        raise UserError(f"{field}: {error}") from error

@@ -232,16 +232,34 @@ def told_choices(
       config: the config as it was resolved.
       metadata: of the bundle.
     """
-    name = metadata.get("method")
+    name, trained = metadata.get("method"), metadata.get("training") is not None
     why = f"weights were ported as {name}" if name else "weights were not ported"
-    if metadata.get("training") is not None:
+    if trained:
         why = "as the weights were trained"
     if None not in (given.policy, given.rules):
-        why = f"as the config says; {why}"
+        why = "as the config says" if trained else f"as the config says; {why}"
     lines = [f"rules: {config.rules}, policy: {config.policy} ({why})"]
+    if trained and not isinstance(metadata["training"], Mapping):
+        trained = False
+    if trained:
+        lines += _departures(config, _method(metadata))
     if given.policy is None and _method(metadata).note:
         lines.append(f"note: {_method(metadata).note}")
     return tuple(lines)
+
+
+def _departures(config: SampleConfig, method: Method) -> list[str]:
+    """Returns a warning where trained weights are not sampled as they were trained."""
+    sampler = config.sampler
+    asked = (config.policy, config.rules, sampler.solver)
+    made = (method.policy, method.rules, method.solver)
+    if asked == made:
+        return []
+    return [
+        f"warning: the weights were trained for policy {made[0]}, rules {made[1]},"
+        f" solver {made[2]}, not {', '.join(asked)}; configs/interactive.py takes what"
+        " they were trained for"
+    ]
 
 
 def trained_method(training: Mapping[str, Any], base: Method = SAVED) -> Method:

@@ -51,6 +51,15 @@ class Script:
         """The requested switch frames: where every segment but the first starts."""
         return tuple(segment.start for segment in self.segments[1:])
 
+    def inline(self) -> str:
+        """Returns the text that `parse_inline` reads, of prompts without a bar."""
+        edges = [*(segment.start for segment in self.segments), self.frames]
+        lengths = (end - start for start, end in itertools.pairwise(edges))
+        return " | ".join(
+            f"{segment.prompt}[{length}f{'#' * segment.cut}]"
+            for segment, length in zip(self.segments, lengths, strict=True)
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Timing:

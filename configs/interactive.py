@@ -16,7 +16,7 @@ from ml_collections.config_dict import placeholder
 def get_config() -> ConfigDict:
     """Returns the config."""
     config = ConfigDict()
-    config.weights = "weights/anchor_forcing"  # a folder of ported weights
+    config.weights = "weights/anchor"  # a folder of ported weights
     # Pixels, height first: 480x832, 512x832, 320x576, or others in multiples of 16;
     # without a value the weights' own.
     config.size = placeholder(str)

@@ -1,7 +1,7 @@
 """Self-forcing distillation on 21 latent frames: many steps become four.
 
     anchor-jax train --config=configs/train_dmd.py --config.out=runs/dmd \
-        --config.weights=runs/causal --config.teacher=runs/teacher \
+        --config.weights=runs/causal --config.teacher=runs/teacher21 \
         --config.data.path=prompts.txt
 
 With `train_dmd.py:tiny` the tiny world's, about a quarter of an hour on one core.

@@ -5,10 +5,12 @@
 
 The list has a line {"video": "NAME.mp4", "caption": "TEXT"} for each video, which lies
 beside it or below. The first 81 frames at 16 a second are taken, scaled and cut to
-`config.size`. Videos are encoded once, into runs/mine/data.
+`config.size`; shorter videos are refused. Videos are encoded once, into runs/mine/data.
 
 Expected: runs/mine with checkpoints and log.jsonl. Sample from it with
---config.weights=runs/mine --config.policy=wan_teacher --config.sampler.solver=euler.
+
+    anchor-jax sample --config=configs/interactive.py --config.weights=runs/mine \
+        --config.prompt="PROMPT[5s]"
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,7 @@
 """Streaming long tuning: chunks of sequences with a prompt switch, on LoRA updates.
 
     anchor-jax train --config=configs/train_streaming.py --config.out=runs/streaming \
-        --config.weights=runs/dmd --config.teacher=runs/teacher \
+        --config.weights=runs/dmd --config.teacher=runs/teacher21 \
         --config.data.path=prompts.txt --config.data.switch_path=switched.txt
 
 With `train_streaming.py:tiny` the tiny world's, about 20 minutes on one core: shorter

@@ -1,11 +1,11 @@
 """The tiny world's bidirectional teacher: flow matching on clips, text trained along.
 
     anchor-jax train --config=configs/train_teacher.py --config.out=runs/teacher6
-    anchor-jax train --config=configs/train_teacher.py:21 --config.out=runs/teacher \
+    anchor-jax train --config=configs/train_teacher.py:21 --config.out=runs/teacher21 \
         --config.weights=runs/teacher6
 
 The argument is the clip's length in latent frames: short clips first, then the 21 that
-distillation scores. Expected: runs/teacher with checkpoints and log.jsonl; about an
+distillation scores. Expected: runs/teacher21 with checkpoints and log.jsonl; about an
 hour on one core for the first stage, two for the second.
 """
 
@@ -17,6 +17,8 @@ from anchor_jax.training.build import TrainConfig
 
 def get_config(frames: str = "6") -> ConfigDict:
     """Returns the config for clips of so many latent frames."""
+    if not frames.isdecimal() or not int(frames) or int(frames) % 3:
+        raise ValueError(f"{frames!r}: expected a multiple of 3, such as 6 or 21")
     config = to_config(TrainConfig())
     config.stage = "regression"
     config.weights = "fresh"

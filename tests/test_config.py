@@ -7,6 +7,7 @@ import pytest
 
 from anchor_jax import config
 from anchor_jax.errors import UserError
+from anchor_jax.training.build import TrainConfig
 
 CONFIG = """
 from ml_collections import ConfigDict, config_dict
@@ -254,6 +255,15 @@ def test_a_section_that_does_not_fit_is_refused(change, parts):
     with pytest.raises(UserError) as caught:
         config.from_config(Job, {**GOOD, **change})
     assert [part for part in parts if part not in str(caught.value)] == []
+
+
+def test_a_config_of_another_command_is_told_in_a_line():
+    with pytest.raises(UserError) as caught:
+        config.from_config(TrainConfig, config.load_config("tiny"), "config")
+
+    text = str(caught.value)
+    assert text.startswith("config: this is a config of anchor-jax sample, not of this")
+    assert len(text) < 200
 
 
 def test_missing_and_unknown_fields_are_listed_together():

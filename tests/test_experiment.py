@@ -334,6 +334,19 @@ def test_distilled_weights_are_sampled_as_they_were_trained(base):
     assert line.endswith("(as the weights were trained)")
 
 
+def test_trained_weights_that_are_sampled_otherwise_are_warned_of():
+    def told(**fields):
+        given = experiment.read_config(config(**fields))
+        metadata = {"training": training()}
+        made = experiment.resolve(given, metadata)
+        return experiment.told_choices(given, made, metadata)
+
+    first, warning = told()
+    assert first.endswith("policy: anchor_forcing (as the config says)")
+    assert "trained for policy tri_region_no_junction, rules paper" in warning
+    assert len(told(policy="tri_region_no_junction")) == 1
+
+
 def test_regressed_weights_are_sampled_as_their_network_is_used():
     def made(base=None, **fields):
         metadata = {"method": base, "training": training("regression", **fields)}

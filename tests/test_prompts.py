@@ -54,6 +54,12 @@ def test_durations_become_latent_frames_in_whole_blocks(text, switches, frames):
     assert (script.switch_frames, script.frames) == (switches, frames)
 
 
+@pytest.mark.parametrize("text", ["a", "a[18f]|b[4s#]|c d[2f]"])
+def test_a_script_is_its_inline_text_again(text):
+    script = parse_inline(text, BLOCK)
+    assert parse_inline(script.inline(), BLOCK) == script
+
+
 def test_a_given_length_replaces_the_sum_of_durations():
     assert parse_inline("a[5s]|b[5s]", Timing(block=3, frames=30)).frames == 30
 

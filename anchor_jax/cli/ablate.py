@@ -17,7 +17,8 @@ anchor-jax ablate --config=configs/tiny.py --part=trained --out=runs/arms \\
 anchor-jax ablate --config=configs/tiny.py --scripts=10 --starts=1
 swaps: one generator, streamed with other RoPE rules and switch actions. trained: arms
 that begin as the same generator, one that no arm's memory was tuned on, and are tuned
-alike, but for what they remember.
+alike, but for what they remember. Arms: baseline (absolute RoPE, re-cache), bounded,
+tri_region, flush, anchors, both (the method); trained: baseline, tri_region, both.
 The same command goes on where it was ended; the table is written beside the numbers."""
 
 PARTS = ("swaps", "trained")
@@ -68,11 +69,13 @@ def main(argv) -> None:
     text = ablation.table(summary)
     print(text)
     result = {"trial": dataclasses.asdict(_trial(ablation)), "arms": summary}
-    if FLAGS.part == PARTS[0]:
-        result["probe"] = ablation.probe(*_model(FLAGS.config))
-        print(ablation.probe_table(result["probe"]))
     media.write_json(folder / f"{FLAGS.part}.json", result)
     media.write_text(folder / f"{FLAGS.part}.md", text + "\n")
+    if FLAGS.part == PARTS[0]:
+        print("probe: the loss of a block, by its past (half a minute)")
+        result["probe"] = ablation.probe(*_model(FLAGS.config))
+        print(ablation.probe_table(result["probe"]))
+        media.write_json(folder / f"{FLAGS.part}.json", result)
     print(f"written to {folder / FLAGS.part}.json and .md")
 
 

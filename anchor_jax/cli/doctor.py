@@ -19,7 +19,7 @@ from anchor_jax.wan.spec import GRIDS, PRESETS
 SUMMARY = "Show device, memory, kernels and missing parts, and what to expect here."
 USAGE = """\
 anchor-jax doctor
-anchor-jax doctor --weights=weights/anchor_forcing
+anchor-jax doctor --weights=weights/anchor
 anchor-jax doctor --json"""
 
 FLAGS = flags.FLAGS

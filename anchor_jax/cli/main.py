@@ -22,6 +22,8 @@ from anchor_jax.errors import UserError, suggest
 
 FLAGS = flags.FLAGS
 
+# Packages that only some commands need -> the extra that installs them.
+_EXTRAS = {"tensorflow_datasets": "train", "array_record": "train"}
 _HELP = ("-h", "-help", "--help", "--helpfull", "--helpshort")
 _WIDTH = 88
 _INTRODUCTION = """\
@@ -45,6 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _dispatch(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        if package not in _EXTRAS:
+            raise
+        extra = f"pip install '.[{_EXTRAS[package]}]'"
+        print(f"error: this needs the package {package}: {extra}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

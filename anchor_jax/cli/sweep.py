@@ -22,7 +22,7 @@ USAGE = """\
 anchor-jax sweep --config=configs/train_teacher.py --config.out=runs/sweep \\
     --vary=optimizer.learning_rate=1e-3,3e-3 --vary=seed=0,1
 anchor-jax sweep --config=configs/train_dmd.py:tiny --config.out=runs/steps \\
-    --config.weights=runs/causal --config.teacher=runs/teacher \\
+    --config.weights=runs/guided --config.teacher=runs/teacher21 \\
     --vary=distillation.steps=(1000,500),(1000,750,500,250)
 
 Each combination is a training in a folder of --config.out that is named after it, one
@@ -94,6 +94,11 @@ def make_points(config, vary: list[str]) -> list[Point]:
     """
     from anchor_jax.training import run
 
+    if not vary:
+        raise UserError(
+            "--vary is missing; expected what differs, such as"
+            " --vary=optimizer.learning_rate=1e-3,3e-3"
+        )
     axes = dict(_axis(config, one) for one in vary)
     if not axes or len(axes) < len(vary):
         raise UserError(
@@ -146,7 +151,11 @@ def _set(config, field: str, value: Any) -> None:
     try:
         config[last] = value
     except (TypeError, ValueError) as error:
-        raise UserError(f"--vary={field}: {value!r}: {error}") from error
+        kind = type(config[last]).__name__
+        raise UserError(
+            f"--vary={field}: got {value!r}, expected {kind}; the config has"
+            f" {config[last]!r}"
+        ) from error
 
 
 def _part(config, field: str, name: str) -> Any:

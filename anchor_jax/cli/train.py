@@ -1,15 +1,18 @@
 """`anchor-jax train`: runs a stage of training, and resumes it."""
 
+import shlex
+
 from absl import flags
 
 from anchor_jax.config import define_config_flag
 
 SUMMARY = "Train a stage: teacher, causal initialisation, distillation, long tuning."
 USAGE = """\
-anchor-jax train --config=configs/train_teacher.py --config.out=runs/teacher
-anchor-jax train --config=configs/train_dmd.py --config.out=runs/dmd \\
-    --config.weights=runs/causal --config.teacher=runs/teacher
-anchor-jax train --config=configs/train_dmd.py --config.out=runs/dmd --dry_run
+anchor-jax train --config=configs/train_teacher.py --config.out=runs/teacher6
+anchor-jax train --config=configs/train_dmd.py:tiny --config.out=runs/dmd \\
+    --config.weights=runs/guided --config.teacher=runs/teacher21
+anchor-jax train --config=configs/train_dmd.py:tiny --config.weights=tiny \\
+    --config.teacher=tiny --config.out=runs/try --config.steps=3 --dry_run
 anchor-jax sample --config=configs/tiny.py --config.weights=runs/dmd
 anchor-jax sample --config=configs/tiny.py --config.weights=runs/dmd/400
 tensorboard --logdir runs
@@ -59,10 +62,23 @@ def main(argv) -> None:
 def _report(job, step: int) -> None:
     """Prints where things are."""
     out = job.config.out
-    print(f"numbers: {job.folder / 'log.jsonl'}; see also: tensorboard --logdir {out}")
+    from anchor_jax.training.monitor import EVENTS, LOG
+
+    print(f"numbers: {job.folder / LOG}")
+    if (job.folder / EVENTS).is_dir():
+        print(f"curves: tensorboard --logdir {out} (pip install tensorboard)")
     if job.sampler is not None and job.sampler.folder.is_dir():
         print(f"sample videos: {job.sampler.folder}")
     if step < job.config.steps:
         print(f"stopped at step {step} of {job.config.steps}; the same command goes on")
     else:
-        print(f"done; sample with --config.weights={out}")
+        print(f"done; sample with: {_sampling(job)}")
+
+
+def _sampling(job) -> str:
+    """Returns the command that samples from what was trained."""
+    line = ["anchor-jax", "sample", "--config=configs/interactive.py"]
+    line.append(f"--config.weights={job.config.out}")
+    if job.sampler is not None:
+        line.append(f"--config.prompt={job.sampler.videos[0].script.inline()}")
+    return shlex.join(line)

@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import io
 import json
 import os
 import pathlib
@@ -269,7 +270,9 @@ def _build(builder: _Builder, building: pathlib.Path, target: pathlib.Path) -> N
     shutil.rmtree(target, ignore_errors=True)
     try:
         tfds.disable_progress_bar()
-        builder.download_and_prepare(file_format="array_record")
+        # It tells of downloads, of which there are none.
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare(file_format="array_record")
         ready = {"name": builder.name, "inputs": builder.inputs()}
         (building / _READY).write_text(json.dumps(ready), encoding="utf-8")
         building.rename(target)
@@ -328,7 +331,7 @@ def read_lines(path: pathlib.Path) -> list[str]:
     """Returns the lines of a file of UTF-8 text, none of them empty."""
     with _opened(path) as file:
         lines = file.read().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    if not lines[-1]:
+    while lines and not lines[-1].strip():
         lines.pop()
     if not lines:
         raise UserError(f"{path}: no lines; expected a prompt, or JSON, a line")

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-LOG = "log.jsonl"
+LOG, EVENTS = "log.jsonl", "events"
 _SHOWN = ("loss", "generator_loss", "critic_loss")
 
 
@@ -45,6 +45,7 @@ class Monitor:
         self.every, self.frames = every, frames_per_step
         self.path = folder / LOG
         self.sums: dict[str, list[float]] = {}
+        self.last = first
         self.unsaved: dict[str, list[float]] = {}
         self.began = time.monotonic()
         self.noted = 0
@@ -59,9 +60,10 @@ class Monitor:
             self.sums.setdefault(name, []).append(value)
             self.unsaved.setdefault(name, []).append(value)
         self.noted += 1
+        self.last = step + 1
         self.bar.update()
-        if (step + 1) % self.every == 0:
-            self._write(step + 1)
+        if self.last % self.every == 0:
+            self._write(self.last)
 
     def means(self) -> dict[str, float]:
         """Returns the means since the last call."""
@@ -81,7 +83,9 @@ class Monitor:
             self.events.add_image("samples", image, step, dataformats="HWC")
 
     def close(self) -> None:
-        """Ends the bar and the event files."""
+        """Writes what is left, and ends the bar and the event files."""
+        if self.noted:
+            self._write(self.last)
         self.bar.close()
         if self.events is not None:
             self.events.close()
@@ -137,7 +141,7 @@ def _events(folder: pathlib.Path, first: int) -> Any:
         from tensorboardX import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder / "events"), purge_step=first + 1)
+    return SummaryWriter(str(folder / EVENTS), purge_step=first + 1)
 
 
 def memory_gb() -> float:

@@ -16,7 +16,7 @@ import jax
 from anchor_jax import bundle as bundles
 from anchor_jax.bundle import Bundle
 from anchor_jax.config import from_config
-from anchor_jax.errors import UserError, suggest
+from anchor_jax.errors import UserError, naming, suggest
 from anchor_jax.experiment import parse_size
 from anchor_jax.media import write_json
 from anchor_jax.training import build, fresh, placement, samples, sources
@@ -90,9 +90,10 @@ class Job:
     def plan(self) -> str:
         """Returns what will be trained, as text."""
         config, counts = self.config, self.prepared.counts
+        mesh = dict(self.prepared.stage.mesh.shape)
         lines = [
             f"stage {config.stage}, {config.steps} steps of {config.batch} videos,"
-            f" rules {config.rules}, mesh {dict(self.prepared.stage.mesh.shape)}",
+            f" {self._frames()}, rules {config.rules}, mesh {mesh}",
             "parameters: "
             + ", ".join(f"{name} {count:,}" for name, count in counts.items()),
             f"on each device: state {_gigabytes(self.prepared.state):.2f} GB, frozen"
@@ -101,6 +102,14 @@ class Job:
             f"sample videos: {self._shown()}",
         ]
         return "\n".join(lines)
+
+    def _frames(self) -> str:
+        """Says how long videos are."""
+        section, distillation = self.config.regression, self.config.distillation
+        if self.config.stage == "regression":
+            return f"{section.block * section.blocks} latent frames"
+        sequence = f"sequences of {distillation.length}"
+        return f"{distillation.frames} latent frames at once of {sequence}"
 
     def _shown(self) -> str:
         if self.sampler is None:
@@ -190,12 +199,16 @@ def open_job(
     compare_config(config, folder, tell)
     base = _base(config, folder)
     begun = base if base != f"./{FRESH}" else str(folder / FRESH)
-    generator = _load(config, begun, trained=True)
-    teacher = _load(config, config.teacher) if config.teacher else None
-    critic = _load_critic(config)
+    with naming("config.weights"):
+        generator = _load(config, begun, trained=True)
+    with naming("config.teacher"):
+        teacher = _load(config, config.teacher) if config.teacher else None
+    with naming("config.critic"):
+        critic = _load_critic(config)
     rows = placement.rows_of_process(build.make_mesh(config), config.batch)
     share = Share(config.batch, rows)
-    batches = sources.open_source(config, generator, folder, share, most)
+    with naming("config.data"):
+        batches = sources.open_source(config, generator, folder, share, most)
     with _on_host():
         prepared = build.prepare(config, generator, batches, teacher, critic)
     for bundle in (generator, teacher, critic):
@@ -241,8 +254,10 @@ def _logged(folder: pathlib.Path) -> tuple[float, float] | None:
     """Returns a step's seconds and the most memory (GB), of a log's end, or None."""
     try:
         text = (folder / LOG).read_text(encoding="utf-8")
-        lines = [json.loads(line) for line in text.splitlines()[-_LAST_LINES:]]
-        seconds = statistics.median(line["seconds_per_step"] for line in lines)
+        # The first steps compile; a few are noted together, so their mean counts.
+        lines = [json.loads(line) for line in text.splitlines()]
+        lines = lines[1:][-_LAST_LINES:] or lines
+        seconds = statistics.mean(line["seconds_per_step"] for line in lines)
         return seconds, max(line["memory_gb"] for line in lines)
     except (OSError, ValueError, LookupError, TypeError):
         return None
@@ -321,11 +336,20 @@ def compare_config(
             " choose another --config.out"
         ) from error
     changed = _changed(stored if isinstance(stored, dict) else {}, _json(config))
-    refused = [name for name in changed if name.split(".")[0] not in _TOLD]
+    refused = {
+        name: values
+        for name, values in changed.items()
+        if name.split(".")[0] not in _TOLD
+    }
     if refused:
+        shown = (
+            f"{name} (began with {old!r}, got {new!r})"
+            for name, (old, new) in refused.items()
+        )
         raise UserError(
-            f"{folder} holds a run of another config: {', '.join(refused)} differ;"
-            " choose another --config.out, or the values that it began with"
+            f"{folder} holds a run of another config: {', '.join(shown)}; give the"
+            " values that it began with, or another --config.out, which may begin with"
+            f" its weights: --config.weights={folder}"
         )
     if changed:
         tell(f"changed since the run began: {', '.join(changed)}")
@@ -371,20 +395,24 @@ def compare_inputs(folder: pathlib.Path, given: Mapping[str, Any]) -> None:
         )
 
 
-def _changed(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
-    """Returns the fields that differ and may not simply do so."""
-    found, defaults = [], _json(TrainConfig())
+def _changed(
+    stored: Mapping[str, Any], given: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """Returns old and new values of the fields that differ and may not simply do so."""
+    found, defaults = {}, _json(TrainConfig())
     for name, value in given.items():
         old = stored.get(name, defaults[name])
         if name in _FREE or old == value:
             continue
         if isinstance(value, dict) and isinstance(old, dict):
             old = {**defaults[name], **old}
-            found += [
-                f"{name}.{inner}" for inner in value if old[inner] != value[inner]
-            ]
+            found |= {
+                f"{name}.{inner}": (old[inner], value[inner])
+                for inner in value
+                if old[inner] != value[inner]
+            }
         else:
-            found.append(name)
+            found[name] = old, value
     return found
 
 

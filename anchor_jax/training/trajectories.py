@@ -245,7 +245,9 @@ def _read_spec(folder: pathlib.Path) -> dict[str, Any]:
         shape = spec["shape"]
         is_known = spec["format"] == FORMAT and all(type(n) is int for n in shape)
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; expected trajectories there") from error
+        raise UserError(
+            f"{path}: no such file; anchor-jax trajectories writes one"
+        ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged; write the trajectories again") from error
     if not is_known:

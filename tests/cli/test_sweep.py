@@ -68,7 +68,7 @@ def test_every_combination_has_a_folder_of_its_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("vary", "named"),
     [
-        ((), "expected each field once"),
+        ((), "--vary is missing"),
         (("batch=4", "batch=8"), "expected each field once"),
         (("batch",), "expected FIELD=VALUE"),
         (("batch=4,many",), "batch"),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import sys
 import types
 
 import bundles
@@ -108,7 +109,9 @@ def test_a_runs_weights_are_a_bundle(trained, weights):
 def test_a_run_of_another_config_is_not_continued(trained, weights, capsys):
     assert train(weights, trained, "--config.seed=7") == 2
 
-    assert "another config: seed differ" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "another config: seed (began with 0, got 7)" in told
+    assert f"--config.weights={trained}" in told
 
 
 def test_what_may_change_is_told(trained, weights, capsys):
@@ -118,7 +121,8 @@ def test_what_may_change_is_told(trained, weights, capsys):
 
     told = capsys.readouterr().out
     assert "changed since the run began: optimizer.learning_rate" in told
-    assert "parameters: generator" in told
+    assert "parameters: generator" in told and "3 latent frames" in told
+    assert re.search(r"most memory in use: \S+ GB as .*log.jsonl has it", told)
     assert re.search(r"a step takes \S+ s as .*log.jsonl has it; 4 steps: \S+ h", told)
 
 
@@ -128,6 +132,35 @@ def test_a_dry_run_times_steps_and_leaves_nothing(weights, tmp_path, capsys):
     told = capsys.readouterr().out
     assert re.search(r"a step takes \S+ s here; 4 steps: \S+ h", told)
     assert not (tmp_path / "new").exists()
+
+
+def test_the_last_steps_are_logged_too(weights, tmp_path):
+    more = ("--config.log_every=3", "--config.sample_every=0")
+    assert train(weights, tmp_path, *more) == 0
+
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [3, 4]
+
+
+def test_weights_that_are_not_there_are_named_by_their_field(weights, capsys):
+    given = ["train", "--config=train_dmd:tiny", f"--config.weights={weights}"]
+
+    assert main([*given, "--config.teacher=/nowhere"]) == 2
+    assert "error: config.teacher: weights='/nowhere'" in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_named(monkeypatch, tmp_path, capsys):
+    for name in ("datasets", "trajectories", "videos"):
+        monkeypatch.delitem(sys.modules, f"anchor_jax.training.{name}", raising=False)
+        monkeypatch.delattr(f"anchor_jax.training.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    (tmp_path / "a.txt").write_text("a\nb\n")
+    given = ["train", "--config=train_dmd:tiny", "--config.data.kind=prompts"]
+    given += [f"--config.{name}=tiny" for name in ("weights", "teacher")]
+    given += [f"--config.data.path={tmp_path / 'a.txt'}", f"--config.out={tmp_path}"]
+
+    assert main(given) == 2
+    assert "pip install '.[train]'" in capsys.readouterr().err
 
 
 def test_a_start_that_failed_does_not_bind_the_next(weights, tmp_path, capsys):
@@ -181,7 +214,8 @@ def test_a_run_that_has_ended_tells_where_things_are(trained, weights, capsys):
     told = capsys.readouterr().out
     for place in (trained / "log.jsonl", trained / "samples"):
         assert str(place) in told
-    assert f"sample with --config.weights={trained}" in told
+    assert f"--config=configs/interactive.py --config.weights={trained}" in told
+    assert re.search(r"'--config.prompt=a \w+ .*\[3f\]'", told)
 
 
 def test_fields_that_an_older_run_did_not_have_are_its_defaults(tmp_path):
@@ -196,7 +230,7 @@ def test_fields_that_an_older_run_did_not_have_are_its_defaults(tmp_path):
     run.compare_config(config, tmp_path, print)
 
     other = dataclasses.replace(config, lora=LoraConfig(rank=2))
-    with pytest.raises(UserError, match="lora.rank differ"):
+    with pytest.raises(UserError, match=r"lora.rank \(began with 0, got 2\)"):
         run.compare_config(other, tmp_path, print)
 
 
