@@ -25,7 +25,7 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tuned(weights, tmp_path_factory):
-    """A run of two steps, over a prompt switch."""
+    """A run of one step, of both networks, over a prompt switch."""
     folder = tmp_path_factory.mktemp("runs")
     prompts = [folder / "prompts.txt", folder / "switched.txt"]
     for path, texts in zip(prompts, (bundles.RED, bundles.BLUE), strict=True):
@@ -45,8 +45,7 @@ def tuned(weights, tmp_path_factory):
         "optimizer.learning_rate": 1e-2,
         "size": "16x32",
         "lora.rank": RANK,
-        **dict.fromkeys(("steps", "sample_every"), 2),
-        **dict.fromkeys(("samples.num", "log_every"), 1),
+        **dict.fromkeys(("steps", "sample_every", "samples.num", "log_every"), 1),
         "batch": jax.device_count(),
         "rules": "release",
     }
@@ -65,12 +64,12 @@ def test_the_ported_updates_are_those_that_go_on(tuned, weights):
         float(np.abs(np.asarray(a) - b).max())
         for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True)
     ]
-    assert 0 < max(changes) < 0.05  # Two steps of Adam at 0.01, one of them an update.
+    assert 0 < max(changes) < 0.02  # A step of Adam at 0.01.
     lines = (tuned / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2]
-    assert all("critic_loss" in json.loads(line) for line in lines)
+    assert [json.loads(line)["step"] for line in lines] == [1]
+    assert {"generator_loss", "critic_loss"} <= json.loads(lines[0]).keys()
     assert sorted(path.name for path in (tuned / "samples").iterdir()) == [
-        *("step-000002.mp4", "step-000002.png"),
+        *("step-000001.mp4", "step-000001.png"),
     ]
 
 
