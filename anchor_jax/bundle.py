@@ -441,12 +441,12 @@ def _with_variables(folder, item: str, stored, base: Bundle, options: "_Options"
 
     def load():
         if "lora" in expected and options.lora == "none":
-            return base.variables
+            return base.load_variables()
         trained = checkpoint.restore(folder, item)
         trained = {name: trained[name] for name in expected}
         if "lora" not in trained:
             return jax.tree.map(lambda x: x.astype(dtype), trained)
-        params = base.variables["params"]
+        params = base.load_variables()["params"]
         if options.lora == "merged":
             return {"params": _merge(params, trained["lora"], dtype)}
         return {"params": params, **trained}
@@ -701,9 +701,8 @@ def _load_generator(folder: pathlib.Path, expected, options: _Options):
         }
     # Merged before they are rounded, where they are stored wider.
     merges = options.lora == "merged" and "lora" in expected
-    variables = checkpoint.restore(
-        folder, "generator", None if merges else dtype, places
-    )
+    kept = None if merges else {"params": dtype}
+    variables = checkpoint.restore(folder, "generator", kept, places)
     if merges:
         return {"params": _merge(variables.pop("params"), variables.pop("lora"), dtype)}
     if options.lora == "none":

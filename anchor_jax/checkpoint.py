@@ -291,7 +291,8 @@ def restore(
     Args:
       path: the checkpoint's folder.
       item: one of `items(path)`.
-      dtype: type of the floating leaves; as stored if None.
+      dtype: type of the floating leaves; as stored if None. A mapping has one for each
+        of the item's own names, the others are as stored.
       shardings: a tree of shardings like the item's; None: on the default device.
 
     Raises:
@@ -302,18 +303,19 @@ def restore(
         one = jax.sharding.SingleDeviceSharding(jnp.zeros(()).device)
         shardings = jax.tree.map(lambda _: one, stored)
 
-    def place(leaf, sharding):
+    def place(path, leaf, sharding):
+        wanted = dtype.get(path[0].key) if isinstance(dtype, Mapping) else dtype
         floating = jnp.issubdtype(leaf.dtype, jnp.floating)
         return ocp.ArrayRestoreArgs(
             restore_type=jax.Array,
             sharding=sharding,
             global_shape=leaf.shape,
-            dtype=dtype if floating and dtype is not None else leaf.dtype,
+            dtype=wanted if floating and wanted is not None else leaf.dtype,
         )
 
     with _blaming(path):
         wanted = ocp.args.PyTreeRestore(
-            item=stored, restore_args=jax.tree.map(place, stored, shardings)
+            item=stored, restore_args=jax.tree.map_with_path(place, stored, shardings)
         )
         return _reader(stored).restore(_item(path, item), args=wanted)
 

@@ -134,7 +134,7 @@ def from_config(
     missing = [field for field in fields if field not in section]
     unknown = [key for key in section if key not in fields]
     if len(missing) > len(fields) / 2:
-        raise UserError(f"{name}: {_of_another(section, missing)}")
+        _check_command(name, section, missing)
     if missing or unknown:
         problems = [f"missing field {field!r}" for field in missing]
         problems += [f"unknown field {key!r}" for key in unknown]
@@ -152,14 +152,15 @@ def from_config(
 _COMMANDS = {"sampler": "sample", "stage": "train", "count": "trajectories"}
 
 
-def _of_another(section, missing: Sequence[str]) -> str:
-    """Says what a config is that has few of the fields that a command needs."""
+def _check_command(name: str, section, missing: Sequence[str]) -> None:
+    """Raises UserError if a config is one of another command."""
     found = [one for field, one in _COMMANDS.items() if field in section]
-    what = f"a config of anchor-jax {found[0]}" if found else "no config"
-    return (
-        f"this is {what}, not of this command: it has no {', '.join(missing[:4])}, ...;"
-        " the command's --help shows one that is"
-    )
+    if found:
+        raise UserError(
+            f"{name}: this is a config of anchor-jax {found[0]}, not of this command:"
+            f" it has no {', '.join(missing[:4])}, ...; the command's --help shows one"
+            " that is"
+        )
 
 
 def to_config(value: Any) -> ConfigDict:

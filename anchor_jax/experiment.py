@@ -1,5 +1,6 @@
 """From a config to a bundle, scripts, and the static setup of each stream."""
 
+import contextlib
 import dataclasses
 import pathlib
 import re
@@ -238,27 +239,33 @@ def told_choices(
         why = "as the weights were trained"
     if None not in (given.policy, given.rules):
         why = "as the config says" if trained else f"as the config says; {why}"
+    elif trained and given.policy is not None:
+        why = "policy as the config says"
     lines = [f"rules: {config.rules}, policy: {config.policy} ({why})"]
-    if trained and not isinstance(metadata["training"], Mapping):
-        trained = False
     if trained:
-        lines += _departures(config, _method(metadata))
-    if given.policy is None and _method(metadata).note:
+        # Of a training that cannot be read nothing was taken.
+        with contextlib.suppress(UserError):
+            lines += _departures(config, _method(metadata))
+    elif given.policy is None and _method(metadata).note:
         lines.append(f"note: {_method(metadata).note}")
     return tuple(lines)
 
 
 def _departures(config: SampleConfig, method: Method) -> list[str]:
     """Returns a warning where trained weights are not sampled as they were trained."""
-    sampler = config.sampler
-    asked = (config.policy, config.rules, sampler.solver)
-    made = (method.policy, method.rules, method.solver)
-    if asked == made:
+    names = ("solver", "steps", "shift") if method.solver == "renoise" else ("solver",)
+    asked = {name: getattr(config, name) for name in ("policy", "rules")}
+    asked |= {name: getattr(config.sampler, name) for name in names}
+    differing = [
+        f"{name} {getattr(method, name)}, not {value}"
+        for name, value in asked.items()
+        if value != getattr(method, name)
+    ]
+    if not differing:
         return []
     return [
-        f"warning: the weights were trained for policy {made[0]}, rules {made[1]},"
-        f" solver {made[2]}, not {', '.join(asked)}; configs/interactive.py takes what"
-        " they were trained for"
+        f"warning: the weights were trained for {'; '.join(differing)};"
+        " configs/interactive.py takes what they were trained for"
     ]
 
 
@@ -273,7 +280,7 @@ def trained_method(training: Mapping[str, Any], base: Method = SAVED) -> Method:
     samples, rules = training["samples"], training["rules"]
     distills = training["stage"] == "distillation"
     is_causal = distills or regression["forcing"] != "none"
-    policy = samples["policy"] or (section["policy"] if is_causal else TEACHER)
+    policy = section["policy"] if is_causal else TEACHER
     if policy == base.policy == TEACHER:
         return base
     if distills or regression["endpoints"]:

@@ -338,7 +338,7 @@ def test_ported_weights_load_in_bfloat16_for_the_usual_grid(ported):
 
     assert loaded.grid == LatentGrid(60, 104)
     assert loaded.model == dataclasses.replace(PORTED_MODEL, param_dtype="bfloat16")
-    leaves = jax.tree.leaves((loaded.variables, loaded.codec_params))
+    leaves = jax.tree.leaves((loaded.variables["params"], loaded.codec_params))
     assert {str(leaf.dtype) for leaf in leaves} == {"bfloat16"}
     assert loaded.encode_prompts([bundles.RED]).shape == (1, 6, 8)
 
@@ -472,6 +472,17 @@ def test_weights_can_be_wider_than_activations(ported):
     np.testing.assert_array_equal(kernel, given)
     assert (loaded.model.dtype, loaded.model.param_dtype) == ("bfloat16", "float32")
     assert loaded.text.param_dtype == "bfloat16"
+
+
+def test_updates_apart_are_as_stored(ported):
+    loaded = bundle.load_bundle(str(ported), lora="separate").variables
+
+    given = ported_items()["generator"]["lora"]
+    for ours, theirs in zip(
+        jax.tree.leaves(loaded["lora"]), jax.tree.leaves(given), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+    assert loaded["params"]["blocks"]["ffn_in"]["kernel"].dtype == "bfloat16"
 
 
 @pytest.mark.parametrize("how", ["separate", "merged"])

@@ -23,7 +23,9 @@ from anchor_jax.errors import UserError, suggest
 FLAGS = flags.FLAGS
 
 # Packages that only some commands need -> the extra that installs them.
-_EXTRAS = {"tensorflow_datasets": "train", "array_record": "train"}
+_EXTRAS = dict.fromkeys(
+    ("tensorflow_datasets", "array_record", "importlib_resources"), "train"
+)
 _HELP = ("-h", "-help", "--help", "--helpfull", "--helpshort")
 _WIDTH = 88
 _INTRODUCTION = """\

@@ -151,7 +151,7 @@ def _set(config, field: str, value: Any) -> None:
     try:
         config[last] = value
     except (TypeError, ValueError) as error:
-        kind = type(config[last]).__name__
+        kind = config.get_type(last).__name__
         raise UserError(
             f"--vary={field}: got {value!r}, expected {kind}; the config has"
             f" {config[last]!r}"

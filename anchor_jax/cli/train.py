@@ -79,6 +79,10 @@ def _sampling(job) -> str:
     """Returns the command that samples from what was trained."""
     line = ["anchor-jax", "sample", "--config=configs/interactive.py"]
     line.append(f"--config.weights={job.config.out}")
+    if job.config.size is not None:
+        line.append(f"--config.size={job.config.size}")
+    shown = "PROMPT[5s]"
     if job.sampler is not None:
-        line.append(f"--config.prompt={job.sampler.videos[0].script.inline()}")
+        shown = job.sampler.videos[0].script.inline()
+    line.append(f"--config.prompt={shown}")
     return shlex.join(line)

@@ -116,12 +116,12 @@ class PromptPairs(_Builder, skip_registration=True):
                     f"{first}, {second[0]}: a file of JSON lines holds both prompts;"
                     " leave the switch path out"
                 )
-            lines = enumerate(read_lines(first), 1)
-            return _switching(str(first), [_json_pair(first, *line) for line in lines])
+            return [
+                _json_pair(first, *line) for line in enumerate(read_lines(first), 1)
+            ]
         if not second:
             return _drawn_pairs(first, self._seed)
-        pairs = _aligned_pairs(first, second[0])
-        return _switching(f"{first}, {second[0]}", pairs)
+        return _aligned_pairs(first, second[0])
 
     def _info(self):
         text = tfds.features.Text()
@@ -360,18 +360,13 @@ def check_length(where: str, text: str, limit: int) -> None:
         )
 
 
-def _switching(where: str, pairs: list[_Pair]) -> list[_Pair]:
-    """Returns pairs; raises UserError if none of them changes the prompt."""
-    if all(prompt == switch for prompt, switch in pairs):
-        raise UserError(
-            f"{where}: each prompt is the same text as its switch, so that no switch"
-            " would change the prompt; expected others, in a second file or in `switch`"
-        )
-    return pairs
-
-
 def _aligned_pairs(first: pathlib.Path, second: pathlib.Path) -> list[_Pair]:
     prompts, switches = read_lines(first), read_lines(second)
+    if prompts == switches:
+        raise UserError(
+            f"{first}, {second}: the same text, so that no switch would change the"
+            " prompt; expected a second file with the switch prompts"
+        )
     if len(prompts) != len(switches):
         shorter = min(len(prompts), len(switches))
         raise UserError(

@@ -47,7 +47,7 @@ class Monitor:
         self.sums: dict[str, list[float]] = {}
         self.last = first
         self.unsaved: dict[str, list[float]] = {}
-        self.began = time.monotonic()
+        self.began = self.ended = time.monotonic()
         self.noted = 0
         self.quiet = quiet
         _cut_log(self.path, first)
@@ -59,7 +59,7 @@ class Monitor:
         for name, value in numbers.items():
             self.sums.setdefault(name, []).append(value)
             self.unsaved.setdefault(name, []).append(value)
-        self.noted += 1
+        self.noted, self.ended = self.noted + 1, time.monotonic()
         self.last = step + 1
         self.bar.update()
         if self.last % self.every == 0:
@@ -93,12 +93,12 @@ class Monitor:
     def _write(self, step: int) -> None:
         means = _means(self.sums)
         means |= _ratio(means)
-        seconds = (time.monotonic() - self.began) / self.noted
+        seconds = (self.ended - self.began) / self.noted
         means["seconds_per_step"] = seconds
         if self.frames:
             means["latent_frames_per_second"] = self.frames / seconds
         means["memory_gb"] = memory_gb()
-        self.sums, self.began, self.noted = {}, time.monotonic(), 0
+        self.sums, self.began, self.noted = {}, self.ended, 0
         shown = {name: f"{means[name]:.4f}" for name in _SHOWN if name in means}
         self.bar.set_postfix(shown)
         if self.quiet:

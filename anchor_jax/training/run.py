@@ -43,7 +43,7 @@ _BEST = {
         *("critic_gradient_norm", "generator_gradient_norm"),
     ),
 }
-_LAST_LINES = 5
+_STEPS, _LAST = 10, 5
 
 
 def read_config(config) -> TrainConfig:
@@ -213,7 +213,7 @@ def open_job(
         prepared = build.prepare(config, generator, batches, teacher, critic)
     for bundle in (generator, teacher, critic):
         _forget_variables(bundle)
-    read = inputs(config, generator, teacher, critic)
+    read = inputs(config, generator, teacher, critic) if most is None else {}
     compare_inputs(folder, read)
     sampler = samples.make_sampler(config, prepared, folder)
     bundles.write_run(folder, base)
@@ -254,11 +254,18 @@ def _logged(folder: pathlib.Path) -> tuple[float, float] | None:
     """Returns a step's seconds and the most memory (GB), of a log's end, or None."""
     try:
         text = (folder / LOG).read_text(encoding="utf-8")
-        # The first steps compile; a few are noted together, so their mean counts.
         lines = [json.loads(line) for line in text.splitlines()]
-        lines = lines[1:][-_LAST_LINES:] or lines
-        seconds = statistics.mean(line["seconds_per_step"] for line in lines)
-        return seconds, max(line["memory_gb"] for line in lines)
+        seconds, steps, spent, before = [], 0, 0.0, 0
+        for line in lines:
+            count, before = line["step"] - before, line["step"]
+            steps, spent = steps + count, spent + count * line["seconds_per_step"]
+            # Steps are noted a few together, so that single ones say little.
+            if steps >= _STEPS or line is lines[-1]:
+                seconds.append(spent / steps)
+                steps, spent = 0, 0.0
+        # The first steps compile, those after a resumption too.
+        typical = statistics.median((seconds[1:] or seconds)[-_LAST:])
+        return typical, max(line["memory_gb"] for line in lines)
     except (OSError, ValueError, LookupError, TypeError):
         return None
 

@@ -223,7 +223,10 @@ def _setup(config: TrainConfig, prepared: Prepared, script: Script) -> StreamSet
 
 
 def _method(config: TrainConfig) -> Method:
-    return experiment.trained_method(dataclasses.asdict(config))
+    method = experiment.trained_method(dataclasses.asdict(config))
+    if config.samples.policy is None:
+        return method
+    return dataclasses.replace(method, policy=config.samples.policy)
 
 
 def _policy(method: Method, script: Script) -> Policy:
@@ -280,7 +283,7 @@ def _texts(config: TrainConfig, num: int) -> list[tuple[str, str]]:
     if config.data.kind == "trajectories":
         from anchor_jax.training.trajectories import Trajectories
 
-        if not pathlib.Path(config.data.path).is_dir():
+        if not pathlib.Path(config.data.path).expanduser().is_dir():
             return []
         stored = Trajectories(config.data.path)
         texts = [stored[place]["prompt"] for place in range(min(num, len(stored)))]

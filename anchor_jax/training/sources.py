@@ -16,6 +16,7 @@ from anchor_jax.training import world_clips, world_windows
 from anchor_jax.training.order import Order, Share
 from anchor_jax.world import events
 
+_LOOKED_AT = 1000  # pairs
 Batches = Callable[[int], Mapping[str, Any]]
 Texts = Callable[[int], tuple[str, str]]
 
@@ -69,6 +70,8 @@ def open_source(
     share = share or Share.whole(config.batch)
     if config.stage == "distillation":
         texts = open_texts(config.data, folder)
+        if config.distillation.switches:
+            _check_switching(texts)
         negative = config.distillation.negative_prompt
         return _prompts(texts, bundle, share, negative)
     section = config.regression
@@ -80,6 +83,16 @@ def open_source(
         return draw
     negative = _negative(bundle, section.negative_prompt, share)
     return lambda number: {**draw(number), "negative": negative}
+
+
+def _check_switching(texts: Texts) -> None:
+    """Raises unless a switch changes the prompt of some sequences."""
+    if all(first == second for first, second in map(texts, range(_LOOKED_AT))):
+        raise UserError(
+            "config.data: each prompt is the same text as its switch, so that no switch"
+            " would change anything; expected others, in `switch` of the JSON lines or"
+            " in data.switch_path"
+        )
 
 
 def _check(config) -> None:

@@ -6,6 +6,7 @@ written one at a time; their records and their reading are those of the builders
 """
 
 import bisect
+import errno
 import fcntl
 import functools
 import json
@@ -290,7 +291,9 @@ def _lock(path: pathlib.Path, process: int):
     file = path.open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            return file  # A file system without locks.
         file.close()
         raise UserError(
             f"{path.parent}: process {process} of the writers is at work already; wait"

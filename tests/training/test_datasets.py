@@ -281,6 +281,10 @@ def test_many_shards_are_read_with_few_files_open(tmp_path, monkeypatch):
     read = Trajectories(tmp_path)
     for number in (0, 4, 1, 3, 2, 0):
         np.testing.assert_array_equal(read[number]["states"], states(number))
+    here = pathlib.Path("/proc/self/fd")
+    if here.is_dir():
+        opened = [os.readlink(one) for one in here.iterdir() if one.exists()]
+        assert sum(str(tmp_path) in one and "record" in one for one in opened) <= 2
 
 
 def test_wrong_trajectories_are_refused(tmp_path):

@@ -1,12 +1,20 @@
 """Where batches come from; stored trajectories are in test_ode."""
 
+import dataclasses
+import json
+
 import bundles
 import numpy as np
 import pytest
 import shares
 
+from anchor_jax.errors import UserError
 from anchor_jax.training import sources
-from anchor_jax.training.build import RegressionConfig, TrainConfig
+from anchor_jax.training.build import (
+    DistillationConfig,
+    RegressionConfig,
+    TrainConfig,
+)
 from anchor_jax.training.sources import DataConfig
 
 
@@ -68,3 +76,18 @@ def test_processes_share_a_batch(stage, kind, blocks, tmp_path):
     shares.assert_shared(
         lambda share: sources.open_source(config, model, tmp_path, share)(4)
     )
+
+
+def test_switches_need_prompts_that_change(tmp_path):
+    lines = [{"prompt": text, "switch": text} for text in ("a", "b")]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    section = DistillationConfig(length=42, switches=(21,))
+    config = TrainConfig(
+        batch=2, distillation=section, data=DataConfig("prompts", str(path))
+    )
+
+    with pytest.raises(UserError, match="each prompt is the same text as its switch"):
+        sources.open_source(config, bundles.load(), tmp_path)
+    without = dataclasses.replace(config, distillation=DistillationConfig())
+    assert sources.open_source(without, bundles.load(), tmp_path)(0)["prompt"].any()
