@@ -5,15 +5,22 @@
 #   launch/tiny_ladder.sh [FOLDER]   default runs/ladder; 4 hours of training on one
 #                                    core, and about an hour of scores
 #
-# The same command goes on where it was ended. At the end FOLDER/bundle holds the
-# weights, FOLDER/results.json and FOLDER/results.md the scores.
+# The same command goes on where it was ended. A stage that lies in FOLDER as a bundle
+# is not trained: with launch/ladder/teacher copied to FOLDER/teacher21 the ladder begins
+# there. At the end FOLDER/bundle holds the weights, FOLDER/results.json and
+# FOLDER/results.md the scores.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 folder="${1:-runs/ladder}"
 mkdir -p "$folder"
 
+is_bundle() { # NAME
+  [[ -f "$folder/$1/model.safetensors" ]]
+}
+
 train() { # CONFIG NAME [FLAGS]: does nothing if the run has ended
-  anchor-jax train --config="configs/$1" --config.out="$folder/$2" "${@:3}"
+  is_bundle "$2" || \
+    anchor-jax train --config="configs/$1" --config.out="$folder/$2" "${@:3}"
 }
 
 score() { # NAME WEIGHTS [FLAGS]: does nothing if the scores are there
@@ -24,7 +31,7 @@ score() { # NAME WEIGHTS [FLAGS]: does nothing if the scores are there
 guided=(--config.sampler.solver=euler --config.sampler.guidance=2.5)
 clips=(--config.policy=wan_teacher --config.frames=21 --batch=24 --count=240)
 
-train train_teacher.py teacher6
+is_bundle teacher21 || train train_teacher.py teacher6
 train train_teacher.py:21 teacher21 --config.weights="$folder/teacher6"
 score teacher_clips "$folder/teacher21" "${guided[@]}" "${clips[@]}" \
   --config.sampler.num_steps=20
@@ -50,7 +57,7 @@ for stage in guided dmd streaming; do
 done
 score streaming_minute "$folder/streaming" --trial=minute --count=40
 
-if [[ ! -f "$folder/bundle/model.safetensors" ]]; then
+if ! is_bundle bundle; then
   rm -rf "$folder/bundle"
   anchor-jax export --layout=bundle --weights="$folder/streaming" --out="$folder/bundle"
 fi

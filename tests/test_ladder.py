@@ -114,6 +114,18 @@ def test_run_again_it_trains_on_and_scores_nothing_twice(ladder):
     assert len(commands) == len(STAGES)
 
 
+def test_a_stage_that_is_there_as_a_bundle_is_not_trained(ladder, tmp_path):
+    (tmp_path / "out" / "teacher21").mkdir(parents=True)
+    (tmp_path / "out" / "teacher21" / "model.safetensors").touch()
+
+    done, commands = ladder()
+
+    assert done.returncode == 0, done.stderr
+    assert len(trainings(commands)) == len(STAGES) - 2
+    causal = trainings(commands)[0]
+    assert f"--config.weights={tmp_path / 'out' / 'teacher21'}" in causal
+
+
 def test_a_teacher_below_the_gate_is_not_distilled(ladder, scores):
     path = scores / "teacher_clips.json"
     found = json.loads(path.read_text())
