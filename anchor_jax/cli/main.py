@@ -121,7 +121,8 @@ def _own_flags(module: ModuleType) -> Iterator[list[str]]:
     try:
         yield own
     finally:
-        for name in set(FLAGS) - before:
+        # Those of libraries that were imported meanwhile stay: they are theirs.
+        for name in own:
             delattr(FLAGS, name)
 
 

@@ -39,6 +39,8 @@ def main(argv):
         raise UserError("prompt: got 'mistake'; write another")
     if FLAGS.prompt == "bug":
         raise RuntimeError("bug")
+    if FLAGS.prompt == "library":
+        flags.DEFINE_integer("of_a_library", 1, "Defined by an import meanwhile.")
     print("RAN", argv[0], FLAGS.prompt, FLAGS.count, FLAGS.config.seed)
     return 3 if FLAGS.prompt == "three" else None
 '''
@@ -204,3 +206,12 @@ def test_a_shipped_command_keeps_the_contract(name, capsys):
     assert main._string_in(cli.COMMANDS[name], "SUMMARY")
     assert main.main([name, "--help"]) == 0
     assert "Examples:" in capsys.readouterr().out
+
+
+def test_flags_of_a_command_go_with_it_and_those_of_libraries_stay(say):
+    before = set(flags.FLAGS)
+
+    assert say("sample", "--config=mine.py", "--prompt=library")[0] == 0
+
+    assert set(flags.FLAGS) - before == {"of_a_library"}
+    delattr(flags.FLAGS, "of_a_library")
