@@ -211,7 +211,7 @@ def devices_of(target: Target, count: int = 1):
     name, options = target.name(count)
     try:
         found = topologies.get_topology_desc(name, platform=target.platform, **options)
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"the compiler for {target.chip.name} does not start: {reason}; it must"

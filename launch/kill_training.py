@@ -29,7 +29,11 @@ from anchor_jax.training import trajectories
 SHORT = ("--config.steps=10", "--config.batch=2", "--config.save_every=2")
 CLIP = ("--config.distillation.frames=6", "--config.distillation.every=2")
 STAGES = {
-    "teacher": ("train_teacher", "--config.regression.blocks=2"),
+    "teacher": (
+        "train_teacher",
+        "--config.regression.blocks=2",
+        "--config.data.size=16",
+    ),
     "causal": ("train_causal", "--config.data.size=48"),
     "guided": ("train_causal:guided", "--config.data.size=48"),
     "trajectories": ("trajectories", "--config.count=48", "--config.frames=6"),
@@ -42,8 +46,9 @@ STAGES = {
         *CLIP,
     ),
 }
-# Each stage begins with what others leave.
+# What other stages begin with, and those that need a teacher.
 FIRST = ("teacher", "trajectories")
+TAUGHT = ("guided", "dmd", "streaming")
 SAVING = ("*orbax-checkpoint-tmp*", ".part-*")
 
 
@@ -56,11 +61,9 @@ def command(stage: str, out: pathlib.Path) -> list[str]:
     line += ["trajectories"] if stage == "trajectories" else ["train", *SHORT]
     line += [f"--config={config}", f"--config.out={out}"]
     line += [f"--config.weights={weights}", *more]
-    if ":" in config and stage != "ode":
+    if stage in TAUGHT:
         line.append(f"--config.teacher={teacher}")
-    elif stage == "teacher":
-        line.append("--config.data.size=16")
-    if stage == "ode":
+    elif stage == "ode":
         line.append(f"--config.data.path={whole('trajectories', out.parent)}")
     return line
 

@@ -174,7 +174,7 @@ class _Archive:
         try:
             with zipfile.ZipFile(file) as listing:
                 infos, end = listing.infolist(), listing.start_dir
-        except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        except (zipfile.BadZipFile, RuntimeError, ValueError) as error:
             raise _Unreadable(
                 f"not a complete zip archive ({error}); download or copy it again"
             ) from error
