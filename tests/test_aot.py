@@ -1,6 +1,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 
@@ -292,7 +293,6 @@ print("compiled")
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
 def test_a_small_stream_compiles_for_a_tpu_with_the_fused_kernel():
     program = """
-import os
 from anchor_jax.cli import plan
 plan._prepare_environment()
 import json
@@ -302,7 +302,11 @@ print(json.dumps(aot.plan("v5e", test_aot.SETUP, test_aot.TEXT).summary()))
 """
 
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": os.path.dirname(__file__)},
     )
 
     assert done.returncode == 0, done.stderr
