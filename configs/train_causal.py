@@ -1,6 +1,6 @@
 """Causal initialisation of the tiny world's generator: teacher forcing on windows.
 
-    anchor-jax train --config=configs/train_causal.py --config.weights=runs/teacher21 \
+    anchor-jax train --config=configs/train_causal.py --config.weights=runs/teacher \
         --config.out=runs/causal
     anchor-jax train --config=configs/train_causal.py:guided --config.out=runs/guided \
         --config.weights=runs/causal --config.teacher=runs/causal
@@ -22,7 +22,7 @@ def get_config(target: str = "data") -> ConfigDict:
     """Returns the config: of the data's flow, or of a network's own, "guided"."""
     config = to_config(TrainConfig())
     config.stage = "regression"
-    config.weights = "runs/teacher21"
+    config.weights = "runs/teacher"
     config.steps, config.batch = 2400, 16
     config.regression.forcing = "teacher"
     config.regression.blocks = 5

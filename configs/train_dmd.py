@@ -1,7 +1,7 @@
 """Self-forcing distillation on 21 latent frames: many steps become four.
 
     anchor-jax train --config=configs/train_dmd.py --config.out=runs/dmd \
-        --config.weights=runs/causal --config.teacher=runs/teacher21 \
+        --config.weights=runs/causal --config.teacher=runs/teacher \
         --config.data.path=prompts.txt
 
 With `train_dmd.py:tiny` the tiny world's, about a quarter of an hour on one core.
@@ -24,7 +24,7 @@ def get_config(scale: str = "paper") -> ConfigDict:
     config.distillation.policy = "longlive"  # window 12, sink 3, no junction yet
     config.out = "runs/dmd"
     if scale == "tiny":
-        config.weights, config.teacher = "runs/guided", "runs/teacher21"
+        config.weights, config.teacher = "runs/guided", "runs/teacher"
         config.steps, config.batch = 400, 16
         config.distillation.guidance = 1.5
         config.optimizer.learning_rate, config.optimizer.warmup = 1e-4, 20

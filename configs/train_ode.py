@@ -1,9 +1,9 @@
 """Causal initialisation by ODE regression: a teacher's endpoints from its noisy states.
 
     anchor-jax trajectories --config=configs/trajectories.py \
-        --config.weights=runs/teacher21 --config.out=data/trajectories
+        --config.weights=runs/teacher --config.out=data/trajectories
     anchor-jax train --config=configs/train_ode.py:tiny --config.out=runs/causal_ode \
-        --config.weights=runs/teacher21 --config.data.path=data/trajectories
+        --config.weights=runs/teacher --config.data.path=data/trajectories
 
 Each block of a clip has one of the stored noise levels and sees itself and the blocks
 before it. Without `:tiny` the values are those for Wan2.1. Expected: the folder of
@@ -20,7 +20,7 @@ def get_config(scale: str = "paper") -> ConfigDict:
     """Returns the config: of the paper, or with scale "tiny" of the tiny world."""
     config = to_config(TrainConfig())
     config.stage = "regression"
-    config.weights = "runs/teacher21"
+    config.weights = "runs/teacher"
     config.steps, config.batch = 3000, 64
     config.regression.forcing, config.regression.endpoints = "noise", True
     config.data.kind, config.data.path = "trajectories", "data/trajectories"

@@ -1,7 +1,7 @@
 """Streaming long tuning: chunks of sequences with a prompt switch, on LoRA updates.
 
     anchor-jax train --config=configs/train_streaming.py --config.out=runs/streaming \
-        --config.weights=runs/dmd --config.teacher=runs/teacher21 \
+        --config.weights=runs/dmd --config.teacher=runs/teacher \
         --config.data.path=prompts.txt --config.data.switch_path=switched.txt
 
 With `train_streaming.py:tiny` the tiny world's, about 20 minutes on one core: shorter
@@ -25,7 +25,7 @@ def get_config(scale: str = "paper") -> ConfigDict:
     config.distillation.policy = "anchor_forcing"
     config.out = "runs/streaming"
     if scale == "tiny":
-        config.weights, config.teacher = "runs/dmd", "runs/teacher21"
+        config.weights, config.teacher = "runs/dmd", "runs/teacher"
         config.steps, config.batch = 400, 16
         config.distillation.guidance = 1.5
         config.distillation.length = 75

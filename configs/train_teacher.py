@@ -3,10 +3,13 @@
     anchor-jax train --config=configs/train_teacher.py --config.out=runs/teacher6
     anchor-jax train --config=configs/train_teacher.py:21 --config.out=runs/teacher21 \
         --config.weights=runs/teacher6
+    anchor-jax train --config=configs/train_teacher.py:more --config.out=runs/teacher \
+        --config.weights=runs/teacher21
 
 The argument is the clip's length in latent frames: short clips first, then the 21 that
-distillation scores. Expected: runs/teacher21 with checkpoints and log.jsonl; about an
-hour on one core for the first stage, two for the second.
+distillation scores, then, as "more", such clips that it has not seen, at a lower rate.
+Expected: runs/teacher with checkpoints and log.jsonl; on two cores about a quarter of
+an hour for the first and the last stage, and an hour for the second.
 """
 
 from ml_collections import ConfigDict
@@ -16,9 +19,11 @@ from anchor_jax.training.build import TrainConfig
 
 
 def get_config(frames: str = "6") -> ConfigDict:
-    """Returns the config for clips of so many latent frames."""
+    """Returns the config for clips of so many latent frames, or of the last stage."""
+    if frames == "more":
+        return _more(get_config("21"))
     if not frames.isdecimal() or not int(frames) or int(frames) % 3:
-        raise ValueError(f"{frames!r}: expected a multiple of 3, such as 6 or 21")
+        raise ValueError(f"{frames!r}: expected more, or a multiple of 3: 6, 21")
     config = to_config(TrainConfig())
     config.stage = "regression"
     config.weights = "fresh"
@@ -36,4 +41,14 @@ def get_config(frames: str = "6") -> ConfigDict:
     config.optimizer.decay = 0.4
     config.ema.decay, config.ema.start, config.ema.warm = 0.998, 0, True
     config.out = f"runs/teacher{frames}"
+    return config
+
+
+def _more(config: ConfigDict) -> ConfigDict:
+    """Returns the config of the last stage: other clips, a lower rate that falls."""
+    config.weights = "runs/teacher21"
+    config.steps = 1800
+    config.seed = config.data.seed = 1
+    config.optimizer.learning_rate, config.optimizer.decay = 1e-3, 0.6
+    config.out = "runs/teacher"
     return config

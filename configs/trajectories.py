@@ -1,7 +1,7 @@
 """Trajectories of a bidirectional teacher, for ODE regression.
 
     anchor-jax trajectories --config=configs/trajectories.py \
-        --config.weights=runs/teacher21 --config.out=data/trajectories
+        --config.weights=runs/teacher --config.out=data/trajectories
 
 48 Euler steps at shift 5 with guidance; the states at noise levels 1, 0.9375, 0.8333
 and 0.625 and the clean one are stored as float16. Prompts are the tiny world's; with

@@ -6,7 +6,7 @@
 #                                    core, and about an hour of scores
 #
 # The same command goes on where it was ended. A stage that lies in FOLDER as a bundle
-# is not trained: with launch/ladder/teacher copied to FOLDER/teacher21 the ladder begins
+# is not trained: with launch/ladder/teacher copied to FOLDER/teacher the ladder begins
 # there. At the end FOLDER/bundle holds the weights, FOLDER/results.json and
 # FOLDER/results.md the scores.
 set -euo pipefail
@@ -31,13 +31,16 @@ score() { # NAME WEIGHTS [FLAGS]: does nothing if the scores are there
 guided=(--config.sampler.solver=euler --config.sampler.guidance=2.5)
 clips=(--config.policy=wan_teacher --config.frames=21 --batch=24 --count=240)
 
-is_bundle teacher21 || train train_teacher.py teacher6
-train train_teacher.py:21 teacher21 --config.weights="$folder/teacher6"
-score teacher_clips "$folder/teacher21" "${guided[@]}" "${clips[@]}" \
+if ! is_bundle teacher; then
+  train train_teacher.py teacher6
+  train train_teacher.py:21 teacher21 --config.weights="$folder/teacher6"
+  train train_teacher.py:more teacher --config.weights="$folder/teacher21"
+fi
+score teacher_clips "$folder/teacher" "${guided[@]}" "${clips[@]}" \
   --config.sampler.num_steps=20
 python launch/ladder_results.py gate "$folder"
 
-train train_causal.py causal --config.weights="$folder/teacher21"
+train train_causal.py causal --config.weights="$folder/teacher"
 for steps in 20 4; do
   for trial in switch events; do
     score "causal${steps}_$trial" "$folder/causal" "${guided[@]}" --trial=$trial \
@@ -48,9 +51,9 @@ done
 train train_causal.py:guided guided --config.weights="$folder/causal" \
   --config.teacher="$folder/causal"
 train train_dmd.py:tiny dmd --config.weights="$folder/guided" \
-  --config.teacher="$folder/teacher21"
+  --config.teacher="$folder/teacher"
 train train_streaming.py:tiny streaming --config.weights="$folder/dmd" \
-  --config.teacher="$folder/teacher21"
+  --config.teacher="$folder/teacher"
 for stage in guided dmd streaming; do
   score "${stage}_switch" "$folder/$stage" --count=240
   score "${stage}_events" "$folder/$stage" --trial=events --count=200

@@ -27,7 +27,7 @@ case $1 in
   export) mkdir "$out" && touch "$out/model.safetensors" ;;
 esac
 """
-STAGES = ["teacher6", "teacher21", "causal", "guided", "dmd", "streaming"]
+STAGES = ["teacher6", "teacher21", "teacher", "causal", "guided", "dmd", "streaming"]
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_the_commands_are_ones_that_train_and_score_read(ladder, monkeypatch):
     _, commands = ladder()
     asked = [command for command in commands if command[0] != "export"]
     assert [main.main(command) for command in asked] == [0] * len(asked)
-    assert len(read) == len(asked) == 18
+    assert len(read) == len(asked) == 19
 
 
 def test_run_again_it_trains_on_and_scores_nothing_twice(ladder):
@@ -115,15 +115,15 @@ def test_run_again_it_trains_on_and_scores_nothing_twice(ladder):
 
 
 def test_a_stage_that_is_there_as_a_bundle_is_not_trained(ladder, tmp_path):
-    (tmp_path / "out" / "teacher21").mkdir(parents=True)
-    (tmp_path / "out" / "teacher21" / "model.safetensors").touch()
+    (tmp_path / "out" / "teacher").mkdir(parents=True)
+    (tmp_path / "out" / "teacher" / "model.safetensors").touch()
 
     done, commands = ladder()
 
     assert done.returncode == 0, done.stderr
-    assert len(trainings(commands)) == len(STAGES) - 2
+    assert len(trainings(commands)) == len(STAGES) - 3
     causal = trainings(commands)[0]
-    assert f"--config.weights={tmp_path / 'out' / 'teacher21'}" in causal
+    assert f"--config.weights={tmp_path / 'out' / 'teacher'}" in causal
 
 
 def test_a_teacher_below_the_gate_is_not_distilled(ladder, scores):
@@ -134,7 +134,7 @@ def test_a_teacher_below_the_gate_is_not_distilled(ladder, scores):
     done, commands = ladder()
     assert done.returncode == 1
     assert "gate: motion 0.500 is below 0.85" in done.stdout
-    assert len(trainings(commands)) == 2
+    assert len(trainings(commands)) == 3
 
 
 def test_its_table_is_the_readmes(ladder, tmp_path):

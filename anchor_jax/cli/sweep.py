@@ -22,7 +22,7 @@ USAGE = """\
 anchor-jax sweep --config=configs/train_teacher.py --config.out=runs/sweep \\
     --vary=optimizer.learning_rate=1e-3,3e-3 --vary=seed=0,1
 anchor-jax sweep --config=configs/train_dmd.py:tiny --config.out=runs/steps \\
-    --config.weights=runs/guided --config.teacher=runs/teacher21 \\
+    --config.weights=runs/guided --config.teacher=runs/teacher \\
     --vary=distillation.steps=(1000,500),(1000,750,500,250)
 
 Each combination is a training in a folder of --config.out that is named after it, one

@@ -10,7 +10,7 @@ SUMMARY = "Train a stage: teacher, causal initialisation, distillation, long tun
 USAGE = """\
 anchor-jax train --config=configs/train_teacher.py --config.out=runs/teacher6
 anchor-jax train --config=configs/train_dmd.py:tiny --config.out=runs/dmd \\
-    --config.weights=runs/guided --config.teacher=runs/teacher21
+    --config.weights=runs/guided --config.teacher=runs/teacher
 anchor-jax train --config=configs/train_dmd.py:tiny --config.weights=tiny \\
     --config.teacher=tiny --config.out=runs/try --config.steps=3 --dry_run
 anchor-jax sample --config=configs/tiny.py --config.weights=runs/dmd

@@ -6,7 +6,7 @@ from anchor_jax.config import define_config_flag
 
 SUMMARY = "Write a teacher's trajectories, which a causal generator then regresses."
 USAGE = """\
-anchor-jax trajectories --config=configs/trajectories.py --config.weights=runs/teacher21
+anchor-jax trajectories --config=configs/trajectories.py --config.weights=runs/teacher
 anchor-jax trajectories --config=configs/trajectories.py:paper \\
     --config.weights=weights/wan --config.data.path=prompts.txt
 anchor-jax trajectories --config=configs/trajectories.py --process=3 --processes=8
