@@ -32,5 +32,6 @@ def get_config(scale: str = "paper") -> ConfigDict:
         config.ema.decay, config.ema.start, config.ema.warm = 0.98, 0, True
         return config
     config.data.kind = "prompts"
+    config.remat = "nothing_saveable"  # what is kept fits no chip
     config.distillation.negative_prompt = WAN_NEGATIVE_PROMPT
     return config

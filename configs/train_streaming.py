@@ -28,13 +28,14 @@ def get_config(scale: str = "paper") -> ConfigDict:
         config.weights, config.teacher = "runs/dmd", "runs/teacher"
         config.steps, config.batch = 400, 16
         config.distillation.guidance = 1.5
-        config.distillation.length = 75
+        config.distillation.length = 93
         config.distillation.switches = (21, 39)
         config.optimizer.learning_rate, config.optimizer.warmup = 5e-5, 20
         config.critic_optimizer.learning_rate = 3e-4
         config.ema.decay, config.ema.start, config.ema.warm = 0.98, 0, True
         return config
     config.data.kind = "prompts"
+    config.remat = "nothing_saveable"  # what is kept fits no chip
     config.distillation.negative_prompt = WAN_NEGATIVE_PROMPT
     config.steps = 3000
     config.lora.rank = 256

@@ -35,8 +35,8 @@ def define_flags() -> None:
     flags.DEFINE_bool("dry_run", False, "Print the plan, and train nothing.")
 
 
-def main(argv) -> None:
-    """Runs the command.
+def main(argv) -> int:
+    """Runs the command, and returns 130 if the training was stopped before its end.
 
     Raises:
       UserError: The config is wrong, the folder holds another run, or a loss was not
@@ -52,11 +52,13 @@ def main(argv) -> None:
     config = run.read_config(FLAGS.config)
     if FLAGS.dry_run:
         run.dry_run(config, tell=print)
-        return
+        return 0
     job = run.open_job(config, tell=print)
     print(job.plan())
     step = job.run()
     _report(job, step)
+    # As after any interrupt, so that a script does not go on with what is half trained.
+    return 130 if step < config.steps else 0
 
 
 def _report(job, step: int) -> None:

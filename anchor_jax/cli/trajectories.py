@@ -28,8 +28,8 @@ def define_flags() -> None:
     )
 
 
-def main(argv) -> None:
-    """Runs the command.
+def main(argv) -> int:
+    """Runs the command, and returns 130 if it was stopped before its end.
 
     Raises:
       UserError: The config is wrong, or the folder holds other trajectories.
@@ -49,5 +49,8 @@ def main(argv) -> None:
     bundle = load_bundle(config.weights, grid=size, dtype=config.dtype)
     process = jax.process_index() if FLAGS.process is None else FLAGS.process
     processes = jax.process_count() if FLAGS.processes is None else FLAGS.processes
-    count = ode.write(config, bundle, process, processes)
+    count, missing = ode.write(config, bundle, process, processes)
     print(f"{count} trajectories written to {config.out}")
+    if missing:
+        print(f"stopped; {missing} are missing, and the same command goes on")
+    return 130 if missing else 0

@@ -389,10 +389,7 @@ def _ema(config) -> Ema | None:
 
 def _mean_chunk(plan: Plan) -> float:
     """Returns how many latent frames a chunk makes, in the mean of a sequence."""
-    made, piece = [], plan.piece(0, None)
-    while piece is not None:
-        made.append(piece.new)
-        piece = plan.piece(piece.end, None)
+    made = [piece.new for piece in plan.pieces(None)]
     return sum(made) / len(made)
 
 
@@ -406,10 +403,12 @@ def make_distill(config, bundle, teacher, critic, on: Arrays) -> Distill:
     is_release = config.rules == "release"
     tables = ReleaseTables(shift=section.shift) if is_release else Tables()
     with _naming("config.distillation"):
+        policy = _policy(config)
+        _check_length(policy, section.length)
         setup = StreamSetup(
             model=_model(config, bundle.model),
             grid=bundle.grid,
-            policy=_policy(config),
+            policy=policy,
             levels=flow.few_step_levels(section.steps, section.shift, table=is_release),
             kernel=on.kernel(config.attention, bundle.model),
             floor=float(flow.sigma_table(section.shift)[-1]) if is_release else 0.0,
@@ -428,6 +427,16 @@ def make_distill(config, bundle, teacher, critic, on: Arrays) -> Distill:
             guidance=section.guidance,
             shift=section.shift,
             batch=config.batch,
+        )
+
+
+def _check_length(policy: Policy, length: int) -> None:
+    """Raises unless a sequence can be made without an end or a restart in it."""
+    most = policy.limit if policy.restart is None else policy.restart.every
+    if most is not None and length > most:
+        raise ValueError(
+            f"length={length}: the policy ends or restarts after {most} latent frames;"
+            f" choose length={most}, or another policy, such as longlive"
         )
 
 

@@ -144,10 +144,11 @@ def _noise(key: jax.Array, numbers: jax.Array, setup: StreamSetup) -> BlockNoise
 
 def write(
     config: TrajectoryConfig, bundle: Bundle, process: int, processes: int
-) -> int:
-    """Writes this process's trajectories that are missing, and returns how many.
+) -> tuple[int, int]:
+    """Writes this process's trajectories that are missing.
 
-    SIGTERM, or Ctrl-C once, ends it after the clips that are under way.
+    Returns how many it wrote, and how many it did not: SIGTERM, or Ctrl-C once, ends it
+    after the clips that are under way.
 
     Raises:
       UserError: The folder holds trajectories of another kind, or a file is wrong.
@@ -180,7 +181,7 @@ def write(
                 break
         writer.flush()
     writer.close()
-    return written
+    return written, len(missing) - written
 
 
 def _inputs(config: TrajectoryConfig, bundle: Bundle, setup: StreamSetup) -> dict:

@@ -100,8 +100,27 @@ class Job:
             f" weights {_gigabytes(self.prepared.stage.frozen):.2f} GB, and"
             " activations",
             f"sample videos: {self._shown()}",
+            *self._left_out(),
         ]
         return "\n".join(lines)
+
+    def _left_out(self) -> list[str]:
+        """Warns of chunks of sequences that the generator does not learn from."""
+        stage = self.prepared.stage
+        if not isinstance(stage, DistillStage):
+            return []
+        plan = stage.stage.plan
+        visited = plan.visited(stage.every)
+        others = [one.start for one in plan.pieces(None) if one.start not in visited]
+        if not others:
+            return []
+        return [
+            "warning: the generator is updated on the chunks from frames"
+            f" {', '.join(map(str, visited))} only, never on those from"
+            f" {', '.join(map(str, others))}; choose a distillation.length with a"
+            " number of chunks that has no divisor in common with"
+            f" distillation.every + 1 = {stage.every + 1}"
+        ]
 
     def _frames(self) -> str:
         """Says how long videos are."""

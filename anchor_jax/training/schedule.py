@@ -4,6 +4,7 @@ Source: algorithm.md 7.3.
 """
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -57,6 +58,11 @@ class Plan:
                 f"plan: frames={self.frames} must be a multiple of block={self.block},"
                 " which must be 1 or more"
             )
+        if self.frames == self.block < self.length:
+            raise ValueError(
+                f"plan: frames={self.frames} leave a later chunk, which shows one block"
+                f" again, no new ones; choose at least {2 * self.block}"
+            )
         if self.length < self.frames:
             raise ValueError(
                 f"plan: length={self.length} must hold a first chunk of"
@@ -95,3 +101,16 @@ class Plan:
             found.append(piece)
             start = piece.end
         return tuple(found)
+
+    def visited(self, every: int) -> tuple[int, ...]:
+        """Returns the first frames of the chunks that generator updates fall on.
+
+        A generator update takes a chunk of its own, after every few of the critic's;
+        all chunks have their turn where the two numbers have no divisor in common
+        (algorithm.md 7.3.4).
+
+        Args:
+          every: chunks of the critic to one of the generator.
+        """
+        starts = [piece.start for piece in self.pieces(None)]
+        return tuple(starts[:: math.gcd(every + 1, len(starts))])

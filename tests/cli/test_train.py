@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import re
+import signal
 import sys
 import types
 
@@ -18,6 +20,7 @@ from anchor_jax.errors import UserError
 from anchor_jax.media import write_json
 from anchor_jax.training import run, sources
 from anchor_jax.training.build import LoraConfig, RegressionConfig, TrainConfig
+from anchor_jax.training.programs import RegressionStage
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +143,24 @@ def test_the_last_steps_are_logged_too(weights, tmp_path):
 
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [3, 4]
+
+
+def test_a_training_that_is_stopped_has_the_status_of_an_interrupt(
+    weights, tmp_path, capsys, monkeypatch
+):
+    advance = RegressionStage.advance
+
+    def ask(self, state, cursor, step):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return advance(self, state, cursor, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RegressionStage, "advance", ask)
+        assert train(weights, tmp_path / "run") == 130
+    assert "stopped at step 2 of 4" in capsys.readouterr().out
+    assert train(weights, tmp_path / "run") == 0
+    assert checkpoint.last_step(tmp_path / "run") == 4
 
 
 def test_weights_that_are_not_there_are_named_by_their_field(weights, capsys):

@@ -33,7 +33,7 @@ def model():
 @pytest.fixture(scope="module")
 def written(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trajectories")
-    assert ode.write(_in(folder), model, 0, 1) == 5
+    assert ode.write(_in(folder), model, 0, 1) == (5, 0)
     return folder
 
 
@@ -92,8 +92,8 @@ def test_states_are_those_of_the_guided_flow(model, written):
 
 
 def test_processes_share_the_work_and_change_no_bit(model, written, tmp_path):
-    assert ode.write(_in(tmp_path), model, 1, 2) == 2
-    assert ode.write(_in(tmp_path), model, 0, 2) == 3
+    assert ode.write(_in(tmp_path), model, 1, 2) == (2, 0)
+    assert ode.write(_in(tmp_path), model, 0, 2) == (3, 0)
 
     alone, shared = states(written), states(tmp_path)
     assert sorted(shared) == [0, 1, 2, 3, 4]
@@ -103,7 +103,7 @@ def test_processes_share_the_work_and_change_no_bit(model, written, tmp_path):
 
 
 def test_what_is_there_is_not_made_again_and_other_inputs_are_refused(model, written):
-    assert ode.write(_in(written), model, 0, 1) == 0
+    assert ode.write(_in(written), model, 0, 1) == (0, 0)
     with pytest.raises(UserError, match="other trajectories|trajectories of"):
         ode.write(_in(written, guidance=3.0), model, 0, 1)
 
@@ -124,7 +124,7 @@ def test_a_stopped_process_keeps_what_it_finished(
     assert sorted(states(tmp_path)) == [0, 1, 2, 3]
 
     monkeypatch.undo()
-    assert ode.write(_in(tmp_path), model, 0, 1) == 1
+    assert ode.write(_in(tmp_path), model, 0, 1) == (1, 0)
     np.testing.assert_array_equal(
         states(tmp_path)[4]["states"], states(written)[4]["states"]
     )
@@ -141,7 +141,7 @@ def test_a_process_that_is_asked_to_stop_ends_after_the_clips_under_way(
 
     monkeypatch.setattr(ode, "trajectories", ask)
 
-    assert ode.write(_in(tmp_path), model, 0, 1) == 2
+    assert ode.write(_in(tmp_path), model, 0, 1) == (2, 3)
     assert sorted(states(tmp_path)) == [0, 1]
 
 

@@ -12,6 +12,7 @@ import pytest
 import tiny
 
 from anchor_jax import sharding
+from anchor_jax.config import load_config
 from anchor_jax.errors import UserError
 from anchor_jax.training import build
 from anchor_jax.training.build import (
@@ -24,6 +25,8 @@ from anchor_jax.training.checkpoints import Checkpoints
 from anchor_jax.training.loop import Loop, train
 from anchor_jax.training.monitor import Monitor
 from anchor_jax.training.programs import Cursor
+from anchor_jax.training.run import Job, read_config
+from anchor_jax.training.schedule import Plan
 from anchor_jax.training.state import (
     Ema,
     Optimizer,
@@ -137,6 +140,28 @@ def test_four_devices_do_what_one_does(config, monkeypatch):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=close)
     for ours, theirs in zip(leaves(many.ema), leaves(one.ema), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-4)
+
+
+def test_chunks_that_the_generator_never_learns_from_are_told(tmp_path, monkeypatch):
+    on_one_device(monkeypatch)
+    section = dataclasses.replace(DISTILL.distillation, every=2, length=12)
+    config = dataclasses.replace(DISTILL, distillation=section)
+    missed = Job(config, tmp_path, make(config), None, print).plan()
+    section = dataclasses.replace(section, every=1)
+    config = dataclasses.replace(DISTILL, distillation=section)
+    all_seen = Job(config, tmp_path, make(config), None, print).plan()
+
+    assert "on the chunks from frames 0 only, never on those from 6, 9" in missed
+    assert "distillation.every + 1 = 3" in missed
+    assert "warning" not in all_seen
+
+
+@pytest.mark.parametrize("name", ["train_dmd", "train_streaming"])
+@pytest.mark.parametrize("scale", ["paper", "tiny"])
+def test_shipped_configs_learn_from_every_chunk(name, scale):
+    section = read_config(load_config(f"{name}:{scale}")).distillation
+    plan = Plan(section.frames, 3, section.length, section.switches)
+    assert len(plan.visited(section.every)) == len(plan.pieces(None))
 
 
 def test_low_rank_updates_move_and_nothing_else(monkeypatch):
@@ -439,6 +464,14 @@ def test_what_was_logged_beyond_the_checkpoint_is_logged_once(tmp_path):
         ({"rules": "papers"}, "config.rules='papers'"),
         ({"batch": 3, "mesh": (2, 2, 1, 1)}, "config.batch=3"),
         ({"mesh": (3, 1, 1, 1)}, "config.mesh"),
+        (
+            {"distillation": DistillationConfig("self_forcing", length=39)},
+            "config.distillation: length=39: the policy ends or restarts after 21",
+        ),
+        (
+            {"distillation": DistillationConfig("causvid", length=39)},
+            "config.distillation: length=39: the policy ends or restarts after 21",
+        ),
         (
             {"stage": "regression", "regression": RegressionConfig(window=12)},
             "config.regression: window=12",

@@ -51,9 +51,24 @@ def test_a_short_plan_is_one_chunk_a_sequence():
 
 
 @pytest.mark.parametrize(
+    ("length", "visited"),
+    [
+        (237, (0, *range(21, 220, 18))),
+        (93, (0, 21, 39, 57, 75)),
+        (75, (0, 39)),
+        (57, (0,)),
+        (21, (0,)),
+    ],
+)
+def test_generator_updates_visit_chunks_whose_number_fits_theirs(length, visited):
+    assert Plan(length=length, switches=()).visited(every=5) == visited
+
+
+@pytest.mark.parametrize(
     "wrong",
     [
         {"frames": 20},
+        {"frames": 3},
         {"length": 20},
         {"block": 0, "frames": 0},
         {"switches": (0,)},
