@@ -53,6 +53,7 @@ TINY_TEXT = TextConfig(
 TINY_GRID = LatentGrid(8, 8)
 TEXT_ENCODERS = ("device", "free", "sharded")
 ADAPTERS = ("separate", "merged", "none")
+NETWORKS = ("generator", "critic")
 
 _HEADER = "anchor_jax"
 _CODECS = {"linear": LinearCodec()}
@@ -234,9 +235,14 @@ class _Options:
     mesh: Mesh | None
     lora: str
     param_dtype: str | None
+    network: str
 
     def __post_init__(self):
-        for name, known in (("text_encoder", TEXT_ENCODERS), ("lora", ADAPTERS)):
+        for name, known in (
+            ("text_encoder", TEXT_ENCODERS),
+            ("lora", ADAPTERS),
+            ("network", NETWORKS),
+        ):
             value = getattr(self, name)
             if value not in known:
                 raise UserError(f"{name}={value!r}{suggest(str(value), known, name)}")
@@ -252,6 +258,12 @@ class _Options:
         if self.text_encoder != "sharded":
             return None
         return self.mesh or sharding.make_mesh()
+
+    def item(self, present: Sequence[str]) -> str:
+        """Returns the item of a checkpoint that holds the asked-for network."""
+        if self.network == "critic" and "fake_score" in present:
+            return "fake_score"
+        return "ema" if "ema" in present else "generator"
 
     def encoder(self, text: TextConfig, tokenizer: Tokenizer, load) -> PromptEncoder:
         """Returns the encoder whose parameters `load` puts onto `text_mesh`."""
@@ -297,6 +309,7 @@ def load_bundle(
     mesh: Mesh | None = None,
     lora: str = "separate",
     param_dtype: str | None = None,
+    network: str = "generator",
 ) -> Bundle:
     """Returns the bundle named `tiny`, a saved one, or one of ported weights.
 
@@ -312,12 +325,14 @@ def load_bundle(
       lora: "separate" keeps low-rank updates beside the weights they change, "merged"
         adds them, "none" leaves them out.
       param_dtype: of the generator's weights, where it is not that of activations.
+      network: "generator", or "critic" for the one that was distilled or ported with
+        it, in the generator's place; where there is none it is the generator.
 
     Raises:
       UserError: A file is missing or broken, or its tensors are not those of the
         sizes that it states; or an argument is none of its choices.
     """
-    options = _Options(grid, dtype, text_encoder, mesh, lora, param_dtype)
+    options = _Options(grid, dtype, text_encoder, mesh, lora, param_dtype, network)
     folder = pathlib.Path(weights).expanduser()
     if weights != "tiny" and run_folder(folder) is not None:
         return _load_trained(folder, options)
@@ -390,10 +405,17 @@ def _load_trained(folder: pathlib.Path, options: "_Options") -> Bundle:
     name = run_base(run_folder(folder))
     if not checkpoint.is_checkpoint(folder):
         raise UserError(_why_not(folder, name))
-    item = "ema" if "ema" in checkpoint.items(folder) else "generator"
+    item = options.item(checkpoint.items(folder))
     stored = checkpoint.shapes(folder, item)
+    if item == "fake_score" and "lora" in stored:
+        raise UserError(
+            f"{folder} holds updates of a critic, not the whole of it; begin with the"
+            " weights that its own config.critic or config.teacher names, or go on with"
+            " that training"
+        )
     fields = (field.name for field in dataclasses.fields(options))
     given = {field: getattr(options, field) for field in fields}
+    given["network"] = "generator"
     if "lora" in stored:
         # A training goes on with the updates that it finds: they hold these.
         given["lora"] = "none"
@@ -454,7 +476,8 @@ def _with_variables(folder, item: str, stored, base: Bundle, options: "_Options"
     meta = checkpoint.read_meta(folder)
     training = meta.get("training")
     step = checkpoint.last_step(folder)
-    digest = json.dumps([base.digest, step, training], sort_keys=True)
+    parts = [base.digest, step, training, *([item] if item == "fake_score" else [])]
+    digest = json.dumps(parts, sort_keys=True)
     return dataclasses.replace(
         base,
         load_variables=load,
@@ -541,7 +564,10 @@ def _load_ported(folder: pathlib.Path, options: _Options) -> Bundle:
         _check_ported(ported)
     model, text = options.mastered(ported.model), ported.text
     expected = _expected_ported(folder, ported)
-    for item in ("generator", "text_encoder", "vae"):
+    network = options.item(checkpoint.items(folder))
+    if network == "fake_score":
+        expected[network] = {"params": expected["generator"]["params"]}
+    for item in expected:
         stored = _flatten(checkpoint.shapes(folder, item))
         with _blaming(folder):
             _check_tensors(item, stored, _flatten(expected[item]))
@@ -564,7 +590,7 @@ def _load_ported(folder: pathlib.Path, options: _Options) -> Bundle:
             tokenizer,
             lambda: load("text_encoder", sharding.TEXT, options.text_mesh),
         ),
-        load_variables=lambda: _load_generator(folder, expected["generator"], options),
+        load_variables=lambda: _load_network(folder, network, expected, options),
         load_codec=lambda: load("vae", sharding.VAE, options.mesh),
         metadata=meta,
         digest=ported.digest,
@@ -688,10 +714,11 @@ def _expected_lora(params, stored) -> dict[str, Any]:
     )
 
 
-def _load_generator(folder: pathlib.Path, expected, options: _Options):
-    """Returns the generator's collections, its low-rank updates as asked for."""
+def _load_network(folder: pathlib.Path, item: str, expected, options: _Options):
+    """Returns a network's collections, its low-rank updates as asked for."""
     from anchor_jax import checkpoint
 
+    expected = expected[item]
     places, dtype = None, options.param_dtype or options.dtype or "bfloat16"
     if options.mesh is not None:
         tables = {"params": sharding.GENERATOR, "lora": sharding.LORA}
@@ -702,7 +729,7 @@ def _load_generator(folder: pathlib.Path, expected, options: _Options):
     # Merged before they are rounded, where they are stored wider.
     merges = options.lora == "merged" and "lora" in expected
     kept = None if merges else {"params": dtype}
-    variables = checkpoint.restore(folder, "generator", kept, places)
+    variables = checkpoint.restore(folder, item, kept, places)
     if merges:
         return {"params": _merge(variables.pop("params"), variables.pop("lora"), dtype)}
     if options.lora == "none":

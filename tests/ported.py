@@ -17,7 +17,7 @@ VAE = VaeConfig(base_dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1)
 NOT_SIZES = ("dtype", "param_dtype", "remat", "unroll")
 
 
-def save(folder, method: str) -> None:
+def save(folder, method: str, critic: bool = False) -> None:
     """Writes a checkpoint of weights that were ported as a method."""
     files = [{"name": "generator.pt", "bytes": 5, "sha256": "0a" * 32}]
     source = {"item": "generator", "key": "generator", "alpha": None, "files": files}
@@ -29,7 +29,10 @@ def save(folder, method: str) -> None:
         "sources": [source],
     }
     tokenizer = {"tokenizer/spiece.model": bundles.words()}
-    checkpoint.write(folder, _items(), meta, tokenizer)
+    items = _items()
+    if critic:
+        items["fake_score"] = {"params": _draw(items["generator"]["params"], 5)}
+    checkpoint.write(folder, items, meta, tokenizer)
 
 
 def _items():

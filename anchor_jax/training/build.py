@@ -131,7 +131,8 @@ class TrainConfig:
         folder of ported weights, or of a training.
       teacher: weights of the real score, for distillation; of the guided network, for
         `regression.guidance`.
-      critic: weights with which the fake score begins; without a value the teacher's.
+      critic: weights with which the fake score begins: the critic of a distillation or
+        of a ported checkpoint, or a network; without a value the teacher's.
       rules: "paper", or "release", to continue published weights as trained.
       steps: in all.
       batch: videos of a step, over all devices.

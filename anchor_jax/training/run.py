@@ -298,7 +298,9 @@ def _base(config: TrainConfig, folder: pathlib.Path) -> str:
     return f"./{FRESH}"
 
 
-def _load(config: TrainConfig, name: str, trained: bool = False) -> Bundle:
+def _load(
+    config: TrainConfig, name: str, trained: bool = False, network: str = "generator"
+) -> Bundle:
     """Returns weights; without updates to train, those there are are added to them.
 
     What is trained as a whole comes in float32, as its masters are.
@@ -310,15 +312,17 @@ def _load(config: TrainConfig, name: str, trained: bool = False) -> Bundle:
         dtype=config.dtype,
         lora="separate" if config.lora.rank else "merged",
         param_dtype="float32" if masters else None,
+        network=network,
     )
 
 
 def _load_critic(config: TrainConfig) -> Bundle | None:
     """Returns where the fake score begins; None: as the teacher that is loaded."""
-    name = config.critic
-    if config.stage == "distillation" and not config.lora.rank:
-        name = name or config.teacher
-    return _load(config, name, trained=True) if name else None
+    if config.critic:
+        return _load(config, config.critic, trained=True, network="critic")
+    if config.stage == "distillation" and config.teacher and not config.lora.rank:
+        return _load(config, config.teacher, trained=True)
+    return None
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import pytest
 from anchor_jax import checkpoint
 from anchor_jax.bundle import load_bundle, write_run
 from anchor_jax.cli.main import main
+from anchor_jax.config import load_config
 from anchor_jax.errors import UserError
 from anchor_jax.media import write_json
 from anchor_jax.training import run, sources
@@ -161,6 +162,45 @@ def test_a_training_that_is_stopped_has_the_status_of_an_interrupt(
     assert "stopped at step 2 of 4" in capsys.readouterr().out
     assert train(weights, tmp_path / "run") == 0
     assert checkpoint.last_step(tmp_path / "run") == 4
+
+
+@pytest.fixture(scope="module")
+def distilled(weights, tmp_path_factory):
+    """A self-forcing run whose critic has learned, and its config."""
+    folder = tmp_path_factory.mktemp("distilled")
+    (folder / "prompts.txt").write_text(f"{bundles.RED}\n{bundles.BLUE}\n")
+    fields = {
+        **dict.fromkeys(("weights", "teacher"), weights),
+        "out": folder / "run",
+        "data.kind": "prompts",
+        "data.path": folder / "prompts.txt",
+        "distillation.steps": "(1000,500)",
+        **dict.fromkeys(("distillation.frames", "distillation.length"), 6),
+        "critic_optimizer.learning_rate": 1e-2,
+        **dict.fromkeys(("steps", "log_every"), 1),
+        "sample_every": 0,
+        "batch": jax.device_count(),
+    }
+    given = [f"--config.{name}={value}" for name, value in fields.items()]
+    assert main(["train", "--config=train_dmd:tiny", *given]) == 0
+    return folder / "run", load_config("train_dmd:tiny", given)
+
+
+def test_a_critic_goes_on_from_the_stage_before(distilled, weights, tmp_path):
+    folder, config = distilled
+    stored = checkpoint.restore(folder, "fake_score")["params"]
+    config.out, config.critic = str(tmp_path / "next"), str(folder)
+    job = run.open_job(run.read_config(config), tell=lambda line: None)
+
+    began = job.prepared.state.fake_score["params"]
+    jax.tree.map(np.testing.assert_array_equal, began, stored)
+    before = load_bundle(str(weights)).variables["params"]
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), began, before)
+    assert any(jax.tree.leaves(moved))
+    generator = load_bundle(str(folder)).variables["params"]
+    read = load_bundle(str(weights), network="critic").variables["params"]
+    jax.tree.map(np.testing.assert_array_equal, read, before)
+    assert jax.tree.map(np.shape, generator) == jax.tree.map(np.shape, began)
 
 
 def test_weights_that_are_not_there_are_named_by_their_field(weights, capsys):

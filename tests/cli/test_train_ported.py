@@ -12,6 +12,7 @@ from anchor_jax import checkpoint
 from anchor_jax.bundle import load_bundle
 from anchor_jax.cli import main
 from anchor_jax.cli.sample import CACHE_VARIABLE
+from anchor_jax.errors import UserError
 
 RANK = 3  # of the ported updates
 
@@ -71,6 +72,21 @@ def test_the_ported_updates_are_those_that_go_on(tuned, weights):
     assert sorted(path.name for path in (tuned / "samples").iterdir()) == [
         *("step-000001.mp4", "step-000001.png"),
     ]
+
+
+def test_a_ported_critic_is_one_to_begin_with(tmp_path):
+    ported.save(tmp_path / "both", "longlive", critic=True)
+    stored = checkpoint.restore(tmp_path / "both", "fake_score")["params"]
+
+    critic = load_bundle(str(tmp_path / "both"), dtype="float32", network="critic")
+
+    assert critic.variables.keys() == {"params"}
+    jax.tree.map(np.testing.assert_array_equal, critic.variables["params"], stored)
+
+
+def test_updates_of_a_critic_are_no_critic(tuned):
+    with pytest.raises(UserError, match="updates of a critic, not the whole"):
+        load_bundle(str(tuned), network="critic")
 
 
 def test_they_are_added_once(tuned, weights):
