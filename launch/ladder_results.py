@@ -84,12 +84,13 @@ def table(folder: pathlib.Path) -> int:
     """Writes the table and returns the exit status."""
     switch = {name: read(folder, f"{name}_switch") for name in COLUMNS}
     events = {name: read(folder, f"{name}_events") for name in COLUMNS}
+    clips = read(folder, "teacher_clips")["ceiling"]
     rows = [["", *COLUMNS.values(), "ceiling", "mismatched"]]
     rows.append(["---"] * len(rows[0]))
     for key, title in SWITCH_ROWS.items():
         rates = [one and one["after_switch"][key] for one in switch.values()]
         control = switch["streaming"]["mismatched"][key]
-        rows.append([title, *map(cell, rates), "-", cell(control)])
+        rows.append([title, *map(cell, rates), cell(clips[key]), cell(control)])
     for (kind, key), title in EVENT_ROWS.items():
         found = [
             one and one["generated"]["by_event"].get(kind) for one in events.values()
@@ -125,8 +126,9 @@ def claims(switch: dict, events: dict) -> dict[str, str]:
     worst = max(rate("causal20", key) - rate("streaming", key) for key in keys)
     adopted = [
         cells["adopted_soon"]
-        for cells in events["streaming"]["generated"]["by_event"].values()
-        if "adopted_soon" in cells
+        for kind, cells in events["streaming"]["generated"]["by_event"].items()
+        # To hide all only leads to the event of those streams, its return.
+        if "adopted_soon" in cells and kind != "hide"
     ]
     count = sum(one["n"] for one in adopted)
     share = sum(one["rate"] * one["n"] for one in adopted) / count

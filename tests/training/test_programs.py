@@ -1,7 +1,9 @@
 """Stages on a mesh: as on one device, resumed bit for bit, stopped when unsound."""
 
 import dataclasses
+import itertools
 import json
+import types
 
 import bundles
 import jax
@@ -14,7 +16,7 @@ import tiny
 from anchor_jax import sharding
 from anchor_jax.config import load_config
 from anchor_jax.errors import UserError
-from anchor_jax.training import build
+from anchor_jax.training import build, distill
 from anchor_jax.training.build import (
     DistillationConfig,
     LoraConfig,
@@ -118,14 +120,38 @@ def gradients(state):
     return jax.tree.map(lambda x: np.asarray(x) / (1 - FAST.betas[0]), list(means))
 
 
+def within_a_sequence(prepared):
+    """Returns its state with a past of random numbers, and the place of that state."""
+    state, rng = prepared.state, np.random.default_rng(4)
+
+    def draw(x):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        drawn = jnp.asarray(rng.standard_normal(x.shape), x.dtype)
+        return jax.device_put(drawn, x.sharding)
+
+    past = jax.tree.map(draw, state.rollout)
+    return state.replace(rollout=past), Cursor(0, FRAMES)
+
+
+# The generator's chunk holds the switch, the critic's begins the next sequence.
+LATER = dataclasses.replace(
+    DISTILL, distillation=dataclasses.replace(DISTILL.distillation, length=9)
+)
+
+
 @pytest.mark.parametrize(
-    "config", [DISTILL, REGRESS, GUIDED], ids=["distill", "regress", "guided"]
+    "config", [LATER, REGRESS, GUIDED], ids=["distill", "regress", "guided"]
 )
 def test_four_devices_do_what_one_does(config, monkeypatch):
-    many, _, (seen,) = steps(make(config, (2, 2, 1, 1)), 1)
+    def step(prepared):
+        begun = within_a_sequence(prepared) if config is LATER else ()
+        return steps(prepared, 1, *begun)
+
+    many, _, (seen,) = step(make(config, (2, 2, 1, 1)))
     with monkeypatch.context() as patch:
         on_one_device(patch)
-        one, _, (expected,) = steps(make(config), 1)
+        one, _, (expected,) = step(make(config))
 
     kernel = many.generator["params"]["blocks"]["ffn_in"]["kernel"]
     assert len(kernel.sharding.device_set) == 4
@@ -140,6 +166,78 @@ def test_four_devices_do_what_one_does(config, monkeypatch):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=close)
     for ours, theirs in zip(leaves(many.ema), leaves(one.ema), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-4)
+
+
+def test_the_generator_moves_every_few_steps_of_the_critic(monkeypatch):
+    on_one_device(monkeypatch)
+    section = dataclasses.replace(DISTILL.distillation, length=FRAMES, switches=())
+    prepared, taken = make(dataclasses.replace(DISTILL, distillation=section)), []
+    stage, state, cursor = prepared.stage, prepared.state, Cursor()
+    stage.batches = lambda number: taken.append(number) or embeddings(number)
+
+    def networks(state):
+        return jax.device_get((state.generator, state.fake_score, state.updates))
+
+    states = [networks(state)]
+    piece, batch, _ = stage._take(cursor)
+    critic = stage._gradient("critic", distill.shape_of(stage.stage, piece))
+    _, _, before = critic(jax.tree.map(jnp.copy, state), stage.frozen, batch)
+    watched = []
+    for step in range(3):
+        state, cursor, watch = stage.advance(state, cursor, step)
+        states.append(
+            jax.device_get((state.generator, state.fake_score, state.updates))
+        )
+        watched.append(watch)
+
+    def moves(network):
+        return [
+            any(jax.tree.leaves(jax.tree.map(lambda a, b: (a != b).any(), *pair)))
+            for pair in itertools.pairwise(one[network] for one in states)
+        ]
+
+    assert moves(0) == [True, False, True] and moves(1) == [True] * 3
+    assert [int(one[2]) for one in states] == [0, 1, 1, 2]
+    assert ["generator_loss" in watch for watch in watched] == moves(0)
+    # Both see the same prompts, and the critic the generator that did not move yet.
+    assert taken == [0, 1, 2] and cursor == Cursor(3)
+    assert float(before["critic_loss"]) == float(watched[0]["critic_loss"])
+
+
+@pytest.mark.parametrize("start, switch", [(0, None), (9, None), (9, 12)])
+def test_blocks_are_given_the_gradient_of_their_own_frames(start, switch, monkeypatch):
+    on_one_device(monkeypatch)
+    section = dataclasses.replace(
+        DISTILL.distillation, frames=9, length=15, switches=(switch,) if switch else ()
+    )
+    prepared = make(dataclasses.replace(DISTILL, distillation=section))
+    stage, given = prepared.stage.stage, {}
+    state, _ = within_a_sequence(prepared)
+
+    def loss(clip, *others, **networks):
+        given["prompt"] = networks["fake"][2]
+        zero = jnp.float32(0)
+        return types.SimpleNamespace(gradient=clip, loss=zero, gap=zero)
+
+    def pull_back(trained, frozen, chunk, prompt, leave, gradient, *, setup):
+        given.update(chunk=chunk, ours=gradient, pulled=prompt)
+        return trained
+
+    monkeypatch.setattr(distill.losses, "distribution_matching", loss)
+    monkeypatch.setattr(distill.rollout, "pull_back", pull_back)
+    batch = {**embeddings(0), "requested": jnp.int32(switch or 0)}
+    piece = stage.plan.piece(start, switch)
+    shape = distill.shape_of(stage, piece)
+    distill.generator_gradient(
+        state, prepared.stage.frozen, batch, stage=stage, shape=shape
+    )
+
+    frames = 3 if switch else piece.new
+    assert given["ours"].shape[1] == frames
+    np.testing.assert_array_equal(given["ours"], given["chunk"].latents[:, -frames:])
+    for name in ("prompt", "pulled"):
+        expected = batch["switch" if switch else "prompt"]
+        np.testing.assert_array_equal(given[name], expected)
 
 
 def test_chunks_that_the_generator_never_learns_from_are_told(tmp_path, monkeypatch):
