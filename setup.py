@@ -12,6 +12,7 @@ VERSION = re.search(
 
 # tensorflow-datasets needs the last one to write, and does not ask for it.
 DATA = ["tensorflow-datasets", "array_record", "importlib_resources"]
+TRAIN = [*DATA, "tensorboardX"]
 
 setuptools.setup(
     name="anchor_jax",
@@ -51,7 +52,7 @@ setuptools.setup(
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
         "plan-gpu": ["jax[cuda12]>=0.10.2,<0.13"],
         "plan-tpu": ["libtpu>=0.0.42"],
-        "train": [*DATA, "tensorboardX"],
-        "test": [*DATA, "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
+        "train": TRAIN,
+        "test": [*TRAIN, "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
     },
 )
