@@ -4,17 +4,18 @@ A source is a pure function of a batch's number.
 """
 
 import dataclasses
+import hashlib
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from anchor_jax.bundle import Bundle
 from anchor_jax.errors import UserError, suggest
-from anchor_jax.training import world_clips, world_windows
+from anchor_jax.training import world_clips, world_data, world_windows
 from anchor_jax.training.order import Order, Share
-from anchor_jax.world import events
+from anchor_jax.world import events, scene
 
 _LOOKED_AT = 1000  # pairs
 Batches = Callable[[int], Mapping[str, Any]]
@@ -253,26 +254,42 @@ def _trajectories(data, bundle, share: Share, section, folder) -> Batches:
 
 
 def _world_clips(data, bundle, share: Share, section, folder) -> Batches:
-    del folder
-    frames, codec = section.block * section.blocks, _codec(bundle)
-    clips = world_clips.sample_clips(codec, data.seed, data.size, frames)
+    frames = section.block * section.blocks
+
+    def make(codec):
+        return world_clips.make_clips(codec, data.seed, data.size, frames)
+
+    clips = world_clips.gather(_kept(data, bundle, folder, frames, make))
     draw = world_clips.ClipBatches(
-        clips, bundle.tokenizer, share.size, frames, data.seed, data.dropout
+        clips,
+        bundle.tokenizer,
+        share.size,
+        frames,
+        data.seed,
+        data.dropout,
     )
     return _ready(lambda number: share.of(draw(number)), bundle, section)
 
 
 def _world_windows(data, bundle, share: Share, section, folder) -> Batches:
-    del folder
     frames = section.block * section.blocks
     if frames != world_windows.FRAMES:
         raise UserError(
             f"config.data.kind='world_windows': windows have {world_windows.FRAMES}"
             f" latent frames, got regression.block x regression.blocks = {frames}"
         )
-    windows = world_windows.sample_windows(_codec(bundle), data.seed, data.size)
+
+    def make(codec):
+        return world_windows.make_windows(codec, data.seed, data.size)
+
+    kept = _kept(data, bundle, folder, frames, make, world_windows.ARRAYS)
+    windows = world_windows.gather(kept)
     draw = world_windows.WindowBatches(
-        windows, bundle.tokenizer, share.size, data.seed, data.dropout
+        windows,
+        bundle.tokenizer,
+        share.size,
+        data.seed,
+        data.dropout,
     )
     return _ready(lambda number: share.of(draw(number)), bundle, section)
 
@@ -287,6 +304,30 @@ def _videos(data, bundle, share: Share, section, folder, most=None) -> Batches:
         )
     draw = Videos(data, bundle, share, section, _cache(data, folder), most)
     return _ready(draw, bundle, section)
+
+
+def _kept(data, bundle, folder, frames: int, make, arrays=None) -> Iterator[dict]:
+    """Yields the examples of a generated world, which are made once and then kept."""
+    from anchor_jax.training import datasets
+
+    codec = _codec(bundle)
+    side = scene.SIZE // scene.CELL
+    values = [codec[name].tobytes() for name in sorted(codec)]
+    made_from = {
+        "kind": [data.kind, world_data.VERSION],
+        "seed": data.seed,
+        "codec": hashlib.sha256(b"".join(values)).hexdigest(),
+    }
+    examples = datasets.prepare(
+        datasets.Clips,
+        _cache(data, folder),
+        examples=lambda: make(codec),
+        size=data.size,
+        shape=(frames, side, side, codec["encode"].shape[1]),
+        made_from=made_from,
+        arrays=arrays,
+    )
+    return (examples[number] for number in range(len(examples)))
 
 
 def _codec(bundle) -> dict[str, np.ndarray]:

@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -61,14 +63,36 @@ def sample_clips(codec, seed: int, count: int, frames: int) -> Clips:
       count: of clips.
       frames: latent frames of each.
     """
+    return gather(make_clips(codec, seed, count, frames))
+
+
+def make_clips(codec, seed: int, count: int, frames: int) -> Iterator[dict[str, Any]]:
+    """Yields what `sample_clips` returns, as `datasets.Clips` keeps it."""
     rng = np.random.default_rng((seed, 3))
-    drawn = list(itertools.islice(_clips(rng, frames), count))
-    shape = (count, frames, *(scene.SIZE // scene.CELL,) * 2, codec["encode"].shape[1])
-    latents = np.empty(shape, np.float16)
-    for place, (played, last) in zip(latents, drawn, strict=True):
-        del last
-        place[:] = _encode(codec, played, rng)
-    return Clips(latents, tuple(last for _, last in drawn))
+    for played, last in list(itertools.islice(_clips(rng, frames), count)):
+        yield {"latents": _encode(codec, played, rng), "captions": [to_text(last)]}
+
+
+def gather(made: Iterable[Mapping[str, Any]]) -> Clips:
+    """Returns the clips that `make_clips` yields, or that were kept."""
+    latents, scenes = [], []
+    for example in made:
+        latents.append(np.asarray(example["latents"], np.float16))
+        scenes.append(from_text(example["captions"][0]))
+    return Clips(np.stack(latents), tuple(scenes))
+
+
+def to_text(shown: Scene) -> str:
+    """Returns a scene as JSON: its captions are drawn anew for every batch."""
+    return json.dumps(dataclasses.asdict(shown))
+
+
+def from_text(text: str) -> Scene:
+    """Returns the scene of `to_text`."""
+    fields = json.loads(text)
+    second = fields.pop("second")
+    first = scene.Attributes(**fields.pop("first"))
+    return Scene(first, None if second is None else tuple(second), **fields)
 
 
 def _clips(rng, frames: int) -> Iterator[tuple[list[tuple[Scene, int]], Scene]]:

@@ -10,6 +10,8 @@ from anchor_jax.world.events import Scene
 
 BLOCK = 3
 BLOCKS = 5
+VERSION = 1
+"""Of what a seed makes; clips that were kept from another are made anew."""
 
 # Temporal RoPE positions of the five blocks of a causal window: the start of a
 # stream, its steady state, and the steady state with a junction (blocks 0 and 1 are

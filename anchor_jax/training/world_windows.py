@@ -6,10 +6,12 @@ again are under the prompt in force; the sink stays under its own.
 """
 
 import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
-from anchor_jax.training import world_data
+from anchor_jax.training import world_clips, world_data
 from anchor_jax.training.world_data import BLOCK, BLOCKS, JUNCTION, START, STEADY
 from anchor_jax.world import codec as codecs
 from anchor_jax.world import events, scene
@@ -18,6 +20,8 @@ from anchor_jax.world.events import Scene
 POSITIONS = (START, STEADY, JUNCTION)
 JUNCTION_LAYOUT = POSITIONS.index(JUNCTION)
 FRAMES = BLOCK * BLOCKS
+ARRAYS = {name: ((1,), "int64") for name in ("since", "layout")}
+"""What is kept of a window beside latents and scenes: shapes and types."""
 _SHORTEST, _LONGEST = 4, 8  # blocks of a segment: 4 outlast the local window
 _PIXELS = BLOCK * scene.PIXEL_FRAMES_PER_LATENT
 
@@ -43,13 +47,36 @@ class Windows:
 
 def sample_windows(codec, seed: int, count: int) -> Windows:
     """Returns windows of streams of training combinations."""
+    return gather(make_windows(codec, seed, count))
+
+
+def make_windows(codec, seed: int, count: int) -> Iterator[dict[str, Any]]:
+    """Yields what `sample_windows` returns, as `datasets.Clips` keeps it."""
     rng = np.random.default_rng((seed, 4))
-    rows = [_window(codec, rng, number % len(POSITIONS)) for number in range(count)]
-    latents, first, now, since = zip(*rows, strict=True)
-    layout = np.arange(count) % len(POSITIONS)
-    return Windows(
-        np.stack(latents).astype(np.float16), first, now, np.asarray(since), layout
-    )
+    for number in range(count):
+        layout = number % len(POSITIONS)
+        latents, *scenes, since = _window(codec, rng, layout)
+        yield {
+            "latents": latents,
+            "captions": [world_clips.to_text(one) for one in scenes],
+            "since": np.array([since]),
+            "layout": np.array([layout]),
+        }
+
+
+def gather(made: Iterable[Mapping[str, Any]]) -> Windows:
+    """Returns the windows that `make_windows` yields, or that were kept."""
+    rows = [
+        (
+            np.asarray(example["latents"], np.float16),
+            *map(world_clips.from_text, example["captions"]),
+            int(example["since"][0]),
+            int(example["layout"][0]),
+        )
+        for example in made
+    ]
+    latents, first, now, since, layout = zip(*rows, strict=True)
+    return Windows(np.stack(latents), first, now, np.asarray(since), np.asarray(layout))
 
 
 def _window(codec, rng, layout: int):

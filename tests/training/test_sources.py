@@ -1,6 +1,7 @@
 """Where batches come from; stored trajectories are in test_ode."""
 
 import dataclasses
+import functools
 import json
 
 import bundles
@@ -9,7 +10,7 @@ import pytest
 import shares
 
 from anchor_jax.errors import UserError
-from anchor_jax.training import sources
+from anchor_jax.training import sources, world_clips, world_windows
 from anchor_jax.training.build import (
     DistillationConfig,
     RegressionConfig,
@@ -76,6 +77,44 @@ def test_processes_share_a_batch(stage, kind, blocks, tmp_path):
     shares.assert_shared(
         lambda share: sources.open_source(config, model, tmp_path, share)(4)
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "blocks", "module", "make"),
+    [
+        ("world_clips", 2, world_clips, "make_clips"),
+        ("world_windows", 5, world_windows, "make_windows"),
+    ],
+)
+def test_a_world_is_made_once(kind, blocks, module, make, tmp_path, monkeypatch):
+    model = bundles.load()
+    section = RegressionConfig(blocks=blocks, text=True)
+
+    def draw(seed):
+        data = DataConfig(kind, size=9, seed=seed)
+        config = TrainConfig("regression", batch=4, regression=section, data=data)
+        return sources.open_source(config, model, tmp_path)(5)
+
+    first, other = draw(0), draw(1)
+    monkeypatch.setattr(module, make, lambda *given: pytest.fail("made again"))
+    again = draw(0)
+
+    for name, value in first.items():
+        np.testing.assert_array_equal(again[name], value)
+    assert (other["latents"] != first["latents"]).any()
+    assert len(list((tmp_path / "data").glob("clips-*"))) == 2
+
+
+def test_what_is_kept_of_a_world_is_what_was_made(tmp_path):
+    model, data = bundles.load(), DataConfig("world_windows", size=9)
+    codec = sources._codec(model)
+    made = functools.partial(world_windows.make_windows, seed=0, count=9)
+
+    kept = sources._kept(data, model, tmp_path, 15, made, world_windows.ARRAYS)
+
+    whole = world_windows.sample_windows(codec, 0, 9)
+    for name, value in vars(world_windows.gather(kept)).items():
+        assert np.array_equal(value, getattr(whole, name)), name
 
 
 def test_switches_need_prompts_that_change(tmp_path):
