@@ -38,6 +38,8 @@ from anchor_jax.wan.vae import VaeCodec, VaeConfig, WanVae
 from anchor_jax.world.codec import BLOCK_VALUES, LinearCodec
 
 FORMAT_VERSION = 1
+CRITIC = "critic"
+"""Of a training's checkpoint: where `meta` has the sizes of its critic."""
 RUN = "run.json"
 """File that marks the folder of a training."""
 TINY_TEXT = TextConfig(
@@ -261,9 +263,8 @@ class _Options:
 
     def item(self, present: Sequence[str]) -> str:
         """Returns the item of a checkpoint that holds the asked-for network."""
-        if self.network == "critic" and "fake_score" in present:
-            return "fake_score"
-        return "ema" if "ema" in present else "generator"
+        is_critic = self.network == "critic" and "fake_score" in present
+        return "fake_score" if is_critic else "generator"
 
     def encoder(self, text: TextConfig, tokenizer: Tokenizer, load) -> PromptEncoder:
         """Returns the encoder whose parameters `load` puts onto `text_mesh`."""
@@ -405,7 +406,10 @@ def _load_trained(folder: pathlib.Path, options: "_Options") -> Bundle:
     name = run_base(run_folder(folder))
     if not checkpoint.is_checkpoint(folder):
         raise UserError(_why_not(folder, name))
-    item = options.item(checkpoint.items(folder))
+    present = checkpoint.items(folder)
+    item = options.item(present)
+    if item == "generator" and "ema" in present:
+        item = "ema"
     stored = checkpoint.shapes(folder, item)
     if item == "fake_score" and "lora" in stored:
         raise UserError(
@@ -419,7 +423,10 @@ def _load_trained(folder: pathlib.Path, options: "_Options") -> Bundle:
     if "lora" in stored:
         # A training goes on with the updates that it finds: they hold these.
         given["lora"] = "none"
-    base = _with_variables(folder, item, stored, load_bundle(name, **given), options)
+    base = load_bundle(name, **given)
+    if item == "fake_score":
+        base = dataclasses.replace(base, model=_critic_model(folder, base.model))
+    base = _with_variables(folder, item, stored, base, options)
     if "text" not in stored:
         return base
 
@@ -428,6 +435,20 @@ def _load_trained(folder: pathlib.Path, options: "_Options") -> Bundle:
 
     encoder = options.encoder(base.text, base.tokenizer, load_text)
     return dataclasses.replace(base, encode_prompts=encoder)
+
+
+def _critic_model(folder: pathlib.Path, generator: ModelConfig) -> ModelConfig:
+    """Returns the sizes of a distillation's critic, which may be those of a teacher."""
+    from anchor_jax import checkpoint
+
+    sizes = checkpoint.read_meta(folder).get(CRITIC, {})
+    types = {name: getattr(generator, name) for name in ("dtype", "param_dtype")}
+    with _blaming(folder):
+        whole = dataclasses.asdict(generator) | dict(sizes) | types
+        model = from_config(ModelConfig, whole, f"meta.{CRITIC}")
+        for field, value in dataclasses.asdict(model).items():
+            _check_size(f"meta.{CRITIC}.{field}", field, value)
+    return model
 
 
 def _why_not(folder: pathlib.Path, base: str) -> str:
@@ -593,7 +614,9 @@ def _load_ported(folder: pathlib.Path, options: _Options) -> Bundle:
         load_variables=lambda: _load_network(folder, network, expected, options),
         load_codec=lambda: load("vae", sharding.VAE, options.mesh),
         metadata=meta,
-        digest=ported.digest,
+        digest=ported.digest
+        if network == "generator"
+        else _digest(f"{network} {ported.digest}".encode()),
     )
 
 

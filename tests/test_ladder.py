@@ -22,6 +22,7 @@ printf '%s\\n' "$(IFS=$'\\t'; echo "$*")" >> "$STAND_IN_LOG"
 for flag in "$@"; do
   case $flag in --out=*) out="${flag#--out=}" ;; esac
 done
+[[ -n "${STAND_IN_STOPS-}" && "$*" == *"$STAND_IN_STOPS"* ]] && exit 130
 case $1 in
   score) cp "$STAND_IN_SCORES/$(basename "$out")" "$out" ;;
   export) mkdir "$out" && touch "$out/model.safetensors" ;;
@@ -61,11 +62,11 @@ def ladder(tmp_path, scores):
         "STAND_IN_SCORES": str(scores),
     }
 
-    def climb():
+    def climb(**more):
         log.write_text("")
         script = [ROOT / "launch" / "tiny_ladder.sh", tmp_path / "out"]
         done = subprocess.run(
-            script, env=environment, cwd=tmp_path, capture_output=True, text=True
+            script, env=environment | more, cwd=tmp_path, capture_output=True, text=True
         )
         lines = log.read_text().splitlines()
         return done, [line.split("\t") for line in lines]
@@ -124,6 +125,12 @@ def test_a_stage_that_is_there_as_a_bundle_is_not_trained(ladder, tmp_path):
     assert len(trainings(commands)) == len(STAGES) - 3
     causal = trainings(commands)[0]
     assert f"--config.weights={tmp_path / 'out' / 'teacher'}" in causal
+
+
+def test_a_training_that_was_stopped_ends_it(ladder):
+    done, commands = ladder(STAND_IN_STOPS="out/causal")
+    assert done.returncode == 130
+    assert commands[-1][0] == "train" and "causal" in commands[-1][1]
 
 
 def test_a_teacher_below_the_gate_is_not_distilled(ladder, scores):

@@ -18,13 +18,14 @@ anchor-jax sample --config=configs/tiny.py --config.weights=runs/dmd/400
 tensorboard --logdir runs
 
 The same command goes on where a run was ended, bit for bit; Ctrl-C or SIGTERM ends it
-with a checkpoint. Where to look: OUT/log.jsonl has a line of numbers every
---config.log_every steps, OUT/events the same for TensorBoard (pip install tensorboard
-tensorboardX), OUT/samples a video and a sheet of frames every --config.sample_every
-steps; --config.samples.* says what they show. OUT/400 is the checkpoint of step 400:
-the last --config.keep stay, and the --config.keep_best lowest in --config.best_of.
---dry_run tells sizes and hours, leaves no files, and times a few steps if the folder
-has no log; what a step needs on chips that are not here: anchor-jax plan --help."""
+with a checkpoint, and status 130. Where to look: OUT/log.jsonl has a line of numbers
+every --config.log_every steps, OUT/events the same for TensorBoard (pip install
+tensorboard tensorboardX), OUT/samples a video and a sheet of frames every
+--config.sample_every steps; --config.samples.* says what they show. OUT/400 is the
+checkpoint of step 400: the last --config.keep stay, and the --config.keep_best lowest
+in --config.best_of. --dry_run tells sizes and hours, leaves no files, and times a few
+steps if the folder has no log; what a step needs on chips that are not here:
+anchor-jax plan --help."""
 
 FLAGS = flags.FLAGS
 

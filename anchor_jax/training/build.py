@@ -405,7 +405,7 @@ def make_distill(config, bundle, teacher, critic, on: Arrays) -> Distill:
     tables = ReleaseTables(shift=section.shift) if is_release else Tables()
     with _naming("config.distillation"):
         policy = _policy(config)
-        _check_length(policy, section.length)
+        _check_length(policy, section)
         setup = StreamSetup(
             model=_model(config, bundle.model),
             grid=bundle.grid,
@@ -431,13 +431,14 @@ def make_distill(config, bundle, teacher, critic, on: Arrays) -> Distill:
         )
 
 
-def _check_length(policy: Policy, length: int) -> None:
+def _check_length(policy: Policy, section: DistillationConfig) -> None:
     """Raises unless a sequence can be made without an end or a restart in it."""
     most = policy.limit if policy.restart is None else policy.restart.every
-    if most is not None and length > most:
+    if most is not None and section.length > most:
         raise ValueError(
-            f"length={length}: the policy ends or restarts after {most} latent frames;"
-            f" choose length={most}, or another policy, such as longlive"
+            f"frames={section.frames}, length={section.length}: the policy ends or"
+            f" restarts after {most} latent frames; choose at most as many for both, or"
+            " another policy, such as longlive"
         )
 
 

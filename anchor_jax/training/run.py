@@ -33,7 +33,7 @@ _CONFIG, _INPUTS = "config.json", "inputs.json"
 # What may change from one start of a run to the next.
 _FREE = (
     *("save_every", "keep", "keep_best", "best_of", "log_every", "sample_every"),
-    *("samples", "mesh", "out"),
+    *("samples", "mesh", "remat", "out", "data.cache"),
 )
 _TOLD = ("optimizer", "critic_optimizer")
 _BEST = {
@@ -100,27 +100,8 @@ class Job:
             f" weights {_gigabytes(self.prepared.stage.frozen):.2f} GB, and"
             " activations",
             f"sample videos: {self._shown()}",
-            *self._left_out(),
         ]
         return "\n".join(lines)
-
-    def _left_out(self) -> list[str]:
-        """Warns of chunks of sequences that the generator does not learn from."""
-        stage = self.prepared.stage
-        if not isinstance(stage, DistillStage):
-            return []
-        plan = stage.stage.plan
-        visited = plan.visited(stage.every)
-        others = [one.start for one in plan.pieces(None) if one.start not in visited]
-        if not others:
-            return []
-        return [
-            "warning: the generator is updated on the chunks from frames"
-            f" {', '.join(map(str, visited))} only, never on those from"
-            f" {', '.join(map(str, others))}; choose a distillation.length with a"
-            " number of chunks that has no divisor in common with"
-            f" distillation.every + 1 = {stage.every + 1}"
-        ]
 
     def _frames(self) -> str:
         """Says how long videos are."""
@@ -238,11 +219,32 @@ def open_job(
     bundles.write_run(folder, base)
     write_config(config, folder)
     write_json(folder / _INPUTS, read)
+    _warn_of_chunks(prepared.stage, tell)
     meta = {"training": _json(config)}
+    if config.stage == "distillation":
+        sizes = dataclasses.asdict((critic or teacher).model)
+        meta[bundles.CRITIC] = json.loads(json.dumps(sizes))
     checkpoints = Checkpoints(
         folder, meta, config.keep, tell, config.keep_best, config.best_of
     )
     return Job(config, folder, prepared, checkpoints, tell, sampler)
+
+
+def _warn_of_chunks(stage, tell: Callable[[str], None]) -> None:
+    """Tells of chunks of sequences that the generator does not learn from."""
+    if not isinstance(stage, DistillStage):
+        return
+    plan = stage.stage.plan
+    visited = plan.visited(stage.every)
+    others = [one.start for one in plan.pieces(None) if one.start not in visited]
+    if others:
+        tell(
+            "warning: the generator is updated on the chunks from frames"
+            f" {', '.join(map(str, visited))} only, never on those from"
+            f" {', '.join(map(str, others))}; choose a distillation.length with a"
+            " number of chunks that has no divisor in common with"
+            f" distillation.every + 1 = {stage.every + 1}"
+        )
 
 
 def dry_run(config: TrainConfig, tell: Callable[[str], None]) -> None:
@@ -439,7 +441,7 @@ def _changed(
             found |= {
                 f"{name}.{inner}": (old[inner], value[inner])
                 for inner in value
-                if old[inner] != value[inner]
+                if old[inner] != value[inner] and f"{name}.{inner}" not in _FREE
             }
         else:
             found[name] = old, value

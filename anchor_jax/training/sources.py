@@ -261,12 +261,7 @@ def _world_clips(data, bundle, share: Share, section, folder) -> Batches:
 
     clips = world_clips.gather(_kept(data, bundle, folder, frames, make))
     draw = world_clips.ClipBatches(
-        clips,
-        bundle.tokenizer,
-        share.size,
-        frames,
-        data.seed,
-        data.dropout,
+        clips, bundle.tokenizer, share.size, frames, data.seed, data.dropout
     )
     return _ready(lambda number: share.of(draw(number)), bundle, section)
 
@@ -285,11 +280,7 @@ def _world_windows(data, bundle, share: Share, section, folder) -> Batches:
     kept = _kept(data, bundle, folder, frames, make, world_windows.ARRAYS)
     windows = world_windows.gather(kept)
     draw = world_windows.WindowBatches(
-        windows,
-        bundle.tokenizer,
-        share.size,
-        data.seed,
-        data.dropout,
+        windows, bundle.tokenizer, share.size, data.seed, data.dropout
     )
     return _ready(lambda number: share.of(draw(number)), bundle, section)
 

@@ -69,7 +69,9 @@ def sample_clips(codec, seed: int, count: int, frames: int) -> Clips:
 def make_clips(codec, seed: int, count: int, frames: int) -> Iterator[dict[str, Any]]:
     """Yields what `sample_clips` returns, as `datasets.Clips` keeps it."""
     rng = np.random.default_rng((seed, 3))
-    for played, last in list(itertools.islice(_clips(rng, frames), count)):
+    # All are drawn before one is encoded, which draws from the same generator.
+    drawn = list(itertools.islice(_clips(rng, frames), count))
+    for played, last in drawn:
         yield {"latents": _encode(codec, played, rng), "captions": [to_text(last)]}
 
 

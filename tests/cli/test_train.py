@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import types
@@ -12,6 +13,7 @@ import bundles
 import jax
 import numpy as np
 import pytest
+import tiny
 
 from anchor_jax import checkpoint
 from anchor_jax.bundle import load_bundle, write_run
@@ -22,6 +24,7 @@ from anchor_jax.media import write_json
 from anchor_jax.training import run, sources
 from anchor_jax.training.build import LoraConfig, RegressionConfig, TrainConfig
 from anchor_jax.training.programs import RegressionStage
+from anchor_jax.wan import dit
 
 
 @pytest.fixture(scope="module")
@@ -169,8 +172,14 @@ def distilled(weights, tmp_path_factory):
     """A self-forcing run whose critic has learned, and its config."""
     folder = tmp_path_factory.mktemp("distilled")
     (folder / "prompts.txt").write_text(f"{bundles.RED}\n{bundles.BLUE}\n")
+    # The critic begins as the teacher, which has another layer.
+    deeper = dataclasses.replace(tiny.MODEL, num_layers=tiny.MODEL.num_layers + 1)
+    generator = dit.init_params(deeper, jax.random.key(3))
+    tree = {**bundles.params(), "generator": jax.tree.map(np.asarray, generator)}
+    bundles.save(folder / "teacher", tree, model=deeper)
     fields = {
-        **dict.fromkeys(("weights", "teacher"), weights),
+        "weights": weights,
+        "teacher": folder / "teacher",
         "out": folder / "run",
         "data.kind": "prompts",
         "data.path": folder / "prompts.txt",
@@ -194,13 +203,26 @@ def test_a_critic_goes_on_from_the_stage_before(distilled, weights, tmp_path):
 
     began = job.prepared.state.fake_score["params"]
     jax.tree.map(np.testing.assert_array_equal, began, stored)
-    before = load_bundle(str(weights)).variables["params"]
-    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), began, before)
+    teacher = load_bundle(config.teacher).variables["params"]
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), began, teacher)
     assert any(jax.tree.leaves(moved))
+    # Without being asked for, and where there is none, it is the generator.
+    mean = checkpoint.restore(folder, "ema")["params"]
     generator = load_bundle(str(folder)).variables["params"]
+    jax.tree.map(np.testing.assert_array_equal, generator, mean)
     read = load_bundle(str(weights), network="critic").variables["params"]
-    jax.tree.map(np.testing.assert_array_equal, read, before)
-    assert jax.tree.map(np.shape, generator) == jax.tree.map(np.shape, began)
+    given = load_bundle(str(weights)).variables["params"]
+    jax.tree.map(np.testing.assert_array_equal, read, given)
+
+
+def test_sizes_of_a_critic_that_make_no_sense_are_refused(distilled, tmp_path):
+    shutil.copytree(distilled[0], tmp_path / "run")
+    path = tmp_path / "run" / "1" / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    for wrong in ("big", {"num_layers": 10**6}, {"rope_theta": -1.0}):
+        path.write_text(json.dumps({**meta, "critic": wrong}))
+        with pytest.raises(UserError, match="run"):
+            load_bundle(str(tmp_path / "run"), network="critic")
 
 
 def test_weights_that_are_not_there_are_named_by_their_field(weights, capsys):

@@ -145,6 +145,17 @@ def test_a_process_that_is_asked_to_stop_ends_after_the_clips_under_way(
     assert sorted(states(tmp_path)) == [0, 1]
 
 
+def test_a_stopped_command_has_the_status_of_an_interrupt(
+    tmp_path, monkeypatch, capsys
+):
+    bundles.save(tmp_path / "weights")
+    monkeypatch.setattr(ode, "write", lambda *given: (1, 2))
+    command = ["trajectories", f"--config.weights={tmp_path / 'weights'}"]
+
+    assert main(command) == 130
+    assert "stopped; 2 are missing" in capsys.readouterr().out
+
+
 def regression(folder, **changes):
     section = RegressionConfig(forcing="noise", endpoints=True, block=3, blocks=2)
     data = DataConfig("trajectories", path=str(folder))

@@ -16,7 +16,8 @@ import tiny
 from anchor_jax import sharding
 from anchor_jax.config import load_config
 from anchor_jax.errors import UserError
-from anchor_jax.training import build, distill
+from anchor_jax.training import build, distill, sources
+from anchor_jax.training import run as run_command
 from anchor_jax.training.build import (
     DistillationConfig,
     LoraConfig,
@@ -27,7 +28,7 @@ from anchor_jax.training.checkpoints import Checkpoints
 from anchor_jax.training.loop import Loop, train
 from anchor_jax.training.monitor import Monitor
 from anchor_jax.training.programs import Cursor
-from anchor_jax.training.run import Job, read_config
+from anchor_jax.training.run import read_config
 from anchor_jax.training.schedule import Plan
 from anchor_jax.training.state import (
     Ema,
@@ -185,9 +186,7 @@ def test_the_generator_moves_every_few_steps_of_the_critic(monkeypatch):
     watched = []
     for step in range(3):
         state, cursor, watch = stage.advance(state, cursor, step)
-        states.append(
-            jax.device_get((state.generator, state.fake_score, state.updates))
-        )
+        states.append(networks(state))
         watched.append(watch)
 
     def moves(network):
@@ -240,18 +239,30 @@ def test_blocks_are_given_the_gradient_of_their_own_frames(start, switch, monkey
         np.testing.assert_array_equal(given[name], expected)
 
 
-def test_chunks_that_the_generator_never_learns_from_are_told(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("every", "is_told"), [(2, True), (1, False)])
+def test_chunks_that_the_generator_never_learns_from_are_told(
+    every, is_told, tmp_path, monkeypatch
+):
     on_one_device(monkeypatch)
-    section = dataclasses.replace(DISTILL.distillation, every=2, length=12)
-    config = dataclasses.replace(DISTILL, distillation=section)
-    missed = Job(config, tmp_path, make(config), None, print).plan()
-    section = dataclasses.replace(section, every=1)
-    config = dataclasses.replace(DISTILL, distillation=section)
-    all_seen = Job(config, tmp_path, make(config), None, print).plan()
+    monkeypatch.setattr(sources, "open_source", lambda *given: embeddings)
+    weights, told = tmp_path / "weights", []
+    bundles.save(weights)
+    section = dataclasses.replace(DISTILL.distillation, every=every)
+    config = dataclasses.replace(
+        DISTILL,
+        **dict.fromkeys(("weights", "teacher"), str(weights)),
+        distillation=section,
+        out=str(tmp_path / "run"),
+        sample_every=0,
+    )
+    run_command.open_job(config, told.append).checkpoints.close()
 
-    assert "on the chunks from frames 0 only, never on those from 6, 9" in missed
-    assert "distillation.every + 1 = 3" in missed
-    assert "warning" not in all_seen
+    if not is_told:
+        assert not told
+        return
+    (line,) = told
+    assert "on the chunks from frames 0 only, never on those from 6, 9" in line
+    assert "distillation.every + 1 = 3" in line
 
 
 @pytest.mark.parametrize("name", ["train_dmd", "train_streaming"])
@@ -564,11 +575,11 @@ def test_what_was_logged_beyond_the_checkpoint_is_logged_once(tmp_path):
         ({"mesh": (3, 1, 1, 1)}, "config.mesh"),
         (
             {"distillation": DistillationConfig("self_forcing", length=39)},
-            "config.distillation: length=39: the policy ends or restarts after 21",
+            "frames=21, length=39: the policy ends or restarts after 21 latent",
         ),
         (
             {"distillation": DistillationConfig("causvid", length=39)},
-            "config.distillation: length=39: the policy ends or restarts after 21",
+            "frames=21, length=39: the policy ends or restarts after 21 latent",
         ),
         (
             {"stage": "regression", "regression": RegressionConfig(window=12)},
