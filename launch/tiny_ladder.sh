@@ -2,8 +2,8 @@
 # The training ladder on the tiny world: every stage in order, from nothing to a
 # generator that streams in four steps, with the scores of each.
 #
-#   launch/tiny_ladder.sh [FOLDER]   default runs/ladder; 4 hours of training on one
-#                                    core, and about an hour of scores
+#   launch/tiny_ladder.sh [FOLDER]   default runs/ladder; 3 hours of training on two
+#                                    cores (5 CPU-hours), and half an hour of scores
 #
 # The same command goes on where it was ended. A stage that lies in FOLDER as a bundle
 # is not trained: with launch/ladder/teacher copied to FOLDER/teacher the ladder begins
