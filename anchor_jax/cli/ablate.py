@@ -13,11 +13,12 @@ SUMMARY = "Swap parts of the method, or train without them, and compare."
 USAGE = """\
 anchor-jax ablate --config=configs/tiny.py --out=runs/swaps
 anchor-jax ablate --config=configs/tiny.py --part=trained --out=runs/arms \\
-    --config.weights=launch/ablation/start --teacher=launch/ablation/teacher --steps=400
+    --config.weights=launch/ladder/dmd --teacher=launch/ladder/teacher --steps=700
 anchor-jax ablate --config=configs/tiny.py --scripts=10 --starts=1
 swaps: one generator, streamed with other RoPE rules and switch actions. trained: arms
 that begin as the same generator, one that no arm's memory was tuned on, and are tuned
-alike, but for what they remember. Arms: baseline (absolute RoPE, re-cache), bounded,
+alike, but for what they remember; processes may share them by --arms, without it the
+same command then makes the table. Arms: baseline (absolute RoPE, re-cache), bounded,
 tri_region, flush, anchors, both (the method); trained: baseline, tri_region, both.
 The same command goes on where it was ended; the table is written beside the numbers."""
 
@@ -132,10 +133,10 @@ def _measure_trained(ablation, folder: pathlib.Path, name: str, start: int):
     print(f"{name}, start {start}: trains in {place}")
     reached = run.open_job(run.read_config(chosen), tell=print).run()
     if reached < chosen.steps:
-        raise UserError(
-            f"{place}: ended at step {reached} of {chosen.steps}; the same command goes"
-            " on from there"
-        )
+        print(f"{place}: stopped at step {reached} of {chosen.steps}")
+        print("the same command goes on from there")
+        # As `train` ends then, so that a script does not go on without the table.
+        raise KeyboardInterrupt
     config = FLAGS.config.copy_and_resolve_references()
     config.weights = str(place)
     return _measure(ablation, folder / "trained", name, start, config)

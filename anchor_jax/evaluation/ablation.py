@@ -168,7 +168,8 @@ def summarize(arms: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> di
 
     A script's streams from several starts are first averaged, so that `n` counts
     scripts, and the intervals (normal, 95 %) are over scripts. Differences are of the
-    same scripts.
+    same scripts. `by_start` has each start's own mean: how far starts (of trained arms,
+    trainings) are apart is not in the intervals.
 
     Args:
       arms: name -> start -> script -> metrics.
@@ -183,6 +184,7 @@ def summarize(arms: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> di
         result[name] = {"starts": len(arms[name])}
         for metric, values in metrics.items():
             cell = {"value": _mean(list(values.values()))}
+            cell["by_start"] = [_over_scripts(one, metric) for one in arms[name]]
             if base is not None and name != BASELINE:
                 shared = values.keys() & base[metric]
                 rises = [values[row] - base[metric][row] for row in sorted(shared)]
@@ -200,6 +202,11 @@ def _by_script(starts, metric: str) -> dict[int, float]:
     return {row: float(np.mean(values)) for row, values in rows.items()}
 
 
+def _over_scripts(streams: Sequence[Mapping[str, float]], metric: str) -> float | None:
+    values = [one[metric] for one in streams if metric in one]
+    return float(np.mean(values)) if values else None
+
+
 def _mean(values: Sequence[float]) -> dict | None:
     return event_scores.mean(values) if values else None
 
@@ -207,21 +214,33 @@ def _mean(values: Sequence[float]) -> dict | None:
 def table(summary: Mapping[str, Any], arms: Mapping[str, Arm] = ARMS) -> str:
     """Returns the arms as a Markdown table, beside the paper's numbers.
 
-    Each cell has its mean, half its 95 % interval, and n.
+    Each cell has its mean, half its 95 % interval, and n; the last table, the mean of
+    each start.
     """
-    head = ["", *METRICS.values(), "paper: dynamic degree", "paper: CLIP"]
-    lines = [_row(head), _row(["---"] * len(head))]
+    lines = _head("paper: dynamic degree", "paper: CLIP")
     for name, metrics in summary.items():
         cells = [_cell(metrics[metric]["value"]) for metric in METRICS]
         paper = ["-" if x is None else f"{x:g}" for x in arms[name].paper]
         lines.append(_row([arms[name].about, *cells, *paper]))
-    lines += ["", "Differences to the baseline, on the same scripts:", ""]
-    lines += [_row(["", *METRICS.values()]), _row(["---"] * (len(METRICS) + 1))]
+    lines += ["", "Differences to the baseline, on the same scripts:", "", *_head()]
     for name, metrics in summary.items():
         if name != BASELINE and "difference" in metrics["all"]:
             cells = [_cell(metrics[metric]["difference"], "+") for metric in METRICS]
             lines.append(_row([arms[name].about, *cells]))
+    lines += ["", "Each start by itself:", "", *_head()]
+    for name, metrics in summary.items():
+        cells = [_starts(metrics[metric]["by_start"]) for metric in METRICS]
+        lines.append(_row([arms[name].about, *cells]))
     return "\n".join(lines)
+
+
+def _head(*more: str) -> list[str]:
+    names = ["", *METRICS.values(), *more]
+    return [_row(names), _row(["---"] * len(names))]
+
+
+def _starts(values: Sequence[float | None]) -> str:
+    return ", ".join("-" if value is None else f"{value:.2f}" for value in values)
 
 
 def _row(cells: Sequence[str]) -> str:

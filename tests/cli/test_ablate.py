@@ -58,7 +58,7 @@ def test_a_training_that_was_stopped_is_not_measured(
     stopped = types.SimpleNamespace(run=lambda: 3)
     monkeypatch.setattr(run, "open_job", lambda config, tell: stopped)
 
-    assert ablate(tmp_path, "--arms=both") == 2
+    assert ablate(tmp_path, "--arms=both") == 130
 
-    assert "ended at step 3 of 7" in capsys.readouterr().err
+    assert "stopped at step 3 of 7" in capsys.readouterr().out
     assert not list(tmp_path.glob("arms/**/*.json"))

@@ -64,6 +64,16 @@ def test_a_script_counts_once_however_many_starts():
     assert "+0.50 ± 0.00 (n=2)" in text
 
 
+def test_each_start_has_a_mean_of_its_own():
+    starts = [[{"speed": 1.0}, {"speed": 2.0}], [{"speed": 3.0}, {}], [{}, {}]]
+
+    found = ablation.summarize({"baseline": starts})
+
+    assert found["baseline"]["speed"]["by_start"] == [1.5, 3.0, None]
+    last = ablation.table(found).splitlines()[-1]
+    assert last.startswith("| absolute RoPE, re-cache | 1.50, 3.00, - |")
+
+
 def test_what_is_measured_is_kept_and_damage_is_measured_again(tmp_path):
     calls = []
 
