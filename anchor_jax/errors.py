@@ -12,6 +12,14 @@ class UserError(ValueError):
     """
 
 
+class Stopped(KeyboardInterrupt):
+    """Long work that was asked to stop, and did where it can go on.
+
+    A command has an interrupt's status then, so that a script does not go on with what
+    is half done.
+    """
+
+
 def suggest(name: str, known: Iterable[str], kind: str) -> str:
     """Returns the end of a message about an unknown name: the nearest, and all."""
     known = list(known)

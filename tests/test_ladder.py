@@ -149,3 +149,18 @@ def test_its_table_is_the_readmes(ladder, tmp_path):
     rows = (tmp_path / "out" / "results.md").read_text().split("\n\n")[0]
     assert rows.startswith("|  | causal teacher")
     assert rows in (ROOT / "README.md").read_text()
+
+
+def test_the_shipped_scores_are_the_readmes():
+    sets = ("switch_960", "switch_480_seed11", "switch_960_seed12")
+    readme = (ROOT / "README.md").read_text().splitlines()
+    after = [
+        json.loads((SCORES / "streaming" / f"{name}.json").read_text())["after_switch"]
+        for name in sets
+    ]
+    for metric, row in (("shape", "shape"), ("shape_iou", "shape, IoU > 0.7")):
+        cells = [
+            "{rate:.3f} [{low:.3f}, {high:.3f}]".format(**one[metric]) for one in after
+        ]
+        (line,) = [one for one in readme if one.startswith(f"| {row} | {cells[0]}")]
+        assert [cell.split(" (")[0].strip() for cell in line.split("|")[2:5]] == cells

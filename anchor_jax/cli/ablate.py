@@ -7,7 +7,7 @@ from absl import flags
 
 from anchor_jax.cli import sample
 from anchor_jax.config import define_config_flag, load_config
-from anchor_jax.errors import UserError
+from anchor_jax.errors import Stopped, UserError
 
 SUMMARY = "Swap parts of the method, or train without them, and compare."
 USAGE = """\
@@ -53,6 +53,7 @@ def main(argv) -> None:
 
     Raises:
       UserError: The config is wrong, or an arm is unknown.
+      Stopped: A training was asked to.
     """
     del argv
     sample.enable_compilation_cache()
@@ -133,10 +134,10 @@ def _measure_trained(ablation, folder: pathlib.Path, name: str, start: int):
     print(f"{name}, start {start}: trains in {place}")
     reached = run.open_job(run.read_config(chosen), tell=print).run()
     if reached < chosen.steps:
-        print(f"{place}: stopped at step {reached} of {chosen.steps}")
-        print("the same command goes on from there")
-        # As `train` ends then, so that a script does not go on without the table.
-        raise KeyboardInterrupt
+        raise Stopped(
+            f"{place}: stopped at step {reached} of {chosen.steps}; the same command"
+            " goes on"
+        )
     config = FLAGS.config.copy_and_resolve_references()
     config.weights = str(place)
     return _measure(ablation, folder / "trained", name, start, config)

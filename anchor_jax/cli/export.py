@@ -57,6 +57,11 @@ def main(argv) -> None:
         from anchor_jax import bundle
         from anchor_jax.porting.port import check_free
 
+        if FLAGS.item not in (None, export.default_item(FLAGS.weights)):
+            raise UserError(
+                f"--item={FLAGS.item}: layout=bundle holds what streams; leave it out,"
+                " or choose --layout=generator"
+            )
         check_free(FLAGS.out)
         loaded = bundle.load_bundle(FLAGS.weights, lora="merged")
         bundle.save_loaded(loaded, FLAGS.out)

@@ -57,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         extra = f"pip install '.[{_EXTRAS[package]}]'"
         print(f"error: this needs the package {package}: {extra}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(str(error) or "interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # Python would write again at exit, to a reader that has gone.

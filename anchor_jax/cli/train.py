@@ -5,6 +5,7 @@ import shlex
 from absl import flags
 
 from anchor_jax.config import define_config_flag
+from anchor_jax.errors import Stopped
 
 SUMMARY = "Train a stage: teacher, causal initialisation, distillation, long tuning."
 USAGE = """\
@@ -36,12 +37,13 @@ def define_flags() -> None:
     flags.DEFINE_bool("dry_run", False, "Print the plan, and train nothing.")
 
 
-def main(argv) -> int:
-    """Runs the command, and returns 130 if the training was stopped before its end.
+def main(argv) -> None:
+    """Runs the command.
 
     Raises:
       UserError: The config is wrong, the folder holds another run, or a loss was not
         finite.
+      Stopped: It was asked to, before its end.
     """
     del argv
     from anchor_jax.cli import allocator, sample
@@ -53,16 +55,19 @@ def main(argv) -> int:
     config = run.read_config(FLAGS.config)
     if FLAGS.dry_run:
         run.dry_run(config, tell=print)
-        return 0
+        return
     job = run.open_job(config, tell=print)
     print(job.plan())
     step = job.run()
-    _report(job, step)
-    # As after any interrupt, so that a script does not go on with what is half trained.
-    return 130 if step < config.steps else 0
+    _report(job)
+    if step < config.steps:
+        raise Stopped(
+            f"stopped at step {step} of {config.steps}; the same command goes on"
+        )
+    print(f"done; sample with: {_sampling(job)}")
 
 
-def _report(job, step: int) -> None:
+def _report(job) -> None:
     """Prints where things are."""
     out = job.config.out
     from anchor_jax.training.monitor import EVENTS, LOG
@@ -72,10 +77,6 @@ def _report(job, step: int) -> None:
         print(f"curves: tensorboard --logdir {out} (pip install tensorboard)")
     if job.sampler is not None and job.sampler.folder.is_dir():
         print(f"sample videos: {job.sampler.folder}")
-    if step < job.config.steps:
-        print(f"stopped at step {step} of {job.config.steps}; the same command goes on")
-    else:
-        print(f"done; sample with: {_sampling(job)}")
 
 
 def _sampling(job) -> str:

@@ -3,6 +3,7 @@
 from absl import flags
 
 from anchor_jax.config import define_config_flag
+from anchor_jax.errors import Stopped
 
 SUMMARY = "Write a teacher's trajectories, which a causal generator then regresses."
 USAGE = """\
@@ -28,11 +29,12 @@ def define_flags() -> None:
     )
 
 
-def main(argv) -> int:
-    """Runs the command, and returns 130 if it was stopped before its end.
+def main(argv) -> None:
+    """Runs the command.
 
     Raises:
       UserError: The config is wrong, or the folder holds other trajectories.
+      Stopped: It was asked to, before its end.
     """
     del argv
     from anchor_jax.cli import sample
@@ -52,5 +54,4 @@ def main(argv) -> int:
     count, missing = ode.write(config, bundle, process, processes)
     print(f"{count} trajectories written to {config.out}")
     if missing:
-        print(f"stopped; {missing} are missing, and the same command goes on")
-    return 130 if missing else 0
+        raise Stopped(f"stopped; {missing} are missing, and the same command goes on")

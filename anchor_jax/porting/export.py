@@ -91,7 +91,7 @@ def export(
     checkpoint.shapes(line[0], item)
     meta = _meta(line[-1], layout)
     job = _Job(line, layout, meta, progress, shard_bytes)
-    job.check()
+    job.check(item)
     with _folder(pathlib.Path(out).expanduser().resolve()) as folder:
         job.transformer(folder, item, merged=lora == "merged")
         if layout != "generator":
@@ -185,9 +185,9 @@ class _Job:
     def style(self) -> str:
         return "diffusers" if self.layout == "diffusers" else "wan"
 
-    def check(self) -> None:
+    def check(self, item: str) -> None:
         """Raises unless the manifest says all that is written beside the tensors."""
-        needed = {"generator": self._transformer_config}
+        needed = {"generator": functools.partial(self._transformer_config, item)}
         if self.layout == "diffusers":
             needed |= {"text_encoder": self._text_config, "vae": self._vae_config}
         if self.layout == "generator":
@@ -223,7 +223,7 @@ class _Job:
             place = folder / "transformer"
         self._write(place, stem, tensors, base)
         if self.layout != "generator":
-            _write_json(place / "config.json", self._transformer_config())
+            _write_json(place / "config.json", self._transformer_config(item))
         if adapters and not merged:
             self._adapters(folder, adapters, _below("lora", read))
 
@@ -359,8 +359,11 @@ class _Job:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             _write_json(folder / f"{stem}.safetensors.index.json", index)
 
-    def _transformer_config(self) -> dict[str, Any]:
+    def _transformer_config(self, item: str) -> dict[str, Any]:
         model = self.meta["model"]
+        if item == "fake_score":
+            own = checkpoint.read_meta(self.line[0]).get(bundle.CRITIC, {})
+            model = {**model, **own}
         shared = {name: model[name] for name in ("eps", "ffn_dim", "freq_dim")}
         shared["num_layers"] = model["num_layers"]
         channels = model["latent_channels"]

@@ -13,7 +13,6 @@ import json
 import os
 import pathlib
 import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -233,12 +232,12 @@ def prepare(
     """
     root = pathlib.Path(folder)
     root.mkdir(parents=True, exist_ok=True)
-    building = root / f".building-{uuid.uuid4().hex}"
-    builder = kind(data_dir=building, **arguments)
-    name = f"{builder.name}-{cache_key(builder)}"
+    make = functools.partial(kind, **arguments)
+    key = make(data_dir=root)
+    name = f"{key.name}-{cache_key(key)}"
     with _locked(root / f".{name}.lock"):
         if not (root / name / _READY).is_file():
-            _build(builder, building, root / name)
+            _build(make, root / f".{name}.part", root / name)
     return open_dataset(root / name)
 
 
@@ -265,9 +264,13 @@ def cache_key(builder: _Builder) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _build(builder: _Builder, building: pathlib.Path, target: pathlib.Path) -> None:
-    """Builds aside, then renames; what was left half-built is removed."""
+def _build(
+    make: Callable[..., _Builder], building: pathlib.Path, target: pathlib.Path
+) -> None:
+    """Builds aside, then renames; what a killed process left half-built is removed."""
     shutil.rmtree(target, ignore_errors=True)
+    shutil.rmtree(building, ignore_errors=True)
+    builder = make(data_dir=building)
     try:
         tfds.disable_progress_bar()
         # It tells of downloads, of which there are none.

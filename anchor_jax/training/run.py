@@ -19,7 +19,14 @@ from anchor_jax.config import from_config
 from anchor_jax.errors import UserError, naming, suggest
 from anchor_jax.experiment import parse_size
 from anchor_jax.media import write_json
-from anchor_jax.training import build, fresh, placement, samples, sources
+from anchor_jax.training import (
+    build,
+    fresh,
+    placement,
+    samples,
+    sources,
+    world_data,
+)
 from anchor_jax.training.build import Prepared, TrainConfig
 from anchor_jax.training.checkpoints import Checkpoints
 from anchor_jax.training.loop import Loop, train
@@ -403,6 +410,8 @@ def inputs(config: TrainConfig, generator: Bundle, teacher, critic) -> dict[str,
         found["teacher"] = teacher.digest
     if config.lora.rank:
         found["critic"] = (critic or teacher or generator).digest
+    if config.data.kind.startswith("world_"):
+        found["data.kind"] = world_data.VERSION
     return json.loads(json.dumps(found))
 
 

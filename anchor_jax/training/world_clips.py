@@ -54,8 +54,8 @@ def _every_scene() -> tuple[Scene, ...]:
     return tuple(found)
 
 
-def sample_clips(codec, seed: int, count: int, frames: int) -> Clips:
-    """Returns clips of training combinations.
+def make_clips(codec, seed: int, count: int, frames: int) -> Iterator[dict[str, Any]]:
+    """Yields clips of training combinations, as `datasets.Clips` keeps them.
 
     Args:
       codec: of `fit_codec`.
@@ -63,11 +63,6 @@ def sample_clips(codec, seed: int, count: int, frames: int) -> Clips:
       count: of clips.
       frames: latent frames of each.
     """
-    return gather(make_clips(codec, seed, count, frames))
-
-
-def make_clips(codec, seed: int, count: int, frames: int) -> Iterator[dict[str, Any]]:
-    """Yields what `sample_clips` returns, as `datasets.Clips` keeps it."""
     rng = np.random.default_rng((seed, 3))
     # All are drawn before one is encoded, which draws from the same generator.
     drawn = list(itertools.islice(_clips(rng, frames), count))

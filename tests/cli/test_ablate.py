@@ -60,5 +60,5 @@ def test_a_training_that_was_stopped_is_not_measured(
 
     assert ablate(tmp_path, "--arms=both") == 130
 
-    assert "stopped at step 3 of 7" in capsys.readouterr().out
+    assert "stopped at step 3 of 7" in capsys.readouterr().err
     assert not list(tmp_path.glob("arms/**/*.json"))

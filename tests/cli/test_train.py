@@ -162,7 +162,7 @@ def test_a_training_that_is_stopped_has_the_status_of_an_interrupt(
     with monkeypatch.context() as patch:
         patch.setattr(RegressionStage, "advance", ask)
         assert train(weights, tmp_path / "run") == 130
-    assert "stopped at step 2 of 4" in capsys.readouterr().out
+    assert "stopped at step 2 of 4" in capsys.readouterr().err
     assert train(weights, tmp_path / "run") == 0
     assert checkpoint.last_step(tmp_path / "run") == 4
 
@@ -273,6 +273,16 @@ def test_data_that_changed_are_not_gone_on_with(tmp_path):
         run.compare_inputs(tmp_path, run.inputs(config, other, bundle, None))
     with pytest.raises(UserError, match="what config.teacher names"):
         run.compare_inputs(tmp_path, run.inputs(config, bundle, other, None))
+
+
+def test_a_world_that_changed_is_not_gone_on_with(tmp_path, monkeypatch):
+    config = TrainConfig(out=str(tmp_path), data=sources.DataConfig("world_prompts"))
+    bundle = types.SimpleNamespace(digest="x")
+    write_json(tmp_path / "inputs.json", run.inputs(config, bundle, bundle, None))
+
+    monkeypatch.setattr(run.world_data, "VERSION", run.world_data.VERSION + 1)
+    with pytest.raises(UserError, match=r"what config.data.kind names"):
+        run.compare_inputs(tmp_path, run.inputs(config, bundle, bundle, None))
 
 
 def test_whole_weights_are_not_held_beside_those_on_the_mesh(weights, tmp_path):

@@ -1,5 +1,7 @@
 """Exports of trainings that began with ported weights."""
 
+import json
+
 import bundles
 import jax
 import numpy as np
@@ -8,7 +10,7 @@ from layouts import write_layout
 from safetensors.numpy import load_file
 
 from anchor_jax import checkpoint
-from anchor_jax.bundle import write_run
+from anchor_jax.bundle import CRITIC, write_run
 from anchor_jax.cli.main import main
 from anchor_jax.errors import UserError
 from anchor_jax.porting import port
@@ -115,3 +117,35 @@ def test_what_has_no_published_layout_is_refused(tmp_path):
         export(trained, tmp_path / "out", "wan")
     export(trained, tmp_path / "out", "generator")
     assert load_file(tmp_path / "out" / "generator.safetensors")
+
+
+def test_a_critic_of_another_size_is_exported_with_its_own(base, tmp_path):
+    params = checkpoint.restore(base, "generator")["params"]
+    deeper = {
+        **params,
+        "blocks": jax.tree.map(lambda x: np.concatenate([x, x[:1]]), params["blocks"]),
+    }
+    items = {"generator": {"params": params}, "fake_score": {"params": deeper}}
+    layers = checkpoint.read_meta(base)["model"]["num_layers"] + 1
+    meta = {"training": {}, CRITIC: {"num_layers": layers}}
+    checkpoint.write(tmp_path / "run", items, meta)
+    write_run(tmp_path / "run", str(base))
+
+    export(tmp_path / "run", tmp_path / "out", "wan", item="fake_score")
+
+    sizes = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert sizes["num_layers"] == layers
+    names = load_file(tmp_path / "out" / WEIGHTS)
+    assert any(name.startswith(f"blocks.{layers - 1}.") for name in names)
+
+
+def test_a_bundle_is_of_what_streams(tmp_path, capsys):
+    bundles.save(tmp_path / "tiny")
+    params = {"params": bundles.params()["generator"]}
+    trained = run(tmp_path / "run", tmp_path / "tiny", generator=params, ema=params)
+    flags = [f"--weights={trained}", f"--out={tmp_path / 'out'}", "--layout=bundle"]
+
+    for item in ("generator", "fake_score"):
+        assert main(["export", *flags, f"--item={item}"]) == 2
+        assert "layout=bundle holds what streams" in capsys.readouterr().err
+    assert main(["export", *flags, "--item=ema"]) == 0

@@ -219,6 +219,9 @@ def test_a_killed_build_leaves_no_dataset_and_the_next_succeeds(tmp_path):
     done = run(KILLED_BUILD, tmp_path, "live")
 
     assert done.returncode == 0, done.stderr
+    (kept,) = tmp_path.glob("clips-*")
+    left = {path.name for path in tmp_path.iterdir()} - {kept.name}
+    assert left == {f".{kept.name}.lock"}
 
 
 def states(number):

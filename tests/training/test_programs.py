@@ -121,32 +121,75 @@ def gradients(state):
     return jax.tree.map(lambda x: np.asarray(x) / (1 - FAST.betas[0]), list(means))
 
 
-def within_a_sequence(prepared):
-    """Returns its state with a past of random numbers, and the place of that state."""
-    state, rng = prepared.state, np.random.default_rng(4)
+def within_a_sequence(prepared, other=None):
+    """Returns its state after `FRAMES` frames of random numbers, and their place.
 
-    def draw(x):
+    Args:
+      prepared: a stage.
+      other: field of the rollout that holds other numbers.
+    """
+    state, policy = prepared.state, prepared.stage.stage.setup.policy
+
+    def draw(x, rng):
         if not jnp.issubdtype(x.dtype, jnp.floating):
             return x
         drawn = jnp.asarray(rng.standard_normal(x.shape), x.dtype)
         return jax.device_put(drawn, x.sharding)
 
-    past = jax.tree.map(draw, state.rollout)
+    def fill(name):
+        rng = np.random.default_rng(5 if name == other else 4)
+        return jax.tree.map(lambda x: draw(x, rng), getattr(state.rollout, name))
+
+    past = state.rollout.replace(
+        **{name: fill(name) for name in ("cache", "recent", "previous")}
+    )
+    begun = index = past.cache.index
+    for _ in range(FRAMES // policy.block):
+        _, index = policy.write(index)
+    # Copied, since some share a buffer, which cannot be donated twice.
+    index = jax.tree.map(
+        lambda x, y: jax.device_put(np.array(x), y.sharding), index, begun
+    )
+    past = past.replace(cache=past.cache.replace(index=index))
     return state.replace(rollout=past), Cursor(0, FRAMES)
 
 
-# The generator's chunk holds the switch, the critic's begins the next sequence.
-LATER = dataclasses.replace(
-    DISTILL, distillation=dataclasses.replace(DISTILL.distillation, length=9)
+# The generator's chunk goes on, or holds the switch; the critic's begins a sequence.
+LATER, SWITCHED = (
+    dataclasses.replace(
+        DISTILL,
+        distillation=dataclasses.replace(
+            DISTILL.distillation, length=9, switches=switches
+        ),
+    )
+    for switches in ((), (6,))
 )
 
 
 @pytest.mark.parametrize(
-    "config", [LATER, REGRESS, GUIDED], ids=["distill", "regress", "guided"]
+    ("config", "field"),
+    [(LATER, "cache"), (LATER, "previous"), (SWITCHED, "recent")],
+)
+def test_a_chunk_depends_on_what_its_sequence_holds(config, field, monkeypatch):
+    on_one_device(monkeypatch)
+    found = []
+    for other in (None, field):
+        prepared = make(config)
+        state, _, _ = steps(prepared, 1, *within_a_sequence(prepared, other))
+        found.append(gradients(state)[0])
+
+    rises = jax.tree.map(lambda a, b: np.abs(a - b).max(), *found)
+    assert max(jax.tree.leaves(rises)) > 1e-4
+
+
+@pytest.mark.parametrize(
+    "config",
+    [LATER, SWITCHED, REGRESS, GUIDED],
+    ids=["later", "switched", "regress", "guided"],
 )
 def test_four_devices_do_what_one_does(config, monkeypatch):
     def step(prepared):
-        begun = within_a_sequence(prepared) if config is LATER else ()
+        begun = within_a_sequence(prepared) if config in (LATER, SWITCHED) else ()
         return steps(prepared, 1, *begun)
 
     many, _, (seen,) = step(make(config, (2, 2, 1, 1)))

@@ -23,7 +23,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def clips(codec):
-    return world_clips.sample_clips(codec, seed=0, count=48, frames=6)
+    return world_clips.gather(world_clips.make_clips(codec, 0, 48, frames=6))
 
 
 @pytest.fixture(scope="module")
