@@ -895,10 +895,16 @@ def _read(path: pathlib.Path, weights: str) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
+        if not pathlib.Path(weights).expanduser().exists():
+            raise UserError(
+                f"weights={weights!r}: there is no such folder; run the stage that"
+                " writes it, or give the folder of a training, of anchor-jax port or of"
+                " anchor-jax export, or 'tiny'"
+            ) from error
         if path.parent.is_dir() and any(path.parent.iterdir()):
             raise UserError(
-                f"weights={weights!r} holds no {path.name}; published weights are first"
-                " ported: anchor-jax port --help"
+                f"weights={weights!r} holds no {path.name}, nor a checkpoint; published"
+                " weights are first ported: anchor-jax port --help"
             ) from error
         raise UserError(
             f"weights={weights!r}: {path} cannot be read ({error.strerror}); expected"

@@ -60,6 +60,9 @@ def main(argv) -> None:
     from anchor_jax import media
     from anchor_jax.evaluation import ablation
 
+    for name in ("steps", "teacher"):
+        if FLAGS.part != PARTS[1] and FLAGS[name].value is not None:
+            raise UserError(f"--{name}: nothing is trained but by --part={PARTS[1]}")
     names = _arms(ablation)
     folder = pathlib.Path(FLAGS.out).expanduser()
     run = _measure_swap if FLAGS.part == PARTS[0] else _measure_trained

@@ -3,7 +3,7 @@
 from absl import flags
 from tqdm import tqdm
 
-from anchor_jax.errors import UserError
+from anchor_jax.errors import UserError, suggest
 
 SUMMARY = "Write weights back under their published names, as safetensors."
 USAGE = """\
@@ -14,6 +14,8 @@ anchor-jax export --weights=runs/streaming --out=tiny --layout=bundle
 
 Everything is written as safetensors, text encoder and VAE too: pickles (.pt, .pth) are
 not written."""
+
+BUNDLE = "bundle"
 
 FLAGS = flags.FLAGS
 
@@ -53,7 +55,11 @@ def main(argv) -> None:
     for name in ("weights", "out"):
         if not FLAGS[name].value:
             raise UserError(f"{name} is missing; give --{name}=FOLDER")
-    if FLAGS.layout == "bundle":
+    layouts = (*export.LAYOUTS, BUNDLE)
+    if FLAGS.layout not in layouts:
+        found = suggest(FLAGS.layout, layouts, "layouts")
+        raise UserError(f"--layout={FLAGS.layout!r}{found}")
+    if FLAGS.layout == BUNDLE:
         from anchor_jax import bundle
         from anchor_jax.porting.port import check_free
 

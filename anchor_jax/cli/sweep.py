@@ -27,8 +27,9 @@ anchor-jax sweep --config=configs/train_dmd.py:tiny --config.out=runs/steps \\
 
 Each combination is a training in a folder of --config.out that is named after it, one
 after another, each in a process of its own; one that fails does not stop the others.
-The same command goes on where it was ended, and skips what is finished. OUT/sweep.json
-and OUT/sweep.md hold the last numbers of each; tensorboard --logdir OUT shows all."""
+The same command goes on where it was ended, and skips what is finished; another one
+with the same OUT adds its combinations. OUT/sweep.json and OUT/sweep.md hold the last
+numbers of each; tensorboard --logdir OUT shows all."""
 
 FLAGS = flags.FLAGS
 
@@ -74,7 +75,7 @@ def main(argv) -> int:
 
     folder = pathlib.Path(FLAGS.config.out).expanduser()
     points = make_points(FLAGS.config, FLAGS.vary)
-    results = []
+    results = _earlier(folder, points)
     for number, point in enumerate(points, 1):
         print(f"{number} of {len(points)}: {point.name}")
         status = run_point(point)
@@ -83,7 +84,20 @@ def main(argv) -> int:
         media.write_text(folder / "sweep.md", table(results) + "\n")
     print(table(results))
     print(f"written to {folder / 'sweep.json'} and .md; tensorboard --logdir {folder}")
-    return int(any(one["status"] != "finished" for one in results))
+    return int(any(one["status"] != "finished" for one in results[-len(points) :]))
+
+
+def _earlier(folder: pathlib.Path, points: list[Point]) -> list[dict[str, Any]]:
+    """Returns the results in a folder that none of the combinations will replace."""
+    try:
+        stored = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+        names = [name_of(one["values"]) for one in stored]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return []
+    replaced = {point.name for point in points}
+    return [
+        one for one, name in zip(stored, names, strict=True) if name not in replaced
+    ]
 
 
 def make_points(config, vary: list[str]) -> list[Point]:
@@ -175,7 +189,7 @@ def run_point(point: Point) -> str:
         run.compare_config(point.config, point.folder, print)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return "failed"
+        return "another config"
     if _is_finished(point):
         return "finished"
     # Spawned, not forked: what a training holds on a device goes with its process.
@@ -231,12 +245,12 @@ def _lines(path: pathlib.Path) -> Iterator[str]:
 
 def table(results: list[dict[str, Any]]) -> str:
     """Returns the results as a table in Markdown, a line for each combination."""
-    fields = list(results[0]["values"])
+    fields = list(dict.fromkeys(name for one in results for name in one["values"]))
     numbers = [name for name in _NUMBERS if any(name in one for one in results)]
     rows = [[*fields, "status", "step", *numbers], ["---"] * (len(fields) + 2)]
     rows[1] += ["---"] * len(numbers)
     for one in results:
-        cells = [one["values"][field] for field in fields]
+        cells = [one["values"].get(field, "") for field in fields]
         cells += [one["status"], one.get("step", "")]
         cells += [f"{one[name]:.5g}" if name in one else "" for name in numbers]
         rows.append(cells)

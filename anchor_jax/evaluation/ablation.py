@@ -222,11 +222,12 @@ def table(summary: Mapping[str, Any], arms: Mapping[str, Arm] = ARMS) -> str:
         cells = [_cell(metrics[metric]["value"]) for metric in METRICS]
         paper = ["-" if x is None else f"{x:g}" for x in arms[name].paper]
         lines.append(_row([arms[name].about, *cells, *paper]))
-    lines += ["", "Differences to the baseline, on the same scripts:", "", *_head()]
-    for name, metrics in summary.items():
-        if name != BASELINE and "difference" in metrics["all"]:
-            cells = [_cell(metrics[metric]["difference"], "+") for metric in METRICS]
-            lines.append(_row([arms[name].about, *cells]))
+    compared = [name for name in summary if "difference" in summary[name]["all"]]
+    if compared:
+        lines += ["", "Differences to the baseline, on the same scripts:", "", *_head()]
+    for name in compared:
+        cells = [_cell(summary[name][x]["difference"], "+") for x in METRICS]
+        lines.append(_row([arms[name].about, *cells]))
     lines += ["", "Each start by itself:", "", *_head()]
     for name, metrics in summary.items():
         cells = [_starts(metrics[metric]["by_start"]) for metric in METRICS]

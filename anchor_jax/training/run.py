@@ -104,8 +104,8 @@ class Job:
             "parameters: "
             + ", ".join(f"{name} {count:,}" for name, count in counts.items()),
             f"on each device: state {_gigabytes(self.prepared.state):.2f} GB, frozen"
-            f" weights {_gigabytes(self.prepared.stage.frozen):.2f} GB, and"
-            " activations",
+            f" weights {_gigabytes(self.prepared.stage.frozen):.2f} GB; activations"
+            " come to that",
             f"sample videos: {self._shown()}",
         ]
         return "\n".join(lines)
@@ -135,7 +135,8 @@ class Job:
         state, cursor = found or (state, Cursor())
         first = int(state.step)
         if first:
-            self.tell(f"goes on at step {first}")
+            done = first >= self.config.steps
+            self.tell(f"{'is done' if done else 'goes on'} at step {first}")
         config = self.config
         loop = Loop(
             config.steps, config.save_every, config.log_every, config.sample_every
@@ -203,6 +204,17 @@ def open_job(
       UserError: Something of the config is wrong, or the folder holds another run.
     """
     folder = sources.check_folder(config.out)
+    try:
+        return _open_job(config, folder, tell, most)
+    except UserError:
+        # A start that is refused leaves no folder that looks like a training's.
+        for empty in (folder / "data", folder):
+            with contextlib.suppress(OSError):
+                empty.rmdir()
+        raise
+
+
+def _open_job(config: TrainConfig, folder: pathlib.Path, tell, most: int | None) -> Job:
     compare_config(config, folder, tell)
     base = _base(config, folder)
     begun = base if base != f"./{FRESH}" else str(folder / FRESH)
@@ -227,6 +239,7 @@ def open_job(
     write_config(config, folder)
     write_json(folder / _INPUTS, read)
     _warn_of_chunks(prepared.stage, tell)
+    _warn_of_words(config, generator, folder, tell)
     meta = {"training": _json(config)}
     if config.stage == "distillation":
         sizes = dataclasses.asdict((critic or teacher).model)
@@ -254,6 +267,17 @@ def _warn_of_chunks(stage, tell: Callable[[str], None]) -> None:
         )
 
 
+def _warn_of_words(config: TrainConfig, bundle: Bundle, folder, tell) -> None:
+    """Tells of words in files of prompts that the text encoder does not know."""
+    if config.data.kind != "prompts" or not hasattr(bundle.tokenizer, "unknown_words"):
+        return
+    texts = sources.open_texts(config.data, folder)
+    prompts = (text for n in range(sources.LOOKED_AT) for text in texts(n))
+    found = {word for text in prompts for word in bundle.tokenizer.unknown_words(text)}
+    if found:
+        tell(f"warning: words that the model does not know: {', '.join(sorted(found))}")
+
+
 def dry_run(config: TrainConfig, tell: Callable[[str], None]) -> None:
     """Tells what a training would be and how long it would take; leaves no files.
 
@@ -274,8 +298,9 @@ def dry_run(config: TrainConfig, tell: Callable[[str], None]) -> None:
             logged, where = (job.seconds_per_step(), memory_gb()), "here"
     seconds, memory = logged
     tell(f"most memory in use: {memory:.2f} GB {where}")
-    hours = config.steps * seconds / 3600
-    tell(f"a step takes {seconds:.3g} s {where}; {config.steps} steps: {hours:.3g} h")
+    whole = config.steps * seconds
+    time = f"{whole / 60:.1f} min" if whole < 3600 else f"{whole / 3600:.1f} h"
+    tell(f"a step takes {seconds:.3g} s {where}; {config.steps} steps: {time}")
 
 
 def _logged(folder: pathlib.Path) -> tuple[float, float] | None:

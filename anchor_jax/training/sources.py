@@ -17,7 +17,7 @@ from anchor_jax.training import world_clips, world_data, world_windows
 from anchor_jax.training.order import Order, Share
 from anchor_jax.world import events, scene
 
-_LOOKED_AT = 1000  # pairs
+LOOKED_AT = 1000  # pairs
 Batches = Callable[[int], Mapping[str, Any]]
 Texts = Callable[[int], tuple[str, str]]
 
@@ -88,7 +88,7 @@ def open_source(
 
 def _check_switching(texts: Texts) -> None:
     """Raises unless a switch changes the prompt of some sequences."""
-    if all(first == second for first, second in map(texts, range(_LOOKED_AT))):
+    if all(first == second for first, second in map(texts, range(LOOKED_AT))):
         raise UserError(
             "config.data: each prompt is the same text as its switch, so that no switch"
             " would change anything; expected others, in `switch` of the JSON lines or"

@@ -42,7 +42,10 @@ def test_trainings_that_fail_do_not_stop_the_others(tmp_path, capsys, monkeypatc
     # What is finished is not begun again.
     monkeypatch.setattr(sweep.multiprocessing, "get_context", None)
     assert run("runs", *more[:-1], "--vary=weights=good") == 0
-    assert "| good | finished | 1 |" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "| good | finished | 1 |" in told and "| bad | failed |" in told
+    assert run("runs", *more[:-1], "--config.seed=5", "--vary=weights=good") == 1
+    assert "| good | another config | 1 |" in capsys.readouterr().out
 
 
 def test_every_combination_has_a_folder_of_its_name(tmp_path, monkeypatch):

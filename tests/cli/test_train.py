@@ -130,14 +130,15 @@ def test_what_may_change_is_told(trained, weights, capsys):
     assert "changed since the run began: optimizer.learning_rate" in told
     assert "parameters: generator" in told and "3 latent frames" in told
     assert re.search(r"most memory in use: \S+ GB as .*log.jsonl has it", told)
-    assert re.search(r"a step takes \S+ s as .*log.jsonl has it; 4 steps: \S+ h", told)
+    seconds = r"a step takes \S+ s as .*log.jsonl has it; 4 steps: \S+ min"
+    assert re.search(seconds, told)
 
 
 def test_a_dry_run_times_steps_and_leaves_nothing(weights, tmp_path, capsys):
     assert train(weights, tmp_path / "new", "--dry_run") == 0
 
     told = capsys.readouterr().out
-    assert re.search(r"a step takes \S+ s here; 4 steps: \S+ h", told)
+    assert re.search(r"a step takes \S+ s here; 4 steps: \S+ min", told)
     assert not (tmp_path / "new").exists()
 
 
@@ -251,7 +252,19 @@ def test_a_start_that_failed_does_not_bind_the_next(weights, tmp_path, capsys):
     assert train(tmp_path / "none", out) == 2
     assert train(weights, out, "--config.regression.blocks=0") == 2
     assert "holds a run" not in capsys.readouterr().err
-    assert not (out / "config.json").exists()
+    assert not out.exists()
+
+
+def test_words_that_the_model_does_not_know_are_told(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red squar moves left\na red square\n")
+    data = sources.DataConfig("prompts", str(tmp_path / "prompts.txt"))
+    told = []
+
+    run._warn_of_words(
+        TrainConfig(data=data), load_bundle("tiny"), tmp_path, told.append
+    )
+
+    assert told == ["warning: words that the model does not know: squar"]
 
 
 def test_data_that_changed_are_not_gone_on_with(tmp_path):

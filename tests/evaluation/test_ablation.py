@@ -70,6 +70,7 @@ def test_each_start_has_a_mean_of_its_own():
     found = ablation.summarize({"baseline": starts})
 
     assert found["baseline"]["speed"]["by_start"] == [1.5, 3.0, None]
+    assert "Differences" not in ablation.table(found)
     last = ablation.table(found).splitlines()[-1]
     assert last.startswith("| absolute RoPE, re-cache | 1.50, 3.00, - |")
 
