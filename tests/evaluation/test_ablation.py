@@ -1,4 +1,5 @@
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -108,3 +109,16 @@ def test_the_probe_sees_that_a_trained_model_uses_its_past(probed):
     near = probed["noise level 0.9"]
     assert near["past of another stream"]["low"] > 0
     assert "60 frames further" in ablation.probe_table(probed)
+
+
+@pytest.mark.parametrize("part", ["swaps", "trained"])
+def test_the_shipped_tables_are_the_readmes(part):
+    root = pathlib.Path(__file__).parents[2]
+    kept = json.loads((root / "launch" / "ablation" / f"{part}.json").read_text())
+
+    text = ablation.table(kept["arms"])
+
+    assert (root / "launch" / "ablation" / f"{part}.md").read_text() == text + "\n"
+    values, _, differences = text.split("\n\n")[:3]
+    readme = (root / "README.md").read_text()
+    assert values in readme and differences in readme
