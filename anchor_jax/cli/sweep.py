@@ -91,13 +91,11 @@ def _earlier(folder: pathlib.Path, points: list[Point]) -> list[dict[str, Any]]:
     """Returns the results in a folder that none of the combinations will replace."""
     try:
         stored = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
-        names = [name_of(one["values"]) for one in stored]
+        named = {name_of(one["values"]): one for one in stored if "status" in one}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return []
     replaced = {point.name for point in points}
-    return [
-        one for one, name in zip(stored, names, strict=True) if name not in replaced
-    ]
+    return [one for name, one in named.items() if name not in replaced]
 
 
 def make_points(config, vary: list[str]) -> list[Point]:

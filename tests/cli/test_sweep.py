@@ -69,6 +69,25 @@ def test_every_combination_has_a_folder_of_its_name(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("stored", "kept"),
+    [
+        ('[{"values": {"seed": 7}, "status": "finished"}]', [7]),
+        ('[{"values": {"seed": 7}}]', []),
+        ('[{"values": {"seed": 7', []),
+        ("7", []),
+    ],
+)
+def test_a_damaged_table_is_begun_anew(stored, kept, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "run_point", lambda point: "finished")
+    (tmp_path / "sweep.json").write_text(stored)
+
+    assert run(tmp_path, "--vary=seed=1") == 0
+
+    results = json.loads((tmp_path / "sweep.json").read_text())
+    assert [one["values"]["seed"] for one in results] == [*kept, 1]
+
+
+@pytest.mark.parametrize(
     ("vary", "named"),
     [
         ((), "--vary is missing"),

@@ -255,18 +255,6 @@ def test_a_start_that_failed_does_not_bind_the_next(weights, tmp_path, capsys):
     assert not out.exists()
 
 
-def test_words_that_the_model_does_not_know_are_told(tmp_path):
-    (tmp_path / "prompts.txt").write_text("a red squar moves left\na red square\n")
-    data = sources.DataConfig("prompts", str(tmp_path / "prompts.txt"))
-    told = []
-
-    run._warn_of_words(
-        TrainConfig(data=data), load_bundle("tiny"), tmp_path, told.append
-    )
-
-    assert told == ["warning: words that the model does not know: squar"]
-
-
 def test_data_that_changed_are_not_gone_on_with(tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a\nb\n")

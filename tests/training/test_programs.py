@@ -282,6 +282,25 @@ def test_blocks_are_given_the_gradient_of_their_own_frames(start, switch, monkey
         np.testing.assert_array_equal(given[name], expected)
 
 
+def test_words_that_the_model_does_not_know_are_told(tmp_path, monkeypatch):
+    on_one_device(monkeypatch)
+    monkeypatch.setattr(sources, "open_source", lambda *given: embeddings)
+    weights, told = tmp_path / "weights", []
+    bundles.save(weights)
+    (tmp_path / "a.txt").write_text(f"{bundles.RED} xyzzy\n{bundles.BLUE}\n")
+    config = dataclasses.replace(
+        DISTILL,
+        **dict.fromkeys(("weights", "teacher"), str(weights)),
+        data=sources.DataConfig("prompts", str(tmp_path / "a.txt")),
+        out=str(tmp_path / "run"),
+        sample_every=0,
+    )
+
+    run_command.open_job(config, told.append).checkpoints.close()
+
+    assert "warning: words that the model does not know: xyzzy" in told
+
+
 @pytest.mark.parametrize(("every", "is_told"), [(2, True), (1, False)])
 def test_chunks_that_the_generator_never_learns_from_are_told(
     every, is_told, tmp_path, monkeypatch
