@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from anchor_jax import sharding
 from anchor_jax.config import from_config
 from anchor_jax.errors import UserError, suggest
-from anchor_jax.media import replacing, write_json
+from anchor_jax.io import expand, replacing, write_json
 from anchor_jax.wan import dit, lora
 from anchor_jax.wan.spec import TINY, LatentGrid, ModelConfig
 from anchor_jax.wan.text import TextConfig, Umt5Encoder
@@ -334,7 +334,7 @@ def load_bundle(
         sizes that it states; or an argument is none of its choices.
     """
     options = _Options(grid, dtype, text_encoder, mesh, lora, param_dtype, network)
-    folder = pathlib.Path(weights).expanduser()
+    folder = expand(weights)
     if weights != "tiny" and run_folder(folder) is not None:
         return _load_trained(folder, options)
     if weights != "tiny" and _is_checkpoint(folder):
@@ -392,7 +392,7 @@ def _check_bases(folder: pathlib.Path) -> None:
         if run in seen:
             raise UserError(f"{run / RUN} leads back to itself by its base")
         seen.append(run)
-        run = run_folder(pathlib.Path(_read_run(run)).expanduser())
+        run = run_folder(expand(_read_run(run)))
 
 
 def _load_trained(folder: pathlib.Path, options: "_Options") -> Bundle:
@@ -882,7 +882,7 @@ def _files(weights: str) -> tuple[pathlib.Path, pathlib.Path]:
     if weights == "tiny":
         assets = pathlib.Path(str(importlib.resources.files("anchor_jax"))) / "assets"
         return _files_in(assets / "tiny.safetensors")
-    return _files_in(pathlib.Path(weights).expanduser())
+    return _files_in(expand(weights))
 
 
 def _files_in(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
@@ -895,7 +895,7 @@ def _read(path: pathlib.Path, weights: str) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        if not pathlib.Path(weights).expanduser().exists():
+        if not expand(weights).exists():
             raise UserError(
                 f"weights={weights!r}: there is no such folder; run the stage that"
                 " writes it, or give the folder of a training, of anchor-jax port or of"

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import dataclasses
 import math
-import os
 import pathlib
 import shutil
 import threading
@@ -17,7 +16,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
+from anchor_jax import io
 from anchor_jax.errors import UserError, suggest
+from anchor_jax.io import expand
 
 FORMAT_VERSION = 1
 ITEMS = (
@@ -129,26 +130,25 @@ def write(
     Raises:
       UserError: The folder is taken, or cannot be written.
     """
-    target = pathlib.Path(path).expanduser().resolve()
+    target = expand(path).resolve()
     _check_target(target, overwrite)
     unknown = [name for name in items if name not in ITEMS or name == "meta"]
     if unknown:
         raise ValueError(f"items {unknown}; expected names among {ITEMS[:-1]}")
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
     writer = _Writer(progress)
     try:
-        part.mkdir(parents=True)
-        for name, content in (files or {}).items():
-            _write_file(part, name, content)
-        _save(part, items, {"format_version": FORMAT_VERSION, **meta}, writer)
-        _move(part, target)
+        with io.unfinished(io.temporary_name(target)) as part:
+            part.mkdir(parents=True)
+            for name, content in (files or {}).items():
+                _write_file(part, name, content)
+            _save(part, items, {"format_version": FORMAT_VERSION, **meta}, writer)
+            _move(part, target)
     except OSError as error:
         raise UserError(
             f"{target} cannot be written: {error}; choose another folder or make room"
         ) from error
     finally:
         writer.stop()
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _check_target(target: pathlib.Path, overwrite: bool) -> None:
@@ -225,7 +225,7 @@ def _lazy(leaf: Any) -> Lazy:
 
 def _move(part: pathlib.Path, target: pathlib.Path) -> None:
     """Renames a folder to a name; what has the name is removed, or else stays."""
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    old = io.temporary_name(target).with_suffix(".old")
     if not target.exists():
         part.rename(target)
         return
@@ -240,7 +240,7 @@ def _move(part: pathlib.Path, target: pathlib.Path) -> None:
 
 def is_checkpoint(path: str | pathlib.Path) -> bool:
     """Returns whether a folder holds a checkpoint, or is one of its steps."""
-    folder = pathlib.Path(path).expanduser()
+    folder = expand(path)
     return _is_step(folder) or bool(_steps(folder))
 
 
@@ -363,7 +363,7 @@ def file(path: str | pathlib.Path, name: str) -> pathlib.Path:
     Raises:
       UserError: There is none of this name, or the name leads out of the folder.
     """
-    place = _inside(pathlib.Path(path).expanduser(), name)
+    place = _inside(expand(path), name)
     if not place.is_file():
         raise UserError(f"{path} has no file {name!r}; write the checkpoint again")
     return place
@@ -416,7 +416,7 @@ def last_step(path: str | pathlib.Path) -> int:
 
 
 def _step(path: str | pathlib.Path) -> pathlib.Path:
-    folder = pathlib.Path(path).expanduser().resolve()
+    folder = expand(path).resolve()
     if not folder.is_dir():
         raise UserError(f"{path} is no folder; expected that of a checkpoint")
     if _is_step(folder):

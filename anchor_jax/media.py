@@ -1,8 +1,7 @@
-"""Videos, contact sheets and JSON; a file appears under its name when whole."""
+"""Videos and contact sheets; a file appears under its name when whole."""
 
 import contextlib
 import errno
-import json
 import math
 import os
 import pathlib
@@ -15,19 +14,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from anchor_jax.errors import UserError
+from anchor_jax.io import explained, replacing
 
 PIXEL_FRAMES_PER_SECOND = 16
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_REMEDIES = {
-    errno.EACCES: "choose a folder you may write to",
-    errno.EPERM: "choose a folder you may write to",
-    errno.EROFS: "choose a folder that can be written to",
-    errno.ENOTDIR: "part of the path is a file; choose another path",
-    errno.EEXIST: "part of the path is a file; choose another path",
-    errno.EISDIR: "it is a folder; choose a file name",
-    errno.ENAMETOOLONG: "choose a shorter name",
-}
 _X264 = {"preset": "veryfast", "crf": "18", "tune": "zerolatency"}
 _FRAGMENTED = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
 _SMPTE_170M = 6  # the matrix that the conversion from RGB uses, so players undo it
@@ -58,7 +48,7 @@ class VideoWriter:
         self._size = (0, 0)
 
     def __enter__(self) -> "VideoWriter":
-        with _explained(self.path):
+        with explained(self.path):
             if self.path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -141,7 +131,7 @@ class VideoWriter:
     def _writing(self) -> Iterator[None]:
         """Removes the part when the disk is full, and says so."""
         try:
-            with _explained(self.path):
+            with explained(self.path):
                 yield
         except UserError:
             self._discard()
@@ -190,38 +180,6 @@ def read_video(
 def _covering(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
     height, width = size
     return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC))
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """Yields a temporary path that becomes `path` on a clean exit, and else goes.
-
-    Raises:
-      UserError: The folder cannot be written to, or the disk is full.
-    """
-    path = pathlib.Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part{path.suffix}")
-    try:
-        with _explained(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            yield part
-            os.replace(part, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Writes `value` as indented JSON, numpy and JAX numbers and arrays included."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, default=_plain)
-    write_text(path, text + "\n")
-
-
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes text as UTF-8."""
-    with replacing(path) as part:
-        part.write_text(text, encoding="utf-8")
 
 
 def contact_sheet(
@@ -295,31 +253,3 @@ def _wrap(label: str, font: Any, width: int) -> list[str]:
         letter *= 1.1
         lines = textwrap.wrap(label, width=max(1, int(width / letter)))
     return lines
-
-
-def _plain(value: Any) -> Any:
-    """Returns a number or list for what JSON does not know."""
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
-
-
-@contextlib.contextmanager
-def _explained(path: pathlib.Path) -> Iterator[None]:
-    """Turns a failure to write into a message that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _NO_ROOM:
-            remedy = "free some space or choose another disk; nothing was kept"
-            raise UserError(f"{path}: no room to write it: {remedy}") from error
-        if error.errno in _REMEDIES:
-            remedy = _REMEDIES[error.errno]
-            raise UserError(
-                f"{path}: cannot be written ({error.strerror}); {remedy}"
-            ) from error
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}); choose another path"
-        ) from error

@@ -11,7 +11,7 @@ import json
 import pathlib
 import sys
 
-from anchor_jax import media
+from anchor_jax import io
 
 GATE = {"shape": 0.75, "motion": 0.85}
 BORDERS = 20
@@ -104,11 +104,11 @@ def table(folder: pathlib.Path) -> int:
     lines = [f"| {' | '.join(row)} |" for row in rows]
     holds = {**claims(switch, events), **minute(read(folder, "streaming_minute"))}
     lines += ["", *(f"- {name}: {text}" for name, text in holds.items())]
-    media.write_text(folder / "results.md", "\n".join(lines) + "\n")
+    io.write_text(folder / "results.md", "\n".join(lines) + "\n")
     names = [f"{name}_{trial}" for name in COLUMNS for trial in ("switch", "events")]
     names += ["teacher_clips", "streaming_minute"]
     every = {name: read(folder, name) for name in names}
-    media.write_json(folder / "results.json", {"scores": every, "claims": holds})
+    io.write_json(folder / "results.json", {"scores": every, "claims": holds})
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
 

@@ -13,6 +13,8 @@ PACKAGE = pathlib.Path(anchor_jax.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = [
     {"errors"},
+    {"io"},
+    {"interrupts", "ownership"},
     {
         *("cache", "checkpoint", "wan", "world", "flow", "media", "prompts"),
         *("config", "sharding"),

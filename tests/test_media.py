@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from anchor_jax import media
+from anchor_jax import io, media
 from anchor_jax.errors import UserError
 
 ROOT = str(pathlib.Path(media.__file__).parents[1])
@@ -195,7 +195,7 @@ def test_a_contact_sheet_has_each_label_under_its_row(tmp_path):
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "new" / "a.json"
-    media.write_json(path, {"a": np.float32(0.5), "b": np.arange(2), "c": "é"})
+    io.write_json(path, {"a": np.float32(0.5), "b": np.arange(2), "c": "é"})
     assert json.loads(path.read_text(encoding="utf-8")) == {
         "a": 0.5,
         "b": [0, 1],
@@ -203,7 +203,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
     }
 
     with pytest.raises(TypeError):
-        media.write_json(path, {"a": object()})
+        io.write_json(path, {"a": object()})
 
     assert json.loads(path.read_text(encoding="utf-8"))["a"] == 0.5
     assert os.listdir(path.parent) == ["a.json"]
@@ -213,7 +213,7 @@ def test_replacing_keeps_the_old_file_when_writing_fails(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
 
-    with pytest.raises(UserError, match="no room"), media.replacing(path) as part:
+    with pytest.raises(UserError, match="no room"), io.replacing(path) as part:
         part.write_text("new")
         open("/dev/full", "w").write("x" * 100_000)
 

@@ -8,6 +8,7 @@ from absl import flags
 from anchor_jax.cli import sample
 from anchor_jax.config import define_config_flag, load_config
 from anchor_jax.errors import Stopped, UserError
+from anchor_jax.io import expand
 
 SUMMARY = "Swap parts of the method, or train without them, and compare."
 USAGE = """\
@@ -57,14 +58,14 @@ def main(argv) -> None:
     """
     del argv
     sample.enable_compilation_cache()
-    from anchor_jax import media
+    from anchor_jax import io
     from anchor_jax.evaluation import ablation
 
     for name in ("steps", "teacher"):
         if FLAGS.part != PARTS[1] and FLAGS[name].value is not None:
             raise UserError(f"--{name}: nothing is trained but by --part={PARTS[1]}")
     names = _arms(ablation)
-    folder = pathlib.Path(FLAGS.out).expanduser()
+    folder = expand(FLAGS.out)
     run = _measure_swap if FLAGS.part == PARTS[0] else _measure_trained
     measured = {
         name: [run(ablation, folder, name, start) for start in range(FLAGS.starts)]
@@ -74,13 +75,13 @@ def main(argv) -> None:
     text = ablation.table(summary)
     print(text)
     result = {"trial": dataclasses.asdict(_trial(ablation)), "arms": summary}
-    media.write_json(folder / f"{FLAGS.part}.json", result)
-    media.write_text(folder / f"{FLAGS.part}.md", text + "\n")
+    io.write_json(folder / f"{FLAGS.part}.json", result)
+    io.write_text(folder / f"{FLAGS.part}.md", text + "\n")
     if FLAGS.part == PARTS[0]:
         print("probe: the loss of a block, by its past (half a minute)")
         result["probe"] = ablation.probe(*_model(FLAGS.config))
         print(ablation.probe_table(result["probe"]))
-        media.write_json(folder / f"{FLAGS.part}.json", result)
+        io.write_json(folder / f"{FLAGS.part}.json", result)
     print(f"written to {folder / FLAGS.part}.json and .md")
 
 

@@ -3,7 +3,6 @@
 import functools
 import json
 import os
-import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -12,6 +11,7 @@ from absl import flags
 from anchor_jax import config as configs
 from anchor_jax.cli import allocator
 from anchor_jax.errors import UserError
+from anchor_jax.io import expand
 
 SUMMARY = "Measures a stream on random weights, phase by phase, against a matmul."
 USAGE = """
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
     import jax
     from tqdm import tqdm
 
-    from anchor_jax import bench, media
+    from anchor_jax import bench, io
 
     is_training = "stage" in flags.FLAGS.config
     if is_training:
@@ -72,9 +72,9 @@ def main(argv: Sequence[str]) -> None:
             measured = bench.measure(workload, show)
     measured = {"config": flags.FLAGS.config.to_dict(), "threads": threads} | measured
     if flags.FLAGS.out:
-        path = pathlib.Path(flags.FLAGS.out).expanduser()
-        with media.replacing(path) as part:
-            media.write_json(part, measured)
+        path = expand(flags.FLAGS.out)
+        with io.replacing(path) as part:
+            io.write_json(part, measured)
     print(json.dumps(measured, indent=2))
 
 

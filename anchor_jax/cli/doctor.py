@@ -14,6 +14,7 @@ from absl import flags
 import anchor_jax
 from anchor_jax.cli import sample
 from anchor_jax.errors import UserError
+from anchor_jax.io import expand
 from anchor_jax.wan.spec import GRIDS, PRESETS
 
 SUMMARY = "Show device, memory, kernels and missing parts, and what to expect here."
@@ -226,7 +227,7 @@ def _weights(weights: str) -> dict:
 def _items(weights: str) -> dict:
     from anchor_jax import bundle, checkpoint
 
-    folder = pathlib.Path(weights).expanduser()
+    folder = expand(weights)
     if weights == "tiny" or not checkpoint.is_checkpoint(folder):
         generator = bundle.load_bundle(weights).variables
         return {"folder": weights, "items": {"generator": _bytes(generator)}}

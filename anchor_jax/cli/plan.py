@@ -69,14 +69,14 @@ def main(argv) -> None:
     """
     del argv
     _prepare_environment()
-    from anchor_jax import aot, media
+    from anchor_jax import aot, io
 
     if FLAGS.config:
         summaries = _plan_training(aot)
     else:
         summaries = _plan_stream(aot)
     if FLAGS.json:
-        media.write_json(FLAGS.json, summaries)
+        io.write_json(FLAGS.json, summaries)
         print(f"written to {FLAGS.json}")
 
 

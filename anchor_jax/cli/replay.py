@@ -9,6 +9,7 @@ from absl import flags
 
 from anchor_jax.cli import sample
 from anchor_jax.errors import UserError
+from anchor_jax.io import expand
 
 SUMMARY = (
     "Makes a video again from the recipe beside it, says whether it is the same, or"
@@ -161,7 +162,7 @@ def _recipe_path(argv: Sequence[str]) -> pathlib.Path:
             f"replay: got {len(argv) - 1} files, expected one recipe; give the .json"
             " beside a video"
         )
-    return pathlib.Path(argv[1]).expanduser()
+    return expand(argv[1])
 
 
 def _forked(recipe, options: Options):

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from anchor_jax import config as configs
 from anchor_jax.errors import UserError
+from anchor_jax.io import expand
 from anchor_jax.prompts import LATENT_FRAMES_PER_SECOND
 
 SUMMARY = "Makes a video for every line of prompts, and writes it while it streams."
@@ -196,7 +197,7 @@ def enable_compilation_cache() -> pathlib.Path | None:
     if jax.config.jax_compilation_cache_dir:
         return pathlib.Path(jax.config.jax_compilation_cache_dir)
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = pathlib.Path(given or pathlib.Path(base) / "anchor_jax").expanduser()
+    folder = expand(given or pathlib.Path(base) / "anchor_jax")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -214,7 +215,7 @@ def enable_compilation_cache() -> pathlib.Path | None:
 def choose_folder(out: str | None) -> pathlib.Path:
     """Returns the folder that was asked for, or one named after the time."""
     if out:
-        return pathlib.Path(out).expanduser()
+        return expand(out)
     now = datetime.datetime.now()
     return pathlib.Path("out") / now.strftime("%Y-%m-%d-%H%M%S")
 
@@ -305,7 +306,7 @@ def _make_session(bundle, job: Job, negative: str):
 
 def prepare_folder(folder: pathlib.Path) -> None:
     """Makes the folder, and finds out early whether it can be written to."""
-    from anchor_jax.media import replacing
+    from anchor_jax.io import replacing
 
     test = folder / ".writable"
     with replacing(test) as part:
@@ -325,19 +326,19 @@ def write_video(job: Job, session, blocks, about: dict) -> list[str]:
     Returns:
       The digest of each block.
     """
-    from anchor_jax import media
+    from anchor_jax import io, media
 
     sheet, recipe = job.file(".png"), job.file(".json")
     # The innermost appears first: never an old video beside a new recipe.
     with (
-        media.replacing(sheet) as sheet_part,
-        media.replacing(recipe) as recipe_part,
+        io.replacing(sheet) as sheet_part,
+        io.replacing(recipe) as recipe_part,
         media.VideoWriter(job.file(".mp4")) as video,
     ):
         rows, digests = _stream(job, blocks, video)
         content = about | session.recipe() | {"blocks": digests}
         media.contact_sheet(rows, job.script.prompts, sheet_part)
-        media.write_json(recipe_part, content)
+        io.write_json(recipe_part, content)
     return digests
 
 

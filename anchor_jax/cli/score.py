@@ -48,7 +48,7 @@ def main(argv) -> None:
     """
     del argv
     sample.enable_compilation_cache()
-    from anchor_jax import experiment, media
+    from anchor_jax import experiment, io
     from anchor_jax.evaluation import world
     from anchor_jax.prompts import Script, Segment, Timing
 
@@ -73,7 +73,7 @@ def main(argv) -> None:
     result = run(model, setup, trial)
     print(show(result))
     if FLAGS.out:
-        media.write_json(FLAGS.out, result)
+        io.write_json(FLAGS.out, result)
         print(f"written to {FLAGS.out}")
 
 

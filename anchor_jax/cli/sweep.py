@@ -16,6 +16,7 @@ from absl import flags
 
 from anchor_jax.config import define_config_flag
 from anchor_jax.errors import UserError, suggest
+from anchor_jax.io import expand
 
 SUMMARY = "Train with every combination of some values, and put results in one table."
 USAGE = """\
@@ -50,7 +51,7 @@ class Point:
 
     @property
     def folder(self) -> pathlib.Path:
-        return pathlib.Path(self.config.out).expanduser()
+        return expand(self.config.out)
 
 
 def define_flags() -> None:
@@ -71,17 +72,17 @@ def main(argv) -> int:
       UserError: A flag or a combination is wrong; nothing has been trained then.
     """
     del argv
-    from anchor_jax import media
+    from anchor_jax import io
 
-    folder = pathlib.Path(FLAGS.config.out).expanduser()
+    folder = expand(FLAGS.config.out)
     points = make_points(FLAGS.config, FLAGS.vary)
     results = _earlier(folder, points)
     for number, point in enumerate(points, 1):
         print(f"{number} of {len(points)}: {point.name}")
         status = run_point(point)
         results.append({"values": point.values, "status": status, **_last(point)})
-        media.write_json(folder / "sweep.json", results)
-        media.write_text(folder / "sweep.md", table(results) + "\n")
+        io.write_json(folder / "sweep.json", results)
+        io.write_text(folder / "sweep.md", table(results) + "\n")
     print(table(results))
     print(f"written to {folder / 'sweep.json'} and .md; tensorboard --logdir {folder}")
     return int(any(one["status"] != "finished" for one in results[-len(points) :]))

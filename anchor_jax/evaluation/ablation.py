@@ -14,7 +14,7 @@ from anchor_jax import flow
 from anchor_jax.cache.policies import POLICIES, Flush, Junction, Policy
 from anchor_jax.evaluation import events as trials
 from anchor_jax.evaluation import world
-from anchor_jax.media import write_json
+from anchor_jax.io import write_json
 from anchor_jax.streaming.types import StreamSetup
 from anchor_jax.training import world_windows
 from anchor_jax.training.regress import Regression

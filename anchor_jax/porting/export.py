@@ -6,10 +6,9 @@ import functools
 import itertools
 import json
 import math
-import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import jax
@@ -17,8 +16,9 @@ import ml_dtypes
 import numpy as np
 from flax import traverse_util
 
-from anchor_jax import bundle, checkpoint
+from anchor_jax import bundle, checkpoint, io
 from anchor_jax.errors import UserError, suggest
+from anchor_jax.io import expand
 from anchor_jax.porting.convert import Place, places
 from anchor_jax.porting.port import TABLES, check_free
 from anchor_jax.porting.rules import PEFT, UMT5_ALIAS
@@ -92,7 +92,7 @@ def export(
     meta = _meta(line[-1], layout)
     job = _Job(line, layout, meta, progress, shard_bytes)
     job.check(item)
-    with _folder(pathlib.Path(out).expanduser().resolve()) as folder:
+    with io.making_folder(expand(out).resolve()) as folder:
         job.transformer(folder, item, merged=lora == "merged")
         if layout != "generator":
             job.others(folder, item)
@@ -100,16 +100,16 @@ def export(
 
 def default_item(weights: str | pathlib.Path) -> str:
     """Returns what is exported: of a training its running mean if there is one."""
-    folder = pathlib.Path(weights).expanduser()
+    folder = expand(weights)
     is_run = bundle.run_folder(folder) is not None
     return "ema" if is_run and "ema" in checkpoint.items(folder) else "generator"
 
 
 def _lineage(weights: str | pathlib.Path) -> list[pathlib.Path]:
     """Returns a checkpoint, what it began with if it is a training's, and so on."""
-    line = [pathlib.Path(weights).expanduser()]
+    line = [expand(weights)]
     while (run := bundle.run_folder(line[-1])) is not None:
-        line.append(pathlib.Path(bundle.run_base(run)).expanduser())
+        line.append(expand(bundle.run_base(run)))
     return line
 
 
@@ -142,24 +142,6 @@ def _meta(origin: pathlib.Path, layout: str) -> dict[str, Any]:
 def _choose(field: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         raise UserError(f"unknown {field} {value!r}{suggest(value, known, field)}")
-
-
-@contextlib.contextmanager
-def _folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a temporary folder that becomes the target on a clean exit."""
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        part.mkdir(parents=True)
-        yield part
-        if target.exists():
-            target.rmdir()
-        part.rename(target)
-    except OSError as error:
-        raise UserError(
-            f"{target} cannot be written: {error}; choose another folder or make room"
-        ) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -223,7 +205,7 @@ class _Job:
             place = folder / "transformer"
         self._write(place, stem, tensors, base)
         if self.layout != "generator":
-            _write_json(place / "config.json", self._transformer_config(item))
+            io.write_json(place / "config.json", self._transformer_config(item))
         if adapters and not merged:
             self._adapters(folder, adapters, _below("lora", read))
 
@@ -274,7 +256,7 @@ class _Job:
             limit = None if official else self.shard_bytes
             self._write(place, stem, tensors, read, limit)
             if not official:
-                _write_json(place / "config.json", configs[name]())
+                io.write_json(place / "config.json", configs[name]())
         for name in TOKENIZER:
             with contextlib.suppress(UserError):
                 source = checkpoint.file(self.origin, f"tokenizer/{name}")
@@ -312,7 +294,7 @@ class _Job:
             for one in tensors
         }
         config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha}
-        _write_json(
+        io.write_json(
             place / "adapter_config.json",
             {**config, "target_modules": sorted(modules), "bias": "none"},
         )
@@ -357,7 +339,7 @@ class _Job:
         if len(shards) > 1:
             total = sum(one.nbytes for one in tensors)
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            _write_json(folder / f"{stem}.safetensors.index.json", index)
+            io.write_json(folder / f"{stem}.safetensors.index.json", index)
 
     def _transformer_config(self, item: str) -> dict[str, Any]:
         model = self.meta["model"]
@@ -515,11 +497,6 @@ def _write_file(
                 progress(one.nbytes)
         # Or else two leaves would be in memory while the next one is read.
         del leaf, part
-
-
-def _write_json(path: pathlib.Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def total_bytes(weights: str | pathlib.Path, layout: str, item: str) -> int:

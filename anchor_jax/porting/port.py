@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from anchor_jax import checkpoint
 from anchor_jax.checkpoint import Lazy
 from anchor_jax.errors import UserError, suggest
+from anchor_jax.io import expand
 from anchor_jax.porting import rules, sources
 from anchor_jax.porting.convert import (
     Mismatch,
@@ -176,7 +177,7 @@ def run(
 
 def check_free(out: str | pathlib.Path) -> None:
     """Raises `UserError` if a folder holds anything."""
-    out = pathlib.Path(out).expanduser()
+    out = expand(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(
             f"out={str(out)!r} is there already; choose another folder, or remove it"

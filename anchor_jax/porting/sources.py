@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from anchor_jax.errors import UserError, suggest
+from anchor_jax.io import expand
 from anchor_jax.porting.convert import Mismatch
 from anchor_jax.porting.rules import PEFT, UMT5_ALIAS
 from anchor_jax.porting.torch_file import open_torch, release
@@ -469,4 +470,4 @@ def _first(folder: pathlib.Path, names: Sequence[str]) -> pathlib.Path | None:
 
 
 def _path(path: str | pathlib.Path) -> pathlib.Path:
-    return pathlib.Path(path).expanduser()
+    return expand(path)

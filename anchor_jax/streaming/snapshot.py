@@ -15,7 +15,7 @@ import safetensors.numpy
 
 from anchor_jax.bundle import Bundle
 from anchor_jax.errors import UserError
-from anchor_jax.media import replacing
+from anchor_jax.io import replacing
 from anchor_jax.streaming import stream
 from anchor_jax.streaming.decode import decode
 from anchor_jax.streaming.recipe import (

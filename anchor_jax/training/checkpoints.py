@@ -19,7 +19,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from anchor_jax.checkpoint import FORMAT_VERSION, ITEMS
 from anchor_jax.errors import UserError
-from anchor_jax.media import write_json
+from anchor_jax.io import write_json
 from anchor_jax.training.programs import Cursor
 from anchor_jax.training.state import TrainState
 

@@ -21,6 +21,7 @@ import tensorflow_datasets as tfds
 import tqdm
 
 from anchor_jax.errors import UserError
+from anchor_jax.io import expand
 from anchor_jax.prompts import MAX_PROMPT_CHARACTERS
 
 SPLIT = "train"
@@ -94,7 +95,7 @@ class PromptPairs(_Builder, skip_registration=True):
         """
         self._seed = seed
         given = (path,) if switch_path is None else (path, switch_path)
-        self._paths = [pathlib.Path(one).expanduser() for one in given]
+        self._paths = [expand(one) for one in given]
         self._digests = [digest(path) for path in self._paths]
         self._pairs = self._read()
         super().__init__(data_dir)

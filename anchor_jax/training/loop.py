@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from anchor_jax.errors import UserError
-from anchor_jax.media import replacing
+from anchor_jax.io import replacing
 from anchor_jax.training.checkpoints import Checkpoints
 from anchor_jax.training.monitor import Monitor
 from anchor_jax.training.programs import Cursor, Stage

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import pathlib
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -15,6 +14,7 @@ from anchor_jax.bundle import Bundle
 from anchor_jax.cache import policies
 from anchor_jax.config import from_config
 from anchor_jax.errors import UserError
+from anchor_jax.io import expand
 from anchor_jax.streaming import stream
 from anchor_jax.streaming.loop import Euler
 from anchor_jax.streaming.types import BlockNoise, StreamSetup
@@ -200,7 +200,7 @@ def _prompts_of(data: DataConfig) -> dict:
     from anchor_jax.training import datasets
 
     files = [path for path in (data.path, data.switch_path) if path is not None]
-    hashes = [datasets.digest(pathlib.Path(path).expanduser()) for path in files]
+    hashes = [datasets.digest(expand(path)) for path in files]
     return {"kind": data.kind, "seed": data.seed, "files": hashes}
 
 

@@ -18,7 +18,7 @@ from anchor_jax.bundle import Bundle
 from anchor_jax.config import from_config
 from anchor_jax.errors import UserError, naming, suggest
 from anchor_jax.experiment import parse_size
-from anchor_jax.media import write_json
+from anchor_jax.io import expand, write_json
 from anchor_jax.training import (
     build,
     fresh,
@@ -284,7 +284,7 @@ def dry_run(config: TrainConfig, tell: Callable[[str], None]) -> None:
     Raises:
       UserError: Something of the config is wrong, or the folder holds another run.
     """
-    folder = pathlib.Path(config.out).expanduser()
+    folder = expand(config.out)
     compare_config(config, folder, tell)
     with tempfile.TemporaryDirectory() as scratch:
         # What is built stays in the scratch folder.
@@ -326,7 +326,7 @@ def _logged(folder: pathlib.Path) -> tuple[float, float] | None:
 def _base(config: TrainConfig, folder: pathlib.Path) -> str:
     """Returns the name of the weights that a run begins with; makes fresh ones."""
     if config.weights != FRESH:
-        inside = pathlib.Path(config.weights).expanduser()
+        inside = expand(config.weights)
         return str(inside.resolve()) if inside.exists() else config.weights
     fresh.save_fresh(folder / FRESH, config.seed, config.data.seed)
     return f"./{FRESH}"

@@ -20,6 +20,7 @@ from anchor_jax.bundle import Bundle
 from anchor_jax.cache.policies import Policy
 from anchor_jax.errors import UserError
 from anchor_jax.experiment import Method
+from anchor_jax.io import expand
 from anchor_jax.prompts import LATENT_FRAMES_PER_SECOND, Script, Segment, Timing
 from anchor_jax.streaming.session import Session
 from anchor_jax.streaming.types import StreamSetup
@@ -283,7 +284,7 @@ def _texts(config: TrainConfig, num: int) -> list[tuple[str, str]]:
     if config.data.kind == "trajectories":
         from anchor_jax.training.trajectories import Trajectories
 
-        if not pathlib.Path(config.data.path).expanduser().is_dir():
+        if not expand(config.data.path).is_dir():
             return []
         stored = Trajectories(config.data.path)
         texts = [stored[place]["prompt"] for place in range(min(num, len(stored)))]
@@ -297,7 +298,7 @@ def _texts(config: TrainConfig, num: int) -> list[tuple[str, str]]:
 
 def _first_lines(path: str, num: int) -> list[tuple[str, ...]]:
     """Returns the prompts in the first lines of a file."""
-    place = pathlib.Path(path).expanduser()
+    place = expand(path)
     if not place.is_file():
         return []
     try:

@@ -13,6 +13,7 @@ import numpy as np
 
 from anchor_jax.bundle import Bundle
 from anchor_jax.errors import UserError, suggest
+from anchor_jax.io import expand
 from anchor_jax.training import world_clips, world_data, world_windows
 from anchor_jax.training.order import Order, Share
 from anchor_jax.world import events, scene
@@ -136,7 +137,7 @@ def identity(data: DataConfig) -> dict[str, Any]:
 
         return {"videos": videos.identity(data.path)}
     paths = (path for path in (data.path, data.switch_path) if path is not None)
-    return {path: datasets.digest(pathlib.Path(path).expanduser()) for path in paths}
+    return {path: datasets.digest(expand(path)) for path in paths}
 
 
 def open_texts(data: DataConfig, folder: pathlib.Path) -> Texts:
@@ -189,7 +190,7 @@ def _file_texts(data: DataConfig, folder: pathlib.Path) -> Texts:
 
 
 def _cache(data: DataConfig, folder: pathlib.Path) -> pathlib.Path:
-    return pathlib.Path(data.cache).expanduser() if data.cache else folder / "data"
+    return expand(data.cache) if data.cache else folder / "data"
 
 
 def _prompts(texts: Texts, bundle, share: Share, negative_prompt: str) -> Batches:
@@ -365,7 +366,7 @@ def check_folder(path: str) -> pathlib.Path:
     Raises:
       UserError: It cannot.
     """
-    folder = pathlib.Path(path).expanduser()
+    folder = expand(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -20,6 +20,7 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 
 from anchor_jax.errors import UserError
+from anchor_jax.io import expand
 
 SHARD = 8  # examples; at full size, 21 MB each before compression
 FORMAT = 1
@@ -66,7 +67,7 @@ class TrajectoryWriter:
         if shard < 1:
             raise UserError(f"shard={shard}: expected 1 or more examples")
         _check_shape(shape)
-        self._folder = pathlib.Path(folder).expanduser()
+        self._folder = expand(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._process, self._processes, self._shard = process, processes, shard
         self._shape = tuple(shape)
@@ -188,7 +189,7 @@ class Trajectories:
         Raises:
           UserError: The folder has no trajectories, or a shard is damaged.
         """
-        self._folder = pathlib.Path(folder).expanduser()
+        self._folder = expand(folder)
         spec = _read_spec(self._folder)
         self.shape, self.inputs = tuple(spec["shape"]), dict(spec.get("inputs", {}))
         self._features = _features(self.shape)

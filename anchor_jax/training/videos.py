@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from anchor_jax import media
 from anchor_jax.errors import UserError
+from anchor_jax.io import expand
 from anchor_jax.training import datasets
 from anchor_jax.training.order import Order, Share
 from anchor_jax.world.scene import latent_to_pixel_frames
@@ -31,7 +32,7 @@ def read_list(path: str) -> list[tuple[pathlib.Path, str]]:
     Raises:
       UserError: A line is wrong; the message says which.
     """
-    file = pathlib.Path(path).expanduser()
+    file = expand(path)
     found = []
     for number, line in enumerate(datasets.read_lines(file), 1):
         where = f"{file}, line {number}"

@@ -20,7 +20,7 @@ from anchor_jax.bundle import load_bundle, write_run
 from anchor_jax.cli.main import main
 from anchor_jax.config import load_config
 from anchor_jax.errors import UserError
-from anchor_jax.media import write_json
+from anchor_jax.io import write_json
 from anchor_jax.training import run, sources
 from anchor_jax.training.build import LoraConfig, RegressionConfig, TrainConfig
 from anchor_jax.training.programs import RegressionStage

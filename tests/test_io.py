@@ -1,0 +1,69 @@
+"""Files that are whole or not there, and errors that name them."""
+
+import threading
+
+import pytest
+
+from anchor_jax import io
+from anchor_jax.errors import UserError
+
+
+def test_temporary_names_differ_and_keep_the_suffix(tmp_path):
+    names = {io.temporary_name(tmp_path / "a.mp4") for _ in range(100)}
+    assert len(names) == 100
+    assert all(one.suffix == ".mp4" and one.name.startswith(".a.") for one in names)
+
+
+def test_two_writers_of_one_file_do_not_share_a_temporary_file(tmp_path):
+    path = tmp_path / "a.txt"
+    with io.replacing(path) as one, io.replacing(path) as other:
+        assert one != other
+        one.write_text("one")
+        other.write_text("other")
+    assert path.read_text() == "one"
+    assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_what_is_unfinished_is_removed_and_nothing_else(tmp_path):
+    (tmp_path / ".b.0123.part").mkdir()
+    with pytest.raises(ValueError, match="stop"), io.replacing(tmp_path / "a") as part:
+        part.write_text("half")
+        with io.making_folder(tmp_path / "b") as folder:
+            (folder / "c").write_text("half")
+            thread = threading.Thread(target=io.remove_unfinished)
+            thread.start()
+            thread.join()
+            assert [file.name for file in tmp_path.iterdir()] == [".b.0123.part"]
+            raise ValueError("stop")
+    assert [file.name for file in tmp_path.iterdir()] == [".b.0123.part"]
+
+
+def test_a_folder_that_was_filled_meanwhile_is_not_replaced(tmp_path):
+    with (
+        pytest.raises(UserError, match="b cannot be written"),
+        io.making_folder(tmp_path / "b"),
+    ):
+        (tmp_path / "b").mkdir()
+        (tmp_path / "b" / "theirs").touch()
+    assert [file.name for file in tmp_path.rglob("*")] == ["b", "theirs"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[1,", b"\xff\n", b"[" * 100_000, b"[1]", b"null"],
+    ids=["empty", "cut", "bytes", "deep", "list", "null"],
+)
+def test_a_damaged_file_is_named_with_the_remedy(tmp_path, content):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.json .*; remove it"):
+        io.read_json(path, remedy="remove it")
+
+
+def test_a_home_that_is_unknown_is_an_error_of_the_user(monkeypatch, tmp_path):
+    def unknown(self):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(io.pathlib.Path, "expanduser", unknown)
+    with pytest.raises(UserError, match="set HOME"):
+        io.expand("~/a")
