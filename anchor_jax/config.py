@@ -163,6 +163,16 @@ def _check_command(name: str, section, missing: Sequence[str]) -> None:
         )
 
 
+def with_field(
+    config: ConfigDict | Mapping[str, Any], section: str, field: str, value: Any
+) -> ConfigDict | Mapping[str, Any]:
+    """Returns a config whose section has a field, `value` if it did not have it yet."""
+    inner = config.get(section)
+    if not isinstance(inner, ConfigDict | Mapping) or field in inner:
+        return config
+    return {**config, section: {**inner, field: value}}
+
+
 def to_config(value: Any) -> ConfigDict:
     """Returns the fields of a dataclass as a config, its dataclasses as sections.
 

@@ -20,17 +20,26 @@ from anchor_jax.cache.policies import (
     ReleaseJunction,
 )
 from anchor_jax.cache.positions import Absolute, Bounded, Ranked, Relative
-from anchor_jax.config import from_config
+from anchor_jax.config import from_config, with_field
 from anchor_jax.errors import UserError, suggest
 from anchor_jax.prompts import MAX_SEED, Script, Timing
-from anchor_jax.streaming.loop import Euler, Renoise, UniPC
+from anchor_jax.streaming.loop import DpmPlusPlus, Euler, Renoise, UniPC
 from anchor_jax.streaming.types import StreamSetup
 from anchor_jax.wan import kernels
 from anchor_jax.wan.spec import GRIDS, LatentGrid
 
 TEACHER = "wan_teacher"
 RULES = ("paper", "release")
-SOLVERS = {"renoise": Renoise(), "euler": Euler(), "unipc": UniPC()}
+SOLVERS = {
+    "renoise": Renoise(),
+    "euler": Euler(),
+    "unipc": UniPC(),
+    "dpmpp": DpmPlusPlus(),
+}
+EVEN = "even"
+# Of solvers that are not the weights' own: the noise levels that each had before
+# others had names; Wan2.1's own for DPM++, which it comes from.
+_USUAL_GRIDS = dict.fromkeys(SOLVERS, EVEN) | {"dpmpp": "wan_dpmpp"}
 SWITCHES = {
     "keep": Keep(),
     "flush": Flush(),
@@ -74,6 +83,7 @@ class Method:
       steps: of the solver renoise.
       warp: whether `steps` index the shifted grid, or are timesteps themselves.
       num_steps: of the other solvers.
+      grid: of `flow.GRIDS`, noise levels of the other solvers.
       shift: moves noise levels towards noise.
       guidance: 1 is none.
       negative_prompt: what guidance leads away from.
@@ -86,6 +96,7 @@ class Method:
     steps: tuple[int, ...] = (1000, 750, 500, 250)
     warp: bool = True
     num_steps: int = 50
+    grid: str = EVEN
     shift: float = 5.0
     guidance: float = 1.0
     negative_prompt: str = ""
@@ -103,8 +114,17 @@ METHODS = {
         "longlive",
         note="memflow's memory bank is not supported; sampled with longlive's memory",
     ),
+    # The defaults of Wan2.1's own program, for text to video.
     "wan": Method(
-        TEACHER, solver="unipc", guidance=5.0, negative_prompt=WAN_NEGATIVE_PROMPT
+        TEACHER,
+        solver="unipc",
+        num_steps=50,
+        grid="wan_unipc",
+        shift=5.0,
+        guidance=5.0,
+        negative_prompt=WAN_NEGATIVE_PROMPT,
+        note="for the 1.3B model at 480x832 the makers of Wan2.1 recommend"
+        " sampler.guidance=6 and a sampler.shift from 8 to 12",
     ),
 }
 # Bundles that were trained here, such as `tiny`.
@@ -122,6 +142,7 @@ class SamplerConfig:
     steps: tuple[int, ...] | None
     warp: bool | None
     num_steps: int | None
+    grid: str | None
     shift: float | None
     guidance: float | None
     negative_prompt: str | None
@@ -156,11 +177,14 @@ class SampleConfig:
 def read_config(config) -> SampleConfig:
     """Returns the config with every field of the type that it must have.
 
+    A config from before noise levels had names has no `sampler.grid`: it is "even".
+
     Raises:
       UserError: A field is missing, unknown or of another type, or the seed is out of
         range.
     """
-    read = from_config(SampleConfig, config, "config")
+    whole = with_field(config, "sampler", "grid", EVEN)
+    read = from_config(SampleConfig, whole, "config")
     if not 0 <= read.seed <= MAX_SEED:
         raise UserError(
             f"config.seed={read.seed}: expected a whole number from 0 to {MAX_SEED}"
@@ -242,6 +266,8 @@ def told_choices(
     elif trained and given.policy is not None:
         why = "policy as the config says"
     lines = [f"rules: {config.rules}, policy: {config.policy} ({why})"]
+    if config.sampler.solver != "renoise" and given.sampler != config.sampler:
+        lines.append(_shown(config.sampler))
     if trained:
         # Of a training that cannot be read nothing was taken.
         with contextlib.suppress(UserError):
@@ -249,6 +275,14 @@ def told_choices(
     elif given.policy is None and _method(metadata).note:
         lines.append(f"note: {_method(metadata).note}")
     return tuple(lines)
+
+
+def _shown(sampler: SamplerConfig) -> str:
+    """Returns a line on a sampler of many steps."""
+    return (
+        f"solver: {sampler.solver}, {sampler.num_steps} steps, noise levels"
+        f" {sampler.grid}, shift {sampler.shift:g}, guidance {sampler.guidance:g}"
+    )
 
 
 def _departures(config: SampleConfig, method: Method) -> list[str]:
@@ -281,8 +315,10 @@ def trained_method(training: Mapping[str, Any], base: Method = SAVED) -> Method:
     distills = training["stage"] == "distillation"
     is_causal = distills or regression["forcing"] != "none"
     policy = section["policy"] if is_causal else TEACHER
+    # Trainings from before noise levels had names were sampled at even ones.
+    grid = samples["grid"] if "grid" in samples else None
     if policy == base.policy == TEACHER:
-        return base
+        return base if grid else dataclasses.replace(base, grid=EVEN)
     if distills or regression["endpoints"]:
         shift = (section if distills else regression)["shift"]
         return Method(policy, rules, steps=tuple(section["steps"]), shift=shift)
@@ -291,6 +327,7 @@ def trained_method(training: Mapping[str, Any], base: Method = SAVED) -> Method:
         rules,
         solver="euler",
         num_steps=samples["steps"],
+        grid=grid or EVEN,
         shift=regression["shift"],
         guidance=samples["guidance"],
         negative_prompt=section["negative_prompt"],
@@ -324,6 +361,8 @@ def _filled(sampler: SamplerConfig, method: Method) -> SamplerConfig:
     """Returns the sampler with the method's value for every field that is None."""
     values = dataclasses.asdict(sampler)
     fill = {name: getattr(method, name, None) for name in values}
+    if sampler.solver not in (None, method.solver):
+        fill["grid"] = _USUAL_GRIDS.get(sampler.solver, EVEN)
     return SamplerConfig(
         **{name: fill[name] if old is None else old for name, old in values.items()}
     )
@@ -495,11 +534,13 @@ def noise_levels(sampler) -> flow.Levels:
     if not 0 < sampler.shift < float("inf"):
         raise UserError(f"sampler.shift={sampler.shift}: expected more than 0")
     if sampler.solver != "renoise":
-        if sampler.num_steps < 1:
+        if not 1 <= sampler.num_steps <= flow.TRAIN_STEPS:
             raise UserError(
-                f"sampler.num_steps={sampler.num_steps}: expected 1 or more"
+                f"sampler.num_steps={sampler.num_steps}: expected a whole number from 1"
+                f" to {flow.TRAIN_STEPS}"
             )
-        return flow.even_levels(sampler.num_steps, sampler.shift)
+        _choice("sampler.grid", sampler.grid, flow.GRIDS)
+        return flow.GRIDS[sampler.grid](sampler.num_steps, sampler.shift)
     steps = tuple(sampler.steps)
     whole = all(type(step) is int for step in steps)
     falls = whole and all(a > b for a, b in zip(steps, steps[1:], strict=False))

@@ -1,6 +1,7 @@
 """Flow-matching maths: x_t = (1 - sigma) x0 + sigma noise, flow = noise - x0."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +15,20 @@ def shift_sigma(sigma, shift: float):
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def sigma_table(shift: float) -> np.ndarray:
-    """Returns the 1000 float32 noise levels, falling; the last is not 0.
+def sigma_table(
+    shift: float, steps: int = TRAIN_STEPS, extra: bool = True, last: float = 0.0
+) -> np.ndarray:
+    """Returns a table of float32 noise levels, [steps], falling from 1.
+
+    Args:
+      shift: moves the levels towards noise.
+      steps: how many; a training's table has 1000.
+      extra: whether one more step leads to `last`, which the table then leaves out.
+      last: where the levels end, before the shift.
 
     Source: algorithm.md 2.1.
     """
-    grid = np.linspace(1.0, 0.0, TRAIN_STEPS + 1)[:-1].astype(np.float32)
+    grid = np.linspace(1.0, last, steps + extra)[:steps].astype(np.float32)
     return shift_sigma(grid, np.float32(shift)).astype(np.float32)
 
 
@@ -29,9 +38,18 @@ def lookup_sigma(timestep: jax.Array, shift: float) -> jax.Array:
     So timestep 0 is sigma 0.00498 at shift 5, as in the official code.
     """
     table = sigma_table(shift)
+    return jnp.asarray(table)[nearest_entry(timestep, table)]
+
+
+def nearest_entry(timestep: jax.Array, table: np.ndarray) -> jax.Array:
+    """Returns the index of the noise level nearest to each timestep; the first of two.
+
+    Args:
+      timestep: of any shape, 1000 sigma.
+      table: of `sigma_table`.
+    """
     times = table * np.float32(TRAIN_STEPS)
-    nearest = jnp.argmin(jnp.abs(times - timestep[..., None]), axis=-1)
-    return jnp.asarray(table)[nearest]
+    return jnp.argmin(jnp.abs(times - timestep[..., None]), axis=-1)
 
 
 def shift_timestep(timestep: jax.Array, shift: float) -> jax.Array:
@@ -83,7 +101,8 @@ def spread(sigma: jax.Array, like: jax.Array) -> jax.Array:
 class Levels:
     """Noise levels of a sampler, falling, before the final 0; static.
 
-    `timestep` is what the network is told, `sigma` what the maths uses.
+    A table of two columns, neither of which follows from the other: `timestep` is
+    what the network is given, `sigma` what the solver computes with.
     """
 
     timestep: tuple[float, ...]
@@ -121,10 +140,66 @@ def few_step_levels(
 
 
 def even_levels(num_steps: int, shift: float) -> Levels:
-    """Returns `num_steps` levels, even before the shift; for Euler and UniPC."""
+    """Returns levels that are even before the shift, from 1; timestep = 1000 sigma."""
     grid = np.linspace(1.0, 0.0, num_steps + 1)[:-1]
     sigma = shift_sigma(grid, shift).astype(np.float32)
     return Levels(tuple(map(float, sigma * TRAIN_STEPS)), tuple(map(float, sigma)))
+
+
+def wan_unipc_levels(num_steps: int, shift: float) -> Levels:
+    """Returns the levels of Wan2.1's own sampler with UniPC, its default.
+
+    They are even before the shift, from 0.999, the first of a table of 1000 without 1.
+    50 steps at shift 5 are timesteps 999, 995, ... and sigmas 0.9998, 0.99573, ...
+    """
+    first = float(np.float32(1 - 1 / TRAIN_STEPS))
+    return _truncated(shift_sigma(np.linspace(first, 0.0, num_steps + 1)[:-1], shift))
+
+
+def wan_dpmpp_levels(num_steps: int, shift: float) -> Levels:
+    """Returns the levels of Wan2.1's own sampler with DPM++: even, from 1."""
+    return _truncated(shift_sigma(np.linspace(1.0, 0.0, num_steps + 1)[:-1], shift))
+
+
+def diffusers_unipc_levels(num_steps: int, shift: float) -> Levels:
+    """Returns the levels of diffusers' UniPCMultistepScheduler with `flow_shift`.
+
+    They are even before the shift, from 1 towards 0.001; a first level of 1 is lowered
+    by 1e-6, as its ratio of signal to noise has no logarithm.
+    """
+    sigma = np.linspace(1.0, 1 / TRAIN_STEPS, num_steps + 1)[:-1]
+    sigma = shift_sigma(sigma, shift)
+    sigma[0] -= 1e-6
+    return _truncated(sigma)
+
+
+def diffusers_euler_levels(num_steps: int, shift: float) -> Levels:
+    """Returns the levels of diffusers' FlowMatchEulerDiscreteScheduler.
+
+    They are even between the ends of a shifted table of 1000, and shifted again.
+    """
+    table = np.asarray([1.0, 1 / TRAIN_STEPS], np.float32)
+    first, last = shift_sigma(table, np.float32(shift)) * np.float64(TRAIN_STEPS)
+    grid = np.linspace(first, last, num_steps) / TRAIN_STEPS
+    sigma = shift_sigma(grid, shift).astype(np.float32)
+    time = sigma * np.float32(TRAIN_STEPS)
+    return Levels(tuple(map(float, time)), tuple(map(float, sigma)))
+
+
+def _truncated(sigma: np.ndarray) -> Levels:
+    """Returns float64 noise levels as float32, beside whole timesteps cut from them."""
+    time = (sigma * TRAIN_STEPS).astype(np.int64)
+    return Levels(tuple(map(float, time)), tuple(map(float, sigma.astype(np.float32))))
+
+
+GRIDS: dict[str, Callable[[int, float], Levels]] = {
+    "even": even_levels,
+    "wan_unipc": wan_unipc_levels,
+    "wan_dpmpp": wan_dpmpp_levels,
+    "diffusers_unipc": diffusers_unipc_levels,
+    "diffusers_euler": diffusers_euler_levels,
+}
+"""Noise levels of samplers of many steps, each from the number of steps and a shift."""
 
 
 def training_weights(shift: float) -> np.ndarray:
@@ -132,7 +207,16 @@ def training_weights(shift: float) -> np.ndarray:
 
     Source: algorithm.md 2.4. No stage of the method uses them.
     """
-    times = sigma_table(shift).astype(np.float64) * TRAIN_STEPS
-    bell = np.exp(-2 * ((times - TRAIN_STEPS / 2) / TRAIN_STEPS) ** 2)
+    return table_weights(sigma_table(shift))
+
+
+def table_weights(table: np.ndarray) -> np.ndarray:
+    """Returns the loss weights of a table of noise levels, float32, mean 1.
+
+    The bell's middle and width are those of a table of 1000 entries only if there are
+    1000, as in the official code.
+    """
+    steps, times = len(table), table.astype(np.float64) * TRAIN_STEPS
+    bell = np.exp(-2 * ((times - steps / 2) / steps) ** 2)
     shifted = bell - bell.min()
-    return (shifted * (TRAIN_STEPS / shifted.sum())).astype(np.float32)
+    return (shifted * (steps / shifted.sum())).astype(np.float32)

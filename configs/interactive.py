@@ -46,10 +46,13 @@ def get_config() -> ConfigDict:
     config.seed = 0  # of lines that have none
 
     config.sampler = ConfigDict()
-    config.sampler.solver = placeholder(str)  # renoise, euler, unipc
+    config.sampler.solver = placeholder(str)  # renoise, euler, unipc, dpmpp
     config.sampler.steps = placeholder(tuple)  # of renoise
     config.sampler.warp = placeholder(bool)  # whether steps are before the shift
-    config.sampler.num_steps = placeholder(int)  # of euler and unipc
+    config.sampler.num_steps = placeholder(int)  # of euler, unipc and dpmpp
+    # Noise levels of the same: wan_unipc, wan_dpmpp (of Wan2.1's own program),
+    # diffusers_unipc, diffusers_euler (of diffusers), even (from 1, timesteps uncut).
+    config.sampler.grid = placeholder(str)
     config.sampler.shift = placeholder(float)
     config.sampler.guidance = placeholder(float)  # 1 is none; more runs the model twice
     config.sampler.negative_prompt = placeholder(str)

@@ -40,10 +40,13 @@ def get_config(policy: str = "anchor_forcing") -> ConfigDict:
     config.seed = 0
 
     config.sampler = ConfigDict()
-    config.sampler.solver = "renoise"  # or euler, unipc
+    config.sampler.solver = "renoise"  # or euler, unipc, dpmpp
     config.sampler.steps = (1000, 750, 500, 250)  # of renoise
     config.sampler.warp = True  # whether steps are before the shift
-    config.sampler.num_steps = 50  # of euler and unipc
+    config.sampler.num_steps = 50  # of euler, unipc and dpmpp
+    # Noise levels of the same; or wan_unipc, wan_dpmpp, diffusers_unipc,
+    # diffusers_euler, as Wan2.1's own program and diffusers have them.
+    config.sampler.grid = "even"
     config.sampler.shift = 5.0
     config.sampler.guidance = 1.0  # 1 is none; more runs the model twice
     config.sampler.negative_prompt = ""

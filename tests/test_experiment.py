@@ -3,7 +3,7 @@ import dataclasses
 import bundles
 import pytest
 
-from anchor_jax import experiment
+from anchor_jax import experiment, flow
 from anchor_jax.cache.policies import (
     POLICIES,
     Flush,
@@ -124,6 +124,10 @@ def test_a_junction_needs_a_range_beyond_the_window(rope):
         ({"window": 30}, "window=30 must fit into the RoPE range"),
         ({"window": 20}, "leave no room"),
         ({"sampler__solver": "heun"}, "unipc"),
+        (
+            {"sampler__solver": "euler", "sampler__grid": "wan_unipcs"},
+            "did you mean 'wan_unipc'",
+        ),
         ({"sampler__steps": "(250, 500)"}, "that fall"),
         ({"sampler__steps": "(1001,)"}, "at most 1000"),
         ({"sampler__shift": 0}, "more than 0"),
@@ -289,8 +293,59 @@ def test_the_published_teacher_is_guided():
 
     built = experiment.make_setup(made, bundles.load(), ONE)
 
-    assert (built.solver, len(built.levels), built.copies) == (UniPC(), 50, 2)
+    assert (built.solver, built.copies, built.guidance) == (UniPC(), 2, 5.0)
+    assert built.levels == flow.wan_unipc_levels(50, 5.0)
+    assert built.levels.timestep[:2] == (999.0, 995.0)
     assert experiment.negative_prompt(made) == experiment.WAN_NEGATIVE_PROMPT
+
+
+def test_the_published_teachers_sampler_is_told_with_what_its_makers_recommend():
+    given = open_config(sampler__shift=8.0)
+    metadata = {"method": "wan"}
+
+    told = experiment.told_choices(given, experiment.resolve(given, metadata), metadata)
+
+    assert told[1] == (
+        "solver: unipc, 50 steps, noise levels wan_unipc, shift 8, guidance 5"
+    )
+    assert "1.3B model at 480x832" in told[2] and "shift from 8 to 12" in told[2]
+    assert "sampler.guidance=6" in told[2]
+
+
+@pytest.mark.parametrize(
+    ("fields", "grid"),
+    [
+        ({}, "wan_unipc"),
+        ({"solver": "unipc"}, "wan_unipc"),
+        ({"solver": "dpmpp"}, "wan_dpmpp"),
+        ({"solver": "euler"}, "even"),
+        ({"solver": "euler", "grid": "diffusers_euler"}, "diffusers_euler"),
+        ({"grid": "even"}, "even"),
+    ],
+)
+def test_noise_levels_are_the_solvers_unless_named(fields, grid):
+    given = open_config(**{f"sampler__{name}": one for name, one in fields.items()})
+
+    made = experiment.resolve(given, {"method": "wan"})
+
+    levels = experiment.make_setup(made, bundles.load(), ONE).levels
+    assert made.sampler.grid == grid
+    assert levels == flow.GRIDS[grid](50, 5.0)
+
+
+@pytest.mark.parametrize("name", ["tiny", "interactive"])
+def test_a_config_from_before_noise_levels_had_names_keeps_the_even_ones(name):
+    given = load_config(name)
+    with given.sampler.unlocked():
+        del given.sampler["grid"]
+    plain = {**given, "sampler": dict(given.sampler)}
+
+    for config in (given, plain):
+        made = experiment.resolve(
+            experiment.read_config(config), {"method": "wan"}
+        ).sampler
+        made = dataclasses.replace(made, solver="unipc", num_steps=50)
+        assert experiment.noise_levels(made) == flow.even_levels(50, 5.0)
 
 
 def test_what_a_config_gives_wins_over_the_method():
@@ -363,9 +418,24 @@ def test_regressed_weights_are_sampled_as_their_network_is_used():
     assert (teacher.sampler.solver, teacher.sampler.num_steps) == ("euler", 8)
     assert (teacher.sampler.shift, teacher.sampler.guidance) == (3.0, 2.0)
     assert tuned.sampler == experiment.resolve(open_config(), {"method": "wan"}).sampler
+    assert (teacher.sampler.grid, tuned.sampler.grid) == ("even", "wan_unipc")
     assert (causal.policy, causal.sampler.solver) == ("tri_region_no_junction", "euler")
     assert (endpoints.sampler.solver, endpoints.sampler.guidance) == ("renoise", 1.0)
     assert shown.policy == causal.policy  # What videos of the training show is apart.
+
+
+def test_trainings_from_before_noise_levels_had_names_keep_the_even_ones():
+    def grid(base, **samples):
+        stored = training("regression")
+        stored["samples"] = {**stored["samples"], **samples}
+        if not samples:
+            del stored["samples"]["grid"]
+        metadata = {"method": base, "training": stored}
+        return experiment.resolve(open_config(), metadata).sampler.grid
+
+    assert (grid("wan"), grid(None)) == ("even", "even")
+    assert grid(None, grid="diffusers_euler") == "diffusers_euler"
+    assert grid("wan", grid="diffusers_euler") == "wan_unipc"
 
 
 @pytest.mark.parametrize("wrong", [{}, {"stage": "distillation"}, [], "x"])

@@ -84,6 +84,56 @@ def test_even_levels_meet_the_few_steps_at_48():
     assert np.all(np.diff(levels.sigma) < 0) and levels.sigma[-1] > 0
 
 
+@pytest.mark.parametrize(
+    "grid, steps, shift, times, sigmas, last",
+    [
+        ("wan_unipc", 50, 5.0, [999, 995, 991], [0.99979985, 0.99573237], 92),
+        ("wan_unipc", 20, 3.0, [999, 982, 963], [0.99966645, 0.9824195], 136),
+        ("wan_dpmpp", 50, 5.0, [1000, 995, 991], [1.0, 0.99593496], 92),
+        ("diffusers_unipc", 50, 3.0, [999, 993, 986], [0.999999, 0.9932501], 60),
+        ("diffusers_euler", 30, 3.0, [1000, 988.27136], [1.0, 0.98827136], 8.928572),
+        ("even", 50, 5.0, [1000, 995.93496], [1.0, 0.99593496], 92.592593),
+    ],
+)
+def test_grids_have_the_values_of_their_makers(grid, steps, shift, times, sigmas, last):
+    levels = flow.GRIDS[grid](steps, shift)
+
+    assert len(levels) == steps
+    assert levels.timestep[: len(times)] == pytest.approx(times, rel=1e-7)
+    assert levels.sigma[: len(sigmas)] == pytest.approx(sigmas, rel=1e-7)
+    assert levels.timestep[-1] == pytest.approx(last, rel=1e-6)
+
+
+@pytest.mark.parametrize("grid", ["wan_unipc", "wan_dpmpp", "diffusers_unipc"])
+def test_timesteps_are_cut_and_sigmas_are_not(grid):
+    levels = flow.GRIDS[grid](40, 8.0)
+
+    cut = np.subtract(np.multiply(levels.sigma, 1000), levels.timestep)
+    assert all(time.is_integer() for time in levels.timestep)
+    assert np.all(cut > -1e-4) and np.all(cut < 1) and cut.max() > 0.5
+
+
+@pytest.mark.parametrize("grid", flow.GRIDS)
+@pytest.mark.parametrize("steps", [1, 2, 30])
+@pytest.mark.parametrize("shift", [0.5, 1.0, 12.0])
+def test_every_grid_falls_and_ends_above_0(grid, steps, shift):
+    levels = flow.GRIDS[grid](steps, shift)
+
+    assert len(levels) == len(levels.sigma) == steps
+    assert 0.998 < levels.sigma[0] <= 1 and levels.sigma[-1] > 0
+    assert np.all(np.diff(levels.sigma) < 0)
+
+
+@pytest.mark.parametrize("extra", [True, False])
+def test_a_table_may_have_other_steps(extra):
+    table = flow.sigma_table(3.0, 50, extra, last=0.0 if extra else 0.01)
+
+    plain = np.linspace(1, 0.0 if extra else 0.01, 50 + extra)[:50]
+    np.testing.assert_allclose(table, 3 * plain / (1 + 2 * plain), rtol=1e-6)
+    assert int(flow.nearest_entry(jnp.float32(1000), table)) == 0
+    assert flow.table_weights(table).sum() == pytest.approx(50, rel=1e-5)
+
+
 def test_levels_are_hashable_and_equal_by_value():
     assert flow.even_levels(4, 5.0) == flow.even_levels(4, 5.0)
     assert hash(flow.even_levels(4, 5.0)) == hash(flow.even_levels(4, 5.0))

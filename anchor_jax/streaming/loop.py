@@ -111,6 +111,48 @@ class UniPC:
         return (x, x0, m1), _mix((row[5], x), (row[6], x0), (row[7], m1))
 
 
+@dataclasses.dataclass(frozen=True)
+class DpmPlusPlus:
+    """Second order from the two newest predictions of x0, without a corrector.
+
+    Source: DPM-Solver++ (arXiv:2211.01095), 2M with the midpoint's form; first order
+    in the first and last step.
+    """
+
+    def dtype(self, model: str) -> str:
+        """Returns float32: many small steps add up."""
+        del model
+        return "float32"
+
+    def coefficients(self, levels: Levels) -> dict[str, np.ndarray]:
+        sigma = [*map(float, levels.sigma), 0.0]
+        # The log signal-to-noise ratio; infinite at both ends.
+        ratio = [_log_ratio(one) for one in sigma]
+        rows = []
+        for i, follow in enumerate(sigma[1:]):
+            keep, slope = follow / sigma[i], 0.0
+            if i and follow and math.isfinite(ratio[i - 1]):
+                step, before = ratio[i + 1] - ratio[i], ratio[i] - ratio[i - 1]
+                slope = 0.5 * (1 - keep) * step / before
+            rows.append((keep, 1 - keep + slope, -slope))
+        return {"row": np.asarray(rows, np.float32)}
+
+    def init(self, noise: jax.Array):
+        return jnp.zeros_like(noise)
+
+    def advance(self, memory, noisy, x0, fresh, level):
+        del fresh
+        row = level["row"]
+        return x0, _mix((row[0], noisy), (row[1], x0), (row[2], memory))
+
+
+def _log_ratio(sigma: float) -> float:
+    """Returns log((1 - sigma) / sigma)."""
+    if not 0 < sigma < 1:
+        return -math.inf if sigma else math.inf
+    return math.log((1 - sigma) / sigma)
+
+
 def _phi(h: float) -> tuple[float, float, float]:
     """Returns B(h) and the first two right-hand sides of the order conditions."""
     b = math.expm1(-h)
@@ -168,7 +210,7 @@ def approach(
       denoise: (noisy, timestep, carry) -> (flow, carry).
       noise: [batch, frame, height, width, channel].
       levels: static noise levels.
-      solver: `Renoise`, `Euler` or `UniPC`.
+      solver: `Renoise`, `Euler`, `UniPC` or `DpmPlusPlus`.
       fresh: [level - 1, ...] noise for `Renoise`; drawn outside, since it is data.
       carry: passed from call to call of `denoise`.
       until: traced number of passes after which the rest are left out, their entries

@@ -37,7 +37,7 @@ from anchor_jax.config import from_config
 from anchor_jax.errors import UserError, suggest
 from anchor_jax.flow import Levels
 from anchor_jax.prompts import MAX_PROMPT_CHARACTERS, MAX_SEED
-from anchor_jax.streaming.loop import Euler, Renoise, UniPC
+from anchor_jax.streaming.loop import DpmPlusPlus, Euler, Renoise, UniPC
 from anchor_jax.streaming.types import StreamSetup
 from anchor_jax.wan.kernels import KERNELS
 from anchor_jax.wan.spec import LatentGrid, ModelConfig
@@ -49,7 +49,8 @@ MAX_BATCH = 1024
 _PARTS = {
     kind.__name__: kind
     for kind in (
-        *(StreamSetup, ModelConfig, LatentGrid, Levels, Renoise, Euler, UniPC),
+        *(StreamSetup, ModelConfig, LatentGrid, Levels),
+        *(Renoise, Euler, UniPC, DpmPlusPlus),
         *(Policy, Junction, ReleaseJunction, PeriodicJunction),
         *(TrainedJunction, Restart),
         *(Keep, Flush, Recache, Absolute, Relative, Bounded, Ranked),
@@ -382,10 +383,13 @@ def _check_policy(policy: Policy, where: str) -> None:
 def _check_levels(levels: Levels, where: str) -> None:
     numbers = (*levels.timestep, *levels.sigma)
     fit = len(levels.timestep) == len(levels.sigma) > 0
-    if not fit or not all(type(one) in (int, float) and one > 0 for one in numbers):
+    fit = fit and all(type(one) in (int, float) and one >= 0 for one in numbers)
+    # A timestep that is cut to a whole number may be 0, a noise level may not.
+    if not fit or 0 in levels.sigma:
         raise UserError(
-            f"{where}: expected as many numbers over 0 in timestep as in sigma, got"
-            f" {_short(levels.timestep)} and {_short(levels.sigma)}"
+            f"{where}: expected as many numbers in timestep as in sigma, not below 0,"
+            f" and of sigma above 0; got {_short(levels.timestep)} and"
+            f" {_short(levels.sigma)}"
         )
 
 

@@ -9,7 +9,7 @@ from flax import struct
 from anchor_jax.cache.policies import Policy
 from anchor_jax.cache.types import KVCache, ReadPlan
 from anchor_jax.flow import Levels
-from anchor_jax.streaming.loop import Euler, Passes, Renoise, UniPC
+from anchor_jax.streaming.loop import DpmPlusPlus, Euler, Passes, Renoise, UniPC
 from anchor_jax.wan.attention import ContextKV
 from anchor_jax.wan.dit import WanDit
 from anchor_jax.wan.spec import LatentGrid, ModelConfig
@@ -29,7 +29,7 @@ class StreamSetup:
     grid: LatentGrid
     policy: Policy
     levels: Levels
-    solver: Renoise | Euler | UniPC = Renoise()
+    solver: Renoise | Euler | UniPC | DpmPlusPlus = Renoise()
     guidance: float = 1.0
     kernel: Any = None
     floor: float = 0.0

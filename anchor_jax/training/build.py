@@ -110,6 +110,7 @@ class SamplesConfig:
       policy: what streams remember; without a value `distillation.policy`, and the
         whole clip for a bidirectional teacher.
       steps: of Euler, for networks that are not distilled.
+      grid: the noise levels of these steps, of `flow.GRIDS`.
       guidance: of the same; 1 is none.
     """
 
@@ -118,6 +119,7 @@ class SamplesConfig:
     frames: int = 21
     policy: str | None = None
     steps: int = 20
+    grid: str = "even"
     guidance: float = 2.5
 
 

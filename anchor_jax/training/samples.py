@@ -15,10 +15,10 @@ import numpy as np
 from jax.sharding import NamedSharding
 from PIL import Image
 
-from anchor_jax import experiment, media, prompts
+from anchor_jax import experiment, flow, media, prompts
 from anchor_jax.bundle import Bundle
 from anchor_jax.cache.policies import Policy
-from anchor_jax.errors import UserError
+from anchor_jax.errors import UserError, suggest
 from anchor_jax.experiment import Method
 from anchor_jax.io import expand
 from anchor_jax.prompts import LATENT_FRAMES_PER_SECOND, Script, Segment, Timing
@@ -198,6 +198,9 @@ def _check(config: TrainConfig) -> None:
         raise UserError(
             f"config.samples.guidance={samples.guidance}: expected 0 or more; 1 is none"
         )
+    if samples.grid not in flow.GRIDS:
+        known = suggest(samples.grid, flow.GRIDS, "noise levels")
+        raise UserError(f"config.samples.grid={samples.grid!r}{known}")
     if not all(isinstance(one, str) and one.strip() for one in samples.prompts):
         raise UserError(
             f"config.samples.prompts={samples.prompts}: expected texts, such as"

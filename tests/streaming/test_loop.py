@@ -10,8 +10,15 @@ import numpy as np
 import pytest
 
 import anchor_jax
-from anchor_jax.flow import Levels, even_levels, few_step_levels
-from anchor_jax.streaming.loop import Euler, Renoise, UniPC, approach, guide
+from anchor_jax.flow import GRIDS, Levels, even_levels, few_step_levels
+from anchor_jax.streaming.loop import (
+    DpmPlusPlus,
+    Euler,
+    Renoise,
+    UniPC,
+    approach,
+    guide,
+)
 
 SHAPE = (2, 3, 4, 4, 2)
 FEW = few_step_levels((1000, 750, 500, 250), 5.0)
@@ -72,7 +79,7 @@ def test_euler_equals_a_plain_loop(levels):
     np.testing.assert_allclose(latents, noisy, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("solver", [Renoise(), Euler(), UniPC()])
+@pytest.mark.parametrize("solver", [Renoise(), Euler(), UniPC(), DpmPlusPlus()])
 def test_one_step_gives_the_predicted_x0(solver):
     noise = normal(0)
     levels = Levels((600.0,), (0.6,))
@@ -101,7 +108,8 @@ def test_carry_travels_from_pass_to_pass():
 def test_fresh_noise_matters_to_renoise_only():
     noise, fresh = normal(0), normal(1, shape=(3, *SHAPE))
 
-    for solver, moves in ((Renoise(), True), (Euler(), False), (UniPC(), False)):
+    follow = [(solver, False) for solver in (Euler(), UniPC(), DpmPlusPlus())]
+    for solver, moves in ((Renoise(), True), *follow):
         arguments = {"denoise": denoise, "levels": FEW, "solver": solver}
         one = sample(noise, fresh, **arguments)[0]
         other = sample(noise, 2 * fresh, **arguments)[0]
@@ -146,6 +154,38 @@ def test_unipc_falls_with_the_second_power_of_the_step_and_beats_euler():
     assert errors[2] < orders(Euler())[1][2] / 25
 
 
+def test_dpmpp_falls_faster_than_the_step_and_beats_euler():
+    order, errors = orders(DpmPlusPlus())
+
+    # Its first and last steps are of first order.
+    assert order[0] > 1.2 and 1.5 < order[1] < 2.4
+    assert errors[0] < orders(Euler())[1][0] / 4
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_dpmpp_equals_its_formula(grid):
+    noise, levels = normal(0), GRIDS[grid](6, 5.0)
+
+    latents, passes, _ = sample(
+        noise, denoise=denoise, levels=levels, solver=DpmPlusPlus()
+    )
+
+    sigma = [*levels.sigma, 0.0]
+    with np.errstate(divide="ignore"):
+        ratio = np.log1p(-np.array(sigma)) - np.log(sigma)
+    x, before = noise, None
+    for i, timestep in enumerate(levels.timestep):
+        np.testing.assert_allclose(passes.noisy[i], x, rtol=0, atol=1e-5)
+        x0 = x - sigma[i] * flow(x, timestep)
+        h, slope = ratio[i + 1] - ratio[i], 0.0
+        if i and i + 1 < len(levels):
+            slope = (x0 - before) * h / (ratio[i] - ratio[i - 1]) / 2
+        x = sigma[i + 1] / sigma[i] * x
+        x = x - (1 - sigma[i + 1]) * np.expm1(-h) * (x0 + slope)
+        before = x0
+    np.testing.assert_allclose(latents, x, rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("shift", [1.0, 5.0])
 def test_unipc_beats_euler_from_pure_noise(shift):
     z = normal(0)
@@ -168,7 +208,7 @@ def test_solvers_keep_a_constant_prediction():
     def towards(noisy, timestep, carry):
         return (noisy - target) / (timestep / 1000), carry
 
-    for solver in (Renoise(), Euler(), UniPC()):
+    for solver in (Renoise(), Euler(), UniPC(), DpmPlusPlus()):
         latents = sample(
             normal(0), denoise=towards, levels=even_levels(6, 5.0), solver=solver
         )[0]
@@ -222,8 +262,10 @@ def test_no_other_module_loops_over_noise_levels():
     assert found == {"streaming/loop.py"}
 
 
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("solver", [UniPC(), DpmPlusPlus()])
 @pytest.mark.parametrize("steps", [1, 2, 250, 900])
-def test_unipc_coefficients_are_finite_for_any_number_of_steps(steps):
-    levels = even_levels(steps, shift=5.0)
+def test_coefficients_are_finite_for_any_number_of_steps(steps, solver, grid):
+    levels = GRIDS[grid](steps, 5.0)
 
-    assert np.isfinite(UniPC().coefficients(levels)["row"]).all()
+    assert np.isfinite(solver.coefficients(levels)["row"]).all()

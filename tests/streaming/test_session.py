@@ -15,7 +15,7 @@ from anchor_jax.errors import UserError
 from anchor_jax.experiment import make_policy
 from anchor_jax.prompts import Script, Segment
 from anchor_jax.streaming import stream
-from anchor_jax.streaming.loop import Euler, UniPC
+from anchor_jax.streaming.loop import DpmPlusPlus, Euler, UniPC
 from anchor_jax.streaming.session import Clock, Session, landings
 
 PROMPTS = (RED, BLUE, GREEN)
@@ -238,7 +238,7 @@ def test_guidance_leads_each_video_away_from_the_negative_prompt():
     assert (plain[9:] != guided[0]).any()
 
 
-@pytest.mark.parametrize("solver", [Euler(), UniPC()])
+@pytest.mark.parametrize("solver", [Euler(), UniPC(), DpmPlusPlus()])
 def test_the_whole_clip_at_once_is_a_policy_too(solver):
     config = load_config("tiny:wan_teacher")
     policy = make_policy(config, script(6))

@@ -10,7 +10,7 @@ import safetensors.numpy
 import tiny
 from bundles import BLUE, GREEN, RED
 
-from anchor_jax import flow
+from anchor_jax import experiment, flow
 from anchor_jax.bundle import load_bundle
 from anchor_jax.cache import policies, positions
 from anchor_jax.cache.policies import POLICIES, single_prompt
@@ -459,6 +459,33 @@ def test_a_setup_is_rebuilt_from_plain_values(name):
     assert rebuild(plain, "setup") == setup
 
 
+@pytest.mark.parametrize("grid", flow.GRIDS)
+@pytest.mark.parametrize("solver", experiment.SOLVERS.values())
+def test_any_solver_and_noise_levels_are_rebuilt(grid, solver):
+    levels = flow.GRIDS[grid](1000, 1.0)
+    setup = tiny.setup(POLICIES["longlive"], levels=levels, solver=solver)
+
+    plain = json.loads(json.dumps(describe(setup)))
+
+    assert rebuild(plain, "setup") == setup
+
+
+def test_recipes_from_before_noise_levels_had_names_stay_as_they_were():
+    """Finished videos are known by these values, and replayed from them."""
+    levels = {
+        "kind": "Levels",
+        "timestep": [1000.0, 961.5384521484375, 909.0909423828125],
+        "sigma": [1.0, 0.9615384340286255, 0.9090909361839294],
+    }
+    begun = flow.even_levels(6, 5.0)
+    begun = flow.Levels(begun.timestep[:3], begun.sigma[:3])
+
+    assert rebuild(levels, "levels") == begun
+    assert describe(begun) == levels
+    assert describe(experiment.SOLVERS["unipc"]) == {"kind": "UniPC", "floor": 0.001}
+    assert describe(experiment.SOLVERS["euler"]) == {"kind": "Euler"}
+
+
 @pytest.fixture(scope="module")
 def recipe():
     session = ask(make())
@@ -519,6 +546,8 @@ def changed(recipe, path, value):
         ("setup.policy.sink", -3, "sink"),
         ("setup.levels.sigma", [], "timestep as in sigma"),
         ("setup.levels.sigma", ["a"], "timestep as in sigma"),
+        ("setup.levels.sigma", [0.0], "timestep as in sigma"),
+        ("setup.levels.timestep", [-1.0], "timestep as in sigma"),
         ("setup.solver", "renoise", "solver: got str"),
         ("setup.guidance", -1.0, "guidance=-1.0"),
         ("setup.kernel", "plain", "kernel: got str"),

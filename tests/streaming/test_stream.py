@@ -14,7 +14,7 @@ from anchor_jax.cache.policies import Flush, Keep, Policy, Recache, Rerun
 from anchor_jax.cache.positions import Absolute, Relative
 from anchor_jax.flow import few_step_levels
 from anchor_jax.streaming import stream
-from anchor_jax.streaming.loop import Euler, Renoise, UniPC
+from anchor_jax.streaming.loop import DpmPlusPlus, Euler, Renoise, UniPC
 from anchor_jax.wan.attention import LayersKV, Prefix, Spans, block_causal
 from anchor_jax.wan.dit import WanDit
 from anchor_jax.wan.rope import rotary, rotate
@@ -675,7 +675,7 @@ def test_a_videos_noise_does_not_depend_on_how_many_are_made():
     assert not np.array_equal(beside.initial[0], beside.initial[1])
 
 
-@pytest.mark.parametrize("solver", [Renoise(), Euler(), UniPC()])
+@pytest.mark.parametrize("solver", [Renoise(), Euler(), UniPC(), DpmPlusPlus()])
 def test_bfloat16_streams_run_with_every_solver(solver):
     model = dataclasses.replace(tiny.MODEL, dtype="bfloat16")
     setup = tiny.setup(model=model, solver=solver)

@@ -214,6 +214,7 @@ def test_prompts_are_those_of_the_config_or_the_first_of_the_data(tmp_path):
         ({"num": 0}, "config.samples.num=0"),
         ({"num": 1000}, "at most 64 videos"),
         ({"guidance": -1.0}, "config.samples.guidance=-1.0"),
+        ({"grid": "evn"}, "config.samples.grid='evn'; did you mean 'even'"),
         ({"prompts": (" ",)}, "config.samples.prompts"),
         ({"prompts": ("a[3f",)}, "config.samples.prompts, 'a"),
         ({"policy": "longliv"}, "did you mean 'longlive'"),
