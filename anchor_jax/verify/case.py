@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError
 
+from anchor_jax import flow
 from anchor_jax.errors import UserError
 from anchor_jax.porting import convert
 
 LARGEST = 2**20
+TIME = 1e-6  # relative: timesteps; near 1000 they are spaced by 6e-5 in float32
 _UNSET: Any = object()
 
 
@@ -94,6 +96,12 @@ class Case:
         if not abs(value) < 1e30:
             raise CaseError(f"config.json: {'.'.join(keys)} must be a finite number")
         return float(value)
+
+    def demand_steps(self) -> None:
+        """Raises unless timesteps are 1000 sigma, which the method is made for."""
+        for name in ("num_train_timesteps", "num_train_timestep"):
+            if self.setting(name, default=flow.TRAIN_STEPS) != flow.TRAIN_STEPS:
+                raise CaseError(f"config.json: {name} can only be {flow.TRAIN_STEPS}")
 
     def is_set(self, *keys: str) -> bool:
         """Returns a flag, false if it is not given."""

@@ -9,7 +9,7 @@ import numpy as np
 from einops import rearrange
 
 from anchor_jax import flow
-from anchor_jax.verify.case import Case, CaseError, Checks, whole
+from anchor_jax.verify.case import TIME, Case, CaseError, Checks, short, whole
 from anchor_jax.wan import rope
 from anchor_jax.wan.dit import unpatchify
 from anchor_jax.wan.layers import RmsNorm
@@ -90,45 +90,76 @@ def _compare_unpatchify(case: Case, checks: Checks) -> None:
 
 
 def verify_scheduler(case: Case, checks: Checks) -> None:
-    """Compares the noise table and everything that is computed from it."""
-    shift = _shift(case)
-    table = flow.sigma_table(shift)
+    """Compares the noise table and everything that is computed from it.
+
+    A table of other than 1000 entries is a sampler's: what only a training has of it
+    is compared where it was recorded.
+    """
+    table, shift = _table(case)
     checks.compare("sigmas", table, absolute=EXACT)
-    # Relative: a float32 timestep near 1000 is spaced by 6e-5.
-    checks.compare("timesteps", table * np.float32(1000), relative=EXACT)
-    weights = flow.training_weights(shift)
-    checks.compare("training_weights", weights, absolute=CLOSE)
-    steps = case.sizes("denoising_step_list", high=flow.TRAIN_STEPS)
-    warped = flow.few_step_levels(steps, shift).timestep
-    checks.compare("warped_denoising_step_list", warped, absolute=CLOSE)
-    _compare_conversions(case, checks, shift)
-    raw = jnp.asarray(case.inputs["raw_timestep"].astype(np.float32))
-    ours = flow.shift_timestep(raw, shift)
-    checks.compare("dmd_shifted_timestep", ours, absolute=CLOSE)
-    ours = flow.dmd_timestep(raw, shift)
-    checks.compare("dmd_shifted_timestep_clamped", ours, absolute=CLOSE)
+    checks.compare("timesteps", table * np.float32(1000), relative=TIME)
+    trains = len(table) == flow.TRAIN_STEPS
+    if trains or "training_weights" in checks.outputs:
+        weights = flow.table_weights(table)
+        checks.compare("training_weights", weights, absolute=CLOSE, relative=1e-5)
+    if trains or "warped_denoising_step_list" in checks.outputs:
+        warped = _warped(case, table)
+        checks.compare("warped_denoising_step_list", warped, relative=TIME)
+    _compare_conversions(case, checks, table)
+    if trains or "raw_timestep" in case.inputs:
+        raw = jnp.asarray(case.inputs["raw_timestep"].astype(np.float32))
+        ours = flow.shift_timestep(raw, shift)
+        checks.compare("dmd_shifted_timestep", ours, relative=TIME)
+        ours = score_timestep(case, raw, shift)
+        checks.compare("dmd_shifted_timestep_clamped", ours, relative=TIME)
 
 
-def _shift(case: Case) -> float:
-    """Returns the shift; the rest of the table's form is fixed in the method."""
-    steps = case.size("num_steps", default=flow.TRAIN_STEPS)
-    extra = case.setting("extra_one_step", default=True)
-    if (
-        steps != flow.TRAIN_STEPS
-        or extra is not True
-        or case.number("sigma_min", default=0)
-    ):
+def score_timestep(case: Case, raw, shift: float):
+    """Returns the timesteps at which scores are compared, of uniform ones."""
+    case.demand_steps()
+    low = case.number("min_step", default=20)
+    high = case.number("max_step", default=980)
+    return flow.dmd_timestep(raw, shift, low, high)
+
+
+def _table(case: Case) -> tuple[np.ndarray, float]:
+    """Returns the table of noise levels that a case describes, and its shift."""
+    case.demand_steps()
+    for name in ("inverse_timesteps", "reverse_sigmas"):
+        if case.is_set(name):
+            raise CaseError(f"config.json: {name} can only be false")
+    if case.number("sigma_max", default=1.0) != 1.0:
+        raise CaseError("config.json: sigma_max can only be 1")
+    last, shift = case.number("sigma_min", default=0), case.number("shift")
+    if not 1e-3 <= shift <= 1e3 or not 0 <= last < 1:
         raise CaseError(
-            f"config.json: num_steps={steps}, extra_one_step={extra}; the package has"
-            f" only the table of {flow.TRAIN_STEPS} steps from 1 to 0, 0 left out"
+            f"config.json: shift={shift}, sigma_min={last}: expected a shift above 0"
+            " and a last level from 0 to below 1"
         )
-    shift = case.number("shift")
-    if not 1e-3 <= shift <= 1e3:
-        raise CaseError(f"config.json: shift={shift} is out of range")
-    return shift
+    extra = case.setting("extra_one_step", default=True)
+    if not isinstance(extra, bool):
+        raise CaseError("config.json: extra_one_step must be true or false")
+    steps = case.size("num_steps", default=flow.TRAIN_STEPS, high=100_000)
+    return flow.sigma_table(shift, steps, extra, last), shift
 
 
-def _compare_conversions(case: Case, checks: Checks, shift: float) -> None:
+def _warped(case: Case, table: np.ndarray) -> np.ndarray:
+    """Returns the few timesteps of a list that counts back from a table's end."""
+    steps = np.asarray(case.sizes("denoising_step_list", high=flow.TRAIN_STEPS))
+    times = np.append(table * np.float32(1000), np.float32(0))
+    # The list counts in a training's 1000 entries, or in those that there are.
+    place = flow.TRAIN_STEPS - steps
+    if (place >= len(times)).any():
+        place = len(table) - steps
+    if (place < 0).any():
+        raise CaseError(
+            f"config.json: denoising_step_list={short(steps.tolist())} does not index a"
+            f" table of {len(table)} entries"
+        )
+    return times[place]
+
+
+def _compare_conversions(case: Case, checks: Checks, table: np.ndarray) -> None:
     """Compares noising, the conversions between flow and x0, and the Euler step."""
     names = ("x0", "xt", "flow", "noise")
     x0, xt, pred, noise = (jnp.asarray(case.inputs[name]) for name in names)
@@ -137,23 +168,35 @@ def _compare_conversions(case: Case, checks: Checks, shift: float) -> None:
         raise CaseError("inputs: x0, xt, flow and noise must have one shape")
     if x0.shape[:1] != time.shape:
         raise CaseError(f"inputs: {time.shape} timesteps for {x0.shape}")
-    sigma = flow.lookup_sigma(time, shift)
-    table = flow.sigma_table(shift)
-    place = np.abs(table * np.float32(1000) - np.asarray(time)[:, None]).argmin(axis=1)
-    weight = flow.training_weights(shift)[place]
+    place = np.asarray(flow.nearest_entry(time, table))
+    sigma = jnp.asarray(table)[place]
     after = np.append(table, np.float32(0))[place + 1]
     if (place == len(table) - 1).any():  # Official behaviour: one ends, all end.
         after = np.zeros_like(after)
     step = flow.spread(jnp.asarray(after) - sigma, xt) * pred
     ours = {
         "sigma_used": sigma,
-        "training_weight_used": weight,
+        "training_weight_used": flow.table_weights(table)[place],
         "training_target": noise - x0,
         "add_noise": flow.add_noise(x0, noise, sigma),
         "x0_from_flow": flow.x0_from_flow(pred, xt, sigma),
-        "flow_from_x0": flow.flow_from_x0(x0, xt, sigma),
         "euler_step": xt + step,
     }
+    if len(table) != flow.TRAIN_STEPS and "training_weight_used" not in checks.outputs:
+        del ours["training_weight_used"]
     for name, value in ours.items():
-        # The flow grows as 1 / sigma, past where float32 is spaced by `CLOSE`.
         checks.compare(name, jax.device_get(value), absolute=CLOSE, relative=EXACT)
+    _compare_flow(checks, flow.flow_from_x0(x0, xt, sigma), np.asarray(sigma))
+
+
+def _compare_flow(checks: Checks, ours, sigma: np.ndarray) -> None:
+    """Compares the flow to x0, which without noise is a division by 0."""
+    name, ours = "flow_from_x0", np.array(ours)
+    theirs = checks.outputs.get(name)
+    if theirs is not None and theirs.shape == ours.shape and not sigma.all():
+        ended = sigma == 0
+        same = np.array_equal(ours[ended], theirs[ended], equal_nan=True)
+        checks.equal("flow_from_x0 at sigma 0", same, True)
+        ours, theirs = ours[~ended], theirs[~ended]
+    # The flow grows as 1 / sigma, past where float32 is spaced by `CLOSE`.
+    checks.compare(name, ours, theirs, absolute=CLOSE, relative=EXACT)

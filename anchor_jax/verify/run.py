@@ -25,6 +25,7 @@ from anchor_jax.verify.case import (
 KINDS = {
     "primitives": "anchor_jax.verify.primitives:verify_primitives",
     "scheduler": "anchor_jax.verify.primitives:verify_scheduler",
+    "solver": "anchor_jax.verify.solver:verify_solver",
     "dit_bidirectional": "anchor_jax.verify.networks:verify_dit_bidirectional",
     "dit_causal_nocache": "anchor_jax.verify.networks:verify_dit_causal",
     "lora": "anchor_jax.verify.networks:verify_lora",
@@ -36,7 +37,7 @@ KINDS = {
     "dmd": "anchor_jax.verify.training:verify_dmd",
     "ode_regression": "anchor_jax.verify.training:verify_ode_regression",
     "self_forcing": "anchor_jax.verify.training:verify_self_forcing",
-    "streaming_training": "anchor_jax.verify.training:verify_streaming_training",
+    "streaming_training": "anchor_jax.verify.sequences:verify_streaming_training",
 }
 
 _FILES = ("config.json", "inputs.safetensors", "outputs.safetensors", "trace.json")

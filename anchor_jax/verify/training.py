@@ -3,12 +3,10 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 
 from anchor_jax import flow
 from anchor_jax.cache.policies import Junction, Policy, Recache, as_trained
@@ -17,25 +15,21 @@ from anchor_jax.porting.convert import export
 from anchor_jax.streaming.types import BlockNoise, StreamSetup
 from anchor_jax.training import losses, rollout
 from anchor_jax.training.losses import Distillation, ReleaseTables, Score
-from anchor_jax.training.rollout import Chunk, Rollout, Turn
-from anchor_jax.training.schedule import Piece, Plan
-from anchor_jax.verify.case import Case, CaseError, Checks, short, whole
+from anchor_jax.verify.case import TIME, Case, CaseError, Checks
 from anchor_jax.verify.networks import (
     CLOSE,
+    block_sizes,
     dit_params,
     dit_rules,
     model_config,
-    vae_params,
-    vae_sizes,
 )
+from anchor_jax.verify.primitives import score_timestep
 from anchor_jax.verify.streaming import (
     LONGEST,
     RANGE,
     frames_first,
     padded,
-    plan_positions,
 )
-from anchor_jax.wan import vae
 from anchor_jax.wan.attention import block_causal
 from anchor_jax.wan.dit import WanDit
 from anchor_jax.wan.spec import LatentGrid, ModelConfig
@@ -43,12 +37,15 @@ from anchor_jax.wan.spec import LatentGrid, ModelConfig
 LOSS = 1e-5  # relative
 GRADIENT = 1e-4  # of the largest entry
 SCORE = 1e-4  # relative: clean latents, and what is made of their differences
-_KEPT_GRADIENTS = "gradients through cached keys, which are constants here"
+KEPT_GRADIENTS = "gradients through cached keys, which are constants here"
 
 
 @dataclasses.dataclass(frozen=True)
 class Networks:
-    """The networks of a recorded training, and how they are set up."""
+    """The networks of a recorded training, and how they are set up.
+
+    Of `guidance` is the real score: with + guidance (with - without).
+    """
 
     generator: dict
     fake: dict
@@ -56,21 +53,26 @@ class Networks:
     setup: StreamSetup
     critic: Score
     teacher: Score
+    guidance: float
 
     def distill(self, latents, noise, timestep, mask, prompts) -> Distillation:
         """Returns the generator's loss; `prompts` are the prompt and the negative."""
-        weights, scores = (self.fake, self.real), (self.critic, self.teacher)
-        return _distill(latents, noise, timestep, mask, prompts, weights, scores=scores)
+        return _distill(
+            *(latents, noise, timestep, mask, prompts),
+            (self.fake, self.real),
+            self.guidance,
+            scores=(self.critic, self.teacher),
+        )
 
     def criticise(self, latents, noise, timestep, mask, prompt):
         """Returns the critic's loss, and its gradient under official names."""
         given = (latents, noise, timestep, prompt, mask)
         loss, found = _criticise(self.fake, *given, score=self.critic)
-        return loss, _official(found, self.setup)
+        return loss, official(found, self.setup)
 
 
 @functools.partial(jax.jit, static_argnames="scores")
-def _distill(latents, noise, timestep, mask, prompts, weights, *, scores):
+def _distill(latents, noise, timestep, mask, prompts, weights, guidance, *, scores):
     return losses.distribution_matching(
         latents,
         noise,
@@ -78,6 +80,7 @@ def _distill(latents, noise, timestep, mask, prompts, weights, *, scores):
         mask,
         fake=(scores[0], weights[0], prompts[0]),
         real=(scores[1], weights[1], *prompts),
+        guidance=guidance,
     )
 
 
@@ -86,18 +89,23 @@ def _criticise(variables, *given, score: Score):
     return jax.value_and_grad(losses.score_flow)(variables, score, *given)
 
 
-_roll = jax.jit(rollout.roll, static_argnames=("setup", "turn"))
-_pull_back = jax.jit(rollout.pull_back, static_argnames="setup")
+roll = jax.jit(rollout.roll, static_argnames=("setup", "turn"))
+pull_back = jax.jit(rollout.pull_back, static_argnames="setup")
 
 
-def _networks(case: Case, policy: Policy) -> Networks:
+def load_networks(case: Case, policy: Policy) -> Networks:
+    """Returns the networks of a case, whose generator remembers by a policy."""
     config, teacher = model_config(case), model_config(case, "teacher")
-    if case.number("guidance_scale", default=3.0) != 3.0:
-        raise CaseError("config.json: guidance_scale can only be 3.0")
+    if case.number("fake_guidance_scale", default=0.0) != 0.0:
+        raise CaseError(
+            "config.json: fake_guidance_scale can only be 0; the critic is not guided"
+        )
+    guidance = case.number("guidance_scale", default=3.0)
     shift = case.number("timestep_shift")
     steps = case.sizes("denoising_step_list", high=flow.TRAIN_STEPS)
     rows, columns = case.sizes("latent_hw", low=1, high=LONGEST)
-    tables = ReleaseTables(shift=shift)
+    score_shift = case.number("score_shift", default=ReleaseTables.score_shift)
+    tables = ReleaseTables(shift, score_shift)
     setup = StreamSetup(
         model=config,
         grid=LatentGrid(rows, columns),
@@ -110,14 +118,19 @@ def _networks(case: Case, policy: Policy) -> Networks:
         {"params": jax.tree.map(jnp.asarray, dit_params(case, sizes, prefix))}
         for prefix, sizes in named
     )
-    return Networks(*collections, setup, Score(config, tables), Score(teacher, tables))
+    scores = (Score(sizes, tables) for sizes in (config, teacher))
+    guidance = case.number("real_guidance_scale", default=guidance)
+    return Networks(*collections, setup, *scores, guidance)
 
 
-def _prompts(case: Case, config: ModelConfig, *names: str) -> tuple[np.ndarray, ...]:
+def load_prompts(
+    case: Case, config: ModelConfig, *names: str
+) -> tuple[np.ndarray, ...]:
+    """Returns embeddings [batch, text_len, text_dim], short ones padded with zeros."""
     return tuple(padded(case.inputs[name], config.text_len) for name in names)
 
 
-def _official(found, setup: StreamSetup) -> dict[str, np.ndarray]:
+def official(found, setup: StreamSetup) -> dict[str, np.ndarray]:
     """Returns a gradient under the official names of its parameters."""
     return export(jax.tree.map(np.asarray, found["params"]), dit_rules(setup.model))
 
@@ -127,11 +140,12 @@ def _frames_last(latents) -> np.ndarray:
     return np.moveaxis(np.asarray(latents), 2, -1)
 
 
-def _per_frame(timestep, frames: int) -> np.ndarray:
+def per_frame(timestep, frames: int) -> np.ndarray:
+    """Returns [batch, frame] of a clip's timesteps [batch]."""
     return np.broadcast_to(np.asarray(timestep)[:, None], (len(timestep), frames))
 
 
-def _compare_gradients(checks: Checks, prefix: str, ours: dict) -> None:
+def compare_gradients(checks: Checks, prefix: str, ours: dict) -> None:
     """Compares those that were recorded, of the names that start with a prefix."""
     for name in [name for name in checks.outputs if name.startswith(prefix)]:
         parameter = name.removeprefix(prefix)
@@ -139,7 +153,7 @@ def _compare_gradients(checks: Checks, prefix: str, ours: dict) -> None:
             checks.compare(name, ours[parameter], relative=GRADIENT)
 
 
-def _compare_distillation(checks: Checks, prefix: str, found: Distillation) -> None:
+def compare_distillation(checks: Checks, prefix: str, found: Distillation) -> None:
     """Compares what was recorded of a loss's making."""
     ours = {
         "kl_grad": found.direction,
@@ -159,22 +173,22 @@ def _compare_distillation(checks: Checks, prefix: str, found: Distillation) -> N
 
 def verify_dmd(case: Case, checks: Checks) -> None:
     """Compares both losses of a given clip, how they came about, and gradients."""
-    networks = _networks(case, _policy(case))
+    networks = load_networks(case, trained_policy(case))
     setup, inputs = networks.setup, case.inputs
     shift = case.number("timestep_shift")
     latents = _frames_last(inputs["generated_latent"])
     frames = latents.shape[1]
     mask = np.arange(frames) >= case.size("mask_first", low=0, default=0)
-    prompts = _prompts(case, setup.model, "cond", "uncond")
+    prompts = load_prompts(case, setup.model, "cond", "uncond")
     times = {}
     for role, prefix in (("generator", ""), ("critic", "critic_")):
         raw = np.float32(inputs[f"{prefix}raw_timestep"][:, 0])
-        times[role] = flow.dmd_timestep(raw, shift)
+        times[role] = score_timestep(case, raw, shift)
     found = networks.distill(
         latents, _frames_last(inputs["dmd_noise"]), times["generator"], mask, prompts
     )
-    _compare_distillation(checks, "", found)
-    checks.compare("timestep", _per_frame(times["generator"], frames), absolute=CLOSE)
+    compare_distillation(checks, "", found)
+    checks.compare("timestep", per_frame(times["generator"], frames), relative=TIME)
     checks.compare("dmd_loss", found.loss, relative=LOSS)
     by_latents = frames_first(found.gradient)
     checks.compare("dmd_loss_grad_wrt_latent", by_latents, relative=GRADIENT)
@@ -183,7 +197,7 @@ def verify_dmd(case: Case, checks: Checks) -> None:
         latents, noise, times["critic"], whole, prompts[0]
     )
     checks.compare("critic_loss", loss, relative=LOSS)
-    _compare_gradients(checks, "critic_grad.", gradient)
+    compare_gradients(checks, "critic_grad.", gradient)
     _compare_critic(checks, networks, latents, noise, times["critic"], prompts[0])
     for name, number in (("generator", shift), ("score", networks.critic.tables)):
         number = number if name == "generator" else number.score_shift
@@ -207,8 +221,8 @@ def _compare_critic(checks, networks: Networks, latents, noise, timestep, prompt
     }
     for name, value in ours.items():
         checks.compare(f"critic.{name}", frames_first(value), absolute=CLOSE)
-    times = _per_frame(timestep, latents.shape[1])
-    checks.compare("critic.timestep", times, absolute=CLOSE)
+    times = per_frame(timestep, latents.shape[1])
+    checks.compare("critic.timestep", times, relative=TIME)
 
 
 def verify_ode_regression(case: Case, checks: Checks) -> None:
@@ -223,27 +237,29 @@ def verify_ode_regression(case: Case, checks: Checks) -> None:
     drawn = next((v for k, v in inputs.items() if k.endswith("randint")), None)
     if drawn is None or drawn.shape != (len(stored), stored.shape[2]):
         raise CaseError("inputs: no draw of a level for every frame")
+    blocks = block_sizes(case, stored.shape[2])
+    if sum(blocks) != stored.shape[2]:
+        raise CaseError(f"inputs: {stored.shape[2]} frames do not divide into blocks")
     # Of each block the first frame's draw counts for all.
-    size = case.size("num_frame_per_block")
-    index = np.repeat(drawn[:, ::size], size, axis=1)
+    first = np.cumsum([0, *blocks[:-1]])
+    index = np.repeat(drawn[:, first], blocks, axis=1)
     noisy = np.take_along_axis(stored, index[:, None, :, None, None, None], 1)[:, 0]
     window = case.size("local_attn_size", low=-1)
-    blocks = (size,) * (stored.shape[2] // size)
     spans = block_causal(blocks, None if window == -1 else window)
     params = jax.tree.map(jnp.asarray, dit_params(case, config, "generator."))
-    (prompt,) = _prompts(case, config, "cond")
+    (prompt,) = load_prompts(case, config, "cond")
     sigma = np.asarray(levels.sigma, np.float32)[index]
     given = (noisy, times[index], sigma, stored[:, -1], prompt)
     (loss, x0), found = _regress(params, *given, spans=spans, config=config)
-    checks.compare("denoising_timesteps", times, absolute=CLOSE)
+    checks.compare("denoising_timesteps", times, relative=TIME)
     checks.compare("loss", loss, relative=LOSS)
     checks.compare("noisy_input", frames_first(noisy), absolute=0)
     checks.compare("pred_x0", frames_first(x0), absolute=CLOSE)
-    checks.compare("mean_timestep", times[index].mean(axis=1), absolute=CLOSE)
+    checks.compare("mean_timestep", times[index].mean(axis=1), relative=TIME)
     each = np.square(np.asarray(x0) - stored[:, -1]).mean(axis=(1, 2, 3, 4))
     checks.compare("unnormalized_loss", each, relative=LOSS)
     gradient = export(jax.tree.map(np.asarray, found), dit_rules(config))
-    _compare_gradients(checks, "grad.", gradient)
+    compare_gradients(checks, "grad.", gradient)
 
 
 @functools.partial(jax.jit, static_argnames=("spans", "config"))
@@ -259,13 +275,19 @@ def _regress(params, noisy, times, sigma, target, prompt, *, spans, config):
     return jax.value_and_grad(loss, has_aux=True)(params)
 
 
-def _policy(case: Case) -> Policy:
+def trained_policy(case: Case) -> Policy:
     """Returns the policy of a recorded rollout, by the rules of training."""
+    if case.is_set("independent_first_frame"):
+        raise CaseError("config.json: independent_first_frame can only be false")
     bounded = case.is_set("rope_enhance")
+    window = case.size("local_attn_size", low=-1)
+    if window == -1:
+        frames = case.size("num_training_frames", high=LONGEST)
+        window = case.size("max_length", high=LONGEST, default=frames)
     policy = Policy(
         block=case.size("num_frame_per_block"),
         sink=case.size("sink_size", low=0),
-        window=case.size("local_attn_size"),
+        window=window,
         junction=Junction() if case.is_set("use_prompt_cache") else None,
         positions=Relative(range=RANGE) if bounded else Absolute(),
         on_switch=Recache(),
@@ -297,7 +319,7 @@ class Draws:
         return found
 
 
-def _noise(draws: Draws, noise, leave: int, setup: StreamSetup) -> BlockNoise:
+def block_noise(draws: Draws, noise, leave: int, setup: StreamSetup) -> BlockNoise:
     """Returns the noise of a chunk's blocks."""
     size, levels = setup.policy.block, len(setup.levels)
     batch, frames, *rest = noise.shape
@@ -313,247 +335,40 @@ def _noise(draws: Draws, noise, leave: int, setup: StreamSetup) -> BlockNoise:
     return BlockNoise(*map(jnp.asarray, channels_last))
 
 
-def _loss_draws(draws: Draws, shift: float) -> tuple[jax.Array, np.ndarray]:
+def loss_draws(draws: Draws, case: Case) -> tuple[jax.Array, np.ndarray]:
     """Returns timestep and noise of a loss, the last numbers that a step draws."""
-    return (
-        flow.dmd_timestep(np.float32(draws.last("randint")[:, 0]), shift),
-        _frames_last(draws.take("randn_like")),
-    )
+    raw = np.float32(draws.last("randint")[:, 0])
+    timestep = score_timestep(case, raw, case.number("timestep_shift"))
+    return timestep, _frames_last(draws.take("randn_like"))
 
 
 def verify_self_forcing(case: Case, checks: Checks) -> None:
     """Compares a rollout from nothing, its loss, and the generator's gradient."""
-    networks, draws = _networks(case, _policy(case)), Draws(case)
+    networks, draws = load_networks(case, trained_policy(case)), Draws(case)
     setup = networks.setup
     noise = draws.take("randn")
     leave = int(draws.take("randint")[0])
-    prompts = _prompts(case, setup.model, "cond", "uncond")
+    prompts = load_prompts(case, setup.model, "cond", "uncond")
     before = rollout.begin(setup, len(noise), noise.shape[1])
-    noise = _noise(draws, noise, leave, setup)
+    noise = block_noise(draws, noise, leave, setup)
     given = (networks.generator, before, prompts[:1], noise, leave)
-    _, chunk = _roll(*given, setup=setup)
+    _, chunk = roll(*given, setup=setup)
     checks.compare("generated_latent", frames_first(chunk.latents), absolute=CLOSE)
-    timestep, noise = _loss_draws(draws, case.number("timestep_shift"))
+    timestep, noise = loss_draws(draws, case)
     frames = chunk.latents.shape[1]
     mask = np.ones(frames, bool)
     found = networks.distill(chunk.latents, noise, timestep, mask, prompts)
-    _compare_distillation(checks, "dmd.", found)
-    checks.compare("dmd.timestep", _per_frame(timestep, frames), absolute=CLOSE)
+    compare_distillation(checks, "dmd.", found)
+    checks.compare("dmd.timestep", per_frame(timestep, frames), relative=TIME)
     checks.compare("generator_loss", found.loss, relative=LOSS)
-    gradient = _pull_back(
+    gradient = pull_back(
         networks.generator, {}, chunk, prompts[0], leave, found.gradient, setup=setup
     )
-    gradient = _official(gradient, setup)
-    _compare_gradients(checks, "grad_detached_cache.", gradient)
-    checks.leave_out(r"grad\..*", _KEPT_GRADIENTS)
+    gradient = official(gradient, setup)
+    compare_gradients(checks, "grad_detached_cache.", gradient)
+    checks.leave_out(r"grad\..*", KEPT_GRADIENTS)
     steps = [*case.sizes("denoising_step_list"), 0]
     checks.equal("denoised_timestep_from_to", steps[leave : leave + 2])
     exits = np.asarray([call["grad"] for call in case.setting("_generator_calls")])
     ours = np.tile(np.arange(leave + 2) == leave, frames // setup.policy.block)
     checks.equal("calls with a gradient", ours, exits)
-
-
-def verify_streaming_training(case: Case, checks: Checks) -> None:
-    """Compares a long sequence, chunk by chunk: what it sees, losses, gradients."""
-    networks = _networks(case, _policy(case))
-    sizes = vae_sizes(case, "vae")
-    codec = vae_params(case, sizes, "vae.")
-    renew = functools.partial(
-        jax.jit(rollout.renew_last, static_argnames="codec"),
-        codec,
-        codec=vae.VaeCodec(sizes),
-    )
-    plan = Plan(
-        frames=case.size("num_training_frames"),
-        block=networks.setup.policy.block,
-        length=case.size("max_length"),
-        switches=(),
-    )
-    chunks, more = _recorded_chunks(case)
-    switch = case.size("switch_frame_index", low=0, default=0) or None
-    pieces = plan.pieces(switch)
-    if len(pieces) < len(chunks):
-        raise CaseError(f"trace.json: {len(chunks)} chunks, expected {len(pieces)}")
-    checks.equal("trace.more can be generated", len(pieces) > len(chunks), more)
-    batch = len(case.inputs["draw.0000.randn"])
-    run = _Sequence(
-        case,
-        checks,
-        networks,
-        renew,
-        rollout.begin(networks.setup, batch, plan.frames),
-        _prompts(case, networks.setup.model, "cond", "switch", "uncond"),
-        switch,
-    )
-    for record, piece in zip(chunks, pieces, strict=False):
-        run.chunk(record, piece)
-
-
-def _recorded_chunks(case: Case) -> tuple[list[dict], bool]:
-    trace = case.trace
-    chunks = trace.get("chunks") if isinstance(trace, dict) else None
-    if not isinstance(chunks, list) or not all(isinstance(x, dict) for x in chunks):
-        raise CaseError("trace.json must hold an object with a list of chunks")
-    return chunks, bool(trace.get("can_generate_more_after"))
-
-
-@dataclasses.dataclass
-class _Sequence:
-    """A long sequence under way beside its recording."""
-
-    case: Case
-    checks: Checks
-    networks: Networks
-    renew: Callable
-    state: Rollout
-    prompts: tuple[np.ndarray, ...]
-    switch: int | None
-
-    def chunk(self, record: dict, piece: Piece) -> None:
-        """Makes the next chunk, and compares all that was recorded of it."""
-        checks, setup = self.checks, self.networks.setup
-        name = f"chunk{whole(record.get('index'), 'trace: index', 0, LONGEST)}"
-        first, end = (
-            whole(x, "trace: draws", 0, LONGEST) for x in record.get("draws", ())
-        )
-        draws = Draws(self.case, first, end)
-        noise = draws.take("randn")
-        leave = int(draws.take("randint")[0])
-        previous = self.state.previous
-        noise = _noise(draws, noise, leave, setup)
-        prompts = self.prompts[piece.prompt : piece.last_prompt + 1]
-        turn = None
-        if piece.turn is not None:
-            block = (piece.turn - piece.start) // setup.policy.block
-            turn = Turn(block, setup.policy.rerun(piece.turn))
-        given = (self.networks.generator, self.state, prompts, noise, leave)
-        self.state, chunk = _roll(
-            *given, setup=setup, turn=turn, requested=self.switch or 0
-        )
-        clip, mask = rollout.window(previous, chunk.latents, self.renew)
-        for what, value in (("new_frames", chunk.latents), ("loss_chunk", clip)):
-            checks.compare(f"{name}.{what}", frames_first(value), absolute=CLOSE)
-        self._compare_plan(f"trace.{name}", record, piece, mask, leave)
-        self._compare_calls(f"trace.{name}", record, chunk, piece)
-        self._compare_cache(name)
-        prompt = self.prompts[piece.last_prompt]
-        loss = _loss_draws(draws, self.case.number("timestep_shift"))
-        role = record.get("role")
-        if role == "critic":
-            self._criticise(name, clip, mask, prompt, loss)
-        elif role == "generator":
-            self._distill(name, clip, mask, prompt, loss, chunk, leave)
-        else:
-            raise CaseError(f"trace.json: role {short(role)} is unknown")
-
-    def _distill(self, name: str, clip, mask, prompt, drawn, chunk: Chunk, leave: int):
-        timestep, noise = drawn
-        checks, networks = self.checks, self.networks
-        prompts = (prompt, self.prompts[2])
-        found = networks.distill(clip, noise, timestep, mask, prompts)
-        _compare_distillation(checks, f"{name}.dmd.", found)
-        times = _per_frame(timestep, clip.shape[1])
-        checks.compare(f"{name}.dmd.timestep", times, absolute=CLOSE)
-        checks.compare(f"{name}.generator_loss", found.loss, relative=LOSS)
-        frames = chunk.noisy.shape[0] * chunk.noisy.shape[2]
-        cotangent = found.gradient[:, -frames:]
-        given = (networks.generator, {}, chunk, prompt, leave, cotangent)
-        gradient = _official(_pull_back(*given, setup=networks.setup), networks.setup)
-        detached = f"{name}.generator_grad_detached_cache."
-        _compare_gradients(checks, detached, gradient)
-        checks.leave_out(rf"{name}\.generator_grad\..*", _KEPT_GRADIENTS)
-
-    def _criticise(self, name: str, clip, mask, prompt, drawn):
-        timestep, noise = drawn
-        loss, gradient = self.networks.criticise(clip, noise, timestep, mask, prompt)
-        times = _per_frame(timestep, clip.shape[1])
-        self.checks.compare(f"{name}.critic_timestep", times, absolute=CLOSE)
-        self.checks.compare(f"{name}.critic_loss", loss, relative=LOSS)
-        _compare_gradients(self.checks, f"{name}.critic_grad.", gradient)
-
-    def _compare_plan(self, name: str, record, piece: Piece, mask, leave: int) -> None:
-        """Compares the integers of a chunk."""
-        previous = self.state.previous.shape[1]
-        steps = [*self.case.sizes("denoising_step_list"), 0]
-        ours = {
-            "chunk_start_frame": piece.start,
-            "chunk_frames": len(mask),
-            "new_frames": piece.new,
-            "overlap_frames": previous - piece.new,
-            "current_length_after": piece.end,
-            "gradient_mask_per_frame": mask.astype(int).tolist(),
-            "denoised_timestep_from": steps[leave],
-            "denoised_timestep_to": steps[leave + 1],
-            "has_switched_after": piece.last_prompt == 1,
-            "previous_frames_kept": previous,
-            "loss_prompt": ("cond", "switch")[piece.last_prompt],
-        }
-        for what, value in ours.items():
-            if what in record:
-                self.checks.equal(f"{name}.{what}", value, record[what])
-
-    def _compare_calls(self, name: str, record, chunk: Chunk, piece: Piece) -> None:
-        """Compares what every call of the generator saw."""
-        size = self.networks.setup.policy.block
-        blocks = {
-            piece.start + size * number: jax.tree.map(lambda x, n=number: x[n], plans)
-            for plans in (jax.device_get(chunk.plans),)
-            for number in range(piece.new // size)
-        }
-        for number, call in enumerate(record.get("generator_calls", ())):
-            recaching = call["kind"] == "recache"
-            plan = jax.device_get(chunk.recache) if recaching else None
-            plan = plan or blocks.get(call["start_frame"])
-            if plan is None:
-                raise CaseError(f"trace.json: {name} has a call at another frame")
-            label = f"{name}.call{number}"
-            frames = call["kv_frames_attended"]
-            self.checks.equal(f"{label}.frames", int(plan.frames), frames)
-            self._compare_positions(label, call, plan, recaching)
-            turned = piece.prompt == 1 or (
-                piece.turn is not None and (recaching or plan.start >= piece.turn)
-            )
-            prompt = ("cond", "switch")[int(turned)]
-            self.checks.equal(f"{label}.prompt", prompt, call["prompt"])
-
-    def _compare_positions(self, label: str, call, plan, recaching: bool) -> None:
-        """Compares first RoPE positions of local, query, sink and junction frames."""
-        policy = self.networks.setup.policy
-        regions = ("local", "query", "sink", "junction")
-        recorded = call["rope_frames_start_calls_in_order"]
-        for region, pair in zip(regions, recorded, strict=False):
-            size, first = (whole(x, "trace: rope", 0, LONGEST) for x in pair)
-            # A first block's keys are called local, whatever they become.
-            early = region == "local" and int(plan.frames) == len(plan.own)
-            ours = plan_positions(policy, plan, region)
-            ours = np.asarray(plan.own).tolist() if early else ours
-            expected = list(range(first, first + size))
-            if recaching and region == "query":
-                expected = expected[-len(ours) :]
-            self.checks.equal(f"{label}.{region}", ours, expected)
-
-    def _compare_cache(self, name: str) -> None:
-        """Compares keys and values that a later block can read."""
-        policy, cache = self.networks.setup.policy, self.state.cache
-        ring = policy.sink + policy.local
-        end = int(cache.index.start)
-        for part in [part for part in self.checks.outputs if part.startswith(name)]:
-            match = re.fullmatch(rf"{name}\.(cache|junction)\.layer(\d+)\.(k|v)", part)
-            if not match:
-                continue
-            held = np.asarray(getattr(cache.slots, match[3])[int(match[2])])
-            theirs = rearrange(
-                self.checks.outputs[part],
-                "b (f t) h d -> b f t h d",
-                t=held.shape[2],
-            )
-            if match[1] == "junction":
-                self.checks.compare(part, held[:, ring:], theirs, absolute=CLOSE)
-                continue
-            filled = min(end, theirs.shape[1])
-            order = np.argsort(np.asarray(cache.index.frame)[policy.sink : ring])
-            local = held[:, policy.sink : ring][:, order]
-            newest = theirs[:, filled - policy.local : filled]
-            ours = np.concatenate([held[:, : policy.sink], local], axis=1)
-            theirs = np.concatenate([theirs[:, : policy.sink], newest], axis=1)
-            self.checks.compare(part, ours, theirs, absolute=CLOSE)

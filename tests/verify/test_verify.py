@@ -17,7 +17,7 @@ from anchor_jax.verify.networks import block_sizes, causal_pass, dense_mask
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 KINDS = (
     *("primitives", "scheduler", "dit_bidirectional", "dit_causal_nocache", "lora"),
-    *("umt5", "vae", "infinity_rope_kv_flush", "ode_regression"),
+    *("umt5", "vae", "infinity_rope_kv_flush", "ode_regression", "solver"),
     *("streaming_tri_region", "streaming_variants"),
 )
 CASES = [
