@@ -38,7 +38,8 @@ class TrajectoryConfig:
       count: trajectories in all.
       batch: videos at once; part of what the numbers depend on.
       frames: latent frames.
-      steps: of Euler's method; a multiple of 4.
+      steps: of Euler's method, at even noise levels before the shift, whatever the
+        teacher's own sampler has; a multiple of 4.
       shift: moves noise levels towards noise.
       guidance: u + guidance (c - u).
       negative_prompt: u.

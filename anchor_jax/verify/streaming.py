@@ -101,7 +101,7 @@ def verify_flush(case: Case, checks: Checks) -> None:
         if scene != run.prompt:
             first = number * policy.block
             _switch(run, first, first, cut=bool(cuts[scene - 1]))
-            run.buffer = [run.buffer[0], *run.buffer[-FLUSH_KEEPS:]]
+            run.buffer = [*run.buffer[: policy.sink], *run.buffer[-FLUSH_KEEPS:]]
         latents.append(_block(run, number))
     _finish(run, latents)
 
@@ -258,18 +258,19 @@ def _compare_trace(run: Run, plan: ReadPlan, kinds, key: str, number: int) -> No
         if "kv_frames_attended" in record:
             seen = record["kv_frames_attended"]
             run.checks.equal(f"{label}.frames", int(plan.frames), seen)
-        for region, expected in _recorded_positions(record).items():
+        found = _recorded_positions(record, run.policy.block)
+        for region, expected in found.items():
             ours = plan_positions(run.policy, plan, region)
             if kinds == ("recache",) and region in ("query", "key_new"):
                 expected = expected[-len(ours) :]
             run.checks.equal(f"{label}.{region}", ours, expected)
 
 
-def _recorded_positions(record: dict) -> dict[str, list[int]]:
+def _recorded_positions(record: dict, block: int) -> dict[str, list[int]]:
     """Returns {region: RoPE positions} of a record.
 
     A record gives the first position and the number of frames of each region; or, of
-    Infinity-RoPE, of the queries and of the window, and whether the newest three are
+    Infinity-RoPE, of the queries and of the window, and whether the newest block is
     moved by a scene cut.
     """
     pair = record.get("rope_frames_start_cut_query_then_key")
@@ -281,7 +282,7 @@ def _recorded_positions(record: dict) -> dict[str, list[int]]:
         size = whole(size, f"trace: {region}", 0, LONGEST)
         found[region] = list(range(first, first + size))
         if any(cut):
-            moved = min(3, size)
+            moved = min(block, size)
             found[region][-moved:] = range(SCENE_CUT, SCENE_CUT + moved)
     return found
 

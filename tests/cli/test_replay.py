@@ -68,6 +68,16 @@ def test_a_check_writes_nothing(replay, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["000.json"]
 
 
+def test_a_recipe_from_before_noise_levels_had_names_is_replayed(replay):
+    def older(recipe):
+        del recipe["config"]["sampler"]["grid"]
+
+    status, printed, _ = replay("--check", "--until=2", change=older)
+
+    assert status == 0
+    assert "identical: 2 of 2 blocks" in printed
+
+
 def test_a_block_that_differs_is_named(replay):
     def other(recipe):
         recipe["blocks"][2] = "0" * 64
