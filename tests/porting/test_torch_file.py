@@ -5,6 +5,7 @@ import pathlib
 import pickle
 import struct
 import sys
+import tracemalloc
 import zipfile
 
 import ml_dtypes
@@ -292,6 +293,72 @@ def test_what_torch_would_not_write_is_refused(path, value, message):
     write_torch(path, value)
 
     with pytest.raises(UserError, match=f"weights.pt: .*({message})"):
+        open_torch(path)
+
+
+LONG_TEXT = b"X" + struct.pack("<I", 10**6) + b"a" * 10**6 + b"q\x01"
+
+
+def many(first, again, count):
+    """A pickle whose list holds one value, and the same made again and again."""
+    return b"\x80\x02](" + first + again * count + b"e."
+
+
+BOMBS = {
+    "device": many(
+        LONG_TEXT + b"ctorch\ndevice\nq\x00h\x01\x85R", b"h\x00h\x01\x85R", 1000
+    ),
+    "device of two": many(
+        LONG_TEXT + b"ctorch\ndevice\nq\x00h\x01h\x01\x86R",
+        b"h\x00h\x01h\x01\x86R",
+        1000,
+    ),
+    "size": many(
+        b"](" + b"K\x01" * 10**5 + b"eq\x01ctorch\nSize\nq\x00h\x01\x85R",
+        b"h\x00h\x01\x85R",
+        1000,
+    ),
+    "dictionaries": many(b"ccollections\nOrderedDict\nq\x00)R", b"h\x00)R", 2**15),
+    "lists": many(b"]", b"]", 2**17),
+    "keys of one hash": b"\x80\x02](}("
+    + b"".join(
+        b"\x8a\x0c" + (number * (2**61 - 1)).to_bytes(12, "little") + b"N"
+        for number in range(10**5)
+    )
+    + b"ue.",
+    "name of a storage": many(
+        LONG_TEXT
+        + b"ctorch\nFloatStorage\nq\x02"
+        + b"(X\x07\x00\x00\x00storageh\x02h\x01NK\x01tq\x03Q",
+        b"h\x03Q",
+        10**5,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_small_file_takes_little_memory(path, name, monkeypatch):
+    monkeypatch.setattr(torch_file, "MAX_OPCODES", 2**16)
+    write_archive(path, BOMBS[name])
+
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=r"weights\.pt"):
+            open_torch(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+    assert peak < 64 * 2**20
+
+
+def test_tensors_show_their_storage_a_few_times_only(path):
+    wide = View(BASE, 0, (2**26,), (0,))
+    write_torch(path, [wide] * 4)
+    assert len(open_torch(path)) == 4
+    write_torch(path, [wide] * 5)
+
+    with pytest.raises(UserError, match="show more than"):
         open_torch(path)
 
 
