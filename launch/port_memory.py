@@ -20,8 +20,9 @@ import numpy as np
 from flax import traverse_util
 
 from anchor_jax import checkpoint
-from anchor_jax.porting import convert, sources
+from anchor_jax.porting import convert
 from anchor_jax.porting.rules import DIT
+from anchor_jax.porting.safetensors_file import open_safetensors
 from anchor_jax.wan.dit import init_params
 from anchor_jax.wan.spec import WAN_1_3B, WAN_14B, ModelConfig
 
@@ -60,7 +61,7 @@ def write_file(path: pathlib.Path, params) -> None:
 def port_leaf(folder: str) -> None:
     """Ports a file that holds one leaf of the 14B."""
     path = pathlib.Path(folder)
-    source = sources.open_safetensors(path / "leaf.safetensors")
+    source = open_safetensors(path / "leaf.safetensors")
     leaf = convert.convert_lazily(source, DIT, tree(WAN_14B, _LARGEST))
     checkpoint.write(path / "leaf", {"generator": {"params": leaf}}, {})
 

@@ -59,6 +59,7 @@ def _write_parts(folder, kind, arrays, sizes):
         wrapped = {PREFIX + name: part for name, part in arrays["generator"].items()}
         other = draw({PREFIX + "x.weight": (2, 2)}, np.float32, 9)
         write_torch(path, {"generator": wrapped, "critic": other, "step": 7})
+        _write_json(folder / "config.json", {"num_heads": 2})
         return path, {"generator": arrays["generator"]}
     found = {"lora": arrays["lora"]}
     if kind == "lora":

@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = [
     {"errors"},
     {"io"},
-    {"interrupts", "ownership"},
+    {"interrupts", "ownership", "filetypes"},
     {
         *("cache", "checkpoint", "wan", "world", "flow", "media", "prompts"),
         *("config", "sharding"),

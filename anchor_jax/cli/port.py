@@ -30,12 +30,13 @@ def define_flags() -> None:
         " that is there.",
     )
     flags.DEFINE_boolean("critic", False, "Port its critic too, as fake_score.")
-    flags.DEFINE_string("lora", None, "Adapters for the generator: .pt or safetensors.")
+    flags.DEFINE_string(
+        "lora", None, "Adapters for the generator: a file or the folder of one."
+    )
     flags.DEFINE_float(
         "alpha",
         None,
-        "Alpha of the adapters; unless given, as adapter_config.json says, or their"
-        " rank.",
+        "Alpha of the adapters, in place of the one that their files say.",
     )
     flags.DEFINE_string(
         "method",
@@ -45,6 +46,9 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("out", None, "Folder for the checkpoint.")
     flags.DEFINE_boolean("overwrite", False, "Replace a checkpoint that is there.")
+    flags.DEFINE_boolean(
+        "allow_nonfinite", False, "Port weights that hold NaN or infinite values."
+    )
     flags.DEFINE_boolean("dry_run", False, "Check and print the plan; write nothing.")
 
 
@@ -56,6 +60,7 @@ def main(argv) -> None:
     """
     del argv
     from anchor_jax.porting import port
+    from anchor_jax.porting.finite import Watch
 
     if not FLAGS.out and not FLAGS.dry_run:
         raise UserError("out is missing; give --out=FOLDER, or --dry_run to only check")
@@ -72,18 +77,20 @@ def main(argv) -> None:
     )
     _print_totals(plan)
     if not FLAGS.dry_run:
-        _write(plan, port.run)
+        _write(plan, port.run, Watch(keeps=FLAGS.allow_nonfinite))
     for name, how in plan.missing().items():
         print(f"without {name}, which sampling needs; port it along, with {how}")
 
 
-def _write(plan, run) -> None:
+def _write(plan, run, watch) -> None:
     total = plan.read_bytes + plan.write_bytes
     with tqdm(total=total, unit="B", unit_scale=True, desc="port") as bar:
-        meta = run(plan, FLAGS.out, bar.update, FLAGS.overwrite)
+        meta = run(plan, FLAGS.out, bar.update, FLAGS.overwrite, watch)
     for source in meta["sources"]:
         for file in source["files"]:
             print(f"{source['item']}: {file['name']} sha256 {file['sha256'][:16]}...")
+    for network, count in watch.found.items():
+        print(f"warning: {network} has {count:,} values that are not finite")
     print(f"written to {FLAGS.out}; to sample:")
     whole = meta.get("method") == "wan"
     prompt = ' --config.prompt="a red fox in the snow[5s]"' if whole else ""
@@ -98,6 +105,8 @@ def _print_totals(plan) -> None:
     for item, total in plan.meta["totals"].items():
         count = f"{total['tensors']:,} tensors, {total['parameters']:,} parameters"
         print(f"{item}: {count}")
+    for note in plan.notes:
+        print(f"note: {note}")
     print(
         f"to read {_size(plan.read_bytes)}, to write {_size(plan.write_bytes)},"
         f" peak memory about {_size(plan.peak_bytes)} and the program itself"

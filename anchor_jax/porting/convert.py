@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import pathlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import einops
@@ -20,11 +20,12 @@ from anchor_jax.checkpoint import Lazy
 from anchor_jax.errors import UserError
 from anchor_jax.porting.torch_file import release
 
-Weights = Mapping[str, np.ndarray]
+Weights = Mapping[str, Any]  # arrays, or what stands for them until they are read
 Tree = dict[str, Any]
 
 _FIELD = re.compile(r"\{(\w+)(?::([^}]*))?\}")
-_SHOWN = 20
+_LINES = 10  # of an error, beside its first and last
+_WIDTH = 160  # characters of such a line
 STACKED = "layer"
 DTYPES = tuple(np.dtype(kind) for kind in (np.float32, ml_dtypes.bfloat16, np.float16))
 
@@ -110,20 +111,56 @@ class _Claimed:
 class Mismatch(UserError):
     """Weights that are not those of a table and network; `problems` lists each.
 
-    The message shows the first 20.
+    The message has at most 12 lines: problems that differ in numbers alone share one.
     """
 
     def __init__(self, problems: Sequence[str]):
         self.problems = tuple(problems)
-        super().__init__(
-            f"{len(problems)} parameters cannot be ported one to one; check that the"
-            " checkpoint, its prefix and the configuration belong together:\n"
-            + "\n".join([*problems[:_SHOWN], *_rest(len(problems) - _SHOWN)])
-        )
+        super().__init__("\n".join(_message(self.problems)))
 
 
-def _rest(count: int) -> list[str]:
-    return [f"... and {count} more"] if count > 0 else []
+def _message(problems: Sequence[str]) -> Iterator[str]:
+    if len(problems) == 1:
+        yield _cut(problems[0], 1000)
+        return
+    yield (
+        f"{len(problems)} problems; check that the weights, their prefix and the"
+        " configuration belong together:"
+    )
+    groups: dict[str, list[str]] = {}
+    for problem in problems:
+        groups.setdefault(_NUMBER.sub("#", problem), []).append(problem)
+    for group in list(groups.values())[:_LINES]:
+        more = f" (and {len(group) - 1} more like it)" if len(group) > 1 else ""
+        yield _cut(group[0], _WIDTH) + more
+    rest = sum(map(len, list(groups.values())[_LINES:]))
+    if rest:
+        yield f"... and {rest} more of other kinds"
+
+
+_NUMBER = re.compile(r"\d+")
+
+
+def _cut(text: str, width: int) -> str:
+    """Returns a line of printable characters, shortened in its middle."""
+    text = "".join(one if one.isprintable() else "?" for one in text)
+    half = width // 2 - 2
+    return text if len(text) <= width else f"{text[:half]} ... {text[-half:]}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Deferred:
+    """An array of a source that is made when it is read.
+
+    Attributes:
+      shape: Of the array, in its official order.
+      dtype: Its type.
+      make: Returns it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    make: Callable[[], np.ndarray]
 
 
 def convert(
@@ -202,7 +239,10 @@ def num_layers(source: Weights, rules: tuple[Rule, ...]) -> int:
     return len({fields[STACKED] for fields in found if fields is not None})
 
 
-def _lay_out(name: str, array: np.ndarray, rule: Rule) -> np.ndarray:
+def _lay_out(name: str, array: np.ndarray | Deferred, rule: Rule) -> np.ndarray:
+    """Returns an array in our order; of one that is not made yet, a blank for it."""
+    if isinstance(array, Deferred):
+        array = np.broadcast_to(np.zeros((), array.dtype), array.shape)
     try:
         return rule.lay_out(array)
     except einops.EinopsError:
@@ -310,6 +350,7 @@ def _read(
     whole = np.empty(shape, parts[0].dtype)
     places = whole if rule.is_stacked else whole[None]
     for place, part in zip(places, parts, strict=True):
+        part = part.make() if isinstance(part, Deferred) else part
         place[...] = rule.lay_out(part)
         release(part)
     return whole

@@ -9,24 +9,30 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
 from anchor_jax import checkpoint
 from anchor_jax.checkpoint import Lazy
 from anchor_jax.errors import UserError, suggest
 from anchor_jax.io import expand
-from anchor_jax.porting import rules, sources
-from anchor_jax.porting.convert import (
-    Mismatch,
-    convert_lazily,
-    convert_lora_lazily,
-    num_layers,
-    shape_of,
+from anchor_jax.porting import adapters, lora_settings, sources
+from anchor_jax.porting.convert import Mismatch, convert_lazily, fill
+from anchor_jax.porting.files import digest
+from anchor_jax.porting.finite import Watch
+from anchor_jax.porting.lora_settings import Scales
+from anchor_jax.porting.rules import TABLES as TABLES
+from anchor_jax.porting.rules import table_of
+from anchor_jax.porting.settings import (
+    model_config,
+    published_heads,
+    text_config,
+    vae_config,
 )
 from anchor_jax.porting.sources import Source
 from anchor_jax.wan import dit, lora
 from anchor_jax.wan.spec import ModelConfig
 from anchor_jax.wan.text import TextConfig, Umt5Encoder
-from anchor_jax.wan.vae import VaeConfig, WanVae
+from anchor_jax.wan.vae import WanVae
 
 METHODS = (
     "wan",
@@ -36,18 +42,6 @@ METHODS = (
     "memflow",
     "anchor_forcing",
 )
-TABLES = {
-    ("generator", "wan"): rules.DIT,
-    ("generator", "diffusers"): rules.DIT_DIFFUSERS,
-    ("lora", "wan"): rules.LORA,
-    ("lora", "diffusers"): rules.LORA_DIFFUSERS,
-    ("text_encoder", "wan"): rules.UMT5,
-    ("text_encoder", "diffusers"): rules.UMT5_TRANSFORMERS,
-    ("vae", "wan"): rules.VAE,
-    ("vae", "diffusers"): rules.VAE_DIFFUSERS,
-}
-
-_HEAD_DIM = 128
 _NOT_SIZES = ("dtype", "param_dtype", "remat", "unroll", "conv")
 _MISSING = {
     "generator": "--wan=FOLDER or --generator=FILE.pt",
@@ -66,12 +60,14 @@ class Plan:
       meta: What the item `meta` will say, but for the digests of the sources.
       sources: Where it comes from.
       files: Small files by their place in the checkpoint.
+      notes: What the user should know: settings used, guessed, or not used.
     """
 
     items: Mapping[str, Any]
     meta: Mapping[str, Any]
     sources: tuple[Source, ...]
     files: Mapping[str, pathlib.Path]
+    notes: tuple[str, ...] = ()
 
     @property
     def read_bytes(self) -> int:
@@ -117,7 +113,7 @@ def plan(
       lora: Adapters for the generator.
       key: The entry of the checkpoint that holds the generator.
       critic: Port the checkpoint's critic too, as `fake_score`.
-      alpha: Of the adapters; as their config says, or else their rank.
+      alpha: Of the adapters, in place of what their files say.
       method: One of `METHODS`, how the generator was trained.
 
     Raises:
@@ -129,19 +125,22 @@ def plan(
         raise UserError("nothing to port: give --wan=FOLDER, --generator=FILE or both")
     problems: list[str] = []
     networks = _configs(found, problems)
+    scales = _scales(found.get("lora"), alpha, problems)
     trees = {}
     for item, source in found.items():
         try:
-            trees[item] = _tree(source, networks, alpha)
+            trees[item] = _tree(source, networks, scales)
         except Mismatch as mismatch:
             problems += mismatch.problems
     if problems:
         raise Mismatch(problems)
+    notes = _notes(found, networks, scales)
     return Plan(
         items=_items(trees),
-        meta=_meta(method, found, networks, trees, alpha),
+        meta={**_meta(method, found, networks, trees, scales), "notes": notes},
         sources=tuple(found.values()),
         files=_tokenizer(wan),
+        notes=notes,
     )
 
 
@@ -150,6 +149,7 @@ def run(
     out: str | pathlib.Path,
     progress: Callable[[int], None] | None = None,
     overwrite: bool = False,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Writes the checkpoint and returns its manifest, the item `meta`.
 
@@ -159,20 +159,40 @@ def run(
       progress: Called with bytes as they are read for digests, and then written; in
         all `read_bytes` + `write_bytes`.
       overwrite: Replace a checkpoint that is there.
+      watch: Counts values that are not finite; unless it keeps them, they are refused.
 
     Raises:
-      UserError: The folder is taken, or cannot be written.
+      UserError: The folder is taken, or cannot be written, or weights are not finite.
     """
     if not overwrite:
         check_free(out)
+    watch = watch or Watch()
     files = {path: _file(path, progress) for path in plan.paths()}
     described = [
         {**entry, "files": [files[path] for path in source.files]}
         for entry, source in zip(plan.meta["sources"], plan.sources, strict=True)
     ]
     meta = {**plan.meta, "sources": described}
-    checkpoint.write(out, plan.items, meta, plan.files, progress, overwrite)
+    items = {item: _watched(plan, item, watch) for item in plan.items}
+    try:
+        checkpoint.write(out, items, meta, plan.files, progress, overwrite)
+    except Exception:
+        # The writer's own error may have been put around it.
+        if watch.refusal is not None:
+            raise watch.refusal from None
+        raise
     return meta
+
+
+def _watched(plan: Plan, item: str, watch: Watch) -> Any:
+    """Returns an item's tree, looked at as it is written."""
+    layouts = {source.item: source.layout for source in plan.sources}
+    tables = {"": table_of(item, layouts[item])}
+    if item in ("generator", "fake_score"):
+        tables = {"params": tables[""]}
+    if item == "generator" and "lora" in layouts:
+        tables["lora"] = table_of("lora", layouts["lora"])
+    return watch.over(item, plan.items[item], tables)
 
 
 def check_free(out: str | pathlib.Path) -> None:
@@ -189,7 +209,7 @@ def _file(path: pathlib.Path, progress) -> dict[str, Any]:
     return {
         "name": path.name,
         "bytes": path.stat().st_size,
-        "sha256": sources.digest(path, progress),
+        "sha256": digest(path, progress),
     }
 
 
@@ -217,7 +237,8 @@ def _gather(wan, generator, lora, key, critic) -> dict[str, Source]:
         source = sources.open_generator(generator, key)
         base = found.get("generator")
         if base and _width(base) == _width(source):
-            source = dataclasses.replace(source, settings=base.settings)
+            settings = {**base.settings, **source.settings}
+            source = dataclasses.replace(source, settings=settings)
         found["generator"] = source
     if critic:
         found["fake_score"] = sources.open_generator(generator, "critic", "fake_score")
@@ -234,11 +255,6 @@ def _gather(wan, generator, lora, key, critic) -> dict[str, Source]:
 def _width(source: Source) -> tuple[int, ...] | None:
     bias = source.arrays.get("patch_embedding.bias")
     return None if bias is None else bias.shape
-
-
-def _table(source: Source):
-    item = "generator" if source.item == "fake_score" else source.item
-    return TABLES[item, source.layout]
 
 
 def _configs(found: Mapping[str, Source], problems: list[str]) -> dict[str, Any]:
@@ -268,57 +284,79 @@ def _configs(found: Mapping[str, Source], problems: list[str]) -> dict[str, Any]
     return configs
 
 
-def _tree(source: Source, configs: Mapping[str, Any], alpha: float | None) -> Any:
+def _scales(
+    source: Source | None, alpha: float | None, problems: list[str]
+) -> Scales | None:
+    """Returns how adapters are scaled; adds to `problems` what cannot be used.
+
+    Raises:
+      UserError: Nothing says it, or `alpha` is none.
+    """
+    if source is None:
+        if alpha is not None:
+            raise UserError("--alpha needs the adapters that it is of: give --lora")
+        return None
+    default = None
+    if source.key == "generator_lora":
+        default = "as in the published trainings of this layout (generator_lora)"
+    elif source.adapters.form == "other" and not source.settings:
+        default = "so do other readers of this kind of file where it says nothing"
+    try:
+        return lora_settings.settle(
+            source.adapters.ranks, list(source.statements), alpha, default
+        )
+    except Mismatch as mismatch:
+        problems += mismatch.problems
+        return None
+
+
+def _tree(source: Source, configs: Mapping[str, Any], scales: Scales | None) -> Any:
     """Returns a network's tree of `Lazy`; of lone names if its config is not known.
 
     Raises:
       Mismatch: Names, shapes or types are not right.
     """
-    table = _table(source)
+    table = table_of(source.item, source.layout)
     item = "generator" if source.item in ("fake_score", "lora") else source.item
     expected = _expected(configs[item]) if item in configs else None
     if source.item != "lora":
         return convert_lazily(source.arrays, table, expected)
+    layers = configs[item].num_layers if item in configs else None
+    factors = scales.factors if scales else {}
+    arrays = adapters.filled(source.arrays, factors, table, layers)
     if expected is not None:
-        start = functools.partial(lora.init, rank=_rank(source), rng=jax.random.key(0))
-        expected = jax.eval_shape(start, expected)
-    return convert_lora_lazily(source.arrays, table, _alpha(source, alpha), expected)
+        expected = _expected_adapters(expected, arrays, table, source)
+    return convert_lazily(arrays, table, expected)
 
 
-def _rank(source: Source) -> int:
-    return shape_of(source.arrays, _table(source), "blocks/self_attn/q/a")[-1]
+def _expected_adapters(params: Any, arrays: Mapping[str, Any], table, source) -> Any:
+    """Returns the shapes of adapters for those layers that have some."""
+    rank = max(source.adapters.ranks.values(), default=1)
+    start = functools.partial(lora.init, rank=rank, rng=jax.random.key(0))
+    every = traverse_util.flatten_dict(jax.eval_shape(start, params), sep="/")
+    present = set()
+    for name in arrays:
+        for rule in table:
+            if (fields := rule.match_source(name)) is not None:
+                present.add(fill(rule.target, fields))
+    found = {path: leaf for path, leaf in every.items() if path in present}
+    return traverse_util.unflatten_dict(found, sep="/")
 
 
-_NEUTRAL = {
-    "use_rslora": False,
-    "use_dora": False,
-    "alpha_pattern": {},
-    "rank_pattern": {},
-    "fan_in_fan_out": False,
-    "bias": "none",
-}
-"""Settings of PEFT that change what adapters do, where they do not."""
-
-
-def _alpha(source: Source, alpha: float | None) -> float:
-    """Returns alpha as given, as in the file of settings, or the rank."""
-    others = [
-        f"adapter_config.json: {name}={source.settings[name]!r} changes what tensors"
-        f" mean, expected {neutral!r}; merge the adapter with its own library first"
-        for name, neutral in _NEUTRAL.items()
-        if source.settings.get(name, neutral) not in (neutral, None)
-    ]
-    if others:
-        raise Mismatch(others)
-    given = source.settings.get("lora_alpha") if alpha is None else alpha
-    rank = _rank(source)
-    given = rank if given is None else given
-    if type(given) not in (int, float) or not 0 < given < math.inf or rank < 1:
-        raise UserError(f"alpha={given!r} of a LoRA of rank {rank}: expected above 0")
-    stated = source.settings.get("r", rank)
-    if stated != rank:
-        raise Mismatch([f"adapter_config.json: r={stated}, the tensors have {rank}"])
-    return given
+def _notes(found, networks, scales: Scales | None) -> tuple[str, ...]:
+    """Returns what the user should know of each source, with its name before it."""
+    notes = [f"{item}: {note}" for item, one in found.items() for note in one.notes]
+    model = networks.get("generator")
+    heads = ("num_heads", "num_attention_heads")
+    if model and not any(name in found["generator"].settings for name in heads):
+        if published_heads(model.dim, model.ffn_dim):
+            notes.append(
+                f"generator: {model.num_heads} heads, as the published model of its"
+                " width has; no config.json says it"
+            )
+    if scales:
+        notes += [f"lora: {note}" for note in scales.notes]
+    return tuple(notes)
 
 
 @functools.cache
@@ -335,152 +373,6 @@ def _expected(config: Any) -> Any:
     return jax.eval_shape(WanVae(config).init, rng, pixels)["params"]
 
 
-def model_config(source: Source) -> ModelConfig:
-    """Returns a transformer's sizes, of its tensors and its file of settings.
-
-    Raises:
-      Mismatch: A tensor that tells a size is missing, or the settings say otherwise.
-      ValueError: The sizes are not those of a transformer.
-    """
-    table, settings = _table(source), source.settings
-    shape = functools.partial(shape_of, source.arrays, table)
-    features, dim = shape("patch_embed/kernel")
-    sizes = {
-        "dim": dim,
-        "ffn_dim": shape("blocks/ffn_in/kernel")[-1],
-        "num_layers": num_layers(source.arrays, table),
-        "freq_dim": shape("time_in/kernel")[0],
-        "text_dim": shape("text_in/kernel")[0],
-        "latent_channels": features // 4,
-    }
-    heads = settings.get("num_heads", settings.get("num_attention_heads"))
-    if heads is None:
-        heads = max(1, dim // _HEAD_DIM)
-    per_head = settings.get("attention_head_dim", _divided(dim, heads))
-    said = {
-        "dim": settings.get("dim", _product(heads, per_head)),
-        "latent_channels": settings.get("in_dim", settings.get("in_channels")),
-        **{name: settings.get(name) for name in ("ffn_dim", "num_layers", "freq_dim")},
-        "text_dim": settings.get("text_dim"),
-    }
-    _agree(source, sizes, said)
-    return ModelConfig(
-        **sizes,
-        num_heads=heads,
-        text_len=_whole(settings, "text_len", 512),
-        eps=_positive(settings, "eps", 1e-6),
-    )
-
-
-def text_config(source: Source) -> TextConfig:
-    """Returns a text encoder's sizes; raises as `model_config`."""
-    table, settings = _table(source), source.settings
-    shape = functools.partial(shape_of, source.arrays, table)
-    vocab, dim = shape("token_embedding/embedding")
-    buckets, heads = shape("blocks/position_bias/embedding")
-    sizes = {
-        "vocab": vocab,
-        "dim": dim,
-        "attention_dim": shape("blocks/attn/q/kernel")[-1],
-        "ffn_dim": shape("blocks/ffn/gate/kernel")[-1],
-        "num_heads": heads,
-        "num_layers": num_layers(source.arrays, table),
-        "num_buckets": buckets,
-    }
-    names = {
-        "vocab": "vocab_size",
-        "dim": "d_model",
-        "ffn_dim": "d_ff",
-        "num_heads": "num_heads",
-        "num_layers": "num_layers",
-        "num_buckets": "relative_attention_num_buckets",
-    }
-    _agree(source, sizes, {ours: settings.get(name) for ours, name in names.items()})
-    return TextConfig(
-        **sizes,
-        max_distance=_whole(settings, "relative_attention_max_distance", 128),
-        eps=_positive(settings, "layer_norm_epsilon", 1e-6),
-    )
-
-
-def vae_config(source: Source) -> VaeConfig:
-    """Returns a VAE's sizes; raises as `model_config`.
-
-    Its stages are those of Wan2.1: only widths differ.
-    """
-    shape = functools.partial(shape_of, source.arrays, _table(source))
-    standard = VaeConfig()
-    sizes = {
-        "base_dim": shape("encoder/conv1/kernel")[-1],
-        "z_dim": shape("conv2/kernel")[-1],
-    }
-    said = {
-        **{name: source.settings.get(name) for name in ("base_dim", "z_dim")},
-        "dim_mult": source.settings.get("dim_mult"),
-        "num_res_blocks": source.settings.get("num_res_blocks"),
-        # Spelt so in the files of diffusers.
-        "temporal_downsample": source.settings.get("temperal_downsample"),
-    }
-    stages = {
-        "dim_mult": list(standard.dim_mult),
-        "num_res_blocks": standard.num_res_blocks,
-        "temporal_downsample": list(standard.temporal_downsample),
-    }
-    _agree(source, {**sizes, **stages}, said)
-    return VaeConfig(
-        **sizes,
-        latent_mean=_numbers(source, "latents_mean", standard.latent_mean),
-        latent_std=_numbers(source, "latents_std", standard.latent_std),
-    )
-
-
-def _agree(source: Source, sizes: Mapping[str, Any], said: Mapping[str, Any]) -> None:
-    """Raises `Mismatch` where settings say something else than the tensors."""
-    problems = [
-        f"{source.item}, config.json: {name}={value!r:.60}, the tensors have"
-        f" {sizes[name]}"
-        for name, value in said.items()
-        if value is not None and value != sizes[name]
-    ]
-    if problems:
-        raise Mismatch(problems)
-
-
-def _divided(dim: int, heads: Any) -> int:
-    if type(heads) is not int or heads < 1:
-        raise Mismatch([f"config.json: num_heads={heads!r:.60}, expected at least 1"])
-    return dim // heads
-
-
-def _product(heads: Any, per_head: Any) -> Any:
-    return heads * per_head if type(per_head) is int else per_head
-
-
-def _whole(settings: Mapping[str, Any], name: str, default: int) -> int:
-    value = settings.get(name, default)
-    if type(value) is not int or not 1 <= value <= 2**20:
-        raise Mismatch([f"config.json: {name}={value!r:.60}, expected at least 1"])
-    return value
-
-
-def _positive(settings: Mapping[str, Any], name: str, default: float) -> float:
-    value = settings.get(name, default)
-    if type(value) is not float or not 0 < value < 1:
-        raise Mismatch([f"config.json: {name}={value!r:.60}, expected from 0 to 1"])
-    return value
-
-
-def _numbers(
-    source: Source, name: str, default: tuple[float, ...]
-) -> tuple[float, ...]:
-    value = source.settings.get(name, default)
-    if not isinstance(value, list | tuple) or not all(
-        type(one) in (int, float) and math.isfinite(one) for one in value
-    ):
-        raise Mismatch([f"config.json: {name}={value!r:.60}, expected numbers"])
-    return tuple(map(float, value))
-
-
 def _items(trees: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the trees as the checkpoint's items have them."""
     items = dict(trees)
@@ -493,7 +385,7 @@ def _items(trees: Mapping[str, Any]) -> dict[str, Any]:
     return items
 
 
-def _meta(method, found, configs, trees, alpha) -> dict[str, Any]:
+def _meta(method, found, configs, trees, scales) -> dict[str, Any]:
     entries = [
         {
             "item": item,
@@ -501,8 +393,8 @@ def _meta(method, found, configs, trees, alpha) -> dict[str, Any]:
             "key": source.key,
             "prefixes": list(source.prefixes),
             "aliases": list(source.aliases),
-            "alpha": _alpha(source, alpha) if item == "lora" else None,
-            "rank": _rank(source) if item == "lora" else None,
+            "alpha": scales.alpha if item == "lora" else None,
+            "rank": scales.rank if item == "lora" else None,
         }
         for item, source in found.items()
     ]

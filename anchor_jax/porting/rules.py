@@ -195,6 +195,11 @@ _BLOCK_LINEAR_DIFFUSERS = (
     ("blocks.{layer}.ffn.net.2", "blocks/ffn_out"),
 )
 
+BLOCK_MODULES = tuple(
+    source for source, _ in (*_BLOCK_LINEAR, *_BLOCK_LINEAR_DIFFUSERS)
+)
+"""Templates of the names of the linear layers inside the blocks, in both styles."""
+
 _OTHER_LINEAR = (
     ("text_embedding.0", "text_in"),
     ("text_embedding.2", "text_out"),
@@ -288,3 +293,19 @@ def _adapters(linear: tuple[tuple[str, str], ...]) -> tuple[Rule, ...]:
 
 LORA = _adapters(_BLOCK_LINEAR)
 LORA_DIFFUSERS = _adapters(_BLOCK_LINEAR_DIFFUSERS)
+
+TABLES = {
+    ("generator", "wan"): DIT,
+    ("generator", "diffusers"): DIT_DIFFUSERS,
+    ("lora", "wan"): LORA,
+    ("lora", "diffusers"): LORA_DIFFUSERS,
+    ("text_encoder", "wan"): UMT5,
+    ("text_encoder", "diffusers"): UMT5_TRANSFORMERS,
+    ("vae", "wan"): VAE,
+    ("vae", "diffusers"): VAE_DIFFUSERS,
+}
+
+
+def table_of(item: str, layout: str) -> tuple[Rule, ...]:
+    """Returns the table of a network's names in a layout."""
+    return TABLES["generator" if item == "fake_score" else item, layout]

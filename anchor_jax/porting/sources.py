@@ -1,23 +1,29 @@
 """Published weights as files hold them: what they are, found without reading them."""
 
 import dataclasses
-import hashlib
-import json
-import math
-import mmap
 import pathlib
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from anchor_jax.errors import UserError, suggest
+from anchor_jax.filetypes import check_start
 from anchor_jax.io import expand
-from anchor_jax.porting.convert import Mismatch
+from anchor_jax.porting import adapters, lora_settings, recognise
+from anchor_jax.porting.adapters import Adapters
+from anchor_jax.porting.files import (
+    first_of,
+    open_files,
+    open_weights,
+    read_settings,
+    shards_of,
+    tensors_of,
+)
+from anchor_jax.porting.headers import with_header
+from anchor_jax.porting.lora_settings import Statement
 from anchor_jax.porting.rules import PEFT, UMT5_ALIAS
-from anchor_jax.porting.torch_file import open_torch, release
+from anchor_jax.porting.torch_file import release
 
 KEYS = ("generator", "generator_ema", "model")
 DIFFUSION = "diffusion_pytorch_model"
@@ -26,28 +32,13 @@ VAE_FILE = "Wan2.1_VAE"
 TOKENIZER = ("spiece.model", "tokenizer.json")
 
 _FRAGMENTS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
-_PREFIXES = ("module.", "model.")
-_LORA_PREFIXES = (PEFT, "transformer.", "diffusion_model.", *_PREFIXES)
-_LORA = re.compile(r"(.*\.lora_[AB])(?:\.default)?\.weight")
+_PREFIXES = ("module.", "model.", "diffusion_model.")
+_LORA_PREFIXES = (PEFT, "transformer.", *_PREFIXES)
+# One file for all networks has the transformer's below the first.
+_WITHIN = "model.diffusion_model."
+_BESIDE = ("first_stage_model.", "cond_stage_model.", "text_encoders.", "vae.")
 _CHUNK = 2**24
-_MAX_JSON = 2**26
-_SAFETENSORS_DTYPES = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn,
-    "F8_E5M2": ml_dtypes.float8_e5m2,
-    "I64": np.int64,
-    "I32": np.int32,
-    "I16": np.int16,
-    "I8": np.int8,
-    "U64": np.uint64,
-    "U32": np.uint32,
-    "U16": np.uint16,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
-}
+_MAX_JSON = 2**24  # bytes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,6 +54,9 @@ class Source:
       key: The entry of a checkpoint that they were taken from, if any.
       prefixes: What was removed from names to make them plain.
       aliases: Further names in the file for arrays that are in `arrays`.
+      adapters: What `arrays` are, if they are adapters.
+      statements: What the files say about the adapters' scale.
+      notes: What the user should know of what was read, and what was not.
     """
 
     item: str
@@ -73,6 +67,9 @@ class Source:
     key: str | None = None
     prefixes: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
+    adapters: Adapters | None = None
+    statements: tuple[Statement, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def open_wan(folder: str | pathlib.Path) -> list[Source]:
@@ -81,9 +78,10 @@ def open_wan(folder: str | pathlib.Path) -> list[Source]:
     Raises:
       UserError: It is no such folder, or one of its files is broken or missing.
     """
-    folder = _path(folder)
+    folder = expand(folder)
     if not folder.is_dir():
         raise UserError(f"wan={str(folder)!r} is no folder; {_WANTED}")
+    recognise.check_folder(folder)
     parts = {
         ("generator", "diffusers"): (folder / "transformer", DIFFUSION),
         ("text_encoder", "diffusers"): (folder / "text_encoder", "model"),
@@ -92,19 +90,75 @@ def open_wan(folder: str | pathlib.Path) -> list[Source]:
     }
     found = []
     for (item, layout), (place, stem) in parts.items():
-        if files := _shards(place, stem):
-            arrays = open_files(place, files, stem)
-            settings = _settings(place / "config.json")
-            found.append(Source(item, layout, arrays, files, settings))
+        if files := shards_of(place, stem):
+            arrays, header = open_files(place, files, stem)
+            recognise.check_network(files[-1], item, arrays)
+            settings, notes = with_header(read_settings(place / "config.json"), header)
+            found.append(Source(item, layout, arrays, files, settings, notes=notes))
     for item, stem in (("text_encoder", TEXT_FILE), ("vae", VAE_FILE)):
-        if place := _first(folder, (f"{stem}.pth", f"{stem}.safetensors")):
-            arrays = _tensors(place, open_weights(place))
-            found.append(Source(item, "wan", arrays, (place,)))
+        if place := first_of(folder, (f"{stem}.pth", f"{stem}.safetensors")):
+            found.append(_open_single(place, item))
     items = [source.item for source in found]
-    if not found or len(set(items)) < len(items):
-        problem = "holds two layouts at once" if found else "holds no weights of Wan2.1"
-        raise UserError(f"wan={str(folder)!r} {problem}; {_WANTED}")
+    for item, patterns in _SINGLE.items():
+        if item not in items and (place := _single(folder, patterns)):
+            found.append(_open_single(place, item))
+    if not found:
+        recognise.explain(folder)
+        raise UserError(f"wan={str(folder)!r} holds no weights of Wan2.1; {_WANTED}")
+    if len(set(items)) < len(items):
+        raise UserError(f"wan={str(folder)!r} holds two layouts at once; {_WANTED}")
     return [_without_alias(source) for source in found]
+
+
+# Names of single files, as repackaged for ComfyUI, and the folders that it has.
+_SINGLE = {
+    "generator": ("wan2.1_t2v*.safetensors", "Wan2_1-T2V*.safetensors"),
+    "text_encoder": ("umt5_xxl*.safetensors", "umt5-xxl*.safetensors"),
+    "vae": ("wan_2.1_vae*.safetensors", "Wan2_1_VAE*.safetensors"),
+}
+_SINGLE_FOLDERS = (".", "diffusion_models", "text_encoders", "vae", "split_files/*")
+
+
+def _single(folder: pathlib.Path, patterns: Sequence[str]) -> pathlib.Path | None:
+    """Returns the one file of a network under a name of others, or None.
+
+    Raises:
+      UserError: There are several.
+    """
+    found = {
+        path
+        for pattern in patterns
+        for place in _SINGLE_FOLDERS
+        for path in folder.glob(f"{place}/{pattern}")
+    }
+    if len(found) > 1:
+        names = ", ".join(sorted(path.name for path in found)[:4])
+        raise UserError(f"{folder} holds {names}; keep one of them there")
+    return found.pop() if found else None
+
+
+def _open_single(path: pathlib.Path, item: str) -> Source:
+    """Returns a network that is one file, of whatever layout its names are."""
+    recognise.check_name(path)
+    content = open_weights(path)
+    arrays, removed = plain_names(tensors_of(path, content.values), _PREFIXES)
+    notes = [] if path.name.startswith((TEXT_FILE, VAE_FILE)) else [f"{path.name} read"]
+    if item == "text_encoder" and arrays.pop("spiece_model", None) is not None:
+        notes.append("the tokenizer inside is not used; --wan needs google/umt5-xxl/")
+    recognise.check_network(path, item, arrays)
+    layout = _layout(arrays, _MARKS[item])
+    settings, more = with_header({}, content.header)
+    notes = (*notes, *more)
+    return Source(
+        item, layout, arrays, (path,), settings, prefixes=removed, notes=notes
+    )
+
+
+_MARKS = {
+    "generator": "condition_embedder.",
+    "text_encoder": "encoder.block.",
+    "vae": "conv_in.",
+}
 
 
 _WANTED = (
@@ -116,14 +170,17 @@ _WANTED = (
 
 def tokenizer_files(folder: str | pathlib.Path) -> dict[str, pathlib.Path]:
     """Returns the tokenizer's files that a folder of Wan2.1 has, by name."""
-    folder = _path(folder)
+    folder = expand(folder)
     places = (folder / "google" / "umt5-xxl", folder / "tokenizer")
-    return {
+    found = {
         name: place / name
         for place in reversed(places)
         for name in TOKENIZER
         if (place / name).is_file()
     }
+    for path in found.values():
+        check_start(path)
+    return found
 
 
 def open_generator(
@@ -140,48 +197,171 @@ def open_generator(
     Raises:
       UserError: The file is broken, or has no such entry.
     """
-    path = _path(path)
+    path = expand(path)
+    if path.is_dir():
+        return _open_folder(path, key, item)
+    recognise.check_name(path)
     content = open_weights(path)
+    values, notes = content.values, []
     if key is None:
-        key = next((name for name in KEYS if name in content), None)
-    elif key not in content:
-        present = [name for name, value in content.items() if isinstance(value, dict)]
+        key = next((name for name in KEYS if isinstance(values.get(name), dict)), None)
+    elif key not in values:
+        present = [name for name, value in values.items() if isinstance(value, dict)]
         raise UserError(f"{path} has no key {key!r}{suggest(key, present, 'keys')}")
-    if key is None and "generator_lora" in content:
+    if key is None and "generator_lora" in values:
         raise UserError(f"{path} holds a LoRA, expected a generator; give it as --lora")
-    arrays = _tensors(path, content if key is None else content[key])
+    if key is not None:
+        notes.append(f"its entry {key!r} is used" + _others(values, key))
+    arrays = tensors_of(path, values if key is None else values[key])
+    arrays, within = _within(arrays)
     arrays, prefixes = plain_names(arrays, _PREFIXES)
-    layout = _layout(arrays, "condition_embedder.")
-    return Source(item, layout, arrays, (path,), key=key, prefixes=prefixes)
+    recognise.check_network(path, "generator", arrays)
+    settings, more = with_header(_own_settings(path), content.header)
+    layout = _layout(arrays, _MARKS["generator"])
+    return Source(
+        item,
+        layout,
+        arrays,
+        (path,),
+        settings,
+        key,
+        prefixes,
+        notes=(*notes, *within, *more),
+    )
+
+
+def _open_folder(folder: pathlib.Path, key: str | None, item: str) -> Source:
+    """Returns the transformer in a folder of its own."""
+    recognise.check_folder(folder)
+    files = shards_of(folder, DIFFUSION)
+    if not files or key is not None:
+        recognise.explain(folder)
+        raise UserError(
+            f"{folder} is a folder without {DIFFUSION}.safetensors; give a file, or the"
+            " folder of a whole model with --wan"
+        )
+    arrays, header = open_files(folder, files, DIFFUSION)
+    recognise.check_network(files[-1], "generator", arrays)
+    settings, notes = with_header(read_settings(folder / "config.json"), header)
+    layout = _layout(arrays, _MARKS["generator"])
+    return Source(item, layout, arrays, files, settings, notes=notes)
+
+
+def _others(content: Mapping[str, Any], key: str) -> str:
+    """Says which entries of a checkpoint are not used."""
+    names = [str(name)[:40] for name in content if name != key]
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    return f", not {', '.join(names[:6])}{more}" if names else ""
+
+
+def _within(arrays: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Returns the transformer of a file that holds all networks, and what is left."""
+    own = {name: part for name, part in arrays.items() if name.startswith(_WITHIN)}
+    rest = [name for name in arrays if name not in own]
+    if not own or not all(name.startswith(_BESIDE) for name in rest) or not rest:
+        return dict(arrays), ()
+    return own, (f"{len(rest)} tensors of other networks in the file are not used",)
+
+
+def _own_settings(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the settings of a transformer beside its file, if there are some."""
+    settings = read_settings(path.with_name("config.json"))
+    heads = ("num_heads", "num_attention_heads")
+    return settings if any(name in settings for name in heads) else {}
+
+
+_LORA_FILES = (
+    *("adapter_model.safetensors", "pytorch_lora_weights.safetensors"),
+    *("adapter_model.bin", "pytorch_lora_weights.bin"),
+)
 
 
 def open_lora(path: str | pathlib.Path) -> Source:
-    """Returns adapters from a checkpoint of a trainer, or a file or folder of PEFT.
+    """Returns adapters from a checkpoint of a trainer, or a file or folder of others.
 
     Names are `base_model.model.MODULE.lora_A.weight`, whatever they were before.
+    `anchor_jax.porting.adapters` says which forms are known.
 
     Raises:
       UserError: The file is broken, or holds no adapters.
     """
-    path = _path(path)
+    path = expand(path)
     if path.is_dir():
-        path = path / "adapter_model.safetensors"
+        recognise.check_folder(path)
+        path = first_of(path, _LORA_FILES) or _only(path)
+    recognise.check_name(path)
     content = open_weights(path)
-    key = "generator_lora" if "generator_lora" in content else None
-    content = _tensors(path, content if key is None else content[key])
-    plain, prefixes = plain_names(content, _LORA_PREFIXES)
-    arrays = {}
-    for name, array in plain.items():
-        match = _LORA.fullmatch(name)
-        arrays[PEFT + (f"{match[1]}.weight" if match else name)] = array
-    if not any(_LORA.fullmatch(name) for name in plain):
+    values, key, notes = content.values, _lora_key(content.values), []
+    if key is not None:
+        notes.append(f"its entry {key!r} is used" + _others(values, key))
+    arrays = tensors_of(path, _own_tensors(values) if key is None else values[key])
+    recognise.check_values(path, arrays)
+    plain, prefixes = plain_names(arrays, _LORA_PREFIXES)
+    found = adapters.read(plain, prefixes)
+    if found is None:
+        kind = recognise.kind_of(plain)
+        what = "a whole transformer" if kind == "generator" else "no adapters"
         raise UserError(
-            f"{path} holds no adapters; expected names such as"
+            f"{path} holds {what}; expected names such as"
             f" {PEFT}blocks.0.ffn.0.lora_A.weight"
         )
-    layout = _layout(arrays, ".attn1.")
-    settings = _settings(path.with_name("adapter_config.json"))
-    return Source("lora", layout, arrays, (path,), settings, key, prefixes)
+    said = content.header or {
+        name: value for name, value in values.items() if name not in arrays
+    }
+    statements, unused = lora_settings.of_sections(path.name, said)
+    if found.alphas:
+        statements.append(lora_settings.of_tensors(found.alphas))
+    settings = read_settings(path.with_name("adapter_config.json"))
+    if settings:
+        statements.append(lora_settings.of_peft("adapter_config.json", settings))
+    unused = [name for name in unused if content.header and name != "format"]
+    if unused:
+        notes.append(f"of the header, not used: {', '.join(sorted(unused)[:6])}")
+    return Source(
+        item="lora",
+        layout=_layout(found.arrays, ".attn1.", ".attn2.", ".ffn.net."),
+        arrays=found.arrays,
+        files=(path,),
+        settings=settings,
+        key=key,
+        prefixes=prefixes,
+        adapters=found,
+        statements=tuple(statements),
+        notes=tuple(notes),
+    )
+
+
+def _only(folder: pathlib.Path) -> pathlib.Path:
+    """Returns the one file of safetensors in a folder of adapters."""
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) == 1:
+        return found[0]
+    recognise.explain(folder)
+    names = ", ".join(path.name for path in found[:5]) or "none"
+    raise UserError(
+        f"{folder} holds no {' or '.join(_LORA_FILES[:2])}; its safetensors: {names};"
+        " give the file itself"
+    )
+
+
+def _lora_key(values: Mapping[str, Any]) -> str | None:
+    """Returns the entry of a checkpoint that holds its adapters, None: it is all."""
+    if isinstance(values.get("generator_lora"), dict):
+        return "generator_lora"
+    dicts = [name for name, value in values.items() if isinstance(value, dict)]
+    with_adapters = [
+        name
+        for name in dicts
+        if recognise.kind_of(map(str, values[name])) == "adapters"
+    ]
+    alone = not any(isinstance(value, np.ndarray) for value in values.values())
+    return with_adapters[0] if alone and len(with_adapters) == 1 else None
+
+
+def _own_tensors(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns a checkpoint without its settings, where tensors are beside them."""
+    own = {k: v for k, v in values.items() if isinstance(v, np.ndarray)}
+    return own or values
 
 
 def plain_names(
@@ -217,8 +397,9 @@ def _common(names: Mapping[str, Any], starts: Sequence[str]) -> str | None:
     return None
 
 
-def _layout(names: Mapping[str, Any], mark: str) -> str:
-    return "diffusers" if any(mark in name for name in names) else "wan"
+def _layout(names: Mapping[str, Any], *marks: str) -> str:
+    is_other = any(mark in name for name in names for mark in marks)
+    return "diffusers" if is_other else "wan"
 
 
 def _without_alias(source: Source) -> Source:
@@ -251,223 +432,3 @@ def _equal(one: np.ndarray, other: np.ndarray) -> bool:
         for part in parts:
             release(part)
     return True
-
-
-def open_weights(path: pathlib.Path) -> Mapping[str, Any]:
-    """Returns what a .pt, .pth or .safetensors holds, by name; nothing is executed.
-
-    Raises:
-      UserError: There is no such file, or it is broken or holds no names.
-    """
-    if path.suffix == ".safetensors":
-        return open_safetensors(path)
-    content = open_torch(path)
-    if not isinstance(content, dict):
-        kind = type(content).__name__
-        raise UserError(f"{path} holds a {kind}, expected a dict of names to tensors")
-    return content
-
-
-def _tensors(path: pathlib.Path, content: Any) -> dict[str, np.ndarray]:
-    """Returns the content if it is a dict of arrays."""
-    if not isinstance(content, Mapping):
-        kind = type(content).__name__
-        raise UserError(f"{path}: got a {kind}, expected a dict of names to tensors")
-    problems = [
-        f"{name!r}: {type(value).__name__}, expected a tensor"
-        for name, value in content.items()
-        if not isinstance(name, str) or not isinstance(value, np.ndarray)
-    ]
-    if problems:
-        known = [name for name, value in content.items() if isinstance(value, dict)]
-        hint = f"; choose a key among {', '.join(map(str, known))}" if known else ""
-        raise Mismatch([f"{path}: {line}{hint}" for line in problems])
-    return dict(content)
-
-
-def open_files(
-    folder: pathlib.Path, files: Sequence[pathlib.Path], stem: str
-) -> dict[str, np.ndarray]:
-    """Returns the arrays of one file, or of shards as their index says.
-
-    Raises:
-      UserError: A file is broken, or holds other names than the index says.
-    """
-    shards = [file for file in files if file.suffix == ".safetensors"]
-    index = _index(folder, stem)
-    arrays: dict[str, np.ndarray] = {}
-    problems = []
-    for shard in shards:
-        found = open_safetensors(shard)
-        for name in found.keys() & arrays.keys():
-            problems.append(f"{name}: in {shard.name} and in another shard")
-        if index is not None:
-            own = {name for name, file in index.items() if file == shard.name}
-            for name in sorted(own ^ found.keys()):
-                which = "lacks it" if name in own else "holds it"
-                problems.append(f"{name}: {shard.name} {which}, unlike the index says")
-        arrays.update(found)
-    if problems:
-        raise Mismatch(problems)
-    return arrays
-
-
-def _shards(folder: pathlib.Path, stem: str) -> tuple[pathlib.Path, ...]:
-    """Returns the files of a network: one, or an index and its shards, or none."""
-    single = folder / f"{stem}.safetensors"
-    if single.is_file():
-        return (single,)
-    index = _index(folder, stem)
-    if index is None:
-        alone = sorted(folder.glob(f"{stem}-*.safetensors"))
-        if alone:
-            raise UserError(
-                f"{alone[0]} is a shard, but {stem}.safetensors.index.json is missing;"
-                " download it too"
-            )
-        return ()
-    shards = [_inside(folder, name) for name in sorted(set(index.values()))]
-    for shard in shards:
-        if not shard.is_file():
-            raise UserError(
-                f"{shard} is missing, and the index names it; download it too"
-            )
-    return (folder / f"{stem}.safetensors.index.json", *shards)
-
-
-def _index(folder: pathlib.Path, stem: str) -> dict[str, str] | None:
-    """Returns the file of each name, or None where there are no shards."""
-    path = folder / f"{stem}.safetensors.index.json"
-    if (folder / f"{stem}.safetensors").is_file() or not path.is_file():
-        return None
-    index = _json(path).get("weight_map")
-    if not isinstance(index, dict) or not all(
-        isinstance(file, str) for file in index.values()
-    ):
-        raise UserError(f"{path}: weight_map is no object of names to file names")
-    return index
-
-
-def _inside(folder: pathlib.Path, name: str) -> pathlib.Path:
-    """Returns the place of a shard, which must be in the folder.
-
-    A link may lead to elsewhere in the same download, as those of the cache of
-    huggingface_hub do (snapshots/REVISION/... to blobs/).
-    """
-    base = folder.resolve()
-    for above in (base, *base.parents):
-        if above.parent.name == "snapshots":
-            base = above.parent.parent
-            break
-    plain = name == pathlib.PurePath(name).name and name.isprintable()
-    usable = plain and name.endswith(".safetensors")
-    if not usable or not (folder / name).resolve().is_relative_to(base):
-        raise UserError(
-            f"the index in {folder} names {name!r}, expected a .safetensors inside the"
-            " folder; do not trust this download"
-        )
-    return folder / name
-
-
-def open_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Returns the arrays of a file by name, read-only views of a mapping of it.
-
-    Raises:
-      UserError: There is no such file, or its header is not right.
-    """
-    try:
-        with path.open("rb") as file:
-            length = path.stat().st_size
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}; download it again") from error
-    try:
-        header, start = _header(data, length)
-        return dict(_views(header, data, start, length))
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} is no whole safetensors file: {error}; download it again"
-        ) from error
-
-
-def _header(data: mmap.mmap, length: int) -> tuple[dict[str, Any], int]:
-    """Returns the header of a file, and where its data starts."""
-    size = int.from_bytes(data[:8], "little")
-    if length < 8 or size > min(length - 8, _MAX_JSON):
-        raise ValueError(f"a header of {size} bytes in a file of {length}")
-    header = json.loads(data[8 : 8 + size].decode("utf-8"))
-    if not isinstance(header, dict):
-        raise ValueError("its header is no object")
-    header.pop("__metadata__", None)
-    return header, 8 + size
-
-
-def _views(
-    header: Mapping[str, Any], data: mmap.mmap, start: int, length: int
-) -> Iterator[tuple[str, np.ndarray]]:
-    spans = []
-    for name, entry in header.items():
-        dtype, shape, span = _entry(name, entry)
-        spans.append((*span, name))
-        if span[1] > length - start:
-            raise ValueError(f"{name} ends at byte {span[1]} of {length - start}")
-        yield name, np.ndarray(shape, dtype, data, start + span[0])
-    end = 0
-    for first, last, name in sorted(spans):
-        if first != end:
-            raise ValueError(f"{name} starts at byte {first}, expected {end}")
-        end = last
-    if end != length - start:
-        raise ValueError(f"{length - start} bytes of data, expected {end}")
-
-
-def _entry(name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], tuple[int, int]]:
-    """Returns type, shape and span in bytes of a tensor, or raises."""
-    try:
-        dtype = np.dtype(_SAFETENSORS_DTYPES[entry["dtype"]])
-        shape, span = tuple(entry["shape"]), tuple(entry["data_offsets"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{name} is described by {entry!r:.80}") from error
-    whole = all(type(size) is int and 0 <= size < 2**48 for size in (*shape, *span))
-    if not whole or len(span) != 2 or len(shape) > 16:
-        raise ValueError(f"{name} has shape {shape!r:.80} and offsets {span!r:.80}")
-    expected = math.prod(shape) * dtype.itemsize
-    if span[1] - span[0] != expected:
-        raise ValueError(f"{name} has {span[1] - span[0]} bytes, expected {expected}")
-    return dtype, shape, span
-
-
-def digest(path: pathlib.Path, progress: Callable[[int], None] | None = None) -> str:
-    """Returns the SHA-256 of a file; `progress` is called with bytes read."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            found.update(chunk)
-            if progress:
-                progress(len(chunk))
-    return found.hexdigest()
-
-
-def _settings(path: pathlib.Path) -> dict[str, Any]:
-    return _json(path) if path.is_file() else {}
-
-
-def _json(path: pathlib.Path) -> dict[str, Any]:
-    """Returns the object in a file of JSON."""
-    try:
-        if path.stat().st_size > _MAX_JSON:
-            raise ValueError(f"more than {_MAX_JSON} bytes")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON: {error}; download it again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds {type(value).__name__}, expected an object")
-    return value
-
-
-def _first(folder: pathlib.Path, names: Sequence[str]) -> pathlib.Path | None:
-    return next((folder / name for name in names if (folder / name).is_file()), None)
-
-
-def _path(path: str | pathlib.Path) -> pathlib.Path:
-    return expand(path)

@@ -15,7 +15,7 @@ import numpy as np
 from anchor_jax.porting.torch_archive import ADVICE, CONVERT, Archive, Unreadable, show
 
 MAX_EXPANDED = 2**28  # values of a tensor that repeats a smaller storage
-MAX_CALLS = 2**18
+MAX_CALLS = 2**17
 MAX_AXES = 32
 MAX_TEXT = 256  # characters of a storage's name or a device's kind
 _SHARED = 8  # how often the file's bytes may be shown by its tensors, beside 1 GiB

@@ -1,0 +1,193 @@
+"""Files of weights and settings, opened by what they are and checked."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from anchor_jax.errors import UserError
+from anchor_jax.filetypes import check_finished, check_start
+from anchor_jax.porting.convert import Mismatch
+from anchor_jax.porting.safetensors_file import open_with_header
+from anchor_jax.porting.torch_file import open_torch
+
+_CHUNK = 2**24
+_MAX_JSON = 2**24  # bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Content:
+    """What a file of weights holds by name, and its header's texts if it has them."""
+
+    values: Mapping[str, Any]
+    header: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def open_weights(path: pathlib.Path) -> Content:
+    """Returns what a .pt, .pth or .safetensors holds; nothing is executed.
+
+    What the file is, its first bytes say, not its name.
+
+    Raises:
+      UserError: There is no such file, or it is broken or holds no names.
+    """
+    if not path.is_file():
+        check_finished(path)
+        raise UserError(f"{path}: no such file; expected a .pt, .pth or .safetensors")
+    start = check_start(path)
+    is_archive = start.startswith(b"PK")
+    if not is_archive and (path.suffix == ".safetensors" or start[8:9] == b"{"):
+        return Content(*open_with_header(path))
+    content = open_torch(path)
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise UserError(f"{path} holds a {kind}, expected a dict of names to tensors")
+    return Content(content)
+
+
+def tensors_of(path: pathlib.Path, content: Any) -> dict[str, np.ndarray]:
+    """Returns the content if it is a dict of arrays."""
+    if not isinstance(content, Mapping):
+        kind = type(content).__name__
+        raise UserError(f"{path}: got a {kind}, expected a dict of names to tensors")
+    problems = [
+        f"{name!r:.120}: {type(value).__name__}, expected a tensor"
+        for name, value in content.items()
+        if not isinstance(name, str) or not isinstance(value, np.ndarray)
+    ]
+    if problems:
+        known = [name for name, value in content.items() if isinstance(value, dict)]
+        names = ", ".join(str(name)[:40] for name in known[:6])
+        hint = f"; choose --key among {names}" if known else ""
+        raise Mismatch([f"{path}: {line}{hint}" for line in problems])
+    return dict(content)
+
+
+def open_files(
+    folder: pathlib.Path, files: Sequence[pathlib.Path], stem: str
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Returns the arrays of one file, or of shards as their index says, and headers.
+
+    Raises:
+      UserError: A file is broken, or holds other names than the index says.
+    """
+    shards = [file for file in files if file.suffix == ".safetensors"]
+    index = _index(folder, stem)
+    arrays: dict[str, np.ndarray] = {}
+    headers: dict[str, str] = {}
+    problems = []
+    for shard in shards:
+        found, header = open_with_header(shard)
+        headers |= header
+        for name in found.keys() & arrays.keys():
+            problems.append(f"{name}: in {shard.name} and in another shard")
+        if index is not None:
+            own = {name for name, file in index.items() if file == shard.name}
+            for name in sorted(own ^ found.keys()):
+                which = "lacks it" if name in own else "holds it"
+                problems.append(f"{name}: {shard.name} {which}, unlike the index says")
+        arrays.update(found)
+    if problems:
+        raise Mismatch(problems)
+    return arrays, headers
+
+
+def shards_of(folder: pathlib.Path, stem: str) -> tuple[pathlib.Path, ...]:
+    """Returns the files of a network: one, or an index and its shards, or none."""
+    single = folder / f"{stem}.safetensors"
+    if single.is_file():
+        return (single,)
+    index = _index(folder, stem)
+    if index is None:
+        alone = sorted(folder.glob(f"{stem}-*.safetensors"))
+        if alone:
+            raise UserError(
+                f"{alone[0]} is a shard, but {stem}.safetensors.index.json is missing;"
+                " download it too"
+            )
+        return ()
+    shards = [_inside(folder, name) for name in sorted(set(index.values()))]
+    for shard in shards:
+        if not shard.is_file():
+            raise UserError(
+                f"{shard} is missing, and the index names it; download it too"
+            )
+    return (folder / f"{stem}.safetensors.index.json", *shards)
+
+
+def _index(folder: pathlib.Path, stem: str) -> dict[str, str] | None:
+    """Returns the file of each name, or None where there are no shards."""
+    path = folder / f"{stem}.safetensors.index.json"
+    if (folder / f"{stem}.safetensors").is_file() or not path.is_file():
+        return None
+    index = _json(path).get("weight_map")
+    if not isinstance(index, dict) or not all(
+        isinstance(file, str) for file in index.values()
+    ):
+        raise UserError(f"{path}: weight_map is no object of names to file names")
+    return index
+
+
+def _inside(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """Returns the place of a shard, which must be in the folder.
+
+    A link may lead to elsewhere in the same download, as those of the cache of
+    huggingface_hub do (snapshots/REVISION/... to blobs/).
+    """
+    base = folder.resolve()
+    for above in (base, *base.parents):
+        if above.parent.name == "snapshots":
+            base = above.parent.parent
+            break
+    plain = name == pathlib.PurePath(name).name and name.isprintable()
+    usable = plain and name.endswith(".safetensors")
+    if not usable or not (folder / name).resolve().is_relative_to(base):
+        raise UserError(
+            f"the index in {folder} names {name!r}, expected a .safetensors inside the"
+            " folder; do not trust this download"
+        )
+    return folder / name
+
+
+def digest(path: pathlib.Path, progress: Callable[[int], None] | None = None) -> str:
+    """Returns the SHA-256 of a file; `progress` is called with bytes read."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            found.update(chunk)
+            if progress:
+                progress(len(chunk))
+    return found.hexdigest()
+
+
+def read_settings(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the object in a file of JSON, empty if there is no such file.
+
+    Raises:
+      UserError: It is damaged, too large, or holds something else.
+    """
+    return _json(path) if path.is_file() else {}
+
+
+def _json(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the object in a file of JSON."""
+    check_start(path)
+    try:
+        if path.stat().st_size > _MAX_JSON:
+            raise ValueError(f"more than {_MAX_JSON} bytes")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} is no JSON: {reason}; download it again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds {type(value).__name__}, expected an object")
+    return value
+
+
+def first_of(folder: pathlib.Path, names: Sequence[str]) -> pathlib.Path | None:
+    """Returns the first of some files that a folder has, None if it has none."""
+    return next((folder / name for name in names if (folder / name).is_file()), None)

@@ -1,0 +1,86 @@
+"""Whether weights are finite, looked at while they are written."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+
+from anchor_jax.checkpoint import Lazy
+from anchor_jax.errors import UserError
+from anchor_jax.porting.convert import STACKED, Rule, fill
+
+_EXPONENTS = {"float32": (np.uint32, 0x7F800000), "float16": (np.uint16, 0x7C00)}
+_EXPONENTS["bfloat16"] = (np.uint16, 0x7F80)
+
+
+def count(array: np.ndarray) -> int:
+    """Returns how many values are not finite, with little memory beside the array."""
+    kind, mask = _EXPONENTS[array.dtype.name]
+    flat = np.ascontiguousarray(array).reshape(-1).view(kind)
+    step = 2**24
+    return sum(
+        int(np.count_nonzero(flat[at : at + step] & mask == mask))
+        for at in range(0, flat.size, step)
+    )
+
+
+@dataclasses.dataclass
+class Watch:
+    """Counts values that are not finite as leaves are read.
+
+    Attributes:
+      keeps: Whether such weights are written all the same.
+      found: How many there are, by the network's item and collection.
+    """
+
+    keeps: bool = False
+    found: dict[str, int] = dataclasses.field(default_factory=dict)
+    refusal: UserError | None = None
+
+    def over(self, item: str, tree: Any, tables: Mapping[str, tuple[Rule, ...]]) -> Any:
+        """Returns a tree of `Lazy` that are counted when they are loaded.
+
+        Args:
+          item: The network.
+          tree: Its leaves.
+          tables: The table by collection ("params", "lora", or "" for the tree itself).
+        """
+        flat = traverse_util.flatten_dict(tree, sep="/")
+        for path, leaf in flat.items():
+            first, _, rest = path.partition("/")
+            part, inner = (first, rest) if first in tables else ("", path)
+            load = functools.partial(
+                self._load, leaf, f"{item} {part}".strip(), inner, tables[part]
+            )
+            flat[path] = dataclasses.replace(leaf, load=load)
+        return traverse_util.unflatten_dict(flat, sep="/")
+
+    def _load(self, leaf: Lazy, network: str, path: str, table) -> np.ndarray:
+        array = leaf.load()
+        if wrong := count(array):
+            self.found[network] = self.found.get(network, 0) + wrong
+            if not self.keeps:
+                name = _official(array, path, table)
+                self.refusal = UserError(
+                    f"{network}: {name} has values that are not finite (NaN or"
+                    f" infinite), {wrong:,} of {array.size:,} in its kind of layer; a"
+                    " training that diverged writes such weights: take an earlier"
+                    " checkpoint of it, or download the file again;"
+                    " --allow_nonfinite ports it all the same"
+                )
+                raise self.refusal
+        return array
+
+
+def _official(array: np.ndarray, path: str, table: tuple[Rule, ...]) -> str:
+    """Returns the official name of the first part of a leaf that is not finite."""
+    for rule in table:
+        if (fields := rule.match_target(path)) is not None:
+            layer = 0
+            if rule.is_stacked:
+                layer = next(at for at, part in enumerate(array) if count(part))
+            return fill(rule.source, {**fields, STACKED: layer})
+    return path

@@ -1,0 +1,49 @@
+"""Settings of networks in the header of a file of safetensors."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from anchor_jax.porting.convert import Mismatch
+
+HEADER_SETTINGS = (
+    *("num_heads", "num_attention_heads", "attention_head_dim", "dim", "ffn_dim"),
+    *("num_layers", "freq_dim", "text_dim", "text_len", "in_dim", "out_dim", "eps"),
+    *("in_channels", "out_channels", "model_type", "_class_name", "qk_norm"),
+    *("cross_attn_norm", "patch_size", "latents_mean", "latents_std", "z_dim"),
+    *("image_dim", "added_kv_proj_dim", "pos_embed_seq_len", "is_residual"),
+)
+"""Settings of networks that are looked for in the header of a file."""
+
+
+def with_header(
+    settings: Mapping[str, Any], header: Mapping[str, str]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Returns settings with those that a file's header says, and notes of the rest.
+
+    Raises:
+      Mismatch: Both say different things.
+    """
+    said = dict(header)
+    for name, text in header.items():
+        try:
+            said[name] = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+    if isinstance(said.get("config"), dict):
+        said |= said.pop("config")
+    known = {name: said.pop(name) for name in list(said) if name in HEADER_SETTINGS}
+    problems = [
+        f"config.json: {name}={settings[name]!r:.60}, the file's header {value!r:.60}"
+        for name, value in known.items()
+        if settings.get(name, value) != value
+    ]
+    if problems:
+        raise Mismatch(problems)
+    rest = [name[:40] for name in said if name != "format"]
+    notes = [
+        f"of the header: {name}={value!r:.60} is used" for name, value in known.items()
+    ]
+    if rest:
+        notes.append(f"of the header, not used: {', '.join(sorted(rest)[:6])}")
+    return {**settings, **known}, tuple(notes)

@@ -1,0 +1,387 @@
+"""What a file of adapters says about their scale, wherever it says it.
+
+Every setting is used, known not to change what tensors mean, or refused by name.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from anchor_jax.errors import UserError
+from anchor_jax.porting.convert import Mismatch
+
+_USED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+# Settings of PEFT that change what tensors mean, where they do not.
+_NEUTRAL = {
+    "peft_type": "LORA",
+    "use_dora": False,
+    "fan_in_fan_out": False,
+    "bias": "none",
+    "lora_bias": False,
+    "modules_to_save": None,
+    "layer_replication": None,
+    "trainable_token_indices": None,
+    "use_qalora": False,
+    "alora_invocation_tokens": None,
+    "target_parameters": None,
+    "use_bdlora": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "megatron_config": None,
+}
+# Settings of training, of where adapters are (which tensors say), and descriptions.
+_INERT = (
+    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
+    *("revision", "inference_mode", "target_modules", "exclude_modules"),
+    *("lora_dropout", "layers_to_transform", "layers_pattern", "megatron_core"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"),
+    *("qalora_group_size", "ensure_weight_tying", "runtime_config", "inference"),
+    *("monteclora_config",),
+)
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+_KNOWN = {*_USED, *_NEUTRAL, *_INERT, "init_lora_weights"}
+_NAMES = {
+    "alpha": "lora_alpha",
+    "network_alpha": "lora_alpha",
+    "rank": "r",
+    "lora_rank": "r",
+    "lora_r": "r",
+    "network_dim": "r",
+    "rslora": "use_rslora",
+    "dora": "use_dora",
+}
+_SECTIONS = (
+    *("lora_adapter_metadata", "lora_config", "peft_config", "adapter_config"),
+    *("adapter", "lora"),
+)
+_OF_TRAINERS = ("type", "dtype", "verbose", "apply_to_critic", "dropout")
+_COMPONENTS = ("transformer", "generator")
+_PATTERN = re.compile(r"\^?[\w.\\]+\$?")
+_MERGE = "merge the adapters with the library that wrote them first"
+
+
+@dataclasses.dataclass(frozen=True)
+class Statement:
+    """One place that says how adapters are scaled.
+
+    Attributes:
+      origin: Where it stands, for messages.
+      alpha: Of modules that no pattern names; None: it does not say.
+      rank: Likewise.
+      alphas: By pattern of a module's name, the first that fits.
+      ranks: Likewise.
+      rslora: Alpha is divided by the rank's square root (rsLoRA, arXiv:2312.03732).
+    """
+
+    origin: str
+    alpha: float | None = None
+    rank: int | None = None
+    alphas: tuple[tuple[str, float], ...] = ()
+    ranks: tuple[tuple[str, int], ...] = ()
+    rslora: bool = False
+
+    def alpha_of(self, module: str) -> float | None:
+        return _first(self.alphas, module, self.alpha)
+
+    def rank_of(self, module: str) -> int | None:
+        return _first(self.ranks, module, self.rank)
+
+    def factor(self, module: str, rank: int, alpha: float | None = None):
+        """Returns what a module's update is multiplied by; None: it does not say."""
+        alpha = self.alpha_of(module) if alpha is None else alpha
+        return None if alpha is None else scale(alpha, rank, self.rslora)
+
+
+def scale(alpha: float, rank: int, rslora: bool) -> float:
+    """Returns what an update of this alpha and rank is multiplied by."""
+    return alpha / (math.sqrt(rank) if rslora else rank)
+
+
+def _first(pairs, module: str, default):
+    for pattern, value in pairs:
+        name = pattern.replace("\\.", ".").removeprefix("^").removesuffix("$")
+        inside = not pattern.startswith("^") and module.endswith(f".{name}")
+        if module == name or inside:
+            return value
+    return default
+
+
+def of_tensors(alphas: Mapping[str, float]) -> Statement:
+    """Returns what the tensors `.alpha` of a file say."""
+    pairs = tuple((f"^{module}$", alpha) for module, alpha in alphas.items())
+    return Statement("the file's alpha tensors", alphas=pairs)
+
+
+def of_peft(origin: str, settings: Mapping[str, Any]) -> Statement:
+    """Returns what settings of PEFT say.
+
+    Raises:
+      Mismatch: A setting is of a wrong type, or changes what tensors mean in a way that
+        is not read; all are listed.
+    """
+    problems = [f"{origin}: {line}" for line in _check(settings)]
+    if problems:
+        raise Mismatch(problems)
+    return Statement(
+        origin,
+        settings.get("lora_alpha"),
+        settings.get("r"),
+        tuple((settings.get("alpha_pattern") or {}).items()),
+        tuple((settings.get("rank_pattern") or {}).items()),
+        bool(settings.get("use_rslora")),
+    )
+
+
+def _check(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Yields a line for each setting that cannot be used."""
+    for name, value in settings.items():
+        if name in _NEUTRAL and value not in (_NEUTRAL[name], None, [], {}):
+            yield (
+                f"{name}={value!r:.60} changes what tensors mean, expected"
+                f" {_NEUTRAL[name]!r}; {_MERGE}"
+            )
+        if name not in _KNOWN and value not in (None, False, [], {}, ""):
+            yield f"{name!r:.60}={value!r:.60} is not known; {_MERGE}"
+    start = settings.get("init_lora_weights")
+    if not any(start is one or start == one for one in _PLAIN_STARTS):
+        yield (
+            f"init_lora_weights={start!r:.60} changed the weights below the adapters;"
+            " convert them with PEFT (path_initial_model_for_weight_conversion) first"
+        )
+    yield from _check_number("lora_alpha", settings.get("lora_alpha"), float)
+    yield from _check_number("r", settings.get("r"), int)
+    if settings.get("use_rslora") not in (None, True, False):
+        yield f"use_rslora={settings['use_rslora']!r:.60}, expected true or false"
+    for name, kind in (("alpha_pattern", float), ("rank_pattern", int)):
+        yield from _check_pattern(name, settings.get(name), kind)
+
+
+def _check_pattern(name: str, found: Any, kind: type) -> Iterator[str]:
+    if found is not None and not isinstance(found, Mapping):
+        yield f"{name}={found!r:.60}, expected an object"
+        return
+    for pattern, value in (found or {}).items():
+        if not _PATTERN.fullmatch(pattern):
+            yield (
+                f"{name}: {pattern!r:.60} is a regular expression, expected names of"
+                f" modules; {_MERGE}"
+            )
+        yield from _check_number(f"{name}, {pattern!r:.60}", value, kind)
+
+
+def _check_number(name: str, value: Any, kind: type) -> Iterator[str]:
+    kinds = (int,) if kind is int else (int, float)
+    if value is None:
+        return
+    if type(value) not in kinds or not 0 < value < 2**31:
+        yield f"{name}={value!r:.60}, expected a number above 0"
+
+
+def of_sections(
+    origin: str, content: Mapping[str, Any]
+) -> tuple[list[Statement], list[str]]:
+    """Returns what a header or a checkpoint's entries say, and what is not used.
+
+    Settings stand at the top, in a section for adapters, or there as JSON; those of
+    kohya's trainers begin with `ss_`.
+
+    Raises:
+      Mismatch: As `of_peft`.
+    """
+    content = {name: _parsed(value) for name, value in content.items()}
+    statements, unused = [], []
+    if any(name.startswith("ss_network") for name in content):
+        statements.append(_of_kohya(origin, content))
+    top = {}
+    for name, value in content.items():
+        if name in _SECTIONS and isinstance(value, Mapping):
+            inner = _component(f"{origin}, {name}", value)
+            statements.append(of_peft(f"{origin}, {name}", inner))
+        elif name in ("config", "args") and isinstance(value, Mapping):
+            # There `rank` can be a process, and `alpha` anything.
+            plain = {k: v for k, v in value.items() if k not in ("rank", "alpha", "r")}
+            statements += of_sections(f"{origin}, {name}", plain)[0]
+            unused.append(name)
+        elif _NAMES.get(name, name) in {*_USED, *_NEUTRAL, "init_lora_weights"}:
+            top[_NAMES.get(name, name)] = value
+        else:
+            unused.append(name)
+    if top:
+        statements.append(of_peft(origin, top))
+    return statements, unused
+
+
+def _parsed(value: Any) -> Any:
+    """Returns the value of a header's text: JSON if it is that."""
+    if not isinstance(value, str):
+        return value
+    words = {"True": True, "False": False, "None": None}
+    if value in words:
+        return words[value]
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
+def _component(origin: str, section: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a section's settings of PEFT; diffusers puts a component before each.
+
+    Raises:
+      Mismatch: They are of another component than the transformer.
+    """
+    found, problems = {}, []
+    for name, value in section.items():
+        start, dot, rest = name.partition(".")
+        if dot and start not in _COMPONENTS:
+            problems.append(f"{origin}: {name!r:.60} is of another network; remove it")
+        plain = rest if dot else name
+        if plain == "type" and str(value).lower() != "lora":
+            problems.append(f"{origin}: type={value!r:.60}, expected 'lora'; {_MERGE}")
+        if plain not in _OF_TRAINERS:
+            found[_NAMES.get(plain, plain)] = value
+    if problems:
+        raise Mismatch(problems)
+    return found
+
+
+def _of_kohya(origin: str, header: Mapping[str, Any]) -> Statement:
+    """Returns what the header of kohya's trainers says; alpha 0 or none is the rank."""
+    module = header.get("ss_network_module") or "networks.lora"
+    args = header.get("ss_network_args") or {}
+    problems = []
+    last = str(module).rpartition(".")[2]
+    algorithm = args.get("algo", "lora") if isinstance(args, Mapping) else args
+    if not last.startswith("lora") and last != "kohya":
+        problems.append(f"ss_network_module={module!r:.60}, expected one of LoRA")
+    if algorithm not in ("lora", "locon"):
+        problems.append(f"ss_network_args: algo={algorithm!r:.60}, expected 'lora'")
+    for name in ("dora_wd", "rs_lora", "use_tucker", "use_scalar", "wd_on_output"):
+        if isinstance(args, Mapping) and args.get(name) not in (None, False, "False"):
+            problems.append(f"ss_network_args: {name}={args[name]!r:.60} is not read")
+    numbers = {"lora_alpha": "ss_network_alpha", "r": "ss_network_dim"}
+    said = {}
+    for ours, name in numbers.items():
+        value = header.get(name)
+        if isinstance(value, float) and value.is_integer() and ours == "r":
+            value = int(value)
+        # Files that a tool resized say "Dynamic": their tensors have the numbers.
+        if value not in (None, 0, "Dynamic"):
+            said[ours] = value
+            problems += _check_number(name, value, int if ours == "r" else float)
+    if problems:
+        raise Mismatch([f"{origin}: {line}; {_MERGE}" for line in problems])
+    return Statement(origin, said.get("lora_alpha"), said.get("r"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Scales:
+    """How adapters are scaled.
+
+    Attributes:
+      factors: By module, what its `lora_B` is multiplied by.
+      alpha: So that alpha / rank is the factor of all modules; where they differ, the
+        rank: the factors are then in the tensors alone.
+      rank: The largest.
+      notes: What was used, and from where.
+    """
+
+    factors: Mapping[str, float]
+    alpha: float
+    rank: int
+    notes: tuple[str, ...]
+
+
+def settle(
+    ranks: Mapping[str, int],
+    statements: list[Statement],
+    given: float | None,
+    default: str | None,
+) -> Scales:
+    """Returns the scale of each module, of all that is said about it.
+
+    Args:
+      ranks: By module, of its tensors.
+      statements: What the files say.
+      given: Alpha as the user gave it: it wins over all statements, and is reported.
+      default: Why alpha may be taken to be the rank where nothing says it; None: it may
+        not.
+
+    Raises:
+      Mismatch: The tensors have other ranks than stated, or statements disagree.
+      UserError: Nothing says alpha, or what the user gave is no alpha.
+    """
+    if given is not None and (type(given) not in (int, float) or not 0 < given < 2**31):
+        raise UserError(f"alpha={given!r}: expected a number above 0")
+    problems, factors, silent = [], {}, []
+    rslora = any(one.rslora for one in statements)
+    for module, rank in ranks.items():
+        problems += _other_ranks(module, rank, statements)
+        said = {one.origin: one.factor(module, rank) for one in statements}
+        said = {origin: factor for origin, factor in said.items() if factor is not None}
+        if given is not None:
+            factors[module] = scale(given, rank, rslora)
+            continue
+        if len({round(math.log(factor), 5) for factor in said.values()}) > 1:
+            told = ", ".join(f"{origin} {value:g}" for origin, value in said.items())
+            problems.append(
+                f"{module}: different factors ({told}); choose one with --alpha"
+            )
+        if not said:
+            silent.append(module)
+        factors[module] = next(iter(said.values()), 1.0)
+    if problems:
+        raise Mismatch(problems)
+    if silent and (default is None or len(silent) < len(ranks)):
+        raise UserError(
+            f"nothing says alpha of {len(silent)} of {len(ranks)} adapted modules, such"
+            f" as {silent[0]}; give --alpha=NUMBER as in the settings of the training"
+            f" (their rank is {ranks[silent[0]]})"
+        )
+    return _scales(ranks, factors, statements, given, default if silent else None)
+
+
+def _other_ranks(module: str, rank: int, statements) -> Iterator[str]:
+    for one in statements:
+        stated = one.rank_of(module)
+        if stated not in (None, rank):
+            yield f"{one.origin}: {module} has rank {stated}, the tensors have {rank}"
+
+
+def _scales(ranks, factors, statements, given, default) -> Scales:
+    largest = max(ranks.values(), default=1)
+    values = set(factors.values())
+    alpha = largest
+    if len(values) == 1:
+        alpha = values.pop() * largest
+        alpha = round(alpha) if math.isclose(alpha, round(alpha)) else alpha
+    notes = list(_notes(ranks, factors, statements, given, default))
+    return Scales(factors, alpha, largest, tuple(notes))
+
+
+def _notes(ranks, factors, statements, given, default) -> Iterator[str]:
+    rslora = any(one.rslora for one in statements)
+    root = ", divided by the square root of the rank (rsLoRA)" if rslora else ""
+    speaking = [one for one in statements if one.alpha is not None or one.alphas]
+    if given is not None:
+        yield f"alpha {given:g} of --alpha is used{root}"
+        for one in speaking:
+            alphas = {one.alpha_of(module) for module in ranks} - {None, float(given)}
+            if alphas:
+                found = ", ".join(f"{alpha:g}" for alpha in sorted(alphas)[:4])
+                yield f"--alpha replaces alpha {found} of {one.origin}"
+    elif default:
+        yield f"alpha is taken to be the rank, factor 1: {default}"
+    for one in speaking if given is None else ():
+        alphas = sorted({one.alpha_of(module) for module in ranks} - {None})
+        found = ", ".join(f"{alpha:g}" for alpha in alphas[:4])
+        yield f"alpha {found} of {one.origin} is used{root}"
+    if len(set(ranks.values())) > 1:
+        lowest, highest = min(ranks.values()), max(ranks.values())
+        yield f"ranks from {lowest} to {highest}: filled up with zeros to {highest}"
+    if len(set(factors.values())) > 1:
+        low, high = min(factors.values()), max(factors.values())
+        yield f"modules have different factors, from {low:g} to {high:g}"

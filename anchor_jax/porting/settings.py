@@ -1,0 +1,334 @@
+"""Sizes of the networks, from their tensors and from the settings beside them.
+
+Every setting of a `config.json` is used, has the one value that the network here has,
+is known not to change what the network computes, or is refused by name.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from anchor_jax.porting.convert import Mismatch, num_layers, shape_of
+from anchor_jax.porting.rules import table_of
+from anchor_jax.porting.sources import Source
+from anchor_jax.wan.spec import PRESETS, ModelConfig
+from anchor_jax.wan.text import TextConfig
+from anchor_jax.wan.vae import VaeConfig
+
+_ABSENT = (None, False, [], {}, "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """The settings of one network's `config.json`.
+
+    Attributes:
+      used: Names that are read.
+      fixed: Values that the network here has; None and a missing one are right too.
+      inert: Names that do not change what the network computes.
+    """
+
+    used: tuple[str, ...]
+    fixed: Mapping[str, tuple[Any, ...]]
+    inert: tuple[str, ...]
+
+    def problems(self, settings: Mapping[str, Any]) -> Iterator[str]:
+        """Yields a line for each setting that cannot be used."""
+        for name, value in settings.items():
+            right = self.fixed.get(name)
+            if right is not None and value is not None and value not in right:
+                allowed = " or ".join(repr(one) for one in right) or "none"
+                yield f"{name}={value!r:.60} is not supported, expected {allowed}"
+            known = (*self.used, *self.fixed, *self.inert)
+            if name not in known and name[:1] != "_" and value not in _ABSENT:
+                yield (
+                    f"{name!r:.60}={value!r:.60} is not known; remove it if it does not"
+                    " change what the network computes"
+                )
+
+
+_MODEL = Known(
+    used=(
+        *("dim", "num_heads", "num_attention_heads", "attention_head_dim", "ffn_dim"),
+        *("num_layers", "freq_dim", "text_dim", "text_len", "in_dim", "in_channels"),
+        *("out_dim", "out_channels", "eps"),
+    ),
+    fixed={
+        "_class_name": ("WanModel", "CausalWanModel", "WanTransformer3DModel"),
+        "model_type": ("t2v",),
+        "patch_size": ([1, 2, 2],),
+        "window_size": ([-1, -1],),
+        "qk_norm": (True, "rms_norm_across_heads"),
+        "cross_attn_norm": (True,),
+        "image_dim": (),
+        "added_kv_proj_dim": (),
+        "pos_embed_seq_len": (),
+        "quantization_config": (),
+    },
+    # The first sets how far positions may go; the others are the method's.
+    inert=(
+        *("rope_max_seq_len", "local_attn_size", "sink_size", "max_attention_size"),
+        *("torch_dtype", "dtype", "num_frame_per_block", "independent_first_frame"),
+    ),
+)
+_TEXT = Known(
+    used=(
+        *("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_layers"),
+        *("relative_attention_num_buckets", "relative_attention_max_distance"),
+        "layer_norm_epsilon",
+    ),
+    fixed={
+        "model_type": ("umt5",),
+        "feed_forward_proj": ("gated-gelu",),
+        "dense_act_fn": ("gelu_new",),
+        "is_gated_act": (True,),
+        "is_decoder": (False,),
+        "pad_token_id": (0,),
+        "eos_token_id": (1,),
+        "quantization_config": (),
+    },
+    inert=(
+        *("architectures", "classifier_dropout", "decoder_start_token_id"),
+        *("dropout_rate", "initializer_factor", "is_encoder_decoder", "output_past"),
+        *("num_decoder_layers", "scalable_attention", "tie_word_embeddings"),
+        *("scale_decoder_outputs", "tokenizer_class", "torch_dtype", "dtype"),
+        *("transformers_version", "use_cache", "return_dict", "id2label", "label2id"),
+        *("output_hidden_states", "output_attentions", "problem_type"),
+        *("chunk_size_feed_forward", "task_specific_params", "bos_token_id"),
+        *("n_positions", "max_length", "gradient_checkpointing", "use_bfloat16"),
+        *("attn_implementation", "num_return_sequences", "top_k", "top_p"),
+        *("temperature", "num_beams", "num_beam_groups", "length_penalty"),
+        *("repetition_penalty", "diversity_penalty", "typical_p", "early_stopping"),
+    ),
+)
+_VAE = Known(
+    used=(
+        *("base_dim", "z_dim", "dim_mult", "num_res_blocks", "temperal_downsample"),
+        *("latents_mean", "latents_std", "decoder_base_dim"),
+    ),
+    fixed={
+        "_class_name": ("AutoencoderKLWan",),
+        "attn_scales": ([],),
+        "is_residual": (False,),
+        "in_channels": (3,),
+        "out_channels": (3,),
+        "patch_size": (1,),
+        "scale_factor_temporal": (4,),
+        "scale_factor_spatial": (8,),
+        "quantization_config": (),
+    },
+    inert=("dropout", "torch_dtype", "dtype", "clip_output"),
+)
+_HEADS = {
+    (model.dim, model.ffn_dim): model.num_heads
+    for model in (PRESETS["1.3B"], PRESETS["14B"])
+}
+
+
+def check(source: Source, known: Known) -> None:
+    """Raises `Mismatch` if settings say what the network here is not."""
+    problems = [
+        f"{source.item}, config.json: {line}"
+        for line in known.problems(source.settings)
+    ]
+    if problems:
+        raise Mismatch(problems)
+
+
+def model_config(source: Source) -> ModelConfig:
+    """Returns a transformer's sizes, of its tensors and its file of settings.
+
+    Raises:
+      Mismatch: A tensor that tells a size is missing, or the settings say otherwise.
+      ValueError: The sizes are not those of a transformer.
+    """
+    check(source, _MODEL)
+    table, settings = table_of(source.item, source.layout), source.settings
+    shape = functools.partial(shape_of, source.arrays, table)
+    features, dim = shape("patch_embed/kernel")
+    sizes = {
+        "dim": dim,
+        "ffn_dim": shape("blocks/ffn_in/kernel")[-1],
+        "num_layers": num_layers(source.arrays, table),
+        "freq_dim": shape("time_in/kernel")[0],
+        "text_dim": shape("text_in/kernel")[0],
+        "latent_channels": features // 4,
+    }
+    heads = _heads(source, sizes)
+    per_head = settings.get("attention_head_dim", dim // heads)
+    said = {
+        "dim": settings.get("dim", _product(heads, per_head)),
+        **{name: settings.get(name) for name in ("ffn_dim", "num_layers", "freq_dim")},
+        "text_dim": settings.get("text_dim"),
+    }
+    _agree(source, sizes, said)
+    for name in ("in_dim", "in_channels", "out_dim", "out_channels"):
+        _agree(source, {name: sizes["latent_channels"]}, {name: settings.get(name)})
+    return ModelConfig(
+        **sizes,
+        num_heads=heads,
+        text_len=_whole(settings, "text_len", 512),
+        eps=_positive(settings, "eps", 1e-6),
+    )
+
+
+def text_config(source: Source) -> TextConfig:
+    """Returns a text encoder's sizes; raises as `model_config`."""
+    check(source, _TEXT)
+    table, settings = table_of(source.item, source.layout), source.settings
+    shape = functools.partial(shape_of, source.arrays, table)
+    vocab, dim = shape("token_embedding/embedding")
+    buckets, heads = shape("blocks/position_bias/embedding")
+    sizes = {
+        "vocab": vocab,
+        "dim": dim,
+        "attention_dim": shape("blocks/attn/q/kernel")[-1],
+        "ffn_dim": shape("blocks/ffn/gate/kernel")[-1],
+        "num_heads": heads,
+        "num_layers": num_layers(source.arrays, table),
+        "num_buckets": buckets,
+    }
+    names = {
+        "vocab": "vocab_size",
+        "dim": "d_model",
+        "ffn_dim": "d_ff",
+        "num_heads": "num_heads",
+        "num_layers": "num_layers",
+        "num_buckets": "relative_attention_num_buckets",
+    }
+    _agree(source, sizes, {ours: settings.get(name) for ours, name in names.items()})
+    width = {"d_kv": sizes["attention_dim"] // heads}
+    _agree(source, width, {"d_kv": settings.get("d_kv")})
+    return TextConfig(
+        **sizes,
+        max_distance=_whole(settings, "relative_attention_max_distance", 128),
+        eps=_positive(settings, "layer_norm_epsilon", 1e-6),
+    )
+
+
+def vae_config(source: Source) -> VaeConfig:
+    """Returns a VAE's sizes; raises as `model_config`.
+
+    Its stages are those of Wan2.1: only widths differ.
+    """
+    check(source, _VAE)
+    table = table_of(source.item, source.layout)
+    shape = functools.partial(shape_of, source.arrays, table)
+    standard = VaeConfig()
+    sizes = {
+        "base_dim": shape("encoder/conv1/kernel")[-1],
+        "z_dim": shape("conv2/kernel")[-1],
+    }
+    said = {
+        **{name: source.settings.get(name) for name in ("base_dim", "z_dim")},
+        "dim_mult": source.settings.get("dim_mult"),
+        "num_res_blocks": source.settings.get("num_res_blocks"),
+        # Spelt so in the files of diffusers.
+        "temporal_downsample": source.settings.get("temperal_downsample"),
+    }
+    stages = {
+        "dim_mult": list(standard.dim_mult),
+        "num_res_blocks": standard.num_res_blocks,
+        "temporal_downsample": list(standard.temporal_downsample),
+    }
+    _agree(source, {**sizes, **stages}, said)
+    decoder = {"decoder_base_dim": shape("decoder/head_2/kernel")[-2]}
+    name = "decoder_base_dim"
+    _agree(source, decoder, {name: source.settings.get(name)})
+    means, deviations = (
+        _numbers(source, f"latents_{name}", default, sizes["z_dim"])
+        for name, default in (
+            ("mean", standard.latent_mean),
+            ("std", standard.latent_std),
+        )
+    )
+    if min(deviations) <= 0:
+        raise Mismatch(
+            [f"vae, config.json: latents_std has {min(deviations):g}, expected above 0"]
+        )
+    return VaeConfig(**sizes, latent_mean=means, latent_std=deviations)
+
+
+def _agree(source: Source, sizes: Mapping[str, Any], said: Mapping[str, Any]) -> None:
+    """Raises `Mismatch` where settings say something else than the tensors."""
+    problems = [
+        f"{source.item}, config.json: {name}={value!r:.60}, the tensors have"
+        f" {sizes[name]}"
+        for name, value in said.items()
+        if value is not None and value != sizes[name]
+    ]
+    if problems:
+        raise Mismatch(problems)
+
+
+def _heads(source: Source, sizes: Mapping[str, int]) -> int:
+    """Returns the number of heads, which no tensor tells.
+
+    Raises:
+      Mismatch: The settings do not say it, and the sizes are not published ones.
+    """
+    names = ("num_heads", "num_attention_heads")
+    said = [source.settings[name] for name in names if name in source.settings]
+    heads = said[0] if said else published_heads(sizes["dim"], sizes["ffn_dim"])
+    if heads is None:
+        raise Mismatch(
+            [
+                f"{source.item}: nothing says its number of heads, and width"
+                f" {sizes['dim']} with ffn_dim {sizes['ffn_dim']} is no size of Wan2.1;"
+                f' write {{"num_heads": NUMBER}} into config.json beside'
+                f" {source.files[-1].name}"
+            ]
+        )
+    if type(heads) is not int or not 1 <= heads <= sizes["dim"]:
+        raise Mismatch([f"config.json: num_heads={heads!r:.60}, expected at least 1"])
+    if said[1:] not in ([], [heads]):
+        raise Mismatch([f"config.json: num_heads={said[0]} and {said[1]!r:.60}"])
+    if sizes["dim"] % heads:
+        raise Mismatch(
+            [f"config.json: num_heads={heads} does not divide the width {sizes['dim']}"]
+        )
+    return heads
+
+
+def published_heads(dim: int, ffn_dim: int) -> int | None:
+    """Returns the number of heads of a published size of Wan2.1, None for others."""
+    return _HEADS.get((dim, ffn_dim))
+
+
+def _product(heads: Any, per_head: Any) -> Any:
+    return heads * per_head if type(per_head) is int else per_head
+
+
+def _whole(settings: Mapping[str, Any], name: str, default: int) -> int:
+    value = settings.get(name, default)
+    if type(value) is not int or not 1 <= value <= 2**20:
+        raise Mismatch([f"config.json: {name}={value!r:.60}, expected at least 1"])
+    return value
+
+
+def _positive(settings: Mapping[str, Any], name: str, default: float) -> float:
+    value = settings.get(name, default)
+    if type(value) is not float or not 0 < value < 1:
+        raise Mismatch([f"config.json: {name}={value!r:.60}, expected from 0 to 1"])
+    return value
+
+
+def _numbers(
+    source: Source, name: str, default: tuple[float, ...], count: int
+) -> tuple[float, ...]:
+    """Returns one number per latent channel."""
+    value = source.settings.get(name)
+    value = default if value is None else value
+    numbers = isinstance(value, list | tuple) and all(
+        type(one) in (int, float) and math.isfinite(one) for one in value
+    )
+    if not numbers or len(value) != count:
+        raise Mismatch(
+            [
+                f"{source.item}, config.json: {name}={value!r:.60}, expected {count}"
+                " numbers"
+            ]
+        )
+    return tuple(map(float, value))
