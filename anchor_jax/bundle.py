@@ -22,7 +22,7 @@ import safetensors.numpy
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from anchor_jax import sharding
+from anchor_jax import finite, sharding
 from anchor_jax.config import from_config
 from anchor_jax.errors import UserError, suggest
 from anchor_jax.io import expand, replacing, write_json
@@ -336,10 +336,45 @@ def load_bundle(
     options = _Options(grid, dtype, text_encoder, mesh, lora, param_dtype, network)
     folder = expand(weights)
     if weights != "tiny" and run_folder(folder) is not None:
-        return _load_trained(folder, options)
+        return _watched(weights, _load_trained(folder, options))
     if weights != "tiny" and _is_checkpoint(folder):
-        return _load_ported(folder, options)
-    return _load_saved(weights, options)
+        return _watched(weights, _load_ported(folder, options))
+    return _watched(weights, _load_saved(weights, options))
+
+
+def _watched(weights: str, bundle: Bundle) -> Bundle:
+    """Returns the bundle such that loading weights that are not finite is refused."""
+
+    def watched(network: str, load: Callable[[], Any]) -> Callable[[], Any]:
+        def checked():
+            tree = load()
+            finite.check(tree, f"weights={weights!r}, {network}", _remedy(weights))
+            return tree
+
+        return checked
+
+    encoder = bundle.encode_prompts
+    return dataclasses.replace(
+        bundle,
+        encode_prompts=dataclasses.replace(
+            encoder, load=watched("text encoder", encoder.load)
+        ),
+        load_variables=watched("generator", bundle.load_variables),
+        load_codec=watched("codec", bundle.load_codec),
+    )
+
+
+def _remedy(weights: str) -> str:
+    """Says what to do about weights that are not finite."""
+    from anchor_jax import checkpoint
+
+    run = run_folder(expand(weights))
+    if run is None:
+        return "take an undamaged copy; float16 cannot hold values above 65504"
+    kept = ", ".join(str(run / str(step)) for step in checkpoint.steps(run))
+    return (
+        f"the training diverged; take a checkpoint before that: {kept or 'none kept'}"
+    )
 
 
 def write_run(folder: pathlib.Path, base: str) -> None:

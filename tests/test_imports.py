@@ -17,7 +17,7 @@ LEVELS = [
     {"interrupts", "ownership", "filetypes"},
     {
         *("cache", "checkpoint", "wan", "world", "flow", "media", "prompts"),
-        *("config", "sharding"),
+        *("config", "sharding", "finite"),
     },
     {"bundle"},
     {"streaming"},

@@ -10,21 +10,8 @@ from flax import traverse_util
 
 from anchor_jax.checkpoint import Lazy
 from anchor_jax.errors import UserError
+from anchor_jax.finite import count
 from anchor_jax.porting.convert import STACKED, Rule, fill
-
-_EXPONENTS = {"float32": (np.uint32, 0x7F800000), "float16": (np.uint16, 0x7C00)}
-_EXPONENTS["bfloat16"] = (np.uint16, 0x7F80)
-
-
-def count(array: np.ndarray) -> int:
-    """Returns how many values are not finite, with little memory beside the array."""
-    kind, mask = _EXPONENTS[array.dtype.name]
-    flat = np.ascontiguousarray(array).reshape(-1).view(kind)
-    step = 2**24
-    return sum(
-        int(np.count_nonzero(flat[at : at + step] & mask == mask))
-        for at in range(0, flat.size, step)
-    )
 
 
 @dataclasses.dataclass
