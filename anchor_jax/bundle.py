@@ -25,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from anchor_jax import finite, sharding
 from anchor_jax.config import from_config
 from anchor_jax.errors import UserError, suggest
+from anchor_jax.filetypes import check_start
 from anchor_jax.io import expand, replacing, write_json
 from anchor_jax.wan import dit, lora
 from anchor_jax.wan.spec import TINY, LatentGrid, ModelConfig
@@ -928,6 +929,8 @@ def _files_in(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
 
 def _read(path: pathlib.Path, weights: str) -> bytes:
     try:
+        if path.is_file():
+            check_start(path)
         return path.read_bytes()
     except OSError as error:
         if not expand(weights).exists():

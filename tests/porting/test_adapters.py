@@ -13,6 +13,7 @@ from torch_files import write_torch
 from anchor_jax.errors import UserError
 from anchor_jax.porting import port, rules
 from anchor_jax.porting.convert import convert_lora
+from anchor_jax.porting.export import export
 
 PLAIN = {
     name.removeprefix("base_model.model."): array
@@ -411,3 +412,23 @@ def test_an_error_of_many_names_is_short(planned):
     lines = str(caught.value).splitlines()
     assert len(lines) <= 12
     assert max(map(len, lines)) < 250
+
+
+@pytest.mark.parametrize("layout", ["wan", "diffusers"])
+def test_mixed_adapters_survive_export(tmp_path, layout):
+    arrays = {k: v for k, v in FORMS["comfyui"].items() if "attn" in k}
+    arrays |= {name: a for name, a in alphas(8.0).items() if ".ffn." not in name}
+    arrays["diffusion_model.blocks.0.self_attn.q.alpha"] = np.array(5, np.float32)
+    wan, _ = write_layout(tmp_path / "wan", "wan", dtype=np.float32)
+    save_file(arrays, tmp_path / "mixed.safetensors")
+    plan = port.plan(wan, lora=tmp_path / "mixed.safetensors", method="longlive")
+    port.run(plan, tmp_path / "out")
+
+    export(tmp_path / "out", tmp_path / "back", layout)
+
+    again = port.plan(tmp_path / "back", lora=tmp_path / "back/lora", method="longlive")
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-6),
+        adapters_of(again),
+        adapters_of(plan),
+    )
