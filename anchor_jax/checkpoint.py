@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
-from anchor_jax import io
+from anchor_jax import io, ownership
 from anchor_jax.errors import UserError, suggest
 from anchor_jax.io import expand
 
@@ -128,21 +128,27 @@ def write(
       overwrite: replace a checkpoint that is there.
 
     Raises:
-      UserError: The folder is taken, or cannot be written.
+      UserError: The folder is taken, in use, or cannot be written.
     """
     target = expand(path).resolve()
-    _check_target(target, overwrite)
     unknown = [name for name in items if name not in ITEMS or name == "meta"]
     if unknown:
         raise ValueError(f"items {unknown}; expected names among {ITEMS[:-1]}")
     writer = _Writer(progress)
     try:
-        with io.unfinished(io.temporary_name(target)) as part:
+        with (
+            ownership.own_target(target) as lease,
+            io.unfinished(io.temporary_name(target)) as part,
+        ):
+            _recover(target)
+            _check_target(target, overwrite)
             part.mkdir(parents=True)
             for name, content in (files or {}).items():
                 _write_file(part, name, content)
             _save(part, items, {"format_version": FORMAT_VERSION, **meta}, writer)
-            _move(part, target)
+            lease.check()
+            _check_target(target, overwrite)
+            _move(part, target, overwrite)
     except OSError as error:
         raise UserError(
             f"{target} cannot be written: {error}; choose another folder or make room"
@@ -223,12 +229,15 @@ def _lazy(leaf: Any) -> Lazy:
     return Lazy(leaf.shape, np.dtype(leaf.dtype), lambda: np.asarray(leaf))
 
 
-def _move(part: pathlib.Path, target: pathlib.Path) -> None:
-    """Renames a folder to a name; what has the name is removed, or else stays."""
-    old = io.temporary_name(target).with_suffix(".old")
-    if not target.exists():
-        part.rename(target)
+def _move(part: pathlib.Path, target: pathlib.Path, overwrite: bool) -> None:
+    """Renames a folder to a name; a checkpoint that has the name is removed.
+
+    It stays, as anything else does, where that fails.
+    """
+    if not overwrite or not target.exists():
+        part.rename(target)  # This fails where something lies in the target by now.
         return
+    old = _old(target)
     target.rename(old)
     try:
         part.rename(target)
@@ -236,6 +245,19 @@ def _move(part: pathlib.Path, target: pathlib.Path) -> None:
         old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _old(target: pathlib.Path) -> pathlib.Path:
+    return target.with_name(f".{target.name}.anchor-jax-old")
+
+
+def _recover(target: pathlib.Path) -> None:
+    """Ends what a process was killed at that replaced a checkpoint."""
+    old = _old(target)
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    elif old.exists():
+        old.rename(target)
 
 
 def is_checkpoint(path: str | pathlib.Path) -> bool:

@@ -2,13 +2,15 @@
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import pathlib
+import re
 import secrets
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from anchor_jax.errors import UserError
@@ -25,8 +27,15 @@ _REMEDIES = {
 }
 _MOST_JSON = 256 * 2**20  # bytes
 
+at_exit: list[Callable[[], None]] = []
+"""What `remove_unfinished` calls besides."""
+before_replacing: list[Callable[[pathlib.Path], None]] = []
+"""Called with a path before it gets its new content; may raise."""
+
 _unfinished: set[pathlib.Path] = set()
 _turn = threading.Lock()
+_numbers = itertools.count()
+_process = secrets.token_hex(6)
 
 
 def expand(path: str | os.PathLike) -> pathlib.Path:
@@ -48,9 +57,31 @@ def expand(path: str | os.PathLike) -> pathlib.Path:
 def temporary_name(path: pathlib.Path) -> pathlib.Path:
     """Returns a name beside `path` that no other process or thread chooses.
 
-    The name is hidden and keeps the suffix: `.video.0f3a9c21b4d5.part.mp4`.
+    The name is hidden and keeps the suffix: `.video.0f3a9c21b4d5-1.part.mp4`.
     """
-    return path.with_name(f".{path.stem}.{secrets.token_hex(6)}.part{path.suffix}")
+    own = f"{_process}-{next(_numbers)}"
+    return path.with_name(f".{path.stem}.{own}.part{path.suffix}")
+
+
+def process_id() -> str:
+    """Returns what the temporary names of this process, and of no other, hold."""
+    return _process
+
+
+def process_of(name: str) -> str | None:
+    """Returns the `process_id` in a temporary name; None if it is no such name."""
+    found = re.fullmatch(r".+\.([0-9a-f]{12})-\d+\.part(\..*)?", name, re.DOTALL)
+    return found and found[1]
+
+
+def _renew() -> None:
+    """Gives a forked child names of its own."""
+    global _process, _turn
+    _process, _turn = secrets.token_hex(6), threading.Lock()
+    _unfinished.clear()
+
+
+os.register_at_fork(after_in_child=_renew)
 
 
 @contextlib.contextmanager
@@ -64,7 +95,7 @@ def unfinished(part: pathlib.Path) -> Iterator[pathlib.Path]:
     try:
         yield part
     finally:
-        _remove(part)
+        remove(part)
         with _turn:
             _unfinished.discard(part)
 
@@ -72,10 +103,13 @@ def unfinished(part: pathlib.Path) -> Iterator[pathlib.Path]:
 def remove_unfinished() -> None:
     """Removes the temporary files and folders that this process is making."""
     for part in list(_unfinished):
-        _remove(part)
+        remove(part)
+    for call in at_exit:
+        call()
 
 
-def _remove(part: pathlib.Path) -> None:
+def remove(part: pathlib.Path) -> None:
+    """Removes a file, or a folder with what is in it, if that is possible."""
     with contextlib.suppress(OSError):
         if part.is_dir() and not part.is_symlink():
             shutil.rmtree(part, ignore_errors=True)
@@ -84,20 +118,64 @@ def _remove(part: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+def replacing(
+    path: str | os.PathLike, keep_new: bool = False
+) -> Iterator[pathlib.Path]:
     """Yields a temporary path that becomes `path` on a clean exit.
 
     On an error the temporary file is removed and `path` keeps what it had.
 
+    Args:
+      path: of the file.
+      keep_new: whether a file stays that another program makes there meanwhile.
+
     Raises:
-      UserError: The folder cannot be written to, or the disk is full.
+      UserError: The folder cannot be written to, the disk is full, or a file that
+        appeared meanwhile stays.
     """
     path = pathlib.Path(path)
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = keep_new and not path.exists()
         with unfinished(temporary_name(path)) as part:
             yield part
-            os.replace(part, path)
+            publish(part, path, is_new)
+
+
+def publish(part: pathlib.Path, path: pathlib.Path, is_new: bool = False) -> None:
+    """Renames a temporary file.
+
+    Args:
+      part: the temporary file.
+      path: its name from now on.
+      is_new: whether a file that has this name stays.
+
+    Raises:
+      UserError: There is such a file.
+    """
+    for call in before_replacing:
+        call(path)
+    if not is_new:
+        os.replace(part, path)
+        return
+    try:
+        _link(part, path)
+    except FileExistsError as error:
+        raise UserError(
+            f"{path} was made by another program meanwhile, and is not replaced; choose"
+            " another folder"
+        ) from error
+
+
+def _link(part: pathlib.Path, path: pathlib.Path) -> None:
+    try:
+        os.link(part, path)
+        part.unlink()
+    except FileExistsError:
+        raise
+    except OSError:  # A file system without hard links.
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        os.replace(part, path)
 
 
 @contextlib.contextmanager
@@ -113,6 +191,8 @@ def making_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
         with unfinished(temporary_name(path)) as part:
             part.mkdir(parents=True)
             yield part
+            for call in before_replacing:
+                call(path)
             if path.is_dir():
                 path.rmdir()
             part.rename(path)

@@ -13,6 +13,7 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from anchor_jax import io
 from anchor_jax.errors import UserError
 from anchor_jax.io import explained, replacing
 
@@ -29,21 +30,25 @@ _LARGEST_SIDE = 8192
 class VideoWriter:
     """An H.264 MP4 that is written while frames arrive; use it as a context manager.
 
-    Frames go to `NAME.part.mp4`, a fragment a second, so that what has been written
-    plays even if the process is killed. A clean exit renames it to the final name. An
-    exception leaves the part, if it holds frames, and whatever had the final name; a
-    full disk removes the part.
+    Frames go to `part`, a file beside it that no other process chooses, a fragment a
+    second, so that what has been written plays even if the process is killed. A clean
+    exit renames it to the final name. An exception renames it to `NAME.part.mp4`, if it
+    holds frames, and leaves whatever had the final name; a full disk removes the part.
+    With `keep_new` a video that another program makes there meanwhile stays.
     """
 
     def __init__(
-        self, path: str | os.PathLike, fps: int = PIXEL_FRAMES_PER_SECOND
+        self,
+        path: str | os.PathLike,
+        fps: int = PIXEL_FRAMES_PER_SECOND,
+        keep_new: bool = False,
     ) -> None:
         self.path = pathlib.Path(path)
         if self.path.suffix != ".mp4":
             raise UserError(f"{path}: a video is written as .mp4; name it NAME.mp4")
-        self.part = self.path.with_suffix(".part.mp4")
+        self.part = io.temporary_name(self.path)
         self.frames = 0
-        self._fps = fps
+        self._fps, self._is_new = fps, keep_new
         self._file = self._container = self._stream = None
         self._size = (0, 0)
 
@@ -52,6 +57,7 @@ class VideoWriter:
             if self.path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._is_new = self._is_new and not self.path.exists()
             self._file = open(self.part, "wb", buffering=0)
         return self
 
@@ -108,7 +114,22 @@ class VideoWriter:
             self._container.mux(self._stream.encode())
             self._container.close()
             self._file.close()
-            os.replace(self.part, self.path)
+        try:
+            with explained(self.path):
+                io.publish(self.part, self.path, self._is_new)
+        except UserError:
+            self._keep_part()
+            raise
+        # What an earlier attempt left is of no use any more.
+        self._kept.unlink(missing_ok=True)
+
+    @property
+    def _kept(self) -> pathlib.Path:
+        return self.path.with_suffix(".part.mp4")
+
+    def _keep_part(self) -> None:
+        with contextlib.suppress(OSError):
+            os.replace(self.part, self._kept)
 
     def _abandon(self) -> None:
         if not self.frames:
@@ -118,6 +139,7 @@ class VideoWriter:
             self._container.mux(self._stream.encode())
             self._container.close()
             self._file.close()
+        self._keep_part()
 
     def _discard(self) -> None:
         with contextlib.suppress(OSError):

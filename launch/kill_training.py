@@ -49,7 +49,7 @@ STAGES = {
 # What other stages begin with, and those that need a teacher.
 FIRST = ("teacher", "trajectories")
 TAUGHT = ("guided", "dmd", "streaming")
-SAVING = ("*orbax-checkpoint-tmp*", ".part-*")
+SAVING = ("*orbax-checkpoint-tmp*", ".*.part*")
 
 
 def command(stage: str, out: pathlib.Path) -> list[str]:

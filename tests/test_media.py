@@ -76,7 +76,8 @@ def test_a_killed_process_leaves_a_part_that_plays(tmp_path):
 
     assert done.returncode == -signal.SIGKILL
     assert not path.exists()
-    assert len(decode(tmp_path / "a.part.mp4")[0]) >= 32
+    (part,) = tmp_path.glob(".a.*.part.mp4")
+    assert len(decode(part)[0]) >= 32
 
 
 def test_an_exception_keeps_the_part_and_the_old_video(tmp_path):
@@ -89,6 +90,20 @@ def test_an_exception_keeps_the_part_and_the_old_video(tmp_path):
 
     assert path.read_bytes() == b"old"
     assert len(decode(tmp_path / "a.part.mp4")[0]) == 20
+    with media.VideoWriter(path) as video:
+        video.append(shades(20))
+    assert os.listdir(tmp_path) == ["a.mp4"]
+
+
+def test_two_writers_of_one_video_do_not_share_a_file(tmp_path):
+    path = tmp_path / "a.mp4"
+    one, other = media.VideoWriter(path, keep_new=True), media.VideoWriter(path)
+    with pytest.raises(UserError, match="made by another program meanwhile"), one:
+        one.append(shades(10))
+        with other:
+            other.append(shades(20))
+    assert len(decode(path)[0]) == 20
+    assert len(decode(tmp_path / "a.part.mp4")[0]) == 10
 
 
 def test_an_exception_before_any_frame_leaves_nothing(tmp_path):
@@ -97,9 +112,10 @@ def test_an_exception_before_any_frame_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path):
-    path = tmp_path / "a.mp4"
-    (tmp_path / "a.part.mp4").symlink_to("/dev/full")
+def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path, monkeypatch):
+    path, part = tmp_path / "a.mp4", tmp_path / "a.part.mp4"
+    part.symlink_to("/dev/full")
+    monkeypatch.setattr(media.io, "temporary_name", lambda path: part)
 
     with pytest.raises(UserError) as caught, media.VideoWriter(path) as video:
         video.append(shades(40))

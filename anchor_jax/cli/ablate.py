@@ -58,7 +58,7 @@ def main(argv) -> None:
     """
     del argv
     sample.enable_compilation_cache()
-    from anchor_jax import io
+    from anchor_jax import ownership
     from anchor_jax.evaluation import ablation
 
     for name in ("steps", "teacher"):
@@ -66,6 +66,19 @@ def main(argv) -> None:
             raise UserError(f"--{name}: nothing is trained but by --part={PARTS[1]}")
     names = _arms(ablation)
     folder = expand(FLAGS.out)
+    config = FLAGS.config.to_json_best_effort()
+    others = [FLAGS.train, FLAGS.teacher, FLAGS.steps]
+    trial = dataclasses.asdict(_one_start(ablation))
+    job = ownership.job_id("ablate", config, trial, others)
+    remedy = "wait for it, end it, choose another --out, or share the work by --arms"
+    with ownership.own(folder / FLAGS.part, job, names, tell=print, remedy=remedy):
+        _compare(ablation, folder, names)
+
+
+def _compare(ablation, folder: pathlib.Path, names: list[str]) -> None:
+    """Measures arms, and writes their table."""
+    from anchor_jax import io
+
     run = _measure_swap if FLAGS.part == PARTS[0] else _measure_trained
     measured = {
         name: [run(ablation, folder, name, start) for start in range(FLAGS.starts)]
@@ -105,6 +118,11 @@ def _trial(ablation):
         batch=FLAGS.batch,
         seed=FLAGS.seed,
     )
+
+
+def _one_start(ablation):
+    """Returns the trial, as far as the numbers of one start depend on it."""
+    return dataclasses.replace(_trial(ablation), starts=1, batch=1)
 
 
 def _model(config):
@@ -152,7 +170,7 @@ def _measure(ablation, folder: pathlib.Path, name: str, start: int, config):
     model, setup = _model(config)
     about = {
         "weights": model.digest,
-        "trial": dataclasses.asdict(dataclasses.replace(trial, starts=1, batch=1)),
+        "trial": dataclasses.asdict(_one_start(ablation)),
         "config": config.to_json_best_effort(),
         "arm": repr(ablation.ARMS[name].policy),
         "start": start,

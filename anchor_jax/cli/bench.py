@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
     import jax
     from tqdm import tqdm
 
-    from anchor_jax import bench, io
+    from anchor_jax import bench, io, ownership
 
     is_training = "stage" in flags.FLAGS.config
     if is_training:
@@ -62,8 +62,10 @@ def main(argv: Sequence[str]) -> None:
     else:
         workload = bench.make_workload(flags.FLAGS.config)
     folder = flags.FLAGS.profile
-    trace = jax.profiler.trace(folder) if folder else contextlib.nullcontext()
-    with trace, tqdm(disable=None, bar_format="{desc} {elapsed}") as bar:
+    trace = owned = contextlib.nullcontext()
+    if folder:
+        owned, trace = ownership.own(folder), jax.profiler.trace(folder)
+    with owned, trace, tqdm(disable=None, bar_format="{desc} {elapsed}") as bar:
         show = functools.partial(print, file=sys.stderr) if bar.disable else None
         show = show or bar.set_description_str
         if is_training:

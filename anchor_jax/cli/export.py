@@ -50,6 +50,7 @@ def main(argv) -> None:
       UserError: The checkpoint lacks what is asked for, or the folder is taken.
     """
     del argv
+    from anchor_jax import ownership
     from anchor_jax.porting import export
 
     for name in ("weights", "out"):
@@ -68,14 +69,18 @@ def main(argv) -> None:
                 f"--item={FLAGS.item}: layout=bundle holds what streams; leave it out,"
                 " or choose --layout=generator"
             )
-        check_free(FLAGS.out)
-        loaded = bundle.load_bundle(FLAGS.weights, lora="merged")
-        bundle.save_loaded(loaded, FLAGS.out)
+        with ownership.own_target(FLAGS.out, tell=print):
+            check_free(FLAGS.out)
+            loaded = bundle.load_bundle(FLAGS.weights, lora="merged")
+            bundle.save_loaded(loaded, FLAGS.out)
         print(f"written to {FLAGS.out}")
         return
     item = FLAGS.item or export.default_item(FLAGS.weights)
     total = export.total_bytes(FLAGS.weights, FLAGS.layout, item)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="export") as bar:
+    with (
+        ownership.own_target(FLAGS.out, tell=print),
+        tqdm(total=total, unit="B", unit_scale=True, desc="export") as bar,
+    ):
         export.export(
             FLAGS.weights, FLAGS.out, FLAGS.layout, item, FLAGS.lora, bar.update
         )

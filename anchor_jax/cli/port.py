@@ -1,5 +1,7 @@
 """`anchor-jax port`: published weights into a checkpoint of ours."""
 
+import contextlib
+
 from absl import flags
 from tqdm import tqdm
 
@@ -59,11 +61,20 @@ def main(argv) -> None:
       UserError: The weights are not whole, or do not fit; nothing is then written.
     """
     del argv
+    from anchor_jax import ownership
     from anchor_jax.porting import port
     from anchor_jax.porting.finite import Watch
 
     if not FLAGS.out and not FLAGS.dry_run:
         raise UserError("out is missing; give --out=FOLDER, or --dry_run to only check")
+    owned = contextlib.nullcontext()
+    if not FLAGS.dry_run:
+        owned = ownership.own_target(FLAGS.out, tell=print)
+    with owned:
+        _port(port)
+
+
+def _port(port) -> None:
     if FLAGS.out and not FLAGS.overwrite:
         port.check_free(FLAGS.out)
     plan = port.plan(

@@ -219,10 +219,14 @@ def _digests(session, recipe, name: str) -> Iterator[str]:
 
 def _write(session, recipe, path: pathlib.Path, out: str | None, about) -> list[str]:
     """Writes the video, where no file is yet, and returns its blocks' digests."""
+    with sample.open_folder(out) as folder:
+        return _write_in(folder, session, recipe, path, about)
+
+
+def _write_in(folder: pathlib.Path, session, recipe, path, about) -> list[str]:
     from anchor_jax.prompts import Script, Segment
     from anchor_jax.streaming.recipe import describe
 
-    folder = sample.choose_folder(out)
     segments = [Segment(one.prompt, one.landed, one.cut) for one in recipe.prompts]
     script = Script(tuple(segments), recipe.frames)
     request = {"replay": path.stem, "script": describe(script)}
@@ -230,8 +234,8 @@ def _write(session, recipe, path: pathlib.Path, out: str | None, about) -> list[
     present = [file for file in job.files if file.exists()]
     if present:
         raise UserError(f"{present[0]} is already there; choose another --out")
-    sample.prepare_folder(folder)
     blocks = session.blocks(recipe.frames)
-    digests = sample.write_video(job, session, blocks, {"request": request} | about)
+    with sample.own_folder(folder):
+        digests = sample.write_video(job, session, blocks, {"request": request} | about)
     print(job.file(".mp4"))
     return digests

@@ -1,5 +1,6 @@
 """Makes videos from prompts, written while they stream."""
 
+import contextlib
 import dataclasses
 import datetime
 import itertools
@@ -14,6 +15,7 @@ from absl import flags
 from tqdm import tqdm
 
 from anchor_jax import config as configs
+from anchor_jax import io, ownership
 from anchor_jax.errors import UserError
 from anchor_jax.io import expand
 from anchor_jax.prompts import LATENT_FRAMES_PER_SECOND
@@ -98,19 +100,22 @@ def main(argv: Sequence[str]) -> None:
     setups = [experiment.make_setup(config, bundle, script) for script in scripts]
     for line in experiment.told_choices(given, config, bundle.metadata):
         print(line, file=sys.stderr)
-    folder = choose_folder(flags.FLAGS.out or config.out)
-    jobs = _make_jobs(folder, scripts, setups, config, negative, bundle.digest)
-    jobs, skipped = _choose(jobs, flags.FLAGS.overwrite)
-    for warning in _warnings(bundle.tokenizer, jobs, negative):
-        print(f"warning: {warning}", file=sys.stderr)
-    for job in jobs:
-        _make_session(bundle, job, negative)
-    if jobs:
-        prepare_folder(folder)
-        kept = f"; compiled programs are kept in {cache}" if cache else ""
-        print(f"preparing the model{kept}", file=sys.stderr)
-    _run(bundle, jobs, negative, {"config": dataclasses.asdict(config)})
-    _report(folder, jobs, skipped)
+    about = {"config": dataclasses.asdict(config)}
+    with open_folder(flags.FLAGS.out or config.out) as folder:
+        jobs = _make_jobs(folder, scripts, setups, config, negative, bundle.digest)
+        todo, skipped = _choose(jobs, flags.FLAGS.overwrite)
+        for warning in _warnings(bundle.tokenizer, todo, negative):
+            print(f"warning: {warning}", file=sys.stderr)
+        for job in todo:
+            _make_session(bundle, job, negative)
+        if todo:
+            with own_folder(folder):
+                # Another process may have made some meanwhile.
+                todo, skipped = _choose(jobs, flags.FLAGS.overwrite)
+                kept = f"; compiled programs are kept in {cache}" if cache else ""
+                print(f"preparing the model{kept}", file=sys.stderr)
+                _run(bundle, todo, negative, about)
+    _report(folder, todo, skipped)
 
 
 def _run(bundle, jobs: Sequence[Job], negative: str, about: dict) -> None:
@@ -127,7 +132,7 @@ def _run(bundle, jobs: Sequence[Job], negative: str, about: dict) -> None:
             session.warm_up(job.script)
         warm.add(needed)
         told = {"request": job.request} | about
-        write_video(job, session, session.play(job.script), told)
+        write_video(job, session, session.play(job.script), told, flags.FLAGS.overwrite)
         for line in told_switches(session.segments):
             print(f"{job.stem.name}: {line}", file=sys.stderr)
         del session
@@ -212,12 +217,50 @@ def enable_compilation_cache() -> pathlib.Path | None:
     return folder
 
 
-def choose_folder(out: str | None) -> pathlib.Path:
-    """Returns the folder that was asked for, or one named after the time."""
+@contextlib.contextmanager
+def open_folder(out: str | None) -> Iterator[pathlib.Path]:
+    """Yields the folder that was asked for, or makes a new one named after the time.
+
+    A new one that is empty at the end is removed again.
+    """
     if out:
-        return expand(out)
-    now = datetime.datetime.now()
-    return pathlib.Path("out") / now.strftime("%Y-%m-%d-%H%M%S")
+        yield expand(out)
+        return
+    parent = pathlib.Path("out")
+    made = [] if parent.exists() else [parent]
+    folder = _new_folder(parent)
+    try:
+        yield folder
+    finally:
+        for empty in (folder, *made):
+            with contextlib.suppress(OSError):
+                empty.rmdir()
+
+
+def _new_folder(parent: pathlib.Path) -> pathlib.Path:
+    """Makes a folder that nobody else has chosen, as two do in the same second."""
+    now = datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
+    with io.explained(parent):
+        parent.mkdir(exist_ok=True)
+        for number in itertools.count(1):
+            folder = parent / (now if number == 1 else f"{now}-{number}")
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                return folder
+    raise AssertionError
+
+
+def own_folder(folder: pathlib.Path) -> ownership.Lease:
+    """Returns the right to write into a folder, and finds out early if one can.
+
+    Raises:
+      UserError: Another process writes into it, or nobody may.
+    """
+    return ownership.own(
+        folder,
+        tell=lambda line: print(line, file=sys.stderr),
+        remedy="wait for it, end it, or choose another --out",
+    )
 
 
 def _make_jobs(folder, scripts, setups, config, negative: str, digest: str):
@@ -304,17 +347,9 @@ def _make_session(bundle, job: Job, negative: str):
     return session
 
 
-def prepare_folder(folder: pathlib.Path) -> None:
-    """Makes the folder, and finds out early whether it can be written to."""
-    from anchor_jax.io import replacing
-
-    test = folder / ".writable"
-    with replacing(test) as part:
-        part.touch()
-    test.unlink()
-
-
-def write_video(job: Job, session, blocks, about: dict) -> list[str]:
+def write_video(
+    job: Job, session, blocks, about: dict, overwrite: bool = False
+) -> list[str]:
     """Makes one video; its files take the place of older ones when all are whole.
 
     Args:
@@ -322,18 +357,22 @@ def write_video(job: Job, session, blocks, about: dict) -> list[str]:
       session: whose recipe is written.
       blocks: frames and segment of each block, as `Session.play` yields them.
       about: put before the recipe.
+      overwrite: whether to replace files that another program makes meanwhile.
 
     Returns:
       The digest of each block.
+
+    Raises:
+      UserError: Files cannot be written, or are there by now and stay.
     """
-    from anchor_jax import io, media
+    from anchor_jax import media
 
     sheet, recipe = job.file(".png"), job.file(".json")
     # The innermost appears first: never an old video beside a new recipe.
     with (
-        io.replacing(sheet) as sheet_part,
-        io.replacing(recipe) as recipe_part,
-        media.VideoWriter(job.file(".mp4")) as video,
+        io.replacing(sheet, not overwrite) as sheet_part,
+        io.replacing(recipe, not overwrite) as recipe_part,
+        media.VideoWriter(job.file(".mp4"), keep_new=not overwrite) as video,
     ):
         rows, digests = _stream(job, blocks, video)
         content = about | session.recipe() | {"blocks": digests}

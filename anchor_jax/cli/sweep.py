@@ -5,10 +5,14 @@ import dataclasses
 import itertools
 import json
 import multiprocessing
+import multiprocessing.connection
+import os
 import pathlib
 import re
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -35,6 +39,7 @@ numbers of each; tensorboard --logdir OUT shows all."""
 FLAGS = flags.FLAGS
 
 _MOST = 1000
+_GRACE = 10.0  # seconds that a training has to save when its sweep was killed
 _NUMBERS = ("loss", "generator_loss", "critic_loss", "score_gap", "seconds_per_step")
 
 
@@ -69,13 +74,22 @@ def main(argv) -> int:
     """Runs the command, and returns 1 if a training failed.
 
     Raises:
-      UserError: A flag or a combination is wrong; nothing has been trained then.
+      UserError: A flag or a combination is wrong, or another process writes into the
+        folder; nothing has been trained then.
     """
     del argv
+    from anchor_jax import ownership
+
+    points = make_points(FLAGS.config, FLAGS.vary)
+    folder = expand(FLAGS.config.out)
+    remedy = "wait for it, end it, or choose another --config.out"
+    with ownership.own(folder, tell=print, remedy=remedy):
+        return _run_points(folder, points)
+
+
+def _run_points(folder: pathlib.Path, points: list[Point]) -> int:
     from anchor_jax import io
 
-    folder = expand(FLAGS.config.out)
-    points = make_points(FLAGS.config, FLAGS.vary)
     results = _earlier(folder, points)
     for number, point in enumerate(points, 1):
         print(f"{number} of {len(points)}: {point.name}")
@@ -207,16 +221,32 @@ def run_point(point: Point) -> str:
 
 
 def train_point(config) -> None:
-    """Trains a combination; what a process of its own runs."""
+    """Trains a combination; what a process of its own runs, while its parent lives."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     from anchor_jax.cli import sample
     from anchor_jax.training import run
 
     sample.enable_compilation_cache()
     try:
-        run.open_job(config, tell=print).run()
+        # The training of a sweep that was killed ends a little later than it.
+        run.open_job(config, tell=print, patience=2 * _GRACE).run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _end_with_parent() -> None:
+    """Waits for the end of the sweep, and then ends its training, which may save."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+    multiprocessing.connection.wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_GRACE)
+    from anchor_jax import io
+
+    io.remove_unfinished()
+    os._exit(143)
 
 
 def _is_finished(point: Point) -> bool:

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 from flax import traverse_util
 
-from anchor_jax import bundle, checkpoint, io
+from anchor_jax import bundle, checkpoint, io, ownership
 from anchor_jax.errors import UserError, suggest
 from anchor_jax.io import expand
 from anchor_jax.porting.convert import Place, places
@@ -81,12 +81,17 @@ def export(
 
     Raises:
       UserError: The checkpoint lacks the item or says too little about it, or the
-        folder is taken.
+        folder is taken or in use.
     """
     _choose("layout", layout, LAYOUTS)
     _choose("item", item, ITEMS)
     _choose("lora", lora, LORA)
-    check_free(out)
+    with ownership.own_target(out):
+        check_free(out)
+        _export(weights, out, layout, item, lora, progress, shard_bytes)
+
+
+def _export(weights, out, layout, item, lora, progress, shard_bytes: int) -> None:
     line = _lineage(weights)
     checkpoint.shapes(line[0], item)
     meta = _meta(line[-1], layout)

@@ -17,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from anchor_jax import ownership
 from anchor_jax.checkpoint import FORMAT_VERSION, ITEMS
 from anchor_jax.errors import UserError
 from anchor_jax.io import write_json
@@ -86,6 +87,7 @@ class Checkpoints:
         step = int(state.step)
         if step in self.manager.all_steps():
             return
+        ownership.check(self.folder)
         items = {
             name: ocp.args.StandardSave(getattr(state, name)) for name in present(state)
         }

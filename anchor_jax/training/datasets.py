@@ -5,11 +5,11 @@ TensorFlow.
 """
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import io
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -20,8 +20,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
 
+from anchor_jax import ownership
 from anchor_jax.errors import UserError
-from anchor_jax.io import expand
+from anchor_jax.io import expand, making_folder
 from anchor_jax.prompts import MAX_PROMPT_CHARACTERS
 
 SPLIT = "train"
@@ -232,14 +233,14 @@ def prepare(
       UserError: An input is wrong.
     """
     root = pathlib.Path(folder)
-    root.mkdir(parents=True, exist_ok=True)
     make = functools.partial(kind, **arguments)
     key = make(data_dir=root)
-    name = f"{key.name}-{cache_key(key)}"
-    with _locked(root / f".{name}.lock"):
-        if not (root / name / _READY).is_file():
-            _build(make, root / f".{name}.part", root / name)
-    return open_dataset(root / name)
+    target = root / f"{key.name}-{cache_key(key)}"
+    if not (target / _READY).is_file():
+        with ownership.own_target(target, patience=math.inf):
+            if not (target / _READY).is_file():
+                _build(make, target)
+    return open_dataset(target)
 
 
 def open_dataset(folder: str | os.PathLike) -> Examples:
@@ -265,30 +266,17 @@ def cache_key(builder: _Builder) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _build(
-    make: Callable[..., _Builder], building: pathlib.Path, target: pathlib.Path
-) -> None:
-    """Builds aside, then renames; what a killed process left half-built is removed."""
+def _build(make: Callable[..., _Builder], target: pathlib.Path) -> None:
+    """Builds aside, then renames; a damaged dataset is removed."""
     shutil.rmtree(target, ignore_errors=True)
-    shutil.rmtree(building, ignore_errors=True)
-    builder = make(data_dir=building)
-    try:
+    with making_folder(target) as building:
+        builder = make(data_dir=building)
         tfds.disable_progress_bar()
         # It tells of downloads, of which there are none.
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare(file_format="array_record")
         ready = {"name": builder.name, "inputs": builder.inputs()}
         (building / _READY).write_text(json.dumps(ready), encoding="utf-8")
-        building.rename(target)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _locked(path: pathlib.Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _as_text(value: Any) -> Any:

@@ -12,6 +12,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from anchor_jax import ownership
+from anchor_jax.io import write_text
+
 LOG, EVENTS = "log.jsonl", "events"
 _SHOWN = ("loss", "generator_loss", "critic_loss")
 
@@ -84,11 +87,13 @@ class Monitor:
 
     def close(self) -> None:
         """Writes what is left, and ends the bar and the event files."""
-        if self.noted:
-            self._write(self.last)
-        self.bar.close()
-        if self.events is not None:
-            self.events.close()
+        try:
+            if self.noted:
+                self._write(self.last)
+        finally:
+            self.bar.close()
+            if self.events is not None:
+                self.events.close()
 
     def _write(self, step: int) -> None:
         means = _means(self.sums)
@@ -103,6 +108,7 @@ class Monitor:
         self.bar.set_postfix(shown)
         if self.quiet:
             return
+        ownership.check(self.path)
         with self.path.open("a", encoding="utf-8") as log:
             log.write(json.dumps({"step": step, **means}) + "\n")
         if self.events is not None:
@@ -130,9 +136,7 @@ def _cut_log(path: pathlib.Path, first: int) -> None:
         with contextlib.suppress(ValueError, KeyError, TypeError):
             if json.loads(line)["step"] <= first:
                 kept.append(line + "\n")
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(kept), encoding="utf-8")
-    part.replace(path)
+    write_text(path, "".join(kept))
 
 
 def _events(folder: pathlib.Path, first: int) -> Any:

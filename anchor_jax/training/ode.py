@@ -156,16 +156,18 @@ def write(
     """
     folder = sources.check_folder(config.out)
     setup = make_setup(config, bundle)
-    texts = sources.open_texts(config.data, folder)
     grid, channels = bundle.grid, bundle.model.latent_channels
     shape = (STORED + 1, config.frames, grid.height, grid.width, channels)
     inputs = _inputs(config, bundle, setup)
     writer = TrajectoryWriter(folder, process, processes, shape, inputs=inputs)
+    with contextlib.closing(writer):
+        texts = sources.open_texts(config.data, folder)
+        return _write(config, bundle, setup, writer, texts, (process, processes))
+
+
+def _write(config, bundle, setup, writer, texts, share: tuple[int, int]):
     missing, written = writer.remaining(config.count), 0
-    with (
-        stop_requests() as asked,
-        _bar(config, writer, process, processes, missing) as bar,
-    ):
+    with stop_requests() as asked, _bar(config, writer, *share, missing) as bar:
         for first in range(0, len(missing), config.batch):
             numbers = missing[first : first + config.batch]
             # Whole batches, for one program.
@@ -181,7 +183,6 @@ def write(
             if asked():
                 break
         writer.flush()
-    writer.close()
     return written, len(missing) - written
 
 

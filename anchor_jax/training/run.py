@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from anchor_jax import bundle as bundles
+from anchor_jax import ownership
 from anchor_jax.bundle import Bundle
 from anchor_jax.config import from_config
 from anchor_jax.errors import UserError, naming, suggest
@@ -85,6 +86,7 @@ class Job:
       checkpoints: in the folder.
       tell: is given lines to show.
       sampler: makes sample videos, or None.
+      lease: on the folder.
     """
 
     config: TrainConfig
@@ -93,6 +95,7 @@ class Job:
     checkpoints: Checkpoints
     tell: Callable[[str], None]
     sampler: Sampler | None = None
+    lease: ownership.Lease | None = None
 
     def plan(self) -> str:
         """Returns what will be trained, as text."""
@@ -127,9 +130,15 @@ class Job:
     def run(self) -> int:
         """Trains to the last step, from the last checkpoint if there is one.
 
+        The folder is others' afterwards.
+
         Returns:
           The step that it got to; a request to stop ends it early.
         """
+        with self.lease or contextlib.nullcontext():
+            return self._run()
+
+    def _run(self) -> int:
         stage, state = self.prepared.stage, self.prepared.state
         found = self.checkpoints.restore(state, stage.places)
         state, cursor = found or (state, Cursor())
@@ -157,8 +166,10 @@ class Job:
             )
             self._tell_best()
         finally:
-            monitor.close()
-            self.checkpoints.close()
+            try:
+                monitor.close()
+            finally:
+                self.checkpoints.close()
         return int(state.step)
 
     def _tell_best(self) -> None:
@@ -191,27 +202,45 @@ class Job:
 
 
 def open_job(
-    config: TrainConfig, tell: Callable[[str], None], most: int | None = None
+    config: TrainConfig,
+    tell: Callable[[str], None],
+    most: int | None = None,
+    patience: float = 0.0,
 ) -> Job:
-    """Returns a stage with its weights, data and folder.
+    """Returns a stage with its weights, data and folder, which is owned by it.
 
     Args:
       config: of the training.
       tell: is given lines to show.
       most: examples that are read of data that take long to prepare; None: all.
+      patience: seconds to wait for another training in the folder to end.
 
     Raises:
-      UserError: Something of the config is wrong, or the folder holds another run.
+      UserError: Something of the config is wrong, or the folder holds another run, or
+        is in use by another job.
     """
     folder = sources.check_folder(config.out)
+    # Processes of one training share its folder, each with a number of its own.
+    lease = ownership.own(
+        folder,
+        ownership.job_id("train", jax.process_count(), _json(config)),
+        (str(jax.process_index()),),
+        patience,
+        tell,
+        "wait for it, end it, or choose another --config.out",
+    )
     try:
-        return _open_job(config, folder, tell, most)
-    except UserError:
+        job = _open_job(config, folder, tell, most)
+    except BaseException:
         # A start that is refused leaves no folder that looks like a training's.
-        for empty in (folder / "data", folder):
-            with contextlib.suppress(OSError):
-                empty.rmdir()
+        with contextlib.suppress(OSError):
+            (folder / "data").rmdir()
+        lease.release()
+        with contextlib.suppress(OSError):
+            folder.rmdir()
         raise
+    job.lease = lease
+    return job
 
 
 def _open_job(config: TrainConfig, folder: pathlib.Path, tell, most: int | None) -> Job:

@@ -6,8 +6,7 @@ written one at a time; their records and their reading are those of the builders
 """
 
 import bisect
-import errno
-import fcntl
+import contextlib
 import functools
 import json
 import os
@@ -19,6 +18,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 
+from anchor_jax import io, ownership
 from anchor_jax.errors import UserError
 from anchor_jax.io import expand
 
@@ -34,8 +34,8 @@ class TrajectoryWriter:
 
     The examples of process p of n are p, p + n, p + 2n, ... A shard appears whole or
     not at all: a killed writer loses the examples of its unfinished shard, which
-    `done` then does not name. A second writer of a process is refused while the first
-    one lives.
+    `done` then does not name. Writers of the same examples share the folder; a second
+    one of a process is refused while the first one lives.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class TrajectoryWriter:
         Args:
           folder: of the shards.
           process: of this writer, from 0.
-          processes: that write; it may differ from one start to the next.
+          processes: that write; it may differ from one start of them all to the next.
           shape: of the states: level + 1, frame, height, width, channel.
           shard: examples in a shard.
           inputs: what the examples are made from, for instance the hash of the
@@ -60,7 +60,7 @@ class TrajectoryWriter:
 
         Raises:
           UserError: A value is out of range, the folder holds other trajectories, or
-            another writer of this process is at work.
+            another writer of this process, or another job, is at work.
         """
         if not 0 <= process < processes:
             raise UserError(f"process={process}: expected 0 to {processes - 1}")
@@ -72,12 +72,26 @@ class TrajectoryWriter:
         self._process, self._processes, self._shard = process, processes, shard
         self._shape = tuple(shape)
         self._features = _features(self._shape)
-        self._lock = _lock(self._folder / f".lock-{process}", process)
-        self._part = self._folder / f".part-{process}"
-        self._part.unlink(missing_ok=True)
-        self._writer, self._numbers, self._is_cut = None, [], False
-        self._join(dict(inputs or {}))
-        self._done = set(_index(self._folder))
+        self._part = self._writer = None
+        self._numbers, self._is_cut = [], False
+        spec = {"format": FORMAT, "shape": list(shape), "inputs": dict(inputs or {})}
+        spec = json.loads(json.dumps(spec))
+        if (self._folder / _SPEC).exists():
+            self._compare(spec)
+        self._lease = ownership.own(
+            self._folder,
+            ownership.job_id("trajectories", processes, spec),
+            (str(process),),
+            remedy="wait for it, end it, choose another folder, or share the work:"
+            " --process=P --processes=N, another P for each and the same N",
+        )
+        self._parts = contextlib.ExitStack()
+        try:
+            self._join(spec)
+            self._done = set(_index(self._folder))
+        except BaseException:
+            self.close()
+            raise
 
     def done(self) -> frozenset[int]:
         """Returns the numbers of the examples in finished shards, of all processes."""
@@ -111,6 +125,8 @@ class TrajectoryWriter:
         example = {"states": self._checked(number, states), "prompt": prompt}
         record = self._features.serialize_example(example)
         if self._writer is None:
+            name = io.temporary_name(self._folder / f"shard{_SUFFIX}")
+            self._part = self._parts.enter_context(io.unfinished(name))
             self._writer = _open_writer(self._part)
         self._is_cut = True
         self._writer.write(record)
@@ -130,13 +146,16 @@ class TrajectoryWriter:
         self._writer.write(json.dumps(self._numbers).encode())
         self._writer.close()
         _sync(self._part)
-        self._part.rename(self._folder / f"{self._numbers[0]:09d}{_SUFFIX}")
+        place = self._folder / f"{self._numbers[0]:09d}{_SUFFIX}"
+        io.publish(self._part, place, is_new=True)
+        self._parts.close()
         self._done.update(self._numbers)
         self._writer, self._numbers, self._is_cut = None, [], False
 
     def close(self) -> None:
         """Lets another writer take this one's place; what is not flushed is lost."""
-        self._lock.close()
+        self._parts.close()
+        self._lease.release()
 
     def _checked(self, number: int, states: np.ndarray) -> np.ndarray:
         if states.shape != self._shape:
@@ -154,19 +173,16 @@ class TrajectoryWriter:
             )
         return states
 
-    def _join(self, inputs: Mapping[str, Any]) -> None:
-        """Writes what the folder holds, or checks that it is the same."""
-        spec = {"format": FORMAT, "shape": list(self._shape), "inputs": inputs}
-        spec = json.loads(json.dumps(spec))
+    def _join(self, spec: Mapping[str, Any]) -> None:
+        """Writes what the folder will hold, or checks that it is the same."""
         path = self._folder / _SPEC
-        temporary = self._folder / f".{_SPEC}-{self._process}"
-        temporary.write_text(json.dumps(spec, indent=1), encoding="utf-8")
-        try:
-            os.link(temporary, path)  # Fails if another process came first.
-        except FileExistsError:
-            pass
-        finally:
-            temporary.unlink()
+        if not path.exists():
+            # Whoever comes at the same time, of the same job, writes the same.
+            io.write_json(path, spec)
+        self._compare(spec)
+
+    def _compare(self, spec: Mapping[str, Any]) -> None:
+        """Raises unless the folder holds the same."""
         found = _read_spec(self._folder)
         if found != spec:
             raise UserError(
@@ -285,22 +301,6 @@ def _numbers(path: pathlib.Path) -> list[int]:
     if not is_right:
         raise UserError(f"{path}: damaged (its list of numbers is wrong); remove it")
     return numbers
-
-
-def _lock(path: pathlib.Path, process: int):
-    """Returns a file that this writer alone holds; it is let go of when closed."""
-    file = path.open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EAGAIN, errno.EACCES):
-            return file  # A file system without locks.
-        file.close()
-        raise UserError(
-            f"{path.parent}: process {process} of the writers is at work already; wait"
-            " for it, or share the work: --process=P --processes=N, another P for each"
-        ) from error
-    return file
 
 
 def _open_reader(path: pathlib.Path):

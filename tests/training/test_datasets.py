@@ -221,7 +221,7 @@ def test_a_killed_build_leaves_no_dataset_and_the_next_succeeds(tmp_path):
     assert done.returncode == 0, done.stderr
     (kept,) = tmp_path.glob("clips-*")
     left = {path.name for path in tmp_path.iterdir()} - {kept.name}
-    assert left == {f".{kept.name}.lock"}
+    assert left == set()
 
 
 def states(number):
@@ -260,19 +260,48 @@ def test_a_killed_writer_resumes_with_nothing_lost_or_doubled(tmp_path):
         got = read.by_number(number)
         assert got["prompt"] == f"prompt {number}"
         np.testing.assert_array_equal(got["states"], states(number))
-    assert {path.name for path in tmp_path.glob(".*")} == {".lock-0", ".lock-1"}
+    writer.close()
+    assert not [path for path in tmp_path.glob(".*") if path.name != ".owner"]
+
+
+SECOND = """
+import sys
+import numpy as np
+from anchor_jax.errors import UserError
+from anchor_jax.training.trajectories import TrajectoryWriter
+try:
+    writer = TrajectoryWriter(sys.argv[1], int(sys.argv[2]), 2, (5, 2, 3, 3, 4))
+except UserError as error:
+    print(error)
+    sys.exit(2)
+writer.add(1, np.zeros((5, 2, 3, 3, 4)), "a")
+writer.flush()
+writer.close()
+"""
 
 
 def test_a_second_writer_of_a_process_is_refused_while_the_first_lives(tmp_path):
-    first = TrajectoryWriter(tmp_path, 0, 1, SHAPE, shard=2)
+    first = TrajectoryWriter(tmp_path, 0, 2, SHAPE, shard=2)
     first.add(0, states(0), "a")
 
-    with pytest.raises(UserError, match="process 0 of the writers is at work"):
-        TrajectoryWriter(tmp_path, 0, 1, SHAPE)
-    first.add(1, states(1), "a")
+    for process, status in ((0, 2), (1, 0)):
+        other = run(SECOND, tmp_path, str(process))
+        assert other.returncode == status, other.stderr
+        assert ("is in use by process" in other.stdout) == bool(status)
+    first.add(2, states(2), "a")
     first.close()
 
-    assert TrajectoryWriter(tmp_path, 0, 1, SHAPE).done() == {0, 1}
+    assert TrajectoryWriter(tmp_path, 0, 2, SHAPE).done() == {0, 1, 2}
+
+
+def test_writers_of_another_job_are_refused_while_one_lives(tmp_path):
+    first = TrajectoryWriter(tmp_path, 0, 2, SHAPE)
+
+    for process, processes in ((1, 3), (1, 1)):
+        with pytest.raises(UserError, match="in use|process=1: expected"):
+            TrajectoryWriter(tmp_path, process, processes, SHAPE)
+    first.close()
+    TrajectoryWriter(tmp_path, 1, 3, SHAPE).close()
 
 
 def test_many_shards_are_read_with_few_files_open(tmp_path, monkeypatch):

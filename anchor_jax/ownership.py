@@ -1,0 +1,447 @@
+"""One job at a time writes into a folder: a job of one process or of several.
+
+The lease is a folder `.owner` inside. It holds a file for each process of the job, and
+a thread counts in that file every few seconds. The folder is moved into place whole,
+which fails where another one lies, so that one job gets it. A dead process's file,
+whose name nobody else has, is removed before: two that take over at once cannot remove
+one another's.
+"""
+
+import atexit
+import contextlib
+import dataclasses
+import datetime
+import errno
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import random
+import shlex
+import shutil
+import socket
+import stat
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from anchor_jax import io
+from anchor_jax.errors import UserError
+
+BEAT, LEASE = 3.0, 30.0
+"""Seconds between signs of life, and without one until an owner counts as dead."""
+
+REMEDY = "wait for it, end it, or choose another folder"
+
+_NAME = ".owner"
+_MOST = 65536  # bytes of a member's file
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
+_MOVED_IN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)
+
+_held: dict["_Claim", "_Hold"] = {}
+_turn = threading.RLock()
+_numbers = itertools.count()
+
+
+class Lease:
+    """The right to write into a folder; use it as a context manager, or release it."""
+
+    def __init__(self, hold: "_Hold"):
+        self._hold = hold
+        hold.count += 1
+        self._end = weakref.finalize(self, _let_go, hold)
+
+    def __enter__(self) -> "Lease":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Lets others write into the folder."""
+        self._end()
+
+    def check(self) -> None:
+        """Raises UserError if another job has taken the folder over."""
+        self._hold.check()
+
+
+def own(
+    folder: str | os.PathLike,
+    job: str = "",
+    seats: Sequence[str] = ("",),
+    patience: float = 0.0,
+    tell: Callable[[str], None] = lambda line: None,
+    remedy: str = REMEDY,
+) -> Lease:
+    """Returns the right to write into a folder, which is made if it is not there.
+
+    Temporary files of owners that died are removed. A process may own a folder more
+    than once, for the same job and seats.
+
+    Args:
+      folder: to write into.
+      job: what is done there. Processes that name the same job share the folder.
+      seats: parts of the job that this process does and no other one may do.
+      patience: seconds to wait for an owner that lives.
+      tell: is given a line before an owner is watched for a sign of life.
+      remedy: what the user can do, put at the end of the message.
+
+    Raises:
+      UserError: Another job owns the folder, or it cannot be written to.
+    """
+    folder = io.expand(folder).resolve()
+    claim = _Claim(folder / _NAME, folder, job, tuple(seats))
+    return _take(claim, patience, tell, remedy)
+
+
+def own_target(
+    path: str | os.PathLike,
+    patience: float = 0.0,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Lease:
+    """Returns the right to make a folder that appears when it is whole.
+
+    The lease lies beside it. For the rest it is as `own`.
+
+    Raises:
+      UserError: Another process makes the folder, or none can be made there.
+    """
+    path = io.expand(path).resolve()
+    claim = _Claim(path.with_name(f".{path.name}{_NAME}"), path)
+    return _take(claim, patience, tell, REMEDY)
+
+
+def job_id(*about: Any) -> str:
+    """Returns a name of a job for `own`: a hash of JSON values that say what it is."""
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+
+
+def check(path: str | os.PathLike) -> None:
+    """Raises UserError if this process owned the folder of `path` and lost it."""
+    path = pathlib.Path(path).absolute()
+    for hold in list(_held.values()):
+        if path.is_relative_to(hold.claim.folder):
+            hold.check()
+
+
+def release_all() -> None:
+    """Lets others write into every folder that this process owns."""
+    for hold in list(_held.values()):
+        hold.leave()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Claim:
+    """Who wants to own what: the lease's place, the folder, the job and its parts."""
+
+    place: pathlib.Path
+    folder: pathlib.Path
+    job: str = ""
+    seats: tuple[str, ...] = ("",)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Member:
+    """A process of the job that owns a folder, as its file tells of it."""
+
+    path: pathlib.Path
+    content: bytes
+
+    @property
+    def id(self) -> str:
+        return self.path.stem
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        try:
+            found = json.loads(self.content)
+        except (ValueError, RecursionError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def rivals(self, claim: _Claim) -> bool:
+        """Returns whether it and another process cannot both own the folder."""
+        seats = self.facts.get("seats")
+        if self.facts.get("job") != claim.job or not isinstance(seats, list):
+            return True
+        return any(seat in claim.seats for seat in seats)
+
+    def is_alive(self) -> bool | None:
+        """Returns whether the process lives; None where this machine cannot know."""
+        pid, where = self.facts.get("pid"), self.facts.get("where")
+        if where is None or where != _where() or type(pid) is not int or pid < 1:
+            return None
+        try:
+            os.kill(pid, 0)
+        except (ProcessLookupError, OverflowError):
+            return False
+        except PermissionError:
+            pass
+        began = _began(pid)
+        return None if began is None else began == self.facts.get("began")
+
+    def __str__(self) -> str:
+        told = {name: _short(value) for name, value in self.facts.items()}
+        if not {"pid", "host", "since", "command"} <= told.keys():
+            return f"another process ({self.path})"
+        return (
+            f"process {told['pid']} on host {told['host']} since {told['since']}"
+            f" ({told['command']})"
+        )
+
+
+@dataclasses.dataclass(eq=False)
+class _Hold:
+    """A folder that this process owns."""
+
+    claim: _Claim
+    count: int = 0
+    beats: int = 0
+    pid: int = dataclasses.field(default_factory=os.getpid)
+
+    def __post_init__(self):
+        self.id = f"{io.process_id()}-{next(_numbers)}"
+        self.facts = _about_this_process() | {
+            "job": self.claim.job,
+            "seats": self.claim.seats,
+        }
+
+    @property
+    def file(self) -> pathlib.Path:
+        return self.claim.place / f"{self.id}.json"
+
+    def content(self) -> bytes:
+        """Returns what the file holds, of a length that does not change."""
+        return json.dumps({**self.facts, "beat": f"{self.beats:012d}"}).encode()
+
+    def beat(self) -> None:
+        """Gives a sign of life."""
+        self.beats += 1
+        # The file is not made again where it was taken away.
+        with contextlib.suppress(OSError), self.file.open("r+b") as file:
+            file.write(self.content())
+
+    def check(self) -> None:
+        try:
+            # Opening, unlike a look, asks the server of a network's disk.
+            os.close(os.open(self.file, os.O_RDONLY))
+        except OSError as error:
+            if error.errno not in _GONE:
+                return
+            others = [str(one) for one in _members(self.claim.place)]
+            by = f" by {others[0]}" if others else ""
+            raise UserError(
+                f"{self.claim.folder} was taken over{by}: this process had given no"
+                f" sign of life for {LEASE:g} s, or its lease was removed; nothing more"
+                " is written"
+            ) from error
+
+    def leave(self) -> None:
+        if self.pid != os.getpid():
+            return
+        with contextlib.suppress(OSError):
+            self.file.unlink()
+        with contextlib.suppress(OSError):
+            self.claim.place.rmdir()
+
+    def enter(self, living: Sequence[_Member]) -> bool:
+        """Moves in, perhaps beside members of its job; returns whether it could."""
+        place, staged = self.claim.place, self._staged()
+        try:
+            if not living:
+                with contextlib.suppress(OSError):
+                    place.rmdir()
+                staged.rename(place)
+                return True
+            (staged / self.file.name).rename(self.file)
+        except OSError as error:
+            if error.errno not in _MOVED_IN:
+                raise
+            return False
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+        others = [one for one in _members(place) if one.id != self.id]
+        if any(one.rivals(self.claim) for one in others):
+            self.leave()
+            return False
+        return True
+
+    def _staged(self) -> pathlib.Path:
+        staged = self.claim.place.with_name(f"{self.claim.place.name}.{self.id}")
+        staged.mkdir(parents=True)
+        (staged / self.file.name).write_bytes(self.content())
+        return staged
+
+
+class _Watch:
+    """Tells by this machine's own clock whether owners give signs of life."""
+
+    def __init__(self):
+        self._seen: dict[str, tuple[bytes, float, bool]] = {}
+
+    def is_alive(self, member: _Member) -> bool | None:
+        """Returns whether a process lives; None as long as that is not known."""
+        known = member.is_alive()
+        if known is not None:
+            return known
+        now = time.monotonic()
+        content, since, moved = self._seen.get(member.id, (member.content, now, False))
+        if content != member.content:
+            since, moved = now, True
+        self._seen[member.id] = member.content, since, moved
+        if now - since >= LEASE:
+            return False
+        return moved or None
+
+
+def _take(claim: _Claim, patience: float, tell, remedy: str) -> Lease:
+    """Returns the lease of a claim, once it is this process's."""
+    with _turn:
+        if claim in _held:
+            return Lease(_held[claim])
+    with io.explained(claim.folder):
+        hold = _claim(claim, patience, tell, remedy)
+    with _turn:
+        _held[claim] = hold
+        _begin_to_beat()
+        return Lease(hold)
+
+
+def _claim(claim: _Claim, patience: float, tell, remedy: str) -> _Hold:
+    """Moves in, or raises UserError where another job is."""
+    watch, began = _Watch(), time.monotonic()
+    while True:
+        claim.place.parent.mkdir(parents=True, exist_ok=True)
+        fates = {one: watch.is_alive(one) for one in _members(claim.place)}
+        for one in [one for one, alive in fates.items() if alive is False]:
+            _bury(claim, one)
+            del fates[one]
+        rivals = [one for one in fates if one.rivals(claim)]
+        if not rivals:
+            hold = _Hold(claim)
+            if hold.enter(list(fates)):
+                return hold
+        sure = next((one for one in rivals if fates[one]), None)
+        if sure and time.monotonic() - began >= patience:
+            raise UserError(f"{claim.folder} is in use by {sure}; {remedy}")
+        if rivals and not sure and tell:
+            tell(
+                f"{claim.folder}: waiting up to {LEASE:g} s for a sign of life of"
+                f" {rivals[0]}"
+            )
+            tell = None
+        time.sleep(random.uniform(0.01, BEAT / 10))
+
+
+def _members(place: pathlib.Path) -> list[_Member]:
+    """Returns the processes that own a folder."""
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISDIR(os.lstat(place).st_mode):
+            raise UserError(f"{place} is no folder; remove it")
+        for name in sorted(os.listdir(place)):
+            with (
+                contextlib.suppress(FileNotFoundError),
+                (place / name).open("rb") as file,
+            ):
+                found.append(_Member(place / name, file.read(_MOST)))
+    return found
+
+
+def _bury(claim: _Claim, dead: _Member) -> None:
+    """Removes what a dead owner left: temporary files of its number, then its lease.
+
+    They lie beside the lease, or a folder deeper.
+    """
+    process = dead.id.partition("-")[0]
+    root = claim.place.parent
+    patterns = ("*",) if claim.folder != root else ("*", "*/*")
+    for path in [path for one in patterns for path in root.glob(one)]:
+        if io.process_of(path.name) == process:
+            io.remove(path)
+    dead.path.unlink(missing_ok=True)
+
+
+def _let_go(hold: _Hold) -> None:
+    with _turn:
+        hold.count -= 1
+        if hold.count:
+            return
+        _held.pop(hold.claim, None)
+    hold.leave()
+
+
+def _begin_to_beat() -> None:
+    if not any(one.name == _NAME for one in threading.enumerate()):
+        threading.Thread(target=_beat_all, name=_NAME, daemon=True).start()
+
+
+def _beat_all() -> None:
+    while True:
+        time.sleep(BEAT)
+        for hold in list(_held.values()):
+            hold.beat()
+
+
+def _about_this_process() -> dict[str, Any]:
+    now = datetime.datetime.now(datetime.UTC)
+    return {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "since": now.strftime("%Y-%m-%d %H:%M:%S UTC"),
+        "command": shlex.join([_program(), *sys.argv[1:]])[:1000],
+        "where": _where(),
+        "began": _began(os.getpid()),
+    }
+
+
+def _program() -> str:
+    path = pathlib.Path(sys.argv[0])
+    return path.parent.name if path.name == "__main__.py" else path.name
+
+
+def _where() -> list[str] | None:
+    """Returns what tells this machine's processes from all others, or None.
+
+    Process numbers mean the same only within one boot and one container.
+    """
+    try:
+        if os.readlink("/proc/self") != str(os.getpid()):
+            return None  # The processes that are shown here are of another container.
+        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text("ascii")
+        return [boot.strip(), os.readlink("/proc/self/ns/pid"), socket.gethostname()]
+    except (OSError, ValueError):
+        return None
+
+
+def _began(pid: int) -> str | None:
+    """Returns when a process began, in ticks; "ended" before its parent knows it."""
+    try:
+        status = pathlib.Path(f"/proc/{pid}/stat").read_text("utf-8", "replace")
+        state, *numbers = status.rpartition(")")[2].split()
+        return "ended" if state in "ZX" else numbers[18]
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _short(value: Any) -> str:
+    text = "".join(one if one.isprintable() else "?" for one in str(value))
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _forget() -> None:
+    """Leaves a forked child without what its parent owns."""
+    global _turn
+    _turn = threading.RLock()
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_forget)
+atexit.register(release_all)
+io.at_exit.append(release_all)
+io.before_replacing.append(check)
