@@ -1,6 +1,9 @@
 import gc
 import json
 import pathlib
+import signal
+import subprocess
+import sys
 import time
 import weakref
 
@@ -12,7 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from anchor_jax import checkpoint
+from anchor_jax import checkpoint, ownership
 from anchor_jax.checkpoint import Lazy
 from anchor_jax.errors import UserError
 from anchor_jax.sharding import make_mesh
@@ -298,3 +301,64 @@ def test_cut_files_are_one_message(folder, keep):
         file.write_bytes(content)
 
     assert broken >= 3
+
+
+KILLED = """
+import os, sys
+import numpy as np
+from anchor_jax import checkpoint
+
+def load():
+    os.kill(os.getpid(), int(sys.argv[2]))
+
+leaf = checkpoint.Lazy((2,), np.float32, load)
+checkpoint.write(sys.argv[1], {"vae": {"x": leaf}}, {}, overwrite=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_what_a_killed_process_left_is_removed_by_the_next(folder, number):
+    (folder.parent / ".written.0123456789ab-0.part").mkdir()
+    line = [sys.executable, "-c", KILLED, folder, str(int(number))]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == -number, done.stderr
+    assert len(left_in(folder.parent)) == 4
+    assert_same(checkpoint.restore(folder, "generator"), tree())
+
+    checkpoint.write(folder, {"vae": tree()}, {}, overwrite=True)
+
+    assert left_in(folder.parent) == [".written.0123456789ab-0.part", "written"]
+    assert checkpoint.items(folder) == ("vae", "meta")
+
+
+def test_a_folder_that_another_process_makes_is_refused(tmp_path):
+    with ownership.own_target(tmp_path / "new"):
+        checkpoint.write(tmp_path / "new", {"vae": tree()}, {})
+        line = [sys.executable, "-c", KILLED, tmp_path / "new", "9"]
+        done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "is in use by process" in done.stderr
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_appeared_meanwhile_stays(tmp_path, overwrite):
+    def load():
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new" / "thesis.txt").write_text("keep me")
+        return np.zeros(2, np.float32)
+
+    items = {"vae": {"x": Lazy((2,), np.float32, load)}}
+    with pytest.raises(UserError, match="is not"):
+        checkpoint.write(tmp_path / "new", items, {}, overwrite=overwrite)
+
+    assert (tmp_path / "new" / "thesis.txt").read_text() == "keep me"
+    assert left_in(tmp_path) == ["new"]
+
+
+def test_a_checkpoint_whose_replacing_was_cut_short_comes_back(folder):
+    folder.rename(checkpoint._old(folder))
+
+    with pytest.raises(UserError, match="is not empty"):
+        checkpoint.write(folder, {"vae": tree()}, {})
+
+    assert_same(checkpoint.restore(folder, "generator"), tree())
+    assert left_in(folder.parent) == ["written"]

@@ -204,6 +204,7 @@ def run_point(point: Point) -> str:
         print(f"error: {error}", file=sys.stderr)
         return "another config"
     if _is_finished(point):
+        print(f"{point.folder} is finished")
         return "finished"
     # Spawned, not forked: what a training holds on a device goes with its process.
     process = multiprocessing.get_context("spawn").Process(

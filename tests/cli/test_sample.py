@@ -1,6 +1,8 @@
+import datetime
 import errno
 import json
 import re
+import types
 import weakref
 
 import av
@@ -9,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from anchor_jax import media
+from anchor_jax import media, ownership
 from anchor_jax.cache.policies import POLICIES
 from anchor_jax.cli import main, policies
+from anchor_jax.cli import sample as sampling
 from anchor_jax.cli.sample import CACHE_VARIABLE, tile_frames
 from anchor_jax.prompts import Script, Segment
 from anchor_jax.streaming.session import Session
@@ -87,6 +90,49 @@ def test_without_a_folder_a_new_one_is_made(sample, tmp_path):
     assert status == 0
     (made,) = (tmp_path / "out").iterdir()
     assert re.fullmatch(r"\d{4}-\d\d-\d\d-\d{6}", made.name)
+
+
+def test_two_jobs_in_one_second_get_two_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    now = types.SimpleNamespace(now=lambda: datetime.datetime(2030, 1, 2, 3, 4, 5))
+    monkeypatch.setattr(sampling.datetime, "datetime", now)
+
+    with sampling.open_folder(None) as one, sampling.open_folder(None) as other:
+        (other / "000.mp4").touch()
+
+    assert (one.name, other.name) == ("2030-01-02-030405", "2030-01-02-030405-2")
+    assert files(tmp_path / "out") == [other.name]
+
+
+def test_a_folder_that_another_job_owns_is_left_alone(sample, tmp_path):
+    out = tmp_path / "out/test"
+    with ownership.own(out, job="another"):
+        status, _, err = sample("--overwrite")
+        assert files(out) == [".owner"]
+
+    assert status == 2
+    (error,) = [line for line in err.splitlines() if line.startswith("error")]
+    assert f"{out} is in use by process" in error and "another --out" in error
+    assert sample()[0] == 0
+
+
+def test_a_video_that_appeared_meanwhile_is_not_replaced(sample, tmp_path, monkeypatch):
+    out, play = tmp_path / "out/test", Session.play
+
+    def meanwhile(session, script):
+        yield from play(session, script)
+        (out / "000.mp4").write_text("theirs")
+
+    monkeypatch.setattr(Session, "play", meanwhile)
+    status, printed, err = sample()
+
+    assert status == 2 and "made by another program meanwhile" in err
+    assert "made; beside" not in printed
+    assert (out / "000.mp4").read_text() == "theirs"
+    assert files(out) == ["000.mp4", "000.part.mp4"]
+    assert sample("--overwrite")[0] == 0
+    assert files(out) == ["000.json", "000.mp4", "000.png"]
+    assert count_frames(out / "000.mp4") == 21
 
 
 def test_a_batch_resumes_and_other_recipes_are_safe(sample, tmp_path):

@@ -1,12 +1,17 @@
 """`anchor-jax sweep`: a training for every combination, and their table."""
 
 import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
 
 import bundles
 import jax
 import pytest
 
-from anchor_jax import checkpoint
+from anchor_jax import checkpoint, ownership
 from anchor_jax.cli import sweep
 from anchor_jax.cli.main import main
 
@@ -107,3 +112,59 @@ def test_values_that_make_no_sense_are_refused(tmp_path, capsys, vary, named):
 
     assert named in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+PARENT = """
+import multiprocessing, os, signal, sys, threading, time
+from anchor_jax import io
+from anchor_jax.cli import sweep
+
+def work(asked):
+    if asked == "deaf":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        sweep._GRACE = 0.2
+    threading.Thread(target=sweep._end_with_parent, daemon=True).start()
+    with io.unfinished(io.temporary_name(io.pathlib.Path("a.txt"))) as part:
+        part.touch()
+        print(os.getpid(), flush=True)
+        time.sleep(60)
+
+if __name__ == "__main__":
+    spawn = multiprocessing.get_context("spawn")
+    process = spawn.Process(target=work, args=(sys.argv[1],), daemon=True)
+    process.start()
+    process.join()
+"""
+
+
+@pytest.mark.parametrize("asked", ["", "deaf"])
+def test_a_training_ends_with_its_sweep_however_that_ended(tmp_path, asked):
+    (tmp_path / "parent.py").write_text(PARENT)
+    root = str(pathlib.Path(sweep.__file__).parents[2])
+    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+    parent = subprocess.Popen(
+        [sys.executable, "parent.py", asked],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    child = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+
+    # The pipe, which the child has too, ends with the child.
+    assert parent.stdout.read() == ""
+    with pytest.raises(ProcessLookupError):
+        while ownership._began(child) != "ended":
+            os.kill(child, 0)
+            time.sleep(0.01)
+        raise ProcessLookupError
+    assert bool(list(tmp_path.glob(".a.*"))) == (asked == "")
+
+
+def test_a_sweep_in_a_folder_that_another_job_owns_is_refused(tmp_path, capsys):
+    with ownership.own(tmp_path, job="another"):
+        assert run(tmp_path, "--vary=seed=1") == 2
+    assert "is in use by process" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

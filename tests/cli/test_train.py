@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tiny
 
-from anchor_jax import checkpoint
+from anchor_jax import checkpoint, ownership
 from anchor_jax.bundle import load_bundle, write_run
 from anchor_jax.cli.main import main
 from anchor_jax.config import load_config
@@ -253,6 +253,15 @@ def test_a_start_that_failed_does_not_bind_the_next(weights, tmp_path, capsys):
     assert train(weights, out, "--config.regression.blocks=0") == 2
     assert "holds a run" not in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_a_folder_that_another_job_owns_is_left_alone(weights, tmp_path, capsys):
+    out = tmp_path / "run"
+    with ownership.own(out, job="another"):
+        assert train(weights, out) == 2
+        assert [path.name for path in out.iterdir()] == [".owner"]
+
+    assert f"{out} is in use by process" in capsys.readouterr().err
 
 
 def test_data_that_changed_are_not_gone_on_with(tmp_path):
