@@ -25,6 +25,8 @@ _REMEDIES = {
     errno.EISDIR: "it is a folder; choose a file name",
     errno.ENAMETOOLONG: "choose a shorter name",
 }
+# What file systems without hard links say.
+_NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
 _MOST_JSON = 256 * 2**20  # bytes
 
 at_exit: list[Callable[[], None]] = []
@@ -171,9 +173,9 @@ def _link(part: pathlib.Path, path: pathlib.Path) -> None:
     try:
         os.link(part, path)
         part.unlink()
-    except FileExistsError:
-        raise
-    except OSError:  # A file system without hard links.
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         os.replace(part, path)
 

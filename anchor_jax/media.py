@@ -13,7 +13,7 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from anchor_jax import io
+from anchor_jax import io, ownership
 from anchor_jax.errors import UserError
 from anchor_jax.io import explained, replacing
 
@@ -84,6 +84,7 @@ class VideoWriter:
             self._size = frames.shape[1:3]
         if frames.shape[1:3] != self._size:
             raise ValueError(f"frames: got {frames.shape[1:3]}, expected {self._size}")
+        ownership.check(self.path)
         with self._writing():
             if self._stream is None:
                 self._open_stream()
@@ -128,8 +129,11 @@ class VideoWriter:
         return self.path.with_suffix(".part.mp4")
 
     def _keep_part(self) -> None:
-        with contextlib.suppress(OSError):
-            os.replace(self.part, self._kept)
+        """Leaves what was made under a name to look at, unless the folder was lost."""
+        try:
+            io.publish(self.part, self._kept)
+        except (OSError, UserError):
+            self.part.unlink(missing_ok=True)
 
     def _abandon(self) -> None:
         if not self.frames:

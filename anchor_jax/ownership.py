@@ -123,7 +123,8 @@ def job_id(*about: Any) -> str:
 
 def check(path: str | os.PathLike) -> None:
     """Raises UserError if this process owned the folder of `path` and lost it."""
-    path = pathlib.Path(path).absolute()
+    path = pathlib.Path(path)
+    path = path.parent.resolve() / path.name
     for hold in list(_held.values()):
         if path.is_relative_to(hold.claim.folder):
             hold.check()
@@ -359,12 +360,23 @@ def _bury(claim: _Claim, dead: _Member) -> None:
     They lie beside the lease, or a folder deeper.
     """
     process = dead.id.partition("-")[0]
-    root = claim.place.parent
-    patterns = ("*",) if claim.folder != root else ("*", "*/*")
-    for path in [path for one in patterns for path in root.glob(one)]:
-        if io.process_of(path.name) == process:
-            io.remove(path)
+    entries = _entries(claim.place.parent)
+    if claim.folder == claim.place.parent:
+        inner = [one for one in entries if one.is_dir(follow_symlinks=False)]
+        entries += [entry for folder in inner for entry in _entries(folder.path)]
+    for entry in entries:
+        if io.process_of(entry.name) == process:
+            io.remove(pathlib.Path(entry.path))
     dead.path.unlink(missing_ok=True)
+
+
+def _entries(folder: str | os.PathLike) -> list[os.DirEntry]:
+    """Returns what is in a folder, which another process may remove meanwhile."""
+    try:
+        with os.scandir(folder) as found:
+            return list(found)
+    except OSError:
+        return []
 
 
 def _let_go(hold: _Hold) -> None:

@@ -1,6 +1,7 @@
 """One job to a folder: refused, joined, taken over, lost."""
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -23,6 +24,8 @@ given = json.loads(sys.argv[1])
 ownership.BEAT, ownership.LEASE = given.get("beat", 0.05), given.get("lease", 30.0)
 if given.get("where"):
     ownership._where = lambda: [given["where"]]
+if given.get("after"):
+    print("ready", flush=True)
 while given.get("after") and not os.path.exists(given["after"]):
     time.sleep(0.001)
 try:
@@ -41,7 +44,6 @@ with lease, io.unfinished(part):
     if line == "write":
         with io.replacing(io.pathlib.Path(given["folder"]) / "b.txt") as new:
             new.write_text("whole")
-    time.sleep(given.get("hold", 0))
 """
 
 
@@ -66,6 +68,21 @@ def owner(folder, **given):
             line = process.stdout.readline()
         assert line.startswith("owns")
         yield process
+
+
+def together(jobs, go):
+    """Lets jobs that are ready try at once; returns whether each got the folder."""
+    for one in jobs:
+        assert one.stdout.readline() == "ready\n"
+    go.touch()
+    lines = []
+    for one in jobs:
+        line = one.stdout.readline()
+        while "waiting" in line:
+            line = one.stdout.readline()
+        lines.append(line)
+    assert all(line.startswith(("owns", "error: ")) for line in lines)
+    return [line.startswith("owns") for line in lines]
 
 
 def end(process, line=""):
@@ -208,14 +225,14 @@ def test_of_many_that_take_over_at_once_one_wins(tmp_path, where):
     with owner(folder, where=where) as first:
         first.kill()
         first.wait()
-        given = {"after": str(go), "lease": 0.3, "hold": 1.5}
         with contextlib.ExitStack() as stack:
+            given = {"after": str(go), "lease": 0.5}
             jobs = [stack.enter_context(job(folder, **given)) for _ in range(8)]
-            go.touch()
-            ended = [end(one, "write") for one in jobs]
+            won = together(jobs, go)
+            ended = [end(one, "write")[1] for one in jobs]
 
-    assert sorted(status for _, status in ended) == [0] + [2] * 7
-    assert sum("owns" in printed for printed, _ in ended) == 1
+    assert won.count(True) == 1
+    assert ended == [0 if one else 2 for one in won]
     assert [path.name for path in folder.iterdir()] == ["b.txt"]
 
 
@@ -227,13 +244,13 @@ def test_processes_of_one_job_share_a_folder_each_with_its_own_part(tmp_path):
         jobs = [
             stack.enter_context(job(folder, seats=[seat], **given)) for seat in seats
         ]
-        go.touch()
-        time.sleep(0.7)
+        won = together(jobs, go)
         with pytest.raises(UserError, match="in use by process"):
             ownership.own(folder, job="two", seats=["4"])
         ended = [end(one)[1] for one in jobs]
 
-    assert ended[:3] == [0, 0, 0] and sorted(ended[3:]) == [0, 2]
+    assert won[:3] == [True] * 3 and sorted(won[3:]) == [False, True]
+    assert ended == [0 if one else 2 for one in won]
     assert list(folder.iterdir()) == []
 
 
@@ -311,7 +328,11 @@ def test_a_file_that_appeared_meanwhile_stays(tmp_path, monkeypatch):
 
     with pytest.raises(UserError, match="made by another program meanwhile"):
         fill()
-    monkeypatch.setattr(os, "link", lambda *names: open("/nowhere/at/all"))
+
+    def no_links(*names):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
     path.unlink()
     with pytest.raises(UserError, match="made by another program meanwhile"):
         fill()

@@ -223,7 +223,7 @@ def open_job(
     # Processes of one training share its folder, each with a number of its own.
     lease = ownership.own(
         folder,
-        ownership.job_id("train", jax.process_count(), _json(config)),
+        ownership.job_id("train", jax.process_count(), {**_json(config), "out": ""}),
         (str(jax.process_index()),),
         patience,
         tell,

@@ -128,6 +128,7 @@ class TrajectoryWriter:
             name = io.temporary_name(self._folder / f"shard{_SUFFIX}")
             self._part = self._parts.enter_context(io.unfinished(name))
             self._writer = _open_writer(self._part)
+        self._lease.check()
         self._is_cut = True
         self._writer.write(record)
         self._numbers.append(number)
