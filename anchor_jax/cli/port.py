@@ -62,8 +62,6 @@ def main(argv) -> None:
     """
     del argv
     from anchor_jax import ownership
-    from anchor_jax.porting import port
-    from anchor_jax.porting.finite import Watch
 
     if not FLAGS.out and not FLAGS.dry_run:
         raise UserError("out is missing; give --out=FOLDER, or --dry_run to only check")
@@ -71,10 +69,13 @@ def main(argv) -> None:
     if not FLAGS.dry_run:
         owned = ownership.own_target(FLAGS.out, tell=print)
     with owned:
-        _port(port)
+        _port()
 
 
-def _port(port) -> None:
+def _port() -> None:
+    from anchor_jax.porting import port
+    from anchor_jax.porting.finite import Watch
+
     if FLAGS.out and not FLAGS.overwrite:
         port.check_free(FLAGS.out)
     plan = port.plan(
