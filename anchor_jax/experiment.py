@@ -37,8 +37,7 @@ SOLVERS = {
     "dpmpp": DpmPlusPlus(),
 }
 EVEN = "even"
-# Of solvers that are not the weights' own: the noise levels that each had before
-# others had names; Wan2.1's own for DPM++, which it comes from.
+# The noise levels of a solver that is not the one of the weights' method.
 _USUAL_GRIDS = dict.fromkeys(SOLVERS, EVEN) | {"dpmpp": "wan_dpmpp"}
 SWITCHES = {
     "keep": Keep(),
