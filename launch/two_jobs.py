@@ -42,6 +42,8 @@ REFUSED = re.compile(r"^error: .* is in use by process \d+ on host .* since .*$"
 
 def checkpoints(folder: pathlib.Path) -> dict[str, str]:
     """Returns a digest of every array in every checkpoint below a folder."""
+    import jax
+
     from anchor_jax import checkpoint
 
     found = {}
@@ -50,7 +52,9 @@ def checkpoints(folder: pathlib.Path) -> dict[str, str]:
         for item in checkpoint.items(step):
             if item in ("data", "meta"):
                 continue
-            for name, array in checkpoint.iterate(step, item):
+            arrays = jax.device_get(checkpoint.restore(step, item))
+            for keys, array in jax.tree_util.tree_flatten_with_path(arrays)[0]:
+                name = jax.tree_util.keystr(keys)
                 place = f"{step.relative_to(folder)}/{item}/{name}"
                 found[place] = hashlib.sha256(array.tobytes()).hexdigest()
     for log in folder.rglob("log.jsonl"):

@@ -94,7 +94,8 @@ def test_without_a_folder_a_new_one_is_made(sample, tmp_path):
 
 def test_two_jobs_in_one_second_get_two_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    now = types.SimpleNamespace(now=lambda: datetime.datetime(2030, 1, 2, 3, 4, 5))
+    moment = datetime.datetime(2030, 1, 2, 3, 4, 5)
+    now = types.SimpleNamespace(now=lambda: moment)
     monkeypatch.setattr(sampling.datetime, "datetime", now)
 
     with sampling.open_folder(None) as one, sampling.open_folder(None) as other:
