@@ -34,7 +34,7 @@ ITEMS = (
     "meta",
 )
 
-_FILES = ("tokenizer",)
+_FILES = ("tokenizer", "scheduler")
 _CHUNK_BYTES = 64 * 2**20
 _READ_AT_ONCE = 4 * 10**9
 

@@ -81,7 +81,9 @@ def main(argv) -> None:
         ownership.own_target(FLAGS.out, tell=print),
         tqdm(total=total, unit="B", unit_scale=True, desc="export") as bar,
     ):
-        export.export(
+        notes = export.export(
             FLAGS.weights, FLAGS.out, FLAGS.layout, item, FLAGS.lora, bar.update
         )
     print(f"written to {FLAGS.out}")
+    for note in notes:
+        print(note)

@@ -1,28 +1,29 @@
 """Checkpoints back into published layouts, as safetensors, leaf after leaf."""
 
+import collections
 import contextlib
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 from flax import traverse_util
 
 from anchor_jax import bundle, checkpoint, io, ownership
 from anchor_jax.errors import UserError, suggest
 from anchor_jax.io import expand
-from anchor_jax.porting.convert import Place, places
+from anchor_jax.porting import companions, published
+from anchor_jax.porting import safetensors_writer as writer
 from anchor_jax.porting.port import TABLES, check_free
 from anchor_jax.porting.rules import PEFT, UMT5_ALIAS
-from anchor_jax.porting.sources import DIFFUSION, TEXT_FILE, TOKENIZER, VAE_FILE
+from anchor_jax.porting.safetensors_writer import Read
+from anchor_jax.porting.sources import DIFFUSION, TEXT_FILE, VAE_FILE
 
 LAYOUTS = ("wan", "diffusers", "generator")
 ITEMS = ("generator", "ema", "fake_score")
@@ -30,28 +31,9 @@ LORA = ("separate", "merged")
 SHARD_BYTES = 5 * 10**9
 
 _SMALL = 2**29  # bytes
-_WRITTEN = {
-    np.dtype(np.float32): "F32",
-    np.dtype(ml_dtypes.bfloat16): "BF16",
-    np.dtype(np.float16): "F16",
-}
 _TOKENIZER = {"wan": "google/umt5-xxl", "diffusers": "tokenizer"}
-
-Read = Callable[[str], np.ndarray]  # a leaf by its path
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tensor:
-    """One tensor to be written: where it comes from, and how it is described."""
-
-    name: str
-    place: Place
-    dtype: np.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+_SENTINELS = 300  # `<extra_id_0>` and so on: those of umT5
+_PARTS = ("text_encoder", "vae", "tokenizer")
 
 
 def export(
@@ -62,12 +44,14 @@ def export(
     lora: str = "separate",
     progress: Callable[[int], None] | None = None,
     shard_bytes: int = SHARD_BYTES,
-) -> None:
+) -> tuple[str, ...]:
     """Writes a checkpoint's networks under their published names.
 
     Bit for bit what was ported, unless adapters are merged, or alpha over their rank
     is no power of two: scaling them then rounds. Text encoder and VAE are safetensors
-    in every layout: pickles are not written.
+    in every layout: pickles are not written. The layout of diffusers is a folder for
+    `WanPipeline.from_pretrained`, and `lora/` in it one for `load_lora_weights` and
+    for `PeftModel.from_pretrained`.
 
     Args:
       weights: The checkpoint, a training that began with one, or a step of it.
@@ -78,6 +62,9 @@ def export(
       lora: One of `LORA`; merged are adapters added to the weights, in float32.
       progress: Called with bytes written.
       shard_bytes: A file that would be larger is written in shards.
+
+    Returns:
+      Notes for the user on what the folder lacks or needs.
 
     Raises:
       UserError: The checkpoint lacks the item or says too little about it, or the
@@ -94,13 +81,16 @@ def export(
 def _export(weights, out, layout, item, lora, progress, shard_bytes: int) -> None:
     line = _lineage(weights)
     checkpoint.shapes(line[0], item)
-    meta = _meta(line[-1], layout)
+    meta = _meta(line, layout)
     job = _Job(line, layout, meta, progress, shard_bytes)
     job.check(item)
     with io.making_folder(expand(out).resolve()) as folder:
         job.transformer(folder, item, merged=lora == "merged")
         if layout != "generator":
             job.others(folder, item)
+        if layout == "diffusers":
+            return job.pipeline(folder)
+    return ()
 
 
 def default_item(weights: str | pathlib.Path) -> str:
@@ -111,37 +101,60 @@ def default_item(weights: str | pathlib.Path) -> str:
 
 
 def _lineage(weights: str | pathlib.Path) -> list[pathlib.Path]:
-    """Returns a checkpoint, what it began with if it is a training's, and so on."""
+    """Returns a checkpoint, what it began with if it is a training's, and so on.
+
+    Raises:
+      UserError: There is no such checkpoint.
+    """
     line = [expand(weights)]
     while (run := bundle.run_folder(line[-1])) is not None:
         line.append(expand(bundle.run_base(run)))
+    if not checkpoint.is_checkpoint(line[0]):
+        tiny = line[0].suffix == ".safetensors" or str(line[0]) == "tiny"
+        remedy = (
+            "a tiny model has one layout, --layout=bundle"
+            if tiny
+            else "give the folder that anchor-jax port or train wrote"
+        )
+        raise UserError(f"weights={line[0]} is no checkpoint; {remedy}")
     return line
 
 
 def _with_params(line: Sequence[pathlib.Path]) -> tuple[pathlib.Path, str]:
-    """Returns the first of some checkpoints that holds whole weights, and its item."""
-    for folder in line:
+    """Returns the first checkpoint after a training that holds whole weights.
+
+    Args:
+      line: the training, and what it began with as `_lineage` gives it.
+
+    Returns:
+      The checkpoint and its item.
+    """
+    for folder in line[1:]:
         if not checkpoint.is_checkpoint(folder):
             break
         item = default_item(folder)
         if "params" in checkpoint.shapes(folder, item):
             return folder, item
-    raise UserError(
-        f"{line[-1]}: what the training began with is no checkpoint of ported weights;"
-        " a tiny model is written whole with --layout=bundle"
-    )
+    raise _unpublished(line, "updates alone are not exported")
 
 
-def _meta(origin: pathlib.Path, layout: str) -> dict[str, Any]:
+def _meta(line: Sequence[pathlib.Path], layout: str) -> dict[str, Any]:
     """Returns what is known of ported weights; only some layouts need it."""
-    if checkpoint.is_checkpoint(origin):
-        return checkpoint.read_meta(origin)
+    if checkpoint.is_checkpoint(line[-1]):
+        return checkpoint.read_meta(line[-1])
     if layout == "generator":
         return {}
-    raise UserError(
-        f"{origin} is no checkpoint of ported weights, so there is no layout={layout}"
-        " of it; a tiny model is written whole with --layout=bundle"
-    )
+    raise _unpublished(line, f"--layout={layout} needs ported weights")
+
+
+def _unpublished(line: Sequence[pathlib.Path], why: str) -> UserError:
+    """Returns the error for a training whose first weights were not ported."""
+    given, origin = line[0], line[-1]
+    if origin.exists() or str(origin) == "tiny":
+        remedy = "write this model whole with --layout=bundle"
+    else:
+        remedy = "that is missing: put it back where it was"
+    return UserError(f"weights={given}: began with {origin}, and {why}; {remedy}")
 
 
 def _choose(field: str, value: str, known: Sequence[str]) -> None:
@@ -176,14 +189,17 @@ class _Job:
         """Raises unless the manifest says all that is written beside the tensors."""
         needed = {"generator": functools.partial(self._transformer_config, item)}
         if self.layout == "diffusers":
-            needed |= {"text_encoder": self._text_config, "vae": self._vae_config}
+            needed |= {
+                "text_encoder": lambda: published.text_encoder(self.meta["text"]),
+                "vae": lambda: published.vae(self.meta["vae"]),
+            }
         if self.layout == "generator":
             needed = {}
         present = checkpoint.items(self.origin) if needed else ()
         try:
             self._has_alias()
             alpha = self._source("lora").get("alpha")
-            if alpha is not None and not 0 < float(alpha) < math.inf:
+            if isinstance(alpha, int | float) and not 0 < alpha < math.inf:
                 raise ValueError(f"alpha={alpha!r} of lora")
             for item in needed.keys() & set(present):
                 needed[item]()
@@ -197,9 +213,11 @@ class _Job:
         """Writes the transformer, its config, and its adapters if it has some."""
         trees, read = self._trees(item)
         adapters = trees.get("lora")
-        base = _merged(read) if merged and adapters else _below("params", read)
+        base = _below("params", read)
+        if merged and adapters:
+            base = _merged(read, traverse_util.flatten_dict(adapters, sep="/"))
         table = TABLES["generator", self.style]
-        tensors = _tensors(trees["params"], table)
+        tensors = writer.tensors_of(trees["params"], table)
         place, stem = folder, DIFFUSION
         if self.layout == "generator":
             stem = item
@@ -208,7 +226,7 @@ class _Job:
             ]
         if self.layout == "diffusers":
             place = folder / "transformer"
-        self._write(place, stem, tensors, base)
+        writer.write(place, stem, tensors, base, self.shard_bytes, self.progress)
         if self.layout != "generator":
             io.write_json(place / "config.json", self._transformer_config(item))
         if adapters and not merged:
@@ -227,7 +245,7 @@ class _Job:
                 f"{self.line[0]}: fake_score holds low-rank updates alone, of another"
                 " network's weights; choose --item=generator or ema"
             )
-        base, name = _with_params(self.line[1:])
+        base, name = _with_params(self.line)
         params = checkpoint.shapes(base, name)["params"]
         read_base = self._reader(name, base)
 
@@ -245,7 +263,6 @@ class _Job:
             else (folder / "text_encoder", "model"),
             "vae": (folder, VAE_FILE) if official else (folder / "vae", DIFFUSION),
         }
-        configs = {"text_encoder": self._text_config, "vae": self._vae_config}
         trained = checkpoint.shapes(self.line[0], item).get("text")
         for name in homes.keys() & set(checkpoint.items(self.origin)):
             place, stem = homes[name]
@@ -253,21 +270,70 @@ class _Job:
             read = self._reader(name, self.origin)
             if name == "text_encoder" and trained is not None:
                 tree, read = trained, _below("text", self._reader(item))
-            tensors = _tensors(tree, TABLES[name, self.style])
+            tensors = writer.tensors_of(tree, TABLES[name, self.style])
             if name == "text_encoder" and self._has_alias():
-                tensors = _with_alias(tensors)
+                tensors = writer.with_alias(tensors)
             # Shards have an index, which the official names know for the transformer
             # only.
             limit = None if official else self.shard_bytes
-            self._write(place, stem, tensors, read, limit)
+            writer.write(place, stem, tensors, read, limit, self.progress)
             if not official:
-                io.write_json(place / "config.json", configs[name]())
-        for name in TOKENIZER:
-            with contextlib.suppress(UserError):
-                source = checkpoint.file(self.origin, f"tokenizer/{name}")
-                home = folder / _TOKENIZER[self.layout]
-                home.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, home / name)
+                config = published.text_encoder(self.meta["text"])
+                if name == "vae":
+                    config = published.vae(self.meta["vae"])
+                io.write_json(place / "config.json", config)
+        self._tokenizer(folder / _TOKENIZER[self.layout])
+
+    def _tokenizer(self, home: pathlib.Path) -> None:
+        """Writes the tokenizer that was ported, with a config for transformers."""
+        found = {name: self._file(f"tokenizer/{name}") for name in companions.TOKENIZER}
+        found = {name: path for name, path in found.items() if path is not None}
+        if not found.keys() & {*companions.VOCABULARY}:
+            return
+        home.mkdir(parents=True, exist_ok=True)
+        for name, path in found.items():
+            shutil.copyfile(path, home / name)
+        config = home / "tokenizer_config.json"
+        if not config.exists():
+            text = self.meta.get("text") or {}
+            io.write_json(
+                config,
+                published.tokenizer(
+                    ends=_ends(found.get("tokenizer.json")),
+                    extra_ids=_sentinels(found.get("spiece.model"), text.get("vocab")),
+                    text_len=text.get("text_len") or 512,
+                ),
+            )
+
+    def pipeline(self, folder: pathlib.Path) -> tuple[str, ...]:
+        """Writes scheduler and list of parts, if all are there; returns notes."""
+        missing = [name for name in _PARTS if not (folder / name).is_dir()]
+        if missing:
+            return (
+                f"without {', '.join(missing)}: there is no model_index.json, so load"
+                " transformer/ by itself; port --wan=FOLDER along for a whole pipeline",
+            )
+        kept = self._file(companions.SCHEDULER)
+        scheduler = io.read_json(kept) if kept else published.SCHEDULER
+        io.write_json(folder / companions.SCHEDULER, scheduler)
+        words = io.read_json(folder / companions.TOKENIZER_CONFIG)
+        index = published.model_index(
+            words.get("tokenizer_class"), scheduler.get("_class_name")
+        )
+        io.write_json(folder / "model_index.json", index)
+        length = self.meta["model"]["text_len"]
+        if length == published.TEXT_LEN:
+            return ()
+        return (
+            f"the transformer was made for {length} text tokens: call the pipeline with"
+            f" max_sequence_length={length}",
+        )
+
+    def _file(self, name: str) -> pathlib.Path | None:
+        """Returns the path of a small file of the origin, None if there is none."""
+        with contextlib.suppress(UserError):
+            return checkpoint.file(self.origin, name)
+        return None
 
     def _reader(self, item: str, folder: pathlib.Path | None = None) -> Read:
         """Returns how to read leaves; those of a small item are read at once."""
@@ -280,29 +346,36 @@ class _Job:
         return lambda path: np.asarray(found[path])
 
     def _adapters(self, folder: pathlib.Path, tree: Any, read: Read) -> None:
-        """Writes adapters in the layout of PEFT, with their scale taken out of `b`."""
-        entry = self._source("lora")
-        tensors = _tensors(tree, TABLES["lora", self.style])
-        rank = next(one.shape[0] for one in tensors if "lora_A" in one.name)
-        alpha = entry.get("alpha") or rank
+        """Writes adapters for PEFT and, in its layout, for diffusers.
+
+        Their scale is taken out of `b`, and is in the config as alpha over the rank.
+        """
+        tensors = writer.tensors_of(tree, TABLES["lora", self.style])
+        config, factor = _lora_config(tensors, self._source("lora"))
 
         def unscaled(path: str) -> np.ndarray:
             leaf = read(path)
-            if not path.endswith("/b") or alpha == rank:
+            if not path.endswith("/b") or factor == 1:
                 return leaf
-            return leaf * np.asarray(rank / alpha, leaf.dtype)
+            return leaf * np.asarray(factor, leaf.dtype)
 
         place = folder if self.layout == "generator" else folder / "lora"
-        self._write(place, "adapter_model", tensors, unscaled, None)
-        modules = {
-            one.name.removeprefix(PEFT).split(".", 2)[2].rsplit(".", 2)[0]
-            for one in tensors
-        }
-        config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha}
+        writer.write(place, "adapter_model", tensors, unscaled, progress=self.progress)
         io.write_json(
             place / "adapter_config.json",
-            {**config, "target_modules": sorted(modules), "bias": "none"},
+            {"peft_type": "LORA", "base_model_name_or_path": None, **config},
         )
+        if self.layout != "diffusers":
+            return
+        start = published.LORA_PREFIX
+        named = [
+            dataclasses.replace(one, name=start + one.name.removeprefix(PEFT))
+            for one in tensors
+        ]
+        settings = {start + name: value for name, value in config.items()}
+        metadata = {published.LORA_METADATA: json.dumps(settings, sort_keys=True)}
+        with (place / published.LORA_FILE).open("wb") as file:
+            writer.write_file(file, named, unscaled, None, metadata)
 
     def _source(self, item: str) -> Mapping[str, Any]:
         entries = self.meta.get("sources") or []
@@ -313,117 +386,81 @@ class _Job:
             "text_encoder"
         ).get("aliases", ())
 
-    def _write(
-        self,
-        folder: pathlib.Path,
-        stem: str,
-        tensors: list[_Tensor],
-        read: Read,
-        limit: int | None = -1,
-    ) -> None:
-        """Writes tensors as one file, or as shards and their index.
-
-        Args:
-          folder: Is made if need be.
-          stem: The file's name before `.safetensors`.
-          tensors: Those of one leaf side by side.
-          read: Returns a leaf by its path.
-          limit: Bytes in a file, None for no limit, -1 for that of this job.
-        """
-        folder.mkdir(parents=True, exist_ok=True)
-        limit = self.shard_bytes if limit == -1 else limit
-        shards = _split(tensors, limit)
-        weight_map = {}
-        for number, shard in enumerate(shards, 1):
-            file = f"{stem}.safetensors"
-            if len(shards) > 1:
-                file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-            weight_map |= {one.name: file for one in shard}
-            with (folder / file).open("wb") as opened:
-                _write_file(opened, shard, read, self.progress)
-        if len(shards) > 1:
-            total = sum(one.nbytes for one in tensors)
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            io.write_json(folder / f"{stem}.safetensors.index.json", index)
-
     def _transformer_config(self, item: str) -> dict[str, Any]:
         model = self.meta["model"]
         if item == "fake_score":
             own = checkpoint.read_meta(self.line[0]).get(bundle.CRITIC, {})
             model = {**model, **own}
-        shared = {name: model[name] for name in ("eps", "ffn_dim", "freq_dim")}
-        shared["num_layers"] = model["num_layers"]
-        channels = model["latent_channels"]
         if self.layout == "wan":
-            return {
-                "_class_name": "WanModel",
-                "dim": model["dim"],
-                "in_dim": channels,
-                "model_type": "t2v",
-                "num_heads": model["num_heads"],
-                "out_dim": channels,
-                "text_len": model["text_len"],
-                **shared,
-            }
-        return {
-            "_class_name": "WanTransformer3DModel",
-            "attention_head_dim": model["dim"] // model["num_heads"],
-            "cross_attn_norm": True,
-            "in_channels": channels,
-            "num_attention_heads": model["num_heads"],
-            "out_channels": channels,
-            "patch_size": list(model["patch"]),
-            "qk_norm": "rms_norm_across_heads",
-            "rope_max_seq_len": 1024,
-            "text_dim": model["text_dim"],
-            "text_len": model["text_len"],
-            **shared,
-        }
+            return published.official_transformer(model)
+        return published.transformer(model)
 
-    def _text_config(self) -> dict[str, Any]:
-        text = self.meta["text"]
-        return {
-            "architectures": ["UMT5EncoderModel"],
-            "model_type": "umt5",
-            "d_ff": text["ffn_dim"],
-            "d_kv": text["attention_dim"] // text["num_heads"],
-            "d_model": text["dim"],
-            "feed_forward_proj": "gated-gelu",
-            "layer_norm_epsilon": text["eps"],
-            "num_heads": text["num_heads"],
-            "num_layers": text["num_layers"],
-            "relative_attention_max_distance": text["max_distance"],
-            "relative_attention_num_buckets": text["num_buckets"],
-            "vocab_size": text["vocab"],
-        }
 
-    def _vae_config(self) -> dict[str, Any]:
-        vae = self.meta["vae"]
-        return {
-            "_class_name": "AutoencoderKLWan",
-            "attn_scales": [],
-            "base_dim": vae["base_dim"],
-            "dim_mult": list(vae["dim_mult"]),
-            "dropout": 0.0,
-            "latents_mean": list(vae["latent_mean"]),
-            "latents_std": list(vae["latent_std"]),
-            "num_res_blocks": vae["num_res_blocks"],
-            "temperal_downsample": list(vae["temporal_downsample"]),
-            "z_dim": vae["z_dim"],
-        }
+def _lora_config(
+    tensors: Sequence[writer.Tensor], source: Mapping[str, Any]
+) -> tuple[dict[str, Any], float]:
+    """Returns the settings of adapters for PEFT, and the factor of their `b`.
+
+    Alpha is that of the source, if all adapters have its rank. Otherwise it is each
+    adapter's rank, and the scale stays in `b`.
+    """
+    ranks = {}
+    for one in tensors:
+        module, part, _ = one.name.removeprefix(PEFT).split(".", 2)[2].rsplit(".", 2)
+        if part == "lora_A":
+            ranks[module] = one.shape[0]
+    rank, _ = collections.Counter(ranks.values()).most_common(1)[0]
+    others = {module: own for module, own in sorted(ranks.items()) if own != rank}
+    alpha = source.get("alpha")
+    stated = isinstance(alpha, int | float) and source.get("rank", rank) == rank
+    if others or not stated:
+        alpha = rank
+    config = {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": sorted(ranks),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    return config, rank / alpha
+
+
+def _ends(path: pathlib.Path | None) -> bool:
+    """Returns whether there is a `tokenizer.json` that adds tokens such as `</s>`."""
+    with contextlib.suppress(UserError):
+        return path is not None and bool(io.read_json(path).get("post_processor"))
+    return False
+
+
+def _sentinels(path: pathlib.Path | None, vocab: Any) -> int:
+    """Returns how many sentinels an encoder of `vocab` ids has after a model's own."""
+    if path is None or type(vocab) is not int:
+        return 0
+    import sentencepiece
+
+    # A model that cannot be read is exported as it was ported.
+    with contextlib.suppress(OSError, RuntimeError):
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        return max(0, min(_SENTINELS, vocab - pieces.get_piece_size()))
+    return 0
 
 
 def _below(name: str, read: Read) -> Read:
     return lambda path: read(f"{name}/{path}")
 
 
-def _merged(read: Read) -> Read:
+def _merged(read: Read, adapters: Mapping[str, Any]) -> Read:
     """Returns how to read a leaf with its adapter's product added, rounded once."""
 
     def leaf(path: str) -> np.ndarray:
         kernel = read(f"params/{path}")
         name = path.removesuffix("/kernel")
-        if name == path or not path.startswith(("blocks/", "context/")):
+        if name == path or f"{name}/a" not in adapters:
             return kernel
         a, b = (read(f"lora/{name}/{part}") for part in "ab")
         whole = np.empty_like(kernel)
@@ -433,75 +470,6 @@ def _merged(read: Read) -> Read:
         return whole
 
     return leaf
-
-
-def _tensors(tree: Any, table: tuple) -> list[_Tensor]:
-    """Returns the tensors of a tree of shapes, those of one leaf side by side.
-
-    The widest types come first, so that every tensor starts at a multiple of its width.
-    """
-    leaves = traverse_util.flatten_dict(tree, sep="/")
-    wrong = sorted({str(leaf.dtype) for leaf in leaves.values()} - _names())
-    if wrong:
-        raise UserError(f"types {', '.join(wrong)}, expected {', '.join(_names())}")
-    found = []
-    for place in places(tree, table):
-        leaf = leaves[place.path]
-        shape = place.shape(tuple(leaf.shape))
-        found.append(_Tensor(place.name, place, np.dtype(leaf.dtype), shape))
-    return sorted(found, key=lambda one: -one.dtype.itemsize)
-
-
-def _names() -> set[str]:
-    return {dtype.name for dtype in _WRITTEN}
-
-
-def _with_alias(tensors: list[_Tensor]) -> list[_Tensor]:
-    alias, name = UMT5_ALIAS
-    at = next(at for at, one in enumerate(tensors) if one.name == name)
-    again = dataclasses.replace(tensors[at], name=alias)
-    return [*tensors[: at + 1], again, *tensors[at + 1 :]]
-
-
-def _split(tensors: list[_Tensor], limit: int | None) -> list[list[_Tensor]]:
-    """Returns the tensors in runs of at most `limit` bytes, or one tensor."""
-    runs: list[list[_Tensor]] = [[]]
-    size = 0
-    for one in tensors:
-        if runs[-1] and limit is not None and size + one.nbytes > limit:
-            runs.append([])
-            size = 0
-        runs[-1].append(one)
-        size += one.nbytes
-    return runs
-
-
-def _write_file(
-    file: BinaryIO, tensors: Sequence[_Tensor], read: Read, progress
-) -> None:
-    """Writes a safetensors file: its header, then tensor after tensor."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for one in tensors:
-        span = [end, end + one.nbytes]
-        end = span[1]
-        header[one.name] = {
-            "dtype": _WRITTEN[one.dtype],
-            "shape": list(one.shape),
-            "data_offsets": span,
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for path, group in itertools.groupby(tensors, lambda one: one.place.path):
-        leaf = read(path)
-        for one in group:
-            part = one.place.take(leaf)
-            file.write(part.reshape(-1).view(np.uint8).data)
-            if progress:
-                progress(one.nbytes)
-        # Or else two leaves would be in memory while the next one is read.
-        del leaf, part
 
 
 def total_bytes(weights: str | pathlib.Path, layout: str, item: str) -> int:

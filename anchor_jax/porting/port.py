@@ -15,7 +15,7 @@ from anchor_jax import checkpoint
 from anchor_jax.checkpoint import Lazy
 from anchor_jax.errors import UserError, suggest
 from anchor_jax.io import expand
-from anchor_jax.porting import adapters, lora_settings, sources
+from anchor_jax.porting import adapters, companions, lora_settings, sources
 from anchor_jax.porting.convert import Mismatch, convert_lazily, fill
 from anchor_jax.porting.files import digest
 from anchor_jax.porting.finite import Watch
@@ -139,7 +139,7 @@ def plan(
         items=_items(trees),
         meta={**_meta(method, found, networks, trees, scales), "notes": notes},
         sources=tuple(found.values()),
-        files=_tokenizer(wan),
+        files=_companions(wan),
         notes=notes,
     )
 
@@ -429,6 +429,5 @@ def _parameters(tree: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
-def _tokenizer(wan: Any) -> dict[str, pathlib.Path]:
-    found = sources.tokenizer_files(wan) if wan else {}
-    return {f"tokenizer/{name}": path for name, path in found.items()}
+def _companions(wan: Any) -> dict[str, pathlib.Path]:
+    return companions.find(wan) if wan else {}

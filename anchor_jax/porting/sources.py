@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from anchor_jax.errors import UserError, suggest
-from anchor_jax.filetypes import check_start
 from anchor_jax.io import expand
 from anchor_jax.porting import adapters, lora_settings, recognise
 from anchor_jax.porting.adapters import Adapters
@@ -29,7 +28,6 @@ KEYS = ("generator", "generator_ema", "model")
 DIFFUSION = "diffusion_pytorch_model"
 TEXT_FILE = "models_t5_umt5-xxl-enc-bf16"
 VAE_FILE = "Wan2.1_VAE"
-TOKENIZER = ("spiece.model", "tokenizer.json")
 
 _FRAGMENTS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 _PREFIXES = ("module.", "model.", "diffusion_model.")
@@ -166,21 +164,6 @@ _WANTED = (
     f" {VAE_FILE}.pth in one folder, or the diffusers folders transformer/,"
     " text_encoder/ and vae/"
 )
-
-
-def tokenizer_files(folder: str | pathlib.Path) -> dict[str, pathlib.Path]:
-    """Returns the tokenizer's files that a folder of Wan2.1 has, by name."""
-    folder = expand(folder)
-    places = (folder / "google" / "umt5-xxl", folder / "tokenizer")
-    found = {
-        name: place / name
-        for place in reversed(places)
-        for name in TOKENIZER
-        if (place / name).is_file()
-    }
-    for path in found.values():
-        check_start(path)
-    return found
 
 
 def open_generator(

@@ -29,7 +29,9 @@ def test_port_and_export(tmp_path, capsys):
     export = ["export", f"--weights={out}", f"--out={back}", "--layout=diffusers"]
     assert main(export) == 0
     names = {path.name for path in back.iterdir()}
-    assert names == {"transformer", "text_encoder", "vae", "tokenizer"}
+    parts = {"transformer", "text_encoder", "vae", "tokenizer", "scheduler"}
+    assert names == parts | {"model_index.json"}
+    assert "max_sequence_length=512" not in capsys.readouterr().out
 
 
 def test_what_is_missing_is_listed(tmp_path, capsys):

@@ -63,6 +63,9 @@ def test_tables_count_the_published_networks(network, tables, names, parameters)
         assert sum(map(math.prod, found.values())) == parameters
 
 
+TOKENIZER_FILES = ("spiece.model", "tokenizer.json", "tokenizer_config.json")
+
+
 def read_folder(folder):
     """Every array of all safetensors in a folder, by network."""
     found = {}
@@ -108,7 +111,9 @@ def test_a_folder_comes_back_bit_for_bit(tmp_path, kind, dtype):
     again = port.plan(tmp_path / "back")
     assert again.meta["totals"] == meta["totals"]
     assert again.meta["text"] == port.plan(folder).meta["text"]
-    assert {*again.files} == {"tokenizer/spiece.model", "tokenizer/tokenizer.json"}
+    tokenizer = {f"tokenizer/{name}" for name in TOKENIZER_FILES}
+    scheduler = {"scheduler/scheduler_config.json"} if kind == "diffusers" else set()
+    assert {*again.files} == tokenizer | scheduler
 
 
 def test_the_manifest_says_where_everything_came_from(tmp_path):
