@@ -13,6 +13,9 @@ VERSION = re.search(
 # tensorflow-datasets needs the last one to write, and does not ask for it.
 DATA = ["tensorflow-datasets", "array_record", "importlib_resources"]
 TRAIN = [*DATA, "tensorboardX"]
+# Whose files are ported and exported; `tests/peers` compares with them.
+PEERS = ["accelerate", "diffusers", "peft", "torch", "transformers"]
+TEST = ["pytest", "pytest-timeout", "pytest-xdist"]
 
 setuptools.setup(
     name="anchor_jax",
@@ -53,6 +56,7 @@ setuptools.setup(
         "plan-gpu": ["jax[cuda12]>=0.10.2,<0.13"],
         "plan-tpu": ["libtpu>=0.0.42"],
         "train": TRAIN,
-        "test": [*TRAIN, "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
+        "peers": [*PEERS, *TEST],
+        "test": [*TRAIN, *TEST, "ruff"],
     },
 )
