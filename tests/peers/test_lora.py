@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
+from safetensors.torch import save_file
 
 from anchor_jax.porting import port
 from anchor_jax.porting.export import export
@@ -28,12 +29,10 @@ FORMS = {
         "alpha_pattern": {"to_v": 1, "blocks.0.ffn.net.0.proj": 5},
     },
 }
-VIDEO = (1, 2, 4, 4, 16)
-TIMESTEP = 600.0
 
 
 def inputs():
-    return peers.draw(*VIDEO), TIMESTEP, peers.draw(1, 512, 16, seed=1)
+    return peers.draw(1, 2, 4, 4, 16), 600.0, peers.draw(1, 512, 16, seed=1)
 
 
 def adapted(settings):
@@ -71,7 +70,67 @@ def save_peft(model, config, folder):
     return folder
 
 
-SAVE = {"diffusers": save_diffusers, "peft": save_peft}
+OFFICIAL = {
+    "attn1.to_out.0": "self_attn.o",
+    "attn2.to_out.0": "cross_attn.o",
+    "attn1.to_": "self_attn.",
+    "attn2.to_": "cross_attn.",
+    "ffn.net.0.proj": "ffn.0",
+    "ffn.net.2": "ffn.2",
+}
+
+
+def official(model):
+    """Yields official name, matrices a and b, and alpha of each adapted module."""
+    for name, module in model.named_modules():
+        if not hasattr(module, "lora_A"):
+            continue
+        for theirs, ours in OFFICIAL.items():
+            name = name.replace(theirs, ours)
+        matrices = module.lora_A["default"].weight, module.lora_B["default"].weight
+        alpha = module.scaling["default"] * module.r["default"]
+        yield name, *(matrix.detach().clone() for matrix in matrices), alpha
+
+
+def save_named(model, folder, start, ends, flat=False):
+    """Saves adapters with an alpha of each module, under official names."""
+    tensors = {}
+    for name, a, b, alpha in official(model):
+        name = start + (name.replace(".", "_") if flat else name)
+        tensors |= {f"{name}.{ends[0]}.weight": a, f"{name}.{ends[1]}.weight": b}
+        tensors[f"{name}.alpha"] = torch.tensor(float(alpha))
+    folder.mkdir()
+    save_file(tensors, folder / "lora.safetensors")
+    return folder / "lora.safetensors"
+
+
+def save_kohya(model, config, folder):
+    return save_named(model, folder, "lora_unet_", ("lora_down", "lora_up"), flat=True)
+
+
+def save_comfyui(model, config, folder):
+    return save_named(model, folder, "diffusion_model.", ("lora_down", "lora_up"))
+
+
+def save_comfyui_ab(model, config, folder):
+    return save_named(model, folder, "diffusion_model.", ("lora_A", "lora_B"))
+
+
+SAVE = {
+    "diffusers": save_diffusers,
+    "peft": save_peft,
+    "kohya": save_kohya,
+    "comfyui": save_comfyui,
+    "comfyui_ab": save_comfyui_ab,
+}
+
+
+CASES = [(form, name) for form in ("diffusers", "peft") for name in FORMS]
+CASES += [
+    (form, name)
+    for form in ("kohya", "comfyui", "comfyui_ab")
+    for name in ("alpha", "partial", "patterns")
+]
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +148,7 @@ def predict_ported(plan):
     return peers.predict_ours(config, variables, *inputs())
 
 
-@pytest.mark.parametrize("form", SAVE)
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("form, name", CASES)
 def test_adapters_do_what_they_do_in_their_library(base, tmp_path, name, form):
     model, config = adapted(FORMS[name])
     theirs = peers.predict(model, *inputs())
@@ -101,6 +159,20 @@ def test_adapters_do_what_they_do_in_their_library(base, tmp_path, name, form):
     plan = port.plan(base, lora=saved, method="longlive")
 
     peers.assert_close(predict_ported(plan), theirs)
+
+
+@pytest.mark.parametrize("form", ["kohya", "comfyui", "comfyui_ab"])
+def test_files_with_other_names_are_those_that_diffusers_reads(
+    pipeline, tmp_path, form
+):
+    model, config = adapted(FORMS["patterns"])
+    saved = SAVE[form](model, config, tmp_path / "saved")
+
+    pipe = WanPipeline(**{**pipeline.components, "transformer": peers.transformer()})
+    pipe.load_lora_weights(str(saved))
+
+    theirs = peers.predict(model, *inputs())
+    peers.assert_close(peers.predict(pipe.transformer, *inputs()), theirs)
 
 
 @pytest.fixture
