@@ -27,6 +27,7 @@ _REMEDIES = {
 }
 # What file systems without hard links say.
 _NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
+_SHOWN = 200  # characters of a name in a message
 _MOST_JSON = 256 * 2**20  # bytes
 
 at_exit: list[Callable[[], None]] = []
@@ -54,6 +55,50 @@ def expand(path: str | os.PathLike) -> pathlib.Path:
             f"{path}: the home folder of this user is unknown; set HOME, or give a"
             " path without ~"
         ) from error
+
+
+def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """Returns the place of a file that a list in a folder names.
+
+    It lies in the folder or below it. A link may lead to elsewhere only where a hub's
+    download keeps its files: from `snapshots/REVISION` to `blobs` beside `snapshots`.
+
+    Raises:
+      UserError: The name leads elsewhere, or there is no such file.
+    """
+    shown = repr(name if len(name) <= _SHOWN else f"{name[:_SHOWN]}...")
+    try:
+        base = folder.resolve()
+        place = base / name
+        end = place.resolve()
+        is_file, is_link = end.is_file(), place.is_symlink()
+    # A loop of links, a name that is too long, or one with a NUL or a surrogate.
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:_SHOWN]
+        raise UserError(f"{shown} is no file in {folder} ({reason})") from error
+    is_named = pathlib.Path(os.path.normpath(place)).is_relative_to(base)
+    roots = [base, *(_blobs(base) if is_named else ())]
+    if not any(end.is_relative_to(root) for root in roots):
+        kind = "is a link" if is_named else "leads"
+        raise UserError(
+            f"{shown} {kind} to {end}, outside {base}; put the file itself into that"
+            " folder, or into a folder below it"
+        )
+    if not is_file:
+        kind = f"is a link to {end}, which is missing" if is_link else "is no file"
+        raise UserError(
+            f"{shown} {kind} in {base}; put it there, or in a folder below it"
+        )
+    return place
+
+
+def _blobs(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Returns where a hub's download keeps the files that its snapshots link to."""
+    return [
+        above.parent.parent / "blobs"
+        for above in (folder, *folder.parents)
+        if above.parent.name == "snapshots"
+    ]
 
 
 def temporary_name(path: pathlib.Path) -> pathlib.Path:

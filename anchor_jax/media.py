@@ -1,12 +1,14 @@
 """Videos and contact sheets; a file appears under its name when whole."""
 
 import contextlib
+import dataclasses
 import errno
+import fractions
 import math
 import os
 import pathlib
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import av
@@ -15,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from anchor_jax import io, ownership
 from anchor_jax.errors import UserError
-from anchor_jax.io import explained, replacing
+from anchor_jax.io import explained, replacing, temporary_name, unfinished
 
 PIXEL_FRAMES_PER_SECOND = 16
 
@@ -25,6 +27,17 @@ _SMPTE_170M = 6  # the matrix that the conversion from RGB uses, so players undo
 _MARGIN = 6
 _MIN_TILE = 96
 _LARGEST_SIDE = 8192
+_MOST_PIXELS = 8192 * 4608  # of a frame; a decoder may hold 16 of them and more
+_MOST_DECODED = 1024  # frames of a file for one that is taken
+_WIDEST_PIXEL = 4
+_LATE = 1e-3  # seconds; some containers round times to milliseconds
+# Formats that hold their pictures themselves. Playlists name other files instead.
+_FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,"
+    "flv,ogg,asf,ivf,obu,nut,mxf,dv,gif,apng,yuv4mpegpipe"
+)
+_CONTAINER = {"format_whitelist": _FORMATS, "protocol_whitelist": "none"}
+_DECODER = {"max_pixels": str(_MOST_PIXELS)}
 
 
 class VideoWriter:
@@ -32,9 +45,10 @@ class VideoWriter:
 
     Frames go to `part`, a file beside it that no other process chooses, a fragment a
     second, so that what has been written plays even if the process is killed. A clean
-    exit renames it to the final name. An exception renames it to `NAME.part.mp4`, if it
-    holds frames, and leaves whatever had the final name; a full disk removes the part.
-    With `keep_new` a video that another program makes there meanwhile stays.
+    exit writes the same packets once more, as a file with a duration and an index,
+    under the final name. An exception renames the part to `NAME.part.mp4`, if it holds
+    frames, and leaves whatever had the final name; a full disk removes the part. With
+    `keep_new` a video that another program makes there meanwhile stays.
     """
 
     def __init__(
@@ -116,11 +130,12 @@ class VideoWriter:
             self._container.close()
             self._file.close()
         try:
-            with explained(self.path):
-                io.publish(self.part, self.path, self._is_new)
+            with explained(self.path), unfinished(temporary_name(self.path)) as whole:
+                io.publish(_indexed(self.part, whole), self.path, self._is_new)
         except UserError:
             self._keep_part()
             raise
+        self.part.unlink(missing_ok=True)
         # What an earlier attempt left is of no use any more.
         self._kept.unlink(missing_ok=True)
 
@@ -164,6 +179,41 @@ class VideoWriter:
             raise
 
 
+def _indexed(part: pathlib.Path, whole: pathlib.Path) -> pathlib.Path:
+    """Returns a file with the packets of `part`, a duration and an index.
+
+    It is `whole`; where there is no room for it, `part`, which plays too.
+    """
+    options = {"movflags": "faststart"}
+    try:
+        with (
+            av.open(f"file:{part}") as given,
+            av.open(f"file:{whole}", "w", format="mp4", options=options) as made,
+        ):
+            stream = made.add_stream_from_template(given.streams.video[0])
+            for packet in given.demux(video=0):
+                if packet.dts is not None:
+                    packet.stream = stream
+                    made.mux(packet)
+    except (av.FFmpegError, OSError):
+        return part
+    return whole
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Clip:
+    """The first frames of a video, at a fixed rate.
+
+    Attributes:
+      frames: uint8 [count, height, width, 3].
+      repeated: how many of them show the same picture of the file as the one before,
+        since the file has fewer frames a second.
+    """
+
+    frames: np.ndarray
+    repeated: int
+
+
 def read_video(
     path: str | os.PathLike,
     count: int,
@@ -172,35 +222,174 @@ def read_video(
 ) -> np.ndarray:
     """Returns the first frames of a video, uint8 [count, height, width, 3].
 
-    Frames are taken at `fps`, whatever the video's own rate is; they are turned as the
-    file says, scaled until they cover the size, and cut around their middle.
+    As `read_clip`, which says more.
+    """
+    return read_clip(path, count, size, fps).frames
+
+
+def read_clip(
+    path: str | os.PathLike,
+    count: int,
+    size: tuple[int, int],
+    fps: int = PIXEL_FRAMES_PER_SECOND,
+) -> Clip:
+    """Returns the first frames of a video.
+
+    Frames are taken at `fps`, whatever the video's own rate is; they are turned and
+    mirrored as the file says, their pixels are made square, and they are scaled until
+    they cover the size, and cut around their middle. Only the file itself is read: one
+    that names others, such as a playlist, is refused.
+
+    Args:
+      path: of the file; its name does not say what it holds.
+      count: of frames.
+      size: height and width.
+      fps: frames a second.
 
     Raises:
       UserError: It is no video, too short, or frames are too large or have no times.
     """
-    found, first = [], None
+    path = pathlib.Path(path)
+    found: list[np.ndarray] = []
+    repeated = 0
     try:
-        with av.open(os.fspath(path)) as container:
-            for frame in container.decode(video=0):
-                if max(frame.width, frame.height) > _LARGEST_SIDE:
-                    raise UserError(
-                        f"{path}: frames of {frame.width} x {frame.height}, expected"
-                        f" sides up to {_LARGEST_SIDE}; scale it down"
-                    )
-                if frame.time is None:
-                    raise UserError(f"{path}: frames without times; write it as an mp4")
-                first = frame.time if first is None else first
-                while len(found) < count and frame.time - first >= len(found) / fps:
-                    image = frame.to_image().rotate(frame.rotation, expand=True)
-                    found.append(_covering(image, size))
-                if len(found) == count:
-                    return np.stack(found)
-    except (av.FFmpegError, IndexError) as error:
-        raise UserError(f"{path}: no video that can be read ({error})") from error
-    raise UserError(
-        f"{path}: {len(found)} frames at {fps} a second, expected {count}; choose a"
-        " longer video, or shorter clips"
+        with path.open("rb") as file, _opened(file) as container:
+            stream = _pictures(path, container)
+            for frame, times in _chosen(path, container.decode(stream), count, fps):
+                image = _upright(frame, stream.sample_aspect_ratio)
+                found += [_covering(image, size)] * times
+                repeated += times - 1
+    except UserError:
+        raise
+    # The library raises its own errors, and Python's for values out of range.
+    except (av.FFmpegError, OSError, ValueError, ArithmeticError, MemoryError) as error:
+        raise UserError(f"{path}: {_why_no_video(path, error)}") from error
+    if len(found) < count:
+        raise UserError(
+            f"{path}: {len(found)} frames at {fps} a second, expected {count}; choose a"
+            " longer video, or shorter clips"
+        )
+    return Clip(np.stack(found), repeated)
+
+
+def _opened(file: Any) -> Any:
+    """Returns the container in an open file; nothing else is opened for it."""
+    return av.open(
+        file,
+        options=_DECODER,
+        container_options=_CONTAINER,
+        metadata_errors="replace",
     )
+
+
+def _chosen(
+    path: pathlib.Path, frames: Iterable[Any], count: int, fps: int
+) -> Iterator[tuple[Any, int]]:
+    """Yields the frames that are taken, and how many times each is."""
+    taken, first = 0, None
+    for number, frame in enumerate(frames):
+        _check_size(path, frame.width, frame.height)
+        if frame.time is None:
+            raise UserError(f"{path}: frames without times; write it as an mp4")
+        if number > _MOST_DECODED * count:
+            raise UserError(
+                f"{path}: {number} frames, and their times are too close together;"
+                " write it again at an ordinary rate"
+            )
+        first = frame.time if first is None else first
+        due = math.floor((frame.time - first + _LATE) * fps) + 1
+        times = min(due, count) - taken
+        if times > 0:
+            yield frame, times
+            taken += times
+        if taken == count:
+            return
+
+
+def _pictures(path: pathlib.Path, container: Any) -> Any:
+    """Returns the stream with the video; the cover of a song is none."""
+    streams = container.streams.video
+    cover = av.stream.Disposition.attached_pic
+    found = next((one for one in streams if not one.disposition & cover), None)
+    if found is None:
+        raise UserError(
+            f"{path}: it holds no pictures, or its end is missing; choose a file with a"
+            " whole video"
+        )
+    # Nothing has been decoded so far.
+    _check_size(path, found.codec_context.width, found.codec_context.height)
+    return found
+
+
+def _check_size(path: pathlib.Path, width: int, height: int) -> None:
+    if max(width, height) > _LARGEST_SIDE or width * height > _MOST_PIXELS:
+        raise UserError(
+            f"{path}: frames of {width} x {height}; sides must be at most"
+            f" {_LARGEST_SIDE}, and frames at most {_MOST_PIXELS} pixels; scale it down"
+        )
+
+
+def _why_no_video(path: pathlib.Path, error: Exception) -> str:
+    """Says what a file is that holds no video."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(1024)
+    except OSError as failure:
+        return f"it cannot be read ({failure.strerror})"
+    if not head:
+        return "it is empty; copy or download it again"
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, no video; fetch the file with: git lfs pull"
+    if _is_text(head):
+        return (
+            "it is a text file, for instance a playlist, no video; other files that it"
+            " names are not read: name the video itself"
+        )
+    reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
+    return f"no video that can be read ({reason}); write it again as an mp4"
+
+
+def _is_text(head: bytes) -> bool:
+    """Returns whether a file that begins so is text."""
+    text = head.decode("utf-8", "ignore")
+    is_whole = len(text.encode()) >= len(head) - 3  # The last letter may be cut.
+    return is_whole and all(one.isprintable() or one.isspace() for one in text)
+
+
+def _upright(frame: Any, ratio: fractions.Fraction | None) -> Image.Image:
+    """Returns a frame as players show it: turned, mirrored, with square pixels.
+
+    Args:
+      frame: that was decoded.
+      ratio: width of a pixel divided by its height; None is 1.
+    """
+    image = frame.to_image()
+    if ratio and ratio != 1 and 1 / _WIDEST_PIXEL <= ratio <= _WIDEST_PIXEL:
+        width = max(1, round(image.width * ratio))
+        image = image.resize((width, image.height), Image.Resampling.BICUBIC)
+    for step in _turns(frame):
+        image = image.transpose(step)
+    return image
+
+
+def _turns(frame: Any) -> list[Image.Transpose]:
+    """Returns the steps that a frame's display matrix asks for.
+
+    A pixel at (x, y) is shown at (a x + c y, b x + d y). Angles between right ones
+    count as the nearest.
+    """
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return []
+    a, b, _, c, d, *_ = np.frombuffer(bytes(matrix), np.int32).astype(np.int64)
+    steps, across, down = [], a, d
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        steps, across, down = [Image.Transpose.TRANSPOSE], c, b
+    if across < 0:
+        steps.append(Image.Transpose.FLIP_LEFT_RIGHT)
+    if down < 0:
+        steps.append(Image.Transpose.FLIP_TOP_BOTTOM)
+    return steps
 
 
 def _covering(image: Image.Image, size: tuple[int, int]) -> np.ndarray:

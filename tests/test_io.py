@@ -67,3 +67,51 @@ def test_a_home_that_is_unknown_is_an_error_of_the_user(monkeypatch, tmp_path):
     monkeypatch.setattr(io.pathlib.Path, "expanduser", unknown)
     with pytest.raises(UserError, match="set HOME"):
         io.expand("~/a")
+
+
+@pytest.fixture
+def listed(tmp_path):
+    """A folder with a list, and one beside it."""
+    for name in ("list/a", "list/below/b", "other/c"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    return tmp_path / "list"
+
+
+@pytest.mark.parametrize("name", ["a", "./below/b", "below/../a", "here", "below/up"])
+def test_a_file_of_a_list_lies_in_its_folder(listed, name):
+    (listed / "here").symlink_to("below/b")
+    (listed / "below" / "up").symlink_to("../a")
+
+    assert io.inside(listed, name).read_text().startswith("list/")
+    assert io.inside(listed, str(listed / name)).read_text().startswith("list/")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("../other/c", "leads to .*other/c, outside .*list;"),
+        ("/etc/hostname", "leads to /etc/hostname, outside"),
+        ("below/../../other/c", "leads to .*other/c"),
+        ("link", "'link' is a link to .*other/c, outside .*list; put the file itself"),
+        ("folder/c", "is a link to .*other/c, outside"),
+        ("folder/../other/c", "is a link to .*other/c, outside"),
+        ("missing", "is a link to .*list/none, which is missing"),
+        ("around", "is no file in .*around"),
+        ("none", "is no file in .*; put it there"),
+        ("below", "is no file in"),
+        ("a\0", "is no file in .*null"),
+        ("\udcff", "is no file in"),
+        ("\ud800", "is no file in .*surrogates"),
+        ("x" * 5000, "is no file in .*too long"),
+    ],
+)
+def test_a_name_that_leads_elsewhere_is_refused(listed, name, reason):
+    links = {"link": "../other/c", "folder": "../other", "missing": "none"}
+    for one, target in {**links, "around": "around"}.items():
+        (listed / one).symlink_to(target)
+
+    with pytest.raises(UserError, match=reason) as caught:
+        io.inside(listed, name)
+
+    assert len(str(caught.value)) < 1000

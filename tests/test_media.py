@@ -1,7 +1,9 @@
+import fractions
 import json
 import os
 import pathlib
 import signal
+import struct
 import subprocess
 import sys
 
@@ -177,6 +179,204 @@ def test_frames_of_another_form_are_refused(tmp_path, frames):
         video.append(np.zeros((1, 8, 8, 3), np.uint8))
         with pytest.raises(ValueError, match="expected"):
             video.append(frames)
+
+
+def test_a_whole_video_has_a_duration_and_a_killed_one_none(tmp_path):
+    path = tmp_path / "a.mp4"
+    with media.VideoWriter(path) as video:
+        video.append(shades(40))
+        part = video.part.read_bytes()
+
+    with av.open(str(path)) as container:
+        (stream,) = container.streams
+        assert container.duration == 2_500_000 and stream.frames == 40
+        assert stream.duration * stream.time_base == 2.5
+        container.seek(2_000_000)
+        assert next(container.decode(stream)).time == 2.0
+    content = path.read_bytes()
+    assert content.index(b"moov") < content.index(b"mdat")
+    assert b"moof" in part and b"moof" not in content
+
+
+def test_a_video_is_whole_where_there_is_no_room_for_its_index(tmp_path, monkeypatch):
+    path = tmp_path / "a.mp4"
+    monkeypatch.setattr(media, "temporary_name", lambda path: tmp_path / "no" / "a.mp4")
+    with media.VideoWriter(path) as video:
+        video.append(shades(40))
+
+    assert len(decode(path)[0]) == 40
+    assert os.listdir(tmp_path) == ["a.mp4"]
+
+
+QUARTERS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+TURNED = {
+    # a, b, c, d: a pixel at (x, y) is shown at (a x + c y, b x + d y).
+    (1, 0, 0, 1): ("red", "green", "blue"),
+    (0, 1, -1, 0): ("blue", "red", "white"),
+    (-1, 0, 0, -1): ("white", "blue", "green"),
+    (0, -1, 1, 0): ("green", "white", "red"),
+    (-1, 0, 0, 1): ("green", "red", "white"),
+    (1, 0, 0, -1): ("blue", "white", "red"),
+    (0, 1, 1, 0): ("red", "blue", "green"),
+    (0, -1, -1, 0): ("white", "green", "blue"),
+    (0, 0, 0, 0): ("red", "green", "blue"),
+}
+
+
+def quarters(path, frames=3, fps=16):
+    """A video of 64 x 32 pixels with a colour in each quarter."""
+    pixels = np.full((frames, 32, 64, 3), 255, np.uint8)
+    pixels[:, :16, :32] = QUARTERS["red"]
+    pixels[:, :16, 32:] = QUARTERS["green"]
+    pixels[:, 16:, :32] = QUARTERS["blue"]
+    with media.VideoWriter(path, fps) as video:
+        video.append(pixels)
+
+
+@pytest.mark.parametrize("matrix", TURNED)
+def test_a_video_is_turned_and_mirrored_as_it_says(tmp_path, matrix):
+    path = tmp_path / "phone.mp4"
+    quarters(path)
+    a, b, c, d = (65536 * one for one in matrix)
+    content = path.read_bytes()
+    place = content.index(b"tkhd") + 44
+    stored = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 2**30)
+    path.write_bytes(content[:place] + stored + content[place + 36 :])
+
+    (frame,) = media.read_video(path, 1, (64, 32) if matrix[1] else (32, 64))
+
+    high, wide = (side // 4 for side in frame.shape[:2])
+    corners = frame[high, wide], frame[high, -wide], frame[-high, wide]
+    for corner, name in zip(corners, TURNED[matrix], strict=True):
+        wanted = QUARTERS.get(name, (255, 255, 255))
+        assert np.abs(corner.astype(int) - wanted).max() < 40
+
+
+def encode(path, times, size=(32, 32), ratio=None, base=1000, **metadata):
+    """A video of a shade a frame, at times in milliseconds."""
+    with av.open(str(path), "w") as container:
+        container.metadata.update(metadata)
+        stream = container.add_stream("libx264", rate=16)
+        stream.width, stream.height = size
+        stream.pix_fmt, stream.codec_context.max_b_frames = "yuv420p", 0
+        stream.codec_context.time_base = fractions.Fraction(1, base)
+        if ratio:
+            stream.codec_context.sample_aspect_ratio = ratio
+        for number, time in enumerate(times):
+            pixels = np.full((size[1], size[0], 3), 10 * number, np.uint8)
+            pixels[:, size[0] // 2 :] //= 2
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = time, stream.codec_context.time_base
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def test_pixels_become_square(tmp_path):
+    encode(tmp_path / "a.mkv", [0, 63], (32, 32), fractions.Fraction(2))
+
+    shown = media.read_video(tmp_path / "a.mkv", 2, (32, 64))[1]
+
+    # Twice as wide: nothing is cut away above and below, so the middle is the edge.
+    assert shown[:, 2:30].min() > 7 and shown[:, 34:].max() < 7
+
+
+@pytest.mark.parametrize(
+    ("times", "shown"),
+    [
+        ([0, 62, 125, 187, 250], [0, 1, 2, 3, 4]),  # Rounded to milliseconds.
+        ([0, 125, 250], [0, 1, 1, 2, 2]),
+        ([0, 20, 63, 63 + 250], [0, 2, 3, 3, 3]),
+        (range(0, 260, 10), [0, 7, 13, 19, 25]),
+        ([-500, -437, -375, -312, -250], [0, 1, 2, 3, 4]),
+    ],
+)
+def test_frames_are_chosen_by_their_times(tmp_path, times, shown):
+    encode(tmp_path / "a.mkv", times)
+
+    clip = media.read_clip(tmp_path / "a.mkv", 5, (32, 32))
+
+    found = [round(value / 10) for value in clip.frames[:, 16, 8, 0].astype(float)]
+    assert found == shown
+    assert clip.repeated == 5 - len(set(shown))
+
+
+def test_a_title_that_is_not_utf_8_does_not_matter(tmp_path):
+    path = tmp_path / "a.mp4"
+    encode(path, [0, 63], title="Zuerich....")
+    content = path.read_bytes()
+    assert b"Zuerich...." in content
+    path.write_bytes(content.replace(b"Zuerich....", b"Z\xfcrich \xff\xfe.."))
+
+    assert media.read_video(path, 2, (8, 8)).shape == (2, 8, 8, 3)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{}\n#EXT-X-ENDLIST\n",
+        "ffconcat version 1.0\nfile '{}'\n",
+        "v=0\no=- 0 0 IN IP4 127.0.0.1\nm=video 5000 RTP/AVP 96\n",
+        "[playlist]\nFile1={}\n",
+        "<?xml version='1.0'?><MPD><Period><BaseURL>{}</BaseURL></Period></MPD>",
+    ],
+)
+@pytest.mark.parametrize("name", ["list.m3u8", "list.mp4", "list.ffconcat", "list.mpd"])
+def test_a_playlist_leads_nowhere(tmp_path, text, name):
+    quarters(tmp_path / "other.mp4")
+    (tmp_path / name).write_text(text.format(tmp_path / "other.mp4"))
+
+    with pytest.raises(UserError, match=f"{name}: it is a text file.*playlist"):
+        media.read_video(tmp_path / name, 3, (8, 8))
+
+
+def test_what_is_no_video_is_named_with_the_reason(tmp_path):
+    quarters(tmp_path / "a.mp4")
+    cut = (tmp_path / "a.mp4").read_bytes()
+    with av.open(str(tmp_path / "song.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        frame = av.AudioFrame.from_ndarray(
+            np.zeros((1, 1024), np.float32), format="fltp", layout="mono"
+        )
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    for name, content in {
+        "cut": cut[:200],
+        "empty": b"",
+        "noise": bytes(range(256)) * 9,
+        "lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+    }.items():
+        (tmp_path / f"{name}.mp4").write_bytes(content)
+    (tmp_path / "folder.mp4").mkdir()
+
+    for name, reason in {
+        "cut": "no pictures, or its end is missing",
+        "empty": "it is empty",
+        "noise": "no video that can be read .*Invalid data",
+        "lfs": "Git LFS pointer",
+        "song": "it holds no pictures",
+        "folder": "cannot be read .Is a directory",
+        "none": "cannot be read .No such file",
+    }.items():
+        with pytest.raises(UserError, match=f"{name}.mp4: .*{reason}"):
+            media.read_video(tmp_path / f"{name}.mp4", 3, (8, 8))
+
+
+def test_large_frames_are_refused_before_any_is_decoded(tmp_path, monkeypatch):
+    quarters(tmp_path / "a.mp4")
+    monkeypatch.setattr(media, "_chosen", None)
+    monkeypatch.setattr(media, "_MOST_PIXELS", 64 * 32 - 1)
+
+    with pytest.raises(UserError, match="a.mp4: frames of 64 x 32; .*scale it down"):
+        media.read_video(tmp_path / "a.mp4", 1, (8, 8))
+
+
+def test_frames_without_end_at_one_time_are_refused(tmp_path, monkeypatch):
+    quarters(tmp_path / "a.mp4", frames=40, fps=1000)
+    monkeypatch.setattr(media, "_MOST_DECODED", 10)
+
+    with pytest.raises(UserError, match="a.mp4: .*too close together"):
+        media.read_video(tmp_path / "a.mp4", 3, (8, 8))
 
 
 def test_a_contact_sheet_enlarges_small_tiles_without_smoothing(tmp_path):

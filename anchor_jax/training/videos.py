@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import pathlib
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -13,8 +14,8 @@ import numpy as np
 from tqdm import tqdm
 
 from anchor_jax import media
-from anchor_jax.errors import UserError
-from anchor_jax.io import expand
+from anchor_jax.errors import UserError, naming
+from anchor_jax.io import expand, inside
 from anchor_jax.training import datasets
 from anchor_jax.training.order import Order, Share
 from anchor_jax.world.scene import latent_to_pixel_frames
@@ -58,28 +59,35 @@ def identity(path: str) -> str:
 
 
 def _beside(file: pathlib.Path, name: str, where: str) -> pathlib.Path:
-    folder = file.parent.resolve()
-    # No path has a NUL.
-    video = (folder / name.replace("\0", "")).resolve()
-    if "\0" in name or not video.is_relative_to(folder) or not video.is_file():
-        raise UserError(
-            f"{where}: {name!r} is no file in {folder}; put the videos beside the list,"
-            " or in folders below it"
-        )
-    return video
+    with naming(where):
+        return inside(file.parent, name)
 
 
 def _check(videos: Iterable[pathlib.Path], count: int, size: tuple[int, int]) -> None:
-    """Raises what is wrong with all of the videos, before any is encoded."""
-    wrong = []
+    """Raises what is wrong with all of the videos, before any is encoded.
+
+    Reports those with fewer frames a second than a clip.
+    """
+    wrong, slow = [], {}
     for video in tqdm(list(videos), desc="checks videos", unit="video"):
         try:
-            media.read_video(video, count, size)
+            repeated = media.read_clip(video, count, size).repeated
         except UserError as error:
             wrong.append(str(error))
+        else:
+            slow |= {video: repeated} if repeated else {}
     if wrong:
         shown = "; ".join(wrong[:_SHOWN]) + "; ..." * (len(wrong) > _SHOWN)
         raise UserError(f"{len(wrong)} videos cannot be used: {shown}")
+    if slow:
+        first, repeated = next(iter(slow.items()))
+        tqdm.write(
+            f"warning: {len(slow)} videos have fewer than"
+            f" {media.PIXEL_FRAMES_PER_SECOND} frames a second, so that some pictures"
+            f" are used more than once: {first}, {repeated} of {count} frames are"
+            " repeats; motion stutters there. Leave such videos out if that matters",
+            file=sys.stderr,
+        )
 
 
 class Videos:

@@ -1,15 +1,12 @@
 """A user's own videos as training data."""
 
-import contextlib
 import dataclasses
 import json
-import types
 
 import bundles
 import numpy as np
 import pytest
 import shares
-from PIL import Image
 
 from anchor_jax import media
 from anchor_jax.errors import UserError
@@ -130,8 +127,11 @@ def test_some_captions_are_left_out_for_guidance(listed, tmp_path):
         ("{", "line 1: got {, expected"),
         ({"video": "a.mp4"}, "line 1: got"),
         ({"video": "a.mp4", "caption": ""}, "line 1: empty"),
-        ({"video": "../a.mp4", "caption": "x"}, "is no file in"),
-        ({"video": "/etc/hostname", "caption": "x"}, "is no file in"),
+        (
+            {"video": "../a.mp4", "caption": "x"},
+            "'../a.mp4' leads to .*outside",
+        ),
+        ({"video": "/etc/hostname", "caption": "x"}, "leads to /etc/hostname, outside"),
         ({"video": "none.mp4", "caption": "x"}, "'none.mp4' is no file in"),
         ({"video": "a\0.mp4", "caption": "x"}, "is no file in"),
     ],
@@ -151,44 +151,8 @@ def test_a_short_or_broken_video_is_named(tmp_path):
 
     with pytest.raises(UserError, match=r"a.mp4: 3 frames .*expected 5; choose"):
         media.read_video(tmp_path / "a.mp4", FRAMES, (8, 8))
-    with pytest.raises(UserError, match="b.mp4: no video that can be read"):
+    with pytest.raises(UserError, match="b.mp4: it is a text file"):
         media.read_video(tmp_path / "b.mp4", FRAMES, (8, 8))
-
-
-def played(monkeypatch, *frames):
-    """Makes files of any name hold these frames."""
-    container = types.SimpleNamespace(decode=lambda video: iter(frames))
-    opened = contextlib.nullcontext(container)
-    monkeypatch.setattr(media.av, "open", lambda path: opened)
-
-
-def frame(time, rotation=0):
-    pixels = np.zeros((4, 8, 3), np.uint8)
-    pixels[:, :4] = 255  # white on the left
-    return types.SimpleNamespace(
-        width=8,
-        height=4,
-        time=time,
-        rotation=rotation,
-        to_image=lambda: Image.fromarray(pixels),
-    )
-
-
-def test_a_turned_video_is_turned_upright(monkeypatch):
-    # Ninety degrees against the clock: left becomes down.
-    played(monkeypatch, frame(0.0, 90))
-
-    (pixels,) = media.read_video("phone.mp4", 1, (8, 4))
-
-    assert pixels.shape == (8, 4, 3)
-    assert pixels[6:].min() > 250 and pixels[:2].max() < 5
-
-
-def test_a_video_without_times_is_named(monkeypatch):
-    played(monkeypatch, frame(None))
-
-    with pytest.raises(UserError, match="raw.h264: frames without times"):
-        media.read_video("raw.h264", 1, (8, 8))
 
 
 def test_all_videos_that_are_wrong_are_named_before_any_is_encoded(tmp_path):
@@ -199,6 +163,40 @@ def test_all_videos_that_are_wrong_are_named_before_any_is_encoded(tmp_path):
 
     with pytest.raises(UserError, match="2 videos .*b.mp4: 2 frames.*c.mp4: 1 frames"):
         sources.open_source(config(write_list(tmp_path, *rows)), bundle, tmp_path)
+
+
+def test_pictures_that_are_used_more_than_once_are_reported(tmp_path, capfd):
+    for name, fps in (("a.mp4", 16), ("b.mp4", 8), ("c.mp4", 4)):
+        write_video(tmp_path / name, fps=fps)
+    rows = [{"video": f"{name}.mp4", "caption": name} for name in "abc"]
+
+    sources.open_source(config(write_list(tmp_path, *rows)), bundles.load(), tmp_path)
+
+    lines = [line for line in capfd.readouterr().err.splitlines() if "warn" in line]
+    (line,) = lines
+    assert "2 videos have fewer than 16 frames a second" in line
+    assert f"{tmp_path / 'b.mp4'}, 2 of 5 frames are repeats" in line
+
+
+def test_links_of_a_hubs_download_are_followed_and_no_others(tmp_path):
+    hub, videos_of = tmp_path / "datasets--a--b", "snapshots/0123/videos"
+    write_video(tmp_path / "other.mp4")
+    write_video(hub / "blobs" / "beef.mp4")
+    (hub / videos_of).mkdir(parents=True)
+    (hub / videos_of / "a.mp4").symlink_to("../../../blobs/beef.mp4")
+    (hub / videos_of / "b.mp4").symlink_to(tmp_path / "other.mp4")
+
+    def read(name):
+        line = {"video": name, "caption": "x"}
+        return videos.read_list(str(write_list(hub / "snapshots" / "0123", line)))
+
+    ((found, _),) = read("videos/a.mp4")
+    assert found.name == "a.mp4" and media.read_video(found, FRAMES, (8, 8)).any()
+    wrong = f"line 1: 'videos/b.mp4' is a link to {tmp_path / 'other.mp4'}, outside"
+    with pytest.raises(UserError, match=wrong):
+        read("videos/b.mp4")
+    with pytest.raises(UserError, match="leads to .*beef.mp4, outside"):
+        read("../../blobs/beef.mp4")
 
 
 def test_videos_need_a_list(tmp_path):
