@@ -26,7 +26,7 @@ from anchor_jax import finite, sharding
 from anchor_jax.config import from_config
 from anchor_jax.errors import UserError, suggest
 from anchor_jax.filetypes import check_start
-from anchor_jax.io import expand, replacing, write_json
+from anchor_jax.io import expand, read_json, replacing, write_json
 from anchor_jax.wan import dit, lora
 from anchor_jax.wan.spec import TINY, LatentGrid, ModelConfig
 from anchor_jax.wan.text import TextConfig, Umt5Encoder
@@ -407,11 +407,12 @@ def run_base(folder: pathlib.Path) -> str:
 
 
 def _read_run(folder: pathlib.Path) -> str:
+    remedy = "start its training once more: the same command writes the file again"
     try:
-        run = json.loads((folder / RUN).read_text(encoding="utf-8"))
-        base, version = run["base"], run["format_version"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{folder / RUN} cannot be read: {error!r}") from error
+        run = read_json(folder / RUN, remedy=remedy)
+    except FileNotFoundError as error:
+        raise UserError(f"{folder / RUN} is missing; {remedy}") from error
+    base, version = run.get("base"), run.get("format_version")
     if version != FORMAT_VERSION or not isinstance(base, str) or "\0" in base:
         raise UserError(
             f"{folder / RUN}: format_version={version!r} and base={base!r}, expected"

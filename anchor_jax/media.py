@@ -316,8 +316,11 @@ def _pictures(path: pathlib.Path, container: Any) -> Any:
             f"{path}: it holds no pictures, or its end is missing; choose a file with a"
             " whole video"
         )
+    shape = found.codec_context
+    if shape is None:
+        raise UserError(f"{path}: an unknown way of coding; write it again as H.264")
     # Nothing has been decoded so far.
-    _check_size(path, found.codec_context.width, found.codec_context.height)
+    _check_size(path, shape.width, shape.height)
     return found
 
 

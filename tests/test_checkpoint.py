@@ -282,6 +282,31 @@ def test_broken_meta_is_one_message(folder, text):
         checkpoint.read_meta(folder)
 
 
+@pytest.mark.parametrize("name", ["_METADATA", "_sharding"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, '{"tree_metadata": 5}'])
+def test_broken_metadata_of_an_item_is_one_message(folder, name, text):
+    (folder / "0" / "generator" / name).write_text(text)
+
+    try:
+        assert_same(checkpoint.restore(folder, "generator"), tree())
+    except UserError as error:
+        assert str(folder) in str(error) and len(str(error)) < 600
+        assert "\n" not in str(error)
+    else:
+        assert name != "_METADATA"
+
+
+def test_whatever_is_raised_while_reading_is_one_message(folder, monkeypatch):
+    def fail(*args, **options):
+        raise Exception("line\n" * 535)
+
+    monkeypatch.setattr(checkpoint.ocp.PyTreeCheckpointHandler, "metadata", fail)
+
+    with pytest.raises(UserError, match="copy or write it again") as caught:
+        checkpoint.shapes(folder, "generator")
+    assert str(folder) in str(caught.value) and len(str(caught.value)) < 600
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("keep", [0.0, 0.5])
 def test_cut_files_are_one_message(folder, keep):

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import datetime
 import itertools
-import json
 import os
 import pathlib
 import sys
@@ -295,7 +294,7 @@ def _choose(jobs: Sequence[Job], overwrite: bool) -> tuple[list[Job], list[Job]]
                 " choose another --out"
             )
         present = [file for file in job.files if file.exists()]
-        same = _stored_request(job) == job.request
+        same = _stored_request(job, overwrite) == job.request
         if same and len(present) == len(job.files) and not overwrite:
             done.append(job)
             continue
@@ -311,11 +310,23 @@ def _choose(jobs: Sequence[Job], overwrite: bool) -> tuple[list[Job], list[Job]]
     return todo, done
 
 
-def _stored_request(job: Job) -> dict | None:
+def _stored_request(job: Job, overwrite: bool) -> dict | None:
+    """Returns what a recipe that is there was made from, or None.
+
+    Raises:
+      UserError: It is damaged, and shall not be overwritten.
+    """
+    from anchor_jax.io import read_json
+
+    remedy = "choose another --out, or replace the video with --overwrite"
     try:
-        return json.loads(job.file(".json").read_text(encoding="utf-8")).get("request")
-    except (OSError, ValueError, AttributeError):
+        return read_json(job.file(".json"), remedy=remedy).get("request")
+    except FileNotFoundError:
         return None
+    except UserError:
+        if overwrite:
+            return None
+        raise
 
 
 def _warnings(tokenizer, jobs: Sequence[Job], negative: str) -> Iterator[str]:

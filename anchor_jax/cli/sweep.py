@@ -3,7 +3,6 @@
 import ast
 import dataclasses
 import itertools
-import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -13,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from absl import flags
@@ -103,14 +102,40 @@ def _run_points(folder: pathlib.Path, points: list[Point]) -> int:
 
 
 def _earlier(folder: pathlib.Path, points: list[Point]) -> list[dict[str, Any]]:
-    """Returns the results in a folder that none of the combinations will replace."""
+    """Returns the results in a folder that none of the combinations will replace.
+
+    Raises:
+      UserError: The table there is damaged.
+    """
+    from anchor_jax.io import read_json
+
+    path = folder / "sweep.json"
+    remedy = (
+        "remove it, and give the earlier sweeps' commands again: what is finished is"
+        " not trained again"
+    )
     try:
-        stored = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
-        named = {name_of(one["values"]): one for one in stored if "status" in one}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        stored = read_json(path, list, remedy)
+    except FileNotFoundError:
         return []
+    for one in stored:
+        if not _is_result(one):
+            raise UserError(
+                f"{path} holds {repr(one)[:60]}, which is no result; {remedy}"
+            )
     replaced = {point.name for point in points}
+    named = {name_of(one["values"]): one for one in stored}
     return [one for name, one in named.items() if name not in replaced]
+
+
+def _is_result(one: Any) -> bool:
+    """Returns whether something is a line of the table."""
+    if not isinstance(one, dict) or not isinstance(one.get("values"), dict):
+        return False
+    numbers = [one[name] for name in _NUMBERS if name in one]
+    return isinstance(one.get("status"), str) and all(
+        type(value) in (int, float) for value in numbers
+    )
 
 
 def make_points(config, vary: list[str]) -> list[Point]:
@@ -259,18 +284,15 @@ def _is_finished(point: Point) -> bool:
 
 def _last(point: Point) -> dict[str, Any]:
     """Returns the last mean of each number that was logged."""
+    from anchor_jax.training import files
+
     found: dict[str, Any] = {}
-    for line in _lines(point.folder / "log.jsonl"):
-        try:
-            found |= json.loads(line)
-        except (ValueError, TypeError):
-            continue
+    try:
+        for line in files.read_log(point.folder):
+            found |= line
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
     return found
-
-
-def _lines(path: pathlib.Path) -> Iterator[str]:
-    if path.exists():
-        yield from path.read_text(encoding="utf-8").splitlines()
 
 
 def table(results: list[dict[str, Any]]) -> str:

@@ -70,7 +70,8 @@ def main(argv) -> None:
 def _report(job) -> None:
     """Prints where things are."""
     out = job.config.out
-    from anchor_jax.training.monitor import EVENTS, LOG
+    from anchor_jax.training.files import LOG
+    from anchor_jax.training.monitor import EVENTS
 
     print(f"numbers: {job.folder / LOG}")
     if (job.folder / EVENTS).is_dir():

@@ -12,9 +12,10 @@ import numpy as np
 
 from anchor_jax import flow
 from anchor_jax.cache.policies import POLICIES, Flush, Junction, Policy
+from anchor_jax.errors import UserError
 from anchor_jax.evaluation import events as trials
 from anchor_jax.evaluation import world
-from anchor_jax.io import write_json
+from anchor_jax.io import read_json, write_json
 from anchor_jax.streaming.types import StreamSetup
 from anchor_jax.training import world_windows
 from anchor_jax.training.regress import Regression
@@ -147,20 +148,29 @@ def measure_once(path: pathlib.Path, about: Mapping[str, Any], run) -> list[dict
 
     Args:
       path: of the JSON file.
-      about: what was measured; a file about something else is measured anew.
+      about: what was measured; a file about something else, or a damaged
+        one, is measured anew.
       run: measures.
     """
     about = json.loads(json.dumps(about))
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if stored["about"] == about:
-            return stored["streams"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+        stored = read_json(path)
+    except (FileNotFoundError, UserError):
+        stored = {}
+    if stored.get("about") == about and _are_streams(stored.get("streams")):
+        return stored["streams"]
     streams = run()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"about": about, "streams": streams})
     return streams
+
+
+def _are_streams(found: Any) -> bool:
+    """Returns whether something read is a list of streams' metrics."""
+    return isinstance(found, list) and all(
+        isinstance(row, dict) and all(type(x) in (int, float) for x in row.values())
+        for row in found
+    )
 
 
 def summarize(arms: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> dict:

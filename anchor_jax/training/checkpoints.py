@@ -3,29 +3,30 @@
 `OUT/<step>/` holds one Orbax item per network, as `anchor_jax.checkpoint` reads it.
 """
 
+import contextlib
 import dataclasses
 import functools
-import json
 import math
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from anchor_jax import ownership
 from anchor_jax.checkpoint import FORMAT_VERSION, ITEMS
 from anchor_jax.errors import UserError
 from anchor_jax.io import write_json
+from anchor_jax.training.files import SKIPPED, read_skipped
 from anchor_jax.training.programs import Cursor
 from anchor_jax.training.state import TrainState
 
 TREES = ITEMS[: ITEMS.index("data")]
-SKIPPED = "skipped.json"
 
 
 @dataclasses.dataclass(eq=False)
@@ -111,11 +112,28 @@ class Checkpoints:
 
     def skip(self, *numbers: int) -> None:
         """Leaves batches, or sequences, out of what comes after a restore."""
-        write_json(self.folder / SKIPPED, [*self._skipped(), *numbers])
+        known = dict.fromkeys([*self.skipped(), *numbers])
+        write_json(self.folder / SKIPPED, list(known))
 
-    def _skipped(self) -> list[int]:
-        path = self.folder / SKIPPED
-        return json.loads(path.read_text("utf-8")) if path.exists() else []
+    def skipped(self) -> list[int]:
+        """Returns the numbers of batches, or sequences, that are left out."""
+        return read_skipped(self.folder)
+
+    def newest_first(
+        self, state: TrainState, places: TrainState
+    ) -> Iterator[tuple[int, tuple[TrainState, Cursor] | None]]:
+        """Yields every step with its state and cursor, or None if it is not whole.
+
+        Args:
+          state: of the same shapes.
+          places: its shardings.
+        """
+        for step in sorted(self.manager.all_steps(), reverse=True):
+            try:
+                read = self._restore(step, state, places)
+            except Exception:  # noqa: BLE001
+                read = None
+            yield step, read
 
     def restore(
         self, state: TrainState, places: TrainState
@@ -140,16 +158,18 @@ class Checkpoints:
                 reasons[step] = " ".join(str(error).split())[:200]
                 continue
             for torn, reason in reasons.items():
-                self.tell(f"{self._set_aside(torn)} is left out, not whole: {reason}")
-            skipped = self._skipped()
+                place = self.set_aside(torn, "torn")
+                self.tell(f"{place} is left out, not whole: {reason}")
+            skipped = set(self.skipped())
             while cursor.number in skipped:
                 cursor = Cursor(cursor.number + 1)
             return found, cursor
         if reasons:
             raise UserError(
-                f"{self.folder} holds the checkpoints {list(reasons)}, and none can be"
-                f" continued by this config ({next(iter(reasons.values()))}); choose"
-                " another --config.out, or the config that it began with"
+                f"{self.folder} holds the checkpoints {str(list(reasons))[:100]}, and"
+                " none can be continued by this config: they are damaged, or another"
+                f" config made them ({next(iter(reasons.values()))}); give the config"
+                " that they were made with, or another --config.out"
             )
         return None
 
@@ -157,12 +177,10 @@ class Checkpoints:
         """Returns the step of the best checkpoint that stayed, and its metric."""
         if not self.keep_best:
             return None
-        metrics = {x: self.manager.metrics(x) or {} for x in self.manager.all_steps()}
-        ranked = [
-            (found[self.best_of], step)
-            for step, found in metrics.items()
-            if self.best_of in found
-        ]
+        ranked = []
+        for step in self.manager.all_steps():
+            with contextlib.suppress(ValueError, LookupError, TypeError, OSError):
+                ranked.append((float(self.manager.metrics(step)[self.best_of]), step))
         return min(ranked)[::-1] if ranked else None
 
     def wait(self) -> None:
@@ -177,12 +195,20 @@ class Checkpoints:
         """Returns what ranks a checkpoint; last, if it was saved for another number."""
         return metrics.get(self.best_of, math.inf)
 
-    def _set_aside(self, step: int) -> pathlib.Path:
-        """Renames a checkpoint that cannot be used, so that its step can be saved."""
+    def set_aside(self, step: int, reason: str) -> pathlib.Path:
+        """Renames a checkpoint that cannot be used, so that its step can be saved.
+
+        Args:
+          step: of the checkpoint.
+          reason: begins the new name; what has that name is replaced.
+        """
         self.manager.close()
-        place = self.folder / f"torn-{step}"
-        shutil.rmtree(place, ignore_errors=True)
-        (self.folder / str(step)).rename(place)
+        place = self.folder / f"{reason}-{step}"
+        if jax.process_index() == 0:
+            shutil.rmtree(place, ignore_errors=True)
+            (self.folder / str(step)).rename(place)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(str(place))
         del self.manager
         return place
 
@@ -198,7 +224,7 @@ class Checkpoints:
         found = self.manager.restore(
             step, args=ocp.args.Composite(**items, data=ocp.args.JsonRestore())
         )
-        data = found["data"]
+        data = _checked(found["data"], step, state)
         scalars = {
             "step": np.int32(data["step"]),
             "updates": np.int32(data["updates"]),
@@ -210,6 +236,18 @@ class Checkpoints:
         }
         trees = {name: found[name] for name in items}
         return state.replace(**placed, **trees), Cursor(**data["cursor"])
+
+
+def _checked(data: Any, step: int, state: TrainState) -> dict[str, Any]:
+    """Returns a checkpoint's integers; raises ValueError unless they can be right."""
+    cursor = data["cursor"]
+    numbers = [data["step"], data["updates"], cursor["number"], cursor["start"]]
+    whole = all(type(one) is int and 0 <= one < 2**31 for one in numbers)
+    if not whole or data["step"] != step or len(cursor) != 2:
+        raise ValueError(f"its integers are wrong: {str(data)[:100]}")
+    if np.shape(data["rng"]) != state.rng.shape:
+        raise ValueError("its random key is wrong")
+    return data
 
 
 def present(state: TrainState) -> tuple[str, ...]:

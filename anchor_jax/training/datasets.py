@@ -34,16 +34,25 @@ _Pair = tuple[str, str]
 class Examples:
     """Examples by number: dicts of arrays and of text."""
 
-    def __init__(self, source):
-        """Wraps a data source, whose text is bytes."""
-        self._source = source
+    def __init__(self, source, folder: pathlib.Path):
+        """Wraps a data source in a folder, whose text is bytes."""
+        self._source, self._folder = source, folder
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        example = self._source[number]
-        return {name: _as_text(value) for name, value in example.items()}
+        """Returns an example.
+
+        Raises:
+          IndexError: There are fewer.
+          UserError: The file that it is in is damaged.
+        """
+        if number >= len(self):
+            raise IndexError(number)
+        with _blaming(self._folder):
+            example = self._source[number]
+            return {name: _as_text(value) for name, value in example.items()}
 
 
 class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -240,24 +249,25 @@ def prepare(
         with ownership.own_target(target, patience=math.inf):
             if not (target / _READY).is_file():
                 _build(make, target)
-    return open_dataset(target)
+    with _blaming(target):
+        # The features are the kind's own: a file could name any Python module.
+        return Examples(make(data_dir=target).as_data_source(SPLIT), target)
 
 
-def open_dataset(folder: str | os.PathLike) -> Examples:
-    """Returns the examples of a dataset that `prepare` built.
-
-    Raises:
-      UserError: There is none.
-    """
-    folder = pathlib.Path(folder)
+@contextlib.contextmanager
+def _blaming(folder: pathlib.Path) -> Iterator[None]:
+    """Says which dataset is damaged, and what to do."""
     try:
-        ready = json.loads((folder / _READY).read_text(encoding="utf-8"))
-        name = pathlib.PurePath(ready["name"]).name
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: no complete dataset; build it again") from error
-    where = folder / name / str(_VERSION)
-    builder = tfds.builder_from_directory(os.fspath(where))
-    return Examples(builder.as_data_source(SPLIT))
+        yield
+    except UserError:
+        raise
+    # Whatever the reading libraries raise for bytes that are not right.
+    except Exception as error:  # noqa: BLE001
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{folder} is damaged ({reason}); remove this folder, and the same command"
+            " builds it again"
+        ) from error
 
 
 def cache_key(builder: _Builder) -> str:

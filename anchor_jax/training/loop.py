@@ -12,6 +12,7 @@ import numpy as np
 
 from anchor_jax.errors import UserError
 from anchor_jax.io import replacing
+from anchor_jax.training import divergence
 from anchor_jax.training.checkpoints import Checkpoints
 from anchor_jax.training.monitor import Monitor
 from anchor_jax.training.programs import Cursor, Stage
@@ -64,8 +65,9 @@ def train(
       sample: makes sample videos of a state at a step.
 
     Raises:
-      UserError: A loss or gradient was not finite; the state before it is saved, and
-        the batch.
+      UserError: A loss or gradient was not finite. If other batches have finite ones,
+        the state before it is saved, and the batch; else the weights are ruined, and
+        the newest good checkpoint is found.
     """
     waiting = collections.deque()
     first = step = int(state.step)
@@ -80,16 +82,32 @@ def train(
             done = step + 1
             if done % loop.save_every == 0 or done == loop.steps or asked():
                 _drain(waiting, state, stage, checkpoints, monitor)
-                checkpoints.save(state, cursor, monitor.means())
+                _save(state, cursor, stage, checkpoints, monitor)
             if asked():
                 break
             if sample and loop.is_sampled(done):
                 with monitor.paused():
                     sample(state, done)
     _drain(waiting, state, stage, checkpoints, monitor)
-    checkpoints.save(state, cursor, monitor.means())
+    _save(state, cursor, stage, checkpoints, monitor)
     checkpoints.wait()
     return state
+
+
+def _save(state: TrainState, cursor: Cursor, stage, checkpoints, monitor) -> None:
+    """Begins to save a state, unless it is ruined."""
+    wrong = divergence.wrong_networks(state)
+    if wrong:
+        _raise_diverged("the state cannot be saved", wrong, state, stage, checkpoints)
+    checkpoints.save(state, cursor, monitor.means())
+
+
+def _raise_diverged(shown: str, wrong, state: TrainState, stage, checkpoints) -> None:
+    step = int(state.step)
+    back = divergence.go_back(stage, state, checkpoints)
+    raise divergence.Diverged(
+        divergence.report(step, shown, wrong, back, checkpoints.folder)
+    )
 
 
 @contextlib.contextmanager
@@ -99,11 +117,14 @@ def _saving_on_error(
     """Saves the state and cursor of `now` when something fails between two steps."""
     try:
         yield
+    except divergence.Diverged:
+        raise
     except Exception:
         state, cursor = now()
         is_whole = not any(x.is_deleted() for x in jax.tree.leaves(state))
         # A save waits for all processes, which may not have failed.
-        if is_whole and jax.process_count() == 1:
+        is_alone = jax.process_count() == 1
+        if is_whole and is_alone and not divergence.wrong_networks(state):
             checkpoints.save(state, cursor)
             checkpoints.wait()
         raise
@@ -127,6 +148,13 @@ def _note(entry, state: TrainState, stage, checkpoints, monitor: Monitor) -> Non
     if not bad:
         monitor.note(step, numbers)
         return
+    shown = ", ".join(f"{name}={value}" for name, value in bad.items())
+    skipped = checkpoints.skipped()
+    state, are_others_good = divergence.try_others(stage, state, taken, skipped)
+    if not are_others_good:
+        shown += ", and so it is for most other batches"
+        wrong = divergence.wrong_networks(state)
+        _raise_diverged(shown, wrong, state, stage, checkpoints)
     own = f"-{jax.process_index()}" if jax.process_count() > 1 else ""
     place = checkpoints.folder / f"failed-{step}{own}.npz"
     write_batches(stage, taken, place)
@@ -134,12 +162,11 @@ def _note(entry, state: TrainState, stage, checkpoints, monitor: Monitor) -> Non
     checkpoints.skip(*taken)
     checkpoints.save(state, Cursor(taken[-1] + 1))
     checkpoints.wait()
-    shown = ", ".join(f"{name}={value}" for name, value in bad.items())
     raise UserError(
-        f"step {step}: {shown}. It changed no weights: they are saved as"
-        f" {checkpoints.folder / str(step)}, its batch as {place}. Look at the batch;"
-        " the same command goes on after it, perhaps with a lower"
-        " optimizer.learning_rate or optimizer.clip"
+        f"step {step}: {shown}. Other batches were tried and are finite, so the weights"
+        f" are good: they are saved as {checkpoints.folder / str(step)}, the batch as"
+        f" {place}. Look at the batch; the same command goes on after it,"
+        " perhaps with a lower optimizer.learning_rate or optimizer.clip"
     )
 
 

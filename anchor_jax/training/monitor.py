@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from anchor_jax import ownership
 from anchor_jax.io import write_text
+from anchor_jax.training.files import LOG, read_log
 
-LOG, EVENTS = "log.jsonl", "events"
+EVENTS = "events"
 _SHOWN = ("loss", "generator_loss", "critic_loss")
 
 
@@ -44,6 +45,9 @@ class Monitor:
           every: steps to a line of numbers.
           frames_per_step: latent frames that a step sees or makes.
           quiet: shows no progress bar: of all processes but the first.
+
+        Raises:
+          UserError: The log is damaged.
         """
         self.every, self.frames = every, frames_per_step
         self.path = folder / LOG
@@ -53,7 +57,7 @@ class Monitor:
         self.began = self.ended = time.monotonic()
         self.noted = 0
         self.quiet = quiet
-        _cut_log(self.path, first)
+        _cut_log(folder, first)
         self.bar = tqdm(initial=first, total=steps, unit="step", disable=quiet)
         self.events = None if quiet else _events(folder, first)
 
@@ -127,16 +131,11 @@ def _ratio(means: Mapping[str, float]) -> dict[str, float]:
     return {"generator_critic_ratio": means[names[0]] / means[names[1]]}
 
 
-def _cut_log(path: pathlib.Path, first: int) -> None:
+def _cut_log(folder: pathlib.Path, first: int) -> None:
     """Removes lines of steps that will be run again."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            if json.loads(line)["step"] <= first:
-                kept.append(line + "\n")
-    write_text(path, "".join(kept))
+    kept = [line for line in read_log(folder) if line["step"] <= first]
+    if (folder / LOG).exists():
+        write_text(folder / LOG, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def _events(folder: pathlib.Path, first: int) -> Any:

@@ -35,6 +35,7 @@ class Stage(Protocol):
 
     frozen: Any
     mesh: Mesh
+    places: TrainState
 
     def advance(self, state: TrainState, cursor: Cursor, step: int):
         """Returns state, cursor and what to watch, one step later."""

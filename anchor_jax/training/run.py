@@ -22,6 +22,7 @@ from anchor_jax.experiment import parse_size
 from anchor_jax.io import expand, write_json
 from anchor_jax.training import (
     build,
+    files,
     fresh,
     placement,
     samples,
@@ -31,13 +32,12 @@ from anchor_jax.training import (
 from anchor_jax.training.build import Prepared, TrainConfig
 from anchor_jax.training.checkpoints import Checkpoints
 from anchor_jax.training.loop import Loop, train
-from anchor_jax.training.monitor import LOG, Monitor, memory_gb
+from anchor_jax.training.monitor import Monitor, memory_gb
 from anchor_jax.training.order import Share
 from anchor_jax.training.programs import Cursor, DistillStage
 from anchor_jax.training.samples import Sampler
 
 FRESH = "fresh"
-_CONFIG, _INPUTS = "config.json", "inputs.json"
 # What may change from one start of a run to the next.
 _FREE = (
     *("save_every", "keep", "keep_best", "best_of", "log_every", "sample_every"),
@@ -244,6 +244,7 @@ def open_job(
 
 
 def _open_job(config: TrainConfig, folder: pathlib.Path, tell, most: int | None) -> Job:
+    files.check(folder)
     compare_config(config, folder, tell)
     base = _base(config, folder)
     begun = base if base != f"./{FRESH}" else str(folder / FRESH)
@@ -266,7 +267,7 @@ def _open_job(config: TrainConfig, folder: pathlib.Path, tell, most: int | None)
     sampler = samples.make_sampler(config, prepared, folder)
     bundles.write_run(folder, base)
     write_config(config, folder)
-    write_json(folder / _INPUTS, read)
+    write_json(folder / files.INPUTS, read)
     _warn_of_chunks(prepared.stage, tell)
     _warn_of_words(config, generator, folder, tell)
     meta = {"training": _json(config)}
@@ -314,6 +315,7 @@ def dry_run(config: TrainConfig, tell: Callable[[str], None]) -> None:
       UserError: Something of the config is wrong, or the folder holds another run.
     """
     folder = expand(config.out)
+    files.check(folder)
     compare_config(config, folder, tell)
     with tempfile.TemporaryDirectory() as scratch:
         # What is built stays in the scratch folder.
@@ -321,7 +323,7 @@ def dry_run(config: TrainConfig, tell: Callable[[str], None]) -> None:
         trial = dataclasses.replace(config, out=scratch, data=data)
         job = open_job(trial, tell, most=config.batch)
         tell(job.plan())
-        where, logged = f"as {folder / LOG} has it", _logged(folder)
+        where, logged = f"as {folder / files.LOG} has it", _logged(folder)
         if logged is None:
             tell("times a few steps, the first of which compile")
             logged, where = (job.seconds_per_step(), memory_gb()), "here"
@@ -335,8 +337,7 @@ def dry_run(config: TrainConfig, tell: Callable[[str], None]) -> None:
 def _logged(folder: pathlib.Path) -> tuple[float, float] | None:
     """Returns a step's seconds and the most memory (GB), of a log's end, or None."""
     try:
-        text = (folder / LOG).read_text(encoding="utf-8")
-        lines = [json.loads(line) for line in text.splitlines()]
+        lines = files.read_log(folder)
         seconds, steps, spent, before = [], 0, 0.0, 0
         for line in lines:
             count, before = line["step"] - before, line["step"]
@@ -348,7 +349,7 @@ def _logged(folder: pathlib.Path) -> tuple[float, float] | None:
         # The first steps compile, those after a resumption too.
         typical = statistics.median((seconds[1:] or seconds)[-_LAST:])
         return typical, max(line["memory_gb"] for line in lines)
-    except (OSError, ValueError, LookupError, TypeError):
+    except (ValueError, LookupError):
         return None
 
 
@@ -418,17 +419,11 @@ def compare_config(
     Raises:
       UserError: The run in the folder has another config, or none that can be read.
     """
-    path = folder / _CONFIG
-    if not path.exists():
+    sections = [name for name, value in _json(config).items() if type(value) is dict]
+    stored = files.read_config(folder, sections)
+    if stored is None:
         return
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}), so the run in {folder} cannot go on;"
-            " choose another --config.out"
-        ) from error
-    changed = _changed(stored if isinstance(stored, dict) else {}, _json(config))
+    changed = _changed(stored, _json(config))
     refused = {
         name: values
         for name, values in changed.items()
@@ -436,7 +431,7 @@ def compare_config(
     }
     if refused:
         shown = (
-            f"{name} (began with {old!r}, got {new!r})"
+            f"{name} (began with {_short(old)}, got {_short(new)})"
             for name, (old, new) in refused.items()
         )
         raise UserError(
@@ -450,7 +445,7 @@ def compare_config(
 
 def write_config(config: TrainConfig, folder: pathlib.Path) -> None:
     """Writes the config of a run, with which alone it then goes on."""
-    write_json(folder / _CONFIG, _json(config))
+    write_json(folder / files.CONFIG, _json(config))
 
 
 def inputs(config: TrainConfig, generator: Bundle, teacher, critic) -> dict[str, Any]:
@@ -475,10 +470,7 @@ def compare_inputs(folder: pathlib.Path, given: Mapping[str, Any]) -> None:
     Raises:
       UserError: Some are not.
     """
-    path = folder / _INPUTS
-    if not path.exists():
-        return
-    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored = files.read_inputs(folder)
     changed = [
         name for name, value in given.items() if stored.get(name, value) != value
     ]
@@ -499,7 +491,7 @@ def _changed(
         old = stored.get(name, defaults[name])
         if name in _FREE or old == value:
             continue
-        if isinstance(value, dict) and isinstance(old, dict):
+        if isinstance(value, dict):
             old = {**defaults[name], **old}
             found |= {
                 f"{name}.{inner}": (old[inner], value[inner])
@@ -509,6 +501,11 @@ def _changed(
         else:
             found[name] = old, value
     return found
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _json(config: TrainConfig) -> dict[str, Any]:

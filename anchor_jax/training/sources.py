@@ -233,7 +233,7 @@ def _trajectories(data, bundle, share: Share, section, folder) -> Batches:
             f"{data.path}: trajectories of {stored.shape[1:]} (frame, height, width,"
             f" channel), expected {shape}; choose the same size and number of frames"
         )
-    sigma = np.asarray(stored.inputs["sigma"], np.float32)
+    sigma = _levels(data.path, stored)
     order = Order(len(stored), data.seed)
 
     def draw(number: int) -> Mapping[str, Any]:
@@ -252,6 +252,21 @@ def _trajectories(data, bundle, share: Share, section, folder) -> Batches:
         }
 
     return draw
+
+
+def _levels(path: str, stored) -> np.ndarray:
+    """Returns the noise level of each stored state but the last, in [0, 1]."""
+    found = stored.inputs.get("sigma")
+    is_list = isinstance(found, list) and len(found) == stored.shape[0]
+    if not is_list or not all(
+        type(one) in (int, float) and 0 <= one <= 1 for one in found
+    ):
+        raise UserError(
+            f"{path}/spec.json: sigma={str(found)[:60]}, expected {stored.shape[0]}"
+            " noise levels from 0 to 1; put the file back, or write the trajectories"
+            " again"
+        )
+    return np.asarray(found, np.float32)
 
 
 def _world_clips(data, bundle, share: Share, section, folder) -> Batches:

@@ -11,7 +11,7 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,8 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 
 from anchor_jax import io, ownership
-from anchor_jax.errors import UserError
-from anchor_jax.io import expand
+from anchor_jax.errors import UserError, naming
+from anchor_jax.io import expand, read_json
 
 SHARD = 8  # examples; at full size, 21 MB each before compression
 FORMAT = 1
@@ -223,15 +223,17 @@ class Trajectories:
 
     def __getitem__(self, place: int) -> dict[str, Any]:
         path, record = self._places[place]
-        (read,) = self._reader(path).read([record])
-        example = self._features.deserialize_example_np(read)
-        return {"states": example["states"], "prompt": example["prompt"].decode()}
+        with _blaming(path):
+            (read,) = self._reader(path).read([record])
+            example = self._features.deserialize_example_np(read)
+            return {"states": example["states"], "prompt": example["prompt"].decode()}
 
     def by_number(self, number: int) -> dict[str, Any]:
         """Returns the example that was written under a number.
 
         Raises:
           KeyError: None was.
+          UserError: The shard is damaged.
         """
         place = bisect.bisect_left(self.numbers, number)
         if place == len(self.numbers) or self.numbers[place] != number:
@@ -259,19 +261,21 @@ def _check_shape(shape: Iterable[int]) -> None:
 
 def _read_spec(folder: pathlib.Path) -> dict[str, Any]:
     path = folder / _SPEC
+    remedy = "put it back, or write the trajectories again, into another folder"
     try:
-        spec = json.loads(path.read_text(encoding="utf-8"))
-        shape = spec["shape"]
-        is_known = spec["format"] == FORMAT and all(type(n) is int for n in shape)
+        spec = read_json(path, remedy=remedy)
     except FileNotFoundError as error:
         raise UserError(
             f"{path}: no such file; anchor-jax trajectories writes one"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged; write the trajectories again") from error
-    if not is_known:
-        raise UserError(f"{path}: not of format {FORMAT}; write them again")
-    _check_shape(shape)
+    shape, inputs = spec.get("shape"), spec.get("inputs", {})
+    if spec.get("format") != FORMAT:
+        raise UserError(f"{path}: not of format {FORMAT}; {remedy}")
+    is_shape = isinstance(shape, list) and all(type(n) is int for n in shape)
+    if not is_shape or not isinstance(inputs, dict):
+        raise UserError(f"{path} is damaged (its shape or its inputs); {remedy}")
+    with naming(str(path)):
+        _check_shape(shape)
     return spec
 
 
@@ -291,17 +295,31 @@ def _index(folder: pathlib.Path) -> dict[int, tuple[pathlib.Path, int]]:
 
 def _numbers(path: pathlib.Path) -> list[int]:
     """Returns the numbers of a shard's examples, which its last record lists."""
-    try:
+    with _blaming(path):
         reader = _open_reader(path)
         last = reader.num_records() - 1
+        if last < 0:
+            raise ValueError("it has no records")
         numbers = json.loads(reader.read([last])[0])
-        is_right = len(numbers) == last and all(type(n) is int for n in numbers)
         reader.close()
-    except (ValueError, IndexError, RuntimeError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({error}); remove it") from error
-    if not is_right:
-        raise UserError(f"{path}: damaged (its list of numbers is wrong); remove it")
+        is_list = isinstance(numbers, list) and len(numbers) == last
+        if not is_list or not all(type(n) is int and n >= 0 for n in numbers):
+            raise ValueError("its list of numbers is wrong")
     return numbers
+
+
+@contextlib.contextmanager
+def _blaming(path: pathlib.Path) -> Iterator[None]:
+    """Says which shard is damaged, and what to do."""
+    try:
+        yield
+    # Whatever the reading libraries raise for bytes that are not right.
+    except Exception as error:  # noqa: BLE001
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{path}: damaged ({reason}); move it away: anchor-jax trajectories with"
+            " the same config writes its examples again"
+        ) from error
 
 
 def _open_reader(path: pathlib.Path):

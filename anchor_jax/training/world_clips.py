@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from anchor_jax.errors import UserError
 from anchor_jax.training import world_data
 from anchor_jax.world import codec as codecs
 from anchor_jax.world import events, scene
@@ -85,11 +86,28 @@ def to_text(shown: Scene) -> str:
 
 
 def from_text(text: str) -> Scene:
-    """Returns the scene of `to_text`."""
-    fields = json.loads(text)
-    second = fields.pop("second")
-    first = scene.Attributes(**fields.pop("first"))
-    return Scene(first, None if second is None else tuple(second), **fields)
+    """Returns the scene of `to_text`.
+
+    Raises:
+      UserError: It is the text of no scene.
+    """
+    try:
+        fields = json.loads(text)
+        second = fields.pop("second")
+        first = scene.Attributes(**fields.pop("first"))
+        return Scene(first, None if second is None else tuple(second), **fields)
+    except (
+        ValueError,
+        RecursionError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        raise UserError(
+            f"{text[:60]!r} describes no scene: the dataset of clips is damaged; remove"
+            " the folder `data` of the training (or config.data.cache), and the same"
+            " command makes it again"
+        ) from error
 
 
 def _clips(rng, frames: int) -> Iterator[tuple[list[tuple[Scene, int]], Scene]]:

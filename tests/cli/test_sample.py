@@ -136,6 +136,20 @@ def test_a_video_that_appeared_meanwhile_is_not_replaced(sample, tmp_path, monke
     assert count_frames(out / "000.mp4") == 21
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", "[" * 100_000])
+def test_a_damaged_recipe_is_named_and_stays(sample, tmp_path, content):
+    path = tmp_path / "out/test/000.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+
+    status, _, err = sample()
+
+    assert status == 2 and "000.json" in err and "--overwrite" in err
+    assert path.read_text() == content
+    assert sample("--overwrite")[0] == 0
+    assert json.loads(path.read_text())["request"]
+
+
 def test_a_batch_resumes_and_other_recipes_are_safe(sample, tmp_path):
     (tmp_path / "p.txt").write_text("a red ring[3f]\na blue square[3f]\n")
     batch = "--config.prompt_file=p.txt"

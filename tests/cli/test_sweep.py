@@ -73,23 +73,51 @@ def test_every_combination_has_a_folder_of_its_name(tmp_path, monkeypatch):
     assert {one.optimizer.learning_rate for one in seen.values()} == {1e-3, 2.0}
 
 
-@pytest.mark.parametrize(
-    ("stored", "kept"),
-    [
-        ('[{"values": {"seed": 7}, "status": "finished"}]', [7]),
-        ('[{"values": {"seed": 7}}]', []),
-        ('[{"values": {"seed": 7', []),
-        ("7", []),
-    ],
-)
-def test_a_damaged_table_is_begun_anew(stored, kept, tmp_path, monkeypatch):
+def test_earlier_lines_of_a_table_stay(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "run_point", lambda point: "finished")
-    (tmp_path / "sweep.json").write_text(stored)
+    path = tmp_path / "sweep.json"
+    path.write_text('[{"values": {"seed": 7}, "status": "finished"}]')
 
     assert run(tmp_path, "--vary=seed=1") == 0
 
-    results = json.loads((tmp_path / "sweep.json").read_text())
-    assert [one["values"]["seed"] for one in results] == [*kept, 1]
+    results = json.loads(path.read_text())
+    assert [one["values"]["seed"] for one in results] == [7, 1]
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        b'[{"values": {"seed": 7}}]',
+        b'[{"values": 7, "status": "finished"}]',
+        b'[{"values": {"seed": 7}, "status": "finished", "loss": "low"}]',
+        b'[{"values": {"seed": 7',
+        b"7",
+        b"\xff",
+        b"[" * 100_000,
+    ],
+)
+def test_a_damaged_table_is_named_and_stays(stored, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "run_point", None)
+    path = tmp_path / "sweep.json"
+    path.write_bytes(stored)
+
+    assert run(tmp_path, "--vary=seed=1") == 2
+
+    assert f"error: {path}" in capsys.readouterr().err
+    assert path.read_bytes() == stored
+
+
+def test_a_damaged_log_stops_no_sweep(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "run_point", lambda point: "finished")
+    for seed, log in (1, b"\xff\n"), (2, b'{"step": 3, "loss": 0.5}\n'):
+        (tmp_path / f"seed={seed}").mkdir()
+        (tmp_path / f"seed={seed}" / "log.jsonl").write_bytes(log)
+
+    assert run(tmp_path, "--vary=seed=1,2") == 0
+
+    first, second = json.loads((tmp_path / "sweep.json").read_text())
+    assert "loss" not in first and second["loss"] == 0.5
+    assert "seed=1/log.jsonl, line 1 is damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,40 @@ def test_a_runs_weights_are_a_bundle(trained, weights):
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", b"{"),
+        ("config.json", b"[" * 100_000),
+        ("config.json", b'{"data": [1]}'),
+        ("inputs.json", b""),
+        ("inputs.json", b"[1, 2]"),
+        ("skipped.json", b'["1"]'),
+        ("log.jsonl", b"\xff\n"),
+    ],
+)
+@pytest.mark.parametrize("more", [(), ("--dry_run", "--config.seed=7")])
+def test_damaged_files_of_a_run_are_named_and_stay(
+    weights, tmp_path, capsys, name, content, more
+):
+    (tmp_path / name).write_bytes(content)
+
+    assert train(weights, tmp_path, *more) == 2
+
+    assert f"error: {tmp_path / name}" in capsys.readouterr().err
+    assert [(x.name, x.read_bytes()) for x in tmp_path.iterdir()] == [(name, content)]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "[" * 100_000, '{"format_version": 1, "base": 7}']
+)
+def test_a_damaged_mark_of_a_run_is_named(tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+
+    with pytest.raises(UserError, match="run.json"):
+        load_bundle(str(tmp_path))
+
+
 def test_a_run_of_another_config_is_not_continued(trained, weights, capsys):
     assert train(weights, trained, "--config.seed=7") == 2
 

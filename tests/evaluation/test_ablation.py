@@ -88,10 +88,13 @@ def test_what_is_measured_is_kept_and_damage_is_measured_again(tmp_path):
         assert ablation.measure_once(path, about, run) == [{"all": 1.0}]
     assert len(calls) == 2
 
-    path.write_text(path.read_text()[:20])
-    ablation.measure_once(path, {"seed": 2}, run)
-    assert len(calls) == 3
-    assert json.loads(path.read_text())["about"] == {"seed": 2}
+    strange = {"about": {"seed": 2}, "streams": [{"all": "1.0"}]}
+    damaged = [path.read_text()[:20], "[" * 100_000, "[]", json.dumps(strange)]
+    for number, text in enumerate(damaged, 3):
+        path.write_text(text)
+        assert ablation.measure_once(path, {"seed": 2}, run) == [{"all": 1.0}]
+        assert len(calls) == number
+        assert json.loads(path.read_text())["about"] == {"seed": 2}
 
 
 @pytest.fixture(scope="module")

@@ -187,8 +187,6 @@ def test_a_half_built_folder_is_built_again(tmp_path):
     for shard in built.rglob("*array_record*"):
         shard.write_bytes(b"")
 
-    with pytest.raises(UserError, match="no complete dataset"):
-        datasets.open_dataset(built)
     examples = datasets.prepare(datasets.Clips, tmp_path, **clip_arguments())
 
     assert examples[4]["captions"] == ["clip 4"]
@@ -363,6 +361,84 @@ def test_a_damaged_shard_is_named(tmp_path):
 
     with pytest.raises(UserError, match=f"{shard.name}: damaged"):
         Trajectories(tmp_path)
+
+
+@pytest.mark.parametrize("record", [0, 1])
+def test_a_damaged_example_is_named_when_it_is_read(tmp_path, record):
+    writer = TrajectoryWriter(tmp_path, 0, 1, SHAPE)
+    for number in (0, 1):
+        writer.add(number, states(number), "a")
+    writer.flush()
+    (shard,) = tmp_path.glob("*.array_record")
+    content = bytearray(shard.read_bytes())
+    place = 200 + 1000 * record
+    content[place : place + 40] = bytes(40)
+    shard.write_bytes(content)
+    stored = Trajectories(tmp_path)
+
+    with pytest.raises(UserError, match=f"{shard.name}: damaged .*move it away"):
+        stored[record]
+    assert stored[1 - record]["prompt"] == "a"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[" * 100_000,
+        b"[]",
+        b"\xff",
+        b'{"format": 2, "shape": [5, 2, 3, 3, 4]}',
+        b'{"format": 1, "shape": "52334"}',
+        b'{"format": 1, "shape": [5, 2, 3, 3]}',
+        b'{"format": 1, "shape": [5, 2, 3, 3, 4.0]}',
+        b'{"format": 1, "shape": [5, 2, 3, 3, 4], "inputs": [1]}',
+    ],
+)
+def test_a_damaged_spec_is_named(tmp_path, content):
+    (tmp_path / "spec.json").write_bytes(content)
+
+    with pytest.raises(UserError, match="spec.json") as caught:
+        Trajectories(tmp_path)
+    assert len(str(caught.value)) < 600
+
+
+def damaged_clips(tmp_path, pattern, change):
+    """Prepares a dataset whose file was changed."""
+    datasets.prepare(datasets.Clips, tmp_path, **clip_arguments())
+    (place,) = tmp_path.glob(f"clips-*/{pattern}")
+    place.write_bytes(change(place.read_bytes()))
+    return datasets.prepare(datasets.Clips, tmp_path, **clip_arguments())
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5, 0.95])
+def test_a_dataset_with_a_cut_shard_is_named(tmp_path, keep):
+    with pytest.raises(UserError, match="clips-.* is damaged .*remove this folder"):
+        all_of(
+            damaged_clips(
+                tmp_path, "**/*.array_record*", lambda x: x[: int(keep * len(x))]
+            )
+        )
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[" * 100_000, b"[]", b"\xff"])
+def test_a_dataset_with_a_damaged_description_is_named(tmp_path, content):
+    with pytest.raises(UserError, match="clips-.* is damaged") as caught:
+        all_of(damaged_clips(tmp_path, "**/dataset_info.json", lambda x: content))
+    assert len(str(caught.value)) < 600
+
+
+def test_a_dataset_imports_no_module_that_its_files_name(tmp_path, monkeypatch):
+    (tmp_path / "hostile.py").write_text("raise SystemExit('run')")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def change(content):
+        names = json.loads(content)
+        names["pythonClassName"] = "hostile.Feature"
+        return json.dumps(names).encode()
+
+    assert len(damaged_clips(tmp_path, "**/features.json", change)) == 5
+    assert "hostile" not in sys.modules
 
 
 def epoch(order, number):

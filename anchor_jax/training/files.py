@@ -1,0 +1,139 @@
+"""The small files in a training's folder, read with errors that name them.
+
+Whatever is wrong with one is found before anything else is done with the folder.
+"""
+
+import json
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+from anchor_jax.errors import UserError
+from anchor_jax.io import read_json
+
+CONFIG, INPUTS = "config.json", "inputs.json"
+LOG, SKIPPED = "log.jsonl", "skipped.json"
+
+_REMEDIES = {
+    CONFIG: "put it back, or remove it if the run began with the config that is given",
+    INPUTS: "put it back, or remove it if data and weights are those that the run began"
+    " with",
+    SKIPPED: "put it back, or remove it: the batches that it listed are tried again",
+}
+_LOG_REMEDY = (
+    "remove that line, or move the file away; it holds numbers to look at, and no part"
+    " of the training"
+)
+_MOST_NUMBER = 2**63
+
+
+def check(folder: pathlib.Path) -> None:
+    """Raises unless every file that is there can be used.
+
+    Raises:
+      UserError: One is damaged; the message says what to do.
+    """
+    read_config(folder)
+    read_inputs(folder)
+    read_skipped(folder)
+    read_log(folder)
+
+
+def read_config(
+    folder: pathlib.Path, sections: Iterable[str] = ()
+) -> dict[str, Any] | None:
+    """Returns the config that a run began with, or None where there is no run.
+
+    Args:
+      folder: of the run.
+      sections: names of the fields that are objects, where they are there.
+
+    Raises:
+      UserError: The file is damaged.
+    """
+    found = _read(folder / CONFIG, dict)
+    for name in sections:
+        if found is not None and not isinstance(found.get(name, {}), dict):
+            raise UserError(
+                f"{folder / CONFIG}: {name} is {_short(found[name])}, expected an"
+                f" object; {_REMEDIES[CONFIG]}"
+            )
+    return found
+
+
+def read_inputs(folder: pathlib.Path) -> dict[str, Any]:
+    """Returns what tells whether a run's inputs are still those that it began with.
+
+    Raises:
+      UserError: The file is damaged.
+    """
+    return _read(folder / INPUTS, dict) or {}
+
+
+def read_skipped(folder: pathlib.Path) -> list[int]:
+    """Returns the numbers of the batches, or sequences, that are left out.
+
+    Raises:
+      UserError: The file is damaged.
+    """
+    found = _read(folder / SKIPPED, list) or []
+    wrong = [
+        one for one in found if type(one) is not int or not 0 <= one < _MOST_NUMBER
+    ]
+    if wrong:
+        raise UserError(
+            f"{folder / SKIPPED} holds {_short(wrong[0])}, expected numbers of batches,"
+            f" 0 or more; {_REMEDIES[SKIPPED]}"
+        )
+    return found
+
+
+def read_log(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """Returns the lines of numbers of a run; none where there is no log.
+
+    A last line without an end is left out: a process was killed while it wrote it.
+
+    Raises:
+      UserError: Another line is damaged.
+    """
+    path = folder / LOG
+    try:
+        *lines, last = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}); move it away"
+        ) from error
+    found = [_numbers(path, number, line) for number, line in enumerate(lines, 1)]
+    try:
+        return [*found, _numbers(path, len(lines) + 1, last)]
+    except UserError:
+        return found
+
+
+def _numbers(path: pathlib.Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(line.decode("utf-8"))
+        whole = type(found["step"]) is int
+        whole &= all(type(value) in (int, float) for value in found.values())
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise UserError(
+            f"{path}, line {number} is damaged, got {_short(line)}, expected an object"
+            f' of numbers with "step"; {_LOG_REMEDY}'
+        )
+    return found
+
+
+def _read(path: pathlib.Path, kind: type) -> Any:
+    try:
+        return read_json(path, kind, _REMEDIES[path.name])
+    except FileNotFoundError:
+        return None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
