@@ -145,7 +145,11 @@ def _sentences(step, shown, wrong, back: WayBack, folder) -> Iterator[str]:
             " its data, are the reason: look at config.weights and config.data."
         )
         return
-    state = f"not finite are {', '.join(wrong)}" if wrong else "its weights are useless"
+    state = (
+        f"not finite are {', '.join(wrong)}"
+        if wrong
+        else "its weights are finite, but too large"
+    )
     yield f"The training has diverged: {state}, and they are not saved."
     if back.step is None:
         yield (

@@ -13,6 +13,7 @@ from anchor_jax.io import read_json
 
 CONFIG, INPUTS = "config.json", "inputs.json"
 LOG, SKIPPED = "log.jsonl", "skipped.json"
+METRICS = "metrics/metrics"
 
 _REMEDIES = {
     CONFIG: "put it back, or remove it if the run began with the config that is given",
@@ -24,6 +25,7 @@ _LOG_REMEDY = (
     "remove that line, or move the file away; it holds numbers to look at, and no part"
     " of the training"
 )
+_OF_STEPS = ("_CHECKPOINT_METADATA", METRICS)
 _MOST_NUMBER = 2**63
 
 
@@ -37,6 +39,7 @@ def check(folder: pathlib.Path) -> None:
     read_inputs(folder)
     read_skipped(folder)
     read_log(folder)
+    _check_steps(folder)
 
 
 def read_config(
@@ -110,6 +113,21 @@ def read_log(folder: pathlib.Path) -> list[dict[str, Any]]:
         return [*found, _numbers(path, len(lines) + 1, last)]
     except UserError:
         return found
+
+
+def _check_steps(folder: pathlib.Path) -> None:
+    """Raises unless what tells of the checkpoints can be read."""
+    steps = [x for x in folder.glob("[0-9]*") if x.name.isdecimal()]
+    for step in sorted(steps, key=lambda x: int(x.name)):
+        for name in _OF_STEPS:
+            remedy = "remove this one file; the checkpoint is whole without it"
+            try:
+                found = read_json(step / name, remedy=remedy)
+            except FileNotFoundError:
+                continue
+            numbers = found.values() if name == METRICS else ()
+            if not all(type(value) in (int, float) for value in numbers):
+                raise UserError(f"{step / name} holds more than numbers; {remedy}")
 
 
 def _numbers(path: pathlib.Path, number: int, line: bytes) -> dict[str, Any]:

@@ -349,7 +349,7 @@ def _logged(folder: pathlib.Path) -> tuple[float, float] | None:
         # The first steps compile, those after a resumption too.
         typical = statistics.median((seconds[1:] or seconds)[-_LAST:])
         return typical, max(line["memory_gb"] for line in lines)
-    except (ValueError, LookupError):
+    except (ValueError, LookupError, ArithmeticError):
         return None
 
 

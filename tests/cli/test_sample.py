@@ -136,7 +136,7 @@ def test_a_video_that_appeared_meanwhile_is_not_replaced(sample, tmp_path, monke
     assert count_frames(out / "000.mp4") == 21
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "[" * 100_000])
+@pytest.mark.parametrize("content", ["{", "[" * 100_000])
 def test_a_damaged_recipe_is_named_and_stays(sample, tmp_path, content):
     path = tmp_path / "out/test/000.json"
     path.parent.mkdir(parents=True)

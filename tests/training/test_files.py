@@ -94,6 +94,20 @@ def test_lines_of_steps_that_are_run_again_are_removed(tmp_path):
     assert (tmp_path / files.LOG).read_text().splitlines() == lines[:3]
 
 
+@pytest.mark.parametrize("content", [*DAMAGED, b"[]"])
+@pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "metrics/metrics"])
+def test_what_tells_of_a_checkpoint_is_named(tmp_path, name, content):
+    (tmp_path / "8" / "metrics").mkdir(parents=True)
+
+    assert "8" in damage(tmp_path, f"8/{name}", content)
+
+
+def test_metrics_are_numbers(tmp_path):
+    (tmp_path / "8" / "metrics").mkdir(parents=True)
+
+    damage(tmp_path, "8/metrics/metrics", b'{"loss": "low"}')
+
+
 def test_a_new_folder_has_nothing_to_read(tmp_path):
     files.check(tmp_path / "new")
 
