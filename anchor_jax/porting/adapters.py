@@ -166,7 +166,7 @@ def _unpaired(arrays: Mapping[str, Any], alphas: Mapping[str, float]) -> Iterato
         a, b = (arrays.get(module + end) for end in ends)
         if a is None or b is None:
             yield f"{module}{ends[a is not None]}: missing, its counterpart is there"
-        elif a.ndim == b.ndim == 2 and a.shape[0] != b.shape[1]:
+        elif a.ndim == b.ndim == 2 and not a.shape[0] == b.shape[1] > 0:
             yield f"{module}: lora_A has rank {a.shape[0]}, lora_B {b.shape[1]}"
     for module in alphas:
         if PEFT + module not in modules:
@@ -190,7 +190,8 @@ def filled(
       rules: The table of the names.
       layers: How many the transformer has; None: those that are there.
     """
-    rank = max((a.shape[0] for n, a in arrays.items() if ".lora_A." in n), default=0)
+    downs = (array for name, array in arrays.items() if ".lora_A." in name)
+    rank = max((array.shape[0] for array in downs if array.ndim == 2), default=0)
     result = {}
     for name, array in arrays.items():
         module = name.removeprefix(PEFT).rpartition(".lora_")[0]

@@ -17,6 +17,7 @@ from anchor_jax.porting.torch_file import open_torch
 
 _CHUNK = 2**24
 _MAX_JSON = 2**24  # bytes
+_MOST_LEVELS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,12 +180,33 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_JSON:
             raise ValueError(f"more than {_MAX_JSON} bytes")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parsed(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} is no JSON: {reason}; download it again") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds {type(value).__name__}, expected an object")
+    return value
+
+
+def parsed(text: str) -> Any:
+    """Returns the JSON document in a text.
+
+    Raises:
+      ValueError: It is none, or nested deeper than settings are.
+      RecursionError: It is nested deeper than Python can read.
+    """
+    value = json.loads(text)
+    level, parts = 0, [value]
+    while parts := [
+        inner
+        for part in parts
+        if isinstance(part, dict | list)
+        for inner in (part.values() if isinstance(part, dict) else part)
+    ]:
+        level += 1
+        if level > _MOST_LEVELS:
+            raise ValueError(f"it is nested deeper than {_MOST_LEVELS}")
     return value
 
 

@@ -1,10 +1,10 @@
 """Settings of networks in the header of a file of safetensors."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from anchor_jax.porting.convert import Mismatch
+from anchor_jax.porting.files import parsed
 
 HEADER_SETTINGS = (
     *("num_heads", "num_attention_heads", "attention_head_dim", "dim", "ffn_dim"),
@@ -27,7 +27,7 @@ def with_header(
     said = dict(header)
     for name, text in header.items():
         try:
-            said[name] = json.loads(text)
+            said[name] = parsed(text)
         except (ValueError, RecursionError):
             continue
     if isinstance(said.get("config"), dict):

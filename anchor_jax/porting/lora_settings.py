@@ -4,14 +4,16 @@ Every setting is used, known not to change what tensors mean, or refused by name
 """
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from anchor_jax.errors import UserError
 from anchor_jax.porting.convert import Mismatch
+from anchor_jax.porting.files import parsed
 
 _USED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 # Settings of PEFT that change what tensors mean, where they do not.
@@ -191,7 +193,7 @@ def of_sections(
     Raises:
       Mismatch: As `of_peft`.
     """
-    content = {name: _parsed(value) for name, value in content.items()}
+    content = {str(name): _parsed(value) for name, value in content.items()}
     statements, unused = [], []
     if any(name.startswith("ss_network") for name in content):
         statements.append(_of_kohya(origin, content))
@@ -215,16 +217,31 @@ def of_sections(
 
 
 def _parsed(value: Any) -> Any:
-    """Returns the value of a header's text: JSON if it is that."""
+    """Returns a plain value: of a header's text the JSON in it, of a tensor its number.
+
+    Names are text: a checkpoint may have others.
+    """
+    if isinstance(value, Mapping):
+        return {str(name): _parsed_within(one) for name, one in value.items()}
     if not isinstance(value, str):
-        return value
+        return _parsed_within(value)
     words = {"True": True, "False": False, "None": None}
     if value in words:
         return words[value]
     try:
-        return json.loads(value)
+        return parsed(value)
     except (ValueError, RecursionError):
         return value
+
+
+def _parsed_within(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _parsed_within(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_parsed_within(one) for one in value]
+    if isinstance(value, np.ndarray):
+        return value.item() if value.size == 1 else f"a tensor of shape {value.shape}"
+    return value
 
 
 def _component(origin: str, section: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from anchor_jax.wan.spec import PRESETS, ModelConfig
 from anchor_jax.wan.text import TextConfig
 from anchor_jax.wan.vae import VaeConfig
 
+_LARGEST = 2**20
 _ABSENT = (None, False, [], {}, "")
 
 
@@ -156,6 +157,7 @@ def model_config(source: Source) -> ModelConfig:
         "text_dim": shape("text_in/kernel")[0],
         "latent_channels": features // 4,
     }
+    _check_sizes(source, sizes)
     heads = _heads(source, sizes)
     per_head = settings.get("attention_head_dim", dim // heads)
     said = {
@@ -190,6 +192,7 @@ def text_config(source: Source) -> TextConfig:
         "num_layers": num_layers(source.arrays, table),
         "num_buckets": buckets,
     }
+    _check_sizes(source, sizes)
     names = {
         "vocab": "vocab_size",
         "dim": "d_model",
@@ -221,6 +224,7 @@ def vae_config(source: Source) -> VaeConfig:
         "base_dim": shape("encoder/conv1/kernel")[-1],
         "z_dim": shape("conv2/kernel")[-1],
     }
+    _check_sizes(source, sizes)
     said = {
         **{name: source.settings.get(name) for name in ("base_dim", "z_dim")},
         "dim_mult": source.settings.get("dim_mult"),
@@ -249,6 +253,17 @@ def vae_config(source: Source) -> VaeConfig:
             [f"vae, config.json: latents_std has {min(deviations):g}, expected above 0"]
         )
     return VaeConfig(**sizes, latent_mean=means, latent_std=deviations)
+
+
+def _check_sizes(source: Source, sizes: Mapping[str, int]) -> None:
+    """Raises `Mismatch` if tensors have sizes that no network has."""
+    problems = [
+        f"{source.item}: {name}={size} by its tensors, expected from 1 to {_LARGEST}"
+        for name, size in sizes.items()
+        if not 1 <= size <= _LARGEST
+    ]
+    if problems:
+        raise Mismatch(problems)
 
 
 def _agree(source: Source, sizes: Mapping[str, Any], said: Mapping[str, Any]) -> None:
@@ -302,14 +317,14 @@ def _product(heads: Any, per_head: Any) -> Any:
 
 
 def _whole(settings: Mapping[str, Any], name: str, default: int) -> int:
-    value = settings.get(name, default)
+    value = default if settings.get(name) is None else settings[name]
     if type(value) is not int or not 1 <= value <= 2**20:
         raise Mismatch([f"config.json: {name}={value!r:.60}, expected at least 1"])
     return value
 
 
 def _positive(settings: Mapping[str, Any], name: str, default: float) -> float:
-    value = settings.get(name, default)
+    value = default if settings.get(name) is None else settings[name]
     if type(value) is not float or not 0 < value < 1:
         raise Mismatch([f"config.json: {name}={value!r:.60}, expected from 0 to 1"])
     return value

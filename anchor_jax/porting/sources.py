@@ -80,19 +80,17 @@ def open_wan(folder: str | pathlib.Path) -> list[Source]:
     if not folder.is_dir():
         raise UserError(f"wan={str(folder)!r} is no folder; {_WANTED}")
     recognise.check_folder(folder)
-    parts = {
-        ("generator", "diffusers"): (folder / "transformer", DIFFUSION),
-        ("text_encoder", "diffusers"): (folder / "text_encoder", "model"),
-        ("vae", "diffusers"): (folder / "vae", DIFFUSION),
-        ("generator", "wan"): (folder, DIFFUSION),
-    }
-    found = []
-    for (item, layout), (place, stem) in parts.items():
-        if files := shards_of(place, stem):
-            arrays, header = open_files(place, files, stem)
-            recognise.check_network(files[-1], item, arrays)
-            settings, notes = with_header(read_settings(place / "config.json"), header)
-            found.append(Source(item, layout, arrays, files, settings, notes=notes))
+    parts = (
+        ("generator", folder / "transformer", DIFFUSION),
+        ("text_encoder", folder / "text_encoder", "model"),
+        ("vae", folder / "vae", DIFFUSION),
+        ("generator", folder, DIFFUSION),
+    )
+    found = [
+        _open_network(item, place, stem, files)
+        for item, place, stem in parts
+        if (files := shards_of(place, stem))
+    ]
     for item, stem in (("text_encoder", TEXT_FILE), ("vae", VAE_FILE)):
         if place := first_of(folder, (f"{stem}.pth", f"{stem}.safetensors")):
             found.append(_open_single(place, item))
@@ -106,6 +104,17 @@ def open_wan(folder: str | pathlib.Path) -> list[Source]:
     if len(set(items)) < len(items):
         raise UserError(f"wan={str(folder)!r} holds two layouts at once; {_WANTED}")
     return [_without_alias(source) for source in found]
+
+
+def _open_network(
+    item: str, folder: pathlib.Path, stem: str, files: tuple[pathlib.Path, ...]
+) -> Source:
+    """Returns a network that has a file, or shards, and perhaps a config.json."""
+    arrays, header = open_files(folder, files, stem)
+    recognise.check_network(files[-1], item, arrays)
+    settings, notes = with_header(read_settings(folder / "config.json"), header)
+    layout = _layout(arrays, _MARKS[item])
+    return Source(item, layout, arrays, files, settings, notes=notes)
 
 
 # Names of single files, as repackaged for ComfyUI, and the folders that it has.
@@ -223,11 +232,8 @@ def _open_folder(folder: pathlib.Path, key: str | None, item: str) -> Source:
             f"{folder} is a folder without {DIFFUSION}.safetensors; give a file, or the"
             " folder of a whole model with --wan"
         )
-    arrays, header = open_files(folder, files, DIFFUSION)
-    recognise.check_network(files[-1], "generator", arrays)
-    settings, notes = with_header(read_settings(folder / "config.json"), header)
-    layout = _layout(arrays, _MARKS["generator"])
-    return Source(item, layout, arrays, files, settings, notes=notes)
+    network = _open_network("generator", folder, DIFFUSION, files)
+    return dataclasses.replace(network, item=item)
 
 
 def _others(content: Mapping[str, Any], key: str) -> str:

@@ -373,6 +373,42 @@ def test_what_is_not_low_rank_is_refused_by_name(planned, name, message):
         planned(arrays)
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (2,), (2, 2, 2), (0, 16)])
+def test_matrices_of_no_shape_are_refused_by_name(planned, shape):
+    name = "diffusion_model.blocks.1.self_attn.q.lora_down.weight"
+
+    with pytest.raises(UserError, match=r"blocks\.1\.self_attn\.q"):
+        planned(FORMS["comfyui"] | {name: np.zeros(shape, np.float32)})
+
+
+def test_a_rank_of_none_is_refused(planned):
+    name = "diffusion_model.blocks.1.self_attn.q.lora_{}.weight"
+    empty = {
+        name.format("down"): np.zeros((0, SMALL.dim), np.float32),
+        name.format("up"): np.zeros((SMALL.dim, 0), np.float32),
+    }
+
+    with pytest.raises(UserError, match="has rank 0"):
+        planned(FORMS["comfyui"] | empty)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"lora_config": {"lora_alpha": np.full((2,), 3.0), 5: 6}},
+        {"lora_config": {"alpha_pattern": {7: "8"}}},
+        {"lora_alpha": "NaN"},
+        {"lora_alpha": [16]},
+    ],
+    ids=str,
+)
+def test_settings_of_wrong_types_are_refused(base, tmp_path, entries):
+    write_torch(tmp_path / "x.pt", {"generator_lora": FORMS["peft"], **entries})
+
+    with pytest.raises(UserError, match=r"alpha|'5'|'7'"):
+        port.plan(generator=base, lora=tmp_path / "x.pt", method="longlive")
+
+
 def test_magnitudes_of_dora_are_refused(planned):
     arrays = dict(FORMS["peft"])
     arrays["base_model.model.blocks.0.ffn.0.lora_magnitude_vector"] = np.ones(24)

@@ -210,6 +210,17 @@ def test_a_header_and_a_config_must_agree(tmp_path):
         port.plan(folder)
 
 
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "[" * 5000, '{"a": ' + "[" * 100 + "]" * 100 + "}", "NaN"]
+)
+def test_damaged_settings_are_named(tmp_path, text):
+    folder, _ = write_layout(tmp_path / "in", "wan")
+    (folder / "config.json").write_text(text)
+
+    with pytest.raises(UserError, match=r"config\.json (is no JSON|holds)"):
+        port.plan(folder)
+
+
 def test_unused_entries_of_a_checkpoint_are_reported(tmp_path):
     arrays = draw(dit_names(SMALL), np.float32, 0)
     path = tmp_path / "model.pt"
