@@ -698,7 +698,8 @@ def _source_digest(sources: Any) -> str:
         try:
             hashes = [file["sha256"] for file in source["files"]]
             taken = [source[key] for key in ("item", "key", "alpha")]
-        except (KeyError, TypeError) as error:
+            taken += source.get("factors") or []
+        except (AttributeError, KeyError, TypeError) as error:
             raise UserError(f"meta.sources, entry {number}: {error!r}") from error
         for one in hashes:
             if not isinstance(one, str) or not _DIGEST.fullmatch(one):

@@ -35,6 +35,13 @@ def _counts(leaves: list[jax.Array]) -> list[jax.Array]:
     return [jnp.sum(~jnp.isfinite(leaf), dtype=jnp.float32) for leaf in leaves]
 
 
+def _is_on_host(leaf: Any) -> bool:
+    if isinstance(leaf, np.ndarray):
+        return True
+    near = leaf.is_fully_addressable
+    return near and all(device.platform == "cpu" for device in leaf.devices())
+
+
 def check(tree: Any, what: str, remedy: str) -> None:
     """Raises `UserError` if a tree of arrays holds values that are not finite.
 
@@ -46,10 +53,7 @@ def check(tree: Any, what: str, remedy: str) -> None:
       remedy: Ends it.
     """
     found = jax.tree_util.tree_leaves_with_path(tree)
-    on_host = [
-        isinstance(leaf, np.ndarray) or leaf.devices() <= set(jax.devices("cpu"))
-        for _, leaf in found
-    ]
+    on_host = [_is_on_host(leaf) for _, leaf in found]
     if all(on_host):
         counts = [count(np.asarray(leaf)) for _, leaf in found]
     else:

@@ -311,6 +311,12 @@ class Scales:
     rank: int
     notes: tuple[str, ...]
 
+    @property
+    def different(self) -> list[float]:
+        """The factors where modules differ, else nothing."""
+        values = sorted(set(self.factors.values()))
+        return values if len(values) > 1 else []
+
 
 def settle(
     ranks: Mapping[str, int],

@@ -395,6 +395,7 @@ def _meta(method, found, configs, trees, scales) -> dict[str, Any]:
             "aliases": list(source.aliases),
             "alpha": scales.alpha if item == "lora" else None,
             "rank": scales.rank if item == "lora" else None,
+            **({"factors": scales.different} if item == "lora" else {}),
         }
         for item, source in found.items()
     ]

@@ -72,6 +72,10 @@ _TAKE_WIDE = (
     "quantised weights are not read; take the file of the same weights in bfloat16,"
     " float16 or float32"
 )
+ADAPTER_FILES = (
+    *("adapter_model.safetensors", "pytorch_lora_weights.safetensors"),
+    *("adapter_model.bin", "pytorch_lora_weights.bin"),
+)
 _PARTS = ("mp_rank_*_model_states.pt", "zero_pp_rank_*", "*_optim_states.pt")
 
 
@@ -177,7 +181,7 @@ def check_folder(folder: pathlib.Path) -> None:
 
 
 def explain(folder: pathlib.Path) -> None:
-    """Raises `UserError` if it is known why a folder holds no weights."""
+    """Raises `UserError` if it is known why a folder lacks a network."""
     if unfinished := unfinished_in(folder):
         raise UserError(
             f"{folder}: a download is unfinished ({', '.join(unfinished)}); let it end,"
@@ -185,6 +189,15 @@ def explain(folder: pathlib.Path) -> None:
         )
     if packed := sorted(place.name for place in folder.glob("*.gguf")):
         raise UserError(f"{folder / packed[0]} is in the GGUF format; {_TAKE_WIDE}")
+
+
+def explain_nothing(folder: pathlib.Path) -> None:
+    """Raises `UserError` if it is known what a folder without networks is."""
+    explain(folder)
+    if any((folder / name).is_file() for name in ADAPTER_FILES):
+        raise UserError(
+            f"{folder} holds {_WORDS['adapters']} alone; {_REMEDIES['adapters']}"
+        )
 
 
 def _distributed(folder: pathlib.Path) -> str:

@@ -98,8 +98,10 @@ def open_wan(folder: str | pathlib.Path) -> list[Source]:
     for item, patterns in _SINGLE.items():
         if item not in items and (place := _single(folder, patterns)):
             found.append(_open_single(place, item))
-    if not found:
+    if len(found) < len(_MARKS):
         recognise.explain(folder)
+    if not found:
+        recognise.explain_nothing(folder)
         raise UserError(f"wan={str(folder)!r} holds no weights of Wan2.1; {_WANTED}")
     if len(set(items)) < len(items):
         raise UserError(f"wan={str(folder)!r} holds two layouts at once; {_WANTED}")
@@ -227,7 +229,7 @@ def _open_folder(folder: pathlib.Path, key: str | None, item: str) -> Source:
     recognise.check_folder(folder)
     files = shards_of(folder, DIFFUSION)
     if not files or key is not None:
-        recognise.explain(folder)
+        recognise.explain_nothing(folder)
         raise UserError(
             f"{folder} is a folder without {DIFFUSION}.safetensors; give a file, or the"
             " folder of a whole model with --wan"
@@ -259,12 +261,6 @@ def _own_settings(path: pathlib.Path) -> dict[str, Any]:
     return settings if any(name in settings for name in heads) else {}
 
 
-_LORA_FILES = (
-    *("adapter_model.safetensors", "pytorch_lora_weights.safetensors"),
-    *("adapter_model.bin", "pytorch_lora_weights.bin"),
-)
-
-
 def open_lora(path: str | pathlib.Path) -> Source:
     """Returns adapters from a checkpoint of a trainer, or a file or folder of others.
 
@@ -277,7 +273,7 @@ def open_lora(path: str | pathlib.Path) -> Source:
     path = expand(path)
     if path.is_dir():
         recognise.check_folder(path)
-        path = first_of(path, _LORA_FILES) or _only(path)
+        path = first_of(path, recognise.ADAPTER_FILES) or _only(path)
     recognise.check_name(path)
     content = open_weights(path)
     values, key, notes = content.values, _lora_key(content.values), []
@@ -328,8 +324,8 @@ def _only(folder: pathlib.Path) -> pathlib.Path:
     recognise.explain(folder)
     names = ", ".join(path.name for path in found[:5]) or "none"
     raise UserError(
-        f"{folder} holds no {' or '.join(_LORA_FILES[:2])}; its safetensors: {names};"
-        " give the file itself"
+        f"{folder} holds no {' or '.join(recognise.ADAPTER_FILES[:2])}; its"
+        f" safetensors: {names}; give the file itself"
     )
 
 

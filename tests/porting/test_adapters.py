@@ -181,6 +181,7 @@ def test_alpha_of_each_module_is_used(planned):
     )
     # The factors are in the tensors, and alpha over rank is then one.
     assert plan.meta["sources"][1]["alpha"] == SMALL.rank
+    assert plan.meta["sources"][1]["factors"] == [1.5, 4]
     assert any("different factors" in note for note in plan.notes)
 
 

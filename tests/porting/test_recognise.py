@@ -206,6 +206,17 @@ def test_folders_that_are_not_read_are_named(tmp_path, names, message, flag):
         port.plan(**options)
 
 
+def test_a_network_whose_download_goes_on_is_named(tmp_path):
+    folder, _ = write_layout(tmp_path / "in", "wan")
+    (folder / "notes.part").touch()
+    port.plan(folder)
+    path = folder / "Wan2.1_VAE.pth"
+    path.rename(folder / "Wan2.1_VAE.pth.incomplete")
+
+    with pytest.raises(UserError, match=r"unfinished \(Wan2.1_VAE.pth.incomplete"):
+        port.plan(folder)
+
+
 @pytest.mark.parametrize("name", ["__0_0.distcp", "mp_rank_00_model_states.pt"])
 def test_one_part_of_a_checkpoint_is_named(tmp_path, name):
     touch(tmp_path / "in", name)
