@@ -75,10 +75,10 @@ def export(
     _choose("lora", lora, LORA)
     with ownership.own_target(out):
         check_free(out)
-        _export(weights, out, layout, item, lora, progress, shard_bytes)
+        return _export(weights, out, layout, item, lora, progress, shard_bytes)
 
 
-def _export(weights, out, layout, item, lora, progress, shard_bytes: int) -> None:
+def _export(weights, out, layout, item, lora, progress, shard_bytes) -> tuple[str, ...]:
     line = _lineage(weights)
     checkpoint.shapes(line[0], item)
     meta = _meta(line, layout)
