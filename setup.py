@@ -48,6 +48,7 @@ setuptools.setup(
         "pillow",
         "safetensors",
         "sentencepiece",
+        "tokenizers",
         "tqdm",
     ],
     extras_require={

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import math
 import pathlib
 import re
 import traceback
@@ -16,12 +17,15 @@ from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import placeholder
 
 from anchor_jax.errors import UserError, suggest
+from anchor_jax.text import check_text, short
 
 Config = TypeVar("Config")
 
 _CONFIG_HELP = (
     "config file, or the name of a shipped one; FILE:ARGUMENT passes an argument to it"
 )
+LARGEST = 2**64
+"""The largest whole number in a config."""
 _FAULTS_OF_A_CONFIG = (
     ArithmeticError,
     AttributeError,
@@ -254,7 +258,7 @@ def _apply(config: ConfigDict, override: str) -> None:
     match = _OVERRIDE.fullmatch(override)
     if match is None:
         raise UserError(
-            f"override {override!r} is not of the form --config.FIELD=VALUE"
+            f"override {short(override)} is not of the form --config.FIELD=VALUE"
         )
     path, value = match["field"], match["value"]
     section, field = _find_field(config, path)
@@ -304,7 +308,8 @@ def _parse_field(config: ConfigDict, path: str, value: str) -> None:
     except (flags.Error, TypeError, ValueError) as error:
         kind = section.get_type(field).__name__
         raise UserError(
-            f"config.{path}: got {value!r}, expected {kind}; the config has {before!r}"
+            f"config.{path}: got {short(value)}, expected {kind}; the config has"
+            f" {before!r}"
         ) from error
 
 
@@ -318,8 +323,8 @@ def _check_elements(path: str, value: str, before: Any, after: Any) -> None:
     if not all(type(element) in kinds for element in after):
         names = " or ".join(sorted(kind.__name__ for kind in kinds))
         raise UserError(
-            f"config.{path}: got {value!r}, expected a tuple of {names}; the config has"
-            f" {before!r}"
+            f"config.{path}: got {short(value)}, expected a tuple of {names}; the"
+            f" config has {before!r}"
         )
 
 
@@ -327,7 +332,7 @@ def _literal(value: str) -> Any:
     """Returns the Python literal that `value` spells, or the string itself."""
     try:
         return ast.literal_eval(value)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
         return value
 
 
@@ -343,6 +348,7 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(value, ConfigDict | Mapping):
         return from_config(hint, value, name)
     value = _freeze(value)
+    _check_plain(name, value)
     if hint is float and type(value) is int:
         return float(value)
     wanted = origin or hint
@@ -350,10 +356,25 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
     is_bool_for_number = isinstance(value, bool) and wanted in (int, float)
     if checked and (not isinstance(value, wanted) or is_bool_for_number):
         raise UserError(
-            f"{name}: got {value!r} of type {type(value).__name__}, expected"
+            f"{name}: got {short(value)} of type {type(value).__name__}, expected"
             f" {getattr(wanted, '__name__', wanted)}"
         )
     return value
+
+
+def _check_plain(name: str, value: Any) -> None:
+    """Raises unless strings are text, and numbers finite and of a usable size."""
+    if isinstance(value, str):
+        check_text(value, name)
+    if isinstance(value, tuple):
+        for element in value:
+            _check_plain(name, element)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name}: got {value}, expected a finite number")
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise UserError(
+            f"{name}: got {short(value)}, expected a whole number up to {LARGEST}"
+        )
 
 
 def _freeze(value: Any) -> Any:

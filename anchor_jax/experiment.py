@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import pathlib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,10 +20,19 @@ from anchor_jax.cache.policies import (
 )
 from anchor_jax.cache.positions import Absolute, Bounded, Ranked, Relative
 from anchor_jax.config import from_config, with_field
-from anchor_jax.errors import UserError, suggest
-from anchor_jax.prompts import MAX_SEED, Script, Timing
+from anchor_jax.errors import UserError, naming, suggest
+from anchor_jax.io import expand
+from anchor_jax.prompt_files import PromptFile
+from anchor_jax.prompts import (
+    MAX_PROMPT_CHARACTERS,
+    MAX_SEED,
+    Script,
+    Scripts,
+    Timing,
+)
 from anchor_jax.streaming.loop import DpmPlusPlus, Euler, Renoise, UniPC
 from anchor_jax.streaming.types import StreamSetup
+from anchor_jax.text import check_text
 from anchor_jax.wan import kernels
 from anchor_jax.wan.spec import GRIDS, LatentGrid
 
@@ -391,6 +399,11 @@ def make_policy(config, script: Script) -> Policy:
 
 
 def load_scripts(config) -> tuple[Script, ...]:
+    """Returns the scripts of `read_scripts`, without their places."""
+    return read_scripts(config).all
+
+
+def read_scripts(config) -> Scripts:
     """Returns the scripts of the config's `prompt_file`, or of its `prompt`.
 
     Raises:
@@ -399,8 +412,14 @@ def load_scripts(config) -> tuple[Script, ...]:
     block = 1 if config.policy == TEACHER else _override(_named(config), config).block
     timing = Timing(block=block, frames=config.frames)
     if config.prompt_file:
-        return prompts.load_scripts(timing, path=config.prompt_file)
-    return prompts.load_scripts(timing, inline=config.prompt)
+        return prompts.read_scripts(timing, path=config.prompt_file)
+    return prompts.read_scripts(timing, inline=config.prompt)
+
+
+def setup_key(config, script: Script) -> tuple[int, int]:
+    """Returns what `make_setup` takes of a script: equal keys have equal setups."""
+    frames = script.frames if config.policy == TEACHER else 0
+    return frames, min(2, len(script.segments))
 
 
 def make_setup(config, bundle: Bundle, script: Script) -> StreamSetup:
@@ -430,20 +449,24 @@ def negative_prompt(config) -> str:
     """Returns what guidance leads away from: a file's text, or the config's.
 
     Raises:
-      UserError: The file cannot be read.
+      UserError: The file cannot be read, or the text is none or too long.
     """
     sampler = config.sampler
-    if not sampler.negative_prompt_file:
-        return sampler.negative_prompt
-    path = pathlib.Path(sampler.negative_prompt_file)
-    try:
-        return " ".join(path.read_text(encoding="utf-8-sig").split())
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text; save it as UTF-8") from error
-    except OSError as error:
+    where, text = "config.sampler.negative_prompt", sampler.negative_prompt
+    if sampler.negative_prompt_file:
+        where = "config.sampler.negative_prompt_file"
+        with naming(where):
+            file = PromptFile(expand(sampler.negative_prompt_file), comments=False)
+            if file.kind != "text":
+                raise UserError(f"{file.path} is JSON or a table, expected plain text")
+            text = " ".join(" ".join(line for _, line in file).split())
+    check_text(text, where)
+    if len(text) > MAX_PROMPT_CHARACTERS:
         raise UserError(
-            f"sampler.negative_prompt_file: {path} cannot be read: {error.strerror}"
-        ) from error
+            f"{where} has {len(text)} characters, expected at most"
+            f" {MAX_PROMPT_CHARACTERS}; shorten it"
+        )
+    return text
 
 
 def _named(config) -> Policy:

@@ -45,9 +45,12 @@ def expand(path: str | os.PathLike) -> pathlib.Path:
     """Returns a path whose `~` is replaced by the home folder.
 
     Raises:
-      UserError: The path begins with `~` and there is no home folder.
+      UserError: The path begins with `~` and there is no home folder, or it has a NUL,
+        which no path can have.
     """
     path = pathlib.Path(path)
+    if "\0" in str(path):
+        raise UserError(f"{str(path)!r:.200}: no path has a NUL; remove it")
     try:
         return path.expanduser()
     except RuntimeError as error:

@@ -1,30 +1,35 @@
 """Reads what a stream shall show: prompts, and the latent frames they start at."""
 
+import array
 import dataclasses
 import difflib
 import itertools
-import json
 import math
 import os
-import pathlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from anchor_jax.errors import UserError, suggest
+from anchor_jax.io import expand
+from anchor_jax.prompt_files import PromptFile, decode, prompt_field, watched
+from anchor_jax.text import check_text, short
 
 LATENT_FRAMES_PER_SECOND = 4  # 16 pixel frames a second, 4 to a latent frame
 DEFAULT_SEGMENT_FRAMES = 40  # so the published lists switch at 40, 80, 120, ...
 MAX_PROMPT_CHARACTERS = 10_000
 MAX_SEGMENT_FRAMES = 1_000_000
+MAX_FRAMES = 10_000_000
 MAX_SEED = 2**63 - 1
 
 _KEYS = ("prompts", "switch_frames", "durations", "seed")
 _DURATION = re.compile(r"(?P<amount>[-+]?\d+(\.\d*)?|\.\d+)(?P<unit>[sf])(?P<cut>#?)")
 _ERRORS_SHOWN = 10
+_SECONDS = f"seconds, at most {MAX_SEGMENT_FRAMES // LATENT_FRAMES_PER_SECOND}"
+_FRAMES = f"whole numbers from 0 to {MAX_FRAMES}"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Segment:
     """One prompt, the latent frame it was asked for at, and whether a cut precedes."""
 
@@ -33,7 +38,7 @@ class Segment:
     cut: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Script:
     """The prompts of one video, its length in latent frames, and its seed if given."""
 
@@ -82,10 +87,19 @@ class Timing:
     def __post_init__(self):
         if self.block < 1:
             raise UserError(f"block={self.block}: expected 1 or more latent frames")
-        if not self.seconds > 0:
-            raise UserError(f"seconds={self.seconds}: expected more than 0")
+        most = MAX_SEGMENT_FRAMES / LATENT_FRAMES_PER_SECOND
+        if not 0 < self.seconds <= most:
+            raise UserError(
+                f"seconds={short(self.seconds)}: expected more than 0 and at most"
+                f" {most:g}"
+            )
         if self.frames is None:
             return
+        if abs(self.frames) > MAX_FRAMES:
+            raise UserError(
+                f"frames={short(self.frames)}: expected at most {MAX_FRAMES} latent"
+                " frames"
+            )
         if self.frames < 1 or self.frames % self.block:
             blocks = max(1, round(self.frames / self.block))
             raise UserError(
@@ -94,17 +108,48 @@ class Timing:
             )
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scripts:
+    """The scripts of an inline text or of a file, and where each stands.
+
+    Attributes:
+      all: the scripts in order.
+      notes: what is to be said about the file: columns read, lines left out.
+      file: the file, or None for inline text.
+      numbers: of each script's line, or its entry.
+    """
+
+    all: tuple[Script, ...]
+    notes: tuple[str, ...] = ()
+    file: PromptFile | None = None
+    numbers: Sequence[int] = ()
+
+    def place(self, index: int) -> str:
+        """Returns how messages name a script: by its line, or as the prompt."""
+        return "prompt" if self.file is None else self.file.place(self.numbers[index])
+
+
 def load_scripts(
     timing: Timing,
     *,
     inline: str | None = None,
     path: str | os.PathLike | None = None,
 ) -> tuple[Script, ...]:
+    """Returns the scripts of `read_scripts`, without their places."""
+    return read_scripts(timing, inline=inline, path=path).all
+
+
+def read_scripts(
+    timing: Timing,
+    *,
+    inline: str | None = None,
+    path: str | os.PathLike | None = None,
+) -> Scripts:
     """Returns the scripts of an inline text or of a file, once all are checked.
 
-    A file whose name ends in `.json` or `.jsonl`, or whose first script starts with
-    `{`, holds a JSON object a line; any other file an inline script a line, where
-    blank lines and lines that start with `#` are skipped.
+    A file holds an inline script a line, where blank lines and lines that start with
+    `#` are left out; a JSON object a line; one JSON document, a list of such objects;
+    or, with the suffix `.csv` or `.tsv`, a table with the column `prompt`.
 
     Args:
       timing: The block and the defaults.
@@ -117,24 +162,31 @@ def load_scripts(
     if (inline is None) == (path is None):
         raise UserError("give either a prompt or a file of prompts, and not both")
     if inline is not None:
-        return (_named("prompt", lambda: parse_inline(inline, timing)),)
-    lines = list(_script_lines(pathlib.Path(path)))
-    if not lines:
+        return Scripts((_named("prompt", lambda: parse_inline(inline, timing)),))
+    file = PromptFile(expand(path))
+    scripts, numbers = _parse_all(file, timing)
+    if not scripts:
         raise UserError(f"{path}: no prompts in it; write one script a line")
-    is_json = str(path).endswith((".json", ".jsonl")) or lines[0][1].startswith("{")
-    parse = parse_json if is_json else parse_inline
-    scripts, errors = [], []
-    for number, text in lines:
+    return Scripts(tuple(scripts), tuple(file.notes()), file, numbers)
+
+
+def _parse_all(file: PromptFile, timing: Timing) -> tuple[list[Script], array.array]:
+    """Returns the scripts of a file and their lines; raises with the first errors."""
+    parse = {"text": parse_inline, "lines": parse_json}.get(file.kind, parse_entry)
+    scripts, numbers, errors, wrong = [], array.array("q"), [], 0
+    for number, value in watched(file, "reads prompts"):
         try:
-            where = f"{path}, line {number}"
-            scripts.append(_named(where, lambda text=text: parse(text, timing)))
+            scripts.append(parse(value, timing))
+            numbers.append(number)
         except UserError as error:
-            errors.append(str(error))
+            wrong += 1
+            if wrong <= _ERRORS_SHOWN:
+                errors.append(f"{file.place(number)}: {error}")
     if errors:
-        more = len(errors) - _ERRORS_SHOWN
-        shown = errors[:_ERRORS_SHOWN] + [f"and {more} more"] * (more > 0)
+        more = wrong - _ERRORS_SHOWN
+        shown = errors + [f"and {more} more"] * (more > 0)
         raise UserError("\n".join(shown))
-    return tuple(scripts)
+    return scripts, numbers
 
 
 def parse_inline(text: str, timing: Timing) -> Script:
@@ -156,20 +208,30 @@ def parse_inline(text: str, timing: Timing) -> Script:
 
 
 def parse_json(text: str, timing: Timing) -> Script:
+    """Returns the script of a JSON object, as `parse_entry` does."""
+    return parse_entry(decode(text), timing)
+
+
+def parse_entry(entry: Any, timing: Timing) -> Script:
     """Returns the script of an object with `prompts`, and optionally more.
 
-    The optional keys are `switch_frames` (latent frames, one fewer than prompts) or
+    In place of `prompts` there may be one prompt, as `prompt` or `prompt_en`. The
+    optional keys are `switch_frames` (latent frames, one fewer than prompts) or
     `durations` (seconds, one each), and `seed`. Unless the timing or the durations say
     how long the video is, its last prompt lasts 40 latent frames. Other keys, which
     the published files have, are left out.
+
+    Raises:
+      UserError: It is no such object, or a value is out of range.
     """
-    entry = _decode(text)
+    entry = _checked_entry(entry)
     prompts, seed = entry["prompts"], entry.get("seed")
     for number, prompt in enumerate(prompts, start=1):
         if re.search(r"\[[\d.]+[sf]#?\]\s*$", prompt):
             raise UserError(
-                f"segment {number}: {_short(prompt)} ends with a duration, which JSON"
-                " lines take as words; write it in 'durations', in seconds"
+                f"segment {number}: {short(prompt)} ends with a duration, which JSON"
+                " and tables take as words; write it in 'durations' of JSON lines, in"
+                " seconds"
             )
     cuts = [False] * len(prompts)
     if "durations" in entry:
@@ -185,21 +247,6 @@ def parse_json(text: str, timing: Timing) -> Script:
     end = starts[-1] + DEFAULT_SEGMENT_FRAMES
     frames = timing.frames or _whole_blocks(end, timing.block)
     return _checked(prompts, starts, cuts, frames, timing.block, seed)
-
-
-def _script_lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
-    """Yields the number and text of each line that is neither blank nor a comment."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file of prompts") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text; save it as UTF-8") from error
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip() and not line.lstrip().startswith("#"):
-            yield number, line.strip()
 
 
 def _named(where: str, parse: Callable[[], Script]) -> Script:
@@ -241,36 +288,37 @@ def _split_duration(number: int, part: str, timing: Timing) -> tuple[str, float,
 def _check_brackets(where: str, part: str) -> None:
     """Raises when brackets do not pair up."""
     depth = 0
-    for character in part:
-        depth += (character == "[") - (character == "]")
+    for bracket in re.findall(r"[\[\]]", part):
+        depth += 1 if bracket == "[" else -1
         if depth not in (0, 1):
             break
     if depth:
         raise UserError(
-            f"{where}: unbalanced brackets in {_short(part)}; a duration is written"
+            f"{where}: unbalanced brackets in {short(part)}; a duration is written"
             " like [5s] at the end"
         )
 
 
-def _decode(text: str) -> dict[str, Any]:
-    """Returns a line's JSON object, with every value of the type it must have."""
-    try:
-        entry = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"bad JSON: {error}") from error
+def _checked_entry(entry: Any) -> dict[str, Any]:
+    """Returns a script's object, with every value of the type it must have."""
     if not isinstance(entry, dict):
-        raise UserError(f'got {_short(text)}, expected an object {{"prompts": [...]}}')
+        raise UserError(f'got {short(entry)}, expected an object {{"prompts": [...]}}')
+    field = prompt_field(entry)
+    if field not in (None, "prompts"):
+        entry = dict(entry)
+        entry["prompts"] = [entry.pop(field)]
     _check_keys(entry)
     if "prompts" not in entry:
         raise UserError("'prompts' is missing; expected a list of strings")
+    prompts = entry["prompts"]
     entry = {key: value for key, value in entry.items() if value is not None}
-    _check_list("prompts", entry.get("prompts"), "strings", _is_string)
-    if not entry["prompts"]:
+    _check_list(field, prompts, "strings", _is_string)
+    if not prompts:
         raise UserError("'prompts' is empty; give at least one")
-    seed = entry.get("seed", 0)
-    if not _is_integer(seed) or seed > MAX_SEED:
+    if not _is_whole(entry.get("seed", 0), MAX_SEED):
         raise UserError(
-            f"'seed': got {_short(seed)}, expected a whole number from 0 to {MAX_SEED}"
+            f"'seed': got {short(entry['seed'])}, expected a whole number from 0 to"
+            f" {MAX_SEED}"
         )
     _check_times(entry)
     return entry
@@ -290,11 +338,11 @@ def _check_times(entry: dict[str, Any]) -> None:
         raise UserError("give 'switch_frames' or 'durations', and not both")
     prompts = len(entry["prompts"])
     if "durations" in entry:
-        _check_list("durations", entry["durations"], "seconds", _is_number)
+        _check_list("durations", entry["durations"], _SECONDS, _is_seconds)
         _check_count("durations", len(entry["durations"]), prompts, "one a prompt")
     if "switch_frames" in entry:
         switches = entry["switch_frames"]
-        _check_list("switch_frames", switches, "whole numbers", _is_integer)
+        _check_list("switch_frames", switches, _FRAMES, _is_frame)
         expected = "one for every prompt but the first"
         _check_count("switch_frames", len(switches), prompts - 1, expected)
 
@@ -303,11 +351,11 @@ def _check_list(
     key: str, value: Any, expected: str, is_right: Callable[[Any], bool]
 ) -> None:
     if not isinstance(value, list):
-        raise UserError(f"{key!r}: got {_short(value)}, expected a list of {expected}")
+        raise UserError(f"{key!r}: got {short(value)}, expected a list of {expected}")
     for element in value:
         if not is_right(element):
             raise UserError(
-                f"{key!r}: got {_short(element)} in the list, expected {expected}"
+                f"{key!r}: got {short(element)} in the list, expected {expected}"
             )
 
 
@@ -320,13 +368,18 @@ def _is_string(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def _is_whole(value: Any, most: int) -> bool:
+    return type(value) is int and 0 <= value <= most
 
 
-def _is_number(value: Any) -> bool:
+def _is_frame(value: Any) -> bool:
+    return _is_whole(value, MAX_FRAMES)
+
+
+def _is_seconds(value: Any) -> bool:
+    # Compared, not converted: an integer may be too large for a float.
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)
+    return is_number and abs(value) * LATENT_FRAMES_PER_SECOND <= MAX_SEGMENT_FRAMES
 
 
 def _default_switches(prompts: int, timing: Timing) -> list[int]:
@@ -387,6 +440,11 @@ def _checked(
     """Returns the script, or raises if a prompt is unfit or would never be shown."""
     for number, prompt in enumerate(prompts, start=1):
         _check_prompt(number, prompt)
+    if max(frames, starts[-1]) > MAX_FRAMES:
+        raise UserError(
+            f"the video would have {max(frames, starts[-1])} latent frames, expected at"
+            f" most {MAX_FRAMES}; shorten it"
+        )
     for number, (before, start) in enumerate(itertools.pairwise(starts), start=2):
         _check_switch(number, before, start, frames, block)
     segments = map(Segment, (prompt.strip() for prompt in prompts), starts, cuts)
@@ -401,6 +459,7 @@ def _check_prompt(number: int, prompt: str) -> None:
             f"segment {number}: the prompt has {len(prompt)} characters, expected at"
             f" most {MAX_PROMPT_CHARACTERS}; shorten it"
         )
+    check_text(prompt, f"segment {number}")
 
 
 def _check_switch(
@@ -424,9 +483,3 @@ def _check_switch(
             f"segment {number - 1} would never be shown: switch frames {before} and"
             f" {start} both take effect at frame {taken}, the next block of {block}"
         )
-
-
-def _short(value: Any) -> str:
-    """Returns the value's representation, cut to a length that fits a message."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -156,7 +156,49 @@ def _write_json(path, value):
 def _write_tokenizer(folder):
     folder.mkdir(parents=True)
     (folder / "spiece.model").write_bytes(b"pieces")
-    (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
+    _write_json(folder / "tokenizer.json", tokenizer_json(["\u2581", "\u2581a"]))
+
+
+def tokenizer_json(pieces, byte_fallback=False):
+    """Returns a tokenizer of T5's kind with the given pieces, as `tokenizer.json`."""
+    special = ["<pad>", "</s>", "<unk>"]
+    vocab = [[piece, 0.0] for piece in special]
+    vocab += [[piece, -2.0 - 0.001 * n] for n, piece in enumerate(pieces)]
+    space = {"replacement": "\u2581", "prepend_scheme": "always", "split": True}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": n, "content": piece, **flags, "special": True}
+            for n, piece in enumerate(special)
+        ],
+        "normalizer": {"type": "NFKC"},
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "WhitespaceSplit"},
+                {"type": "Metaspace", **space},
+            ],
+        },
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [
+                {"Sequence": {"id": "A", "type_id": 0}},
+                {"SpecialToken": {"id": "</s>", "type_id": 0}},
+            ],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}],
+            "special_tokens": {
+                "</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]},
+            },
+        },
+        "decoder": {"type": "Metaspace", **space},
+        "model": {
+            "type": "Unigram",
+            "unk_id": 2,
+            "vocab": vocab,
+            "byte_fallback": byte_fallback,
+        },
+    }
 
 
 def draw(names, dtype, seed):

@@ -13,11 +13,11 @@ PACKAGE = pathlib.Path(anchor_jax.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = [
     {"errors"},
-    {"io"},
+    {"io", "text"},
     {"interrupts", "ownership", "filetypes"},
     {
         *("cache", "checkpoint", "wan", "world", "flow", "media", "prompts"),
-        *("config", "sharding", "finite"),
+        *("config", "sharding", "finite", "prompt_files"),
     },
     {"bundle"},
     {"streaming"},

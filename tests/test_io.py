@@ -115,3 +115,8 @@ def test_a_name_that_leads_elsewhere_is_refused(listed, name, reason):
         io.inside(listed, name)
 
     assert len(str(caught.value)) < 1000
+
+
+def test_a_path_with_a_nul_is_refused():
+    with pytest.raises(UserError, match="no path has a NUL"):
+        io.expand("a\0b")

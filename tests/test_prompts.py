@@ -274,3 +274,73 @@ def test_the_keys_of_published_files_do_no_harm():
     script = parse_json(text, BLOCK)
 
     assert (script.seed, script.switch_frames) == (6979, (40,))
+
+
+HUGE = "1" + "0" * 400
+LONG = "9" * 5000
+
+
+@pytest.mark.parametrize(
+    "text, parts",
+    [
+        (f'{{"prompts": ["a"], "durations": [{HUGE}]}}', ["'durations'", "at most"]),
+        ('{"prompts": ["a"], "durations": [1e400]}', ["'durations': got inf"]),
+        ('{"prompts": ["a"], "durations": [-1e400]}', ["'durations': got -inf"]),
+        ('{"prompts": ["a"], "durations": [-5]}', ["more than 0"]),
+        ('{"prompts": ["a"], "durations": [250001]}', ["at most 250000"]),
+        ('{"prompts": ["a"], "durations": [true]}', ["got True"]),
+        (f'{{"prompts": ["a"], "durations": [{LONG}]}}', ["bad JSON"]),
+        (f'{{"prompts": ["a", "b"], "switch_frames": [{HUGE}]}}', ["'switch_frames'"]),
+        ('{"prompts": ["a", "b"], "switch_frames": [20000000]}', ["10000000"]),
+        (
+            '{"prompts": ["a", "b"], "switch_frames": [10000000]}',
+            ["latent frames, expected at most 10000000"],
+        ),
+        ('{"prompts": ["a", "b"], "switch_frames": [true]}', ["got True"]),
+        (f'{{"prompts": ["a"], "seed": {HUGE}}}', ["'seed'", "from 0 to"]),
+        ('{"prompts": ["a"], "seed": 1.0}', ["'seed': got 1.0"]),
+        (f'{{"prompts": ["a"], "seed": {LONG}}}', ["bad JSON"]),
+        (
+            json.dumps({"prompts": ["a"] * 50, "durations": [250000] * 50}),
+            ["latent frames, expected at most 10000000"],
+        ),
+    ],
+)
+@pytest.mark.parametrize("block", [1, 3])
+def test_numbers_without_measure_are_refused_when_read(tmp_path, text, parts, block):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"prompts": ["a"]}}\n{text}\n')
+    refused(lambda: load_scripts(Timing(block), path=path), "line 2", *parts)
+
+
+@pytest.mark.parametrize(
+    "text", [f"a[{'9' * 11}s]", f"a[{LONG}f]", "|".join(["a[1000000f]"] * 11)]
+)
+def test_durations_without_measure_are_refused(text):
+    refused(lambda: parse_inline(text, BLOCK), "at most 1000000")
+
+
+@pytest.mark.parametrize(
+    "timing",
+    [
+        {"block": 3, "frames": 10**400},
+        {"block": 3, "frames": -(10**400)},
+        {"block": 3, "frames": 30_000_000},
+        {"block": 3, "seconds": float("inf")},
+        {"block": 3, "seconds": float("nan")},
+        {"block": 3, "seconds": 10**400},
+    ],
+)
+def test_lengths_without_measure_are_refused(timing):
+    refused(lambda: Timing(**timing), "at most")
+
+
+def test_what_is_no_text_is_refused_with_its_segment():
+    refused(lambda: parse_inline("a | b\ud800", BLOCK), "segment 2: U+D800")
+
+
+def test_one_prompt_may_stand_alone():
+    for field in ("prompt", "prompt_en"):
+        assert parse_json(json.dumps({field: "a"}), BLOCK).prompts == ("a",)
+    both = json.dumps({"prompt": "a", "prompt_en": "b"})
+    refused(lambda: parse_json(both, BLOCK), "several prompts: prompt, prompt_en")

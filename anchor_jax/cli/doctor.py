@@ -32,14 +32,14 @@ _VERSIONS = ("jax", "jaxlib", "flax", "numpy", "orbax-checkpoint")
 _PARTS = {
     "av": ("videos", ("av",)),
     "sentencepiece": ("the tokenizer of the tiny model", ("sentencepiece",)),
-    "tokenizers": ("the tokenizer.json of ported weights", ("tokenizers",)),
+    "tokenizers": ("the tokenizer of ported weights", ("tokenizers",)),
     "plan-tpu": ("anchor-jax plan for TPUs", ("libtpu",)),
     "plan-gpu": (
         "anchor-jax plan for GPUs",
         ("jax_cuda12_plugin", "jax_cuda13_plugin"),
     ),
 }
-_NEEDED = ("av", "sentencepiece")
+_NEEDED = ("av", "sentencepiece", "tokenizers")
 _OF_MATMUL = 0.6  # share of one large matrix product's speed that a stream reaches
 _ITEMS = ("generator", "text_encoder", "vae")
 

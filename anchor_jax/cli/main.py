@@ -11,6 +11,7 @@ import pathlib
 import platform
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 
@@ -19,6 +20,7 @@ from absl import flags
 import anchor_jax
 from anchor_jax.cli import COMMANDS
 from anchor_jax.errors import UserError, suggest
+from anchor_jax.text import check_text
 
 FLAGS = flags.FLAGS
 
@@ -46,7 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: The command and its flags; `sys.argv[1:]` unless given.
     """
     try:
-        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+        given = list(sys.argv[1:] if argv is None else argv)
+        _check_arguments(given)
+        with _plain_warnings():
+            return _dispatch(given)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -64,6 +69,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Python would write again at exit, to a reader that has gone.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Shows the package's own warnings as a command shows its others."""
+    shown = warnings.showwarning
+
+    def show(message, category, *rest, **named) -> None:
+        if category.__module__.startswith("anchor_jax."):
+            print(f"warning: {message}", file=sys.stderr)
+        else:
+            shown(message, category, *rest, **named)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = shown
+
+
+def _check_arguments(argv: Sequence[str]) -> None:
+    """Raises unless every argument is text; a path that is not UTF-8 is refused too.
+
+    Arguments are written into recipes and configs, where only text can be.
+    """
+    name = "argument 1"
+    for number, argument in enumerate(argv, 1):
+        if argument.startswith("-"):
+            name = argument.partition("=")[0]
+        check_text(argument, name.encode("ascii", "replace").decode())
+        if not argument.startswith("-"):
+            name = f"argument {number + 1}"
 
 
 def _dispatch(argv: list[str]) -> int:

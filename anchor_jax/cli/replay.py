@@ -10,6 +10,7 @@ from absl import flags
 from anchor_jax.cli import sample
 from anchor_jax.errors import UserError
 from anchor_jax.io import expand
+from anchor_jax.wan.tokenizer import report_cuts
 
 SUMMARY = (
     "Makes a video again from the recipe beside it, says whether it is the same, or"
@@ -88,6 +89,9 @@ def main(argv: Sequence[str]) -> int:
     changed = differences(stored.fingerprint, fingerprint(bundle))
     for line in changed:
         print(f"other than in the recipe, bits may differ: {line}", file=sys.stderr)
+    cuts = report_cuts(bundle.tokenizer, _named_prompts(wanted))
+    for line in filter(None, (bundle.tokenizer.note, *cuts)):
+        print(f"warning: {line}", file=sys.stderr)
     if bundle.encode_prompts.frees:
         texts = [one.prompt for one in wanted.prompts]
         negative = [wanted.negative_prompt] * (wanted.setup.copies - 1)
@@ -110,6 +114,14 @@ def main(argv: Sequence[str]) -> int:
     print(compare(wanted.blocks, digests))
     same = digests[: len(wanted.blocks)] == list(wanted.blocks)
     return int(options.check and not same and not changed)
+
+
+def _named_prompts(recipe) -> Iterator[tuple[str, str]]:
+    """Yields what is encoded for a recipe, after where it stands."""
+    if recipe.setup.copies > 1:
+        yield "negative_prompt", recipe.negative_prompt
+    for number, one in enumerate(recipe.prompts):
+        yield f"prompts[{number}]", one.prompt
 
 
 def choose(recipe, options: Options):

@@ -17,7 +17,9 @@ from anchor_jax import config as configs
 from anchor_jax import io, ownership
 from anchor_jax.errors import UserError
 from anchor_jax.io import expand
+from anchor_jax.prompt_files import watched
 from anchor_jax.prompts import LATENT_FRAMES_PER_SECOND
+from anchor_jax.wan.tokenizer import listed, report_cuts
 
 SUMMARY = "Makes a video for every line of prompts, and writes it while it streams."
 USAGE = """
@@ -39,7 +41,10 @@ anchor-jax sample --config=configs/interactive.py --config.weights=FOLDER \\
 # A file of JSON lines is read as MemFlow's and Anchor Forcing's are: each line has
 # "prompts", and perhaps a "seed" of its own (else the config's), "switch_frames" in
 # latent frames, or "durations" in seconds; other keys are left out. Without times
-# prompts switch at 40, 80, 120, ... latent frames, so that six last 240.
+# prompts switch at 40, 80, 120, ... latent frames, so that six last 240. One prompt
+# may be "prompt" or "prompt_en". A list of such objects in one JSON document is read
+# too, and of .csv and .tsv the column "prompt". Lines that start with # are comments;
+# how many there are is said, as is every prompt longer than the text encoder reads.
 # Run the same command again with the same --out and finished videos are skipped;
 # files of another recipe are never replaced unless you say --overwrite.
 # Compiled programs are kept in ~/.cache/anchor_jax; ANCHOR_JAX_CACHE=off keeps none,
@@ -49,6 +54,9 @@ CACHE_VARIABLE = "ANCHOR_JAX_CACHE"
 
 _PIXEL_FRAMES = 4
 _TILES = 8
+_SUFFIXES = (".png", ".json", ".mp4")
+_LOOKED_AT = 10_000  # videos whose prompts are looked at before the first is made
+_ENCODED_AHEAD = 10_000  # videos whose prompts are encoded at once
 
 
 def define_flags() -> None:
@@ -77,7 +85,77 @@ class Job:
     @property
     def files(self) -> tuple[pathlib.Path, ...]:
         """The video last: it tells that the others are there."""
-        return tuple(self.file(suffix) for suffix in (".png", ".json", ".mp4"))
+        return tuple(self.file(suffix) for suffix in _SUFFIXES)
+
+
+class Jobs:
+    """The videos of one command, each described when it is asked for.
+
+    A million of them take little memory that way.
+    """
+
+    def __init__(self, folder: pathlib.Path, scripts, config, bundle, negative: str):
+        """Makes the setup of each kind of script.
+
+        Raises:
+          UserError: A field of the config is wrong, or does not go with a script.
+        """
+        self.folder, self.scripts, self.config = folder, scripts, config
+        self.bundle, self.negative = bundle, negative
+        self._setups: dict = {}
+        for number in range(len(self)):
+            self.setup(number)
+
+    def __len__(self) -> int:
+        return len(self.scripts.all)
+
+    def __getitem__(self, number: int) -> Job:
+        from anchor_jax.streaming.recipe import describe
+
+        script, setup, config = (
+            self.scripts.all[number],
+            self.setup(number),
+            self.config,
+        )
+        request = {
+            "script": describe(script),
+            "seed": config.seed if script.seed is None else script.seed,
+            "setup": describe(setup),
+            "negative_prompt": self.negative if setup.copies == 2 else "",
+            "weights": self.bundle.digest,
+            "lora": config.lora,
+        }
+        return Job(self.folder / f"{number:03d}", script, setup, request)
+
+    def key(self, number: int) -> tuple:
+        """Returns what a job's setup depends on."""
+        from anchor_jax import experiment
+
+        return experiment.setup_key(self.config, self.scripts.all[number])
+
+    def setup(self, number: int):
+        """Returns what is static about a job's stream."""
+        from anchor_jax import experiment
+
+        key = self.key(number)
+        if key not in self._setups:
+            script = self.scripts.all[number]
+            self._setups[key] = experiment.make_setup(self.config, self.bundle, script)
+        return self._setups[key]
+
+    def texts(self, number: int) -> list[tuple[str, str]]:
+        """Returns what is encoded for a job, with where it stands.
+
+        What guidance leads away from comes first.
+        """
+        guided = self.setup(number).copies - 1
+        found = [("the negative prompt", self.negative)] * guided
+        place, prompts = self.scripts.place(number), self.scripts.all[number].prompts
+        several = len(prompts) > 1
+        for segment, prompt in enumerate(prompts, 1):
+            where = f"{place}, segment {segment}" if several else place
+            found.append((where, prompt))
+        return found
 
 
 def main(argv: Sequence[str]) -> None:
@@ -94,36 +172,40 @@ def main(argv: Sequence[str]) -> None:
     given = experiment.read_config(flags.FLAGS.config)
     bundle = experiment.load_weights(given)
     config = experiment.resolve(given, bundle.metadata)
-    scripts = experiment.load_scripts(config)
+    scripts = experiment.read_scripts(config)
     negative = experiment.negative_prompt(config)
-    setups = [experiment.make_setup(config, bundle, script) for script in scripts]
-    for line in experiment.told_choices(given, config, bundle.metadata):
-        print(line, file=sys.stderr)
+    for line in scripts.notes:
+        print(f"note: {line}", file=sys.stderr)
     about = {"config": dataclasses.asdict(config)}
     with open_folder(flags.FLAGS.out or config.out) as folder:
-        jobs = _make_jobs(folder, scripts, setups, config, negative, bundle.digest)
+        jobs = Jobs(folder, scripts, config, bundle, negative)
+        for line in experiment.told_choices(given, config, bundle.metadata):
+            print(line, file=sys.stderr)
         todo, skipped = _choose(jobs, flags.FLAGS.overwrite)
-        for warning in _warnings(bundle.tokenizer, todo, negative):
+        for warning in _warnings(jobs, todo):
             print(f"warning: {warning}", file=sys.stderr)
-        for job in todo:
-            _make_session(bundle, job, negative)
+        _check_lengths(jobs, todo)
         if todo:
             with own_folder(folder):
                 # Another process may have made some meanwhile.
                 todo, skipped = _choose(jobs, flags.FLAGS.overwrite)
                 kept = f"; compiled programs are kept in {cache}" if cache else ""
                 print(f"preparing the model{kept}", file=sys.stderr)
-                _run(bundle, todo, negative, about)
-    _report(folder, todo, skipped)
+                _run(jobs, todo, about)
+    _report(jobs, todo, skipped)
 
 
-def _run(bundle, jobs: Sequence[Job], negative: str, about: dict) -> None:
+def _run(jobs: Jobs, todo: Sequence[int], about: dict) -> None:
     """Makes the videos, one after another."""
-    warm, encoded = set(), frozenset()
-    for number, job in enumerate(jobs):
-        encoded = _encode_ahead(bundle, jobs[number:], negative, encoded)
-        if number == 0:
+    warm, encoded, bundle, negative = set(), frozenset(), jobs.bundle, jobs.negative
+    for place, number in enumerate(todo):
+        job = jobs[number]
+        ahead = todo[place : place + _ENCODED_AHEAD]
+        encoded = _encode_ahead(jobs, ahead, encoded)
+        if place == 0:
             _load_generator(bundle)
+        if place >= _LOOKED_AT:
+            _print_cuts(bundle.tokenizer, jobs.texts(number))
         # Its stream leaves the device with it, before the next one.
         session = _make_session(bundle, job, negative)
         needed = (job.setup, session.reruns(job.script))
@@ -137,17 +219,22 @@ def _run(bundle, jobs: Sequence[Job], negative: str, about: dict) -> None:
         del session
 
 
-def _encode_ahead(bundle, jobs: Sequence[Job], negative: str, encoded: frozenset):
+def _encode_ahead(jobs: Jobs, todo: Sequence[int], encoded: frozenset) -> frozenset:
     """Prepares the text encoder for the first job, and returns the prompts it knows.
 
     One that is freed encodes the prompts of many jobs before it goes, so that it is
     loaded once for all. Another stays, and encodes each prompt when it is asked for.
     """
-    frees = bundle.encode_prompts.frees
-    if encoded.issuperset(_texts(jobs[0], negative)) or (encoded and not frees):
+    frees = jobs.bundle.encode_prompts.frees
+    if encoded.issuperset(_texts(jobs, todo[0])) or (encoded and not frees):
         return encoded
-    texts = dict.fromkeys(text for job in jobs for text in _texts(job, negative))
-    return prepare_prompts(bundle, list(texts))
+    many = todo if frees else todo[:1]
+    texts = dict.fromkeys(text for number in many for text in _texts(jobs, number))
+    return prepare_prompts(jobs.bundle, list(texts))
+
+
+def _texts(jobs: Jobs, number: int) -> list[str]:
+    return [text for _, text in jobs.texts(number)]
 
 
 def prepare_prompts(bundle, texts: Sequence[str]) -> frozenset:
@@ -158,11 +245,6 @@ def prepare_prompts(bundle, texts: Sequence[str]) -> frozenset:
         print(f"encoding {len(texts)} prompts", file=sys.stderr)
     encoder.prepare(texts)
     return frozenset(texts)
-
-
-def _texts(job: Job, negative: str) -> tuple[str, ...]:
-    """Returns what is encoded for a job; first what guidance leads away from."""
-    return (*[negative] * (job.setup.copies - 1), *job.script.prompts)
 
 
 def _size(text) -> str:
@@ -262,45 +344,29 @@ def own_folder(folder: pathlib.Path) -> ownership.Lease:
     )
 
 
-def _make_jobs(folder, scripts, setups, config, negative: str, digest: str):
-    from anchor_jax.streaming.recipe import describe
-
-    jobs = []
-    for number, (script, setup) in enumerate(zip(scripts, setups, strict=True)):
-        request = {
-            "script": describe(script),
-            "seed": config.seed if script.seed is None else script.seed,
-            "setup": describe(setup),
-            "negative_prompt": negative if setup.copies == 2 else "",
-            "weights": digest,
-            "lora": config.lora,
-        }
-        jobs.append(Job(folder / f"{number:03d}", script, setup, request))
-    return jobs
-
-
-def _choose(jobs: Sequence[Job], overwrite: bool) -> tuple[list[Job], list[Job]]:
-    """Returns the jobs to run and those that are finished.
+def _choose(jobs: Jobs, overwrite: bool) -> tuple[list[int], list[int]]:
+    """Returns the numbers of the jobs to run, and of those that are finished.
 
     Raises:
       UserError: A job would replace files that another recipe made, or a folder.
     """
+    present = set(os.listdir(jobs.folder)) if jobs.folder.is_dir() else set()
     todo, done, foreign = [], [], []
-    for job in jobs:
-        folders = [file for file in job.files if file.is_dir()]
-        if folders:
-            raise UserError(
-                f"{folders[0]} is a folder where a file shall be written; move it, or"
-                " choose another --out"
-            )
-        present = [file for file in job.files if file.exists()]
-        same = _stored_request(job, overwrite) == job.request
-        if same and len(present) == len(job.files) and not overwrite:
-            done.append(job)
+    for number in range(len(jobs)):
+        names = [f"{number:03d}{suffix}" for suffix in _SUFFIXES]
+        if present.isdisjoint(names):
+            todo.append(number)
             continue
-        todo.append(job)
-        if present and not same and not overwrite:
-            foreign.append(present[0])
+        files = [jobs.folder / name for name in names if name in present]
+        _check_no_folder(files)
+        job = jobs[number]
+        same = _stored_request(job, overwrite) == job.request
+        if same and len(files) == len(names) and not overwrite:
+            done.append(number)
+            continue
+        todo.append(number)
+        if not same and not overwrite:
+            foreign.append(files[0])
     if foreign:
         raise UserError(
             f"{foreign[0]} was made by another recipe or program, and"
@@ -308,6 +374,15 @@ def _choose(jobs: Sequence[Job], overwrite: bool) -> tuple[list[Job], list[Job]]
             " --overwrite"
         )
     return todo, done
+
+
+def _check_no_folder(files: Sequence[pathlib.Path]) -> None:
+    for file in files:
+        if file.is_dir():
+            raise UserError(
+                f"{file} is a folder where a file shall be written; move it, or choose"
+                " another --out"
+            )
 
 
 def _stored_request(job: Job, overwrite: bool) -> dict | None:
@@ -329,23 +404,51 @@ def _stored_request(job: Job, overwrite: bool) -> dict | None:
         raise
 
 
-def _warnings(tokenizer, jobs: Sequence[Job], negative: str) -> Iterator[str]:
+def _warnings(jobs: Jobs, todo: Sequence[int]) -> Iterator[str]:
     """Yields a line for each thing that will not have the effect it seems to have."""
-    texts = [prompt for job in jobs for prompt in job.script.prompts]
-    guided = any(job.setup.copies == 2 for job in jobs)
-    texts += [negative] * guided
-    if hasattr(tokenizer, "unknown_words"):
-        found = [word for text in texts for word in tokenizer.unknown_words(text)]
-        unknown = list(dict.fromkeys(found))
-        if unknown:
-            yield f"words that the model does not know: {', '.join(unknown)}"
-    if negative and jobs and not guided:
+    tokenizer, looked = jobs.bundle.tokenizer, todo[:_LOOKED_AT]
+    if tokenizer.note:
+        yield tokenizer.note
+    texts = [one for number in looked for one in jobs.texts(number)]
+    known = watched(dict.fromkeys(text for _, text in texts), "looks at words")
+    found = [word for text in known for word in tokenizer.unknown_words(text)]
+    if found:
+        unknown = dict.fromkeys(found)
+        yield f"words that the model does not know: {listed(list(unknown))}"
+    yield from report_cuts(tokenizer, watched(texts, "looks at lengths"))
+    if len(looked) < len(todo):
+        yield (
+            f"the first {len(looked)} of {len(todo)} videos were looked at; prompts of"
+            " others that are too long are named when their video is made"
+        )
+    guided = any(jobs.setup(number).copies == 2 for number in looked)
+    if jobs.negative and todo and not guided:
         yield "the negative prompt has no effect at guidance 1"
-    for job in jobs:
-        cuts = any(segment.cut for segment in job.script.segments)
-        if cuts and job.setup.policy.positions.cut is None:
+    for number in looked:
+        cuts = any(segment.cut for segment in jobs.scripts.all[number].segments)
+        if cuts and jobs.setup(number).policy.positions.cut is None:
             yield "this policy has no scene cut; # is read as an ordinary switch"
             return
+
+
+def _print_cuts(tokenizer, texts: Sequence[tuple[str, str]]) -> None:
+    for line in report_cuts(tokenizer, texts):
+        print(f"warning: {line}", file=sys.stderr)
+
+
+def _check_lengths(jobs: Jobs, todo: Sequence[int]) -> None:
+    """Raises unless every policy can make the longest of its videos."""
+    longest: dict = {}
+    for number in todo:
+        key = jobs.key(number)
+        best = longest.setdefault(key, number)
+        if jobs.scripts.all[number].frames > jobs.scripts.all[best].frames:
+            longest[key] = number
+    for number in longest.values():
+        try:
+            _make_session(jobs.bundle, jobs[number], jobs.negative)
+        except UserError as error:
+            raise UserError(f"{jobs.scripts.place(number)}: {error}") from error
 
 
 def _make_session(bundle, job: Job, negative: str):
@@ -450,12 +553,12 @@ def _short(text: str) -> str:
     return text if len(text) <= 48 else f"{text[:45]}..."
 
 
-def _report(folder: pathlib.Path, jobs: Sequence[Job], skipped: Sequence[Job]) -> None:
+def _report(jobs: Jobs, todo: Sequence[int], skipped: Sequence[int]) -> None:
     if skipped:
         print(f"{len(skipped)} already there, skipped")
-    for job in jobs:
-        print(job.file(".mp4"))
-    if jobs:
-        print(f"{len(jobs)} made; beside each .mp4 a .png to glance at and its recipe")
+    for number in todo:
+        print(jobs.folder / f"{number:03d}.mp4")
+    if todo:
+        print(f"{len(todo)} made; beside each .mp4 a .png to glance at and its recipe")
     else:
-        print(f"nothing to do in {folder}")
+        print(f"nothing to do in {jobs.folder}")

@@ -24,9 +24,11 @@ every --config.log_every steps, OUT/events the same for TensorBoard (pip install
 tensorboard tensorboardX), OUT/samples a video and a sheet of frames every
 --config.sample_every steps; --config.samples.* says what they show. OUT/400 is the
 checkpoint of step 400: the last --config.keep stay, and the --config.keep_best lowest
-in --config.best_of. --dry_run tells sizes and hours, leaves no files, and times a few
-steps if the folder has no log; what a step needs on chips that are not here:
-anchor-jax plan --help."""
+in --config.best_of. Files of prompts or captions hold text, JSON lines, a JSON list or
+a table (.csv, .tsv with the column prompt); a text longer than the text encoder reads
+is named before the first step. --dry_run tells sizes and hours, leaves no files, and
+times a few steps if the folder has no log; what a step needs on chips that are not
+here: anchor-jax plan --help."""
 
 FLAGS = flags.FLAGS
 

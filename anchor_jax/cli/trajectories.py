@@ -1,5 +1,7 @@
 """`anchor-jax trajectories`: a teacher's ways from noise to clips."""
 
+import sys
+
 from absl import flags
 
 from anchor_jax.config import define_config_flag
@@ -44,11 +46,15 @@ def main(argv) -> None:
 
     from anchor_jax.bundle import load_bundle
     from anchor_jax.experiment import parse_size
-    from anchor_jax.training import ode
+    from anchor_jax.training import ode, reports
 
     config = ode.read_config(FLAGS.config)
     size = None if config.size is None else parse_size(config.size)
     bundle = load_bundle(config.weights, grid=size, dtype=config.dtype)
+    if not FLAGS.process:
+        own = [("config.negative_prompt", config.negative_prompt)]
+        for line in reports.report_texts(config.data, bundle.tokenizer, own):
+            print(line, file=sys.stderr)
     process = jax.process_index() if FLAGS.process is None else FLAGS.process
     processes = jax.process_count() if FLAGS.processes is None else FLAGS.processes
     count, missing = ode.write(config, bundle, process, processes)

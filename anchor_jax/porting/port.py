@@ -32,6 +32,11 @@ from anchor_jax.porting.sources import Source
 from anchor_jax.wan import dit, lora
 from anchor_jax.wan.spec import ModelConfig
 from anchor_jax.wan.text import TextConfig, Umt5Encoder
+from anchor_jax.wan.tokenizer import (
+    SPIECE_NOTE,
+    FastTokenizer,
+    SentencePieceTokenizer,
+)
 from anchor_jax.wan.vae import WanVae
 
 METHODS = (
@@ -43,11 +48,16 @@ METHODS = (
     "anchor_forcing",
 )
 _NOT_SIZES = ("dtype", "param_dtype", "remat", "unroll", "conv")
+# The first that there is counts.
+_TOKENIZERS = {
+    "tokenizer/tokenizer.json": FastTokenizer,
+    "tokenizer/spiece.model": SentencePieceTokenizer,
+}
 _MISSING = {
     "generator": "--wan=FOLDER or --generator=FILE.pt",
     "text_encoder": "--wan=FOLDER, with the text encoder in it",
     "vae": "--wan=FOLDER, with the VAE in it",
-    "tokenizer/spiece.model": "--wan=FOLDER, with google/umt5-xxl/ or tokenizer/ in it",
+    "tokenizer": "--wan=FOLDER, with google/umt5-xxl/ or tokenizer/ in it",
 }
 
 
@@ -87,7 +97,7 @@ class Plan:
 
     def missing(self) -> dict[str, str]:
         """Returns what sampling needs beyond this, and how to add it."""
-        present = {*self.items, *self.files}
+        present = {*self.items, *(name.split("/")[0] for name in self.files)}
         return {name: how for name, how in _MISSING.items() if name not in present}
 
     def paths(self) -> list[pathlib.Path]:
@@ -134,12 +144,13 @@ def plan(
             problems += mismatch.problems
     if problems:
         raise Mismatch(problems)
-    notes = _notes(found, networks, scales)
+    files = _companions(wan, networks.get("text_encoder"))
+    notes = _notes(found, networks, scales, files)
     return Plan(
         items=_items(trees),
         meta={**_meta(method, found, networks, trees, scales), "notes": notes},
         sources=tuple(found.values()),
-        files=_companions(wan),
+        files=files,
         notes=notes,
     )
 
@@ -343,7 +354,7 @@ def _expected_adapters(params: Any, arrays: Mapping[str, Any], table, source) ->
     return traverse_util.unflatten_dict(found, sep="/")
 
 
-def _notes(found, networks, scales: Scales | None) -> tuple[str, ...]:
+def _notes(found, networks, scales: Scales | None, files) -> tuple[str, ...]:
     """Returns what the user should know of each source, with its name before it."""
     notes = [f"{item}: {note}" for item, one in found.items() for note in one.notes]
     model = networks.get("generator")
@@ -356,6 +367,9 @@ def _notes(found, networks, scales: Scales | None) -> tuple[str, ...]:
             )
     if scales:
         notes += [f"lora: {note}" for note in scales.notes]
+    counts = [name for name in _TOKENIZERS if name in files][:1]
+    if counts == ["tokenizer/spiece.model"]:
+        notes.append(f"tokenizer: {SPIECE_NOTE}")
     return tuple(notes)
 
 
@@ -430,5 +444,28 @@ def _parameters(tree: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
-def _companions(wan: Any) -> dict[str, pathlib.Path]:
-    return companions.find(wan) if wan else {}
+def _companions(wan: Any, text: TextConfig | None) -> dict[str, pathlib.Path]:
+    """Returns the small files by their place in the checkpoint.
+
+    Raises:
+      UserError: The tokenizer that will be used is damaged, or not the text encoder's.
+    """
+    found = companions.find(wan) if wan else {}
+    for name, kind in _TOKENIZERS.items():
+        if name in found:
+            _check_tokenizer(kind, found[name], text)
+            break
+    return found
+
+
+def _check_tokenizer(kind, path: pathlib.Path, text: TextConfig | None) -> None:
+    remedy = "take the tokenizer of google/umt5-xxl"
+    try:
+        tokenizer = kind(path, 512)
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is no tokenizer of UMT5: {error}; {remedy}") from error
+    if text is not None and tokenizer.vocab > text.vocab:
+        raise UserError(
+            f"{path} has {tokenizer.vocab} pieces, the text encoder {text.vocab};"
+            f" {remedy}"
+        )

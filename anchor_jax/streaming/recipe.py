@@ -36,14 +36,14 @@ from anchor_jax.cache.positions import Absolute, Bounded, Ranked, Relative
 from anchor_jax.config import from_config
 from anchor_jax.errors import UserError, suggest
 from anchor_jax.flow import Levels
-from anchor_jax.prompts import MAX_PROMPT_CHARACTERS, MAX_SEED
+from anchor_jax.prompts import MAX_FRAMES, MAX_PROMPT_CHARACTERS, MAX_SEED
 from anchor_jax.streaming.loop import DpmPlusPlus, Euler, Renoise, UniPC
 from anchor_jax.streaming.types import StreamSetup
+from anchor_jax.text import check_text, short
 from anchor_jax.wan.kernels import KERNELS
 from anchor_jax.wan.spec import LatentGrid, ModelConfig
 
 FORMAT_VERSION = 1
-MAX_FRAMES = 10_000_000
 MAX_BATCH = 1024
 
 _PARTS = {
@@ -258,7 +258,7 @@ def parse_recipe(given: Mapping[str, Any], where: str) -> Recipe:
     version = given.get("format_version")
     if version != FORMAT_VERSION or isinstance(version, bool):
         raise UserError(
-            f"{where}: format_version={_short(version)}, expected {FORMAT_VERSION};"
+            f"{where}: format_version={short(version)}, expected {FORMAT_VERSION};"
             " use the version of anchor_jax that wrote it, or make the video anew"
         )
     names = {field.name for field in dataclasses.fields(Recipe)}
@@ -294,7 +294,7 @@ def parse_switches(given: Any, where: str) -> tuple[Switch, ...]:
     for number, one in enumerate(given):
         name = f"{where}[{number}]"
         if not isinstance(one, Mapping):
-            raise UserError(f"{name}: got {_short(one)}, expected an object")
+            raise UserError(f"{name}: got {short(one)}, expected an object")
         switch = from_config(Switch, one, name)
         check_prompt(switch.prompt, f"{name}.prompt")
         for field in ("requested", "landed"):
@@ -312,6 +312,7 @@ def check_prompt(prompt: str, where: str) -> None:
             f"{where}: got {len(prompt)} characters, expected from 1 to"
             f" {MAX_PROMPT_CHARACTERS}, not all blank; write what to show"
         )
+    check_text(prompt, where)
 
 
 def rebuild(value: Any, where: str, depth: int = 0) -> Any:
@@ -331,7 +332,7 @@ def rebuild(value: Any, where: str, depth: int = 0) -> Any:
         return _rebuild_part(value, where, depth + 1)
     is_number = isinstance(value, int | float)
     if is_number and not abs(value) <= _LARGEST_NUMBER:
-        raise UserError(f"{where}={value}: expected at most {_LARGEST_NUMBER}")
+        raise UserError(f"{where}={short(value)}: expected at most {_LARGEST_NUMBER}")
     return value
 
 
@@ -339,7 +340,7 @@ def _rebuild_part(value: Mapping[str, Any], where: str, depth: int) -> Any:
     name = value.get("kind")
     if not isinstance(name, str) or name not in _PARTS:
         known = suggest(name if isinstance(name, str) else "", _PARTS, "kinds")
-        raise UserError(f"{where}.kind={_short(name)} is unknown{known}")
+        raise UserError(f"{where}.kind={short(name)} is unknown{known}")
     kind = _PARTS[name]
     given = {
         k: rebuild(v, f"{where}.{k}", depth) for k, v in value.items() if k != "kind"
@@ -388,8 +389,8 @@ def _check_levels(levels: Levels, where: str) -> None:
     if not fit or 0 in levels.sigma:
         raise UserError(
             f"{where}: expected as many numbers in timestep as in sigma, not below 0,"
-            f" and of sigma above 0; got {_short(levels.timestep)} and"
-            f" {_short(levels.sigma)}"
+            f" and of sigma above 0; got {short(levels.timestep)} and"
+            f" {short(levels.sigma)}"
         )
 
 
@@ -431,7 +432,7 @@ def _check_prompts(recipe: Recipe, where: str) -> None:
     falls = [b <= a for a, b in itertools.pairwise(landed)]
     if not landed or landed[0] or any(falls) or landed[-1] >= recipe.frames:
         raise UserError(
-            f"{where}: prompts landed at {_short(landed)}, expected frames that rise"
+            f"{where}: prompts landed at {short(landed)}, expected frames that rise"
             f" from 0 and stay below frames={recipe.frames}"
         )
 
@@ -440,7 +441,7 @@ def _check_fingerprint(recipe: Recipe, where: str) -> None:
     for name, value in recipe.fingerprint.items():
         if not isinstance(value, str) or len(value) > _FINGERPRINT_CHARACTERS:
             raise UserError(
-                f"{where}: fingerprint.{name[:60]}: got {_short(value)}, expected text"
+                f"{where}: fingerprint.{name[:60]}: got {short(value)}, expected text"
             )
     if "weights" not in recipe.fingerprint:
         raise UserError(
@@ -451,22 +452,16 @@ def _check_fingerprint(recipe: Recipe, where: str) -> None:
 def _check_range(name: str, value: Any, least: int, most: int) -> None:
     if type(value) is not int or not least <= value <= most:
         raise UserError(
-            f"{name}={_short(value)}: expected a whole number from {least} to {most}"
+            f"{name}={short(value)}: expected a whole number from {least} to {most}"
         )
 
 
 def _check_list(name: str, value: Any, most: int = MAX_FRAMES) -> None:
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise UserError(f"{name}: got {_short(value)}, expected a list")
+        raise UserError(f"{name}: got {short(value)}, expected a list")
     if len(value) > most:
         raise UserError(f"{name}: got {len(value)} entries, expected at most {most}")
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number that JSON knows")
-
-
-def _short(value: Any) -> str:
-    """Returns the value's representation, cut to a length that fits a message."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

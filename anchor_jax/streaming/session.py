@@ -39,6 +39,7 @@ from anchor_jax.streaming.snapshot import (
     write_moment,
 )
 from anchor_jax.streaming.types import StreamSetup, StreamState
+from anchor_jax.text import check_text
 from anchor_jax.wan.attention import ContextKV
 
 
@@ -147,6 +148,7 @@ class Session:
         """
         _check_restart(setup.policy)
         check_prompt(prompt, "prompt")
+        check_text(negative_prompt, "negative_prompt")
         self.bundle, self.setup, self.batch = bundle, setup, batch
         self.seed, self.negative_prompt = seed, negative_prompt
         self.segments = [Switch(prompt, requested=0, landed=0)]

@@ -23,12 +23,12 @@ import tqdm
 from anchor_jax import ownership
 from anchor_jax.errors import UserError
 from anchor_jax.io import expand, making_folder
-from anchor_jax.prompts import MAX_PROMPT_CHARACTERS
+from anchor_jax.prompt_files import watched
+from anchor_jax.training import pairs
 
 SPLIT = "train"
 _READY = "ready.json"
 _VERSION = tfds.core.Version("1.0.0")
-_Pair = tuple[str, str]
 
 
 class Examples:
@@ -67,6 +67,13 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """What the examples depend on, as JSON values."""
         raise TypeError(f"{type(self).__name__} does not say what it is made from")
 
+    def read(self) -> None:
+        """Reads what the examples are made from, before they are built.
+
+        Raises:
+          UserError: Something is wrong with it.
+        """
+
     def _described(self, features: dict[str, Any]) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
@@ -90,55 +97,41 @@ class PromptPairs(_Builder, skip_registration=True):
         switch_path: str | os.PathLike | None = None,
         seed: int = 0,
     ):
-        """Reads the files.
+        """Opens the files, which are read when the dataset is built.
 
         Args:
           data_dir: where the dataset is built.
-          path: a prompt a line, or JSON lines if its name ends in `.jsonl`: objects
-            with `prompt` and `switch`, or with `prompts`, of which two are taken.
+          path: a prompt a line; JSON lines, or one JSON list, of objects with `prompt`
+            and `switch`, or with `prompts`, of which two are taken; or a `.csv` or
+            `.tsv` with the column `prompt`, and perhaps `switch`.
           switch_path: whose line k is switched to after line k of `path`. Without it,
-            a line is switched to another, drawn by `seed`.
+            a prompt without a switch is switched to another, drawn by `seed`.
           seed: of that draw.
 
         Raises:
-          UserError: A file is wrong; the message names the line.
+          UserError: A file is missing or of a kind that holds no prompts.
         """
-        self._seed = seed
+        self._seed, self._pairs = seed, ()
         given = (path,) if switch_path is None else (path, switch_path)
-        self._paths = [expand(one) for one in given]
-        self._digests = [digest(path) for path in self._paths]
-        self._pairs = self._read()
+        paths = [expand(one) for one in given]
+        self._digests = [digest(path) for path in paths]
+        self._files = pairs.PairFiles(paths)
         super().__init__(data_dir)
 
     def inputs(self) -> dict[str, Any]:
         """The files' hashes and sizes, their kind, and the seed."""
-        return {
-            "files": self._digests,
-            "json": self._paths[0].suffix == ".jsonl",
-            "seed": self._seed,
-        }
+        return {"files": self._digests, "json": self._files.kind, "seed": self._seed}
 
-    def _read(self) -> list[_Pair]:
-        first, *second = self._paths
-        if any(path.suffix == ".jsonl" for path in self._paths):
-            if second:
-                raise UserError(
-                    f"{first}, {second[0]}: a file of JSON lines holds both prompts;"
-                    " leave the switch path out"
-                )
-            return [
-                _json_pair(first, *line) for line in enumerate(read_lines(first), 1)
-            ]
-        if not second:
-            return _drawn_pairs(first, self._seed)
-        return _aligned_pairs(first, second[0])
+    def read(self) -> None:
+        self._pairs = self._files.read(self._seed)
 
     def _info(self):
         text = tfds.features.Text()
         return self._described({"prompt": text, "switch": text})
 
     def _generate_examples(self):
-        for number, (prompt, switch) in enumerate(self._pairs):
+        made = watched(self._pairs, "stores prompts")
+        for number, (prompt, switch) in enumerate(made):
             yield number, {"prompt": prompt, "switch": switch}
 
 
@@ -281,6 +274,7 @@ def _build(make: Callable[..., _Builder], target: pathlib.Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     with making_folder(target) as building:
         builder = make(data_dir=building)
+        builder.read()
         tfds.disable_progress_bar()
         # It tells of downloads, of which there are none.
         with contextlib.redirect_stdout(io.StringIO()):
@@ -327,94 +321,3 @@ def _opened(path: pathlib.Path) -> Iterator[Any]:
         raise UserError(f"{path}: no such file; give the path of one") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def read_lines(path: pathlib.Path) -> list[str]:
-    """Returns the lines of a file of UTF-8 text, none of them empty."""
-    with _opened(path) as file:
-        lines = file.read().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    while lines and not lines[-1].strip():
-        lines.pop()
-    if not lines:
-        raise UserError(f"{path}: no lines; expected a prompt, or JSON, a line")
-    return [_line(path, number, line) for number, line in enumerate(lines, 1)]
-
-
-def _line(path: pathlib.Path, number: int, line: bytes) -> str:
-    try:
-        text = line.decode("utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}, line {number}: not UTF-8 text; save the file as UTF-8"
-        ) from error
-    limit = MAX_PROMPT_CHARACTERS * (12 if path.suffix == ".jsonl" else 1)
-    check_length(f"{path}, line {number}", text, limit)
-    return text
-
-
-def check_length(where: str, text: str, limit: int) -> None:
-    """Raises UserError unless a text has one character or more, up to a limit."""
-    if not text:
-        raise UserError(f"{where}: empty; expected a prompt: write one, or remove it")
-    if len(text) > limit:
-        raise UserError(
-            f"{where}: {len(text)} characters, expected at most {limit}; shorten it"
-        )
-
-
-def _aligned_pairs(first: pathlib.Path, second: pathlib.Path) -> list[_Pair]:
-    prompts, switches = read_lines(first), read_lines(second)
-    if prompts == switches:
-        raise UserError(
-            f"{first}, {second}: the same text, so that no switch would change the"
-            " prompt; expected a second file with the switch prompts"
-        )
-    if len(prompts) != len(switches):
-        shorter = min(len(prompts), len(switches))
-        raise UserError(
-            f"{second}: {len(switches)} lines, expected {len(prompts)} as in {first}:"
-            f" line k of one belongs to line k of the other; line {shorter + 1} is the"
-            " first without a partner"
-        )
-    return list(zip(prompts, switches, strict=True))
-
-
-def _drawn_pairs(path: pathlib.Path, seed: int) -> list[_Pair]:
-    """Pairs every line with another one, of another text."""
-    lines = read_lines(path)
-    if len(set(lines)) < 2:
-        raise UserError(
-            f"{path}: got one prompt only, expected two or more that differ, since a"
-            " line is switched to another; add lines"
-        )
-    rng = np.random.default_rng((seed, len(lines)))
-    pairs = []
-    for number, line in enumerate(lines):
-        other = line
-        while other == line:
-            step = int(rng.integers(1, len(lines)))
-            other = lines[(number + step) % len(lines)]
-        pairs.append((line, other))
-    return pairs
-
-
-def _json_pair(path: pathlib.Path, number: int, line: str) -> _Pair:
-    where = f"{path}, line {number}"
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: bad JSON: {error}; write one object a line") from (
-            error
-        )
-    got = entry if isinstance(entry, dict) else {}
-    pair = got.get("prompts", [got.get("prompt"), got.get("switch")])
-    is_pair = isinstance(pair, list) and len(pair) >= 2
-    if not is_pair or not all(isinstance(text, str) for text in pair[:2]):
-        raise UserError(
-            f'{where}: got {line[:60]}, expected {{"prompt": TEXT, "switch": TEXT}} or'
-            ' {"prompts": [TEXT, TEXT]}'
-        )
-    prompt, switch = (text.strip() for text in pair[:2])
-    check_length(where, prompt, MAX_PROMPT_CHARACTERS)
-    check_length(where, switch, MAX_PROMPT_CHARACTERS)
-    return prompt, switch

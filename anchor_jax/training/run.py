@@ -25,6 +25,7 @@ from anchor_jax.training import (
     files,
     fresh,
     placement,
+    reports,
     samples,
     sources,
     world_data,
@@ -270,6 +271,9 @@ def _open_job(config: TrainConfig, folder: pathlib.Path, tell, most: int | None)
     write_json(folder / files.INPUTS, read)
     _warn_of_chunks(prepared.stage, tell)
     _warn_of_words(config, generator, folder, tell)
+    own = _own_texts(config, sampler)
+    for line in reports.report_texts(config.data, generator.tokenizer, own):
+        tell(line)
     meta = {"training": _json(config)}
     if config.stage == "distillation":
         sizes = dataclasses.asdict((critic or teacher).model)
@@ -306,6 +310,18 @@ def _warn_of_words(config: TrainConfig, bundle: Bundle, folder, tell) -> None:
     found = {word for text in prompts for word in bundle.tokenizer.unknown_words(text)}
     if found:
         tell(f"warning: words that the model does not know: {', '.join(sorted(found))}")
+
+
+def _own_texts(config: TrainConfig, sampler) -> Iterator[tuple[str, str]]:
+    """Yields the texts that the config itself has, after their fields."""
+    if config.stage == "distillation":
+        section = config.distillation
+        yield "config.distillation.negative_prompt", section.negative_prompt
+    elif config.regression.guidance is not None:
+        yield "config.regression.negative_prompt", config.regression.negative_prompt
+    for video in sampler.videos if sampler else ():
+        for prompt in video.script.prompts:
+            yield "config.samples", prompt
 
 
 def dry_run(config: TrainConfig, tell: Callable[[str], None]) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import itertools
-import json
 import math
 import pathlib
 import types
@@ -24,7 +23,7 @@ from anchor_jax.io import expand
 from anchor_jax.prompts import LATENT_FRAMES_PER_SECOND, Script, Segment, Timing
 from anchor_jax.streaming.session import Session
 from anchor_jax.streaming.types import StreamSetup
-from anchor_jax.training import placement, world_clips
+from anchor_jax.training import pairs, placement, reports, world_clips
 from anchor_jax.training.build import Prepared, TrainConfig
 from anchor_jax.training.programs import DistillStage
 from anchor_jax.training.state import TrainState
@@ -292,38 +291,20 @@ def _texts(config: TrainConfig, num: int) -> list[tuple[str, str]]:
         stored = Trajectories(config.data.path)
         texts = [stored[place]["prompt"] for place in range(min(num, len(stored)))]
         return [(text, text) for text in texts]
-    first = _first_lines(config.data.path, num)
+    first = _first_lines(config, config.data.path, num)
     second = first[1:] + first[:1]
     if config.data.switch_path is not None:
-        second = _first_lines(config.data.switch_path, num)
+        second = _first_lines(config, config.data.switch_path, num)
     return [((*a, b[0])[0], (*a, b[0])[1]) for a, b in zip(first, second, strict=False)]
 
 
-def _first_lines(path: str, num: int) -> list[tuple[str, ...]]:
+def _first_lines(config: TrainConfig, path: str, num: int) -> list[tuple[str, ...]]:
     """Returns the prompts in the first lines of a file."""
     place = expand(path)
     if not place.is_file():
         return []
-    try:
-        with place.open(encoding="utf-8-sig") as file:
-            lines = list(itertools.islice(file, num))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{place} cannot be read: {error}") from error
-    found = [_prompts_in(line, place.suffix == ".jsonl") for line in lines]
+    columns = ("caption",) if config.data.kind == "videos" else ("prompt",)
+    file = pairs.open_file(place, columns)
+    values = itertools.islice(file, num)
+    found = [reports.texts_in(value, file.kind) for _, value in values]
     return [one for one in found if one]
-
-
-def _prompts_in(line: str, is_json: bool) -> tuple[str, ...]:
-    """Returns the prompts of a line; none where it has no text."""
-    if not is_json:
-        return (line.strip(),) * bool(line.strip())
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError):
-        return ()
-    entry = entry if isinstance(entry, dict) else {}
-    names = ("prompt", "caption", "switch")
-    found = entry.get("prompts") or [entry[name] for name in names if name in entry]
-    if not isinstance(found, list):
-        return ()
-    return tuple(text for text in found if isinstance(text, str) and text.strip())[:2]

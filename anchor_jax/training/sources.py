@@ -31,7 +31,8 @@ class DataConfig:
       kind: of `KINDS`.
       path: prompts: a file with a prompt a line, or JSON lines with `prompt` and
         `switch`; trajectories: the folder that `anchor-jax trajectories` wrote; videos:
-        JSON lines with `video` and `caption`.
+        JSON lines with `video` and `caption`. In place of JSON lines there may be one
+        JSON list, or a `.csv` or `.tsv` with these columns.
       switch_path: a file whose line k is the second prompt of line k of `path`;
         without it another line of `path` is.
       cache: where datasets are built; without a value in the training's folder.

@@ -16,40 +16,52 @@ from tqdm import tqdm
 from anchor_jax import media
 from anchor_jax.errors import UserError, naming
 from anchor_jax.io import expand, inside
-from anchor_jax.training import datasets
+from anchor_jax.prompt_files import decode
+from anchor_jax.prompts import MAX_PROMPT_CHARACTERS
+from anchor_jax.text import check_text
+from anchor_jax.training import datasets, pairs
 from anchor_jax.training.order import Order, Share
 from anchor_jax.world.scene import latent_to_pixel_frames
 
 _CELL = 8  # pixels of a latent's side
 _SHOWN = 10  # videos in a message
+_EXPECTED = 'expected {"video": NAME, "caption": TEXT}'
 
 
 def read_list(path: str) -> list[tuple[pathlib.Path, str]]:
-    """Returns the videos and captions of a file of JSON lines.
+    """Returns the videos and captions of a file.
 
-    A line is `{"video": "NAME.mp4", "caption": TEXT}`, the video beside the file or in
-    a folder below it.
+    It holds JSON lines, or one JSON list, of `{"video": "NAME.mp4", "caption": TEXT}`,
+    or is a `.csv` or `.tsv` with these columns; the video is beside the file or in a
+    folder below it.
 
     Raises:
       UserError: A line is wrong; the message says which.
     """
-    file = expand(path)
+    file = pairs.open_file(expand(path), ("video", "caption"))
     found = []
-    for number, line in enumerate(datasets.read_lines(file), 1):
-        where = f"{file}, line {number}"
-        try:
-            entry = json.loads(line)
-            name, caption = entry["video"], entry["caption"]
-            is_text = isinstance(name, str) and isinstance(caption, str)
-        except (ValueError, RecursionError, KeyError, TypeError):
-            is_text = False
-        if not is_text:
-            raise UserError(
-                f'{where}: got {line[:60]}, expected {{"video": NAME, "caption": TEXT}}'
-            )
-        datasets.check_length(where, caption, datasets.MAX_PROMPT_CHARACTERS)
-        found.append((_beside(file, name, where), caption))
+    for number, value in file:
+        where = file.place(number)
+        name, caption = _entry(value, where)
+        pairs.check_length(where, caption, MAX_PROMPT_CHARACTERS)
+        check_text(name, where)
+        found.append((_beside(file.path, name, where), caption))
+    if not found:
+        raise UserError(f"{file.path}: no lines; {_EXPECTED} a line")
     return found
+
+
+def _entry(value: Any, where: str) -> tuple[str, str]:
+    """Returns the name of a video, and its caption."""
+    try:
+        entry = decode(value) if isinstance(value, str) else value
+    except UserError:
+        entry = None
+    got = entry if isinstance(entry, dict) else {}
+    name, caption = got.get("video"), got.get("caption")
+    if not isinstance(name, str) or not isinstance(caption, str):
+        raise UserError(f"{where}: got {str(value)[:60]}, {_EXPECTED}")
+    return name, caption
 
 
 def identity(path: str) -> str:

@@ -1,25 +1,168 @@
 """Prompts to token ids, as the text encoder was trained with them."""
 
+import abc
+import dataclasses
+import functools
 import html
-import importlib.util
 import pathlib
-from collections.abc import Sequence
-from typing import Protocol
+import warnings
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 PAD = 0
 END = 1
 UNKNOWN = 2
+SPECIAL = ("<pad>", "</s>", "<unk>")
+"""The pieces of these ids, in `tokenizer.json`."""
+MOST_BYTES = 256 * 2**20
+"""The largest `tokenizer.json` that is read; that of UMT5-XXL has 17 MB."""
+
+_NAMED = 5  # prompts in a report
+_LISTED = 20  # words in a message
+_WARNED = 10  # prompts of which a warning is given
+_TAIL = 40  # characters before the cut
+_FIRST = 60  # characters of a prompt in a message
 
 
-class Tokenizer(Protocol):
-    """Anything that turns prompts into padded ids and a mask."""
+class CutWarning(UserWarning):
+    """A prompt is longer than the text encoder reads."""
 
-    text_len: int
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """A prompt of which the text encoder reads only the beginning.
+
+    Attributes:
+      tokens: how many it has, with the end token.
+      kept: how many of them are read, with the end token.
+      beginning: the text that is read.
+    """
+
+    tokens: int
+    kept: int
+    beginning: str
+
+    def __str__(self) -> str:
+        tail = self.beginning.rstrip()
+        dots = "..." if len(tail) > _TAIL else ""
+        return (
+            f"{self.kept} of {self.tokens} tokens are read; it is cut after"
+            f" {dots + tail[-_TAIL:]!r}"
+        )
+
+
+class Tokenizer(abc.ABC):
+    """Turns prompts into padded ids and a mask.
+
+    Attributes:
+      text_len: tokens of a row.
+      note: what is to be said about where its ids come from, or nothing.
+    """
+
+    def __init__(self, text_len: int, note: str = ""):
+        self.text_len, self.note = text_len, note
+        self._reported: set[int] = set()
+        self._warned = 0
+        self._is_known = functools.lru_cache(100_000)(self._has)
+
+    @property
+    @abc.abstractmethod
+    def vocab(self) -> int:
+        """How many ids there are."""
+
+    @abc.abstractmethod
+    def _rows(self, cleaned: Sequence[str]) -> list[Sequence[int]]:
+        """Returns the ids of texts, without their end token."""
+
+    @abc.abstractmethod
+    def _beginning(self, cleaned: str, row: Sequence[int]) -> str:
+        """Returns the part of a text that is spelt by the first of its ids."""
 
     def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns ids and mask, both int32 [B, text_len]; each row ends in `</s>`."""
+        """Returns ids and mask, both int32 [B, text_len]; each row ends in `</s>`.
+
+        A longer prompt is cut, with a `CutWarning` unless `cut` has been asked for it.
+        """
+        rows = self._rows([clean_prompt(prompt) for prompt in prompts])
+        for prompt, row in zip(prompts, rows, strict=True):
+            if len(row) >= self.text_len and hash(prompt) not in self._reported:
+                self._warn(prompt)
+        return pad_ids(rows, self.text_len)
+
+    def cut(self, prompt: str) -> Cut | None:
+        """Returns what of a prompt is read, or None where all of it is."""
+        cleaned = clean_prompt(prompt)
+        (row,) = self._rows([cleaned])
+        if len(row) < self.text_len:
+            return None
+        self._reported.add(hash(prompt))
+        kept = row[: self.text_len - 1]
+        return Cut(len(row) + 1, self.text_len, self._beginning(cleaned, kept))
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Returns the words of a prompt that are not wholly in the vocabulary.
+
+        Each is named once, in order. A word is what stands between spaces.
+        """
+        words = dict.fromkeys(clean_prompt(prompt).split())
+        return [word for word in words if not self._is_known(word)]
+
+    def _has(self, word: str) -> bool:
+        return UNKNOWN not in self._rows([word])[0]
+
+    def _warn(self, prompt: str) -> None:
+        """Warns of the first prompts that are cut, and then of their number."""
+        found = self.cut(prompt)
+        self._warned += 1
+        if self._warned <= _WARNED:
+            text = f"{_shortened(prompt)}: {found}"
+        elif self._warned in (100, 1000, 10_000, 100_000, 1_000_000):
+            text = f"{self._warned} prompts have been cut so far"
+        else:
+            return
+        warnings.warn(text, CutWarning, stacklevel=3)
+
+
+def report_cuts(
+    tokenizer: Tokenizer, texts: Iterable[tuple[str, str]], most: int = _NAMED
+) -> list[str]:
+    """Returns lines about the prompts of which only the beginning is read.
+
+    Args:
+      tokenizer: of the text encoder.
+      texts: pairs of where a prompt stands, and the prompt.
+      most: prompts that are named; the others are counted.
+    """
+    known: dict[str, Cut | None] = {}
+    found, count = [], 0
+    for where, text in texts:
+        if text not in known:
+            known[text] = tokenizer.cut(text)
+            if known[text] is not None:
+                count += 1
+                found += [(where, text)] * (len(found) < most)
+    if not count:
+        return []
+    many = "1 prompt is" if count == 1 else f"{count} prompts are"
+    lines = [
+        f"{many} longer than the {tokenizer.text_len} tokens that the text encoder"
+        " reads; what comes after has no effect"
+    ]
+    lines += [f"  {where}: {_shortened(text)}: {known[text]}" for where, text in found]
+    return lines + [f"  and {count - most} more"] * (count > most)
+
+
+def listed(words: Sequence[str]) -> str:
+    """Returns words as text, the first of many."""
+    more = len(words) - _LISTED
+    shown = ", ".join(word[:_FIRST] for word in words[:_LISTED])
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
+def _shortened(text: str) -> str:
+    text = " ".join(text[: 4 * _FIRST].split())
+    return repr(text if len(text) <= _FIRST else f"{text[: _FIRST - 3]}...")
 
 
 def clean_prompt(text: str) -> str:
@@ -27,6 +170,9 @@ def clean_prompt(text: str) -> str:
 
     Case is kept. Source: algorithm.md, section 9.2 (cleaning mode "whitespace").
     """
+    # Neither of the two changes printable ASCII without entities, and both are slow.
+    if text.isascii() and text.isprintable() and "&" not in text:
+        return " ".join(text.split())
     import ftfy
 
     # Twice: captions scraped from the web are often escaped twice.
@@ -50,18 +196,20 @@ def pad_ids(
     return ids, mask
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(Tokenizer):
     """A tokenizer backed by a sentencepiece model, from a file or its bytes."""
 
-    def __init__(self, model: str | pathlib.Path | bytes, text_len: int):
+    def __init__(
+        self, model: str | pathlib.Path | bytes, text_len: int, note: str = ""
+    ):
         import sentencepiece
 
+        super().__init__(text_len, note)
         if isinstance(model, bytes):
             source = {"model_proto": model}
         else:
             source = {"model_file": str(model)}
         self._processor = sentencepiece.SentencePieceProcessor(**source)
-        self.text_len = text_len
         pad, end = self._processor.pad_id(), self._processor.eos_id()
         unknown = self._processor.unk_id()
         if (pad, end, unknown) != (PAD, END, UNKNOWN):
@@ -80,65 +228,94 @@ class SentencePieceTokenizer:
         """The model, as its file holds it."""
         return self._processor.serialized_model_proto()
 
-    def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns ids and mask, int32 [B, text_len]."""
-        cleaned = [clean_prompt(prompt) for prompt in prompts]
-        return pad_ids(self._processor.encode(cleaned), self.text_len)
+    def _rows(self, cleaned: Sequence[str]) -> list[Sequence[int]]:
+        return self._processor.encode(list(cleaned))
 
-    def unknown_words(self, prompt: str) -> list[str]:
-        """Returns the words of a prompt that are not wholly in the vocabulary.
-
-        Each is named once, in order. A word is what stands between spaces.
-        """
-        words = dict.fromkeys(clean_prompt(prompt).split())
-        return [word for word in words if UNKNOWN in self._processor.encode(word)]
+    def _beginning(self, cleaned: str, row: Sequence[int]) -> str:
+        del cleaned
+        return self._processor.decode(list(row))
 
 
-class FastTokenizer:
+class FastTokenizer(Tokenizer):
     """A tokenizer backed by a `tokenizer.json` of the package `tokenizers`."""
 
     def __init__(self, path: str | pathlib.Path, text_len: int):
-        import tokenizers
+        """Reads the file.
 
-        self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        Raises:
+          ValueError: It is damaged or too large, or has other special ids.
+        """
+        super().__init__(text_len)
+        self._tokenizer = _open_json(pathlib.Path(path))
+        found = tuple(map(self._tokenizer.token_to_id, SPECIAL))
+        if found != (PAD, END, UNKNOWN):
+            raise ValueError(
+                f"{path}: the ids of {', '.join(SPECIAL)} are {found}, expected"
+                f" {(PAD, END, UNKNOWN)}; take the file of google/umt5-xxl"
+            )
         # The file may ask for its own lengths; ours are those of the encoder.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self.text_len = text_len
 
     @property
     def vocab(self) -> int:
         return self._tokenizer.get_vocab_size()
 
-    def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns ids and mask, int32 [B, text_len]."""
-        cleaned = [clean_prompt(prompt) for prompt in prompts]
-        found = self._tokenizer.encode_batch(cleaned, add_special_tokens=False)
-        return pad_ids([row.ids for row in found], self.text_len)
+    def _rows(self, cleaned: Sequence[str]) -> list[Sequence[int]]:
+        found = self._tokenizer.encode_batch(list(cleaned), add_special_tokens=False)
+        return [row.ids for row in found]
+
+    def _beginning(self, cleaned: str, row: Sequence[int]) -> str:
+        found = self._tokenizer.encode(cleaned, add_special_tokens=False)
+        return cleaned[: max((end for _, end in found.offsets[: len(row)]), default=0)]
+
+
+def _open_json(path: pathlib.Path):
+    """Returns the tokenizer in a file that may hold anything.
+
+    Raises:
+      ValueError: It is damaged or too large.
+    """
+    import tokenizers
+
+    size = path.stat().st_size
+    if size > MOST_BYTES:
+        raise ValueError(f"{path} has {size} bytes, expected at most {MOST_BYTES}")
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    # The package raises plain exceptions, and one of its own where it fails within.
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt | SystemExit | OSError | MemoryError):
+            raise
+        raise ValueError(f"{path} is damaged: {str(error)[:200]}") from error
 
 
 def load_tokenizer(folder: str | pathlib.Path, text_len: int = 512) -> Tokenizer:
     """Returns the tokenizer stored in a folder.
 
-    Prefers `tokenizer.json`, which needs the package `tokenizers`, to `spiece.model`.
+    `tokenizer.json` is taken where there is one, as transformers does. `spiece.model`
+    alone is read by sentencepiece, whose ids differ for special tokens in a prompt, and
+    for characters that only bytes can spell; the tokenizer's `note` says so.
 
     Raises:
-      FileNotFoundError: The folder holds neither, or only one that cannot be read here.
+      FileNotFoundError: The folder holds neither.
+      ValueError: The file is damaged, or not that of a T5 encoder.
     """
     folder = pathlib.Path(folder)
     fast, pieces = folder / "tokenizer.json", folder / "spiece.model"
-    can_read_fast = importlib.util.find_spec("tokenizers") is not None
-    if fast.exists() and can_read_fast:
+    if fast.exists():
         return FastTokenizer(fast, text_len)
     if pieces.exists():
-        return SentencePieceTokenizer(pieces, text_len)
-    if fast.exists():
-        raise FileNotFoundError(
-            f"{folder} holds tokenizer.json but the package `tokenizers` is not"
-            " installed, and there is no spiece.model; run `pip install tokenizers`"
-            " or put spiece.model of google/umt5-xxl there"
-        )
+        return SentencePieceTokenizer(pieces, text_len, SPIECE_NOTE)
     raise FileNotFoundError(
         f"no tokenizer in {folder}: expected tokenizer.json or spiece.model; download"
         " one of them from google/umt5-xxl into that folder"
     )
+
+
+SPIECE_NOTE = (
+    "token ids come from spiece.model, since the weights have no tokenizer.json; ids of"
+    " characters outside the vocabulary may differ from those of transformers; port the"
+    " weights again with tokenizer.json of google/umt5-xxl to have the same"
+)
+"""What is said where ids come from `spiece.model` alone."""

@@ -2,6 +2,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import warnings
 
 import pytest
 from absl import flags
@@ -9,6 +10,7 @@ from absl import flags
 import anchor_jax
 from anchor_jax import cli
 from anchor_jax.cli import main
+from anchor_jax.wan.tokenizer import CutWarning
 
 ROOT = pathlib.Path(anchor_jax.__file__).parents[1]
 FAKE = '''
@@ -215,3 +217,24 @@ def test_flags_of_a_command_go_with_it_and_those_of_libraries_stay(say):
 
     assert set(flags.FLAGS) - before == {"of_a_library"}
     delattr(flags.FLAGS, "of_a_library")
+
+
+def test_warnings_of_the_package_read_as_those_of_a_command(capsys):
+    with main._plain_warnings():
+        warnings.warn("a prompt is cut", CutWarning, stacklevel=1)
+
+    assert capsys.readouterr().err == "warning: a prompt is cut\n"
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["sample", "--out", "a\udce9"], "--out: byte 0xe9"),
+        (["sample", "--o\udce9=a"], "--o?: byte 0xe9"),
+        (["replay", "a\0.json"], "argument 2: U+0000"),
+        (["sam\ud800"], "argument 1: U+D800"),
+    ],
+)
+def test_arguments_that_are_no_text_are_refused(capsys, argv, message):
+    assert main.main(argv) == 2
+    assert f"error: {message}" in capsys.readouterr().err

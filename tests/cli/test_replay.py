@@ -196,3 +196,38 @@ def test_nothing_differs_from_itself():
 
     assert recipes.differences(here, here) == ()
     assert recipes.differences(here, here | {"jax": "0.1"})[0].endswith("'0.1' now")
+
+
+def test_a_prompt_that_is_cut_is_reported(replay):
+    long = "a red ring a blue square moves up"
+
+    status, _, err = replay("--at=9", f"--prompt={long}", "--out=forked")
+
+    assert status == 0
+    assert "warning: 1 prompt is longer than the 6 tokens" in err
+    assert "prompts[2]: 'a red ring a blue square moves up': 6 of 9 tokens" in err
+
+
+@pytest.mark.parametrize(
+    "prompt, part", [("a\udce9", "byte 0xe9"), ("a\0", "U+0000"), ("\x1b[2J", "U+001B")]
+)
+def test_a_prompt_that_is_no_text_is_refused(replay, tmp_path, prompt, part):
+    status, _, err = replay("--at=3", f"--prompt={prompt}", "--out=forked")
+
+    assert status == 2
+    assert "--prompt: " in err and part in err
+    assert not (tmp_path / "forked").exists()
+
+
+@pytest.mark.parametrize("field", ["prompts", "negative_prompt"])
+def test_a_recipe_with_what_is_no_text_is_refused(replay, field):
+    def change(recipe):
+        if field == "prompts":
+            recipe["prompts"][1]["prompt"] = "a\ud800"
+        else:
+            recipe[field] = "a\ud800"
+
+    status, _, err = replay("--check", change=change)
+
+    assert status == 2
+    assert "000.json" in err and field in err and "U+D800" in err

@@ -308,6 +308,84 @@ def test_words_that_mean_nothing_here_are_named_once(sample):
     assert warnings[0].endswith("elephant, sings")
 
 
+def test_prompts_that_are_cut_are_reported_with_their_line(sample, tmp_path):
+    long = "a red ring a blue square moves up"
+    (tmp_path / "p.csv").write_text(f"id,prompt\n1,a red ring\n2,{long}\n")
+    argv = ["--config.prompt_file=p.csv", "--config.frames=3"]
+    argv += ["--config.sampler.guidance=2.0"]
+    argv += [f"--config.sampler.negative_prompt={long} {long}"]
+
+    status, _, err = sample(*argv)
+
+    assert status == 0
+    assert "note: p.csv: a table; read the column 'prompt'" in err
+    assert "warning: 2 prompts are longer than the 6 tokens" in err
+    assert f"p.csv, line 3: {long!r}: 6 of 9 tokens are read" in err
+    assert "the negative prompt: " in err and "6 of 17 tokens" in err
+    assert "cut after 'a red ring a blue'" in err
+
+
+def test_prompts_beyond_those_looked_at_are_reported_with_their_video(
+    sample, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("anchor_jax.cli.sample._LOOKED_AT", 1)
+    long = "a red ring a blue square moves up"
+    (tmp_path / "p.txt").write_text(f"a red ring[3f]\n{long}[3f]\n")
+
+    status, _, err = sample("--config.prompt_file=p.txt")
+
+    assert status == 0
+    assert "the first 1 of 2 videos were looked at" in err
+    assert "p.txt, line 2: " in err
+
+
+@pytest.mark.parametrize(
+    "argv, part",
+    [
+        (["--config.prompt=caf\udce9"], "--config.prompt: byte 0xe9"),
+        (["--config.prompt=a\0b"], "--config.prompt: U+0000"),
+        (["--config.prompt", "a\x1bb"], "--config.prompt: U+001B"),
+        (["--config.prompt_file=caf\udce9.txt"], "--config.prompt_file: byte 0xe9"),
+        (["--out=a\0b"], "--out: U+0000"),
+        (["--config.sampler.negative_prompt=\ud800"], "negative_prompt: U+D800"),
+        (["--config.prompt=a[99999999999s]"], "at most 1000000"),
+        ([f"--config.frames={'9' * 400}"], "config.frames: got"),
+        ([f"--config.frames={10**8}"], "expected at most 10000000 latent frames"),
+        (["--config.seed=-1"], "config.seed=-1"),
+    ],
+)
+def test_what_is_no_text_and_no_number_is_refused_by_its_flag(
+    sample, tmp_path, argv, part
+):
+    status, _, err = sample(*argv, prompt=None)
+
+    assert status == 2
+    assert part in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_many_prompts_are_described_one_at_a_time(sample, tmp_path, monkeypatch):
+    """Of 2,000 videos one is made; the others are only counted."""
+    from anchor_jax.cli import sample as command
+
+    made = []
+    monkeypatch.setattr(command, "_run", lambda jobs, todo, about: made.extend(todo))
+    describe = command.Jobs.__getitem__
+    described = []
+    monkeypatch.setattr(
+        command.Jobs,
+        "__getitem__",
+        lambda jobs, number: described.append(number) or describe(jobs, number),
+    )
+    (tmp_path / "p.txt").write_text("a red ring[3f]\n" * 2000)
+
+    status, printed, _ = sample("--config.prompt_file=p.txt")
+
+    assert status == 0 and made == list(range(2000))
+    assert printed.count(".mp4\n") == 2000
+    assert len(described) < 5
+
+
 def test_what_has_no_effect_is_said(sample):
     prompt = "a red ring[3f] | a blue ring[3f#]"
     _, _, err = sample("--config.sampler.negative_prompt=a green ring", prompt=prompt)

@@ -17,6 +17,7 @@ from anchor_jax.prompts import Script, Segment
 from anchor_jax.streaming import stream
 from anchor_jax.streaming.loop import DpmPlusPlus, Euler, UniPC
 from anchor_jax.streaming.session import Clock, Session, landings
+from anchor_jax.wan.tokenizer import CutWarning
 
 PROMPTS = (RED, BLUE, GREEN)
 # Levels that no test before that of the warm-up compiles anything for.
@@ -258,3 +259,18 @@ def test_play_wants_a_fresh_session():
 
     with pytest.raises(ValueError, match="fresh session"):
         session.play(script(6))
+
+
+def test_a_prompt_that_is_cut_gives_a_warning():
+    session = make(prompt=f"{BLUE} and {RED} and {GREEN}")
+
+    with pytest.warns(CutWarning, match="a blue square.*6 of 16 tokens"):
+        session.step()
+
+
+@pytest.mark.parametrize("given", [{"prompt": "a\ud800"}, {"negative_prompt": "a\0"}])
+def test_what_is_no_text_is_refused(given):
+    with pytest.raises(UserError, match="so this is no text"):
+        make(**given)
+    with pytest.raises(UserError, match="so this is no text"):
+        make().switch("a\udc80")

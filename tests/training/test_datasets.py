@@ -115,6 +115,68 @@ def test_wrong_json_lines_are_refused(tmp_path, line, message):
         pairs(tmp_path, path=path)
 
 
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.csv", "id,prompt,switch\n1,a,b\n2,c,d\n"),
+        ("a.tsv", "prompt\tswitch\na\tb\nc\td\n"),
+        ("a.json", '[\n{"prompt": "a", "switch": "b"},\n{"prompts": ["c", "d"]}\n]'),
+        ("a.txt", '{"prompt": "a", "switch": "b"}\n{"prompts": ["c", "d"]}\n'),
+    ],
+)
+def test_tables_and_documents_hold_both_prompts(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+
+    assert pairs(tmp_path, path=tmp_path / name) == [("a", "b"), ("c", "d")]
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.csv", "prompt\na\n#b\n"),
+        ("a.json", '[{"prompt_en": "a"}, {"prompt_en": "#b"}]'),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompts": ["#b"]}\n'),
+        ("a.txt", b"\xef\xbb\xbfa\r\n#b\r\n\r\n"),
+        ("a.txt", "a\n#b".encode("utf-16")),
+    ],
+)
+def test_prompts_without_a_switch_get_another_from_any_file(tmp_path, name, content):
+    data = content.encode() if isinstance(content, str) else content
+    (tmp_path / name).write_bytes(data)
+
+    assert pairs(tmp_path, path=tmp_path / name) == [("a", "#b"), ("#b", "a")]
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.csv", "id,words\n1,a\n", "no column of prompts"),
+        ("a.json", '[{"prompt": "a", "switch": "b"}, {"prompt": "c"}]', "1 of 2"),
+        ("a.jsonl", '{"prompt": "a", "switch": "\\ud800"}\n', r"line 1: U\+D800"),
+        ("a.txt", "a\nb\0\n", "no text, or text in UTF-16"),
+        ("a.txt", "a\nb\x07\n", r"line 2: U\+0007"),
+        ("a.yaml", "- a\n- b\n", "YAML"),
+        ("a.txt", "id,prompt\n1,a\n", "header of a table"),
+    ],
+)
+def test_files_of_other_kinds_are_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+
+    with pytest.raises(UserError, match=message):
+        pairs(tmp_path, path=tmp_path / name)
+    assert not list((tmp_path / "built").glob("prompt_pairs-*"))
+
+
+def test_a_file_is_read_for_the_first_start_only(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.txt", ["a", "b"])
+    first = pairs(tmp_path, path=path)
+    monkeypatch.setattr(
+        datasets.pairs.PairFiles, "read", lambda *given: pytest.fail("read again")
+    )
+
+    assert pairs(tmp_path, path=path) == first
+
+
 def test_missing_and_mixed_files_are_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", ["{}"])
 

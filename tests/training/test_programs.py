@@ -282,12 +282,13 @@ def test_blocks_are_given_the_gradient_of_their_own_frames(start, switch, monkey
         np.testing.assert_array_equal(given[name], expected)
 
 
-def test_words_that_the_model_does_not_know_are_told(tmp_path, monkeypatch):
+def test_unknown_words_and_cut_prompts_are_told(tmp_path, monkeypatch):
     on_one_device(monkeypatch)
     monkeypatch.setattr(sources, "open_source", lambda *given: embeddings)
     weights, told = tmp_path / "weights", []
     bundles.save(weights)
-    (tmp_path / "a.txt").write_text(f"{bundles.RED} xyzzy\n{bundles.BLUE}\n")
+    lines = f"{bundles.RED} xyzzy\n{bundles.BLUE}\n{bundles.BLUE} {bundles.RED}\n"
+    (tmp_path / "a.txt").write_text(lines)
     config = dataclasses.replace(
         DISTILL,
         **dict.fromkeys(("weights", "teacher"), str(weights)),
@@ -299,6 +300,8 @@ def test_words_that_the_model_does_not_know_are_told(tmp_path, monkeypatch):
     run_command.open_job(config, told.append).checkpoints.close()
 
     assert "warning: words that the model does not know: xyzzy" in told
+    (cut,) = [line for line in told if "a.txt, line 3" in line]
+    assert "6 of 9 tokens are read" in cut
 
 
 @pytest.mark.parametrize(("every", "is_told"), [(2, True), (1, False)])

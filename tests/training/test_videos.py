@@ -133,7 +133,9 @@ def test_some_captions_are_left_out_for_guidance(listed, tmp_path):
         ),
         ({"video": "/etc/hostname", "caption": "x"}, "leads to /etc/hostname, outside"),
         ({"video": "none.mp4", "caption": "x"}, "'none.mp4' is no file in"),
-        ({"video": "a\0.mp4", "caption": "x"}, "is no file in"),
+        ({"video": "a\0.mp4", "caption": "x"}, r"line 1: U\+0000"),
+        ({"video": "a\ud800.mp4", "caption": "x"}, r"line 1: U\+D800"),
+        ({"video": "a.mp4", "caption": "\udcff"}, "line 1: byte 0xff"),
     ],
 )
 def test_a_wrong_list_is_refused(tmp_path, line, message):
@@ -143,6 +145,27 @@ def test_a_wrong_list_is_refused(tmp_path, line, message):
 
     with pytest.raises(UserError, match=message):
         videos.read_list(str(write_list(folder, line)))
+
+
+def test_a_list_may_be_a_table_or_one_document(tmp_path):
+    for name in ("a.mp4", "b.mp4"):
+        (tmp_path / name).write_bytes(b"")
+    table = 'video,id,caption\na.mp4,1,"a ring, red"\nb.mp4,2,b\n'
+    entries = [{"video": "a.mp4", "caption": "a ring, red"}]
+    entries += [{"video": "b.mp4", "caption": "b"}]
+    (tmp_path / "list.csv").write_text(table)
+    (tmp_path / "list.json").write_text(json.dumps(entries, indent=1))
+
+    read = [videos.read_list(str(tmp_path / f"list.{end}")) for end in ("csv", "json")]
+
+    assert read[0] == read[1]
+    assert [(path.name, text) for path, text in read[0]] == [
+        ("a.mp4", "a ring, red"),
+        ("b.mp4", "b"),
+    ]
+    (tmp_path / "list.csv").write_text("file,caption\na.mp4,b\n")
+    with pytest.raises(UserError, match="expected one named 'video'"):
+        videos.read_list(str(tmp_path / "list.csv"))
 
 
 def test_a_short_or_broken_video_is_named(tmp_path):

@@ -1,0 +1,152 @@
+"""Prompts of a training with those they are switched to, from files of any kind."""
+
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from anchor_jax.errors import UserError
+from anchor_jax.prompt_files import PromptFile, decode, prompt_field, watched
+from anchor_jax.prompts import MAX_PROMPT_CHARACTERS
+from anchor_jax.text import check_text
+
+Pair = tuple[str, str]
+_KINDS = {"text": False, "lines": True}
+_EXPECTED = (
+    'expected {"prompt": TEXT, "switch": TEXT}, {"prompts": [TEXT, TEXT]}, or'
+    ' {"prompt": TEXT} in every line'
+)
+
+
+class PairFiles:
+    """A file of prompts, and perhaps one whose line k belongs to its line k."""
+
+    def __init__(self, paths: Sequence[pathlib.Path]):
+        """Opens the files.
+
+        Raises:
+          UserError: One cannot be read, or the two do not go together.
+        """
+        self.files = [open_file(path) for path in paths]
+        first, *second = self.files
+        if second and any(_holds_objects(file) for file in self.files):
+            raise UserError(
+                f"{first.path}, {second[0].path}: a file of JSON lines holds both"
+                " prompts; leave the switch path out"
+            )
+
+    @property
+    def kind(self) -> bool | str:
+        """What a dataset's name has of the kind: whether it is JSON, or another."""
+        kind = self.files[0].kind
+        return _KINDS.get(kind, kind)
+
+    def read(self, seed: int) -> list[Pair]:
+        """Returns the pairs; a prompt without a partner gets one drawn by the seed.
+
+        Raises:
+          UserError: A line is wrong; the message names it.
+        """
+        first, *second = self.files
+        if second:
+            return _aligned(first, second[0])
+        found = list(entries(first))
+        singles = [len(one) == 1 for one in found]
+        if all(singles):
+            return _drawn(first, [one[0] for one in found], seed)
+        if any(singles):
+            raise UserError(
+                f"{first.path}: {sum(singles)} of {len(found)} entries have one prompt,"
+                f" the others two; {_EXPECTED}"
+            )
+        return [(one[0], one[1]) for one in found]
+
+
+def open_file(path: pathlib.Path, columns: Sequence[str] = ("prompt",)) -> PromptFile:
+    """Returns a file in which no line is a comment, since lines are counted."""
+    return PromptFile(path, comments=False, columns=columns, others=("switch",))
+
+
+def entries(file: PromptFile) -> Iterator[tuple[str, ...]]:
+    """Yields one prompt or two of each line.
+
+    Raises:
+      UserError: A line is wrong; the message names it.
+    """
+    count = 0
+    for number, value in watched(file, "reads prompts"):
+        where, count = file.place(number), count + 1
+        texts = (value,) if file.kind == "text" else _texts(where, value)
+        for text in texts:
+            check_length(where, text.strip(), MAX_PROMPT_CHARACTERS)
+        yield tuple(text.strip() for text in texts)
+    if not count:
+        raise UserError(f"{file.path}: no lines; expected a prompt, or JSON, a line")
+
+
+def check_length(where: str, text: str, limit: int) -> None:
+    """Raises UserError unless it is text of one character or more, up to a limit."""
+    if not text:
+        raise UserError(f"{where}: empty; expected a prompt: write one, or remove it")
+    if len(text) > limit:
+        raise UserError(
+            f"{where}: {len(text)} characters, expected at most {limit}; shorten it"
+        )
+    check_text(text, where)
+
+
+def _holds_objects(file: PromptFile) -> bool:
+    return file.kind in ("lines", "document")
+
+
+def _texts(where: str, value: Any) -> tuple[str, ...]:
+    """Returns the prompts of an object, or of the JSON line that holds it."""
+    try:
+        entry = decode(value) if isinstance(value, str) else value
+        field = prompt_field(entry) if isinstance(entry, dict) else None
+    except UserError as error:
+        raise UserError(f"{where}: {error}; write one object a line") from error
+    texts = entry[field] if field else None
+    if field and field != "prompts":
+        texts = [entry[name] for name in (field, "switch") if name in entry]
+    is_list = isinstance(texts, list) and 0 < len(texts)
+    if not is_list or not all(isinstance(text, str) for text in texts[:2]):
+        raise UserError(f"{where}: got {str(value)[:60]}, {_EXPECTED}")
+    return tuple(texts[:2])
+
+
+def _aligned(first: PromptFile, second: PromptFile) -> list[Pair]:
+    prompts, switches = ([one[0] for one in entries(file)] for file in (first, second))
+    both = f"{first.path}, {second.path}"
+    if prompts == switches:
+        raise UserError(
+            f"{both}: the same text, so that no switch would change the prompt;"
+            " expected a second file with the switch prompts"
+        )
+    if len(prompts) != len(switches):
+        shorter = min(len(prompts), len(switches))
+        raise UserError(
+            f"{second.path}: {len(switches)} lines, expected {len(prompts)} as in"
+            f" {first.path}: line k of one belongs to line k of the other; line"
+            f" {shorter + 1} is the first without a partner"
+        )
+    return list(zip(prompts, switches, strict=True))
+
+
+def _drawn(file: PromptFile, lines: Sequence[str], seed: int) -> list[Pair]:
+    """Pairs every line with another one, of another text."""
+    if len(set(lines)) < 2:
+        raise UserError(
+            f"{file.path}: got one prompt only, expected two or more that differ, since"
+            " a line is switched to another; add lines"
+        )
+    rng = np.random.default_rng((seed, len(lines)))
+    pairs = []
+    for number, line in enumerate(watched(lines, "draws switches")):
+        other = line
+        while other == line:
+            step = int(rng.integers(1, len(lines)))
+            other = lines[(number + step) % len(lines)]
+        pairs.append((line, other))
+    return pairs

@@ -1,0 +1,82 @@
+"""What is said of a training's texts: how their files were read, and which are cut."""
+
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from anchor_jax.errors import UserError
+from anchor_jax.io import expand
+from anchor_jax.prompt_files import PromptFile, decode, watched
+from anchor_jax.training.sources import DataConfig
+from anchor_jax.wan.tokenizer import Tokenizer, report_cuts
+
+LOOKED_AT = 100_000  # texts
+_DURATION = re.compile(r"\[[\d.]+[sf]#?\]")
+_FIELDS = ("prompt", "prompt_en", "switch", "caption")
+
+
+def report_texts(
+    data: DataConfig, tokenizer: Tokenizer, others: Iterable[tuple[str, str]] = ()
+) -> list[str]:
+    """Returns lines about texts that are not read as they stand, and on their files.
+
+    Texts that no file holds, as the world's, are reported when they are encoded.
+
+    Args:
+      data: whose files are read.
+      tokenizer: of the text encoder.
+      others: further texts, each after where it stands.
+    """
+    files = _files(data)
+    named = itertools.chain(others, *map(named_texts, files))
+    looked = list(itertools.islice(named, LOOKED_AT))
+    cuts = report_cuts(tokenizer, watched(looked, "looks at lengths"))
+    lines = [f"warning: {line}" for line in (tokenizer.note, *cuts) if line]
+    timed = sum(_DURATION.search(text) is not None for _, text in looked)
+    if timed:
+        lines.append(
+            f"warning: {timed} texts hold a duration such as [5s], which a training"
+            " reads as words; remove it"
+        )
+    if next(named, None) is not None:
+        lines.append(
+            f"note: the first {LOOKED_AT} texts were looked at; others that are too"
+            " long are named when they are encoded"
+        )
+    return [*lines, *(f"note: {one}" for file in files for one in file.notes())]
+
+
+def named_texts(file: PromptFile) -> Iterator[tuple[str, str]]:
+    """Yields where each text of a file stands, and the text."""
+    for number, value in file:
+        for text in texts_in(value, file.kind):
+            yield file.place(number), text
+
+
+def texts_in(value: Any, kind: str) -> tuple[str, ...]:
+    """Returns the prompts or the caption of one line or entry; none if it is wrong."""
+    if kind == "text":
+        return (value,) * bool(value)
+    if isinstance(value, str):
+        try:
+            value = decode(value)
+        except UserError:
+            return ()
+    if not isinstance(value, dict):
+        return ()
+    found = value.get("prompts") or [value[name] for name in _FIELDS if name in value]
+    if not isinstance(found, list):
+        return ()
+    return tuple(text for text in found if isinstance(text, str) and text.strip())[:2]
+
+
+def _files(data: DataConfig) -> list[PromptFile]:
+    """Returns the files of texts that a section `data` names."""
+    from anchor_jax.training import pairs
+
+    if data.path is None or data.kind not in ("prompts", "videos"):
+        return []
+    columns = ("video", "caption") if data.kind == "videos" else ("prompt",)
+    paths = [path for path in (data.path, data.switch_path) if path is not None]
+    return [pairs.open_file(expand(path), columns) for path in paths]

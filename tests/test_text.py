@@ -1,0 +1,42 @@
+"""What is text, and what is refused as none."""
+
+import pytest
+
+from anchor_jax.errors import UserError
+from anchor_jax.text import check_text, short
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "a red ring",
+        "a\ttab\r\nline",
+        "caf\u00e9 \u732b \U0001f642\u200d",
+        "\x85\u2028",
+    ],
+)
+def test_text_of_any_script_passes(text):
+    check_text(text, "here")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("a\ud800", r"here: U\+D800 at character 2 is half of a surrogate pair"),
+        ("\udfff a", r"U\+DFFF at character 1"),
+        ("caf\udce9", "byte 0xe9 at character 4 is not UTF-8"),
+        ("a\0b", r"U\+0000 at character 2 is a control character"),
+        ("\x1b[31m", r"U\+001B"),
+        ("a\x7f", r"U\+007F"),
+    ],
+)
+def test_what_is_no_text_is_refused(text, message):
+    with pytest.raises(UserError, match=message):
+        check_text(text, "here")
+
+
+def test_long_values_are_shortened():
+    assert short("a") == "'a'"
+    assert len(short("x" * 10**6)) == len(short(list(range(10**6)))) == 60
+    assert short(10**5000) == "<int>"
