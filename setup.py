@@ -32,7 +32,7 @@ setuptools.setup(
         "anchor_jax": ["**/*.safetensors", "**/*.model", "**/*.json"],
         "anchor_jax.configs": ["*.txt", "*.jsonl"],
     },
-    entry_points={"console_scripts": ["anchor-jax = anchor_jax.cli.main:main"]},
+    entry_points={"console_scripts": ["anchor-jax = anchor_jax.__main__:main"]},
     install_requires=[
         "absl-py",
         "av",

@@ -2,7 +2,17 @@
 
 import sys
 
-from anchor_jax.cli.main import main
+from anchor_jax import interrupts
+
+
+def main() -> int:
+    """Runs the command line of this process and returns its exit status."""
+    # Before whatever takes long to import.
+    interrupts.install()
+    from anchor_jax.cli import main as cli
+
+    return cli.main()
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,6 +9,7 @@ import pathlib
 import re
 import secrets
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -140,14 +141,41 @@ def unfinished(part: pathlib.Path) -> Iterator[pathlib.Path]:
 
     `remove_unfinished` removes it earlier, where a process ends at once.
     """
+    with removed_at_end(part):
+        try:
+            yield part
+        finally:
+            remove(part)
+
+
+@contextlib.contextmanager
+def removed_at_end(part: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Has `remove_unfinished` remove a file or folder; leaves it there on exit."""
     with _turn:
         _unfinished.add(part)
     try:
         yield part
     finally:
-        remove(part)
         with _turn:
             _unfinished.discard(part)
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[pathlib.Path]:
+    """Yields a new folder among the system's temporary ones, which is then removed.
+
+    Raises:
+      UserError: There is no folder for temporary files.
+    """
+    try:
+        made = pathlib.Path(tempfile.mkdtemp())
+    except OSError as error:
+        raise UserError(
+            f"no folder for temporary files can be written to ({error.strerror}); set"
+            " TMPDIR to one"
+        ) from error
+    with unfinished(made):
+        yield made
 
 
 def remove_unfinished() -> None:

@@ -16,8 +16,14 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from anchor_jax import io, ownership
-from anchor_jax.errors import UserError
-from anchor_jax.io import explained, replacing, temporary_name, unfinished
+from anchor_jax.errors import Stopped, UserError
+from anchor_jax.io import (
+    explained,
+    removed_at_end,
+    replacing,
+    temporary_name,
+    unfinished,
+)
 
 PIXEL_FRAMES_PER_SECOND = 16
 
@@ -47,8 +53,9 @@ class VideoWriter:
     second, so that what has been written plays even if the process is killed. A clean
     exit writes the same packets once more, as a file with a duration and an index,
     under the final name. An exception renames the part to `NAME.part.mp4`, if it holds
-    frames, and leaves whatever had the final name; a full disk removes the part. With
-    `keep_new` a video that another program makes there meanwhile stays.
+    frames, and leaves whatever had the final name; a full disk and a request to stop
+    remove the part. With `keep_new` a video that another program makes there meanwhile
+    stays.
     """
 
     def __init__(
@@ -65,6 +72,7 @@ class VideoWriter:
         self._fps, self._is_new = fps, keep_new
         self._file = self._container = self._stream = None
         self._size = (0, 0)
+        self._registered = contextlib.ExitStack()
 
     def __enter__(self) -> "VideoWriter":
         with explained(self.path):
@@ -73,13 +81,17 @@ class VideoWriter:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._is_new = self._is_new and not self.path.exists()
             self._file = open(self.part, "wb", buffering=0)
+        self._registered.enter_context(removed_at_end(self.part))
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        if kind is None:
-            self._finish()
-        else:
-            self._abandon()
+        with self._registered:
+            if kind is None:
+                self._finish()
+            elif issubclass(kind, Stopped):
+                self._discard()
+            else:
+                self._abandon()
 
     def append(self, frames: np.ndarray) -> None:
         """Writes frames of 8-bit RGB, [frame, height, width, 3].

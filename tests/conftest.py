@@ -21,6 +21,8 @@ if jax.config.jax_num_cpu_devices != DEVICES:
 # Compiled programs are kept in the checkout: a second run starts sooner. They hold
 # for one kind of machine only.
 _kept = pathlib.Path(__file__).parents[1] / ".jax_cache" / platform.machine()
+_kept.mkdir(parents=True, exist_ok=True)
+_kept.chmod(0o700)
 jax.config.update("jax_compilation_cache_dir", str(_kept))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 # Compiling, not running, is what takes the time; see `optimized_compilation`.

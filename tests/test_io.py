@@ -120,3 +120,26 @@ def test_a_name_that_leads_elsewhere_is_refused(listed, name, reason):
 def test_a_path_with_a_nul_is_refused():
     with pytest.raises(UserError, match="no path has a NUL"):
         io.expand("a\0b")
+
+
+def test_files_that_are_removed_at_the_end_stay_otherwise(tmp_path):
+    part = tmp_path / "part"
+
+    with io.removed_at_end(part):
+        part.touch()
+        io.remove_unfinished()
+        assert not part.exists()
+        part.touch()
+
+    io.remove_unfinished()
+    assert part.exists()
+
+
+def test_without_a_place_for_temporary_files_the_remedy_is_named(monkeypatch):
+    def fail():
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(io.tempfile, "mkdtemp", fail)
+
+    with pytest.raises(UserError, match="set TMPDIR"), io.scratch_folder():
+        pass

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from anchor_jax import io, media
-from anchor_jax.errors import UserError
+from anchor_jax.errors import Stopped, UserError
 
 ROOT = str(pathlib.Path(media.__file__).parents[1])
 
@@ -106,6 +106,22 @@ def test_two_writers_of_one_video_do_not_share_a_file(tmp_path):
             other.append(shades(20))
     assert len(decode(path)[0]) == 20
     assert len(decode(tmp_path / "a.part.mp4")[0]) == 10
+
+
+def test_a_request_to_stop_leaves_no_part(tmp_path):
+    with pytest.raises(Stopped), media.VideoWriter(tmp_path / "a.mp4") as video:
+        video.append(shades(20))
+        raise Stopped
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_that_is_ended_leaves_no_part(tmp_path):
+    with media.VideoWriter(tmp_path / "a.mp4") as video:
+        video.append(shades(20))
+        io.remove_unfinished()
+        assert list(tmp_path.iterdir()) == []
+        video.part.touch()  # for the end of the test
 
 
 def test_an_exception_before_any_frame_leaves_nothing(tmp_path):

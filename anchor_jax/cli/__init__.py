@@ -10,6 +10,8 @@ A command is a module with
   None. `argv[0]` is the command; what follows are arguments that are not flags, which
   are refused unless the module names them: `ARGUMENTS = "FILE..."`.
 
+Long work calls `anchor_jax.interrupts.check()` wherever it can stop.
+
 Whatever is slow to import (jax) is best imported inside `main`.
 """
 

@@ -5,7 +5,8 @@ import pathlib
 
 from absl import flags
 
-from anchor_jax.cli import sample
+from anchor_jax import interrupts
+from anchor_jax.cli import compile_cache
 from anchor_jax.config import define_config_flag, load_config
 from anchor_jax.errors import Stopped, UserError
 from anchor_jax.io import expand
@@ -54,10 +55,10 @@ def main(argv) -> None:
 
     Raises:
       UserError: The config is wrong, or an arm is unknown.
-      Stopped: A training was asked to.
+      Stopped: It was asked to.
     """
     del argv
-    sample.enable_compilation_cache()
+    compile_cache.enable()
     from anchor_jax import ownership
     from anchor_jax.evaluation import ablation
 
@@ -177,6 +178,7 @@ def _measure(ablation, folder: pathlib.Path, name: str, start: int, config):
     }
 
     def run():
+        interrupts.check()
         print(f"{name}, start {start}: {trial.scripts} streams")
         arm = dataclasses.replace(setup, policy=ablation.ARMS[name].policy)
         return ablation.measure(model, arm, trial, start)

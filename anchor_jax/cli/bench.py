@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from anchor_jax import config as configs
+from anchor_jax import interrupts
 from anchor_jax.cli import allocator
 from anchor_jax.errors import UserError
 from anchor_jax.io import expand
@@ -61,21 +62,22 @@ def main(argv: Sequence[str]) -> None:
         allocator.keep_freed_memory()
     else:
         workload = bench.make_workload(flags.FLAGS.config)
-    folder = flags.FLAGS.profile
+    out, folder = (
+        path and expand(path) for path in (flags.FLAGS.out, flags.FLAGS.profile)
+    )
     trace = owned = contextlib.nullcontext()
     if folder:
         owned, trace = ownership.own(folder), jax.profiler.trace(folder)
     with owned, trace, tqdm(disable=None, bar_format="{desc} {elapsed}") as bar:
         show = functools.partial(print, file=sys.stderr) if bar.disable else None
-        show = show or bar.set_description_str
+        show = interrupts.checking(show or bar.set_description_str)
         if is_training:
             measured = _measure_training(show)
         else:
             measured = bench.measure(workload, show)
     measured = {"config": flags.FLAGS.config.to_dict(), "threads": threads} | measured
-    if flags.FLAGS.out:
-        path = expand(flags.FLAGS.out)
-        with io.replacing(path) as part:
+    if out:
+        with io.replacing(out) as part:
             io.write_json(part, measured)
     print(json.dumps(measured, indent=2))
 

@@ -12,7 +12,7 @@ import time
 from absl import flags
 
 import anchor_jax
-from anchor_jax.cli import sample
+from anchor_jax.cli import compile_cache
 from anchor_jax.errors import UserError
 from anchor_jax.io import expand
 from anchor_jax.wan.spec import GRIDS, PRESETS
@@ -159,7 +159,7 @@ def _kernels(place: str) -> dict[str, str]:
 
 def _compiled() -> dict:
     """Returns the folder of compiled programs, and the bytes in it."""
-    folder = sample.enable_compilation_cache()
+    folder = compile_cache.enable()
     if folder is None or not folder.is_dir():
         return {"folder": folder and str(folder), "bytes": 0}
     files = (path for path in folder.rglob("*") if path.is_file())
@@ -259,7 +259,7 @@ def _advice(report: dict) -> list[str]:
             found.append(f"pip install {module}: {use} cannot be had without it")
     if report["compiled"]["folder"] is None:
         found.append(
-            f"set {sample.CACHE_VARIABLE} to a folder you may write to: every run"
+            f"set {compile_cache.CACHE_VARIABLE} to a folder of your own: every run"
             " compiles anew without one"
         )
     if "problem" in weights:

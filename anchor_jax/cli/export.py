@@ -3,6 +3,7 @@
 from absl import flags
 from tqdm import tqdm
 
+from anchor_jax import interrupts
 from anchor_jax.errors import UserError, suggest
 
 SUMMARY = "Write weights back under their published names, as safetensors."
@@ -81,8 +82,9 @@ def main(argv) -> None:
         ownership.own_target(FLAGS.out, tell=print),
         tqdm(total=total, unit="B", unit_scale=True, desc="export") as bar,
     ):
+        update = interrupts.checking(bar.update)
         notes = export.export(
-            FLAGS.weights, FLAGS.out, FLAGS.layout, item, FLAGS.lora, bar.update
+            FLAGS.weights, FLAGS.out, FLAGS.layout, item, FLAGS.lora, update
         )
     print(f"written to {FLAGS.out}")
     for note in notes:

@@ -18,6 +18,7 @@ from types import ModuleType
 from absl import flags
 
 import anchor_jax
+from anchor_jax import interrupts
 from anchor_jax.cli import COMMANDS
 from anchor_jax.errors import UserError, suggest
 from anchor_jax.text import check_text
@@ -45,13 +46,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     Any other failure is raised.
 
     Args:
-      argv: The command and its flags; `sys.argv[1:]` unless given.
+      argv: The command and its flags. Without them the process is the command line's
+        own: those of `sys.argv` are taken, and an interrupt ends the process.
     """
+    if argv is not None:
+        with interrupts.listening():
+            return _run(list(argv))
+    interrupts.install()
+    return interrupts.leave_with(_run(sys.argv[1:]))
+
+
+def _run(argv: list[str]) -> int:
+    """Runs a command, and returns its status for every end that is expected."""
     try:
-        given = list(sys.argv[1:] if argv is None else argv)
-        _check_arguments(given)
+        interrupts.check()
+        _check_arguments(argv)
         with _plain_warnings():
-            return _dispatch(given)
+            return _dispatch(argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -64,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as error:
         print(str(error) or "interrupted", file=sys.stderr)
-        return 130
+        return interrupts.STATUS
     except BrokenPipeError:
         # Python would write again at exit, to a reader that has gone.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -7,6 +7,7 @@ import sys
 
 from absl import flags
 
+from anchor_jax import interrupts
 from anchor_jax.config import define_config_flag
 from anchor_jax.errors import UserError, suggest
 from anchor_jax.wan.spec import GRIDS, PRESETS, REMAT
@@ -71,13 +72,14 @@ def main(argv) -> None:
     _prepare_environment()
     from anchor_jax import aot, io
 
+    path = FLAGS.json and io.expand(FLAGS.json)
     if FLAGS.config:
         summaries = _plan_training(aot)
     else:
         summaries = _plan_stream(aot)
-    if FLAGS.json:
-        io.write_json(FLAGS.json, summaries)
-        print(f"written to {FLAGS.json}")
+    if path:
+        io.write_json(path, summaries)
+        print(f"written to {path}")
 
 
 def _plan_stream(aot) -> dict:
@@ -240,4 +242,7 @@ def _targets(aot) -> list[str]:
 
 
 def _say(name: str):
-    return lambda part: print(f"{name}: compiling {part}", file=sys.stderr, flush=True)
+    def say(part: str) -> None:
+        print(f"{name}: compiling {part}", file=sys.stderr, flush=True)
+
+    return interrupts.checking(say)

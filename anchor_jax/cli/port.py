@@ -5,6 +5,7 @@ import contextlib
 from absl import flags
 from tqdm import tqdm
 
+from anchor_jax import interrupts
 from anchor_jax.errors import UserError
 
 SUMMARY = "Bring published weights (.pt, .pth, safetensors) into JAX."
@@ -97,7 +98,8 @@ def _port() -> None:
 def _write(plan, run, watch) -> None:
     total = plan.read_bytes + plan.write_bytes
     with tqdm(total=total, unit="B", unit_scale=True, desc="port") as bar:
-        meta = run(plan, FLAGS.out, bar.update, FLAGS.overwrite, watch)
+        update = interrupts.checking(bar.update)
+        meta = run(plan, FLAGS.out, update, FLAGS.overwrite, watch)
     for source in meta["sources"]:
         for file in source["files"]:
             print(f"{source['item']}: {file['name']} sha256 {file['sha256'][:16]}...")

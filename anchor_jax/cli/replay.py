@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from absl import flags
 
-from anchor_jax.cli import sample
+from anchor_jax.cli import compile_cache, sample
 from anchor_jax.errors import UserError
 from anchor_jax.io import expand
 from anchor_jax.wan.tokenizer import report_cuts
@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
 
     stored = load_recipe(path)
     wanted = choose(stored, options)
-    sample.enable_compilation_cache()
+    compile_cache.enable()
     from anchor_jax.bundle import load_bundle
     from anchor_jax.streaming.recipe import differences, fingerprint
     from anchor_jax.streaming.session import Session

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import datetime
 import itertools
-import os
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,8 @@ from absl import flags
 from tqdm import tqdm
 
 from anchor_jax import config as configs
-from anchor_jax import io, ownership
+from anchor_jax import interrupts, io, ownership
+from anchor_jax.cli import compile_cache
 from anchor_jax.errors import UserError
 from anchor_jax.io import expand
 from anchor_jax.prompt_files import watched
@@ -48,9 +48,10 @@ anchor-jax sample --config=configs/interactive.py --config.weights=FOLDER \\
 # Run the same command again with the same --out and finished videos are skipped;
 # files of another recipe are never replaced unless you say --overwrite.
 # Compiled programs are kept in ~/.cache/anchor_jax; ANCHOR_JAX_CACHE=off keeps none,
-# ANCHOR_JAX_CACHE=FOLDER keeps them elsewhere.
+# ANCHOR_JAX_CACHE=FOLDER keeps them elsewhere. They run as code: a folder that others
+# own or may write is not used.
+# Ctrl-C or SIGTERM ends it with status 130 and leaves no file half made.
 """
-CACHE_VARIABLE = "ANCHOR_JAX_CACHE"
 
 _PIXEL_FRAMES = 4
 _TILES = 8
@@ -166,7 +167,7 @@ def main(argv: Sequence[str]) -> None:
         is full, which leaves the videos before.
     """
     del argv
-    cache = enable_compilation_cache()
+    cache = compile_cache.enable()
     from anchor_jax import experiment
 
     given = experiment.read_config(flags.FLAGS.config)
@@ -268,34 +269,6 @@ def _wait(arrays) -> None:
     import jax
 
     jax.block_until_ready(arrays)
-
-
-def enable_compilation_cache() -> pathlib.Path | None:
-    """Keeps compiled programs from run to run, and returns the folder or None.
-
-    A folder that jax was already given is left as it is.
-    """
-    import jax
-
-    given = os.environ.get(CACHE_VARIABLE, "")
-    if given.lower() in ("off", "0", "no", "none"):
-        return None
-    if jax.config.jax_compilation_cache_dir:
-        return pathlib.Path(jax.config.jax_compilation_cache_dir)
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = expand(given or pathlib.Path(base) / "anchor_jax")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        print(
-            f"warning: compiled programs are not kept: {folder}: {error.strerror};"
-            f" set {CACHE_VARIABLE} to a folder you may write to, or to off",
-            file=sys.stderr,
-        )
-        return None
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    return folder
 
 
 @contextlib.contextmanager
@@ -483,15 +456,17 @@ def write_video(
 
     sheet, recipe = job.file(".png"), job.file(".json")
     # The innermost appears first: never an old video beside a new recipe.
-    with (
-        io.replacing(sheet, not overwrite) as sheet_part,
-        io.replacing(recipe, not overwrite) as recipe_part,
-        media.VideoWriter(job.file(".mp4"), keep_new=not overwrite) as video,
-    ):
+    with contextlib.ExitStack() as files:
+        sheet_part = files.enter_context(io.replacing(sheet, not overwrite))
+        recipe_part = files.enter_context(io.replacing(recipe, not overwrite))
+        writer = media.VideoWriter(job.file(".mp4"), keep_new=not overwrite)
+        video = files.enter_context(writer)
         rows, digests = _stream(job, blocks, video)
         content = about | session.recipe() | {"blocks": digests}
         media.contact_sheet(rows, job.script.prompts, sheet_part)
         io.write_json(recipe_part, content)
+        with interrupts.uninterrupted():
+            files.close()
     return digests
 
 

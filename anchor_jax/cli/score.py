@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from anchor_jax.cli import sample
+from anchor_jax.cli import compile_cache
 from anchor_jax.config import define_config_flag
 from anchor_jax.errors import UserError
 
@@ -47,11 +47,12 @@ def main(argv) -> None:
       UserError: The config is wrong, or its policy cannot make the trial's videos.
     """
     del argv
-    sample.enable_compilation_cache()
+    compile_cache.enable()
     from anchor_jax import experiment, io
     from anchor_jax.evaluation import world
     from anchor_jax.prompts import Script, Segment, Timing
 
+    out = FLAGS.out and io.expand(FLAGS.out)
     given = experiment.read_config(FLAGS.config)
     model = experiment.load_weights(given)
     config = experiment.resolve(given, model.metadata)
@@ -72,9 +73,9 @@ def main(argv) -> None:
     _check_policy(config.policy, setup.policy, trial.segments)
     result = run(model, setup, trial)
     print(show(result))
-    if FLAGS.out:
-        io.write_json(FLAGS.out, result)
-        print(f"written to {FLAGS.out}")
+    if out:
+        io.write_json(out, result)
+        print(f"written to {out}")
 
 
 def _trial(whole: bool, batch: int, negative: str):

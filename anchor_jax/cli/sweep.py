@@ -17,8 +17,9 @@ from typing import Any
 
 from absl import flags
 
+from anchor_jax import interrupts
 from anchor_jax.config import define_config_flag
-from anchor_jax.errors import UserError, suggest
+from anchor_jax.errors import Stopped, UserError, suggest
 from anchor_jax.io import expand
 
 SUMMARY = "Train with every combination of some values, and put results in one table."
@@ -39,6 +40,8 @@ FLAGS = flags.FLAGS
 
 _MOST = 1000
 _GRACE = 10.0  # seconds that a training has to save when its sweep was killed
+_POLL = 0.1  # seconds
+_STOPPING = "stopping with a checkpoint; press Ctrl-C again to end at once"
 _NUMBERS = ("loss", "generator_loss", "critic_loss", "score_gap", "seconds_per_step")
 
 
@@ -75,6 +78,7 @@ def main(argv) -> int:
     Raises:
       UserError: A flag or a combination is wrong, or another process writes into the
         folder; nothing has been trained then.
+      Stopped: It was asked to.
     """
     del argv
     from anchor_jax import ownership
@@ -96,6 +100,8 @@ def _run_points(folder: pathlib.Path, points: list[Point]) -> int:
         results.append({"values": point.values, "status": status, **_last(point)})
         io.write_json(folder / "sweep.json", results)
         io.write_text(folder / "sweep.md", table(results) + "\n")
+        if interrupts.asked():
+            raise Stopped(f"stopped at {point.name}; the same command goes on")
     print(table(results))
     print(f"written to {folder / 'sweep.json'} and .md; tensorboard --logdir {folder}")
     return int(any(one["status"] != "finished" for one in results[-len(points) :]))
@@ -235,30 +241,35 @@ def run_point(point: Point) -> str:
     process = multiprocessing.get_context("spawn").Process(
         target=train_point, args=(point.config,), daemon=True
     )
-    before = signal.signal(signal.SIGTERM, _end)
-    try:
-        process.start()
-        process.join()
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    if process.exitcode:
+    with interrupts.patient(_STOPPING):
+        with interrupts.held_back():
+            process.start()
+        while process.is_alive():
+            process.join(_POLL)
+            if interrupts.asked():
+                process.terminate()  # It is asked to stop, and saves.
+                process.join()
+    if process.exitcode not in (0, interrupts.STATUS):
         return "failed"
     return "finished" if _is_finished(point) else "stopped"
 
 
 def train_point(config) -> None:
     """Trains a combination; what a process of its own runs, while its parent lives."""
+    interrupts.install()
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    from anchor_jax.cli import sample
+    from anchor_jax.cli import compile_cache
     from anchor_jax.training import run
 
-    sample.enable_compilation_cache()
+    compile_cache.enable()
     try:
         # The training of a sweep that was killed ends a little later than it.
         run.open_job(config, tell=print, patience=2 * _GRACE).run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Stopped:
+        sys.exit(interrupts.STATUS)
 
 
 def _end_with_parent() -> None:
@@ -307,9 +318,3 @@ def table(results: list[dict[str, Any]]) -> str:
         cells += [f"{one[name]:.5g}" if name in one else "" for name in numbers]
         rows.append(cells)
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
-
-
-def _end(number, frame):
-    """Ends the command; its training, a daemon, is asked to stop and saves."""
-    del number, frame
-    sys.exit(143)

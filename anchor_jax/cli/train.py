@@ -19,16 +19,16 @@ anchor-jax sample --config=configs/tiny.py --config.weights=runs/dmd/400
 tensorboard --logdir runs
 
 The same command goes on where a run was ended, bit for bit; Ctrl-C or SIGTERM ends it
-with a checkpoint, and status 130. Where to look: OUT/log.jsonl has a line of numbers
-every --config.log_every steps, OUT/events the same for TensorBoard (pip install
-tensorboard tensorboardX), OUT/samples a video and a sheet of frames every
---config.sample_every steps; --config.samples.* says what they show. OUT/400 is the
-checkpoint of step 400: the last --config.keep stay, and the --config.keep_best lowest
-in --config.best_of. Files of prompts or captions hold text, JSON lines, a JSON list or
-a table (.csv, .tsv with the column prompt); a text longer than the text encoder reads
-is named before the first step. --dry_run tells sizes and hours, leaves no files, and
-times a few steps if the folder has no log; what a step needs on chips that are not
-here: anchor-jax plan --help."""
+with a checkpoint, and status 130; a second Ctrl-C ends it at once. Where to look:
+OUT/log.jsonl has a line of numbers every --config.log_every steps, OUT/events the same
+for TensorBoard (pip install tensorboard tensorboardX), OUT/samples a video and a sheet
+of frames every --config.sample_every steps; --config.samples.* says what they show.
+OUT/400 is the checkpoint of step 400: the last --config.keep stay, and the
+--config.keep_best lowest in --config.best_of. Files of prompts or captions hold text,
+JSON lines, a JSON list or a table (.csv, .tsv with the column prompt); a text longer
+than the text encoder reads is named before the first step. --dry_run tells sizes and
+hours, leaves no files, and times a few steps if the folder has no log; what a step
+needs on chips that are not here: anchor-jax plan --help."""
 
 FLAGS = flags.FLAGS
 
@@ -48,9 +48,9 @@ def main(argv) -> None:
       Stopped: It was asked to, before its end.
     """
     del argv
-    from anchor_jax.cli import allocator, sample
+    from anchor_jax.cli import allocator, compile_cache
 
-    sample.enable_compilation_cache()
+    compile_cache.enable()
     allocator.keep_freed_memory()
     from anchor_jax.training import run
 

@@ -39,9 +39,9 @@ def main(argv) -> None:
       Stopped: It was asked to, before its end.
     """
     del argv
-    from anchor_jax.cli import sample
+    from anchor_jax.cli import compile_cache
 
-    sample.enable_compilation_cache()
+    compile_cache.enable()
     import jax
 
     from anchor_jax.bundle import load_bundle

@@ -1,10 +1,12 @@
 """`anchor-jax verify`: runs recorded cases and compares every recorded tensor."""
 
-import pathlib
+import functools
 
 from absl import flags
 
+from anchor_jax import interrupts
 from anchor_jax.errors import UserError
+from anchor_jax.io import expand
 
 SUMMARY = "Run recorded cases and compare every recorded tensor with ours."
 USAGE = """\
@@ -37,10 +39,10 @@ def main(argv: list[str]) -> int:
     from anchor_jax.verify import run
 
     passed = run.verify(
-        [pathlib.Path(path) for path in argv[1:]],
+        [expand(path) for path in argv[1:]],
         flags.FLAGS["except"].value,
         flags.FLAGS.tensors,
-        show=lambda line: print(line, flush=True),
+        show=interrupts.checking(functools.partial(print, flush=True)),
         dtype=flags.FLAGS.dtype,
     )
     return 0 if passed else 1

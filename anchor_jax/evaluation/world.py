@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from anchor_jax import interrupts
 from anchor_jax.streaming import stream
 from anchor_jax.streaming.types import StreamSetup
 from anchor_jax.world import codec as codecs
@@ -59,6 +60,7 @@ def generate(
                 variables, state, contexts[number], frame, setup=setup, rerun=rerun
             )
         for _ in range(length):
+            interrupts.check()
             noise = stream.draw_noise(rng, frame, like, setup=setup)
             state, block = stream.step(variables, state, noise, setup=setup)
             latents.append(np.asarray(block.latents))

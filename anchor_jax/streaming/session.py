@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from anchor_jax import interrupts
 from anchor_jax.bundle import Bundle
 from anchor_jax.cache.policies import Policy, Rerun
 from anchor_jax.cache.types import ReadPlan
@@ -279,6 +280,7 @@ class Session:
         self.check(frames)
         waiting = self.step() if self.frame < frames else None
         while waiting:
+            interrupts.check()
             shown = waiting
             waiting = self.step() if self.frame < frames else None
             yield shown.fetch()[0], shown.segment
@@ -451,6 +453,7 @@ class Session:
 
     def _advance(self) -> Frames:
         """Returns the handle of the next block, after what is due before it."""
+        interrupts.check()
         policy = self.setup.policy
         if self._state is None:
             self._state = stream.start(self._context(self.prompt), setup=self.setup)

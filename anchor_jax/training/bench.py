@@ -1,9 +1,7 @@
 """Measures the steps of a distillation against the same run's matmul."""
 
 import dataclasses
-import pathlib
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from anchor_jax import roofline
+from anchor_jax import io, roofline
 from anchor_jax.errors import UserError
 from anchor_jax.training import run
 from anchor_jax.training.build import TrainConfig
@@ -48,8 +46,8 @@ def measure(
         )
     every = section.every
     config = dataclasses.replace(config, steps=(1 + repeats) * every, sample_every=0)
-    with tempfile.TemporaryDirectory() as folder:
-        scratch = dataclasses.replace(config, out=str(pathlib.Path(folder) / "run"))
+    with io.scratch_folder() as folder:
+        scratch = dataclasses.replace(config, out=str(folder / "run"))
         return _measure(run.open_job(scratch, tell=progress), scratch, progress)
 
 

@@ -21,7 +21,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from anchor_jax import ownership
 from anchor_jax.checkpoint import FORMAT_VERSION, ITEMS
 from anchor_jax.errors import UserError
-from anchor_jax.io import write_json
+from anchor_jax.io import removed_at_end, write_json
 from anchor_jax.training.files import SKIPPED, read_skipped
 from anchor_jax.training.programs import Cursor
 from anchor_jax.training.state import TrainState
@@ -48,6 +48,9 @@ class Checkpoints:
     tell: Callable[[str], None] = lambda line: None
     keep_best: int = 0
     best_of: str = "loss"
+    _part: contextlib.ExitStack = dataclasses.field(
+        default_factory=contextlib.ExitStack, init=False
+    )
 
     @functools.cached_property
     def manager(self) -> ocp.CheckpointManager:
@@ -102,6 +105,10 @@ class Checkpoints:
         metrics = None
         if self.keep_best and means and self.best_of in means:
             metrics = {self.best_of: means[self.best_of]}
+        # What Orbax is writing would be left where the process ends at once.
+        self._part.close()
+        part = self.folder / f"{step}.orbax-checkpoint-tmp"
+        self._part.enter_context(removed_at_end(part))
         self.manager.save(
             step,
             metrics=metrics,
@@ -183,9 +190,14 @@ class Checkpoints:
                 ranked.append((float(self.manager.metrics(step)[self.best_of]), step))
         return min(ranked)[::-1] if ranked else None
 
+    def is_saving(self) -> bool:
+        """Returns whether a checkpoint is being written."""
+        return self.manager.is_saving_in_progress()
+
     def wait(self) -> None:
         """Returns when everything is on disk."""
         self.manager.wait_until_finished()
+        self._part.close()
 
     def close(self) -> None:
         """Ends the writing."""

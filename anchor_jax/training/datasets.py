@@ -20,7 +20,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
 
-from anchor_jax import ownership
+from anchor_jax import interrupts, ownership
 from anchor_jax.errors import UserError
 from anchor_jax.io import expand, making_folder
 from anchor_jax.prompt_files import watched
@@ -55,6 +55,13 @@ class Examples:
             return {name: _as_text(value) for name, value in example.items()}
 
 
+class _Info(tfds.core.DatasetInfo):
+    """What is known of a dataset, all of it from its builder."""
+
+    def initialize_from_bucket(self) -> None:
+        """Does not look for it in the network, and leaves no temporary folder."""
+
+
 class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """A builder of one split, in the order in which examples are made."""
 
@@ -75,7 +82,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """
 
     def _described(self, features: dict[str, Any]) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
+        return _Info(
             builder=self,
             description=type(self).__doc__,
             features=tfds.features.FeaturesDict(features),
@@ -202,6 +209,7 @@ class Clips(_Builder, skip_registration=True):
         made = tqdm.tqdm(self._examples(), desc="clips", total=self._size, leave=False)
         number = -1
         for number, example in enumerate(made):
+            interrupts.check()
             yield number, self._checked(number, example)
         if number + 1 != self._size:
             raise ValueError(f"{number + 1} clips, expected {self._size}")

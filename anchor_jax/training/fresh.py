@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from anchor_jax.bundle import TINY_TEXT, save_bundle
+from anchor_jax.io import scratch_folder
 from anchor_jax.training import world_clips, world_data
 from anchor_jax.wan import dit
 from anchor_jax.wan.spec import TINY
@@ -35,6 +36,7 @@ def save_fresh(folder: pathlib.Path, seed: int, data_seed: int) -> None:
     """
     if (folder / "model.safetensors").exists():
         return
-    words = train_tokenizer(world_clips.captions())
+    with scratch_folder() as scratch:
+        words = train_tokenizer(world_clips.captions(), scratch)
     codec = world_data.fit_codec(data_seed, TINY.latent_channels)
     save_bundle({**init_params(seed), "codec": codec}, words, folder, {})

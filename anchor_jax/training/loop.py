@@ -4,23 +4,27 @@ import collections
 import contextlib
 import dataclasses
 import pathlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from anchor_jax.errors import UserError
+from anchor_jax import interrupts
+from anchor_jax.errors import Stopped, UserError
 from anchor_jax.io import replacing
 from anchor_jax.training import divergence
 from anchor_jax.training.checkpoints import Checkpoints
 from anchor_jax.training.monitor import Monitor
 from anchor_jax.training.programs import Cursor, Stage
 from anchor_jax.training.state import TrainState
-from anchor_jax.training.stopping import stop_requests
 
 _LAG = 2
 """Steps whose numbers are not waited for, so that the device always has work."""
+_STOPPING = (
+    "stopping after this step, with a checkpoint; press Ctrl-C again to end at once"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +57,8 @@ def train(
     """Runs a stage from a state to its last step and returns the last state.
 
     Whatever ends it early, a checkpoint of the last whole step is left, unless another
-    step was under way.
+    step was under way. A request to stop ends it after a step; while there is no work
+    to be lost yet, as while the first step compiles, it may end the process.
 
     Args:
       stage: compiled steps with their data.
@@ -68,30 +73,69 @@ def train(
       UserError: A loss or gradient was not finite. If other batches have finite ones,
         the state before it is saved, and the batch; else the weights are ruined, and
         the newest good checkpoint is found.
+      Stopped: It was asked to before its first step.
     """
-    waiting = collections.deque()
+    waiting, work = collections.deque(), _Work(checkpoints)
     first = step = int(state.step)
     keeping = _saving_on_error(checkpoints, lambda: (state, cursor))
-    with stop_requests() as asked, keeping:
-        for step in range(first, loop.steps):
-            before = cursor
-            state, cursor, watch = stage.advance(state, cursor, step)
-            waiting.append((step, _taken(before, cursor), watch))
-            if len(waiting) > _LAG:
-                _note(waiting.popleft(), state, stage, checkpoints, monitor)
-            done = step + 1
-            if done % loop.save_every == 0 or done == loop.steps or asked():
-                _drain(waiting, state, stage, checkpoints, monitor)
-                _save(state, cursor, stage, checkpoints, monitor)
-            if asked():
-                break
-            if sample and loop.is_sampled(done):
-                with monitor.paused():
-                    sample(state, done)
-    _drain(waiting, state, stage, checkpoints, monitor)
-    _save(state, cursor, stage, checkpoints, monitor)
-    checkpoints.wait()
+    with interrupts.listening():
+        interrupts.check()
+        with interrupts.patient(_STOPPING, work.since), keeping:
+            for step in range(first, loop.steps):
+                if interrupts.asked():
+                    break
+                before = cursor
+                state, cursor, watch = stage.advance(state, cursor, step)
+                work.go_on()
+                waiting.append((step, _taken(before, cursor), watch))
+                if len(waiting) > _LAG:
+                    _note(waiting.popleft(), state, stage, checkpoints, monitor)
+                done = step + 1
+                if done % loop.save_every == 0 or done == loop.steps:
+                    _drain(waiting, state, stage, checkpoints, monitor)
+                    _save(state, cursor, stage, checkpoints, monitor)
+                    work.saved()
+                if sample and loop.is_sampled(done):
+                    _show(sample, state, done, monitor)
+        with interrupts.patient():
+            _drain(waiting, state, stage, checkpoints, monitor)
+            _save(state, cursor, stage, checkpoints, monitor)
+            checkpoints.wait()
     return state
+
+
+@dataclasses.dataclass(eq=False)
+class _Work:
+    """Steps that no checkpoint holds yet.
+
+    Attributes:
+      checkpoints: that they go to.
+      begun: when steps began: those after the last checkpoint on disk, and those
+        after the one that is being written.
+    """
+
+    checkpoints: Checkpoints
+    begun: list[float | None] = dataclasses.field(default_factory=lambda: [None])
+
+    def go_on(self) -> None:
+        """Notes that a step is under way, whose program is compiled."""
+        self.begun[-1] = self.begun[-1] or time.monotonic()
+
+    def saved(self) -> None:
+        """Notes that a checkpoint has begun, for which the one before was finished."""
+        self.begun = [self.begun[-1], None]
+
+    def since(self) -> float:
+        """Returns when the work began that would be lost; now, if there is none."""
+        begun = self.begun[0 if self.checkpoints.is_saving() else -1]
+        return begun or time.monotonic()
+
+
+def _show(sample, state: TrainState, done: int, monitor: Monitor) -> None:
+    """Makes sample videos; a request to stop leaves them out."""
+    with monitor.paused(), contextlib.suppress(Stopped):
+        interrupts.check()
+        sample(state, done)
 
 
 def _save(state: TrainState, cursor: Cursor, stage, checkpoints, monitor) -> None:

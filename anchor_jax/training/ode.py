@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from anchor_jax import flow
+from anchor_jax import flow, interrupts
 from anchor_jax.bundle import Bundle
 from anchor_jax.cache import policies
 from anchor_jax.config import from_config
@@ -20,12 +21,12 @@ from anchor_jax.streaming.loop import Euler
 from anchor_jax.streaming.types import BlockNoise, StreamSetup
 from anchor_jax.training import sources
 from anchor_jax.training.sources import DataConfig
-from anchor_jax.training.stopping import stop_requests
 from anchor_jax.training.trajectories import TrajectoryWriter
 from anchor_jax.wan import kernels
 
 STORED = 4
 """States of each trajectory that have noise; the clean one comes last."""
+_STOPPING = "stopping after these clips; press Ctrl-C again to end at once"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,8 +167,16 @@ def write(
 
 
 def _write(config, bundle, setup, writer, texts, share: tuple[int, int]):
-    missing, written = writer.remaining(config.count), 0
-    with stop_requests() as asked, _bar(config, writer, *share, missing) as bar:
+    missing, written, began = writer.remaining(config.count), 0, []
+
+    def since() -> float:
+        return began[0] if began else time.monotonic()
+
+    with (
+        interrupts.listening(),
+        interrupts.patient(_STOPPING, since),
+        _bar(config, writer, *share, missing) as bar,
+    ):
         for first in range(0, len(missing), config.batch):
             numbers = missing[first : first + config.batch]
             # Whole batches, for one program.
@@ -180,7 +189,9 @@ def _write(config, bundle, setup, writer, texts, share: tuple[int, int]):
                 writer.add(number, state, text)
             written += len(numbers)
             bar.update(len(numbers))
-            if asked():
+            if not began:  # The first clips have compiled; they would be lost now.
+                began.append(time.monotonic())
+            if interrupts.asked():
                 break
         writer.flush()
     return written, len(missing) - written

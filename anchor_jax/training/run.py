@@ -6,7 +6,6 @@ import json
 import operator
 import pathlib
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -19,7 +18,7 @@ from anchor_jax.bundle import Bundle
 from anchor_jax.config import from_config
 from anchor_jax.errors import UserError, naming, suggest
 from anchor_jax.experiment import parse_size
-from anchor_jax.io import expand, write_json
+from anchor_jax.io import expand, scratch_folder, write_json
 from anchor_jax.training import (
     build,
     files,
@@ -333,10 +332,10 @@ def dry_run(config: TrainConfig, tell: Callable[[str], None]) -> None:
     folder = expand(config.out)
     files.check(folder)
     compare_config(config, folder, tell)
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder() as scratch:
         # What is built stays in the scratch folder.
         data = dataclasses.replace(config.data, cache=None)
-        trial = dataclasses.replace(config, out=scratch, data=data)
+        trial = dataclasses.replace(config, out=str(scratch), data=data)
         job = open_job(trial, tell, most=config.batch)
         tell(job.plan())
         where, logged = f"as {folder / files.LOG} has it", _logged(folder)

@@ -86,9 +86,9 @@ class Sampler:
             ]
         stem = self.folder / f"step-{step:06d}"
         labels = [" | ".join(video.script.prompts) for video in self.videos]
-        media.contact_sheet(made, labels, stem.with_suffix(".png"))
         with media.VideoWriter(stem.with_suffix(".mp4")) as video:
             video.append(side_by_side(made))
+            media.contact_sheet(made, labels, stem.with_suffix(".png"))
         with Image.open(stem.with_suffix(".png")) as sheet:
             self.show(np.asarray(sheet.convert("RGB")), step)
 

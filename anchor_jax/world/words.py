@@ -1,6 +1,7 @@
 """The tiny world's tokenizer: one token a word, case and punctuation ignored."""
 
 import io
+import os
 import pathlib
 import tempfile
 from collections.abc import Sequence
@@ -8,16 +9,22 @@ from collections.abc import Sequence
 import sentencepiece
 
 
-def train_tokenizer(texts: Sequence[str]) -> bytes:
+def train_tokenizer(
+    texts: Sequence[str], scratch: str | os.PathLike | None = None
+) -> bytes:
     """Returns a SentencePiece model whose pieces are the words of `texts`.
 
     Ids as in UMT5: 0 pads, 1 ends a prompt, 2 is an unknown word.
+
+    Args:
+      texts: all texts.
+      scratch: folder for a temporary file; None: the system's.
     """
     rules = [f"{ord(c):X}\t20" for c in ",.;:!?\"'()"]
     rules += [f"{ord(c):X}\t{ord(c.lower()):X}" for c in map(chr, range(65, 91))]
     words = sorted({word for text in texts for word in text.replace(",", "").split()})
     model = io.BytesIO()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
         path = pathlib.Path(folder) / "rules.tsv"
         path.write_text("\n".join(rules) + "\n")
         sentencepiece.SentencePieceTrainer.train(

@@ -4,7 +4,7 @@ import time
 import pytest
 
 from anchor_jax import roofline
-from anchor_jax.cli import doctor, main, sample
+from anchor_jax.cli import compile_cache, doctor, main
 
 GB = 10**9
 
@@ -13,7 +13,7 @@ GB = 10**9
 def cache(tmp_path, monkeypatch):
     """An empty home, so that no cache of another run is looked at."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(sample, "enable_compilation_cache", lambda: tmp_path)
+    monkeypatch.setattr(compile_cache, "enable", lambda: tmp_path)
     (tmp_path / "program").write_bytes(b"x" * 1000)
     return tmp_path
 

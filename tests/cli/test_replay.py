@@ -4,7 +4,8 @@ import bundles
 import pytest
 
 from anchor_jax.cli import main
-from anchor_jax.cli.sample import CACHE_VARIABLE, told_switches
+from anchor_jax.cli.compile_cache import CACHE_VARIABLE
+from anchor_jax.cli.sample import told_switches
 from anchor_jax.streaming import recipe as recipes
 from anchor_jax.streaming.recipe import Switch
 

@@ -1,7 +1,9 @@
 import datetime
 import errno
 import json
+import os
 import re
+import signal
 import types
 import weakref
 
@@ -15,7 +17,8 @@ from anchor_jax import media, ownership
 from anchor_jax.cache.policies import POLICIES
 from anchor_jax.cli import main, policies
 from anchor_jax.cli import sample as sampling
-from anchor_jax.cli.sample import CACHE_VARIABLE, tile_frames
+from anchor_jax.cli.compile_cache import CACHE_VARIABLE
+from anchor_jax.cli.sample import tile_frames
 from anchor_jax.prompts import Script, Segment
 from anchor_jax.streaming.session import Session
 
@@ -394,6 +397,25 @@ def test_what_has_no_effect_is_said(sample):
     assert "no scene cut" in err
 
 
+@pytest.mark.parametrize("where", ["append", "contact_sheet"])
+def test_a_request_to_stop_leaves_no_file(sample, tmp_path, monkeypatch, where):
+    owner = media if where == "contact_sheet" else media.VideoWriter
+    real = getattr(owner, where)
+
+    def ask(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments)
+
+    monkeypatch.setattr(owner, where, ask)
+    status, printed, err = sample()
+
+    if where == "append":
+        assert (status, printed) == (130, "") and err.endswith("interrupted\n")
+        assert files(tmp_path / "out/test") == []
+    else:  # What is nearly made is made.
+        assert len(files(tmp_path / "out/test")) == 3
+
+
 @pytest.mark.parametrize("where", ["append", "sheet"])
 def test_a_full_disk_leaves_no_finished_file(sample, tmp_path, monkeypatch, where):
     def full(*_, **__):
@@ -409,26 +431,6 @@ def test_a_full_disk_leaves_no_finished_file(sample, tmp_path, monkeypatch, wher
     assert status == 2
     assert "no room" in err
     assert [file for file in files(tmp_path / "out/test") if ".part" not in file] == []
-
-
-def test_compiled_programs_go_where_they_are_told(tmp_path, monkeypatch):
-    import jax
-
-    from anchor_jax.cli.sample import enable_compilation_cache
-
-    before = jax.config.jax_compilation_cache_dir
-    least = jax.config.jax_persistent_cache_min_compile_time_secs
-    try:
-        jax.config.update("jax_compilation_cache_dir", None)
-        monkeypatch.setenv(CACHE_VARIABLE, "off")
-        assert enable_compilation_cache() is None
-        monkeypatch.delenv(CACHE_VARIABLE)
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        assert enable_compilation_cache() == tmp_path / "anchor_jax"
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "anchor_jax")
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
 
 
 def test_every_policy_is_listed(capsys):

@@ -3,15 +3,17 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
+import types
 
 import bundles
 import jax
 import pytest
 
-from anchor_jax import checkpoint, ownership
+from anchor_jax import checkpoint, interrupts, ownership
 from anchor_jax.cli import sweep
 from anchor_jax.cli.main import main
 
@@ -71,6 +73,56 @@ def test_every_combination_has_a_folder_of_its_name(tmp_path, monkeypatch):
     assert first.optimizer.learning_rate == 1e-3
     assert first.optimizer.betas == (0.0, 0.9)
     assert {one.optimizer.learning_rate for one in seen.values()} == {1e-3, 2.0}
+
+
+def test_a_request_to_stop_ends_the_sweep_after_its_training(
+    tmp_path, monkeypatch, capsys
+):
+    trained = []
+
+    def ask(point):
+        trained.append(point.name)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return "stopped"
+
+    monkeypatch.setattr(sweep, "run_point", ask)
+
+    assert run(tmp_path, "--vary=seed=1,2") == 130
+
+    assert trained == ["seed=1"]
+    assert "stopped at seed=1" in capsys.readouterr().err
+    (result,) = json.loads((tmp_path / "sweep.json").read_text())
+    assert result["status"] == "stopped"
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_training_that_was_ended_has_stopped(tmp_path, monkeypatch, asked):
+    class Process:
+        exitcode, ended = None, 0
+
+        def start(self):
+            if asked:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        def is_alive(self):
+            return self.exitcode is None
+
+        def join(self, seconds=None):
+            if seconds is None or not asked:
+                self.exitcode = 130
+
+        def terminate(self):
+            self.ended += 1
+
+    process = Process()
+    context = types.SimpleNamespace(Process=lambda **_: process)
+    monkeypatch.setattr(sweep.multiprocessing, "get_context", lambda kind: context)
+    config = types.SimpleNamespace(out=str(tmp_path), steps=1)
+    monkeypatch.setattr("anchor_jax.training.run.compare_config", lambda *_: None)
+
+    with interrupts.listening():
+        assert sweep.run_point(sweep.Point({"seed": 1}, config)) == "stopped"
+    assert process.ended == asked
 
 
 def test_earlier_lines_of_a_table_stay(tmp_path, monkeypatch):

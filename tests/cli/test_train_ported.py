@@ -11,7 +11,7 @@ import pytest
 from anchor_jax import checkpoint
 from anchor_jax.bundle import load_bundle
 from anchor_jax.cli import main
-from anchor_jax.cli.sample import CACHE_VARIABLE
+from anchor_jax.cli.compile_cache import CACHE_VARIABLE
 from anchor_jax.errors import UserError
 
 RANK = 3  # of the ported updates

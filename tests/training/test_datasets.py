@@ -4,6 +4,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -240,6 +241,16 @@ def test_preparing_again_only_opens(tmp_path):
         datasets.prepare(datasets.Clips, tmp_path, **clip_arguments(counted, seed=seed))
 
     assert len(made) == 10
+
+
+def test_a_build_leaves_no_temporary_files(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.txt", ["one", "two"])
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+
+    pairs(tmp_path, path=path)
+
+    assert list((tmp_path / "tmp").iterdir()) == []
 
 
 def test_a_half_built_folder_is_built_again(tmp_path):

@@ -1,0 +1,215 @@
+"""Compiled programs are kept only where nobody else can put them."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import warnings
+
+import jax
+import pytest
+
+from anchor_jax.cli import compile_cache
+from anchor_jax.cli.compile_cache import CACHE_VARIABLE
+from anchor_jax.errors import UserError
+
+ROOT = pathlib.Path(compile_cache.__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def settings(monkeypatch):
+    """Jax as it begins, and as it was afterwards."""
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+    )
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update(names[0], None)
+    monkeypatch.delenv(CACHE_VARIABLE, raising=False)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    made = tmp_path / "cache"
+    made.mkdir(mode=0o700)
+    monkeypatch.setenv(CACHE_VARIABLE, str(made))
+    return made
+
+
+def refused(capsys):
+    """Enables the cache, and returns the one line that says why it is not used."""
+    assert compile_cache.enable() is None
+    assert jax.config.jax_compilation_cache_dir is None
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: compiled programs are not kept: ")
+    assert CACHE_VARIABLE in line
+    return line
+
+
+def test_compiled_programs_go_where_they_are_told(tmp_path, monkeypatch):
+    monkeypatch.setenv(CACHE_VARIABLE, "off")
+    assert compile_cache.enable() is None
+
+    monkeypatch.delenv(CACHE_VARIABLE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert compile_cache.enable() == tmp_path / "anchor_jax"
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "anchor_jax")
+    assert list((tmp_path / "anchor_jax").iterdir()) == []
+
+
+def test_folders_are_made_for_the_user_alone(tmp_path, monkeypatch):
+    made = tmp_path / "a" / "b"
+    monkeypatch.setenv(CACHE_VARIABLE, str(made))
+    before = os.umask(0)
+    try:
+        assert compile_cache.enable() == made
+    finally:
+        os.umask(before)
+
+    assert {one.stat().st_mode & 0o777 for one in (made, made.parent)} == {0o700}
+
+
+def test_a_folder_that_jax_was_given_is_kept_and_checked_alike(folder, capsys):
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    assert compile_cache.enable() == folder
+
+    folder.chmod(0o777)
+    assert "can be written by others" in refused(capsys)
+
+
+def test_a_bucket_is_left_to_jax():
+    jax.config.update("jax_compilation_cache_dir", "gs://bucket/cache")
+
+    assert compile_cache.enable() is not None
+    assert jax.config.jax_compilation_cache_dir == "gs://bucket/cache"
+
+
+def test_without_a_home_nothing_is_kept(monkeypatch, capsys):
+    def unknown(path):
+        raise RuntimeError
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(pathlib.Path, "expanduser", unknown)
+
+    assert "home folder of this user is unknown" in refused(capsys)
+
+
+def test_a_folder_that_cannot_be_written_to_is_not_used(folder, monkeypatch, capsys):
+    def fail(path, content):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(pathlib.Path, "write_bytes", fail)
+
+    assert f"{folder}: Permission denied" in refused(capsys)
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o1777])
+def test_a_folder_that_others_can_write_to_is_refused(folder, mode, capsys):
+    folder.chmod(mode)
+
+    assert f"chmod -R go-w {folder}" in refused(capsys)
+
+
+def test_a_folder_that_others_can_replace_is_refused(folder, capsys):
+    folder.parent.chmod(0o777)
+    assert "can be replaced by others" in refused(capsys)
+
+    folder.parent.chmod(0o1777)
+    assert compile_cache.enable() == folder
+
+
+def test_a_link_is_followed_to_what_it_names(folder, tmp_path, monkeypatch, capsys):
+    folder.chmod(0o777)
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    monkeypatch.setenv(CACHE_VARIABLE, str(link))
+
+    assert "can be written by others" in refused(capsys)
+
+
+def test_a_folder_of_another_user_is_refused(folder, monkeypatch, capsys):
+    owner = folder.stat().st_uid
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    monkeypatch.setattr(compile_cache, "_ROOT", owner + 2)
+
+    assert "belongs to another user" in refused(capsys)
+
+
+def test_a_program_that_others_could_write_is_refused(folder, capsys):
+    (folder / "x").write_bytes(b"x")
+    (folder / "x").chmod(0o666)
+    assert compile_cache.enable() == folder  # they cannot reach it
+
+    jax.config.update("jax_compilation_cache_dir", None)
+    folder.chmod(0o755)
+    assert "holds x, which others can write" in refused(capsys)
+
+
+def test_a_program_of_another_user_is_refused(folder):
+    if os.geteuid():
+        pytest.skip("needs root, which can give a file away")
+    (folder / "x").write_bytes(b"x")
+    os.chown(folder / "x", 12345, 12345)
+
+    with pytest.raises(UserError, match="holds x of another user"):
+        compile_cache.check(folder)
+
+
+def test_programs_without_content_are_removed(folder):
+    (folder / "empty").touch()
+    (folder / "whole").write_bytes(b"x")
+
+    assert compile_cache.enable() == folder
+    assert [one.name for one in folder.iterdir()] == ["whole"]
+
+
+def test_warnings_of_jax_become_one_line(folder, capsys):
+    assert compile_cache.enable() == folder
+    text = "Error writing persistent compilation cache entry for 'jit_{}': OSError: x"
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        for number in range(3):
+            warnings.showwarning(text.format(number), UserWarning, "file", 1)
+
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(folder) in line and "jit_0" in line
+
+
+def test_other_warnings_are_shown_as_before(folder, monkeypatch):
+    shown = []
+    monkeypatch.setattr(warnings, "showwarning", lambda *given: shown.append(given[0]))
+    assert compile_cache.enable() == folder
+
+    warnings.showwarning("something else", UserWarning, "file", 1)
+
+    assert shown == ["something else"]
+
+
+def test_a_user_without_name_and_home(tmp_path):
+    """As in a container that was started with `--user 12345`."""
+    setpriv = shutil.which("setpriv")
+    if os.geteuid() or setpriv is None:
+        pytest.skip("needs root and setpriv")
+    user = "--reuid=12345 --regid=12345 --clear-groups"
+    # So that the interpreter can be read, wherever it is.
+    user += " --inh-caps=+dac_read_search --ambient-caps=+dac_read_search"
+    program = "from anchor_jax.cli import compile_cache\nprint(compile_cache.enable())"
+
+    done = subprocess.run(
+        [setpriv, *user.split(), sys.executable, "-c", program],
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"], "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert (done.returncode, done.stdout) == (0, "None\n"), done.stderr
+    assert "home folder of this user is unknown" in done.stderr
+    assert len(done.stderr.splitlines()) == 1

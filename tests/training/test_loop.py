@@ -1,0 +1,61 @@
+"""What a request to stop would lose of a training; its steps are in test_programs."""
+
+import time
+
+import pytest
+
+from anchor_jax.training import loop
+
+
+class Pretended:
+    """Checkpoints that are being written until they are said to be on disk."""
+
+    saving = False
+
+    def is_saving(self):
+        return self.saving
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass when they are set."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_only_steps_that_no_checkpoint_holds_would_be_lost(clock):
+    checkpoints = Pretended()
+    work = loop._Work(checkpoints)
+
+    clock[0] = 10.0
+    assert work.since() == 10.0  # The first step compiles.
+    work.go_on()
+    clock[0] = 20.0
+    work.go_on()
+    assert work.since() == 10.0
+    checkpoints.saving = True
+    work.saved()
+    clock[0] = 30.0
+    assert work.since() == 10.0  # Until the checkpoint is whole.
+    checkpoints.saving = False
+    assert work.since() == 30.0
+    work.go_on()
+    clock[0] = 40.0
+    assert work.since() == 30.0
+
+
+def test_steps_that_are_run_while_a_checkpoint_is_written_count(clock):
+    checkpoints = Pretended()
+    work = loop._Work(checkpoints)
+
+    clock[0] = 10.0
+    work.go_on()
+    checkpoints.saving = True
+    work.saved()
+    clock[0] = 20.0
+    work.go_on()
+    checkpoints.saving = False
+    clock[0] = 30.0
+
+    assert work.since() == 20.0
