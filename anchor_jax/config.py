@@ -17,6 +17,7 @@ from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import placeholder
 
 from anchor_jax.errors import UserError, suggest
+from anchor_jax.io import expand
 from anchor_jax.text import check_text, short
 
 Config = TypeVar("Config")
@@ -63,7 +64,7 @@ def find_config(name: str) -> pathlib.Path:
     Raises:
       UserError: There is no such file.
     """
-    given = pathlib.Path(name)
+    given = expand(name)
     if given.suffix == ".py" and given.is_file():
         return given
     shipped = shipped_configs()
