@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import datetime
 import itertools
+import os
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
