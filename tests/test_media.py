@@ -348,6 +348,7 @@ def test_a_playlist_leads_nowhere(tmp_path, text, name):
 def test_what_is_no_video_is_named_with_the_reason(tmp_path):
     quarters(tmp_path / "a.mp4")
     cut = (tmp_path / "a.mp4").read_bytes()
+    coded = cut.replace(b"avc1", b"xxxx")
     with av.open(str(tmp_path / "song.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=8000)
         frame = av.AudioFrame.from_ndarray(
@@ -358,6 +359,7 @@ def test_what_is_no_video_is_named_with_the_reason(tmp_path):
         container.mux(stream.encode())
     for name, content in {
         "cut": cut[:200],
+        "coded": coded,
         "empty": b"",
         "noise": bytes(range(256)) * 9,
         "lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
@@ -367,6 +369,7 @@ def test_what_is_no_video_is_named_with_the_reason(tmp_path):
 
     for name, reason in {
         "cut": "no pictures, or its end is missing",
+        "coded": "an unknown way of coding",
         "empty": "it is empty",
         "noise": "no video that can be read .*Invalid data",
         "lfs": "Git LFS pointer",
