@@ -111,7 +111,7 @@ COMMANDS = {
         ("train", *TINY, "--config.out={out}"), checkpoints, "is done at step"
     ),
     "sweep": Command(
-        ("sweep", *TINY, "--config.out={out}", "--vary=seed=1,2"),
+        ("sweep", *TINY, "--config.out={out}", "--vary=seed=1"),
         checkpoints,
         "is finished",
     ),
