@@ -3,13 +3,15 @@
 import collections
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import importlib.resources
 import json
-import math
+import os
 import pathlib
 import re
+import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -24,9 +26,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from anchor_jax import finite, sharding
 from anchor_jax.config import from_config
-from anchor_jax.errors import UserError, suggest
+from anchor_jax.errors import UserError, shown, some, suggest
 from anchor_jax.filetypes import check_start
-from anchor_jax.io import expand, read_json, replacing, write_json
+from anchor_jax.io import expand, parse_json, read_json, replacing, write_json
+from anchor_jax.limits import DTYPES, check_sizes
 from anchor_jax.wan import dit, lora
 from anchor_jax.wan.spec import TINY, LatentGrid, ModelConfig
 from anchor_jax.wan.text import TextConfig, Umt5Encoder
@@ -60,17 +63,6 @@ NETWORKS = ("generator", "critic")
 
 _HEADER = "anchor_jax"
 _CODECS = {"linear": LinearCodec()}
-_DTYPES = ("float32", "bfloat16", "float16")
-_LARGEST = {
-    "height": 4096,
-    "width": 4096,
-    "text_len": 65536,
-    "num_layers": 512,
-    "num_heads": 1024,
-    "unroll": 512,
-}
-_LARGEST_OTHER = 2**20
-_SHOWN = 5
 _REMEMBERED = 8 * 2**30  # bytes of trimmed prompts
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -248,12 +240,13 @@ class _Options:
         ):
             value = getattr(self, name)
             if value not in known:
-                raise UserError(f"{name}={value!r}{suggest(str(value), known, name)}")
+                found = suggest(str(value), known, name)
+                raise UserError(f"{name}={shown(value)}{found}")
         for name in ("dtype", "param_dtype"):
             value = getattr(self, name)
-            if value is not None and value not in _DTYPES:
-                found = suggest(str(value), _DTYPES, "types")
-                raise UserError(f"{name}={value!r}{found}")
+            if value is not None and value not in DTYPES:
+                found = suggest(str(value), DTYPES, "types")
+                raise UserError(f"{name}={shown(value)}{found}")
 
     @property
     def text_mesh(self) -> Mesh | None:
@@ -393,7 +386,7 @@ def run_folder(folder: pathlib.Path) -> pathlib.Path | None:
     """Returns the training that weights are of: its folder, or a step in it."""
     folder = folder.absolute()
     places = [folder, folder.parent] if folder.name.isdecimal() else [folder]
-    return next((place for place in places if (place / RUN).is_file()), None)
+    return next((one for one in places if os.path.isfile(one / RUN)), None)
 
 
 def run_base(folder: pathlib.Path) -> str:
@@ -407,18 +400,27 @@ def run_base(folder: pathlib.Path) -> str:
 
 
 def _read_run(folder: pathlib.Path) -> str:
+    path = folder / RUN
     remedy = "start its training once more: the same command writes the file again"
     try:
-        run = read_json(folder / RUN, remedy=remedy)
+        run = read_json(path, remedy=remedy)
     except FileNotFoundError as error:
-        raise UserError(f"{folder / RUN} is missing; {remedy}") from error
+        raise UserError(f"{path} is missing; {remedy}") from error
     base, version = run.get("base"), run.get("format_version")
-    if version != FORMAT_VERSION or not isinstance(base, str) or "\0" in base:
+    is_known = type(version) is int and version == FORMAT_VERSION
+    if not is_known or not isinstance(base, str) or not _is_path(base):
         raise UserError(
-            f"{folder / RUN}: format_version={version!r} and base={base!r}, expected"
-            f" {FORMAT_VERSION} and the name of weights"
+            f"{path}: format_version={shown(version)} and base={shown(base)}, expected"
+            f" {FORMAT_VERSION} and the name of weights; {remedy}"
         )
     return str(folder / base) if base.startswith("./") else base
+
+
+def _is_path(text: str) -> bool:
+    """Returns whether a text can be a path: not empty, no zero, no half character."""
+    with contextlib.suppress(UnicodeEncodeError):
+        return bool(text.encode()) and "\0" not in text
+    return False
 
 
 def _check_bases(folder: pathlib.Path) -> None:
@@ -483,8 +485,7 @@ def _critic_model(folder: pathlib.Path, generator: ModelConfig) -> ModelConfig:
     with _blaming(folder):
         whole = dataclasses.asdict(generator) | dict(sizes) | types
         model = from_config(ModelConfig, whole, f"meta.{CRITIC}")
-        for field, value in dataclasses.asdict(model).items():
-            _check_size(f"meta.{CRITIC}.{field}", field, value)
+        check_sizes(f"meta.{CRITIC}", model)
     return model
 
 
@@ -511,11 +512,11 @@ def _with_variables(folder, item: str, stored, base: Bundle, options: "_Options"
 
     init = functools.partial(dit.init_params, base.model)
     shapes = jax.eval_shape(init, jax.random.key(0))
-    expected = {"params": shapes}
-    if "lora" in stored:
-        expected = {"lora": _expected_lora(shapes, stored["lora"])}
-    found = {name: tree for name, tree in stored.items() if name in expected}
     with _blaming(folder):
+        expected = {"params": shapes}
+        if "lora" in stored:
+            expected = {"lora": _expected_lora(shapes, stored["lora"])}
+        found = {name: tree for name, tree in stored.items() if name in expected}
         _check_tensors(folder / item, _flatten(found), _flatten(expected))
     dtype = base.model.param_dtype
 
@@ -545,7 +546,7 @@ def _with_variables(folder, item: str, stored, base: Bundle, options: "_Options"
 
 
 def _is_checkpoint(folder: pathlib.Path) -> bool:
-    if not folder.is_dir() or (folder / "model.safetensors").exists():
+    if not os.path.isdir(folder) or os.path.exists(folder / "model.safetensors"):
         return False
     from anchor_jax import checkpoint
 
@@ -673,7 +674,9 @@ def _read_ported(meta: Mapping[str, Any], dtype: str) -> _Ported:
     def read(kind, name: str):
         section = meta.get(name)
         if not isinstance(section, Mapping):
-            raise UserError(f"meta.{name} is {section!r}, expected an object of sizes")
+            raise UserError(
+                f"meta.{name} is {shown(section)}, expected an object of sizes"
+            )
         types = {"dtype": dtype, "param_dtype": dtype}
         whole = dataclasses.asdict(kind()) | dict(section) | types
         return from_config(kind, whole, f"meta.{name}")
@@ -700,10 +703,12 @@ def _source_digest(sources: Any) -> str:
             taken = [source[key] for key in ("item", "key", "alpha")]
             taken += source.get("factors") or []
         except (AttributeError, KeyError, TypeError) as error:
-            raise UserError(f"meta.sources, entry {number}: {error!r}") from error
+            raise UserError(
+                f"meta.sources, entry {number}: {_reason(error)}"
+            ) from error
         for one in hashes:
             if not isinstance(one, str) or not _DIGEST.fullmatch(one):
-                raise UserError(f"meta.sources: {one!r} is no SHA-256")
+                raise UserError(f"meta.sources: {shown(one)} is no SHA-256")
         parts.append([*taken, sorted(hashes)])
     ordered = sorted(json.dumps(part) for part in parts)
     return _digest("\n".join(ordered).encode())
@@ -713,9 +718,7 @@ def _check_ported(ported: _Ported) -> None:
     """Raises unless the sizes are ones that networks can have, and fit together."""
     model, text, vae = ported.model, ported.text, ported.vae
     for name in ("model", "text", "vae"):
-        for field, value in dataclasses.asdict(getattr(ported, name)).items():
-            _check_size(f"meta.{name}.{field}", field, value)
-    _check_vae(vae)
+        check_sizes(f"meta.{name}", getattr(ported, name))
     for name, value, wanted in (
         ("text.dim", text.dim, model.text_dim),
         ("text.text_len", text.text_len, model.text_len),
@@ -723,23 +726,6 @@ def _check_ported(ported: _Ported) -> None:
     ):
         if value != wanted:
             raise UserError(f"meta.{name}={value}, expected {wanted} as the model")
-
-
-def _check_vae(config: VaeConfig) -> None:
-    mult = config.dim_mult
-    if len(mult) > 8 or not all(type(one) is int and 1 <= one <= 64 for one in mult):
-        raise UserError(
-            f"meta.vae.dim_mult={mult}: expected at most 8 whole numbers from 1 to 64"
-        )
-    if not all(type(one) is bool for one in config.temporal_downsample):
-        raise UserError("meta.vae.temporal_downsample: expected true or false each")
-    for name in ("latent_mean", "latent_std"):
-        values = getattr(config, name)
-        numbers = all(
-            type(one) in (int, float) and math.isfinite(one) for one in values
-        )
-        if not numbers or (name == "latent_std" and min(values) <= 0):
-            raise UserError(f"meta.vae.{name}: expected finite numbers, deviations > 0")
 
 
 def _expected_ported(folder: pathlib.Path, ported: _Ported) -> dict[str, Any]:
@@ -930,24 +916,26 @@ def _files_in(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
 
 
 def _read(path: pathlib.Path, weights: str) -> bytes:
+    name = shown(weights, 200)
     try:
-        if path.is_file():
-            check_start(path)
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        check_start(path)
         return path.read_bytes()
     except OSError as error:
-        if not expand(weights).exists():
+        if not os.path.exists(expand(weights)):
             raise UserError(
-                f"weights={weights!r}: there is no such folder; run the stage that"
+                f"weights={name}: there is no such folder; run the stage that"
                 " writes it, or give the folder of a training, of anchor-jax port or of"
                 " anchor-jax export, or 'tiny'"
             ) from error
-        if path.parent.is_dir() and any(path.parent.iterdir()):
+        if not os.path.exists(path) and any(path.parent.iterdir()):
             raise UserError(
-                f"weights={weights!r} holds no {path.name}, nor a checkpoint; published"
+                f"weights={name} holds no {path.name}, nor a checkpoint; published"
                 " weights are first ported: anchor-jax port --help"
             ) from error
         raise UserError(
-            f"weights={weights!r}: {path} cannot be read ({error.strerror}); expected"
+            f"weights={name}: {path} cannot be read ({error.strerror}); expected"
             " 'tiny', the folder of a training, one that anchor-jax port wrote, or a"
             " bundle of anchor-jax export with model.safetensors and tokenizer.model"
         ) from error
@@ -968,14 +956,12 @@ def _header(path: pathlib.Path) -> _Header:
             " with anchor_jax.bundle.save_bundle"
         )
     with _blaming(path):
-        header = json.loads(stored[_HEADER])
-        if not isinstance(header, dict):
-            raise UserError(f"got {type(header).__name__}, expected an object")
+        header = parse_json(stored[_HEADER], "its header")
     version = header.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise UserError(
-            f"{path} has format_version {version}, expected {FORMAT_VERSION}; use the"
-            " version of anchor_jax that wrote it, or save it again"
+            f"{path} has format_version {shown(version)}, expected {FORMAT_VERSION};"
+            " use the version of anchor_jax that wrote it, or save it again"
         )
     with _blaming(path):
         read = from_config(_Header, header, "header")
@@ -988,49 +974,30 @@ def _blaming(path: pathlib.Path) -> Iterator[None]:
     """Turns what is wrong with a file into one message that names it."""
     try:
         yield
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        MemoryError,
-        RecursionError,
-        TypeError,
-        ValueError,
-        safetensors.SafetensorError,
-    ) as error:
+    except Exception as error:
+        reason = error if isinstance(error, UserError) else _reason(error)
         raise UserError(
-            f"{path} is no bundle that can be used: {error}; copy it again, or write"
+            f"{path} is no bundle that can be used: {reason}; copy it again, or write"
             " it again as it was written"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Returns what a library says in one line, with the kind of its error."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def _check_header(header: _Header) -> None:
     """Raises unless the sizes are ones that networks can have, and fit together."""
     if header.codec not in _CODECS:
         known = suggest(header.codec, _CODECS, "codecs")
-        raise UserError(f"unknown codec {header.codec!r}{known}")
+        raise UserError(f"unknown codec {shown(header.codec)}{known}")
     for name in ("model", "text", "grid"):
-        for field, value in dataclasses.asdict(getattr(header, name)).items():
-            _check_size(f"{name}.{field}", field, value)
+        check_sizes(name, getattr(header, name))
     model, text = header.model, header.text
     if text.dim != model.text_dim:
         raise UserError(f"text.dim={text.dim}, expected {model.text_dim} as the model")
     header.grid.tokens(model.patch)
-
-
-def _check_size(name: str, field: str, value: Any) -> None:
-    if field in ("dtype", "param_dtype") and value not in _DTYPES:
-        raise UserError(f"{name}={value!r}{suggest(value, _DTYPES, 'types')}")
-    if isinstance(value, float) and not 0 < value < float("inf"):
-        raise UserError(f"{name}={value}: expected more than 0")
-    largest = _LARGEST.get(field, _LARGEST_OTHER)
-    if type(value) is int and not 1 <= value <= largest:
-        raise UserError(f"{name}={value}: expected from 1 to {largest}")
-    if field != "patch":
-        return
-    right = all(type(one) is int and 1 <= one <= 64 for one in value)
-    if len(value) != 3 or not right:
-        raise UserError(f"{name}={value}: expected three whole numbers from 1 to 64")
 
 
 def _tokenizer(path: pathlib.Path, pieces: bytes, text: TextConfig):
@@ -1082,18 +1049,23 @@ def _codec_shapes(channels: int) -> dict[str, Any]:
 def _check_tensors(path, stored: Mapping[str, Any], expected: Mapping[str, Any]):
     """Raises unless there is every tensor, of its shape, and no other."""
     wrong = [f"missing {name}" for name in expected if name not in stored]
-    wrong += [f"unexpected {name}" for name in stored if name not in expected]
+    wrong += [
+        f"unexpected {shown(name)[1:-1]}" for name in stored if name not in expected
+    ]
     wrong += [
         f"{name} is {tuple(stored[name].shape)}, expected {tuple(expected[name].shape)}"
         for name in expected
         if name in stored and stored[name].shape != expected[name].shape
     ]
+    wrong += [
+        f"{name} holds {stored[name].dtype}, expected floating-point numbers"
+        for name in expected
+        if name in stored and not jnp.issubdtype(stored[name].dtype, jnp.floating)
+    ]
     if wrong:
-        more = len(wrong) - _SHOWN
-        shown = wrong[:_SHOWN] + [f"and {more} more"] * (more > 0)
         raise UserError(
-            f"{path}: the tensors are not those of its sizes: {'; '.join(shown)}; save"
-            " the weights together with the sizes that they have"
+            f"{path}: the tensors are not those of its sizes: {'; '.join(some(wrong))};"
+            " save the weights together with the sizes that they have"
         )
 
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import math
+import os
 import pathlib
 import shutil
 import threading
@@ -17,7 +18,7 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from anchor_jax import io, ownership
-from anchor_jax.errors import UserError, suggest
+from anchor_jax.errors import UserError, shown, suggest
 from anchor_jax.io import expand
 
 FORMAT_VERSION = 1
@@ -269,7 +270,7 @@ def is_checkpoint(path: str | pathlib.Path) -> bool:
 def items(path: str | pathlib.Path) -> tuple[str, ...]:
     """Returns the names of the items that are present, in the order of `ITEMS`."""
     step = _step(path)
-    return tuple(name for name in ITEMS if (step / name).is_dir())
+    return tuple(name for name in ITEMS if os.path.isdir(step / name))
 
 
 def read_meta(path: str | pathlib.Path) -> dict[str, Any]:
@@ -285,8 +286,9 @@ def read_meta(path: str | pathlib.Path) -> dict[str, Any]:
     version = meta.get("format_version")
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise UserError(
-            f"{path} has format_version {version!r}, expected at most {FORMAT_VERSION};"
-            " use the version of anchor_jax that wrote it, or write it again"
+            f"{path} has format_version {shown(version)}, expected at most"
+            f" {FORMAT_VERSION}; use the version of anchor_jax that wrote it, or write"
+            " it again"
         )
     return meta
 
@@ -299,6 +301,8 @@ def shapes(path: str | pathlib.Path, item: str) -> dict[str, Any]:
     """
     with _blaming(path):
         found = _reader().metadata(_item(path, item)).tree
+        if not isinstance(found, dict):
+            raise TypeError(f"{item} is no tree of names")
         return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), found)
 
 
@@ -411,7 +415,7 @@ def _reader(stored: Any = None) -> ocp.PyTreeCheckpointHandler:
 
 
 def _is_step(folder: pathlib.Path) -> bool:
-    return folder.name.isdecimal() and (folder / "meta").is_dir()
+    return folder.name.isdecimal() and os.path.isdir(folder / "meta")
 
 
 def _steps(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -439,7 +443,7 @@ def last_step(path: str | pathlib.Path) -> int:
 
 def _step(path: str | pathlib.Path) -> pathlib.Path:
     folder = expand(path).resolve()
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"{path} is no folder; expected that of a checkpoint")
     if _is_step(folder):
         return folder
@@ -467,7 +471,7 @@ def _blaming(path: str | pathlib.Path) -> Iterator[None]:
     except UserError:
         raise
     # Orbax raises whatever its parsers do, and for some files a plain Exception.
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"{path} is broken or not whole: {reason}; copy or write it again"

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import math
+import os
 import pathlib
 import re
 import traceback
@@ -16,12 +17,13 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import placeholder
 
-from anchor_jax.errors import UserError, suggest
+from anchor_jax.errors import UserError, shown, some, suggest
 from anchor_jax.io import expand
-from anchor_jax.text import check_text, short
+from anchor_jax.text import check_text
 
 Config = TypeVar("Config")
 
+_PROBLEMS = 12
 _CONFIG_HELP = (
     "config file, or the name of a shipped one; FILE:ARGUMENT passes an argument to it"
 )
@@ -32,8 +34,18 @@ _FAULTS_OF_A_CONFIG = (
     AttributeError,
     ImportError,
     LookupError,
+    MemoryError,
     NameError,
     OSError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+_FAULTS_OF_A_LITERAL = (
+    ArithmeticError,
+    MemoryError,
+    RecursionError,
+    SyntaxError,
     TypeError,
     ValueError,
 )
@@ -65,7 +77,7 @@ def find_config(name: str) -> pathlib.Path:
       UserError: There is no such file.
     """
     given = expand(name)
-    if given.suffix == ".py" and given.is_file():
+    if given.suffix == ".py" and os.path.isfile(given):
         return given
     shipped = shipped_configs()
     named = given.stem if given.suffix in ("", ".py") else given.name
@@ -73,7 +85,7 @@ def find_config(name: str) -> pathlib.Path:
         return shipped[named]
     where = f"shipped configs, in {shipped_configs_dir()}"
     raise UserError(
-        f"config {name!r} is neither a Python file here nor a shipped config"
+        f"config {shown(name)} is neither a Python file here nor a shipped config"
         f"{suggest(named, shipped, where)}"
     )
 
@@ -142,8 +154,9 @@ def from_config(
         _check_command(name, section, missing)
     if missing or unknown:
         problems = [f"missing field {field!r}" for field in missing]
-        problems += [f"unknown field {key!r}" for key in unknown]
-        known = suggest(unknown[0] if unknown else "", fields, "fields")
+        problems += [f"unknown field {shown(key)}" for key in unknown]
+        problems = some(problems, _PROBLEMS)
+        known = suggest(str(unknown[0]) if unknown else "", fields, "fields")
         raise UserError(f"{name}: {', '.join(problems)}{known}")
     hints = typing.get_type_hints(kind)
     values = {
@@ -237,7 +250,7 @@ def _check_get_config(
     try:
         inspect.signature(get_config).bind(*arguments)
     except TypeError as error:
-        got = f"got {arguments[0]!r} after the colon" if arguments else "got none"
+        got = f"got {shown(arguments[0])} after the colon" if arguments else "got none"
         expected = "needs an argument, as in FILE:ARGUMENT"
         if arguments:
             expected = "takes no argument; leave the colon out"
@@ -259,7 +272,7 @@ def _apply(config: ConfigDict, override: str) -> None:
     match = _OVERRIDE.fullmatch(override)
     if match is None:
         raise UserError(
-            f"override {short(override)} is not of the form --config.FIELD=VALUE"
+            f"override {shown(override)} is not of the form --config.FIELD=VALUE"
         )
     path, value = match["field"], match["value"]
     section, field = _find_field(config, path)
@@ -287,11 +300,12 @@ def _find_field(config: ConfigDict, path: str) -> tuple[ConfigDict, str]:
     *sections, last = path.split(".")
     for name in [*sections, last]:
         if not isinstance(section, ConfigDict):
-            raise UserError(f"{above} is a value, not a section, so it has no {name!r}")
-        if name not in section:
             raise UserError(
-                f"unknown field {name!r} in {above}{suggest(name, section, 'fields')}"
+                f"{above} is a value, not a section, so it has no {shown(name)}"
             )
+        if name not in section:
+            known = suggest(name, section, "fields")
+            raise UserError(f"unknown field {shown(name)} in {above}{known}")
         holder, section, above = section, section[name], f"{above}.{name}"
     return holder, last
 
@@ -306,11 +320,11 @@ def _parse_field(config: ConfigDict, path: str, value: str) -> None:
             "config", config, flag_values=values, sys_argv=[argument]
         )
         values(["config", argument])
-    except (flags.Error, TypeError, ValueError) as error:
+    except (flags.Error, *_FAULTS_OF_A_LITERAL) as error:
         kind = section.get_type(field).__name__
         raise UserError(
-            f"config.{path}: got {short(value)}, expected {kind}; the config has"
-            f" {before!r}"
+            f"config.{path}: got {shown(value)}, expected {kind}; the config has"
+            f" {shown(before)}"
         ) from error
 
 
@@ -324,8 +338,8 @@ def _check_elements(path: str, value: str, before: Any, after: Any) -> None:
     if not all(type(element) in kinds for element in after):
         names = " or ".join(sorted(kind.__name__ for kind in kinds))
         raise UserError(
-            f"config.{path}: got {short(value)}, expected a tuple of {names}; the"
-            f" config has {before!r}"
+            f"config.{path}: got {shown(value)}, expected a tuple of {names}; the"
+            f" config has {shown(before)}"
         )
 
 
@@ -333,7 +347,7 @@ def _literal(value: str) -> Any:
     """Returns the Python literal that `value` spells, or the string itself."""
     try:
         return ast.literal_eval(value)
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
+    except _FAULTS_OF_A_LITERAL:
         return value
 
 
@@ -357,7 +371,7 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
     is_bool_for_number = isinstance(value, bool) and wanted in (int, float)
     if checked and (not isinstance(value, wanted) or is_bool_for_number):
         raise UserError(
-            f"{name}: got {short(value)} of type {type(value).__name__}, expected"
+            f"{name}: got {shown(value)} of type {type(value).__name__}, expected"
             f" {getattr(wanted, '__name__', wanted)}"
         )
     return value
@@ -374,7 +388,7 @@ def _check_plain(name: str, value: Any) -> None:
         raise UserError(f"{name}: got {value}, expected a finite number")
     if isinstance(value, int) and abs(value) > LARGEST:
         raise UserError(
-            f"{name}: got {short(value)}, expected a whole number up to {LARGEST}"
+            f"{name}: got {shown(value)}, expected a whole number up to {LARGEST}"
         )
 
 

@@ -20,7 +20,7 @@ from anchor_jax.cache.policies import (
 )
 from anchor_jax.cache.positions import Absolute, Bounded, Ranked, Relative
 from anchor_jax.config import from_config, with_field
-from anchor_jax.errors import UserError, naming, suggest
+from anchor_jax.errors import UserError, naming, shown, suggest
 from anchor_jax.io import expand
 from anchor_jax.prompt_files import PromptFile
 from anchor_jax.prompts import (
@@ -30,6 +30,7 @@ from anchor_jax.prompts import (
     Scripts,
     Timing,
 )
+from anchor_jax.streaming import room
 from anchor_jax.streaming.loop import DpmPlusPlus, Euler, Renoise, UniPC
 from anchor_jax.streaming.types import StreamSetup
 from anchor_jax.text import check_text
@@ -75,6 +76,7 @@ WAN_NEGATIVE_PROMPT = (
     "杂乱的背景，三条腿，背景人很多，倒着走"
 )
 
+_NOT_READ = (AttributeError, LookupError, RecursionError, TypeError)
 _PIXELS = 8
 _MOST_PIXELS = 4096
 
@@ -225,8 +227,8 @@ def parse_size(size: str) -> LatentGrid:
     fits = [0 < side <= _MOST_PIXELS and not side % _PIXELS for side in (height, width)]
     if not all(fits):
         raise UserError(
-            f"size={size!r}: expected HEIGHTxWIDTH in pixels, multiples of 16 up to"
-            f" {_MOST_PIXELS}, such as {', '.join(GRIDS)}"
+            f"size={shown(size)}: expected HEIGHTxWIDTH in pixels, multiples of 16 up"
+            f" to {_MOST_PIXELS}, such as {', '.join(GRIDS)}"
         )
     return LatentGrid(height // _PIXELS, width // _PIXELS)
 
@@ -346,11 +348,14 @@ def _method(metadata: Mapping[str, Any]) -> Method:
     if training is not None:
         begun = _method({**metadata, "training": None})
         try:
-            return trained_method(training, begun)
-        except (LookupError, TypeError) as error:
+            method = trained_method(training, begun)
+            fields = dataclasses.fields(Method)
+            values = {field.name: getattr(method, field.name) for field in fields}
+            return from_config(Method, values, "training")
+        except (*_NOT_READ, UserError) as error:
             raise UserError(
-                f"the weights' training has a config that cannot be read ({error!r});"
-                " set policy, rules and every field of sampler"
+                "the weights' training has a config that cannot be read"
+                f" ({_said(error)}); set policy, rules and every field of sampler"
             ) from error
     name = metadata.get("method")
     if name is None:
@@ -358,10 +363,14 @@ def _method(metadata: Mapping[str, Any]) -> Method:
     if not isinstance(name, str) or name not in METHODS:
         known = suggest(str(name), METHODS, "methods")
         raise UserError(
-            f"the weights were ported as {name!r}{known}; set policy, rules and every"
-            " field of sampler, or port them again"
+            f"the weights were ported as {shown(name)}{known}; set policy, rules and"
+            " every field of sampler, or port them again"
         )
     return METHODS[name]
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, UserError) else repr(error)
 
 
 def _filled(sampler: SamplerConfig, method: Method) -> SamplerConfig:
@@ -389,7 +398,7 @@ def make_policy(config, script: Script) -> Policy:
     """
     if config.rules not in RULES:
         known = suggest(str(config.rules), RULES, "rules")
-        raise UserError(f"rules={config.rules!r}{known}")
+        raise UserError(f"rules={shown(config.rules)}{known}")
     if config.policy == TEACHER:
         return _teacher(config, script)
     policy = _override(_named(config), config)
@@ -426,13 +435,14 @@ def make_setup(config, bundle: Bundle, script: Script) -> StreamSetup:
     """Returns what is static about the stream of a script.
 
     Raises:
-      UserError: The policy, the kernel or a field of `sampler` is wrong.
+      UserError: The policy, the kernel or a field of `sampler` is wrong, or the
+        stream does not fit into memory.
     """
     sampler = config.sampler
     guidance = sampler.guidance
     if not 0 <= guidance < float("inf"):
         raise UserError(f"sampler.guidance={guidance}: expected 0 or more; 1 is none")
-    return StreamSetup(
+    setup = StreamSetup(
         model=bundle.model,
         grid=bundle.grid,
         policy=make_policy(config, script),
@@ -443,6 +453,8 @@ def make_setup(config, bundle: Bundle, script: Script) -> StreamSetup:
             config.attention, bundle.model.dtype, bundle.model.head_dim
         ),
     )
+    room.check(setup)
+    return setup
 
 
 def negative_prompt(config) -> str:
@@ -473,7 +485,8 @@ def _named(config) -> Policy:
     name = config.policy
     if name not in POLICIES:
         known = [*POLICIES, TEACHER]
-        raise UserError(f"unknown policy {name!r}{suggest(name, known, 'policies')}")
+        found = suggest(name, known, "policies")
+        raise UserError(f"unknown policy {shown(name)}{found}")
     policy = POLICIES[name]
     return _released(policy) if config.rules == "release" else policy
 
@@ -542,7 +555,8 @@ def _given(config) -> str:
 
 def _choice(field: str, name: str, table: dict[str, Any]) -> Any:
     if name not in table:
-        raise UserError(f"{field}={name!r}{suggest(str(name), table, 'choices')}")
+        known = suggest(str(name), table, "choices")
+        raise UserError(f"{field}={shown(name)}{known}")
     return table[name]
 
 
@@ -568,7 +582,7 @@ def noise_levels(sampler) -> flow.Levels:
     falls = whole and all(a > b for a, b in zip(steps, steps[1:], strict=False))
     if not steps or not falls or steps[0] > flow.TRAIN_STEPS or steps[-1] < 1:
         raise UserError(
-            f"sampler.steps={steps}: expected whole numbers that fall, from at most"
-            f" {flow.TRAIN_STEPS} to at least 1, such as (1000, 750, 500, 250)"
+            f"sampler.steps={shown(steps)}: expected whole numbers that fall, from at"
+            f" most {flow.TRAIN_STEPS} to at least 1, such as (1000, 750, 500, 250)"
         )
     return flow.few_step_levels(steps, sampler.shift, sampler.warp)

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import itertools
 import json
+import math
 import os
 import pathlib
 import re
@@ -14,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from anchor_jax.errors import UserError
+from anchor_jax.errors import UserError, shown
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REMEDIES = {
@@ -30,6 +31,7 @@ _REMEDIES = {
 _NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
 _SHOWN = 200  # characters of a name in a message
 _MOST_JSON = 256 * 2**20  # bytes
+_DEEPEST_JSON = 64
 
 at_exit: list[Callable[[], None]] = []
 """What `remove_unfinished` calls besides."""
@@ -322,6 +324,65 @@ def read_json(path: str | os.PathLike, kind: type = dict, remedy: str = "") -> A
             f"{path} holds a JSON {type(value).__name__}, expected {expected}{end}"
         )
     return value
+
+
+def parse_json(content: bytes | str, where: str, remedy: str = "") -> dict[str, Any]:
+    """Returns the JSON object in a text of others, which may hold anything.
+
+    Stricter than `read_json`: NaN, numbers beyond floats, a name twice in one object,
+    halves of characters and values nested more than 64 deep are refused.
+
+    Args:
+      content: UTF-8.
+      where: what the message calls it.
+      remedy: what the user can do, put at the end of the message.
+
+    Raises:
+      UserError: It is no JSON object, or one of these.
+    """
+    end = f"; {remedy}" if remedy else ""
+    try:
+        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
+        value = json.loads(text, object_pairs_hook=_unique)
+        _check_json(value)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON: {error}{end}") from error
+    if not isinstance(value, dict):
+        raise UserError(
+            f"{where}: got {type(value).__name__}, expected a JSON object{end}"
+        )
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{shown(twice)} is twice in one object")
+    return found
+
+
+def _check_json(value: Any) -> None:
+    """Raises ValueError if a value is nested too deep, no number or no text."""
+    level = [("", value)]
+    for _ in range(_DEEPEST_JSON):
+        inner: list[tuple[str, Any]] = []
+        for name, one in level:
+            if isinstance(one, dict):
+                inner += [(f"{name}.{key}", key) for key in one]
+                inner += [(f"{name}.{key}", value) for key, value in one.items()]
+            elif isinstance(one, list):
+                inner += [(name, value) for value in one]
+            elif isinstance(one, str):
+                one.encode()
+            elif isinstance(one, float) and not math.isfinite(one):
+                text = {math.inf: "Infinity", -math.inf: "-Infinity"}.get(one, "NaN")
+                raise ValueError(f"{name[1:]}={text} is no number that JSON knows")
+        if not inner:
+            return
+        level = inner
+    raise ValueError(f"values are nested more than {_DEEPEST_JSON} deep")
 
 
 def _plain(value: Any) -> Any:

@@ -17,7 +17,7 @@ LEVELS = [
     {"interrupts", "ownership", "filetypes"},
     {
         *("cache", "checkpoint", "wan", "world", "flow", "media", "prompts"),
-        *("config", "sharding", "finite", "prompt_files"),
+        *("config", "limits", "sharding", "finite", "prompt_files"),
     },
     {"bundle"},
     {"streaming"},

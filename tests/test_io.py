@@ -143,3 +143,37 @@ def test_without_a_place_for_temporary_files_the_remedy_is_named(monkeypatch):
 
     with pytest.raises(UserError, match="set TMPDIR"), io.scratch_folder():
         pass
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (b"", "is not JSON"),
+        (b"\xff\xfe{\0}\0", "is not JSON"),
+        (b'{"a": "\xed\xa0\x80"}', "is not JSON"),
+        (b'{"a": {"b": NaN}}', "a.b=NaN is no number"),
+        (b'{"a": [1, -Infinity]}', "a=-Infinity is no number"),
+        (b'{"a": 1e999}', "a=Infinity is no number"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "is not JSON"),
+        (b'{"a": 1, "b": 2, "a": 3}', "'a' is twice"),
+        (rb'{"a": ["\ud800"]}', "surrogates"),
+        (rb'{"\udc00": 1}', "surrogates"),
+        (b'{"a": ' + b"[" * 70 + b"]" * 70 + b"}", "nested more than 64 deep"),
+        (b"[" * 100_000, "is not JSON"),
+        (b"[1]", "got list, expected a JSON object"),
+    ],
+)
+def test_json_of_others_is_read_strictly(content, part):
+    with pytest.raises(UserError, match=r"^a\.json.*; copy it") as caught:
+        io.parse_json(content, "a.json", "copy it")
+
+    assert part in str(caught.value)
+
+
+def test_right_json_of_others_is_read():
+    content = '\ufeff{"a": [1, 2.5, "é \\ud83d\\ude00", null, true], "b": {}}'.encode()
+
+    assert io.parse_json(content, "a.json") == {
+        "a": [1, 2.5, "é 😀", None, True],
+        "b": {},
+    }

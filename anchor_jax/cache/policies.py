@@ -18,6 +18,8 @@ from anchor_jax.cache.types import (
     empty_index,
 )
 
+_COUNTS = ("frames", "every", "range", "overlap")
+
 
 @dataclasses.dataclass(frozen=True)
 class Junction:
@@ -188,7 +190,12 @@ class Policy:
     limit: int | None = None
 
     def __post_init__(self):
-        for check in (self._check_regions, self._check_positions, self._check_rest):
+        for check in (
+            self._check_parts,
+            self._check_regions,
+            self._check_positions,
+            self._check_rest,
+        ):
             problem = check()
             if problem:
                 raise ValueError(f"policy: {problem}")
@@ -411,6 +418,21 @@ class Policy:
             capture=jnp.array(True),
             cut=cut,
         )
+
+    def _check_parts(self) -> str | None:
+        counts = {"limit": self.limit}
+        for name in ("junction", "positions", "restart"):
+            part = getattr(self, name)
+            for field in _COUNTS:
+                counts[f"{name}.{field}"] = getattr(part, field, None)
+        for name, count in counts.items():
+            if count is not None and count < 1:
+                return f"{name}={count} must be at least 1"
+        for name in ("junction_start", "cut"):
+            place = getattr(self.positions, name)
+            if place is not None and place < 0:
+                return f"positions.{name}={place} must be at least 0"
+        return None
 
     def _check_regions(self) -> str | None:
         if self.block < 1:

@@ -20,7 +20,7 @@ from absl import flags
 import anchor_jax
 from anchor_jax import interrupts
 from anchor_jax.cli import COMMANDS
-from anchor_jax.errors import UserError, suggest
+from anchor_jax.errors import UserError, shown, suggest
 from anchor_jax.text import check_text
 
 FLAGS = flags.FLAGS
@@ -133,8 +133,8 @@ def _dispatch(argv: list[str]) -> int:
         arguments = _parse_flags(name, rest, own)
         if len(arguments) > 1 and not hasattr(module, "ARGUMENTS"):
             raise UserError(
-                f"{name} takes flags only, got {arguments[1]!r}; flags start with --,"
-                f" see: anchor-jax {name} --help"
+                f"{name} takes flags only, got {shown(arguments[1])}; flags start with"
+                f" --, see: anchor-jax {name} --help"
             )
         return module.main(arguments) or 0
 
@@ -143,7 +143,8 @@ def _load(name: str) -> ModuleType:
     """Returns the command's module."""
     known = _present()
     if name not in known:
-        raise UserError(f"unknown command {name!r}{suggest(name, known, 'commands')}")
+        found = suggest(name, known, "commands")
+        raise UserError(f"unknown command {shown(name)}{found}")
     return importlib.import_module(COMMANDS[name])
 
 

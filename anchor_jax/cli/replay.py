@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from absl import flags
 
 from anchor_jax.cli import compile_cache, sample
-from anchor_jax.errors import UserError
+from anchor_jax.errors import UserError, shown
 from anchor_jax.io import expand
 from anchor_jax.wan.tokenizer import report_cuts
 
@@ -215,7 +215,7 @@ def _weights(stored: str | None, given: str | None) -> str:
     if stored in (None, "tiny"):
         return "tiny"
     raise UserError(
-        f"the recipe's config.weights={stored[:200]!r} is a path, and no path in a"
+        f"the recipe's config.weights={shown(stored, 200)} is a path, and no path in a"
         " recipe is followed; if it is yours, give it with --weights=FOLDER"
     )
 

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import json
 import math
 import os
 import pathlib
@@ -20,6 +19,7 @@ import jaxlib
 import numpy as np
 
 import anchor_jax
+from anchor_jax import limits
 from anchor_jax.bundle import Bundle
 from anchor_jax.cache.policies import (
     Flush,
@@ -34,17 +34,21 @@ from anchor_jax.cache.policies import (
 )
 from anchor_jax.cache.positions import Absolute, Bounded, Ranked, Relative
 from anchor_jax.config import from_config
-from anchor_jax.errors import UserError, suggest
+from anchor_jax.errors import UserError, shown, suggest
 from anchor_jax.flow import Levels
+from anchor_jax.io import parse_json
 from anchor_jax.prompts import MAX_FRAMES, MAX_PROMPT_CHARACTERS, MAX_SEED
+from anchor_jax.streaming import room
 from anchor_jax.streaming.loop import DpmPlusPlus, Euler, Renoise, UniPC
 from anchor_jax.streaming.types import StreamSetup
-from anchor_jax.text import check_text, short
+from anchor_jax.text import check_text
 from anchor_jax.wan.kernels import KERNELS
 from anchor_jax.wan.spec import LatentGrid, ModelConfig
 
 FORMAT_VERSION = 1
 MAX_BATCH = 1024
+REMEDY = "copy it again, or give a file that anchor-jax sample wrote"
+"""What to do about a file that is no recipe."""
 
 _PARTS = {
     kind.__name__: kind
@@ -193,7 +197,8 @@ def _processor() -> str:
 def differences(then: Mapping[str, str], now: Mapping[str, str]) -> tuple[str, ...]:
     """Returns a line for each item in which two fingerprints differ."""
     return tuple(
-        f"{name}: {then.get(name, 'unknown')!r} then, {now.get(name, 'unknown')!r} now"
+        f"{name}: {shown(then.get(name, 'unknown'))} then,"
+        f" {shown(now.get(name, 'unknown'))} now"
         for name in dict.fromkeys((*then, *now))
         if then.get(name) != now.get(name)
     )
@@ -223,25 +228,7 @@ def load_recipe(path: str | os.PathLike) -> Recipe:
             f"{path} has more than {_LONGEST_FILE} bytes, so it is no recipe; give the"
             " .json beside a video"
         )
-    return parse_recipe(parse_json(content, str(path)), str(path))
-
-
-def parse_json(content: bytes | str, where: str) -> dict[str, Any]:
-    """Returns the JSON object in a text that may hold anything.
-
-    Raises:
-      UserError: It is no JSON object.
-    """
-    try:
-        value = json.loads(content, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON: {error}; copy it again") from error
-    if not isinstance(value, dict):
-        raise UserError(
-            f"{where}: got {type(value).__name__}, expected a JSON object; give a file"
-            " that anchor-jax sample wrote"
-        )
-    return value
+    return parse_recipe(parse_json(content, str(path), REMEDY), str(path))
 
 
 def parse_recipe(given: Mapping[str, Any], where: str) -> Recipe:
@@ -258,7 +245,7 @@ def parse_recipe(given: Mapping[str, Any], where: str) -> Recipe:
     version = given.get("format_version")
     if version != FORMAT_VERSION or isinstance(version, bool):
         raise UserError(
-            f"{where}: format_version={short(version)}, expected {FORMAT_VERSION};"
+            f"{where}: format_version={shown(version)}, expected {FORMAT_VERSION};"
             " use the version of anchor_jax that wrote it, or make the video anew"
         )
     names = {field.name for field in dataclasses.fields(Recipe)}
@@ -274,13 +261,42 @@ def parse_recipe(given: Mapping[str, Any], where: str) -> Recipe:
             known.setdefault(field.name, field.default)
     for name in ("prompts", "blocks"):
         _check_list(f"{where}: {name}", known.get(name, ()))
-    known["setup"] = rebuild(known.get("setup"), f"{where}: setup")
+    known["setup"] = _setup(known.get("setup"), f"{where}: setup")
     known["prompts"] = parse_switches(known.get("prompts", ()), f"{where}: prompts")
     recipe = from_config(Recipe, known, f"{where}: recipe")
     _check_numbers(recipe, where)
     _check_prompts(recipe, where)
     _check_fingerprint(recipe, where)
+    room.check(recipe.setup, recipe.batch, where)
     return recipe
+
+
+def _setup(given: Any, where: str) -> StreamSetup:
+    """Returns a setup whose parts go together, of plain values."""
+    setup = rebuild(given, where)
+    if not isinstance(setup, StreamSetup):
+        raise UserError(f"{where}: got {shown(given)}, expected a StreamSetup")
+    limits.check_sizes(f"{where}.model", setup.model)
+    limits.check_sizes(f"{where}.grid", setup.grid)
+    try:
+        setup.grid.tokens(setup.model.patch)
+        tables = setup.solver.coefficients(setup.levels)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{where}: its parts do not go together: {error}") from error
+    if not all(np.isfinite(table).all() for table in tables.values()):
+        raise UserError(f"{where}.levels: {setup.solver} makes no finite steps of them")
+    for name, most in (("guidance", math.inf), ("floor", 1)):
+        value = getattr(setup, name)
+        if not 0 <= value <= most or value == math.inf:
+            raise UserError(
+                f"{where}.{name}={value}: expected 0 or more, at most {most}"
+            )
+    reason = setup.kernel and setup.kernel.refuses(
+        setup.model.dtype, setup.model.head_dim
+    )
+    if reason:
+        raise UserError(f"{where}.kernel: {reason}")
+    return setup
 
 
 def parse_switches(given: Any, where: str) -> tuple[Switch, ...]:
@@ -294,7 +310,7 @@ def parse_switches(given: Any, where: str) -> tuple[Switch, ...]:
     for number, one in enumerate(given):
         name = f"{where}[{number}]"
         if not isinstance(one, Mapping):
-            raise UserError(f"{name}: got {short(one)}, expected an object")
+            raise UserError(f"{name}: got {shown(one)}, expected an object")
         switch = from_config(Switch, one, name)
         check_prompt(switch.prompt, f"{name}.prompt")
         for field in ("requested", "landed"):
@@ -332,7 +348,7 @@ def rebuild(value: Any, where: str, depth: int = 0) -> Any:
         return _rebuild_part(value, where, depth + 1)
     is_number = isinstance(value, int | float)
     if is_number and not abs(value) <= _LARGEST_NUMBER:
-        raise UserError(f"{where}={short(value)}: expected at most {_LARGEST_NUMBER}")
+        raise UserError(f"{where}={shown(value)}: expected at most {_LARGEST_NUMBER}")
     return value
 
 
@@ -340,7 +356,7 @@ def _rebuild_part(value: Mapping[str, Any], where: str, depth: int) -> Any:
     name = value.get("kind")
     if not isinstance(name, str) or name not in _PARTS:
         known = suggest(name if isinstance(name, str) else "", _PARTS, "kinds")
-        raise UserError(f"{where}.kind={short(name)} is unknown{known}")
+        raise UserError(f"{where}.kind={shown(name)} is unknown{known}")
     kind = _PARTS[name]
     given = {
         k: rebuild(v, f"{where}.{k}", depth) for k, v in value.items() if k != "kind"
@@ -351,6 +367,9 @@ def _rebuild_part(value: Mapping[str, Any], where: str, depth: int) -> Any:
         _check_policy(part, where)
     if isinstance(part, Levels):
         _check_levels(part, where)
+    if kind in map(type, KERNELS.values()):
+        for field, size in dataclasses.asdict(part).items():
+            _check_range(f"{where}.{field}", int(size), type(size) is int, 2**20)
     return part
 
 
@@ -389,13 +408,13 @@ def _check_levels(levels: Levels, where: str) -> None:
     if not fit or 0 in levels.sigma:
         raise UserError(
             f"{where}: expected as many numbers in timestep as in sigma, not below 0,"
-            f" and of sigma above 0; got {short(levels.timestep)} and"
-            f" {short(levels.sigma)}"
+            f" and of sigma above 0; got {shown(levels.timestep)} and"
+            f" {shown(levels.sigma)}"
         )
 
 
 def _check_numbers(recipe: Recipe, where: str) -> None:
-    block, guidance = recipe.setup.policy.block, recipe.setup.guidance
+    block = recipe.setup.policy.block
     _check_range(f"{where}: seed", recipe.seed, 0, MAX_SEED)
     _check_range(f"{where}: batch", recipe.batch, 1, MAX_BATCH)
     _check_range(f"{where}: frames", recipe.frames, 1, MAX_FRAMES)
@@ -404,8 +423,6 @@ def _check_numbers(recipe: Recipe, where: str) -> None:
             f"{where}: frames={recipe.frames}: expected a multiple of the block of"
             f" {block}"
         )
-    if not 0 <= guidance < math.inf:
-        raise UserError(f"{where}: setup.guidance={guidance}: expected 0 or more")
     if len(recipe.negative_prompt) > MAX_PROMPT_CHARACTERS:
         raise UserError(
             f"{where}: negative_prompt has {len(recipe.negative_prompt)} characters,"
@@ -432,7 +449,7 @@ def _check_prompts(recipe: Recipe, where: str) -> None:
     falls = [b <= a for a, b in itertools.pairwise(landed)]
     if not landed or landed[0] or any(falls) or landed[-1] >= recipe.frames:
         raise UserError(
-            f"{where}: prompts landed at {short(landed)}, expected frames that rise"
+            f"{where}: prompts landed at {shown(landed)}, expected frames that rise"
             f" from 0 and stay below frames={recipe.frames}"
         )
 
@@ -441,7 +458,7 @@ def _check_fingerprint(recipe: Recipe, where: str) -> None:
     for name, value in recipe.fingerprint.items():
         if not isinstance(value, str) or len(value) > _FINGERPRINT_CHARACTERS:
             raise UserError(
-                f"{where}: fingerprint.{name[:60]}: got {short(value)}, expected text"
+                f"{where}: fingerprint.{name[:60]}: got {shown(value)}, expected text"
             )
     if "weights" not in recipe.fingerprint:
         raise UserError(
@@ -452,16 +469,12 @@ def _check_fingerprint(recipe: Recipe, where: str) -> None:
 def _check_range(name: str, value: Any, least: int, most: int) -> None:
     if type(value) is not int or not least <= value <= most:
         raise UserError(
-            f"{name}={short(value)}: expected a whole number from {least} to {most}"
+            f"{name}={shown(value)}: expected a whole number from {least} to {most}"
         )
 
 
 def _check_list(name: str, value: Any, most: int = MAX_FRAMES) -> None:
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise UserError(f"{name}: got {short(value)}, expected a list")
+        raise UserError(f"{name}: got {shown(value)}, expected a list")
     if len(value) > most:
         raise UserError(f"{name}: got {len(value)} entries, expected at most {most}")
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number that JSON knows")

@@ -20,7 +20,7 @@ from anchor_jax.cache.policies import Policy, Rerun
 from anchor_jax.cache.types import ReadPlan
 from anchor_jax.errors import UserError
 from anchor_jax.prompts import Script
-from anchor_jax.streaming import stream
+from anchor_jax.streaming import room, stream
 from anchor_jax.streaming.decode import decode, decode_next, renew
 from anchor_jax.streaming.recipe import (
     FORMAT_VERSION,
@@ -143,11 +143,12 @@ class Session:
             start from the first block.
 
         Raises:
-          UserError: The policy's restart does not fit its blocks, or the prompt is no
-            text of a usable length.
+          UserError: The policy's restart does not fit its blocks, the stream does not
+            fit into memory, or the prompt is no text of a usable length.
           ValueError: The moments hold another video.
         """
         _check_restart(setup.policy)
+        room.check(setup, batch)
         check_prompt(prompt, "prompt")
         check_text(negative_prompt, "negative_prompt")
         self.bundle, self.setup, self.batch = bundle, setup, batch

@@ -1,6 +1,7 @@
 """Moments of a session: kept on the host within a budget, or in a file."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -14,21 +15,22 @@ import safetensors
 import safetensors.numpy
 
 from anchor_jax.bundle import Bundle
-from anchor_jax.errors import UserError
-from anchor_jax.io import replacing
+from anchor_jax.errors import UserError, shown, some
+from anchor_jax.io import parse_json, replacing
 from anchor_jax.streaming import stream
 from anchor_jax.streaming.decode import decode
 from anchor_jax.streaming.recipe import (
     MAX_FRAMES,
+    REMEDY,
     Recipe,
     Switch,
-    parse_json,
     parse_recipe,
     parse_switches,
 )
 from anchor_jax.streaming.types import StreamSetup, StreamState
 
 _HEADER = "anchor_jax_moment"
+_SUM = "sha256"
 _SHOWN = 3
 
 
@@ -211,7 +213,9 @@ def write_moment(
     state = moment.state.replace(context=None)
     arrays = dataclasses.replace(moment, state=state).on_host().arrays
     tensors = {name: _carried(leaf) for name, leaf in _named(arrays).items()}
-    content = safetensors.numpy.save(tensors, {_HEADER: json.dumps(header)})
+    text = json.dumps(header)
+    stored = {_HEADER: text, _SUM: _sum(text, tensors)}
+    content = safetensors.numpy.save(tensors, stored)
     with replacing(path) as part:
         part.write_bytes(content)
 
@@ -221,11 +225,11 @@ def read_moment(path: str | os.PathLike, bundle: Bundle) -> tuple[Recipe, Moment
 
     Its state has no context: the prompt is projected anew where it is restored.
     Its tensors are read only once all are known to have the shapes and types that the
-    setup gives them.
+    setup gives them. Files of earlier versions have no checksum, and are read without.
 
     Raises:
-      UserError: The file is not whole or no moment, it was made with other weights, or
-        its tensors are not those of its setup.
+      UserError: The file is not whole or no moment, its checksum is another, it was
+        made with other weights, or its tensors are not those of its setup.
     """
     path = pathlib.Path(path)
     try:
@@ -236,10 +240,8 @@ def read_moment(path: str | os.PathLike, bundle: Bundle) -> tuple[Recipe, Moment
             blank = _blank(path, header, recipe, bundle)
             expected = _named(blank.arrays)
             _check_tensors(path, opened, expected)
-            read = [
-                opened.get_tensor(name).view(leaf.dtype)
-                for name, leaf in expected.items()
-            ]
+            tensors = {name: opened.get_tensor(name) for name in expected}
+            _check_sum(path, opened.metadata(), tensors)
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror or error}); give a file that"
@@ -249,6 +251,7 @@ def read_moment(path: str | os.PathLike, bundle: Bundle) -> tuple[Recipe, Moment
         raise UserError(
             f"{path} is not a whole safetensors file ({error}); copy it again"
         ) from error
+    read = [tensors[name].view(leaf.dtype) for name, leaf in expected.items()]
     arrays = jax.tree.unflatten(jax.tree.structure(blank.arrays), read)
     _check_start(path, arrays[0], blank)
     return recipe, blank.with_arrays(arrays)
@@ -280,7 +283,32 @@ def _header(path: pathlib.Path, stored: Mapping[str, str] | None) -> dict[str, A
             f"{path} has no {_HEADER!r} in its header, so it holds no moment; give a"
             " file that Session.save wrote"
         )
-    return parse_json(stored[_HEADER], f"{path}: header")
+    unknown = stored.keys() - {_HEADER, _SUM}
+    if unknown:
+        raise UserError(
+            f"{path}: the header has an unknown entry {shown(min(unknown))}; copy the"
+            " file again"
+        )
+    return parse_json(stored[_HEADER], f"{path}: header", REMEDY)
+
+
+def _sum(header: str, tensors: Mapping[str, np.ndarray]) -> str:
+    """Returns a SHA-256 over a header and tensors as they lie in the file."""
+    total = hashlib.sha256(header.encode())
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"\n{name} {tensor.dtype.str} {tensor.shape}\n".encode())
+        total.update(np.ascontiguousarray(tensor).data)
+    return total.hexdigest()
+
+
+def _check_sum(path, stored: Mapping[str, str], tensors) -> None:
+    """Raises if a file has a checksum that is not the one of what was read."""
+    if stored.get(_SUM, "") == _sum(stored[_HEADER], tensors) or _SUM not in stored:
+        return
+    raise UserError(
+        f"{path} is damaged: its checksum is not that of its tensors and header; copy"
+        " the file again"
+    )
 
 
 def _blank(path, header: Mapping[str, Any], recipe: Recipe, bundle: Bundle) -> Moment:
@@ -290,7 +318,7 @@ def _blank(path, header: Mapping[str, Any], recipe: Recipe, bundle: Bundle) -> M
     every = policy.restart.every + policy.block if policy.restart else MAX_FRAMES
     if not fits or origin % policy.block or recipe.frames - origin > every:
         raise UserError(
-            f"{path}: origin={origin!r}: expected a multiple of the block of"
+            f"{path}: origin={shown(origin)}: expected a multiple of the block of"
             f" {policy.block} before frames={recipe.frames}; copy the file again"
         )
     pending = parse_switches(header.get("pending", ()), f"{path}: pending")
@@ -347,7 +375,9 @@ def _check_tensors(path: pathlib.Path, opened, expected: Mapping[str, Any]) -> N
     """Raises unless there is every tensor, of its shape and type, and no other."""
     stored = set(opened.keys())
     wrong = [f"missing {name}" for name in expected if name not in stored]
-    wrong += [f"unexpected {name[:60]}" for name in stored if name not in expected]
+    wrong += [
+        f"unexpected {shown(name)[1:-1]}" for name in stored if name not in expected
+    ]
     for name in stored & expected.keys():
         part, leaf = opened.get_slice(name), expected[name]
         found = tuple(part.get_shape()), part.get_dtype()
@@ -355,10 +385,9 @@ def _check_tensors(path: pathlib.Path, opened, expected: Mapping[str, Any]) -> N
         if found != sought:
             wrong.append(f"{name} is {found}, expected {sought}")
     if wrong:
-        more = [f"and {len(wrong) - _SHOWN} more"] * (len(wrong) > _SHOWN)
         raise UserError(
             f"{path}: the tensors are not those of its setup:"
-            f" {'; '.join([*wrong[:_SHOWN], *more])}; copy the file again"
+            f" {'; '.join(some(wrong, _SHOWN))}; copy the file again"
         )
 
 
@@ -373,9 +402,15 @@ _DTYPES = {
 
 
 def _check_start(path: pathlib.Path, state: StreamState, moment: Moment) -> None:
-    start, local = int(state.cache.index.start), moment.frame - moment.origin
-    if start != local:
+    index, local = state.cache.index, moment.frame - moment.origin
+    if int(index.start) != local:
         raise UserError(
-            f"{path}: the stream stands at frame {start}, expected {local} as its"
-            " header says; copy the file again"
+            f"{path}: the stream stands at frame {int(index.start)}, expected {local}"
+            " as its header says; copy the file again"
+        )
+    ring = int(index.frame.size)
+    if not (0 <= int(index.cursor) <= ring and 0 <= int(index.filled) <= ring):
+        raise UserError(
+            f"{path}: cursor={int(index.cursor)} and filled={int(index.filled)} are no"
+            f" places among {ring} slots; copy the file again"
         )

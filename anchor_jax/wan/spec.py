@@ -9,6 +9,10 @@ REMAT = (
     "dots_saveable",
     "dots_with_no_batch_dims_saveable",
 )
+_COUNTS = (
+    *("dim", "ffn_dim", "num_heads", "num_layers", "freq_dim"),
+    *("text_dim", "text_len", "latent_channels", "unroll"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +40,18 @@ class ModelConfig:
     unroll: int = 1
 
     def __post_init__(self):
+        for name in _COUNTS:
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"ModelConfig: {name}={getattr(self, name)} must be at least 1"
+                )
+        if len(self.patch) != 3 or not all(
+            type(x) is int and x > 0 for x in self.patch
+        ):
+            raise ValueError(
+                f"ModelConfig: patch={self.patch} must be three whole numbers of at"
+                " least 1"
+            )
         if self.dim % self.num_heads:
             raise ValueError(
                 f"ModelConfig: dim={self.dim} must be a multiple of"
@@ -93,9 +109,13 @@ class LatentGrid:
         """Returns rows and columns of tokens in one latent frame.
 
         Raises:
-          ValueError: The patch does not divide the grid.
+          ValueError: The patch does not divide the grid, or the grid is empty.
         """
         _, rows, columns = patch
+        if self.height < 1 or self.width < 1:
+            raise ValueError(
+                f"latent size {self.height}x{self.width} must be at least 1x1"
+            )
         if self.height % rows or self.width % columns:
             raise ValueError(
                 f"latent size {self.height}x{self.width} must divide by the patch"

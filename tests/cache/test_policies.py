@@ -676,3 +676,21 @@ def test_a_prior_junction_beside_a_half_full_ring_is_listed():
 def test_positions_that_move_the_sink_refuse_a_recache_that_replaces_it(rule):
     with pytest.raises(ValueError, match="replaces the sink"):
         Policy(positions=rule, on_switch=Recache(rewrite_sink=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"junction": Junction(frames=-3)}, "junction.frames=-3"),
+        ({"junction": PeriodicJunction(every=0)}, "junction.every=0"),
+        ({"restart": Restart(every=0)}, "restart.every=0"),
+        ({"restart": Restart(overlap=0)}, "restart.overlap=0"),
+        ({"positions": Relative(range=0)}, "positions.range=0"),
+        ({"positions": Relative(junction_start=-1)}, "positions.junction_start=-1"),
+        ({"positions": Relative(cut=-1)}, "positions.cut=-1"),
+        ({"limit": 0}, "limit=0"),
+    ],
+)
+def test_a_part_of_no_size_is_refused(changes, part):
+    with pytest.raises(ValueError, match=f"policy: {part} must be at least"):
+        Policy(**changes)

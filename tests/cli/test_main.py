@@ -116,13 +116,27 @@ def test_a_command_s_status_is_returned(say):
         (["sample", "--config=mine.py", "--config.seed=x"], ["config.seed", "int"]),
         (["sample", "--config=mine.py", "a ball"], ["flags only, got 'a ball'"]),
         (["sample", "--config=mine.py", "--prompt=mistake"], ["write another"]),
+        (["x" * 20_000], ["unknown command", "(20000 characters)"]),
+        (["sample", "--config=" + "x" * 20_000], ["config", "(20000 characters)"]),
+        (["sample", "--config=mine.py", "x" * 20_000], ["(20000 characters)"]),
+        (
+            ["sample", "--config=mine.py", "--config.seed=" + "9" * 20_000],
+            ["expected int"],
+        ),
+        (
+            ["sample", "--config=mine.py", f"--config.{'x' * 20_000}=1"],
+            ["unknown field"],
+        ),
+        (["sample", "--config=mine.py", f"--{'x' * 20_000}=1"], ["--help"]),
     ],
+    ids=lambda value: str(value)[:60],
 )
 def test_a_mistake_is_one_message_and_status_2(say, argv, parts):
     status, out, err = say(*argv)
     assert (status, out) == (2, "")
     assert err.startswith("error: ") and "Traceback" not in err
     assert [part for part in parts if part not in err] == [], err
+    assert len(err) < 1200 and err.count("\n") <= 12
 
 
 def test_an_interrupt_is_130(say):

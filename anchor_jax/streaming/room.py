@@ -1,0 +1,160 @@
+"""How much memory a stream takes, computed before any of it is taken."""
+
+import dataclasses
+import math
+import os
+import pathlib
+import resource
+
+import jax
+import numpy as np
+
+from anchor_jax import sharding
+from anchor_jax.errors import UserError
+from anchor_jax.streaming.types import StreamSetup
+
+MOST_FRAMES = 4096
+"""Latent frames that a stream may see at once, or make at once: 17 minutes."""
+MOST_LEVELS = 1024
+"""Noise levels of a sampler."""
+
+_PIXELS = 8 * 8 * 4 * 3  # values of a latent place and frame, decoded
+_CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """Bytes that a stream takes at least, and what makes them many.
+
+    Attributes:
+      cache: keys and values of past frames.
+      context: those of the prompt.
+      latents: clean latents that are kept, and the noise of a block.
+      pixels: a decoded block.
+    """
+
+    cache: int
+    context: int
+    latents: int
+    pixels: int
+
+    @property
+    def total(self) -> int:
+        return self.cache + self.context + self.latents + self.pixels
+
+    @property
+    def lower(self) -> str:
+        """The fields to lower, those of the largest part first."""
+        if self.cache >= max(self.latents, self.pixels):
+            return "window, size or batch"
+        return "block, size, batch or the number of noise levels"
+
+
+def need(setup: StreamSetup, batch: int = 1) -> Need:
+    """Returns what a stream of so many videos takes, without taking it.
+
+    Weights and what a pass computes on its way come on top.
+    """
+    model, policy = setup.model, setup.policy
+    rows_cols = setup.tokens
+    tokens = rows_cols[0] * rows_cols[1]
+    prior = policy.junction_frames if policy.keeps_prior else 0
+    # Keys and values of one token, of all layers.
+    token = 2 * model.num_layers * model.dim * _itemsize(model.dtype)
+    rows = batch * setup.copies
+    values = batch * setup.grid.height * setup.grid.width
+    noise = (
+        len(setup.levels) * policy.block * _itemsize(setup.solver.dtype(model.dtype))
+    )
+    recent = setup.recent * _itemsize(model.dtype)
+    return Need(
+        cache=token * rows * tokens * (policy.slots + prior + policy.block),
+        context=token * rows * model.text_len,
+        latents=values * model.latent_channels * (noise + recent),
+        pixels=values * policy.block * _PIXELS,
+    )
+
+
+def check(setup: StreamSetup, batch: int = 1, where: str = "") -> None:
+    """Raises UserError if a stream cannot fit into memory.
+
+    Args:
+      setup: of the stream.
+      batch: videos side by side.
+      where: what the message calls the setup: a file, or nothing.
+    """
+    start = f"{where}: " if where else ""
+    policy, grid = setup.policy, setup.grid
+    needed = need(setup, batch)
+    takes = f"at least {needed.total} bytes ({_gigabytes(needed.total)}) of memory"
+    for name, value, most in (
+        ("window", policy.window, MOST_FRAMES),
+        ("block", policy.block, MOST_FRAMES),
+        ("the number of noise levels", len(setup.levels), MOST_LEVELS),
+    ):
+        if value > most:
+            raise UserError(
+                f"{start}{name}={value}: expected at most {most}; it would take"
+                f" {takes}; lower it"
+            )
+    available = available_bytes()
+    if needed.total > available:
+        size = f"{8 * grid.height}x{8 * grid.width}"
+        raise UserError(
+            f"{start}window={policy.window}, block={policy.block}, size={size} and"
+            f" batch={batch} take {takes}, {_gigabytes(needed.cache)} of it for the"
+            f" cache, but {available} bytes ({_gigabytes(available)}) are available;"
+            f" lower {needed.lower}"
+        )
+
+
+def available_bytes() -> int:
+    """Returns the bytes that a stream may take: of its devices, or of the host.
+
+    Of a device it is all that JAX may use, of the host what is free and allowed.
+    """
+    device = jax.local_devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if device.platform == "cpu" or not limit:
+        return _host_bytes()
+    return limit * (jax.device_count() if sharding.is_on_mesh() else 1)
+
+
+def _host_bytes() -> int:
+    found = [math.inf, *map(_number, _CGROUPS)]
+    known = _lines("/proc/meminfo")
+    if "MemAvailable" in known:
+        found.append(1024 * int(known["MemAvailable"].split()[0]))
+    allowed, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if allowed != resource.RLIM_INFINITY:
+        used = _lines("/proc/self/status").get("VmSize", "0 kB")
+        found.append(max(0, allowed - 1024 * int(used.split()[0])))
+    least = min(found)
+    if least < math.inf:
+        return least
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _lines(path: str) -> dict[str, str]:
+    """Returns the lines `NAME: VALUE` of a file of the system, nothing without it."""
+    try:
+        lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    return {name: rest for name, _, rest in (line.partition(":") for line in lines)}
+
+
+def _number(path: str) -> float:
+    """Returns the number in a file of the system; without one there is no limit."""
+    try:
+        return int(pathlib.Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return math.inf
+
+
+def _itemsize(dtype: str) -> int:
+    return np.dtype(jax.numpy.dtype(dtype)).itemsize
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"

@@ -1,0 +1,54 @@
+import pytest
+
+from anchor_jax.errors import UserError, shown, some, suggest
+
+
+@pytest.mark.parametrize("value", ["a red ring", 3, None, (1, 2), {"a": 1}, 0.5])
+def test_short_values_are_shown_as_they_are(value):
+    assert shown(value) == repr(value)
+
+
+def nested(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["x" * 20_000, "\0" * 20_000, 10**5000, [1] * 10**6, {"a" * 999: 1}, nested(900)],
+    ids=["text", "zeros", "number", "list", "dict", "nested"],
+)
+def test_long_values_are_shortened(value):
+    assert len(shown(value)) <= 110
+
+
+def test_a_long_text_keeps_both_ends_and_tells_its_length():
+    text = shown("begin" + "x" * 20_000 + "end")
+
+    assert text.startswith("'begin") and "end'" in text
+    assert text.endswith("(20008 characters)")
+
+
+def test_a_message_is_bounded_whatever_it_embeds():
+    message = str(UserError("\n".join([f"what {'x' * 20_000} to do"] * 97)))
+
+    lines = message.split("\n")
+    assert len(lines) == 12 and lines[-1] == "and 86 more lines"
+    assert max(map(len, lines)) <= 1000
+    assert lines[0].startswith("what") and lines[0].endswith("to do")
+    assert str(UserError(message)) == message
+
+
+def test_a_terminal_is_not_given_orders():
+    message = str(UserError("a\x1b[31m b\x07 c\ud800 d\u202e é 色"))
+
+    assert message == r"a\x1b[31m b\x07 c\ud800 d\u202e é 色"
+
+
+def test_the_rest_of_many_is_counted():
+    assert some(["a", "b"], 2) == ["a", "b"]
+    assert some(list("abcd"), 2) == ["a", "b", "and 2 more"]
+    names = [f"name{number}" for number in range(500)]
+    assert suggest("nam7", names, "names").endswith("and 476 more")
