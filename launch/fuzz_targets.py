@@ -36,6 +36,7 @@ PROMPTS = {
     "a.tsv": "uuid\tprompt\n1\ta red ring\n",
 }
 SETUPS = ("anchor_forcing", "causvid", "infinity_rope")
+SAVED = SETUPS[:2]  # those of which snapshots are made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,19 +73,21 @@ def make_seeds(folder: pathlib.Path) -> None:
 
 
 def _make_sessions(folder: pathlib.Path) -> None:
-    """Saves streams whose recipes tell of switches and of a switch to come."""
+    """Saves streams, and recipes that tell of a switch."""
     (folder / "recipes").mkdir()
     (folder / "snapshots").mkdir()
     bundle = load_bundle(str(folder / "bundle"))
     for name in SETUPS:
-        setup = tiny.setup(POLICIES[name])
-        session = Session(bundle, setup, bundles.RED, seed=1)
-        session.switch(bundles.BLUE, 3)
-        list(session.blocks(6))
-        session.switch(bundles.GREEN, 30)
-        session.save(folder / "snapshots" / f"{name}.safetensors")
-        blocks = {"blocks": ["0a" * 32] * 2, "config": {"weights": "tiny"}}
-        io.write_json(folder / "recipes" / f"{name}.json", session.recipe() | blocks)
+        session = Session(bundle, tiny.setup(POLICIES[name]), bundles.RED, seed=1)
+        if name in SAVED:
+            session.step()
+            session.switch(bundles.GREEN, 30)
+            session.save(folder / "snapshots" / f"{name}.safetensors")
+        switch = {"prompt": bundles.BLUE, "requested": 2, "cut": False, "landed": 3}
+        recipe = session.recipe()
+        recipe |= {"prompts": [*recipe["prompts"], switch], "frames": 6}
+        recipe |= {"blocks": ["0a" * 32] * 2, "config": {"weights": "tiny"}}
+        io.write_json(folder / "recipes" / f"{name}.json", recipe)
 
 
 def _make_weights(folder: pathlib.Path) -> None:

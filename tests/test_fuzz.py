@@ -31,6 +31,7 @@ def launched():
     sys.path.remove(str(LAUNCH))
 
 
+@pytest.mark.timeout(900)
 def test_500_changed_files_are_read_or_refused(launched, tmp_path):
     fuzz, _ = launched
     base = tmp_path / "work"

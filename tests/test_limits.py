@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 
 import bundles
 import numpy as np
@@ -58,11 +59,16 @@ def test_a_model_of_no_size_is_refused_when_it_is_described(name, value):
         dataclasses.replace(tiny.MODEL, **{name: value})
 
 
-@pytest.fixture
-def trained(tmp_path):
-    folder = tmp_path / "trained"
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "ported"
     ported.save(folder, "wan")
     return folder
+
+
+@pytest.fixture
+def trained(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "trained")
 
 
 @pytest.mark.parametrize(
@@ -179,7 +185,6 @@ def test_a_training_that_can_be_read_is_followed():
         ("policy", {"kind": "Policy"}),
         ("policy", ["longlive"]),
         ("steps", 3),
-        ("steps", {"a": 1}),
     ],
 )
 def test_a_training_of_other_types_is_refused(field, value):

@@ -186,6 +186,12 @@ def _parse_flags(name: str, argv: list[str], own: list[str]) -> list[str]:
         arguments = FLAGS([f"anchor-jax {name}", *argv])
     except flags.Error as error:
         raise UserError(f"{error}; see: anchor-jax {name} --help") from error
+    except RecursionError as error:
+        # The library looks for a similar name, a character a call.
+        raise UserError(
+            f"{name} has no flag with a name as long as one that was given; see:"
+            f" anchor-jax {name} --help"
+        ) from error
     if "config" in own:
         if FLAGS.config is None or overrides and not FLAGS.config:
             raise UserError(

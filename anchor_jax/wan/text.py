@@ -37,6 +37,11 @@ class TextConfig:
                 f"attention_dim={self.attention_dim} must be a multiple of"
                 f" num_heads={self.num_heads}; change one of the two"
             )
+        if self.num_buckets < 4 or self.max_distance <= self.num_buckets // 4:
+            raise ValueError(
+                f"num_buckets={self.num_buckets} must be at least 4, and"
+                f" max_distance={self.max_distance} more than a quarter of it"
+            )
 
     @property
     def head_dim(self) -> int:
