@@ -218,9 +218,12 @@ def test_a_missing_key_is_named(rewrite, key):
     assert f"missing field {key!r}" in message
 
 
-@pytest.mark.parametrize("words", [b"", b"no model", b"\x00" * 64])
-def test_a_broken_tokenizer_is_named(rewrite, words):
-    assert "tokenizer.model is no tokenizer" in rewrite(words=words)
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [(b"", "empty"), (b"no model", "no tokenizer"), (b"\x00" * 64, "no tokenizer")],
+)
+def test_a_broken_tokenizer_is_named(rewrite, words, part):
+    assert f"tokenizer.model is {part}" in rewrite(words=words)
 
 
 def test_other_special_ids_are_refused(rewrite):
