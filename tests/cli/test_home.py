@@ -26,7 +26,7 @@ from anchor_jax.cli.main import main
         ("port", "--wan=~/x", "--dry_run"),
         ("port", "--wan=x", "--out=~/x"),
         ("export", "--weights=~/x", "--out=y"),
-        ("export", "--weights=tiny", "--out=~/x"),
+        ("export", "--weights=tiny", "--layout=bundle", "--out=~/x"),
         ("bench", "--config=bench_medium", "--out=~/x"),
         ("bench", "--config=bench_medium", "--profile=~/x"),
         ("plan", "--target=h100", "--json=~/x"),
