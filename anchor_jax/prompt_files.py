@@ -271,11 +271,12 @@ class PromptFile:
         """Yields the wanted columns of a table."""
         lines = (line for _, line in self._lines())
         first = next(lines, "")
-        header, delimiter = self._header(first)
-        places = self._choose(header)
-        rows = csv.reader(lines, delimiter=delimiter, strict=True)
-        number = 2
+        number = 1
         try:
+            header, delimiter = self._header(first)
+            places = self._choose(header)
+            rows = csv.reader(lines, delimiter=delimiter, strict=True)
+            number = 2
             for row in rows:
                 if any(cell.strip() for cell in row):
                     self._check_width(number, row, header)

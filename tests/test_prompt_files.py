@@ -250,3 +250,11 @@ def test_a_pipe_is_read_once(tmp_path):
     threading.Thread(target=path.write_text, args=("a\nb\n",), daemon=True).start()
 
     assert prompts_of(path) == [("a",), ("b",)]
+
+
+def test_a_header_of_a_table_without_end_is_named(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("prompt," + "x" * 200_000 + "\na,b\n")
+
+    with pytest.raises(UserError, match=r"a\.csv, line 1: the table is damaged"):
+        read_scripts(Timing(block=3), path=path)
