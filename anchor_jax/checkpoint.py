@@ -35,6 +35,7 @@ ITEMS = (
     "meta",
 )
 
+_OPTIMIZERS = ("opt_generator", "opt_fake_score")
 _FILES = ("tokenizer", "scheduler")
 _CHUNK_BYTES = 64 * 2**20
 _READ_AT_ONCE = 4 * 10**9
@@ -301,7 +302,8 @@ def shapes(path: str | pathlib.Path, item: str) -> dict[str, Any]:
     """
     with _blaming(path):
         found = _reader().metadata(_item(path, item)).tree
-        if not isinstance(found, dict):
+        # The state of an optimizer is a list; networks are found by their names.
+        if not isinstance(found, dict) and item not in _OPTIMIZERS:
             raise TypeError(f"{item} is no tree of names")
         return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), found)
 

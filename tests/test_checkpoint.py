@@ -387,3 +387,13 @@ def test_a_checkpoint_whose_replacing_was_cut_short_comes_back(folder):
 
     assert_same(checkpoint.restore(folder, "generator"), tree())
     assert left_in(folder.parent) == ["written"]
+
+
+def test_the_state_of_an_optimizer_is_read(tmp_path):
+    state = [{"mu": np.ones(2, np.float32)}, {"count": np.int32(3)}]
+    checkpoint.write(tmp_path / "run", {"opt_generator": state}, {})
+
+    found = checkpoint.restore(tmp_path / "run", "opt_generator")
+
+    np.testing.assert_array_equal(found[0]["mu"], state[0]["mu"])
+    assert found[1]["count"] == 3
