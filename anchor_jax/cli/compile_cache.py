@@ -3,6 +3,7 @@
 What is in the folder runs as code of whoever reads it.
 """
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -21,6 +22,7 @@ _ROOT = 0
 _OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _REACHABLE = stat.S_IXGRP | stat.S_IXOTH
 _OF_JAX = "persistent compilation cache entry"
+_PROGRAM = "*-cache"  # what jax calls its files
 
 
 def enable() -> pathlib.Path | None:
@@ -104,19 +106,26 @@ def _check_owners(folder: pathlib.Path) -> None:
         )
     for parent in folder.parents:
         _check_parent(folder, parent.stat(), trusted)
-    for entry in os.scandir(folder):
-        found = entry.stat(follow_symlinks=False)
-        if found.st_uid not in trusted:
-            raise UserError(
-                f"{folder} holds {entry.name} of another user, which would run; delete"
-                " it"
-            )
-        is_link = stat.S_ISLNK(found.st_mode)
-        if found.st_mode & _OTHERS and status.st_mode & _REACHABLE and not is_link:
-            raise UserError(
-                f"{folder} holds {entry.name}, which others can write and which would"
-                f" run; chmod -R go-w {folder}"
-            )
+    is_reachable = bool(status.st_mode & _REACHABLE)
+    for name in os.listdir(folder):
+        # Another process may remove a file meanwhile.
+        with contextlib.suppress(FileNotFoundError):
+            _check_file(folder / name, is_reachable, trusted)
+
+
+def _check_file(path: pathlib.Path, is_reachable: bool, trusted) -> None:
+    """Raises if another user owns a file of the folder, or can write it."""
+    found = path.lstat()
+    if found.st_uid not in trusted:
+        raise UserError(
+            f"{path.parent} holds {path.name} of another user, which would run; delete"
+            " it"
+        )
+    if found.st_mode & _OTHERS and is_reachable and not stat.S_ISLNK(found.st_mode):
+        raise UserError(
+            f"{path.parent} holds {path.name}, which others can write and which would"
+            f" run; chmod -R go-w {path.parent}"
+        )
 
 
 def _check_parent(folder: pathlib.Path, status: os.stat_result, trusted) -> None:
@@ -132,9 +141,11 @@ def _check_parent(folder: pathlib.Path, status: os.stat_result, trusted) -> None
 
 def _remove_empty(folder: pathlib.Path) -> None:
     """Removes programs without content, which a process that was killed may leave."""
-    for entry in os.scandir(folder):
-        if entry.is_file(follow_symlinks=False) and not entry.stat().st_size:
-            pathlib.Path(entry).unlink(missing_ok=True)
+    for path in folder.glob(_PROGRAM):
+        with contextlib.suppress(FileNotFoundError):
+            found = path.lstat()
+            if stat.S_ISREG(found.st_mode) and not found.st_size:
+                path.unlink()
 
 
 @dataclasses.dataclass(eq=False)

@@ -161,11 +161,20 @@ def test_a_program_of_another_user_is_refused(folder):
 
 
 def test_programs_without_content_are_removed(folder):
-    (folder / "empty").touch()
-    (folder / "whole").write_bytes(b"x")
+    (folder / "jit_a-cache").touch()
+    (folder / "jit_b-cache").write_bytes(b"x")
+    (folder / "__init__.py").touch()
 
     assert compile_cache.enable() == folder
-    assert [one.name for one in folder.iterdir()] == ["whole"]
+    assert {one.name for one in folder.iterdir()} == {"jit_b-cache", "__init__.py"}
+
+
+def test_files_that_other_processes_remove_meanwhile_do_not_matter(folder, monkeypatch):
+    (folder / "jit_a-cache").write_bytes(b"x")
+    listed = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda place: [*listed(place), "gone-cache"])
+
+    assert compile_cache.enable() == folder
 
 
 def test_warnings_of_jax_become_one_line(folder, capsys):
