@@ -132,7 +132,7 @@ def write(
     Raises:
       UserError: The folder is taken, in use, or cannot be written.
     """
-    target = expand(path).resolve()
+    target = io.resolved(path)
     unknown = [name for name in items if name not in ITEMS or name == "meta"]
     if unknown:
         raise ValueError(f"items {unknown}; expected names among {ITEMS[:-1]}")
@@ -444,7 +444,7 @@ def last_step(path: str | pathlib.Path) -> int:
 
 
 def _step(path: str | pathlib.Path) -> pathlib.Path:
-    folder = expand(path).resolve()
+    folder = io.resolved(path)
     if not os.path.isdir(folder):
         raise UserError(f"{path} is no folder; expected that of a checkpoint")
     if _is_step(folder):

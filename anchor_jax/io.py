@@ -63,6 +63,22 @@ def expand(path: str | os.PathLike) -> pathlib.Path:
         ) from error
 
 
+def resolved(path: str | os.PathLike) -> pathlib.Path:
+    """Returns the path that `path` leads to, without links, `~` and `..`.
+
+    Raises:
+      UserError: There is no home folder, links lead in a circle, or the path is
+        relative and the current folder is gone.
+    """
+    try:
+        return expand(path).resolve()
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:_SHOWN]
+        raise UserError(
+            f"{path} leads nowhere ({reason}); choose another path"
+        ) from error
+
+
 def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
     """Returns the place of a file that a list in a folder names.
 
@@ -134,7 +150,8 @@ def _renew() -> None:
     _unfinished.clear()
 
 
-os.register_at_fork(after_in_child=_renew)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew)
 
 
 @contextlib.contextmanager
@@ -396,14 +413,29 @@ def _plain(value: Any) -> Any:
 
 @contextlib.contextmanager
 def explained(path: pathlib.Path) -> Iterator[None]:
-    """Turns a failure to write into a message that says what to do."""
+    """Turns a failure to write into a message that says what to do.
+
+    What fails elsewhere meanwhile, at another file, is not said of this one.
+    """
     try:
         yield
     except OSError as error:
+        if isinstance(error, BrokenPipeError) or not _concerns(error, path):
+            raise
         if error.errno in _NO_ROOM:
             remedy = "free some space or choose another disk; nothing was kept"
             raise UserError(f"{path}: no room to write it: {remedy}") from error
         remedy = _REMEDIES.get(error.errno, "choose another path")
         raise UserError(
-            f"{path}: cannot be written ({error.strerror}); {remedy}"
+            f"{path}: cannot be written ({error.strerror or error}); {remedy}"
         ) from error
+
+
+def _concerns(error: OSError, path: pathlib.Path) -> bool:
+    """Returns whether an error may be of a file, of one beside it, or of a folder."""
+    if not isinstance(error.filename, str | os.PathLike):
+        return True
+    place, wrong = (
+        pathlib.Path(os.path.abspath(one)) for one in (path, error.filename)
+    )
+    return place.is_relative_to(wrong) or wrong.is_relative_to(place.parent)

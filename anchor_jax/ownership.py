@@ -19,7 +19,6 @@ import os
 import pathlib
 import random
 import shlex
-import shutil
 import socket
 import stat
 import sys
@@ -94,7 +93,7 @@ def own(
     Raises:
       UserError: Another job owns the folder, or it cannot be written to.
     """
-    folder = io.expand(folder).resolve()
+    folder = io.resolved(folder)
     claim = _Claim(folder / _NAME, folder, job, tuple(seats))
     return _take(claim, patience, tell, remedy)
 
@@ -111,7 +110,9 @@ def own_target(
     Raises:
       UserError: Another process makes the folder, or none can be made there.
     """
-    path = io.expand(path).resolve()
+    path = io.resolved(path)
+    if not path.name:
+        raise UserError(f"{path} is no folder to make; choose one below it")
     claim = _Claim(path.with_name(f".{path.name}{_NAME}"), path)
     return _take(claim, patience, tell, REMEDY)
 
@@ -252,31 +253,26 @@ class _Hold:
 
     def enter(self, living: Sequence[_Member]) -> bool:
         """Moves in, perhaps beside members of its job; returns whether it could."""
-        place, staged = self.claim.place, self._staged()
-        try:
-            if not living:
-                with contextlib.suppress(OSError):
-                    place.rmdir()
-                staged.rename(place)
-                return True
-            (staged / self.file.name).rename(self.file)
-        except OSError as error:
-            if error.errno not in _MOVED_IN:
-                raise
-            return False
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
+        place = self.claim.place
+        with io.unfinished(io.temporary_name(place)) as staged:
+            staged.mkdir(parents=True)
+            (staged / self.file.name).write_bytes(self.content())
+            try:
+                if not living:
+                    with contextlib.suppress(OSError):
+                        place.rmdir()
+                    staged.rename(place)
+                    return True
+                (staged / self.file.name).rename(self.file)
+            except OSError as error:
+                if error.errno not in _MOVED_IN:
+                    raise
+                return False
         others = [one for one in _members(place) if one.id != self.id]
         if any(one.rivals(self.claim) for one in others):
             self.leave()
             return False
         return True
-
-    def _staged(self) -> pathlib.Path:
-        staged = self.claim.place.with_name(f"{self.claim.place.name}.{self.id}")
-        staged.mkdir(parents=True)
-        (staged / self.file.name).write_bytes(self.content())
-        return staged
 
 
 class _Watch:
@@ -453,7 +449,8 @@ def _forget() -> None:
     _held.clear()
 
 
-os.register_at_fork(after_in_child=_forget)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
 atexit.register(release_all)
 io.at_exit.append(release_all)
 io.before_replacing.append(check)

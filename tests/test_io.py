@@ -177,3 +177,21 @@ def test_right_json_of_others_is_read():
         "a": [1, 2.5, "é 😀", None, True],
         "b": {},
     }
+
+
+def test_what_fails_at_another_file_is_not_said_of_this_one(tmp_path):
+    for error in (
+        FileNotFoundError(2, "No such file", str(tmp_path / "weights" / "w")),
+        BrokenPipeError(32, "Broken pipe"),
+    ):
+        with (
+            pytest.raises(type(error)),
+            io.replacing(tmp_path / "out" / "video.json"),
+        ):
+            raise error
+    with (
+        pytest.raises(UserError, match=r"video\.json: cannot be written \(Denied\)"),
+        io.replacing(tmp_path / "out" / "video.json") as part,
+    ):
+        raise PermissionError(13, "Denied", str(part))
+    assert list((tmp_path / "out").iterdir()) == []

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -342,3 +343,29 @@ def test_a_file_that_appeared_meanwhile_stays(tmp_path, monkeypatch):
         part.write_text("mine")
     assert [one.name for one in tmp_path.iterdir()] == ["a.txt"]
     assert path.read_text() == "mine"
+
+
+def test_a_disk_that_is_full_leaves_nothing(tmp_path, monkeypatch):
+    def fail(path, content):
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(pathlib.Path, "write_bytes", fail)
+    with pytest.raises(UserError, match="no room to write it"):
+        ownership.own(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_is_followed_and_one_to_itself_refused(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with ownership.own(tmp_path / "link"):
+        assert hidden(tmp_path / "real") == [".owner"]
+    for own in (ownership.own, ownership.own_target):
+        with pytest.raises(UserError, match="loop leads nowhere"):
+            own(tmp_path / "loop")
+
+
+def test_the_root_is_no_folder_to_make():
+    with pytest.raises(UserError, match="/ is no folder to make"):
+        ownership.own_target("/")

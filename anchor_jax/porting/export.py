@@ -84,7 +84,7 @@ def _export(weights, out, layout, item, lora, progress, shard_bytes) -> tuple[st
     meta = _meta(line, layout)
     job = _Job(line, layout, meta, progress, shard_bytes)
     job.check(item)
-    with io.making_folder(expand(out).resolve()) as folder:
+    with io.making_folder(io.resolved(out)) as folder:
         job.transformer(folder, item, merged=lora == "merged")
         if layout != "generator":
             job.others(folder, item)
