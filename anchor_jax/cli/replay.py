@@ -243,11 +243,12 @@ def _write_in(folder: pathlib.Path, session, recipe, path, about) -> list[str]:
     script = Script(tuple(segments), recipe.frames)
     request = {"replay": path.stem, "script": describe(script)}
     job = sample.Job(folder / path.stem, script, recipe.setup, request)
-    present = [file for file in job.files if file.exists()]
-    if present:
-        raise UserError(f"{present[0]} is already there; choose another --out")
     blocks = session.blocks(recipe.frames)
     with sample.own_folder(folder):
+        # Another process may have made it until now.
+        present = [file for file in job.files if file.exists()]
+        if present:
+            raise UserError(f"{present[0]} is already there; choose another --out")
         digests = sample.write_video(job, session, blocks, {"request": request} | about)
     print(job.file(".mp4"))
     return digests

@@ -1,9 +1,10 @@
+import contextlib
 import json
 
 import bundles
 import pytest
 
-from anchor_jax.cli import main
+from anchor_jax.cli import main, sample
 from anchor_jax.cli.compile_cache import CACHE_VARIABLE
 from anchor_jax.cli.sample import told_switches
 from anchor_jax.streaming import recipe as recipes
@@ -181,6 +182,21 @@ def test_files_that_are_there_are_never_replaced(replay, tmp_path):
     assert status == 2
     assert "000.mp4 is already there" in err
     assert (tmp_path / "mine/000.mp4").read_text() == "mine"
+
+
+def test_files_that_another_process_made_meanwhile_stay(replay, tmp_path, monkeypatch):
+    def own(folder):
+        folder.mkdir()
+        (folder / "000.mp4").write_text("theirs")
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(sample, "own_folder", own)
+
+    status, _, err = replay("--out=mine")
+
+    assert status == 2
+    assert "000.mp4 is already there" in err
+    assert (tmp_path / "mine/000.mp4").read_text() == "theirs"
 
 
 def test_switches_are_told_where_they_waited():
