@@ -81,16 +81,19 @@ class WayBack:
     Attributes:
       step: of the newest good checkpoint, or None.
       aside: where ruined ones are now, the newest first.
+      unread: steps of those that could not be read, and are where they were.
     """
 
     step: int | None
     aside: tuple[pathlib.Path, ...]
+    unread: tuple[int, ...]
 
 
 def go_back(stage: Stage, state: TrainState, checkpoints: Checkpoints) -> WayBack:
     """Sets ruined checkpoints aside, the newest first, until one is good.
 
-    A good one is finite, and so are the numbers of most batches with it.
+    A good one is finite, and so are the numbers of most batches with it. One that
+    cannot be read stays: memory or a disk may have failed, and not the training.
 
     Args:
       stage: compiled steps with their data.
@@ -99,20 +102,26 @@ def go_back(stage: Stage, state: TrainState, checkpoints: Checkpoints) -> WayBac
     """
     checkpoints.wait()
     _free(state)
-    ruined = []
+    ruined, unread, good = [], [], None
     for step, read in checkpoints.newest_first(state, stage.places):
-        if read is not None:
-            found, cursor = read
-            good = not wrong_networks(found)
-            if good:
-                around = range(cursor.number, cursor.number + 1)
-                skipped = checkpoints.skipped()
-                found, good = try_others(stage, found, around, skipped)
-            _free(found)
-            if good:
-                return WayBack(step, tuple(ruined))
-        ruined.append(checkpoints.set_aside(step, "diverged"))
-    return WayBack(None, tuple(ruined))
+        if read is None:
+            unread.append(step)
+        elif _is_good(stage, *read, checkpoints.skipped()):
+            good = step
+            break
+        else:
+            ruined.append(checkpoints.set_aside(step, "diverged"))
+    return WayBack(good, tuple(ruined), tuple(unread))
+
+
+def _is_good(stage: Stage, state: TrainState, cursor: Cursor, skipped) -> bool:
+    """Returns whether a training can go on from a state, whose memory is freed."""
+    good = not wrong_networks(state)
+    if good:
+        around = range(cursor.number, cursor.number + 1)
+        state, good = try_others(stage, state, around, skipped)
+    _free(state)
+    return good
 
 
 def _free(state: TrainState) -> None:
@@ -139,6 +148,9 @@ def _sentences(step, shown, wrong, back: WayBack, folder) -> Iterator[str]:
     yield f"step {step}: {shown}."
     if back.aside:
         yield f"Ruined checkpoints were moved to {', '.join(map(str, back.aside))}."
+    if back.unread:
+        steps = ", ".join(map(str, back.unread))
+        yield f"These checkpoints could not be read, and stay where they are: {steps}."
     if not step:
         yield (
             "No step has been made, so the weights that the training begins with, or"
@@ -151,7 +163,12 @@ def _sentences(step, shown, wrong, back: WayBack, folder) -> Iterator[str]:
         else "its weights are finite, but too large"
     )
     yield f"The training has diverged: {state}, and they are not saved."
-    if back.step is None:
+    if back.step is None and back.unread:
+        yield (
+            "No other one is good: give the same command again, which may read them, or"
+            " move them away to begin anew with config.weights."
+        )
+    elif back.step is None:
         yield (
             "No checkpoint is good, so the same command begins anew with"
             " config.weights."
