@@ -74,7 +74,12 @@ class _Section:
 
     def patience(self, asked: float) -> float:
         """Returns the seconds to wait: never longer than what would be lost took."""
-        return math.inf if self.since is None else asked - self.since()
+        if self.since is None:
+            return math.inf
+        try:
+            return asked - self.since()
+        except Exception:  # noqa: BLE001 - the thread that watches must go on.
+            return 0.0
 
 
 _process = _Process()
@@ -167,7 +172,9 @@ def listening() -> Iterator[None]:
     if _process.is_listening or not is_main:
         yield
         return
-    before = {one: signal.signal(one, _note) for one in _SIGNALS}
+    # A handler that is not Python's could not be put back.
+    ours = [one for one in _SIGNALS if signal.getsignal(one) is not None]
+    before = {one: signal.signal(one, _note) for one in ours}
     _process.is_listening = True
     try:
         yield

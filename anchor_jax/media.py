@@ -166,14 +166,14 @@ class VideoWriter:
         if not self.frames:
             self._discard()
             return
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, av.FFmpegError):
             self._container.mux(self._stream.encode())
             self._container.close()
             self._file.close()
         self._keep_part()
 
     def _discard(self) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, av.FFmpegError):
             if self._container is not None:
                 self._container.close()
         self._file.close()

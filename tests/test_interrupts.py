@@ -171,6 +171,19 @@ with interrupts.patient("stopping soon", lambda: began):
     assert ends(process) == (130, "", "stopping soon\ninterrupted\n")
 
 
+def test_a_section_that_cannot_tell_its_work_is_not_waited_for():
+    process = start("""
+interrupts.install()
+with interrupts.patient("stopping soon", lambda: 1 / 0):
+    ready()
+    hang()
+""")
+
+    press(process)
+
+    assert ends(process) == (130, "", "stopping soon\ninterrupted\n")
+
+
 def test_a_second_press_ends_a_patient_section():
     process = start("""
 interrupts.install()
@@ -330,6 +343,20 @@ def test_a_process_that_is_not_the_command_lines_goes_on():
     assert not interrupts.asked()
     interrupts.check()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_handlers_that_are_not_pythons_stay(monkeypatch):
+    installed = []
+    foreign = {signal.SIGTERM: None, signal.SIGINT: signal.default_int_handler}
+    monkeypatch.setattr(signal, "getsignal", foreign.get)
+    monkeypatch.setattr(
+        signal, "signal", lambda one, handler: installed.append(one) or foreign[one]
+    )
+
+    with interrupts.listening():
+        pass
+
+    assert installed == [signal.SIGINT] * 2
 
 
 def test_other_threads_are_not_stopped():

@@ -77,8 +77,7 @@ def main(argv: Sequence[str]) -> None:
             measured = bench.measure(workload, show)
     measured = {"config": flags.FLAGS.config.to_dict(), "threads": threads} | measured
     if out:
-        with io.replacing(out) as part:
-            io.write_json(part, measured)
+        io.write_json(out, measured)
     print(json.dumps(measured, indent=2))
 
 

@@ -105,8 +105,8 @@ class Checkpoints:
         metrics = None
         if self.keep_best and means and self.best_of in means:
             metrics = {self.best_of: means[self.best_of]}
+        self.wait()
         # What Orbax is writing would be left where the process ends at once.
-        self._part.close()
         part = self.folder / f"{step}.orbax-checkpoint-tmp"
         self._part.enter_context(removed_at_end(part))
         self.manager.save(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from anchor_jax import io
 from anchor_jax.errors import UserError
 from anchor_jax.training.checkpoints import Checkpoints
 from anchor_jax.training.loop import Loop, train
@@ -132,6 +133,22 @@ def test_ruined_checkpoints_are_set_aside(tmp_path):
     assert int(attempt(tmp_path, 4)[1].step) == 4
 
 
+def test_checkpoints_that_cannot_be_read_stay(tmp_path, monkeypatch):
+    whole = attempt(tmp_path / "whole", 6)[1]
+    attempt(tmp_path / "run", 4)
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            Checkpoints,
+            "newest_first",
+            lambda self, state, places: iter([(4, None), (2, None)]),
+        )
+        message, _ = attempt(tmp_path / "run", 6, scaled("generator", float("nan")))
+
+    assert "could not be read, and stay where they are: 4, 2." in message
+    assert "begin anew" in message and "No checkpoint is good" not in message
+    assert_equal(attempt(tmp_path / "run", 6)[1], whole)
+
+
 def test_a_training_that_diverges_before_its_first_checkpoint_begins_anew(tmp_path):
     message, _ = attempt(tmp_path, 4, scaled("generator", 1e30, step=1))
 
@@ -251,3 +268,25 @@ def attempt_restore(folder):
         checkpoints.restore(state, jax.tree.map(lambda x: x.sharding, state))
     finally:
         checkpoints.close()
+
+
+def test_a_checkpoint_under_way_is_removed_at_an_end_until_it_is_whole(tmp_path):
+    checkpoints, seen = Checkpoints(tmp_path, {}), []
+
+    class Slow:
+        def all_steps(self):
+            return []
+
+        def wait_until_finished(self):
+            seen.append({part.name for part in io._unfinished})
+
+        def save(self, step, **given):
+            pass
+
+    checkpoints.manager = Slow()
+    for step in (1, 2):
+        checkpoints.save(begin().replace(step=jnp.int32(step)), Cursor(step))
+
+    assert seen == [set(), {"1.orbax-checkpoint-tmp"}]
+    checkpoints.wait()
+    assert not io._unfinished
