@@ -5,7 +5,7 @@ import difflib
 import re
 import reprlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, AnyStr
 
 _MOST_LINES = 12
 _LONGEST_LINE = 1000  # characters
@@ -46,10 +46,11 @@ def shown(value: Any, limit: int = 80) -> str:
       value: anything, however large.
       limit: characters of the result, but for the length that is stated after it.
     """
-    if isinstance(value, str):
+    if isinstance(value, str | bytes):
+        unit = "characters" if isinstance(value, str) else "bytes"
         # More than `limit` characters are never needed, whatever is escaped.
         text = repr(value if len(value) <= 2 * limit else _middle(value, 2 * limit))
-        length = f" ({len(value)} characters)" if len(text) > limit else ""
+        length = f" ({len(value)} {unit})" if len(text) > limit else ""
         return _middle(text, limit) + length
     brief = reprlib.Repr()
     brief.maxlist = brief.maxtuple = brief.maxdict = brief.maxset = 8
@@ -91,9 +92,10 @@ def _shown_line(line: str) -> str:
     return _UNSHOWN.sub(lambda found: ascii(found[0])[1:-1], line)
 
 
-def _middle(text: str, limit: int) -> str:
+def _middle(text: AnyStr, limit: int) -> AnyStr:
     """Returns a text without its middle if it is longer than `limit`."""
     if len(text) <= limit:
         return text
     end = limit // 3
-    return f"{text[: limit - end - 3]}...{text[-end:]}"
+    gap = "..." if isinstance(text, str) else b"..."
+    return text[: limit - end - 3] + gap + text[-end:]

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from anchor_jax.errors import UserError
-from anchor_jax.text import check_text, short
+from anchor_jax.errors import UserError, shown
+from anchor_jax.text import check_text
 
 Item = TypeVar("Item")
 PROMPT_FIELDS = ("prompt", "prompt_en")
@@ -145,7 +145,7 @@ class PromptFile:
             notes.append(
                 f"{self.path}: {what} that {'starts' if one else 'start'} with #"
                 f" {'is' if one else 'are'} {done} as {fate}; line {self._hashes[0]}:"
-                f" {short(self._first_hash)}"
+                f" {shown(self._first_hash)}"
             )
         return notes
 
@@ -190,7 +190,7 @@ class PromptFile:
             return _json_kind(first, suffix)
         if _is_header(first[0]):
             raise UserError(
-                f"{self.path}: its first line, {short(first[0])}, is the header of a"
+                f"{self.path}: its first line, {shown(first[0])}, is the header of a"
                 " table; name the file .csv or .tsv, or remove the other columns"
             )
         return "text"
@@ -256,14 +256,14 @@ class PromptFile:
         if isinstance(entry, str):
             entry = {"prompt": entry}
         if not isinstance(entry, dict):
-            raise UserError(f"got {short(entry)}")
+            raise UserError(f"got {shown(entry)}")
         field = prompt_field(entry)
         if field is None and not set(self._columns) <= entry.keys():
-            fields = ", ".join(short(key, 20) for key in list(entry)[:8]) or "none"
+            fields = ", ".join(shown(key, 20) for key in list(entry)[:8]) or "none"
             raise UserError(f"it has no field 'prompt', but {fields}")
         name = field or self._columns[-1]
         if not isinstance(entry[name], str | list):
-            raise UserError(f"{name!r}: got {short(entry[name])}, expected text")
+            raise UserError(f"{name!r}: got {shown(entry[name])}, expected text")
         read[name] = read.get(name, 0) + 1
         return entry
 
@@ -308,7 +308,7 @@ class PromptFile:
         Raises:
           UserError: One is missing, or there are several that could be it.
         """
-        shown = ", ".join(short(name, 30) for name in header[:12]) or "none"
+        names = ", ".join(shown(name, 30) for name in header[:12]) or "none"
         places = {}
         for column in self._columns:
             found = [column] * header.count(column) or self._alias(column, header)
@@ -316,7 +316,7 @@ class PromptFile:
                 problem = "no column" if not found else f"{len(found)} columns"
                 raise UserError(
                     f"{self.path}: {problem} of prompts in this table; expected one"
-                    f" named {column!r} in the first line, got {shown}; name it so, or"
+                    f" named {column!r} in the first line, got {names}; name it so, or"
                     " save the prompts as text with a prompt a line"
                 )
             places[column] = header.index(found[0])

@@ -10,10 +10,10 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from anchor_jax.errors import UserError, suggest
+from anchor_jax.errors import UserError, shown, suggest
 from anchor_jax.io import expand
 from anchor_jax.prompt_files import PromptFile, decode, prompt_field, watched
-from anchor_jax.text import check_text, short
+from anchor_jax.text import check_text
 
 LATENT_FRAMES_PER_SECOND = 4  # 16 pixel frames a second, 4 to a latent frame
 DEFAULT_SEGMENT_FRAMES = 40  # so the published lists switch at 40, 80, 120, ...
@@ -90,14 +90,14 @@ class Timing:
         most = MAX_SEGMENT_FRAMES / LATENT_FRAMES_PER_SECOND
         if not 0 < self.seconds <= most:
             raise UserError(
-                f"seconds={short(self.seconds)}: expected more than 0 and at most"
+                f"seconds={shown(self.seconds)}: expected more than 0 and at most"
                 f" {most:g}"
             )
         if self.frames is None:
             return
         if abs(self.frames) > MAX_FRAMES:
             raise UserError(
-                f"frames={short(self.frames)}: expected at most {MAX_FRAMES} latent"
+                f"frames={shown(self.frames)}: expected at most {MAX_FRAMES} latent"
                 " frames"
             )
         if self.frames < 1 or self.frames % self.block:
@@ -184,8 +184,8 @@ def _parse_all(file: PromptFile, timing: Timing) -> tuple[list[Script], array.ar
                 errors.append(f"{file.place(number)}: {error}")
     if errors:
         more = wrong - _ERRORS_SHOWN
-        shown = errors + [f"and {more} more"] * (more > 0)
-        raise UserError("\n".join(shown))
+        lines = errors + [f"and {more} more"] * (more > 0)
+        raise UserError("\n".join(lines))
     return scripts, numbers
 
 
@@ -229,7 +229,7 @@ def parse_entry(entry: Any, timing: Timing) -> Script:
     for number, prompt in enumerate(prompts, start=1):
         if re.search(r"\[[\d.]+[sf]#?\]\s*$", prompt):
             raise UserError(
-                f"segment {number}: {short(prompt)} ends with a duration, which JSON"
+                f"segment {number}: {shown(prompt)} ends with a duration, which JSON"
                 " and tables take as words; write it in 'durations' of JSON lines, in"
                 " seconds"
             )
@@ -294,7 +294,7 @@ def _check_brackets(where: str, part: str) -> None:
             break
     if depth:
         raise UserError(
-            f"{where}: unbalanced brackets in {short(part)}; a duration is written"
+            f"{where}: unbalanced brackets in {shown(part)}; a duration is written"
             " like [5s] at the end"
         )
 
@@ -302,7 +302,7 @@ def _check_brackets(where: str, part: str) -> None:
 def _checked_entry(entry: Any) -> dict[str, Any]:
     """Returns a script's object, with every value of the type it must have."""
     if not isinstance(entry, dict):
-        raise UserError(f'got {short(entry)}, expected an object {{"prompts": [...]}}')
+        raise UserError(f'got {shown(entry)}, expected an object {{"prompts": [...]}}')
     field = prompt_field(entry)
     if field not in (None, "prompts"):
         entry = dict(entry)
@@ -317,7 +317,7 @@ def _checked_entry(entry: Any) -> dict[str, Any]:
         raise UserError("'prompts' is empty; give at least one")
     if not _is_whole(entry.get("seed", 0), MAX_SEED):
         raise UserError(
-            f"'seed': got {short(entry['seed'])}, expected a whole number from 0 to"
+            f"'seed': got {shown(entry['seed'])}, expected a whole number from 0 to"
             f" {MAX_SEED}"
         )
     _check_times(entry)
@@ -351,11 +351,11 @@ def _check_list(
     key: str, value: Any, expected: str, is_right: Callable[[Any], bool]
 ) -> None:
     if not isinstance(value, list):
-        raise UserError(f"{key!r}: got {short(value)}, expected a list of {expected}")
+        raise UserError(f"{key!r}: got {shown(value)}, expected a list of {expected}")
     for element in value:
         if not is_right(element):
             raise UserError(
-                f"{key!r}: got {short(element)} in the list, expected {expected}"
+                f"{key!r}: got {shown(element)} in the list, expected {expected}"
             )
 
 

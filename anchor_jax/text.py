@@ -7,7 +7,6 @@ from anchor_jax.errors import UserError
 # Tabs and line ends are blanks; C1 controls come from text that was decoded wrongly,
 # which the cleaning of prompts mends.
 _NO_TEXT = re.compile("[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff]")
-_SHOWN = 60
 
 
 def check_text(text: str, where: str) -> None:
@@ -38,14 +37,3 @@ def check_text(text: str, where: str) -> None:
         problem = f"U+{code:04X} at character {place} is a control character"
         remedy = "remove it"
     raise UserError(f"{where}: {problem}, so this is no text; {remedy}")
-
-
-def short(value: object, most: int = _SHOWN) -> str:
-    """Returns the value's representation, cut to a length that fits a message."""
-    if isinstance(value, str | bytes | list | tuple):
-        value = value[: 4 * most]
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # An integer of thousands of digits.
-        text = f"<{type(value).__name__}>"
-    return text if len(text) <= most else f"{text[: most - 3]}..."

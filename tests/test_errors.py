@@ -17,8 +17,16 @@ def nested(depth):
 
 @pytest.mark.parametrize(
     "value",
-    ["x" * 20_000, "\0" * 20_000, 10**5000, [1] * 10**6, {"a" * 999: 1}, nested(900)],
-    ids=["text", "zeros", "number", "list", "dict", "nested"],
+    [
+        "x" * 20_000,
+        b"x" * 20_000,
+        "\0" * 20_000,
+        10**5000,
+        [1] * 10**6,
+        {"a" * 999: 1},
+        nested(900),
+    ],
+    ids=["text", "bytes", "zeros", "number", "list", "dict", "nested"],
 )
 def test_long_values_are_shortened(value):
     assert len(shown(value)) <= 110

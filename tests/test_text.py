@@ -3,7 +3,7 @@
 import pytest
 
 from anchor_jax.errors import UserError
-from anchor_jax.text import check_text, short
+from anchor_jax.text import check_text
 
 
 @pytest.mark.parametrize(
@@ -34,9 +34,3 @@ def test_text_of_any_script_passes(text):
 def test_what_is_no_text_is_refused(text, message):
     with pytest.raises(UserError, match=message):
         check_text(text, "here")
-
-
-def test_long_values_are_shortened():
-    assert short("a") == "'a'"
-    assert len(short("x" * 10**6)) == len(short(list(range(10**6)))) == 60
-    assert short(10**5000) == "<int>"

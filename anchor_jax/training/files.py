@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any
 
-from anchor_jax.errors import UserError
+from anchor_jax.errors import UserError, shown
 from anchor_jax.io import read_json
 
 CONFIG, INPUTS = "config.json", "inputs.json"
@@ -58,7 +58,7 @@ def read_config(
     for name in sections:
         if found is not None and not isinstance(found.get(name, {}), dict):
             raise UserError(
-                f"{folder / CONFIG}: {name} is {_short(found[name])}, expected an"
+                f"{folder / CONFIG}: {name} is {shown(found[name])}, expected an"
                 f" object; {_REMEDIES[CONFIG]}"
             )
     return found
@@ -85,7 +85,7 @@ def read_skipped(folder: pathlib.Path) -> list[int]:
     ]
     if wrong:
         raise UserError(
-            f"{folder / SKIPPED} holds {_short(wrong[0])}, expected numbers of batches,"
+            f"{folder / SKIPPED} holds {shown(wrong[0])}, expected numbers of batches,"
             f" 0 or more; {_REMEDIES[SKIPPED]}"
         )
     return found
@@ -139,7 +139,7 @@ def _numbers(path: pathlib.Path, number: int, line: bytes) -> dict[str, Any]:
         whole = False
     if not whole:
         raise UserError(
-            f"{path}, line {number} is damaged, got {_short(line)}, expected an object"
+            f"{path}, line {number} is damaged, got {shown(line)}, expected an object"
             f' of numbers with "step"; {_LOG_REMEDY}'
         )
     return found
@@ -150,8 +150,3 @@ def _read(path: pathlib.Path, kind: type) -> Any:
         return read_json(path, kind, _REMEDIES[path.name])
     except FileNotFoundError:
         return None
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

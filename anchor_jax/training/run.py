@@ -16,7 +16,7 @@ from anchor_jax import bundle as bundles
 from anchor_jax import ownership
 from anchor_jax.bundle import Bundle
 from anchor_jax.config import from_config
-from anchor_jax.errors import UserError, naming, suggest
+from anchor_jax.errors import UserError, naming, shown, suggest
 from anchor_jax.experiment import parse_size
 from anchor_jax.io import expand, scratch_folder, write_json
 from anchor_jax.training import (
@@ -67,7 +67,7 @@ def read_config(config) -> TrainConfig:
     for name, smallest in least.items():
         value = operator.attrgetter(name)(read)
         if value < smallest:
-            raise UserError(f"config.{name}={value}: expected {smallest}+")
+            raise UserError(f"config.{name}={value}: must be at least {smallest}")
     known = _BEST.get(read.stage, (read.best_of,))
     if read.keep_best and read.best_of not in known:
         found = suggest(read.best_of, known, f"numbers of {read.stage}")
@@ -445,12 +445,12 @@ def compare_config(
         if name.split(".")[0] not in _TOLD
     }
     if refused:
-        shown = (
-            f"{name} (began with {_short(old)}, got {_short(new)})"
+        fields = (
+            f"{name} (began with {shown(old, 200)}, got {shown(new, 200)})"
             for name, (old, new) in refused.items()
         )
         raise UserError(
-            f"{folder} holds a run of another config: {', '.join(shown)}; give the"
+            f"{folder} holds a run of another config: {', '.join(fields)}; give the"
             " values that it began with, or another --config.out, which may begin with"
             f" its weights: --config.weights={folder}"
         )
@@ -516,11 +516,6 @@ def _changed(
         else:
             found[name] = old, value
     return found
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _json(config: TrainConfig) -> dict[str, Any]:

@@ -189,7 +189,7 @@ def _check(config: TrainConfig) -> None:
     for name in ("num", "frames", "steps"):
         if getattr(samples, name) < 1:
             raise UserError(
-                f"config.samples.{name}={getattr(samples, name)}: expected 1+"
+                f"config.samples.{name}={getattr(samples, name)}: must be at least 1"
             )
     if max(samples.num, len(samples.prompts)) > _MOST:
         raise UserError(f"config.samples: expected at most {_MOST} videos")

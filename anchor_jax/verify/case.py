@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from anchor_jax import flow
-from anchor_jax.errors import UserError
+from anchor_jax.errors import UserError, shown
 from anchor_jax.porting import convert
 
 LARGEST = 2**20
@@ -85,7 +85,7 @@ class Case:
         """Returns a list of whole numbers within bounds."""
         value, name = self.setting(*keys, default=default), ".".join(keys)
         if not isinstance(value, list | tuple) or len(value) > LARGEST:
-            raise CaseError(f"config.json: {name}={short(value)}, expected a list")
+            raise CaseError(f"config.json: {name}={shown(value)}, expected a list")
         return tuple(whole(item, name, low, high) for item in value)
 
     def number(self, *keys: str, default: Any = _UNSET) -> float:
@@ -121,16 +121,10 @@ def whole(value: Any, name: str, low: int, high: int) -> int:
         or not low <= value <= high
     ):
         raise CaseError(
-            f"config.json: {name}={short(value)}, expected a whole number"
+            f"config.json: {name}={shown(value)}, expected a whole number"
             f" from {low} to {high}"
         )
     return value
-
-
-def short(value: Any) -> str:
-    """Returns how a value reads in a message, cut to one line."""
-    text = ascii(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def as_float(array: np.ndarray) -> np.ndarray:
@@ -182,7 +176,7 @@ def load_tensors(path: pathlib.Path, prefix: str = "") -> dict[str, np.ndarray]:
     try:
         return dict(convert.load_safetensors(path, prefix))
     except (SafetensorError, OSError, TypeError, ValueError, LookupError) as error:
-        raise CaseError(f"{path.name} cannot be read: {short(str(error))}") from error
+        raise CaseError(f"{path.name} cannot be read: {shown(str(error))}") from error
 
 
 def _read_json(path: pathlib.Path) -> Any:
@@ -191,7 +185,7 @@ def _read_json(path: pathlib.Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CaseError(f"{path.name} cannot be read: {short(str(error))}") from error
+        raise CaseError(f"{path.name} cannot be read: {shown(str(error))}") from error
 
 
 def _beside(folder: pathlib.Path, named: Any, key: str) -> pathlib.Path:
@@ -200,12 +194,12 @@ def _beside(folder: pathlib.Path, named: Any, key: str) -> pathlib.Path:
     The set is the folder two above the case: cases stand at SET/KIND/CASE.
     """
     if not isinstance(named, str) or "\0" in named:
-        raise CaseError(f"config.json: {key}={short(named)}, expected a relative path")
+        raise CaseError(f"config.json: {key}={shown(named)}, expected a relative path")
     top = folder.resolve().parent.parent
     path = (folder / named).resolve()
     if not path.is_relative_to(top) or pathlib.PurePath(named).is_absolute():
         raise CaseError(
-            f"config.json: {key}={short(named)} leaves the set of cases, the folder"
+            f"config.json: {key}={shown(named)} leaves the set of cases, the folder"
             " two above the case; put the file inside it"
         )
     return path
@@ -275,7 +269,7 @@ class Checks:
             return
         same = np.array_equal(ours, theirs)
         far, part = (0.0, 0.0) if same else _distance(ours, theirs)
-        limit = "exact" if same else f"exact; {short(ours)}, not {short(theirs)}"
+        limit = "exact" if same else f"exact; {shown(ours)}, not {shown(theirs)}"
         self.rows.append(Row(name, far, part, same, limit))
 
     def leave_out(self, pattern: str, reason: str) -> None:

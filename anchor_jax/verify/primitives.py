@@ -9,7 +9,8 @@ import numpy as np
 from einops import rearrange
 
 from anchor_jax import flow
-from anchor_jax.verify.case import TIME, Case, CaseError, Checks, short, whole
+from anchor_jax.errors import shown
+from anchor_jax.verify.case import TIME, Case, CaseError, Checks, whole
 from anchor_jax.wan import rope
 from anchor_jax.wan.dit import unpatchify
 from anchor_jax.wan.layers import RmsNorm
@@ -153,7 +154,7 @@ def _warped(case: Case, table: np.ndarray) -> np.ndarray:
         place = len(table) - steps
     if (place < 0).any():
         raise CaseError(
-            f"config.json: denoising_step_list={short(steps.tolist())} does not index a"
+            f"config.json: denoising_step_list={shown(steps.tolist())} does not index a"
             f" table of {len(table)} entries"
         )
     return times[place]

@@ -11,10 +11,11 @@ from einops import rearrange
 
 from anchor_jax.cache.positions import Absolute
 from anchor_jax.cache.types import EMPTY
+from anchor_jax.errors import shown
 from anchor_jax.training import rollout
 from anchor_jax.training.rollout import Chunk, Rollout, Turn
 from anchor_jax.training.schedule import Piece, Plan
-from anchor_jax.verify.case import TIME, Case, CaseError, Checks, short, whole
+from anchor_jax.verify.case import TIME, Case, CaseError, Checks, whole
 from anchor_jax.verify.networks import CLOSE, vae_params, vae_sizes
 from anchor_jax.verify.streaming import (
     LONGEST,
@@ -137,7 +138,7 @@ class _Sequence:
         elif role == "generator":
             self._distill(name, clip, mask, prompt, loss, chunk, leave)
         else:
-            raise CaseError(f"trace.json: role {short(role)} is unknown")
+            raise CaseError(f"trace.json: role {shown(role)} is unknown")
 
     def _distill(self, name: str, clip, mask, prompt, drawn, chunk: Chunk, leave: int):
         timestep, noise = drawn

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from anchor_jax import flow
-from anchor_jax.errors import suggest
+from anchor_jax.errors import shown, suggest
 from anchor_jax.streaming.loop import DpmPlusPlus, Euler, UniPC, approach
-from anchor_jax.verify.case import TIME, Case, CaseError, Checks, short
+from anchor_jax.verify.case import TIME, Case, CaseError, Checks
 
 CLOSE = 1e-5  # absolute, or of the largest: latents and flows of every step
 SOLVERS = {
@@ -34,8 +34,8 @@ def verify_solver(case: Case, checks: Checks) -> None:
     """Compares timesteps, noise levels, and the flow and latents of every step."""
     name = case.setting("solver")
     if not isinstance(name, str) or name not in SOLVERS:
-        known = suggest(short(name), SOLVERS, "solvers")
-        raise CaseError(f"config.json: solver={short(name)} is unknown{known}")
+        known = suggest(shown(name), SOLVERS, "solvers")
+        raise CaseError(f"config.json: solver={shown(name)} is unknown{known}")
     shift = case.number("shift")
     if not 1e-3 <= shift <= 1e3:
         raise CaseError(f"config.json: shift={shift} is out of range")
@@ -80,7 +80,7 @@ def _network(case: Case) -> tuple[float, ...]:
     match = _NETWORK.fullmatch(text) if isinstance(text, str) else None
     if match is None:
         raise CaseError(
-            f"config.json: network={short(text)}, expected flow = tanh(N x + a)"
+            f"config.json: network={shown(text)}, expected flow = tanh(N x + a)"
             " (N + t/N) + b sin(t/N) - N x, with numbers for N"
         )
     numbers = tuple(map(float, match.groups()))

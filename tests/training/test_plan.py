@@ -240,7 +240,7 @@ def test_a_number_of_chips_that_no_pod_has_is_refused():
     [
         (["--remat=some"], "--remat='some'"),
         (["--teacher=7B"], "--teacher='7B'"),
-        (["--config.batch=0"], "config.batch=0: expected 1+"),
+        (["--config.batch=0"], "config.batch=0: must be at least 1"),
     ],
 )
 def test_the_command_refuses_what_it_does_not_know(
