@@ -313,6 +313,22 @@ def _flush_streams() -> None:
             stream.flush()
 
 
+def _forget() -> None:
+    """Gives a forked child the usual handlers: its signals are not its parent's."""
+    global _process, _asked, _ending, _brief
+    if _process.is_watched:
+        signal.set_wakeup_fd(-1)
+    if _process.is_listening:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _process, _brief = _Process(), threading.RLock()
+    _asked, _ending = threading.Event(), threading.Event()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
 def _silence() -> None:
     """Shows nothing more, not even what libraries say as they end."""
     with contextlib.suppress(OSError):

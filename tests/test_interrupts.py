@@ -330,6 +330,23 @@ print("both")
     assert ends(process) == (0, "both\n", "")
 
 
+def test_a_forked_childs_signals_are_its_own():
+    process = start("""
+import multiprocessing
+interrupts.install()
+child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+child.start()
+ready()
+time.sleep(0.2)
+child.terminate()
+child.join(10)
+work(0.5)
+print(child.exitcode, interrupts.asked())
+""")
+
+    assert ends(process) == (0, "-15 False\n", "")
+
+
 def test_a_process_that_is_not_the_command_lines_goes_on():
     with interrupts.listening():
         os.kill(os.getpid(), signal.SIGINT)
