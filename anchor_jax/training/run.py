@@ -219,6 +219,8 @@ def open_job(
       UserError: Something of the config is wrong, or the folder holds another run, or
         is in use by another job.
     """
+    place = expand(config.out)
+    missing = [one for one in (place / "data", place) if not one.exists()]
     folder = sources.check_folder(config.out)
     # Processes of one training share its folder, each with a number of its own.
     lease = ownership.own(
@@ -232,12 +234,11 @@ def open_job(
     try:
         job = _open_job(config, folder, tell, most)
     except BaseException:
-        # A start that is refused leaves no folder that looks like a training's.
-        with contextlib.suppress(OSError):
-            (folder / "data").rmdir()
         lease.release()
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+        # A start that is refused leaves no folder that looks like a training's.
+        for empty in missing:
+            with contextlib.suppress(OSError):
+                empty.rmdir()
         raise
     job.lease = lease
     return job

@@ -287,6 +287,9 @@ def test_a_start_that_failed_does_not_bind_the_next(weights, tmp_path, capsys):
     assert train(weights, out, "--config.regression.blocks=0") == 2
     assert "holds a run" not in capsys.readouterr().err
     assert not out.exists()
+    out.mkdir()
+    assert train(tmp_path / "none", out) == 2
+    assert list(out.iterdir()) == []
 
 
 def test_a_folder_that_another_job_owns_is_left_alone(weights, tmp_path, capsys):
