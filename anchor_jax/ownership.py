@@ -341,12 +341,11 @@ def _members(place: pathlib.Path) -> list[_Member]:
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISDIR(os.lstat(place).st_mode):
             raise UserError(f"{place} is no folder; remove it")
-        for name in sorted(os.listdir(place)):
-            with (
-                contextlib.suppress(FileNotFoundError),
-                (place / name).open("rb") as file,
-            ):
-                found.append(_Member(place / name, file.read(_MOST)))
+        for path in sorted(place.iterdir()):
+            if path.is_dir():
+                raise UserError(f"{path} is no lease, but a folder; remove it")
+            with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+                found.append(_Member(path, file.read(_MOST)))
     return found
 
 

@@ -138,3 +138,15 @@ print(sorted(heavy & {name.split(".")[0] for name in sys.modules}))
 
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+def test_the_library_leaves_signals_and_threads_alone():
+    program = """
+import signal, threading
+import anchor_jax.cli.main, anchor_jax.streaming.session, anchor_jax.training.run
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+assert signal.set_wakeup_fd(-1) == -1
+assert threading.active_count() == 1
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -293,6 +293,12 @@ def test_a_lease_that_leads_elsewhere_is_not_followed(tmp_path):
         ownership.own(tmp_path)
 
 
+def test_a_folder_in_a_lease_is_named(tmp_path):
+    (tmp_path / ".owner" / "a").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"\.owner/a is no lease, but a folder; remove"):
+        ownership.own(tmp_path)
+
+
 def test_a_target_is_owned_from_beside_it(tmp_path):
     target = tmp_path / "made"
     with ownership.own_target(target):

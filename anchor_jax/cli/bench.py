@@ -76,9 +76,9 @@ def main(argv: Sequence[str]) -> None:
         else:
             measured = bench.measure(workload, show)
     measured = {"config": flags.FLAGS.config.to_dict(), "threads": threads} | measured
+    print(json.dumps(measured, indent=2))
     if out:
         io.write_json(out, measured)
-    print(json.dumps(measured, indent=2))
 
 
 def _measure_training(show):

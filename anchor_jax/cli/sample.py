@@ -33,7 +33,7 @@ anchor-jax sample --config=configs/interactive.py --config.weights=FOLDER \\
     --config.prompt_file=interactive_benchmark.jsonl --out=out/benchmark
 
 # FOLDER is what anchor-jax port wrote. What the config leaves open is chosen for the
-# method that the weights were ported as, and told; a field you give wins.
+# method that the weights were ported as, and reported; a field you give wins.
 # --config.text_encoder=free frees it once prompts are encoded; sharded splits it over
 # all devices. --config.size=480x832, 512x832, 320x576 or other multiples of 16.
 # Each line makes 000.mp4, 000.png (a row of frames per prompt) and 000.json (all
@@ -45,7 +45,7 @@ anchor-jax sample --config=configs/interactive.py --config.weights=FOLDER \\
 # prompts switch at 40, 80, 120, ... latent frames, so that six last 240. One prompt
 # may be "prompt" or "prompt_en". A list of such objects in one JSON document is read
 # too, and of .csv and .tsv the column "prompt". Lines that start with # are comments;
-# how many there are is said, as is every prompt longer than the text encoder reads.
+# how many there are is reported, as is every prompt longer than the text encoder reads.
 # Run the same command again with the same --out and finished videos are skipped;
 # files of another recipe are never replaced unless you say --overwrite.
 # Compiled programs are kept in ~/.cache/anchor_jax; ANCHOR_JAX_CACHE=off keeps none,
