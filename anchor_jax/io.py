@@ -200,6 +200,9 @@ def scratch_folder() -> Iterator[pathlib.Path]:
 def remove_unfinished() -> None:
     """Removes the temporary files and folders that this process is making."""
     for part in list(_unfinished):
+        # A thread that is still writing a folder must not give it its final name.
+        with contextlib.suppress(OSError):
+            part = part.rename(temporary_name(part))
         remove(part)
     for call in at_exit:
         call()

@@ -195,3 +195,19 @@ def test_what_fails_at_another_file_is_not_said_of_this_one(tmp_path):
     ):
         raise PermissionError(13, "Denied", str(part))
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_folder_that_is_removed_at_the_end_cannot_get_its_name(tmp_path, monkeypatch):
+    part, removed = tmp_path / "8.tmp", io.remove
+
+    def finish_meanwhile(path):
+        with pytest.raises(FileNotFoundError):
+            part.rename(tmp_path / "8")
+        removed(path)
+
+    monkeypatch.setattr(io, "remove", finish_meanwhile)
+    with io.removed_at_end(part):
+        part.mkdir()
+        (part / "array").touch()
+        io.remove_unfinished()
+    assert list(tmp_path.iterdir()) == []
