@@ -21,12 +21,16 @@ from orbax.checkpoint import checkpoint_managers as policies
 from anchor_jax import ownership
 from anchor_jax.checkpoint import FORMAT_VERSION, ITEMS
 from anchor_jax.errors import UserError
-from anchor_jax.io import removed_at_end, write_json
+from anchor_jax.io import unfinished, write_json
 from anchor_jax.training.files import SKIPPED, read_skipped
 from anchor_jax.training.programs import Cursor
 from anchor_jax.training.state import TrainState
 
 TREES = ITEMS[: ITEMS.index("data")]
+
+
+class NotSaved(UserError):
+    """A checkpoint could not be written, so that trying another one is of no use."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -106,16 +110,14 @@ class Checkpoints:
         if self.keep_best and means and self.best_of in means:
             metrics = {self.best_of: means[self.best_of]}
         self.wait()
-        # What Orbax is writing would be left where the process ends at once.
+        # What Orbax is writing would be left where it fails, or the process ends.
         part = self.folder / f"{step}.orbax-checkpoint-tmp"
-        self._part.enter_context(removed_at_end(part))
-        self.manager.save(
-            step,
-            metrics=metrics,
-            args=ocp.args.Composite(
-                **items, data=ocp.args.JsonSave(data), meta=ocp.args.JsonSave(meta)
-            ),
+        self._part.enter_context(unfinished(part))
+        args = ocp.args.Composite(
+            **items, data=ocp.args.JsonSave(data), meta=ocp.args.JsonSave(meta)
         )
+        with self._writing():
+            self.manager.save(step, metrics=metrics, args=args)
 
     def skip(self, *numbers: int) -> None:
         """Leaves batches, or sequences, out of what comes after a restore."""
@@ -195,13 +197,38 @@ class Checkpoints:
         return self.manager.is_saving_in_progress()
 
     def wait(self) -> None:
-        """Returns when everything is on disk."""
-        self.manager.wait_until_finished()
-        self._part.close()
+        """Returns when everything is on disk.
+
+        Raises:
+          NotSaved: A checkpoint could not be written, as on a full disk.
+        """
+        with self._part, self._writing():
+            self.manager.wait_until_finished()
 
     def close(self) -> None:
-        """Ends the writing."""
-        self.manager.close()
+        """Ends the writing.
+
+        Raises:
+          NotSaved: A checkpoint could not be written.
+        """
+        with self._part, self._writing():
+            self.manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Says what to do where the system could not write a checkpoint."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            # Orbax's library of arrays turns errors of the system into this one.
+            if not isinstance(error, OSError) and "os_error_code" not in str(error):
+                raise
+            reason = " ".join(str(error).split())
+            raise NotSaved(
+                f"{self.folder}: a checkpoint cannot be written (...{reason[-200:]});"
+                " make room, or mend the disk; the same command goes on from the"
+                " checkpoint before"
+            ) from error
 
     def _metric(self, metrics: Mapping[str, float]) -> float:
         """Returns what ranks a checkpoint; last, if it was saved for another number."""

@@ -15,7 +15,7 @@ from anchor_jax import interrupts
 from anchor_jax.errors import Stopped, UserError
 from anchor_jax.io import replacing
 from anchor_jax.training import divergence
-from anchor_jax.training.checkpoints import Checkpoints
+from anchor_jax.training.checkpoints import Checkpoints, NotSaved
 from anchor_jax.training.monitor import Monitor
 from anchor_jax.training.programs import Cursor, Stage
 from anchor_jax.training.state import TrainState
@@ -161,7 +161,7 @@ def _saving_on_error(
     """Saves the state and cursor of `now` when something fails between two steps."""
     try:
         yield
-    except divergence.Diverged:
+    except (divergence.Diverged, NotSaved):
         raise
     except Exception:
         state, cursor = now()

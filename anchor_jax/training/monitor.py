@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from anchor_jax import ownership
-from anchor_jax.io import write_text
+from anchor_jax.io import explained, write_text
 from anchor_jax.training.files import LOG, read_log
 
 EVENTS = "events"
@@ -113,7 +113,7 @@ class Monitor:
         if self.quiet:
             return
         ownership.check(self.path)
-        with self.path.open("a", encoding="utf-8") as log:
+        with explained(self.path), self.path.open("a", encoding="utf-8") as log:
             log.write(json.dumps({"step": step, **means}) + "\n")
         if self.events is not None:
             for name, value in means.items():

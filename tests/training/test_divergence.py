@@ -10,7 +10,7 @@ import pytest
 
 from anchor_jax import io
 from anchor_jax.errors import UserError
-from anchor_jax.training.checkpoints import Checkpoints
+from anchor_jax.training.checkpoints import Checkpoints, NotSaved
 from anchor_jax.training.loop import Loop, train
 from anchor_jax.training.monitor import Monitor
 from anchor_jax.training.programs import Cursor
@@ -290,3 +290,42 @@ def test_a_checkpoint_under_way_is_removed_at_an_end_until_it_is_whole(tmp_path)
     assert seen == [set(), {"1.orbax-checkpoint-tmp"}]
     checkpoints.wait()
     assert not io._unfinished
+
+
+def test_after_a_checkpoint_that_was_not_saved_no_other_is_tried(tmp_path, monkeypatch):
+    steps = []
+
+    def fail(self, state, cursor, means=None):
+        steps.append(int(state.step))
+        raise NotSaved("no room")
+
+    monkeypatch.setattr(Checkpoints, "save", fail)
+    assert attempt(tmp_path, 6)[0] == "no room"
+    assert steps == [2]
+
+
+@pytest.mark.parametrize("place", ["wait", "close", "save"])
+def test_a_disk_that_is_full_is_reported_and_no_half_checkpoint_left(tmp_path, place):
+    checkpoints, part = Checkpoints(tmp_path, {}), tmp_path / "2.orbax-checkpoint-tmp"
+
+    class Full:
+        def all_steps(self):
+            return []
+
+        def wait_until_finished(self):
+            if part.exists():
+                raise ValueError("Failed: No space left [os_error_code='28']\n" * 99)
+
+        close = wait_until_finished
+
+        def save(self, step, **given):
+            part.mkdir()
+            if place == "save":
+                self.wait_until_finished()
+
+    checkpoints.manager = Full()
+    with pytest.raises(UserError, match=r"^.{,400} make room.* goes on from the"):  # noqa: PT012
+        checkpoints.save(begin().replace(step=jnp.int32(2)), Cursor(2))
+        getattr(checkpoints, place)()
+    checkpoints._part.close()
+    assert not part.exists()
