@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 
 import numpy as np
@@ -191,7 +192,8 @@ def test_sizes_that_the_weights_do_not_have_are_reported(tmp_path):
     shutil.copy(GOLDEN / "dit_weights.safetensors", tmp_path / "set")
     model = json.loads((folder / "config.json").read_text())["model"]
     change_config(folder, model=model | {"num_layers": 4})
-    assert "blocks.3.modulation: missing" in run.report(run.verify_case(folder))
+    # Of many names that are missing some are shown.
+    assert re.search(r"blocks\.3\.\S+: missing", run.report(run.verify_case(folder)))
     change_config(folder, model=model | {"num_heads": 7})
     assert "multiple of num_heads" in run.report(run.verify_case(folder))
 
