@@ -134,8 +134,9 @@ def _module(name: str) -> str:
 
 
 def _dotted(flat: str) -> str:
+    # Some write an underscore more after the prefix.
     for source in BLOCK_MODULES:
-        fields = Rule(source.replace(".", "_"), source).match_source(flat)
+        fields = Rule(source.replace(".", "_"), source).match_source(flat.lstrip("_"))
         if fields is not None:
             return fill(source, fields)
     return flat

@@ -61,7 +61,17 @@ _SECTIONS = (
 )
 _OF_TRAINERS = ("type", "dtype", "verbose", "apply_to_critic", "dropout")
 _COMPONENTS = ("transformer", "generator")
-_PATTERN = re.compile(r"\^?[\w.\\]+\$?")
+_OF_KOHYA = tuple(f"ss_network_{name}" for name in ("module", "args", "alpha", "dim"))
+_PATTERN = re.compile(r"\^?(?:\w|\\?\.)+\$?")
+_DIGITS = re.compile(r"-?\d{1,12}(?:\.\d{0,12})?")
+# Names of scales; those of the second kind mean it only beside the tensors themselves.
+_SCALE = re.compile(
+    r"(?:(?:lora|network|adapter|linear|peft)_?(?:alphas?|scale|scaling|multiplier"
+    r"|strength)|alpha_pattern|(?:use_)?rslora)"
+)
+_SCALE_BESIDE = re.compile(r"alphas?|scales?|scaling|multiplier|strength")
+# In a config of a whole training these can be of anything else.
+_ANYTHING = re.compile(rf"r|rank|{_SCALE_BESIDE.pattern}")
 _MERGE = "merge the adapters with the library that wrote them first"
 
 
@@ -76,6 +86,8 @@ class Statement:
       alphas: By pattern of a module's name, the first that fits.
       ranks: Likewise.
       rslora: Alpha is divided by the rank's square root (rsLoRA, arXiv:2312.03732).
+      is_whole: It is a whole config of PEFT, whose alpha is not the rank where missing.
+      unclear: Names of settings that may be a scale, and are not known.
     """
 
     origin: str
@@ -84,6 +96,8 @@ class Statement:
     alphas: tuple[tuple[str, float], ...] = ()
     ranks: tuple[tuple[str, int], ...] = ()
     rslora: bool = False
+    is_whole: bool = False
+    unclear: tuple[str, ...] = ()
 
     def alpha_of(self, module: str) -> float | None:
         return _first(self.alphas, module, self.alpha)
@@ -117,13 +131,21 @@ def of_tensors(alphas: Mapping[str, float]) -> Statement:
     return Statement("the file's alpha tensors", alphas=pairs)
 
 
-def of_peft(origin: str, settings: Mapping[str, Any]) -> Statement:
+def of_peft(
+    origin: str, settings: Mapping[str, Any], is_whole: bool = True
+) -> Statement:
     """Returns what settings of PEFT say.
+
+    Args:
+      origin: Where they stand, for messages.
+      settings: By name.
+      is_whole: Whether they are a whole config of PEFT.
 
     Raises:
       Mismatch: A setting is of a wrong type, or changes what tensors mean in a way that
         is not read; all are listed.
     """
+    settings = {name: _plain_number(value) for name, value in settings.items()}
     problems = [f"{origin}: {line}" for line in _check(settings)]
     if problems:
         raise Mismatch(problems)
@@ -134,7 +156,15 @@ def of_peft(origin: str, settings: Mapping[str, Any]) -> Statement:
         tuple((settings.get("alpha_pattern") or {}).items()),
         tuple((settings.get("rank_pattern") or {}).items()),
         bool(settings.get("use_rslora")),
+        is_whole,
     )
+
+
+def _plain_number(value: Any) -> Any:
+    """Returns a number that is written as text, and whole ones as integers."""
+    if isinstance(value, str) and _DIGITS.fullmatch(value):
+        value = float(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _check(settings: Mapping[str, Any]) -> Iterator[str]:
@@ -193,27 +223,52 @@ def of_sections(
     Raises:
       Mismatch: As `of_peft`.
     """
-    content = {str(name): _parsed(value) for name, value in content.items()}
-    statements, unused = [], []
+    pairs = [(_plain_name(name), _parsed(value)) for name, value in content.items()]
+    content, statements, unused = dict(pairs), [], []
     if any(name.startswith("ss_network") for name in content):
         statements.append(_of_kohya(origin, content))
-    top = {}
-    for name, value in content.items():
+    top, unclear = {}, []
+    for name, value in pairs:
+        known = _NAMES.get(name, name)
         if name in _SECTIONS and isinstance(value, Mapping):
             inner = _component(f"{origin}, {name}", value)
             statements.append(of_peft(f"{origin}, {name}", inner))
         elif name in ("config", "args") and isinstance(value, Mapping):
             # There `rank` can be a process, and `alpha` anything.
-            plain = {k: v for k, v in value.items() if k not in ("rank", "alpha", "r")}
+            plain = {k: v for k, v in value.items() if not _ANYTHING.fullmatch(k)}
             statements += of_sections(f"{origin}, {name}", plain)[0]
             unused.append(name)
-        elif _NAMES.get(name, name) in {*_USED, *_NEUTRAL, "init_lora_weights"}:
-            top[_NAMES.get(name, name)] = value
-        else:
+        elif known in {*_USED, *_NEUTRAL, "init_lora_weights"}:
+            if top.setdefault(known, value) != value:
+                raise Mismatch([f"{origin}: {known} is both {top[known]} and {value}"])
+        elif name not in _OF_KOHYA:
             unused.append(name)
+            unclear += _scales_in(name, value, _SCALE_BESIDE)
     if top:
-        statements.append(of_peft(origin, top))
+        statements.append(of_peft(origin, top, is_whole=False))
+    if unclear:
+        statements.append(Statement(origin, unclear=tuple(unclear)))
     return statements, unused
+
+
+def _plain_name(name: Any) -> str:
+    """Returns the name of a setting in small letters, without its component."""
+    start, dot, rest = str(name).partition(".")
+    return (rest if dot and start in _COMPONENTS else str(name)).lower()
+
+
+def _scales_in(
+    name: str, value: Any, beside: re.Pattern | None = None
+) -> Iterator[str]:
+    """Yields the names in a setting, or within it, that may be those of a scale."""
+    if value in (None, False, "", [], {}):
+        return
+    if any(one and one.fullmatch(name) for one in (_SCALE, beside)):
+        yield name
+    elif isinstance(value, Mapping):
+        for inner, part in value.items():
+            for found in _scales_in(_plain_name(inner), part):
+                yield f"{name}.{found}"
 
 
 def _parsed(value: Any) -> Any:
@@ -340,22 +395,29 @@ def settle(
     if given is not None and (type(given) not in (int, float) or not 0 < given < 2**31):
         raise UserError(f"alpha={given!r}: expected a number above 0")
     problems, factors, silent = [], {}, []
+    for one in statements if given is None else ():
+        if one.unclear:
+            names = ", ".join(one.unclear[:6])
+            problems.append(
+                f"{one.origin}: {names:.200} may scale the adapters, and is not read;"
+                " give what they are scaled by with --alpha"
+            )
     rslora = any(one.rslora for one in statements)
     for module, rank in ranks.items():
         problems += _other_ranks(module, rank, statements)
-        said = {one.origin: one.factor(module, rank) for one in statements}
-        said = {origin: factor for origin, factor in said.items() if factor is not None}
+        said = [(one.origin, one.factor(module, rank)) for one in statements]
+        said = [(origin, factor) for origin, factor in said if factor is not None]
         if given is not None:
             factors[module] = scale(given, rank, rslora)
             continue
-        if len({round(math.log(factor), 5) for factor in said.values()}) > 1:
-            told = ", ".join(f"{origin} {value:g}" for origin, value in said.items())
+        if len({round(math.log(factor), 5) for _, factor in said}) > 1:
+            told = ", ".join(f"{origin} {value:g}" for origin, value in said)
             problems.append(
                 f"{module}: different factors ({told}); choose one with --alpha"
             )
         if not said:
             silent.append(module)
-        factors[module] = next(iter(said.values()), 1.0)
+        factors[module] = said[0][1] if said else 1.0
     if problems:
         raise Mismatch(problems)
     if silent and (default is None or len(silent) < len(ranks)):

@@ -310,7 +310,9 @@ def _scales(
     default = None
     if source.key == "generator_lora":
         default = "as in the published trainings of this layout (generator_lora)"
-    elif source.adapters.form == "other" and not source.settings:
+    elif source.adapters.form == "other" and not any(
+        one.is_whole for one in source.statements
+    ):
         default = "so do other readers of this kind of file where it says nothing"
     try:
         return lora_settings.settle(

@@ -31,7 +31,7 @@ VAE_FILE = "Wan2.1_VAE"
 
 _FRAGMENTS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 _PREFIXES = ("module.", "model.", "diffusion_model.")
-_LORA_PREFIXES = (PEFT, "transformer.", *_PREFIXES)
+_LORA_PREFIXES = (PEFT, "transformer.", "pipe.dit.", *_PREFIXES)
 # One file for all networks has the transformer's below the first.
 _WITHIN = "model.diffusion_model."
 _BESIDE = ("first_stage_model.", "cond_stage_model.", "text_encoders.", "vae.")
@@ -276,7 +276,7 @@ def open_lora(path: str | pathlib.Path) -> Source:
         path = first_of(path, recognise.ADAPTER_FILES) or _only(path)
     recognise.check_name(path)
     content = open_weights(path)
-    values, key, notes = content.values, _lora_key(content.values), []
+    values, key, notes = content.values, _lora_key(path, content.values), []
     if key is not None:
         notes.append(f"its entry {key!r} is used" + _others(values, key))
     arrays = tensors_of(path, _own_tensors(values) if key is None else values[key])
@@ -291,7 +291,9 @@ def open_lora(path: str | pathlib.Path) -> Source:
             f" {PEFT}blocks.0.ffn.0.lora_A.weight"
         )
     said = content.header or {
-        name: value for name, value in values.items() if name not in arrays
+        name: value
+        for name, value in values.items()
+        if name not in arrays and name != key
     }
     statements, unused = lora_settings.of_sections(path.name, said)
     if found.alphas:
@@ -329,8 +331,12 @@ def _only(folder: pathlib.Path) -> pathlib.Path:
     )
 
 
-def _lora_key(values: Mapping[str, Any]) -> str | None:
-    """Returns the entry of a checkpoint that holds its adapters, None: it is all."""
+def _lora_key(path: pathlib.Path, values: Mapping[str, Any]) -> str | None:
+    """Returns the entry of a checkpoint that holds its adapters, None: it is all.
+
+    Raises:
+      UserError: Several entries hold some.
+    """
     if isinstance(values.get("generator_lora"), dict):
         return "generator_lora"
     dicts = [name for name, value in values.items() if isinstance(value, dict)]
@@ -340,7 +346,13 @@ def _lora_key(values: Mapping[str, Any]) -> str | None:
         if recognise.kind_of(map(str, values[name])) == "adapters"
     ]
     alone = not any(isinstance(value, np.ndarray) for value in values.values())
-    return with_adapters[0] if alone and len(with_adapters) == 1 else None
+    if alone and len(with_adapters) > 1:
+        names = ", ".join(str(name)[:40] for name in with_adapters[:6])
+        raise UserError(
+            f"{path} holds several adapters, {names}; save the one that you want in a"
+            " file of its own"
+        )
+    return with_adapters[0] if alone and with_adapters else None
 
 
 def _own_tensors(values: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -67,8 +67,10 @@ def need(setup: StreamSetup, batch: int = 1) -> Need:
         len(setup.levels) * policy.block * _itemsize(setup.solver.dtype(model.dtype))
     )
     recent = setup.recent * _itemsize(model.dtype)
+    # A block that is not remembered leaves no keys and values of all layers.
+    held = policy.slots + prior + policy.block if policy.remembers else 0
     return Need(
-        cache=token * rows * tokens * (policy.slots + prior + policy.block),
+        cache=token * rows * tokens * held,
         context=token * rows * model.text_len,
         latents=values * model.latent_channels * (noise + recent),
         pixels=values * policy.block * _PIXELS,
@@ -108,19 +110,20 @@ def check(setup: StreamSetup, batch: int = 1, where: str = "") -> None:
         )
 
 
-def available_bytes() -> int:
+def available_bytes() -> float:
     """Returns the bytes that a stream may take: of its devices, or of the host.
 
-    Of a device it is all that JAX may use, of the host what is free and allowed.
+    Of a device it is all that JAX may use, without limit if JAX does not say it; of the
+    host what is free and allowed.
     """
     device = jax.local_devices()[0]
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    if device.platform == "cpu" or not limit:
+    if device.platform == "cpu":
         return _host_bytes()
+    limit = (device.memory_stats() or {}).get("bytes_limit") or math.inf
     return limit * (jax.device_count() if sharding.is_on_mesh() else 1)
 
 
-def _host_bytes() -> int:
+def _host_bytes() -> float:
     found = [math.inf, *map(_number, _CGROUPS)]
     known = _lines("/proc/meminfo")
     if "MemAvailable" in known:

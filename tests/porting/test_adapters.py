@@ -70,6 +70,10 @@ FORMS = {
     "bare": PLAIN,
     "musubi": renamed(flat),
     "diffusers": renamed(lambda name: "transformer." + diffusers(name)),
+    "an underscore more": renamed(
+        lambda name: flat(name).replace("lora_unet_", "lora_unet__")
+    ),
+    "of a pipeline": renamed("pipe.dit.{}".format),
     "kohya of diffusers": renamed(lambda name: flat(diffusers(name))),
     "older diffusers": renamed(
         lambda name: (
@@ -138,6 +142,10 @@ HEADERS = {
     },
     "diffusers, one network": {"lora_adapter_metadata": json.dumps(PEFT_SETTINGS)},
     "plain": {"lora_alpha": "16", "rank": "2"},
+    "a fraction as text": {"lora_alpha": "16.0", "rank": "2.0"},
+    "capitals": {"LoRA_Alpha": "16"},
+    "of a component": {"transformer.lora_alpha": "16"},
+    "text in a section": {"lora_config": json.dumps({"r": 2, "alpha": "16.0"})},
     "kohya": {
         "ss_network_alpha": "16.0",
         "ss_network_dim": "2",
@@ -222,8 +230,9 @@ def test_settings_of_peft_are_used(planned, settings, module, factor):
         {"init_lora_weights": "olora"},
         {"rank_pattern": {"self_attn.q": 8}},
         {"alpha_pattern": {"(a+)+b": 8}},
+        {"alpha_pattern": {r"blocks\.\d\.self_attn\.q": 8}},
         {"alpha_pattern": {"q": -1}},
-        {"lora_alpha": "16"},
+        {"lora_alpha": "16,0"},
         {"lora_alpha": 0},
         {"r": 3},
         {"peft_type": "IA3"},
@@ -270,6 +279,45 @@ def test_statements_that_disagree_are_refused_until_one_is_chosen(planned):
         rtol=1e-6,
     )
     assert any("--alpha replaces alpha 16" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize(
+    "header, message",
+    [
+        ({"lora_scale": "0.5"}, "lora_scale may scale"),
+        ({"Scaling": "2"}, "scaling may scale"),
+        ({"network_alphas": '{"blocks.0": 1}'}, "network_alphas may scale"),
+        ({"training_config": '{"a": {"lora_alpha": 4}}'}, "training_config.a.lora_a"),
+        ({"lora_alpha": "4", "alpha": "8"}, "both 4 and 8"),
+        ({"lora_alpha": "4", "ss_network_alpha": "8"}, "different factors"),
+        ({"lora_adapter_metadata": '{"r": 2}'}, "nothing says alpha"),
+    ],
+)
+def test_a_header_that_may_scale_is_never_passed_over(planned, header, message):
+    with pytest.raises(UserError, match=message):
+        planned(FORMS["comfyui"], header)
+
+
+def test_a_setting_that_may_scale_is_settled_by_alpha(planned):
+    plan = planned(FORMS["comfyui"], {"lora_scale": "0.5", "snr_alpha": "3"}, alpha=6)
+
+    assert plan.meta["sources"][1]["alpha"] == 6
+    plan = planned(FORMS["comfyui"], {"snr_alpha": "3", "config": '{"scale": 2}'})
+    assert plan.meta["sources"][1]["alpha"] == SMALL.rank
+
+
+def test_adapters_among_the_entries_of_a_checkpoint(base, tmp_path):
+    path = tmp_path / "final.pt"
+    write_torch(path, {"lora": PLAIN, "config": {"lora": {"alpha": 6}}})
+    plan = port.plan(generator=base, lora=path, method="longlive")
+    assert plan.meta["sources"][1]["alpha"] == 6
+
+    write_torch(path, {"scale": 2.0, **PLAIN})
+    with pytest.raises(UserError, match="scale may scale the adapters"):
+        port.plan(generator=base, lora=path, method="longlive")
+    write_torch(path, {"lora": PLAIN, "ema": PLAIN})
+    with pytest.raises(UserError, match="several adapters, lora, ema"):
+        port.plan(generator=base, lora=path, method="longlive")
 
 
 def test_where_nothing_says_alpha(planned, base, tmp_path):

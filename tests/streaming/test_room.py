@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import tracemalloc
 
 import bundles
@@ -8,6 +9,7 @@ import pytest
 import tiny
 
 from anchor_jax import flow
+from anchor_jax.cache import policies
 from anchor_jax.cache.policies import POLICIES, Policy
 from anchor_jax.cache.positions import Absolute
 from anchor_jax.cli.main import main
@@ -142,3 +144,27 @@ def test_a_stream_of_the_largest_published_model_is_allowed(monkeypatch):
     setup = tiny.setup(model=WAN_14B, grid=LatentGrid())
 
     room.check(dataclasses.replace(setup, guidance=5.0))
+
+
+def test_a_clip_made_at_once_keeps_no_keys_and_values(monkeypatch):
+    from anchor_jax.wan.spec import WAN_14B
+
+    monkeypatch.setattr(room, "available_bytes", lambda: 8 * 10**10)
+    setup = tiny.setup(
+        policies.whole_clip(21), model=WAN_14B, grid=LatentGrid(90, 160), guidance=5.0
+    )
+
+    assert room.need(setup).cache == 0
+    room.check(setup)
+
+
+def test_a_device_that_names_no_limit_has_none(monkeypatch):
+    class Device:
+        platform = "gpu"
+
+        def memory_stats(self):
+            return None
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+
+    assert room.available_bytes() == math.inf
