@@ -28,7 +28,9 @@ _MOST_DOCUMENT = 32 * 2**20
 _SNIFFED = 3  # lines that tell what a file is
 _TABLES = {".csv": (",", ";", "\t"), ".tsv": ("\t",), ".tab": ("\t",)}
 _JSON = (".json", ".jsonl", ".ndjson")
-_ALIASES = {"prompt": ("prompt_en", "caption", "text")}
+_ALIASES = {"prompt": ("prompt_en", "text_prompt", "text prompt", "caption", "text")}
+# Columns by which a first line is taken for a table's header in a file of plain text.
+_HEADERS = {"prompt", "prompts", "prompt_en", "text_prompt", "text prompt"}
 _SAVE_AS = (
     "save the prompts as text with a prompt a line, as JSON lines, or as a .csv with a"
     " column named prompt"
@@ -188,7 +190,7 @@ class PromptFile:
             return "text"
         if suffix in _JSON or re.match(r'\{|\[$|\[\s*[{"]', first[0]):
             return _json_kind(first, suffix)
-        if _is_header(first[0]):
+        if self.comments and _is_header(first[0]):
             raise UserError(
                 f"{self.path}: its first line, {shown(first[0])}, is the header of a"
                 " table; name the file .csv or .tsv, or remove the other columns"
@@ -320,10 +322,11 @@ class PromptFile:
                     " save the prompts as text with a prompt a line"
                 )
             places[column] = header.index(found[0])
-            others = len(header) - 1
+            others = [short(name, 30) for name in header if name != found[0]]
+            more = f" and {len(others) - 6} more" if len(others) > 6 else ""
+            rest = f", not {', '.join(others[:6])}{more}" if others else ""
             self._notes.append(
-                f"{self.path}: a table; read the column {found[0]!r}, not the"
-                f" {others} others"
+                f"{self.path}: a table; read the column {found[0]!r}{rest}"
             )
         optional = [name for name in self._others if header.count(name) == 1]
         return places | {name: header.index(name) for name in optional}
@@ -463,11 +466,13 @@ def _parsed(text: str) -> Any:
 def _is_header(line: str) -> bool:
     """Returns whether a line names columns, of which one is of prompts."""
     for delimiter in ",;\t":
+        # The other names may be words of a prompt, which has blanks.
+        known = _HEADERS if " " in line else {*_HEADERS, "caption", "text"}
         names = [name.strip(' "').lower() for name in line.split(delimiter)]
         plain = all(re.fullmatch(r"[\w -]{1,40}", name) for name in names)
-        if len(names) > 1 and plain and "prompt" in names:
+        if len(names) > 1 and plain and not known.isdisjoint(names):
             return True
-    return False
+    return line.strip(' "').lower() in _HEADERS
 
 
 def _mark(head: bytes) -> tuple[bytes, str]:

@@ -309,7 +309,11 @@ def _checked_entry(entry: Any) -> dict[str, Any]:
         entry["prompts"] = [entry.pop(field)]
     _check_keys(entry)
     if "prompts" not in entry:
-        raise UserError("'prompts' is missing; expected a list of strings")
+        fields = ", ".join(short(key, 20) for key in list(entry)[:8]) or "none"
+        raise UserError(
+            f"'prompts' is missing; expected a list of strings, or one 'prompt'; its"
+            f" fields: {fields}"
+        )
     prompts = entry["prompts"]
     entry = {key: value for key, value in entry.items() if value is not None}
     _check_list(field, prompts, "strings", _is_string)
@@ -328,7 +332,7 @@ def _check_keys(entry: dict[str, Any]) -> None:
     """Raises when a key looks like a misspelt one; published files have others too."""
     absent = [key for key in _KEYS if key not in entry]
     for key in entry:
-        if key not in _KEYS and difflib.get_close_matches(key, absent):
+        if key not in _KEYS and difflib.get_close_matches(key, absent, cutoff=0.75):
             raise UserError(f"unknown key {key!r}{suggest(key, absent, 'keys')}")
 
 

@@ -103,6 +103,26 @@ def test_a_table_under_another_name_is_refused(write):
     assert len(prompts_of(write("a.txt", "a prompt, with a comma\nb\n"))) == 2
 
 
+@pytest.mark.parametrize(
+    "header", ["prompt", "uuid\tText Prompt\tx", "video_id,caption", "text,label"]
+)
+def test_the_header_of_a_table_never_becomes_a_video(write, header):
+    refused(write("a.txt", f"{header}\n1,a red ring,2\n"), "header of a table")
+
+
+def test_words_between_commas_are_a_prompt(write):
+    content = "a sign, text, caption\nblurry, text\n"
+    assert len(prompts_of(write("a.txt", content))) == 2
+
+
+@pytest.mark.parametrize("name", ["Text Prompt", "text_prompt", "prompt_en"])
+def test_columns_of_prompts_under_other_names_are_read(write, name):
+    read = read_scripts(BLOCK, path=write("a.csv", f"id,{name}\n1,a red ring\n"))
+
+    assert read.all[0].prompts == ("a red ring",)
+    assert any("not 'id'" in note for note in read.notes)
+
+
 @pytest.mark.parametrize("name", ["full_info.json", "full_info.txt", "f.jsonl"])
 @pytest.mark.parametrize("indent", [None, 2])
 def test_a_list_of_objects_is_read(write, name, indent):

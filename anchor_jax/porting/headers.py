@@ -12,8 +12,13 @@ HEADER_SETTINGS = (
     *("in_channels", "out_channels", "model_type", "_class_name", "qk_norm"),
     *("cross_attn_norm", "patch_size", "latents_mean", "latents_std", "z_dim"),
     *("image_dim", "added_kv_proj_dim", "pos_embed_seq_len", "is_residual"),
+    *("window_size", "rope_theta", "base_dim", "dim_mult", "num_res_blocks"),
+    *("temperal_downsample", "decoder_base_dim", "vocab_size", "d_model", "d_kv"),
+    *("d_ff", "feed_forward_proj", "layer_norm_epsilon"),
+    *("relative_attention_num_buckets", "relative_attention_max_distance"),
 )
 """Settings of networks that are looked for in the header of a file."""
+_SECTIONS = ("config", "model_config", "transformer_config")
 
 
 def with_header(
@@ -30,8 +35,9 @@ def with_header(
             said[name] = parsed(text)
         except (ValueError, RecursionError):
             continue
-    if isinstance(said.get("config"), dict):
-        said |= said.pop("config")
+    for section in _SECTIONS:
+        if isinstance(said.get(section), dict):
+            said |= said.pop(section)
     known = {name: said.pop(name) for name in list(said) if name in HEADER_SETTINGS}
     problems = [
         f"config.json: {name}={settings[name]!r:.60}, the file's header {value!r:.60}"

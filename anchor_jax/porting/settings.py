@@ -159,13 +159,10 @@ def model_config(source: Source) -> ModelConfig:
     }
     _check_sizes(source, sizes)
     heads = _heads(source, sizes)
-    per_head = settings.get("attention_head_dim", dim // heads)
-    said = {
-        "dim": settings.get("dim", _product(heads, per_head)),
-        **{name: settings.get(name) for name in ("ffn_dim", "num_layers", "freq_dim")},
-        "text_dim": settings.get("text_dim"),
-    }
-    _agree(source, sizes, said)
+    names = ("dim", "ffn_dim", "num_layers", "freq_dim", "text_dim")
+    _agree(source, sizes, {name: settings.get(name) for name in names})
+    per_head = {"attention_head_dim": dim // heads}
+    _agree(source, per_head, {name: settings.get(name) for name in per_head})
     for name in ("in_dim", "in_channels", "out_dim", "out_channels"):
         _agree(source, {name: sizes["latent_channels"]}, {name: settings.get(name)})
     return ModelConfig(
@@ -286,6 +283,9 @@ def _heads(source: Source, sizes: Mapping[str, int]) -> int:
     """
     names = ("num_heads", "num_attention_heads")
     said = [source.settings[name] for name in names if name in source.settings]
+    per_head = source.settings.get("attention_head_dim")
+    if not said and type(per_head) is int and per_head > 0:
+        said = [sizes["dim"] // per_head]
     heads = said[0] if said else published_heads(sizes["dim"], sizes["ffn_dim"])
     if heads is None:
         raise Mismatch(
@@ -310,10 +310,6 @@ def _heads(source: Source, sizes: Mapping[str, int]) -> int:
 def published_heads(dim: int, ffn_dim: int) -> int | None:
     """Returns the number of heads of a published size of Wan2.1, None for others."""
     return _HEADS.get((dim, ffn_dim))
-
-
-def _product(heads: Any, per_head: Any) -> Any:
-    return heads * per_head if type(per_head) is int else per_head
 
 
 def _whole(settings: Mapping[str, Any], name: str, default: int) -> int:

@@ -19,7 +19,7 @@ from anchor_jax.porting.files import (
     shards_of,
     tensors_of,
 )
-from anchor_jax.porting.headers import with_header
+from anchor_jax.porting.headers import HEADER_SETTINGS, with_header
 from anchor_jax.porting.lora_settings import Statement
 from anchor_jax.porting.rules import PEFT, UMT5_ALIAS
 from anchor_jax.porting.torch_file import release
@@ -156,8 +156,10 @@ def _open_single(path: pathlib.Path, item: str) -> Source:
         notes.append("the tokenizer inside is not used; --wan needs google/umt5-xxl/")
     recognise.check_network(path, item, arrays)
     layout = _layout(arrays, _MARKS[item])
-    settings, more = with_header({}, content.header)
-    notes = (*notes, *more)
+    # Beside single files of all networks, config.json is the transformer's.
+    beside, unused = _own_settings(path) if item == "generator" else ({}, ())
+    settings, more = with_header(beside, content.header)
+    notes = (*notes, *unused, *more)
     return Source(
         item, layout, arrays, (path,), settings, prefixes=removed, notes=notes
     )
@@ -210,7 +212,8 @@ def open_generator(
     arrays, within = _within(arrays)
     arrays, prefixes = plain_names(arrays, _PREFIXES)
     recognise.check_network(path, "generator", arrays)
-    settings, more = with_header(_own_settings(path), content.header)
+    beside, unused = _own_settings(path)
+    settings, more = with_header(beside, content.header)
     layout = _layout(arrays, _MARKS["generator"])
     return Source(
         item,
@@ -220,7 +223,7 @@ def open_generator(
         settings,
         key,
         prefixes,
-        notes=(*notes, *within, *more),
+        notes=(*notes, *within, *unused, *more),
     )
 
 
@@ -254,11 +257,15 @@ def _within(arrays: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]
     return own, (f"{len(rest)} tensors of other networks in the file are not used",)
 
 
-def _own_settings(path: pathlib.Path) -> dict[str, Any]:
-    """Returns the settings of a transformer beside its file, if there are some."""
+def _own_settings(path: pathlib.Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Returns the settings of a transformer beside its file, and notes.
+
+    A file that names none of them is of something else.
+    """
     settings = read_settings(path.with_name("config.json"))
-    heads = ("num_heads", "num_attention_heads")
-    return settings if any(name in settings for name in heads) else {}
+    if not settings or any(name in settings for name in HEADER_SETTINGS):
+        return settings, ()
+    return {}, ("config.json beside the file names no setting of it, and is not used",)
 
 
 def open_lora(path: str | pathlib.Path) -> Source:

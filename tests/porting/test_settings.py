@@ -232,3 +232,42 @@ def test_unused_entries_of_a_checkpoint_are_reported(tmp_path):
     assert "generator: its entry 'generator' is used, not generator_ema, step" in (
         plan.notes
     )
+
+
+@pytest.mark.parametrize(
+    "name, flag",
+    [("model.safetensors", "generator"), ("wan2.1_t2v_small.safetensors", "wan")],
+)
+def test_a_config_beside_a_single_file_is_used(tmp_path, name, flag):
+    path, config = tmp_path / name, tmp_path / "config.json"
+    save_file(draw(dit_names(SMALL), np.float32, 0), path, metadata={"num_heads": "2"})
+    options = {flag: path if flag == "generator" else tmp_path, "method": "wan"}
+
+    config.write_text('{"eps": 1e-5}')
+    assert port.plan(**options).meta["model"]["eps"] == 1e-5
+    config.write_text('{"num_heads": 4}')
+    with pytest.raises(UserError, match="num_heads=4, the file's header 2"):
+        port.plan(**options)
+    config.write_text('{"of": "a training"}')
+    assert any("is not used" in note for note in port.plan(**options).notes)
+    save_file(draw(dit_names(SMALL), np.float32, 0), path)
+    config.write_text('{"num_heads": 4}')
+    assert port.plan(**options).meta["model"]["num_heads"] == 4
+
+
+def test_the_width_of_heads_is_used_and_compared(tmp_path):
+    path = tmp_path / "model.safetensors"
+    arrays = draw(dit_names(SMALL), np.float32, 0)
+    options = {"generator": path, "method": "causvid"}
+
+    save_file(arrays, path, metadata={"attention_head_dim": "4"})
+    assert port.plan(**options).meta["model"]["num_heads"] == 4
+    for header, part in (
+        ({"attention_head_dim": "5"}, "does not divide"),
+        ({"attention_head_dim": "4", "num_heads": "2", "dim": "16"}, "head_dim=4"),
+        ({"num_heads": "2", "rope_theta": "5000"}, "rope_theta"),
+        ({"num_heads": "2", "model_config": '{"eps": 3}'}, "eps=3"),
+    ):
+        save_file(arrays, path, metadata=header)
+        with pytest.raises(UserError, match=part):
+            port.plan(**options)
