@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from anchor_jax.errors import UserError
+from anchor_jax.errors import UserError, shown
 from anchor_jax.porting.convert import Mismatch
 from anchor_jax.porting.files import parsed
 
@@ -172,36 +172,38 @@ def _check(settings: Mapping[str, Any]) -> Iterator[str]:
     for name, value in settings.items():
         if name in _NEUTRAL and value not in (_NEUTRAL[name], None, [], {}):
             yield (
-                f"{name}={value!r:.60} changes what tensors mean, expected"
+                f"{name}={shown(value, 60)} changes what tensors mean, expected"
                 f" {_NEUTRAL[name]!r}; {_MERGE}"
             )
         if name not in _KNOWN and value not in (None, False, [], {}, ""):
-            yield f"{name!r:.60}={value!r:.60} is not known; {_MERGE}"
+            yield f"{shown(name, 60)}={shown(value, 60)} is not known; {_MERGE}"
     start = settings.get("init_lora_weights")
     if not any(start is one or start == one for one in _PLAIN_STARTS):
         yield (
-            f"init_lora_weights={start!r:.60} changed the weights below the adapters;"
+            f"init_lora_weights={shown(start, 60)} changed the weights below the"
+            " adapters;"
             " convert them with PEFT (path_initial_model_for_weight_conversion) first"
         )
     yield from _check_number("lora_alpha", settings.get("lora_alpha"), float)
     yield from _check_number("r", settings.get("r"), int)
-    if settings.get("use_rslora") not in (None, True, False):
-        yield f"use_rslora={settings['use_rslora']!r:.60}, expected true or false"
+    rslora = settings.get("use_rslora")
+    if rslora not in (None, True, False):
+        yield f"use_rslora={shown(rslora, 60)}, expected true or false"
     for name, kind in (("alpha_pattern", float), ("rank_pattern", int)):
         yield from _check_pattern(name, settings.get(name), kind)
 
 
 def _check_pattern(name: str, found: Any, kind: type) -> Iterator[str]:
     if found is not None and not isinstance(found, Mapping):
-        yield f"{name}={found!r:.60}, expected an object"
+        yield f"{name}={shown(found, 60)}, expected an object"
         return
     for pattern, value in (found or {}).items():
         if not _PATTERN.fullmatch(pattern):
             yield (
-                f"{name}: {pattern!r:.60} is a regular expression, expected names of"
-                f" modules; {_MERGE}"
+                f"{name}: {shown(pattern, 60)} is a regular expression, expected names"
+                f" of modules; {_MERGE}"
             )
-        yield from _check_number(f"{name}, {pattern!r:.60}", value, kind)
+        yield from _check_number(f"{name}, {shown(pattern, 60)}", value, kind)
 
 
 def _check_number(name: str, value: Any, kind: type) -> Iterator[str]:
@@ -209,7 +211,7 @@ def _check_number(name: str, value: Any, kind: type) -> Iterator[str]:
     if value is None:
         return
     if type(value) not in kinds or not 0 < value < 2**31:
-        yield f"{name}={value!r:.60}, expected a number above 0"
+        yield f"{name}={shown(value, 60)}, expected a number above 0"
 
 
 def of_sections(
@@ -240,7 +242,8 @@ def of_sections(
             unused.append(name)
         elif known in {*_USED, *_NEUTRAL, "init_lora_weights"}:
             if top.setdefault(known, value) != value:
-                raise Mismatch([f"{origin}: {known} is both {top[known]} and {value}"])
+                both = f"{shown(top[known], 60)} and {shown(value, 60)}"
+                raise Mismatch([f"{origin}: {known} is both {both}"])
         elif name not in _OF_KOHYA:
             unused.append(name)
             unclear += _scales_in(name, value, _SCALE_BESIDE)
@@ -309,10 +312,12 @@ def _component(origin: str, section: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in section.items():
         start, dot, rest = name.partition(".")
         if dot and start not in _COMPONENTS:
-            problems.append(f"{origin}: {name!r:.60} is of another network; remove it")
+            other = f"{shown(name, 60)} is of another network"
+            problems.append(f"{origin}: {other}; remove it")
         plain = rest if dot else name
         if plain == "type" and str(value).lower() != "lora":
-            problems.append(f"{origin}: type={value!r:.60}, expected 'lora'; {_MERGE}")
+            kind = shown(value, 60)
+            problems.append(f"{origin}: type={kind}, expected 'lora'; {_MERGE}")
         if plain not in _OF_TRAINERS:
             found[_NAMES.get(plain, plain)] = value
     if problems:
@@ -328,12 +333,14 @@ def _of_kohya(origin: str, header: Mapping[str, Any]) -> Statement:
     last = str(module).rpartition(".")[2]
     algorithm = args.get("algo", "lora") if isinstance(args, Mapping) else args
     if not last.startswith("lora") and last != "kohya":
-        problems.append(f"ss_network_module={module!r:.60}, expected one of LoRA")
+        problems.append(f"ss_network_module={shown(module, 60)}, expected one of LoRA")
     if algorithm not in ("lora", "locon"):
-        problems.append(f"ss_network_args: algo={algorithm!r:.60}, expected 'lora'")
+        found = shown(algorithm, 60)
+        problems.append(f"ss_network_args: algo={found}, expected 'lora'")
     for name in ("dora_wd", "rs_lora", "use_tucker", "use_scalar", "wd_on_output"):
         if isinstance(args, Mapping) and args.get(name) not in (None, False, "False"):
-            problems.append(f"ss_network_args: {name}={args[name]!r:.60} is not read")
+            found = shown(args[name], 60)
+            problems.append(f"ss_network_args: {name}={found} is not read")
     numbers = {"lora_alpha": "ss_network_alpha", "r": "ss_network_dim"}
     said = {}
     for ours, name in numbers.items():

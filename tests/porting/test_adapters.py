@@ -2,13 +2,14 @@
 
 import json
 import math
+import tracemalloc
 
 import jax
 import numpy as np
 import pytest
 from layouts import SMALL, draw, lora_names, write_layout
 from safetensors.numpy import save_file
-from torch_files import write_torch
+from torch_files import Raw, write_torch
 
 from anchor_jax.errors import UserError
 from anchor_jax.porting import port, rules
@@ -517,3 +518,21 @@ def test_mixed_adapters_survive_export(tmp_path, layout):
         adapters_of(again),
         adapters_of(plan),
     )
+
+
+def test_values_that_say_the_same_text_again_and_again_take_no_memory(base, tmp_path):
+    # A list of lists of lists of one text, and so on: 250 GB if written out.
+    text = b"X\0\0\4\0" + b"x" * 2**18
+    many = b"](" + text + b"q\1" + b"h\1" * 999 + b"eq\2"
+    content = b"]q\3(" + many + b"h\2" * 999 + b"e"
+    path = tmp_path / "final.pt"
+    for name in ("a", "alpha", "scale"):
+        write_torch(path, {**PLAIN, "lora": {name: Raw(content)}})
+
+        tracemalloc.start()
+        with pytest.raises(UserError, match=name):
+            port.plan(generator=base, lora=path, method="longlive")
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+
+        assert peak < 2**28
