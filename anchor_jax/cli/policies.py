@@ -111,7 +111,7 @@ def _plans(policy, frames: int, switch: int) -> Iterator[tuple[str, int, object]
     import numpy as np
 
     from anchor_jax.cache.policies import Flush, Rerun
-    from anchor_jax.streaming.session import Clock, landings
+    from anchor_jax.streaming.clock import Clock, landings
 
     @jax.jit
     def block(index):

@@ -514,7 +514,7 @@ def told_switches(switches) -> list[str]:
 
 def tile_frames(script, block: int) -> list[np.ndarray]:
     """Returns the pixel frames of each segment to show: evenly spaced, at most 8."""
-    from anchor_jax.streaming.session import landings
+    from anchor_jax.streaming.clock import landings
 
     starts = (0, *landings(script.switch_frames, block), script.frames)
     # The first latent frame is one pixel frame, every other one four.

@@ -463,8 +463,7 @@ def convert_lora_lazily(
 
 def _scaled(leaf: Lazy, factor: float) -> np.ndarray:
     array = leaf.load()
-    array *= np.asarray(factor, array.dtype)
-    return array
+    return (array.astype(np.float32) * np.float32(factor)).astype(array.dtype)
 
 
 def export_lora(

@@ -357,7 +357,8 @@ class _Job:
             leaf = read(path)
             if not path.endswith("/b") or factor == 1:
                 return leaf
-            return leaf * np.asarray(factor, leaf.dtype)
+            # Rounded once: the factor itself need not be exact in a narrow type.
+            return (leaf.astype(np.float32) * np.float32(factor)).astype(leaf.dtype)
 
         place = folder if self.layout == "generator" else folder / "lora"
         writer.write(place, "adapter_model", tensors, unscaled, progress=self.progress)

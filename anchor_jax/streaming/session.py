@@ -16,11 +16,12 @@ import numpy as np
 
 from anchor_jax import interrupts
 from anchor_jax.bundle import Bundle
-from anchor_jax.cache.policies import Policy, Rerun
+from anchor_jax.cache.policies import Rerun
 from anchor_jax.cache.types import ReadPlan
 from anchor_jax.errors import UserError
 from anchor_jax.prompts import Script
 from anchor_jax.streaming import room, stream
+from anchor_jax.streaming.clock import Clock, check_restart, landings
 from anchor_jax.streaming.decode import decode, decode_next, renew
 from anchor_jax.streaming.recipe import (
     FORMAT_VERSION,
@@ -65,27 +66,6 @@ def advance(variables, state: StreamState, rng, frame, *, setup: StreamSetup):
 
 
 @dataclasses.dataclass(frozen=True)
-class Clock:
-    """The next block's first latent frame, of the video and since a restart."""
-
-    frame: int = 0
-    origin: int = 0
-
-    @property
-    def local(self) -> int:
-        return self.frame - self.origin
-
-    def is_restart(self, policy: Policy) -> bool:
-        return policy.restart is not None and self.local >= policy.restart.every
-
-    def restarted(self, policy: Policy) -> "Clock":
-        return Clock(self.frame, self.frame - policy.restart.overlap)
-
-    def advanced(self, policy: Policy) -> "Clock":
-        return Clock(self.frame + policy.block, self.origin)
-
-
-@dataclasses.dataclass(frozen=True)
 class Frames:
     """The pixel frames of one block, perhaps still being computed.
 
@@ -104,16 +84,6 @@ class Frames:
     def fetch(self) -> np.ndarray:
         """Returns the pixels on the host, once they are there."""
         return np.asarray(self.pixels)
-
-
-def landings(requested: Sequence[int], block: int) -> tuple[int, ...]:
-    """Returns the frames at which switches take effect: at most one a block."""
-    landed, free = [], 0
-    for frame in requested:
-        free = max(free, -(-frame // block) * block)
-        landed.append(free)
-        free += block
-    return tuple(landed)
 
 
 class Session:
@@ -147,7 +117,7 @@ class Session:
             fit into memory, or the prompt is no text of a usable length.
           ValueError: The moments hold another video.
         """
-        _check_restart(setup.policy)
+        check_restart(setup.policy)
         room.check(setup, batch)
         check_prompt(prompt, "prompt")
         check_text(negative_prompt, "negative_prompt")
@@ -588,15 +558,3 @@ class Session:
         self.pending = collections.deque(history[len(self.segments) :])
         while self.frame < frame:
             self._advance()
-
-
-def _check_restart(policy: Policy) -> None:
-    restart = policy.restart
-    if restart is None:
-        return
-    overlap, block = restart.overlap, policy.block
-    if overlap < block or overlap % block or overlap > policy.window:
-        raise UserError(
-            f"restart overlap={overlap} must be a multiple of block={block}, at most"
-            f" window={policy.window}; choose {block}"
-        )

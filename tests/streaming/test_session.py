@@ -15,8 +15,9 @@ from anchor_jax.errors import UserError
 from anchor_jax.experiment import make_policy
 from anchor_jax.prompts import Script, Segment
 from anchor_jax.streaming import stream
+from anchor_jax.streaming.clock import Clock, landings
 from anchor_jax.streaming.loop import DpmPlusPlus, Euler, UniPC
-from anchor_jax.streaming.session import Clock, Session, landings
+from anchor_jax.streaming.session import Session
 from anchor_jax.wan.tokenizer import CutWarning
 
 PROMPTS = (RED, BLUE, GREEN)
