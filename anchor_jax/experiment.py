@@ -569,6 +569,11 @@ def noise_levels(sampler) -> flow.Levels:
     _choice("sampler.solver", sampler.solver, SOLVERS)
     if not 0 < sampler.shift < float("inf"):
         raise UserError(f"sampler.shift={sampler.shift}: expected more than 0")
+    if sampler.solver == "renoise" and sampler.grid not in (None, EVEN):
+        raise UserError(
+            f"sampler.grid={shown(sampler.grid)}: renoise takes its noise levels from"
+            " sampler.steps; leave the grid out, or choose another sampler.solver"
+        )
     if sampler.solver != "renoise":
         if not 1 <= sampler.num_steps <= flow.TRAIN_STEPS:
             raise UserError(

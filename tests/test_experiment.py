@@ -492,3 +492,10 @@ def test_what_was_chosen_is_told():
 
 def test_methods_are_those_that_weights_are_ported_as():
     assert set(experiment.METHODS) == set(port.METHODS)
+
+
+def test_noise_levels_that_a_solver_does_not_use_are_refused():
+    config = load_config("tiny", ["--config.sampler.grid=wan_unipc"])
+
+    with pytest.raises(UserError, match=r"sampler\.grid='wan_unipc': renoise"):
+        experiment.noise_levels(experiment.read_config(config).sampler)

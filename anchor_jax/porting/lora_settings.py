@@ -145,7 +145,7 @@ def of_peft(
       Mismatch: A setting is of a wrong type, or changes what tensors mean in a way that
         is not read; all are listed.
     """
-    settings = {name: _plain_number(value) for name, value in settings.items()}
+    settings = {name: _number_of(name, value) for name, value in settings.items()}
     problems = [f"{origin}: {line}" for line in _check(settings)]
     if problems:
         raise Mismatch(problems)
@@ -160,11 +160,12 @@ def of_peft(
     )
 
 
-def _plain_number(value: Any) -> Any:
-    """Returns a number that is written as text, and whole ones as integers."""
+def _number_of(name: str, value: Any) -> Any:
+    """Returns a setting, of text the number that it is, and ranks as integers."""
     if isinstance(value, str) and _DIGITS.fullmatch(value):
         value = float(value)
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    is_whole = isinstance(value, float) and value.is_integer()
+    return int(value) if is_whole and name == "r" else value
 
 
 def _check(settings: Mapping[str, Any]) -> Iterator[str]:
@@ -450,6 +451,9 @@ def _scales(ranks, factors, statements, given, default) -> Scales:
     if len(values) == 1:
         alpha = values.pop() * largest
         alpha = round(alpha) if math.isclose(alpha, round(alpha)) else alpha
+        # As it is written, since the weights' digest takes it so.
+        said = (given, *(one.alpha for one in statements))
+        alpha = next((one for one in said if one == alpha), alpha)
     notes = list(_notes(ranks, factors, statements, given, default))
     return Scales(factors, alpha, largest, tuple(notes))
 

@@ -282,6 +282,13 @@ def test_statements_that_disagree_are_refused_until_one_is_chosen(planned):
     assert any("--alpha replaces alpha 16" in note for note in plan.notes)
 
 
+def test_alpha_is_kept_as_it_is_written(planned):
+    alpha = planned(FORMS["peft"], alpha=16.0).meta["sources"][1]["alpha"]
+    assert alpha == 16 and isinstance(alpha, float)
+    alpha = planned(FORMS["peft"], settings=PEFT_SETTINGS).meta["sources"][1]["alpha"]
+    assert alpha == 16 and isinstance(alpha, int)
+
+
 @pytest.mark.parametrize(
     "header, message",
     [
