@@ -42,7 +42,7 @@ def with_header(
     problems = [
         f"config.json: {name}={settings[name]!r:.60}, the file's header {value!r:.60}"
         for name, value in known.items()
-        if settings.get(name, value) != value
+        if name in settings and settings[name] != value
     ]
     if problems:
         raise Mismatch(problems)

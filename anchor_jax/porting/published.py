@@ -142,19 +142,20 @@ def tokenizer(ends: bool, extra_ids: int, text_len: int) -> dict[str, Any]:
     return {**shared, "extra_ids": extra_ids, "tokenizer_class": "T5Tokenizer"}
 
 
-def model_index(tokenizer: str | None, scheduler: str | None) -> dict[str, Any]:
+def model_index(tokenizer: Any, scheduler: Any) -> dict[str, Any]:
     """Returns the list of a pipeline's parts.
 
     Args:
-      tokenizer: class that its config names.
-      scheduler: class that its config names.
+      tokenizer: class that its config names, of whatever type that is.
+      scheduler: likewise.
     """
+    tokenizer, scheduler = (
+        name if isinstance(name, str) and name.isidentifier() else None
+        for name in (tokenizer, scheduler)
+    )
     # Names that both transformers 4 and 5 have.
-    names = {
-        None: "T5TokenizerFast",
-        "T5Tokenizer": "T5TokenizerFast",
-        "TokenizersBackend": _FAST,
-    }
+    names = {"T5Tokenizer": "T5TokenizerFast", "TokenizersBackend": _FAST}
+    tokenizer = tokenizer or "T5TokenizerFast"
     return {
         "_class_name": "WanPipeline",
         **_DIFFUSERS,

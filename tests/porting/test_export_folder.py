@@ -261,3 +261,10 @@ def test_an_export_that_fails_leaves_nothing(base, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="make room"):
         export(base, tmp_path / "out" / "back", "wan")
     assert [*(tmp_path / "out").rglob("*")] == []
+
+
+def test_classes_that_are_no_names_are_not_passed_on():
+    plain = published.model_index(None, None)
+
+    for name in (["a"], {}, 3, "", "os; system"):
+        assert published.model_index(name, name) == plain

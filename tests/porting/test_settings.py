@@ -266,6 +266,7 @@ def test_the_width_of_heads_is_used_and_compared(tmp_path):
         ({"attention_head_dim": "5"}, "does not divide"),
         ({"attention_head_dim": "4", "num_heads": "2", "dim": "16"}, "head_dim=4"),
         ({"num_heads": "2", "rope_theta": "5000"}, "rope_theta"),
+        ({"num_heads": "2", "dim": "NaN"}, "dim=nan"),
         ({"num_heads": "2", "model_config": '{"eps": 3}'}, "eps=3"),
     ):
         save_file(arrays, path, metadata=header)
