@@ -322,7 +322,7 @@ class PromptFile:
                     " save the prompts as text with a prompt a line"
                 )
             places[column] = header.index(found[0])
-            others = [short(name, 30) for name in header if name != found[0]]
+            others = [shown(name, 30) for name in header if name != found[0]]
             more = f" and {len(others) - 6} more" if len(others) > 6 else ""
             rest = f", not {', '.join(others[:6])}{more}" if others else ""
             self._notes.append(

@@ -309,7 +309,7 @@ def _checked_entry(entry: Any) -> dict[str, Any]:
         entry["prompts"] = [entry.pop(field)]
     _check_keys(entry)
     if "prompts" not in entry:
-        fields = ", ".join(short(key, 20) for key in list(entry)[:8]) or "none"
+        fields = ", ".join(shown(key, 20) for key in list(entry)[:8]) or "none"
         raise UserError(
             f"'prompts' is missing; expected a list of strings, or one 'prompt'; its"
             f" fields: {fields}"

@@ -36,7 +36,6 @@ _LORA_PREFIXES = (PEFT, "transformer.", "pipe.dit.", *_PREFIXES)
 _WITHIN = "model.diffusion_model."
 _BESIDE = ("first_stage_model.", "cond_stage_model.", "text_encoders.", "vae.")
 _CHUNK = 2**24
-_MAX_JSON = 2**24  # bytes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
