@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import math
 import os
 import pathlib
@@ -58,6 +59,14 @@ class Lazy:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+def _is_no_echo(record: logging.LogRecord) -> bool:
+    return "_SignalingThread" not in str(record.msg)
+
+
+# Orbax's threads log the errors that their caller gets as well.
+logging.getLogger("absl").addFilter(_is_no_echo)
 
 
 class _Writer(ocp.type_handlers.NumpyHandler):

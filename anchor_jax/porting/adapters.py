@@ -225,7 +225,9 @@ def _filled(name: str, array: np.ndarray, rank: int, factor: float) -> Any:
         whole = np.zeros(shape, array.dtype)
         # Rounded once: the factor itself need not be exact in a narrow type.
         part = array.astype(np.float32) * np.float32(factor) if factor != 1 else array
-        whole[tuple(map(slice, array.shape))] = part.astype(array.dtype)
+        # What overflows is found, and named, where weights are looked at.
+        with np.errstate(over="ignore"):
+            whole[tuple(map(slice, array.shape))] = part.astype(array.dtype)
         release(array)
         return whole
 

@@ -33,7 +33,7 @@ def test_a_generator_that_is_not_finite_is_refused(tmp_path, dtype, value):
     assert {*tmp_path.iterdir()} == {folder}
 
 
-def test_adapters_that_are_not_finite_are_refused(tmp_path):
+def test_adapters_that_are_not_finite_are_refused(tmp_path, caplog):
     folder, _ = write_layout(tmp_path / "in", "wan")
     arrays = {
         name.replace("base_model.model", "diffusion_model"): array
@@ -46,6 +46,9 @@ def test_adapters_that_are_not_finite_are_refused(tmp_path):
 
     with pytest.raises(UserError, match=rf"generator lora: .*{name} has values"):
         port.run(plan, tmp_path / "out")
+
+    # Nor does the library log the error beside the message.
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_they_are_ported_and_counted_where_that_is_asked_for(tmp_path, capsys):
