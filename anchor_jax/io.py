@@ -32,6 +32,7 @@ _NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.EM
 _SHOWN = 200  # characters of a name in a message
 _MOST_JSON = 256 * 2**20  # bytes
 _DEEPEST_JSON = 64
+_HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
 
 at_exit: list[Callable[[], None]] = []
 """What `remove_unfinished` calls besides."""
@@ -394,8 +395,11 @@ def _check_json(value: Any) -> None:
                 inner += [(f"{name}.{key}", value) for key, value in one.items()]
             elif isinstance(one, list):
                 inner += [(name, value) for value in one]
-            elif isinstance(one, str):
-                one.encode()
+            elif isinstance(one, str) and (half := _HALF.search(one)):
+                raise ValueError(
+                    f"{name[1:] or 'the text'} has U+{ord(half[0]):04X}, half of a"
+                    " surrogate pair"
+                )
             elif isinstance(one, float) and not math.isfinite(one):
                 text = {math.inf: "Infinity", -math.inf: "-Infinity"}.get(one, "NaN")
                 raise ValueError(f"{name[1:]}={text} is no number that JSON knows")
