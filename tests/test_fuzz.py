@@ -31,7 +31,6 @@ def launched():
     sys.path.remove(str(LAUNCH))
 
 
-@pytest.mark.timeout(900)
 def test_500_changed_files_are_read_or_refused(launched, tmp_path):
     fuzz, _ = launched
     base = tmp_path / "work"
@@ -49,6 +48,20 @@ def test_500_changed_files_are_read_or_refused(launched, tmp_path):
     )
     assert done == 500
     assert report["outcomes"].keys() == set(kinds)
+
+
+def test_the_memory_of_the_process_that_starts_it_does_not_count():
+    ballast = np.ones(2**28, np.uint8)
+
+    done = subprocess.run(
+        [sys.executable, "-c", "import fuzz; print(fuzz._peak())"],
+        cwd=LAUNCH,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert 0 < int(done.stdout) < ballast.size
 
 
 class Kind:
