@@ -31,6 +31,7 @@ _JSON = (".json", ".jsonl", ".ndjson")
 _ALIASES = {"prompt": ("prompt_en", "text_prompt", "text prompt", "caption", "text")}
 # Columns by which a first line is taken for a table's header in a file of plain text.
 _HEADERS = {"prompt", "prompts", "prompt_en", "text_prompt", "text prompt"}
+_CAPTIONS = ("caption", "text")
 _SAVE_AS = (
     "save the prompts as text with a prompt a line, as JSON lines, or as a .csv with a"
     " column named prompt"
@@ -190,7 +191,7 @@ class PromptFile:
             return "text"
         if suffix in _JSON or re.match(r'\{|\[$|\[\s*[{"]', first[0]):
             return _json_kind(first, suffix)
-        if self.comments and _is_header(first[0]):
+        if _is_header(first[0]):
             raise UserError(
                 f"{self.path}: its first line, {shown(first[0])}, is the header of a"
                 " table; name the file .csv or .tsv, or remove the other columns"
@@ -466,8 +467,9 @@ def _parsed(text: str) -> Any:
 def _is_header(line: str) -> bool:
     """Returns whether a line names columns, of which one is of prompts."""
     for delimiter in ",;\t":
-        # The other names may be words of a prompt, which has blanks.
-        known = _HEADERS if " " in line else {*_HEADERS, "caption", "text"}
+        # These may be words of a prompt too, which has blanks or commas.
+        more = [] if " " in line else ["caption"] if delimiter == "," else _CAPTIONS
+        known = {*_HEADERS, *more}
         names = [name.strip(' "').lower() for name in line.split(delimiter)]
         plain = all(re.fullmatch(r"[\w -]{1,40}", name) for name in names)
         if len(names) > 1 and plain and not known.isdisjoint(names):
