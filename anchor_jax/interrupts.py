@@ -67,19 +67,21 @@ class _Section:
       message: shown at the request.
       since: returns when the work began that would be lost; None: it is waited for
         without an end.
+      least: seconds that are waited in any case.
     """
 
     message: str
     since: Callable[[], float] | None
+    least: float
 
     def patience(self, asked: float) -> float:
-        """Returns the seconds to wait: never longer than what would be lost took."""
+        """Returns the seconds to wait: as long as what would be lost took."""
         if self.since is None:
             return math.inf
         try:
-            return asked - self.since()
+            return max(self.least, asked - self.since())
         except Exception:  # noqa: BLE001 - the thread that watches must go on.
-            return 0.0
+            return self.least
 
 
 _process = _Process()
@@ -118,7 +120,9 @@ def checking(progress: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def patient(
-    message: str = "", since: Callable[[], float] | None = None
+    message: str = "",
+    since: Callable[[], float] | None = None,
+    least: float = GRACE,
 ) -> Iterator[None]:
     """A section that ends soon after a request, and whose end is waited for.
 
@@ -127,10 +131,11 @@ def patient(
     Args:
       message: shown at the request: what is waited for.
       since: returns `time.monotonic()` of when the work began that would be lost. The
-        section is waited for as long as that work took, and at least for `GRACE`.
-        None: it is waited for without an end.
+        section is waited for as long as that work took. None: it is waited for
+        without an end.
+      least: seconds that it is waited for in any case.
     """
-    section = _Section(message, since)
+    section = _Section(message, since, least)
     _process.sections.append(section)
     try:
         yield
@@ -257,7 +262,7 @@ def _deadline(first: float) -> float:
     """Returns when a process that was asked to stop is ended."""
     waits = [section.patience(first) for section in _process.sections]
     if waits:
-        return first + max(GRACE, *waits)
+        return first + max(waits)
     return max(first, _process.calm) + GRACE
 
 

@@ -171,6 +171,22 @@ with interrupts.patient("stopping soon", lambda: began):
     assert ends(process) == (130, "", "stopping soon\ninterrupted\n")
 
 
+def test_a_section_may_be_waited_for_longer_than_what_would_be_lost_took():
+    process = start("""
+interrupts.install()
+with interrupts.patient("", time.monotonic, least=60):
+    ready()
+    time.sleep(interrupts.GRACE + 1)
+    print("saved", flush=True)
+interrupts.check()
+""")
+
+    press(process)
+
+    status, shown, _ = ends(process)
+    assert (status, shown) == (130, "saved\n")
+
+
 def test_a_section_that_cannot_tell_its_work_is_not_waited_for():
     process = start("""
 interrupts.install()

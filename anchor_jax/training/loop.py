@@ -23,8 +23,11 @@ from anchor_jax.training.state import TrainState
 _LAG = 2
 """Steps whose numbers are not waited for, so that the device always has work."""
 _STOPPING = (
-    "stopping after this step, with a checkpoint; press Ctrl-C again to end at once"
+    "stopping after this step, with a checkpoint if that takes no longer than the steps"
+    " since the last one; press Ctrl-C again to end at once"
 )
+_SAVING = 3.5
+"""Seconds that a last checkpoint is waited for, however few steps it holds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +60,9 @@ def train(
     """Runs a stage from a state to its last step and returns the last state.
 
     Whatever ends it early, a checkpoint of the last whole step is left, unless another
-    step was under way. A request to stop ends it after a step; while there is no work
-    to be lost yet, as while the first step compiles, it may end the process.
+    step was under way. A request to stop ends it after a step. In a process of the
+    command line nothing is waited for that takes longer than the steps that would be
+    lost: the first step's compilation, or a checkpoint of few steps on a slow disk.
 
     Args:
       stage: compiled steps with their data.
@@ -97,7 +101,8 @@ def train(
                     work.saved()
                 if sample and loop.is_sampled(done):
                     _show(sample, state, done, monitor)
-        with interrupts.patient():
+        began = work.since()
+        with interrupts.patient("", lambda: began, _SAVING):
             _drain(waiting, state, stage, checkpoints, monitor)
             _save(state, cursor, stage, checkpoints, monitor)
             checkpoints.wait()
