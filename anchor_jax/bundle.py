@@ -100,7 +100,12 @@ class PromptEncoder:
         """Returns conditioning [batch, text, dim]; rows past a prompt's end are zero.
 
         Unless parameters are freed, compiles once per batch size.
+
+        Raises:
+          UserError: The texts are one text, whose letters would be taken as prompts.
         """
+        if isinstance(texts, str):
+            raise UserError(f"texts is one text, {shown(texts)}; give a list of them")
         if self.frees:
             with self._turn:
                 encoded = jnp.asarray(self._remembered(texts))

@@ -30,6 +30,7 @@ _REMEDIES = {
 # What file systems without hard links say.
 _NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
 _SHOWN = 200  # characters of a name in a message
+_TRIES = 10
 _MOST_JSON = 256 * 2**20  # bytes
 _DEEPEST_JSON = 64
 _HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
@@ -39,7 +40,7 @@ at_exit: list[Callable[[], None]] = []
 before_replacing: list[Callable[[pathlib.Path], None]] = []
 """Called with a path before it gets its new content; may raise."""
 
-_unfinished: set[pathlib.Path] = set()
+_unfinished: dict[pathlib.Path, bool] = {}  # to whether only we rename it
 _turn = threading.Lock()
 _numbers = itertools.count()
 _process = secrets.token_hex(6)
@@ -161,7 +162,7 @@ def unfinished(part: pathlib.Path) -> Iterator[pathlib.Path]:
 
     `remove_unfinished` removes it earlier, where a process ends at once.
     """
-    with removed_at_end(part):
+    with removed_at_end(part, is_ours=True):
         try:
             yield part
         finally:
@@ -169,15 +170,20 @@ def unfinished(part: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
-def removed_at_end(part: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Has `remove_unfinished` remove a file or folder; leaves it there on exit."""
+def removed_at_end(part: pathlib.Path, is_ours: bool = False) -> Iterator[pathlib.Path]:
+    """Has `remove_unfinished` remove a file or folder; leaves it there on exit.
+
+    Args:
+      part: the file or folder.
+      is_ours: whether no thread of a library gives it another name.
+    """
     with _turn:
-        _unfinished.add(part)
+        _unfinished[part] = is_ours
     try:
         yield part
     finally:
         with _turn:
-            _unfinished.discard(part)
+            _unfinished.pop(part, None)
 
 
 @contextlib.contextmanager
@@ -199,14 +205,37 @@ def scratch_folder() -> Iterator[pathlib.Path]:
 
 
 def remove_unfinished() -> None:
-    """Removes the temporary files and folders that this process is making."""
-    for part in list(_unfinished):
-        # A thread that is still writing a folder must not give it its final name.
-        with contextlib.suppress(OSError):
-            part = part.rename(temporary_name(part))
-        remove(part)
+    """Removes the temporary files and folders that this process is making.
+
+    Threads that still write to them do not get far.
+    """
+    parts = dict(_unfinished)
+    for part, is_ours in parts.items():
+        _stop_writing(part, is_ours)
     for call in at_exit:
         call()
+    for part in parts:
+        remove(part)
+
+
+def _stop_writing(part: pathlib.Path, is_ours: bool) -> None:
+    """Removes what is half made, which a thread may still write.
+
+    It is renamed first: the thread could give it its final name. A file takes the
+    place of a folder that is ours: the thread could make it again.
+    """
+    for _ in range(_TRIES):
+        aside = temporary_name(part)
+        try:
+            part.rename(aside)
+        except OSError:
+            return
+        if is_ours and aside.is_dir():
+            with contextlib.suppress(OSError):
+                part.open("x").close()
+        remove(aside)
+        if not part.is_dir():
+            return
 
 
 def remove(part: pathlib.Path) -> None:

@@ -69,6 +69,8 @@ def test_prompts_are_cleaned_and_rows_past_their_end_are_zero():
     assert plain.shape == (1, 6, 8)
     assert np.abs(plain[0, :4]).min() > 0  # three words and the end
     assert not plain[0, 4:].any()
+    with pytest.raises(UserError, match="give a list"):
+        loaded.encode_prompts(bundles.RED)
 
 
 def test_a_missing_file_says_what_is_expected(tmp_path):

@@ -211,3 +211,23 @@ def test_a_folder_that_is_removed_at_the_end_cannot_get_its_name(tmp_path, monke
         (part / "array").touch()
         io.remove_unfinished()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_thread_cannot_make_a_folder_again_that_is_removed_at_the_end(
+    tmp_path, monkeypatch
+):
+    removed = io.remove
+
+    def write_meanwhile(path):
+        removed(path)
+        if path.name != folder.name:
+            with pytest.raises((FileExistsError, NotADirectoryError)):
+                (folder / "0").mkdir(parents=True)
+
+    with io.making_folder(tmp_path / "weights") as folder:
+        (folder / "0").mkdir()
+        monkeypatch.setattr(io, "remove", write_meanwhile)
+        io.remove_unfinished()
+        monkeypatch.undo()
+        assert list(tmp_path.iterdir()) == []
+        folder.mkdir()

@@ -78,7 +78,9 @@ def _port() -> None:
     from anchor_jax.porting.finite import Watch
 
     if FLAGS.out and not FLAGS.overwrite:
-        port.check_free(FLAGS.out)
+        port.check_free(
+            FLAGS.out, "choose another folder, remove it, or give --overwrite"
+        )
     plan = port.plan(
         FLAGS.wan,
         FLAGS.generator,

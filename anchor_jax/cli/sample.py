@@ -342,10 +342,10 @@ def _choose(jobs: Jobs, overwrite: bool) -> tuple[list[int], list[int]]:
         if not same and not overwrite:
             foreign.append(files[0])
     if foreign:
+        more = f", and so were {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise UserError(
-            f"{foreign[0]} was made by another recipe or program, and"
-            f" {len(foreign) - 1} more; choose another --out, or replace them with"
-            " --overwrite"
+            f"{foreign[0]} was made by another recipe or program{more}; choose another"
+            " --out, or replace what is there with --overwrite"
         )
     return todo, done
 

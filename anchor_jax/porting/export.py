@@ -80,6 +80,7 @@ def export(
 
 def _export(weights, out, layout, item, lora, progress, shard_bytes) -> tuple[str, ...]:
     line = _lineage(weights)
+    _check_present(line[0], item)
     checkpoint.shapes(line[0], item)
     meta = _meta(line, layout)
     job = _Job(line, layout, meta, progress, shard_bytes)
@@ -155,6 +156,12 @@ def _unpublished(line: Sequence[pathlib.Path], why: str) -> UserError:
     else:
         remedy = "that is missing: put it back where it was"
     return UserError(f"weights={given}: began with {origin}, and {why}; {remedy}")
+
+
+def _check_present(folder: pathlib.Path, item: str) -> None:
+    present = [name for name in checkpoint.items(folder) if name in ITEMS]
+    if item not in present:
+        raise UserError(f"{folder} has no item {item!r}{suggest(item, present, 'has')}")
 
 
 def _choose(field: str, value: str, known: Sequence[str]) -> None:

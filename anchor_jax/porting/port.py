@@ -206,14 +206,13 @@ def _watched(plan: Plan, item: str, watch: Watch) -> Any:
     return watch.over(item, plan.items[item], tables)
 
 
-def check_free(out: str | pathlib.Path) -> None:
+def check_free(
+    out: str | pathlib.Path, remedy: str = "choose another folder, or remove it"
+) -> None:
     """Raises `UserError` if a folder holds anything."""
     out = expand(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(
-            f"out={str(out)!r} is there already; choose another folder, or remove it"
-            " (port can also --overwrite)"
-        )
+        raise UserError(f"out={str(out)!r} is there already; {remedy}")
 
 
 def _file(path: pathlib.Path, progress) -> dict[str, Any]:

@@ -27,6 +27,9 @@ def test_port_and_export(tmp_path, capsys):
     assert main(["port", *flags, f"--out={out}", "--overwrite"]) == 0
 
     export = ["export", f"--weights={out}", f"--out={back}", "--layout=diffusers"]
+    capsys.readouterr()
+    assert main([*export, "--item=ema"]) == 2
+    assert "no item 'ema'; has: generator\n" in capsys.readouterr().err
     assert main(export) == 0
     names = {path.name for path in back.iterdir()}
     parts = {"transformer", "text_encoder", "vae", "tokenizer", "scheduler"}
