@@ -226,7 +226,9 @@ def of_sections(
     Raises:
       Mismatch: As `of_peft`.
     """
-    pairs = [(_plain_name(name), _parsed(value)) for name, value in content.items()]
+    # Those who write headers put names in any order.
+    named = sorted(content.items())
+    pairs = [(_plain_name(name), _parsed(value)) for name, value in named]
     content, statements, unused = dict(pairs), [], []
     if any(name.startswith("ss_network") for name in content):
         statements.append(_of_kohya(origin, content))

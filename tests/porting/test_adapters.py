@@ -296,7 +296,7 @@ def test_alpha_is_kept_as_it_is_written(planned):
         ({"Scaling": "2"}, "scaling may scale"),
         ({"network_alphas": '{"blocks.0": 1}'}, "network_alphas may scale"),
         ({"training_config": '{"a": {"lora_alpha": 4}}'}, "training_config.a.lora_a"),
-        ({"lora_alpha": "4", "alpha": "8"}, "both 4 and 8"),
+        ({"lora_alpha": "4", "alpha": "8"}, "both 8 and 4"),
         ({"lora_alpha": "4", "ss_network_alpha": "8"}, "different factors"),
         ({"lora_adapter_metadata": '{"r": 2}'}, "nothing says alpha"),
     ],
