@@ -227,7 +227,7 @@ def of_sections(
       Mismatch: As `of_peft`.
     """
     # Those who write headers put names in any order.
-    named = sorted(content.items())
+    named = sorted(content.items(), key=lambda pair: str(pair[0]))
     pairs = [(_plain_name(name), _parsed(value)) for name, value in named]
     content, statements, unused = dict(pairs), [], []
     if any(name.startswith("ss_network") for name in content):
