@@ -1,4 +1,4 @@
-"""Files that are not what their name says, told by how they begin."""
+"""Recognises, by its first bytes, a file that is not what its name says."""
 
 import pathlib
 import re

@@ -188,12 +188,12 @@ class _Member:
         return None if began is None else began == self.facts.get("began")
 
     def __str__(self) -> str:
-        told = {name: _short(value) for name, value in self.facts.items()}
-        if not {"pid", "host", "since", "command"} <= told.keys():
+        known = {name: _short(value) for name, value in self.facts.items()}
+        if not {"pid", "host", "since", "command"} <= known.keys():
             return f"another process ({self.path})"
         return (
-            f"process {told['pid']} on host {told['host']} since {told['since']}"
-            f" ({told['command']})"
+            f"process {known['pid']} on host {known['host']} since {known['since']}"
+            f" ({known['command']})"
         )
 
 

@@ -19,7 +19,7 @@ from anchor_jax.text import check_text
 
 Item = TypeVar("Item")
 PROMPT_FIELDS = ("prompt", "prompt_en")
-"""Of an object with one prompt; `prompts` is a list of several."""
+"""Names of the field that holds a prompt. `prompts` holds a list of prompts instead."""
 
 _MOST_LINE = 4 * 2**20  # bytes
 _MOST_PIPED = 256 * 2**20  # bytes

@@ -421,9 +421,9 @@ def settle(
             factors[module] = scale(given, rank, rslora)
             continue
         if len({round(math.log(factor), 5) for _, factor in said}) > 1:
-            told = ", ".join(f"{origin} {value:g}" for origin, value in said)
+            stated = ", ".join(f"{origin} {value:g}" for origin, value in said)
             problems.append(
-                f"{module}: different factors ({told}); choose one with --alpha"
+                f"{module}: different factors ({stated}); choose one with --alpha"
             )
         if not said:
             silent.append(module)

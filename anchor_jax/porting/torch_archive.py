@@ -95,14 +95,14 @@ class Archive:
         encoding = "utf-8" if flags & _FLAG_UTF8 else "cp437"
         own_name = self.data[begin : begin + name_size].decode(encoding, "replace")
         # A size of all ones stands in the extra field; flagged ones follow the data.
-        told = not flags & _FLAG_SIZES_FOLLOW and size != 2**32 - 1
+        has_sizes = not flags & _FLAG_SIZES_FOLLOW and size != 2**32 - 1
         agrees = (
             magic == b"PK\x03\x04"
             and own_name == info.orig_filename
             and method == zipfile.ZIP_STORED
             and not flags & _FLAG_ENCRYPTED
             and info.compress_size == info.file_size
-            and (not told or packed == size == info.file_size)
+            and (not has_sizes or packed == size == info.file_size)
         )
         if not agrees or stop > self.end:
             raise Unreadable(

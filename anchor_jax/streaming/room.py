@@ -51,7 +51,7 @@ class Need:
 
 
 def need(setup: StreamSetup, batch: int = 1) -> Need:
-    """Returns what a stream of so many videos takes, without taking it.
+    """Returns the memory that a stream needs. Nothing is allocated.
 
     Weights and what a pass computes on its way come on top.
     """
