@@ -123,5 +123,5 @@ def test_the_shipped_tables_are_the_readmes(part):
 
     assert (root / "launch" / "ablation" / f"{part}.md").read_text() == text + "\n"
     values, _, differences = text.split("\n\n")[:3]
-    readme = (root / "README.md").read_text()
+    readme = (root / "launch" / "ablation" / "README.md").read_text()
     assert values in readme and differences in readme
