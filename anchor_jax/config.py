@@ -108,6 +108,20 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return overrides, [*others, *argv[end:]]
 
 
+def check_exclusive(
+    overrides: Sequence[str], exclusive: Sequence[tuple[str, str]]
+) -> None:
+    """Raises UserError if the overrides set both fields of an exclusive pair."""
+    given = {_OVERRIDE.fullmatch(one)["field"] for one in overrides}
+    for pair in exclusive:
+        if given.issuperset(pair):
+            first, second = pair
+            raise UserError(
+                f"config.{first} and config.{second} are both given, and only one can"
+                " be used; leave one out"
+            )
+
+
 def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """Returns the locked config of `FILE[:ARGUMENT]` with overrides applied in order.
 

@@ -12,6 +12,9 @@ A command is a module with
 
 Long work calls `anchor_jax.interrupts.check()` wherever it can stop.
 
+A command may name pairs of config fields of which only one can be given on the command
+line: `EXCLUSIVE = (("prompt", "prompt_file"),)`.
+
 Whatever is slow to import (jax) is best imported inside `main`.
 """
 

@@ -130,7 +130,8 @@ def _dispatch(argv: list[str]) -> int:
         if any(help_flag in before_end for help_flag in _HELP):
             print(_teach(name, module, own))
             return 0
-        arguments = _parse_flags(name, rest, own)
+        exclusive = getattr(module, "EXCLUSIVE", ())
+        arguments = _parse_flags(name, rest, own, exclusive)
         if len(arguments) > 1 and not hasattr(module, "ARGUMENTS"):
             raise UserError(
                 f"{name} takes flags only, got {shown(arguments[1])}; flags start with"
@@ -175,15 +176,23 @@ def _own_flags(module: ModuleType) -> Iterator[list[str]]:
             delattr(FLAGS, name)
 
 
-def _parse_flags(name: str, argv: list[str], own: list[str]) -> list[str]:
+def _parse_flags(
+    name: str, argv: list[str], own: list[str], exclusive: Sequence[tuple[str, str]]
+) -> list[str]:
     """Parses the command's flags, loads its config, and returns what is left."""
     overrides = []
     if "config" in own:
         from anchor_jax import config
 
         overrides, argv = config.split_overrides(argv)
+        config.check_exclusive(overrides, exclusive)
     try:
         arguments = FLAGS([f"anchor-jax {name}", *argv])
+    except flags.UnrecognizedFlagError as error:
+        hint = "a field of the config is set with --config.FIELD=VALUE; "
+        raise UserError(
+            f"{error}; {hint * ('config' in own)}see: anchor-jax {name} --help"
+        ) from error
     except flags.Error as error:
         raise UserError(f"{error}; see: anchor-jax {name} --help") from error
     except RecursionError as error:

@@ -61,6 +61,12 @@ _LOOKED_AT = 10_000  # videos whose prompts are looked at before the first is ma
 _ENCODED_AHEAD = 10_000  # videos whose prompts are encoded at once
 
 
+EXCLUSIVE = (
+    ("prompt", "prompt_file"),
+    ("sampler.negative_prompt", "sampler.negative_prompt_file"),
+)
+
+
 def define_flags() -> None:
     """Defines the command's flags."""
     configs.define_config_flag()

@@ -252,3 +252,25 @@ def test_warnings_of_the_package_read_as_those_of_a_command(capsys):
 def test_arguments_that_are_no_text_are_refused(capsys, argv, message):
     assert main.main(argv) == 2
     assert f"error: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags_given", "message"),
+    [
+        (
+            ["--config.prompt=a[1s]", "--config.prompt_file=a.txt"],
+            "config.prompt and config.prompt_file are both given",
+        ),
+        (
+            [
+                "--config.sampler.negative_prompt=a",
+                "--config.sampler.negative_prompt_file=a.txt",
+            ],
+            "leave one out",
+        ),
+        (["--prompt=a"], "set with --config.FIELD=VALUE; see"),
+    ],
+)
+def test_flags_that_would_be_dropped_are_refused(capsys, flags_given, message):
+    assert main.main(["sample", "--config=tiny", *flags_given]) == 2
+    assert message in capsys.readouterr().err
