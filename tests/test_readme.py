@@ -58,9 +58,13 @@ def test_commands_and_fields_exist(path, monkeypatch):
         assert given or not fields
 
 
-def test_the_first_pages_program_writes_a_video(tmp_path):
-    (program,) = blocks(ROOT / "README.md", "python")
+PROGRAMS = [(path, code) for path in PAGES for code in blocks(path, "python")]
 
+
+@pytest.mark.parametrize(
+    ("path", "program"), PROGRAMS, ids=[name_of(path) for path, _ in PROGRAMS]
+)
+def test_programs_run_as_they_stand(path, program, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=tmp_path,
@@ -70,4 +74,5 @@ def test_the_first_pages_program_writes_a_video(tmp_path):
     )
 
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "first.mp4").stat().st_size > 1000
+    written = {file.name for file in tmp_path.iterdir()}
+    assert written == set(re.findall(r'"(\w+\.(?:mp4|safetensors))"', program))
