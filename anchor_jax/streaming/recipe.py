@@ -323,6 +323,10 @@ def parse_switches(given: Any, where: str) -> tuple[Switch, ...]:
 
 def check_prompt(prompt: str, where: str) -> None:
     """Raises UserError unless it is text that a prompt can be."""
+    if not isinstance(prompt, str):
+        raise UserError(
+            f"{where} is {shown(prompt)}, expected text; write what to show"
+        )
     if not prompt.strip() or len(prompt) > MAX_PROMPT_CHARACTERS:
         raise UserError(
             f"{where}: got {len(prompt)} characters, expected from 1 to"

@@ -262,6 +262,14 @@ def test_play_wants_a_fresh_session():
         session.play(script(6))
 
 
+def test_a_prompt_of_another_type_is_refused():
+    session = make()
+    with pytest.raises(UserError, match="prompt is 3, expected text"):
+        session.switch(3)
+    with pytest.raises(UserError, match="expected text"):
+        make(prompt=[RED])
+
+
 def test_a_prompt_that_is_cut_gives_a_warning():
     session = make(prompt=f"{BLUE} and {RED} and {GREEN}")
 
