@@ -157,12 +157,16 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextlib.contextmanager
-def unfinished(part: pathlib.Path) -> Iterator[pathlib.Path]:
+def unfinished(part: pathlib.Path, is_ours: bool = True) -> Iterator[pathlib.Path]:
     """Removes a temporary file or folder on exit, if it still has its name.
 
     `remove_unfinished` removes it earlier, where a process ends at once.
+
+    Args:
+      part: the file or folder.
+      is_ours: whether no thread of a library gives it another name.
     """
-    with removed_at_end(part, is_ours=True):
+    with removed_at_end(part, is_ours):
         try:
             yield part
         finally:

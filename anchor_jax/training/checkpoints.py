@@ -112,7 +112,7 @@ class Checkpoints:
         self.wait()
         # What Orbax is writing would be left where it fails, or the process ends.
         part = self.folder / f"{step}.orbax-checkpoint-tmp"
-        self._part.enter_context(unfinished(part))
+        self._part.enter_context(unfinished(part, is_ours=False))
         args = ocp.args.Composite(
             **items, data=ocp.args.JsonSave(data), meta=ocp.args.JsonSave(meta)
         )
