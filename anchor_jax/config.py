@@ -262,13 +262,26 @@ def _check_get_config(
     if not callable(get_config):
         raise UserError(f"config {path} has no function get_config(); add one")
     try:
-        inspect.signature(get_config).bind(*arguments)
+        bound = inspect.signature(get_config).bind(*arguments)
     except TypeError as error:
         got = f"got {shown(arguments[0])} after the colon" if arguments else "got none"
         expected = "needs an argument, as in FILE:ARGUMENT"
         if arguments:
             expected = "takes no argument; leave the colon out"
         raise UserError(f"config {path}: {got}, but get_config {expected}") from error
+    hints = typing.get_type_hints(get_config)
+    for name, given in bound.arguments.items():
+        _check_choice(path, given, hints.get(name))
+
+
+def _check_choice(path: pathlib.Path, given: str, hint: Any) -> None:
+    """Raises unless an argument is one of those that its annotation lists."""
+    choices = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal and given not in choices:
+        raise UserError(
+            f"config {path}: unknown argument {shown(given)} after the colon"
+            f"{suggest(given, choices, 'arguments')}"
+        )
 
 
 def _translate(action: Callable[[], Any], message: Callable[[Exception], str]) -> Any:

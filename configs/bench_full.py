@@ -11,6 +11,7 @@ import dataclasses
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from anchor_jax.errors import UserError, suggest
 from anchor_jax.wan.spec import GRIDS, WAN_1_3B
 from anchor_jax.wan.text import TextConfig
 from anchor_jax.wan.vae import VaeConfig
@@ -18,6 +19,8 @@ from anchor_jax.wan.vae import VaeConfig
 
 def get_config(size: str = "480x832") -> ConfigDict:
     """Returns the config for one of the sizes in pixels."""
+    if size not in GRIDS:
+        raise UserError(f"{size!r} after the colon{suggest(size, GRIDS, 'sizes')}")
     config = ConfigDict()
     model = dataclasses.replace(WAN_1_3B, param_dtype="bfloat16")
     config.model = ConfigDict(dataclasses.asdict(model))

@@ -12,13 +12,15 @@ generator that keeps to its prompts in one pass. Expected: runs/causal with chec
 and log.jsonl; an hour on one core, and 20 minutes for "guided".
 """
 
+from typing import Literal
+
 from ml_collections import ConfigDict
 
 from anchor_jax.config import to_config
 from anchor_jax.training.build import TrainConfig
 
 
-def get_config(target: str = "data") -> ConfigDict:
+def get_config(target: Literal["data", "guided"] = "data") -> ConfigDict:
     """Returns the config: of the data's flow, or of a network's own, "guided"."""
     config = to_config(TrainConfig())
     config.stage = "regression"

@@ -11,6 +11,8 @@ a clip with the generator and moves the critic; every fifth moves the generator.
 `anchor_jax.training.build.TrainConfig` explains the fields.
 """
 
+from typing import Literal
+
 from ml_collections import ConfigDict
 
 from anchor_jax.config import to_config
@@ -18,7 +20,7 @@ from anchor_jax.experiment import WAN_NEGATIVE_PROMPT
 from anchor_jax.training.build import TrainConfig
 
 
-def get_config(scale: str = "paper") -> ConfigDict:
+def get_config(scale: Literal["paper", "tiny"] = "paper") -> ConfigDict:
     """Returns the config: of the paper, or with scale "tiny" of the tiny world."""
     config = to_config(TrainConfig())
     config.distillation.policy = "longlive"  # window 12, sink 3, no junction yet

@@ -10,13 +10,15 @@ before it. Without `:tiny` the values are those for Wan2.1. Expected: the folder
 config.out with checkpoints and log.jsonl, and weights that sample in four steps.
 """
 
+from typing import Literal
+
 from ml_collections import ConfigDict
 
 from anchor_jax.config import to_config
 from anchor_jax.training.build import TrainConfig
 
 
-def get_config(scale: str = "paper") -> ConfigDict:
+def get_config(scale: Literal["paper", "tiny"] = "paper") -> ConfigDict:
     """Returns the config: of the paper, or with scale "tiny" of the tiny world."""
     config = to_config(TrainConfig())
     config.stage = "regression"

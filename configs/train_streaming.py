@@ -12,6 +12,8 @@ of 240 latent frames go on over the steps, in chunks of 21 and then 18 new frame
 `anchor_jax.training.build.TrainConfig` explains the fields.
 """
 
+from typing import Literal
+
 from ml_collections import ConfigDict
 
 from anchor_jax.config import to_config
@@ -19,7 +21,7 @@ from anchor_jax.experiment import WAN_NEGATIVE_PROMPT
 from anchor_jax.training.build import TrainConfig
 
 
-def get_config(scale: str = "paper") -> ConfigDict:
+def get_config(scale: Literal["paper", "tiny"] = "paper") -> ConfigDict:
     """Returns the config: of the paper, or with scale "tiny" of the tiny world."""
     config = to_config(TrainConfig())
     config.distillation.policy = "anchor_forcing"

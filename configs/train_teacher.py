@@ -15,6 +15,7 @@ an hour for the first and the last stage, and an hour for the second.
 from ml_collections import ConfigDict
 
 from anchor_jax.config import to_config
+from anchor_jax.errors import UserError
 from anchor_jax.training.build import TrainConfig
 
 
@@ -23,7 +24,9 @@ def get_config(frames: str = "6") -> ConfigDict:
     if frames == "more":
         return _more(get_config("21"))
     if not frames.isdecimal() or not int(frames) or int(frames) % 3:
-        raise ValueError(f"{frames!r}: expected more, or a multiple of 3: 6, 21")
+        raise UserError(
+            f"{frames!r} after the colon must be more, or a multiple of 3: 6, 21"
+        )
     config = to_config(TrainConfig())
     config.stage = "regression"
     config.weights = "fresh"

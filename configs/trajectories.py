@@ -9,6 +9,8 @@ and 0.625 and the clean one are stored as float16. Prompts are the tiny world's;
 `anchor_jax.training.ode.TrajectoryConfig` explains the fields.
 """
 
+from typing import Literal
+
 from ml_collections import ConfigDict
 
 from anchor_jax.config import to_config
@@ -16,7 +18,7 @@ from anchor_jax.experiment import WAN_NEGATIVE_PROMPT
 from anchor_jax.training.ode import TrajectoryConfig
 
 
-def get_config(scale: str = "tiny") -> ConfigDict:
+def get_config(scale: Literal["tiny", "paper"] = "tiny") -> ConfigDict:
     """Returns the config: of the tiny world, or with scale "paper" of the paper."""
     config = to_config(TrajectoryConfig())
     config.guidance = 2.5

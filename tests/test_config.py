@@ -1,5 +1,6 @@
 import dataclasses
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -288,3 +289,19 @@ def test_configs_import_only_from_this_package_and_what_it_installs():
     ]
     done = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
     assert done.stdout == "fine\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("train_dmd:tinny", "unknown argument 'tinny' after the colon; did you mean"),
+        ("train_ode:x", "arguments: paper, tiny"),
+        ("train_causal:guide", "did you mean 'guided'"),
+        ("trajectories:huge", "arguments: tiny, paper"),
+        ("train_teacher:7", "must be more, or a multiple of 3"),
+        ("bench_full:1x1", "sizes: 480x832"),
+    ],
+)
+def test_an_argument_that_a_config_does_not_know_is_refused(spec, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        config.load_config(spec)
