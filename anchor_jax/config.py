@@ -111,8 +111,12 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def check_exclusive(
     overrides: Sequence[str], exclusive: Sequence[tuple[str, str]]
 ) -> None:
-    """Raises UserError if the overrides set both fields of an exclusive pair."""
-    given = {_OVERRIDE.fullmatch(one)["field"] for one in overrides}
+    """Raises UserError if the overrides set both fields of an exclusive pair.
+
+    A field that is set to nothing, as in `--config.prompt=`, does not count.
+    """
+    found = [_OVERRIDE.fullmatch(one) for one in overrides]
+    given = {match["field"] for match in found if match["value"]}
     for pair in exclusive:
         if given.issuperset(pair):
             first, second = pair

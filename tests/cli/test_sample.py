@@ -41,7 +41,8 @@ def sample(tmp_path, monkeypatch, capsys, weights):
 
     def run(*argv, prompt=CLIP, out="out/test"):
         given = ["--config=tiny", f"--config.weights={weights}"]
-        given += [f"--config.prompt={prompt}"] if prompt else []
+        from_file = any("--config.prompt_file" in argument for argument in argv)
+        given += [f"--config.prompt={prompt}"] if prompt and not from_file else []
         given += ["--config.sampler.steps=(1000, 500)"]
         given += [f"--out={out}"] if out else []
         status = main.main(["sample", *given, *map(str, argv)])

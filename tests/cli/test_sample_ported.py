@@ -29,7 +29,9 @@ def sample(tmp_path, monkeypatch, capsys, weights):
 
     def run(*argv, out="out", weights=weights):
         given = ["--config=interactive", f"--config.weights={weights}"]
-        given += ["--config.size=16x32", f"--config.prompt={CLIP}", f"--out={out}"]
+        given += ["--config.size=16x32", f"--out={out}"]
+        from_file = any("--config.prompt_file" in argument for argument in argv)
+        given += [] if from_file else [f"--config.prompt={CLIP}"]
         status = main.main(["sample", *given, *map(str, argv)])
         return status, *capsys.readouterr()
 
