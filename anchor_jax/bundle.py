@@ -13,7 +13,7 @@ import pathlib
 import re
 import stat
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from anchor_jax import finite, sharding
 from anchor_jax.config import from_config
-from anchor_jax.errors import UserError, shown, some, suggest
+from anchor_jax.errors import UserError, damaged, reason, shown, some, suggest
 from anchor_jax.filetypes import check_start
 from anchor_jax.io import expand, parse_json, read_json, replacing, write_json
 from anchor_jax.limits import DTYPES, check_sizes
@@ -65,6 +65,12 @@ _HEADER = "anchor_jax"
 _CODECS = {"linear": LinearCodec()}
 _REMEMBERED = 8 * 2**30  # bytes of trimmed prompts
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_damaged = functools.partial(
+    damaged,
+    remedy="copy it again, or write it again as it was written",
+    fault="is no bundle that can be used",
+    wraps=True,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -487,7 +493,7 @@ def _critic_model(folder: pathlib.Path, generator: ModelConfig) -> ModelConfig:
 
     sizes = checkpoint.read_meta(folder).get(CRITIC, {})
     types = {name: getattr(generator, name) for name in ("dtype", "param_dtype")}
-    with _blaming(folder):
+    with _damaged(folder):
         whole = dataclasses.asdict(generator) | dict(sizes) | types
         model = from_config(ModelConfig, whole, f"meta.{CRITIC}")
         check_sizes(f"meta.{CRITIC}", model)
@@ -517,7 +523,7 @@ def _with_variables(folder, item: str, stored, base: Bundle, options: "_Options"
 
     init = functools.partial(dit.init_params, base.model)
     shapes = jax.eval_shape(init, jax.random.key(0))
-    with _blaming(folder):
+    with _damaged(folder):
         expected = {"params": shapes}
         if "lora" in stored:
             expected = {"lora": _expected_lora(shapes, stored["lora"])}
@@ -573,7 +579,7 @@ def _load_saved(weights: str, options: _Options) -> Bundle:
     tokenizer = _tokenizer(tokenizer_file, pieces, header.text)
     model = options.mastered(options.typed(header.model))
     text = options.typed(header.text)
-    with _blaming(model_file):
+    with _damaged(model_file):
         stored = safetensors.numpy.load(content)
         expected = _expected(model, text, codec)
     _check_tensors(model_file, stored, expected)
@@ -623,7 +629,7 @@ def _load_ported(folder: pathlib.Path, options: _Options) -> Bundle:
 
     meta = checkpoint.read_meta(folder)
     _check_items(folder, checkpoint.items(folder))
-    with _blaming(folder):
+    with _damaged(folder):
         ported = _read_ported(meta, options.dtype or "bfloat16")
         _check_ported(ported)
     model, text = options.mastered(ported.model), ported.text
@@ -633,7 +639,7 @@ def _load_ported(folder: pathlib.Path, options: _Options) -> Bundle:
         expected[network] = {"params": expected["generator"]["params"]}
     for item in expected:
         stored = _flatten(checkpoint.shapes(folder, item))
-        with _blaming(folder):
+        with _damaged(folder):
             _check_tensors(item, stored, _flatten(expected[item]))
     tokenizer = _ported_tokenizer(folder, text)
 
@@ -708,9 +714,7 @@ def _source_digest(sources: Any) -> str:
             taken = [source[key] for key in ("item", "key", "alpha")]
             taken += source.get("factors") or []
         except (AttributeError, KeyError, TypeError) as error:
-            raise UserError(
-                f"meta.sources, entry {number}: {_reason(error)}"
-            ) from error
+            raise UserError(f"meta.sources, entry {number}: {reason(error)}") from error
         for one in hashes:
             if not isinstance(one, str) or not _DIGEST.fullmatch(one):
                 raise UserError(f"meta.sources: {shown(one)} is no SHA-256")
@@ -740,7 +744,7 @@ def _expected_ported(folder: pathlib.Path, ported: _Ported) -> dict[str, Any]:
     stored = checkpoint.shapes(folder, "generator")
     frame = 2 ** len(ported.vae.temporal_downsample)
     pixels = jax.ShapeDtypeStruct((1, 1, frame, frame, 3), jnp.float32)
-    with _blaming(folder):
+    with _damaged(folder):
         tensors = _nest(_expected(ported.model, ported.text, None))
         init = WanVae(ported.vae).init
         codec = jax.eval_shape(init, jax.random.key(0), pixels)["params"]
@@ -960,7 +964,7 @@ def _header(path: pathlib.Path) -> _Header:
             f"{path} has no {_HEADER!r} in its header, so it is no bundle; write it"
             " with anchor_jax.bundle.save_bundle"
         )
-    with _blaming(path):
+    with _damaged(path):
         header = parse_json(stored[_HEADER], "its header")
     version = header.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
@@ -968,28 +972,10 @@ def _header(path: pathlib.Path) -> _Header:
             f"{path} has format_version {shown(version)}, expected {FORMAT_VERSION};"
             " use the version of anchor_jax that wrote it, or save it again"
         )
-    with _blaming(path):
+    with _damaged(path):
         read = from_config(_Header, header, "header")
         _check_header(read)
     return read
-
-
-@contextlib.contextmanager
-def _blaming(path: pathlib.Path) -> Iterator[None]:
-    """Turns what is wrong with a file into one message that names it."""
-    try:
-        yield
-    except Exception as error:
-        reason = error if isinstance(error, UserError) else _reason(error)
-        raise UserError(
-            f"{path} is no bundle that can be used: {reason}; copy it again, or write"
-            " it again as it was written"
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    """Returns what a library says in one line, with the kind of its error."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def _check_header(header: _Header) -> None:

@@ -1,8 +1,8 @@
 """Checkpoints: one Orbax item per network, written and read a leaf at a time."""
 
 import asyncio
-import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import os
@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from anchor_jax import io, ownership
-from anchor_jax.errors import UserError, shown, suggest
+from anchor_jax.errors import UserError, damaged, shown, suggest
 from anchor_jax.io import expand
 
 FORMAT_VERSION = 1
@@ -40,6 +40,9 @@ _OPTIMIZERS = ("opt_generator", "opt_fake_score")
 _FILES = ("tokenizer", "scheduler")
 _CHUNK_BYTES = 64 * 2**20
 _READ_AT_ONCE = 4 * 10**9
+_damaged = functools.partial(
+    damaged, remedy="copy or write it again", fault="is broken or not whole"
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -289,10 +292,10 @@ def read_meta(path: str | pathlib.Path) -> dict[str, Any]:
     Raises:
       UserError: It is missing, no JSON object, or of a later format.
     """
-    with _blaming(path):
+    with _damaged(path):
         meta = ocp.JsonCheckpointHandler().restore(_item(path, "meta"))
         if not isinstance(meta, dict):
-            raise TypeError(f"meta is {type(meta).__name__}, expected an object")
+            raise ValueError(f"meta is {type(meta).__name__}, expected an object")
     version = meta.get("format_version")
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise UserError(
@@ -309,11 +312,11 @@ def shapes(path: str | pathlib.Path, item: str) -> dict[str, Any]:
     Raises:
       UserError: The item is missing or broken.
     """
-    with _blaming(path):
+    with _damaged(path):
         found = _reader().metadata(_item(path, item)).tree
         # The state of an optimizer is a list; networks are found by their names.
         if not isinstance(found, dict) and item not in _OPTIMIZERS:
-            raise TypeError(f"{item} is no tree of names")
+            raise ValueError(f"{item} is no tree of names")
         return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), found)
 
 
@@ -350,7 +353,7 @@ def restore(
             dtype=wanted if floating and wanted is not None else leaf.dtype,
         )
 
-    with _blaming(path):
+    with _damaged(path):
         wanted = ocp.args.PyTreeRestore(
             item=stored, restore_args=jax.tree.map_with_path(place, stored, shardings)
         )
@@ -389,7 +392,7 @@ def _read_leaf(path, item: str, name: str, shape) -> np.ndarray:
         ),
         partial_restore=True,
     )
-    with _blaming(path):
+    with _damaged(path):
         found = _reader(shape).restore(_item(path, item), args=wanted)
         return traverse_util.flatten_dict(found)[keys]
 
@@ -472,18 +475,3 @@ def _item(path: str | pathlib.Path, item: str) -> pathlib.Path:
     if item not in present:
         raise UserError(f"{path} has no item {item!r}{suggest(item, present, 'has')}")
     return _step(path) / item
-
-
-@contextlib.contextmanager
-def _blaming(path: str | pathlib.Path) -> Iterator[None]:
-    """Turns what is wrong with files into one message that names them."""
-    try:
-        yield
-    except UserError:
-        raise
-    # Orbax raises whatever its parsers do, and for some files a plain Exception.
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"{path} is broken or not whole: {reason}; copy or write it again"
-        ) from error

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import os
 import re
 import reprlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -85,6 +86,42 @@ def naming(field: str) -> Iterator[None]:
         if str(error).startswith("config."):
             raise
         raise UserError(f"{field}: {error}") from error
+
+
+@contextlib.contextmanager
+def damaged(
+    path: str | os.PathLike,
+    remedy: str,
+    fault: str = "is damaged",
+    wraps: bool = False,
+) -> Iterator[None]:
+    """Turns what a reading library raises into one message that names the file.
+
+    Args:
+      path: the file or folder that is read.
+      remedy: what the user can do, put at the end of the message.
+      fault: what the message says of the file.
+      wraps: whether a UserError gets the file's name too; else it has it already.
+    """
+    try:
+        yield
+    # Libraries raise whatever their parsers do, and sometimes a plain Exception.
+    except Exception as error:
+        is_told = isinstance(error, UserError)
+        if is_told and not wraps:
+            raise
+        said = error if is_told else reason(error)
+        raise UserError(f"{path} {fault}: {said}; {remedy}") from error
+
+
+def reason(error: Exception) -> str:
+    """Returns what a library says in one line.
+
+    The kind of the error is put before it, unless its text is a sentence by itself.
+    """
+    kind = "" if isinstance(error, OSError | ValueError) else type(error).__name__
+    text = " ".join(str(error).split())
+    return ": ".join(part for part in (kind, text) if part)[:300]
 
 
 def _shown_line(line: str) -> str:

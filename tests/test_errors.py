@@ -1,6 +1,6 @@
 import pytest
 
-from anchor_jax.errors import UserError, shown, some, suggest
+from anchor_jax.errors import UserError, damaged, shown, some, suggest
 
 
 @pytest.mark.parametrize("value", ["a red ring", 3, None, (1, 2), {"a": 1}, 0.5])
@@ -60,3 +60,34 @@ def test_the_rest_of_many_is_counted():
     assert some(list("abcd"), 2) == ["a", "b", "and 2 more"]
     names = [f"name{number}" for number in range(500)]
     assert suggest("nam7", names, "names").endswith("and 476 more")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("it has\n  no records"), "it has no records"),
+        (OSError(5, "gone"), "[Errno 5] gone"),
+        (KeyError("x"), "KeyError: 'x'"),
+        (Exception(), "Exception"),
+        (Exception("y" * 1000), f"Exception: {'y' * 289}"),
+    ],
+)
+def test_what_a_library_raises_names_the_file_and_the_remedy(error, said):
+    with pytest.raises(UserError) as caught, damaged("a/b", "copy it"):
+        raise error
+
+    assert str(caught.value) == f"a/b is damaged: {said}; copy it"
+    assert caught.value.__cause__ is error
+
+
+def test_a_message_is_passed_on_or_gets_the_name_of_the_file():
+    with pytest.raises(UserError) as caught, damaged("a/b", "copy it"):
+        raise UserError("a/b/c: a message")
+    assert str(caught.value) == "a/b/c: a message"
+
+    with (
+        pytest.raises(UserError) as caught,
+        damaged("a/b", "copy it", "is no dog", wraps=True),
+    ):
+        raise UserError("c=3, expected 4")
+    assert str(caught.value) == "a/b is no dog: c=3, expected 4; copy it"

@@ -21,13 +21,14 @@ import tensorflow_datasets as tfds
 import tqdm
 
 from anchor_jax import interrupts, ownership
-from anchor_jax.errors import UserError
+from anchor_jax.errors import UserError, damaged
 from anchor_jax.io import expand, making_folder
 from anchor_jax.prompt_files import watched
 from anchor_jax.training import pairs
 
 SPLIT = "train"
 _READY = "ready.json"
+_REMEDY = "remove this folder, and the same command builds it again"
 _VERSION = tfds.core.Version("1.0.0")
 
 
@@ -50,7 +51,7 @@ class Examples:
         """
         if number >= len(self):
             raise IndexError(number)
-        with _blaming(self._folder):
+        with damaged(self._folder, _REMEDY):
             example = self._source[number]
             return {name: _as_text(value) for name, value in example.items()}
 
@@ -250,25 +251,9 @@ def prepare(
         with ownership.own_target(target, patience=math.inf):
             if not (target / _READY).is_file():
                 _build(make, target)
-    with _blaming(target):
+    with damaged(target, _REMEDY):
         # The features are the kind's own: a file could name any Python module.
         return Examples(make(data_dir=target).as_data_source(SPLIT), target)
-
-
-@contextlib.contextmanager
-def _blaming(folder: pathlib.Path) -> Iterator[None]:
-    """Says which dataset is damaged, and what to do."""
-    try:
-        yield
-    except UserError:
-        raise
-    # Whatever the reading libraries raise for bytes that are not right.
-    except Exception as error:  # noqa: BLE001
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{folder} is damaged ({reason}); remove this folder, and the same command"
-            " builds it again"
-        ) from error
 
 
 def cache_key(builder: _Builder) -> str:

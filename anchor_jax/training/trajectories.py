@@ -11,7 +11,7 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,16 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 
 from anchor_jax import io, ownership
-from anchor_jax.errors import UserError, naming
+from anchor_jax.errors import UserError, damaged, naming
 from anchor_jax.io import expand, read_json
 
 SHARD = 8  # examples; at full size, 21 MB each before compression
 FORMAT = 1
 _OPEN = 128
+_REMEDY = (
+    "move it away: anchor-jax trajectories with the same config writes its examples"
+    " again"
+)
 _SPEC = "spec.json"
 _SUFFIX = ".array_record"
 
@@ -223,7 +227,7 @@ class Trajectories:
 
     def __getitem__(self, place: int) -> dict[str, Any]:
         path, record = self._places[place]
-        with _blaming(path):
+        with damaged(path, _REMEDY):
             (read,) = self._reader(path).read([record])
             example = self._features.deserialize_example_np(read)
             return {"states": example["states"], "prompt": example["prompt"].decode()}
@@ -295,7 +299,7 @@ def _index(folder: pathlib.Path) -> dict[int, tuple[pathlib.Path, int]]:
 
 def _numbers(path: pathlib.Path) -> list[int]:
     """Returns the numbers of a shard's examples, which its last record lists."""
-    with _blaming(path):
+    with damaged(path, _REMEDY):
         reader = _open_reader(path)
         last = reader.num_records() - 1
         if last < 0:
@@ -306,20 +310,6 @@ def _numbers(path: pathlib.Path) -> list[int]:
         if not is_list or not all(type(n) is int and n >= 0 for n in numbers):
             raise ValueError("its list of numbers is wrong")
     return numbers
-
-
-@contextlib.contextmanager
-def _blaming(path: pathlib.Path) -> Iterator[None]:
-    """Says which shard is damaged, and what to do."""
-    try:
-        yield
-    # Whatever the reading libraries raise for bytes that are not right.
-    except Exception as error:  # noqa: BLE001
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{path}: damaged ({reason}); move it away: anchor-jax trajectories with"
-            " the same config writes its examples again"
-        ) from error
 
 
 def _open_reader(path: pathlib.Path):

@@ -432,7 +432,7 @@ def test_a_damaged_shard_is_named(tmp_path):
     (shard,) = tmp_path.glob("*.array_record")
     shard.write_bytes(shard.read_bytes()[:-50])
 
-    with pytest.raises(UserError, match=f"{shard.name}: damaged"):
+    with pytest.raises(UserError, match=f"{shard.name} is damaged"):
         Trajectories(tmp_path)
 
 
@@ -449,7 +449,7 @@ def test_a_damaged_example_is_named_when_it_is_read(tmp_path, record):
     shard.write_bytes(content)
     stored = Trajectories(tmp_path)
 
-    with pytest.raises(UserError, match=f"{shard.name}: damaged .*move it away"):
+    with pytest.raises(UserError, match=f"{shard.name} is damaged.*move it away"):
         stored[record]
     assert stored[1 - record]["prompt"] == "a"
 
@@ -486,7 +486,7 @@ def damaged_clips(tmp_path, pattern, change):
 
 @pytest.mark.parametrize("keep", [0.0, 0.5, 0.95])
 def test_a_dataset_with_a_cut_shard_is_named(tmp_path, keep):
-    with pytest.raises(UserError, match="clips-.* is damaged .*remove this folder"):
+    with pytest.raises(UserError, match="clips-.* is damaged.*remove this folder"):
         all_of(
             damaged_clips(
                 tmp_path, "**/*.array_record*", lambda x: x[: int(keep * len(x))]
