@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from anchor_jax import flow, prompts
-from anchor_jax.bundle import Bundle, load_bundle
 from anchor_jax.cache import policies
 from anchor_jax.cache.policies import (
     POLICIES,
@@ -36,6 +35,8 @@ from anchor_jax.streaming.types import StreamSetup
 from anchor_jax.text import check_text
 from anchor_jax.wan import kernels
 from anchor_jax.wan.spec import GRIDS, LatentGrid
+from anchor_jax.weights.bundle import Bundle
+from anchor_jax.weights.load import load_bundle
 
 TEACHER = "wan_teacher"
 RULES = ("paper", "release")

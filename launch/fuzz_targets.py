@@ -18,7 +18,6 @@ import tiny
 import torch_files
 
 from anchor_jax import experiment, io, media, prompts
-from anchor_jax.bundle import load_bundle
 from anchor_jax.cache.policies import POLICIES
 from anchor_jax.config import load_config
 from anchor_jax.porting import sources
@@ -26,6 +25,7 @@ from anchor_jax.streaming.recipe import load_recipe
 from anchor_jax.streaming.session import Session
 from anchor_jax.streaming.snapshot import check_bundle, read_moment
 from anchor_jax.training import videos
+from anchor_jax.weights.load import load_bundle
 
 PROMPTS = {
     "a.txt": "# a\na red ring[1s] | a blue square[20f] | night[5s#]\nplain text\n",

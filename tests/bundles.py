@@ -7,8 +7,10 @@ import jax
 import numpy as np
 import tiny
 
-from anchor_jax import bundle
 from anchor_jax.wan.text import TextConfig, Umt5Encoder
+from anchor_jax.weights.bundle import Bundle
+from anchor_jax.weights.load import load_bundle
+from anchor_jax.weights.single_file import save_bundle
 from anchor_jax.world.codec import BLOCK_VALUES
 from anchor_jax.world.words import train_tokenizer
 
@@ -55,12 +57,12 @@ def params():
 def save(path, tree=None, **sizes):
     """Writes the bundle, or another tree or sizes, to a path."""
     sizes = {"model": tiny.MODEL, "text": TEXT, "grid": tiny.GRID} | sizes
-    bundle.save_bundle(tree or params(), words(), path, {"note": "random"}, **sizes)
+    save_bundle(tree or params(), words(), path, {"note": "random"}, **sizes)
 
 
 @functools.cache
-def load() -> bundle.Bundle:
+def load() -> Bundle:
     """Returns the bundle as loaded from a folder."""
     with tempfile.TemporaryDirectory() as folder:
         save(folder)
-        return bundle.load_bundle(folder)
+        return load_bundle(folder)

@@ -12,19 +12,23 @@ import safetensors.numpy
 import sentencepiece
 import tiny
 
-from anchor_jax import bundle, checkpoint, sharding
+from anchor_jax import checkpoint, sharding
 from anchor_jax.errors import UserError
 from anchor_jax.wan import dit, lora
 from anchor_jax.wan.spec import TINY, LatentGrid
 from anchor_jax.wan.text import Umt5Encoder
 from anchor_jax.wan.vae import VaeConfig, WanVae
+from anchor_jax.weights import bundle as prompts_of
+from anchor_jax.weights import options, single_file
+from anchor_jax.weights.lineage import write_run
+from anchor_jax.weights.load import load_bundle
 
 
 @pytest.mark.parametrize("name", ["folder", "mine.safetensors"])
 def test_what_is_saved_loads_as_float32_of_any_size(tmp_path, name):
     bundles.save(tmp_path / name)
 
-    loaded = bundle.load_bundle(str(tmp_path / name))
+    loaded = load_bundle(str(tmp_path / name))
 
     kernel = loaded.variables["params"]["blocks"]["self_attn"]["q"]["kernel"]
     given = bundles.params()["generator"]["blocks"]["self_attn"]["q"]["kernel"]
@@ -48,15 +52,15 @@ def test_what_was_loaded_is_saved_as_it_was(tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     bundles.save(first)
 
-    bundle.save_loaded(bundle.load_bundle(str(first)), second)
+    single_file.save_loaded(load_bundle(str(first)), second)
 
     for name in ("model.safetensors", "tokenizer.model"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
 
 
 def test_the_embedded_sizes_fit_together():
-    assert TINY.text_len == bundle.TINY_TEXT.text_len
-    assert bundle.TINY_GRID == LatentGrid(8, 8)
+    assert TINY.text_len == single_file.TINY_TEXT.text_len
+    assert single_file.TINY_GRID == LatentGrid(8, 8)
 
 
 def test_prompts_are_cleaned_and_rows_past_their_end_are_zero():
@@ -75,7 +79,7 @@ def test_prompts_are_cleaned_and_rows_past_their_end_are_zero():
 
 def test_a_missing_file_says_what_is_expected(tmp_path):
     with pytest.raises(UserError, match=r"model.safetensors.*tokenizer.model"):
-        bundle.load_bundle(str(tmp_path))
+        load_bundle(str(tmp_path))
 
 
 def test_a_truncated_file_is_told_apart(tmp_path):
@@ -84,7 +88,7 @@ def test_a_truncated_file_is_told_apart(tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
 
     with pytest.raises(UserError, match="not a whole safetensors file"):
-        bundle.load_bundle(str(tmp_path))
+        load_bundle(str(tmp_path))
 
 
 def test_foreign_tensors_are_told_apart(tmp_path):
@@ -93,7 +97,7 @@ def test_foreign_tensors_are_told_apart(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(content)
 
     with pytest.raises(UserError, match="no bundle"):
-        bundle.load_bundle(str(tmp_path))
+        load_bundle(str(tmp_path))
 
 
 def test_another_tokenizer_is_refused(tmp_path):
@@ -101,7 +105,7 @@ def test_another_tokenizer_is_refused(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"other")
 
     with pytest.raises(UserError, match="not the tokenizer"):
-        bundle.load_bundle(str(tmp_path))
+        load_bundle(str(tmp_path))
 
 
 def test_a_later_format_is_refused(tmp_path):
@@ -112,7 +116,7 @@ def test_a_later_format_is_refused(tmp_path):
     file.write_bytes(safetensors.numpy.save(content, header))
 
     with pytest.raises(UserError, match="format_version 99, expected 1"):
-        bundle.load_bundle(str(tmp_path))
+        load_bundle(str(tmp_path))
 
 
 def change_codec(**changes):
@@ -146,7 +150,7 @@ def rewrite(tmp_path):
     """Returns a function that saves a bundle with another header or tokenizer."""
 
     def run(change=None, text=None, words=None, params=None):
-        bundle.save_bundle(
+        single_file.save_bundle(
             params or bundles.params(),
             bundles.words() if words is None else words,
             tmp_path,
@@ -164,7 +168,7 @@ def rewrite(tmp_path):
         stored = safetensors.numpy.load_file(file)
         safetensors.numpy.save_file(stored, file, {"anchor_jax": written})
         with pytest.raises(UserError) as caught:
-            bundle.load_bundle(str(tmp_path))
+            load_bundle(str(tmp_path))
         return str(caught.value)
 
     return run
@@ -306,7 +310,7 @@ def ported(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ported_digest(ported):
-    return bundle.load_bundle(str(ported)).digest
+    return load_bundle(str(ported)).digest
 
 
 def write_ported(folder, items):
@@ -334,12 +338,12 @@ def rewrite_ported(tmp_path, ported):
 
 def load_fails(folder):
     with pytest.raises(UserError) as caught:
-        bundle.load_bundle(str(folder))
+        load_bundle(str(folder))
     return str(caught.value)
 
 
 def test_ported_weights_load_in_bfloat16_for_the_usual_grid(ported):
-    loaded = bundle.load_bundle(str(ported))
+    loaded = load_bundle(str(ported))
 
     assert loaded.grid == LatentGrid(60, 104)
     assert loaded.model == dataclasses.replace(PORTED_MODEL, param_dtype="bfloat16")
@@ -349,7 +353,7 @@ def test_ported_weights_load_in_bfloat16_for_the_usual_grid(ported):
 
 
 def test_ported_weights_decode(ported):
-    loaded = bundle.load_bundle(str(ported), grid=LatentGrid(2, 2))
+    loaded = load_bundle(str(ported), grid=LatentGrid(2, 2))
     latents = np.ones((1, 2, 2, 2, 16), np.float32)
 
     pixels, _ = jax.jit(loaded.codec.decode)(loaded.codec_params, None, latents)
@@ -361,8 +365,8 @@ def test_ported_weights_decode(ported):
 def test_a_prompt_is_encoded_alike_wherever_the_encoder_lives(ported):
     texts = [bundles.RED, bundles.BLUE, bundles.RED]
     loaded = {
-        mode: bundle.load_bundle(str(ported), dtype="float32", text_encoder=mode)
-        for mode in bundle.TEXT_ENCODERS
+        mode: load_bundle(str(ported), dtype="float32", text_encoder=mode)
+        for mode in options.TEXT_ENCODERS
     }
 
     found = {mode: one.encode_prompts(texts) for mode, one in loaded.items()}
@@ -389,7 +393,7 @@ def loads(monkeypatch):
 
 
 def test_a_freed_encoder_is_loaded_for_new_prompts_only(ported, loads):
-    loaded = bundle.load_bundle(str(ported), text_encoder="free")
+    loaded = load_bundle(str(ported), text_encoder="free")
 
     first = loaded.encode_prompts([bundles.RED, bundles.BLUE])
     again = loaded.encode_prompts([bundles.BLUE])
@@ -401,8 +405,8 @@ def test_a_freed_encoder_is_loaded_for_new_prompts_only(ported, loads):
 
 
 def test_a_freed_encoder_forgets_old_prompts(ported, monkeypatch):
-    monkeypatch.setattr(bundle, "_REMEMBERED", 1)
-    loaded = bundle.load_bundle(str(ported), text_encoder="free")
+    monkeypatch.setattr(prompts_of, "_REMEMBERED", 1)
+    loaded = load_bundle(str(ported), text_encoder="free")
 
     both = loaded.encode_prompts([bundles.RED, bundles.BLUE])
     alone = loaded.encode_prompts([bundles.RED])
@@ -412,7 +416,7 @@ def test_a_freed_encoder_forgets_old_prompts(ported, monkeypatch):
 
 
 def test_a_freed_encoder_is_loaded_once_for_a_whole_benchmark(ported, loads):
-    loaded = bundle.load_bundle(str(ported), text_encoder="free")
+    loaded = load_bundle(str(ported), text_encoder="free")
     texts = [bundles.RED + " a" * number for number in range(300)]
 
     loaded.encode_prompts.prepare(texts)
@@ -424,13 +428,13 @@ def test_a_freed_encoder_is_loaded_once_for_a_whole_benchmark(ported, loads):
 
 def test_low_rank_updates_are_kept_apart_added_or_left_out(ported):
     loaded = {
-        how: bundle.load_bundle(str(ported), dtype="float32", lora=how).variables
-        for how in bundle.ADAPTERS
+        how: load_bundle(str(ported), dtype="float32", lora=how).variables
+        for how in options.ADAPTERS
     }
 
     given = ported_items()["generator"]
     plain, update = (tree["blocks"]["self_attn"]["q"] for tree in given.values())
-    separate, merged, none = (loaded[how] for how in bundle.ADAPTERS)
+    separate, merged, none = (loaded[how] for how in options.ADAPTERS)
     assert set(separate) == {"params", "lora"}
     assert set(merged) == set(none) == {"params"}
     kept, changed = (
@@ -450,12 +454,12 @@ def test_updates_that_a_training_went_on_with_are_added_once(ported, tmp_path):
         folder = tmp_path / str(number)
         update = jax.tree.map(lambda x, by=number: by * x, given["lora"])
         checkpoint.write(folder, {"generator": {"lora": update}}, {"training": {}})
-        bundle.write_run(folder, base)
+        write_run(folder, base)
         base = str(folder)
 
     separate, merged, none = (
-        bundle.load_bundle(base, dtype="float32", lora=how).variables
-        for how in bundle.ADAPTERS
+        load_bundle(base, dtype="float32", lora=how).variables
+        for how in options.ADAPTERS
     )
 
     plain, update = (tree["blocks"]["self_attn"]["q"] for tree in given.values())
@@ -470,7 +474,7 @@ def test_updates_that_a_training_went_on_with_are_added_once(ported, tmp_path):
 
 
 def test_weights_can_be_wider_than_activations(ported):
-    loaded = bundle.load_bundle(str(ported), param_dtype="float32", lora="none")
+    loaded = load_bundle(str(ported), param_dtype="float32", lora="none")
 
     kernel = loaded.variables["params"]["blocks"]["self_attn"]["q"]["kernel"]
     given = ported_items()["generator"]["params"]["blocks"]["self_attn"]["q"]["kernel"]
@@ -480,7 +484,7 @@ def test_weights_can_be_wider_than_activations(ported):
 
 
 def test_updates_apart_are_as_stored(ported):
-    loaded = bundle.load_bundle(str(ported), lora="separate").variables
+    loaded = load_bundle(str(ported), lora="separate").variables
 
     given = ported_items()["generator"]["lora"]
     for ours, theirs in zip(
@@ -493,7 +497,7 @@ def test_updates_apart_are_as_stored(ported):
 @pytest.mark.parametrize("how", ["separate", "merged"])
 def test_a_mesh_splits_the_generator(ported, how):
     mesh = sharding.make_mesh()
-    loaded = bundle.load_bundle(str(ported), mesh=mesh, lora=how)
+    loaded = load_bundle(str(ported), mesh=mesh, lora=how)
 
     kernel = loaded.variables["params"]["blocks"]["ffn_in"]["kernel"]
     text = loaded.encode_prompts([bundles.RED])
@@ -506,10 +510,8 @@ def test_a_mesh_splits_the_generator(ported, how):
 
 def test_the_shipped_bundle_takes_the_same_arguments():
     grid = LatentGrid(4, 6)
-    plain = bundle.load_bundle("tiny")
-    loaded = bundle.load_bundle(
-        "tiny", grid=grid, dtype="bfloat16", text_encoder="free"
-    )
+    plain = load_bundle("tiny")
+    loaded = load_bundle("tiny", grid=grid, dtype="bfloat16", text_encoder="free")
 
     assert (plain.grid, loaded.grid) == (LatentGrid(8, 8), grid)
     leaves = jax.tree.leaves(loaded.variables)
@@ -531,7 +533,7 @@ def test_the_shipped_bundle_takes_the_same_arguments():
 )
 def test_a_wrong_argument_is_named(argument, part):
     with pytest.raises(UserError, match=part):
-        bundle.load_bundle("tiny", **argument)
+        load_bundle("tiny", **argument)
 
 
 @pytest.mark.parametrize("missing", ["generator", "text_encoder", "vae"])
@@ -549,7 +551,7 @@ def test_the_digest_is_that_of_the_sources(ported_digest, rewrite_ported):
         meta["sources"][0]["files"][0]["name"] = "moved.pt"
         meta["method"] = "other"
 
-    renamed = bundle.load_bundle(str(rewrite_ported(rename)))
+    renamed = load_bundle(str(rewrite_ported(rename)))
 
     assert renamed.digest == ported_digest
 
@@ -558,7 +560,7 @@ def test_the_digest_is_that_of_the_sources(ported_digest, rewrite_ported):
 def test_the_digest_tells_what_was_taken_apart(ported_digest, rewrite_ported, field):
     changed = rewrite_ported(lambda meta: meta["sources"][0].update({field: "x"}))
 
-    assert bundle.load_bundle(str(changed)).digest != ported_digest
+    assert load_bundle(str(changed)).digest != ported_digest
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,9 @@
 import bundles
 import pytest
 
-from anchor_jax import bundle
 from anchor_jax.errors import UserError
 from anchor_jax.filetypes import check_start, describe_start
+from anchor_jax.weights.load import load_bundle
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n"
 
@@ -48,4 +48,4 @@ def test_a_pointer_in_a_bundle_is_named(tmp_path, name):
     (tmp_path / name).write_bytes(POINTER)
 
     with pytest.raises(UserError, match=f"{name} is a pointer of Git LFS"):
-        bundle.load_bundle(str(tmp_path))
+        load_bundle(str(tmp_path))

@@ -7,8 +7,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from anchor_jax import bundle, finite
+from anchor_jax import finite
 from anchor_jax.errors import UserError
+from anchor_jax.weights import single_file
+from anchor_jax.weights.load import load_bundle
 
 
 @pytest.mark.parametrize(
@@ -47,9 +49,9 @@ def test_weights_that_are_not_finite_are_refused_when_they_are_loaded(
     leaf = jax.tree.leaves(params[part])[0]
     leaf.flat[0] = np.nan
     # Saving refuses such weights too.
-    monkeypatch.setattr(bundle, "_half", lambda _, x: np.asarray(x, np.float16))
+    monkeypatch.setattr(single_file, "_half", lambda _, x: np.asarray(x, np.float16))
     bundles.save(tmp_path / "made", params)
-    loaded = bundle.load_bundle(str(tmp_path / "made"))
+    loaded = load_bundle(str(tmp_path / "made"))
 
     with pytest.raises(UserError, match="1 values are not finite"):
         jax.block_until_ready(

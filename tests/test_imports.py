@@ -19,14 +19,14 @@ LEVELS = [
         *("cache", "checkpoint", "wan", "world", "flow", "media", "prompts"),
         *("config", "limits", "sharding", "finite", "prompt_files"),
     },
-    {"bundle"},
+    {"weights"},
     {"streaming"},
     {
         *("training", "verify", "porting", "experiment", "evaluation", "serving"),
         *("roofline", "aot", "bench"),
     },
     {"cli"},
-    {"__main__"},
+    {"__main__", "bundle"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 

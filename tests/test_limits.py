@@ -14,10 +14,11 @@ import safetensors.numpy
 import tiny
 
 from anchor_jax import checkpoint, experiment, limits
-from anchor_jax.bundle import RUN, load_bundle
 from anchor_jax.config import load_config
 from anchor_jax.errors import UserError
 from anchor_jax.wan.spec import LatentGrid
+from anchor_jax.weights.lineage import RUN
+from anchor_jax.weights.load import load_bundle
 
 
 @pytest.mark.parametrize(

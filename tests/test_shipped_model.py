@@ -1,15 +1,16 @@
 import pytest
 
-from anchor_jax import bundle, flow
+from anchor_jax import flow
 from anchor_jax.cache.policies import POLICIES
 from anchor_jax.evaluation import world
 from anchor_jax.streaming.types import StreamSetup
+from anchor_jax.weights.load import load_bundle
 
 pytestmark = pytest.mark.usefixtures("optimized_compilation")
 
 
 def test_the_shipped_model_follows_a_switch_in_four_steps_without_guidance():
-    model = bundle.load_bundle("tiny")
+    model = load_bundle("tiny")
     levels = flow.few_step_levels((1000, 750, 500, 250), 5.0)
     policy = POLICIES["anchor_forcing"]
     setup = StreamSetup(model.model, model.grid, policy, levels)

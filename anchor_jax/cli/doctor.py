@@ -225,11 +225,12 @@ def _weights(weights: str) -> dict:
 
 
 def _items(weights: str) -> dict:
-    from anchor_jax import bundle, checkpoint
+    from anchor_jax import checkpoint
+    from anchor_jax.weights.load import load_bundle
 
     folder = expand(weights)
     if weights == "tiny" or not checkpoint.is_checkpoint(folder):
-        generator = bundle.load_bundle(weights).variables
+        generator = load_bundle(weights).variables
         return {"folder": weights, "items": {"generator": _bytes(generator)}}
     held = [item for item in checkpoint.items(folder) if item != "meta"]
     items = {item: _bytes(checkpoint.shapes(folder, item)) for item in held}

@@ -62,8 +62,9 @@ def main(argv) -> None:
         found = suggest(FLAGS.layout, layouts, "layouts")
         raise UserError(f"--layout={FLAGS.layout!r}{found}")
     if FLAGS.layout == BUNDLE:
-        from anchor_jax import bundle
         from anchor_jax.porting.port import check_free
+        from anchor_jax.weights.load import load_bundle
+        from anchor_jax.weights.single_file import save_loaded
 
         if FLAGS.item not in (None, export.default_item(FLAGS.weights)):
             raise UserError(
@@ -72,8 +73,8 @@ def main(argv) -> None:
             )
         with ownership.own_target(FLAGS.out, tell=print):
             check_free(FLAGS.out)
-            loaded = bundle.load_bundle(FLAGS.weights, lora="merged")
-            bundle.save_loaded(loaded, FLAGS.out)
+            loaded = load_bundle(FLAGS.weights, lora="merged")
+            save_loaded(loaded, FLAGS.out)
         print(f"written to {FLAGS.out}")
         return
     item = FLAGS.item or export.default_item(FLAGS.weights)

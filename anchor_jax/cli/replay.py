@@ -73,10 +73,10 @@ def main(argv: Sequence[str]) -> int:
     stored = load_recipe(path)
     wanted = choose(stored, options)
     compile_cache.enable()
-    from anchor_jax.bundle import load_bundle
     from anchor_jax.streaming.recipe import differences, fingerprint
     from anchor_jax.streaming.session import Session
     from anchor_jax.streaming.snapshot import check_bundle
+    from anchor_jax.weights.load import load_bundle
 
     bundle = load_bundle(
         _weights(stored.weights, options.weights),

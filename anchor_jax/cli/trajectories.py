@@ -44,9 +44,9 @@ def main(argv) -> None:
     compile_cache.enable()
     import jax
 
-    from anchor_jax.bundle import load_bundle
     from anchor_jax.experiment import parse_size
     from anchor_jax.training import ode, reports
+    from anchor_jax.weights.load import load_bundle
 
     config = ode.read_config(FLAGS.config)
     size = None if config.size is None else parse_size(config.size)

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from anchor_jax import bundle, checkpoint, io, ownership
+from anchor_jax import checkpoint, io, ownership
 from anchor_jax.errors import UserError, suggest
 from anchor_jax.io import expand
 from anchor_jax.porting import companions, published
@@ -24,6 +24,8 @@ from anchor_jax.porting.port import TABLES, check_free
 from anchor_jax.porting.rules import PEFT, UMT5_ALIAS
 from anchor_jax.porting.safetensors_writer import Read
 from anchor_jax.porting.sources import DIFFUSION, TEXT_FILE, VAE_FILE
+from anchor_jax.weights import lineage
+from anchor_jax.weights.trained import CRITIC
 
 LAYOUTS = ("wan", "diffusers", "generator")
 ITEMS = ("generator", "ema", "fake_score")
@@ -97,7 +99,7 @@ def _export(weights, out, layout, item, lora, progress, shard_bytes) -> tuple[st
 def default_item(weights: str | pathlib.Path) -> str:
     """Returns what is exported: of a training its running mean if there is one."""
     folder = expand(weights)
-    is_run = bundle.run_folder(folder) is not None
+    is_run = lineage.run_folder(folder) is not None
     return "ema" if is_run and "ema" in checkpoint.items(folder) else "generator"
 
 
@@ -108,8 +110,8 @@ def _lineage(weights: str | pathlib.Path) -> list[pathlib.Path]:
       UserError: There is no such checkpoint.
     """
     line = [expand(weights)]
-    while (run := bundle.run_folder(line[-1])) is not None:
-        line.append(expand(bundle.run_base(run)))
+    while (run := lineage.run_folder(line[-1])) is not None:
+        line.append(expand(lineage.run_base(run)))
     if not checkpoint.is_checkpoint(line[0]):
         tiny = line[0].suffix == ".safetensors" or str(line[0]) == "tiny"
         remedy = (
@@ -397,7 +399,7 @@ class _Job:
     def _transformer_config(self, item: str) -> dict[str, Any]:
         model = self.meta["model"]
         if item == "fake_score":
-            own = checkpoint.read_meta(self.line[0]).get(bundle.CRITIC, {})
+            own = checkpoint.read_meta(self.line[0]).get(CRITIC, {})
             model = {**model, **own}
         if self.layout == "wan":
             return published.official_transformer(model)

@@ -20,7 +20,6 @@ import numpy as np
 
 import anchor_jax
 from anchor_jax import limits
-from anchor_jax.bundle import Bundle
 from anchor_jax.cache.policies import (
     Flush,
     Junction,
@@ -44,6 +43,7 @@ from anchor_jax.streaming.types import StreamSetup
 from anchor_jax.text import check_text
 from anchor_jax.wan.kernels import KERNELS
 from anchor_jax.wan.spec import LatentGrid, ModelConfig
+from anchor_jax.weights.bundle import Bundle
 
 FORMAT_VERSION = 1
 MAX_BATCH = 1024

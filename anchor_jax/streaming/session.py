@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from anchor_jax import interrupts
-from anchor_jax.bundle import Bundle
 from anchor_jax.cache.policies import Rerun
 from anchor_jax.cache.types import ReadPlan
 from anchor_jax.errors import UserError
@@ -43,6 +42,7 @@ from anchor_jax.streaming.snapshot import (
 from anchor_jax.streaming.types import StreamSetup, StreamState
 from anchor_jax.text import check_text
 from anchor_jax.wan.attention import ContextKV
+from anchor_jax.weights.bundle import Bundle
 
 
 @functools.partial(jax.jit, static_argnames="setup", donate_argnames="state")

@@ -14,7 +14,6 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from anchor_jax.bundle import Bundle
 from anchor_jax.errors import UserError, shown, some
 from anchor_jax.io import parse_json, replacing
 from anchor_jax.streaming import stream
@@ -28,6 +27,7 @@ from anchor_jax.streaming.recipe import (
     parse_switches,
 )
 from anchor_jax.streaming.types import StreamSetup, StreamState
+from anchor_jax.weights.bundle import Bundle
 
 _HEADER = "anchor_jax_moment"
 _SUM = "sha256"

@@ -10,7 +10,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from anchor_jax import flow, sharding
-from anchor_jax.bundle import Bundle
 from anchor_jax.cache import policies
 from anchor_jax.cache.policies import POLICIES, Policy
 from anchor_jax.errors import UserError, suggest
@@ -26,6 +25,7 @@ from anchor_jax.training.sources import DataConfig
 from anchor_jax.training.state import Ema, Optimizer, TrainState, init_state
 from anchor_jax.wan import lora
 from anchor_jax.wan.spec import ModelConfig
+from anchor_jax.weights.bundle import Bundle
 
 STAGES = ("regression", "distillation")
 RULES = ("paper", "release")

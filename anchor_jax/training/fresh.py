@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from anchor_jax.bundle import TINY_TEXT, save_bundle
 from anchor_jax.io import scratch_folder
 from anchor_jax.training import world_clips, world_data
 from anchor_jax.wan import dit
 from anchor_jax.wan.spec import TINY
 from anchor_jax.wan.text import Umt5Encoder
+from anchor_jax.weights.single_file import TINY_TEXT, save_bundle
 from anchor_jax.world.words import train_tokenizer
 
 

@@ -11,7 +11,6 @@ import numpy as np
 from tqdm import tqdm
 
 from anchor_jax import flow, interrupts
-from anchor_jax.bundle import Bundle
 from anchor_jax.cache import policies
 from anchor_jax.config import from_config
 from anchor_jax.errors import UserError
@@ -23,6 +22,7 @@ from anchor_jax.training import sources
 from anchor_jax.training.sources import DataConfig
 from anchor_jax.training.trajectories import TrajectoryWriter
 from anchor_jax.wan import kernels
+from anchor_jax.weights.bundle import Bundle
 
 STORED = 4
 """States of each trajectory that have noise; the clean one comes last."""

@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 
 from anchor_jax import aot
 from anchor_jax.aot import Compiled, Program, Refused, Target
-from anchor_jax.bundle import Bundle
 from anchor_jax.errors import UserError
 from anchor_jax.experiment import parse_size
 from anchor_jax.training import build, placement
@@ -25,6 +24,7 @@ from anchor_jax.wan import dit
 from anchor_jax.wan.spec import ModelConfig
 from anchor_jax.wan.text import TextConfig
 from anchor_jax.wan.vae import VaeCodec, VaeConfig, WanVae
+from anchor_jax.weights.bundle import Bundle
 
 BLOCK = 3
 """Latent frames; fewer tokens on a side are no score matrix."""

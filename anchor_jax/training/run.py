@@ -12,9 +12,7 @@ from typing import Any
 
 import jax
 
-from anchor_jax import bundle as bundles
 from anchor_jax import ownership
-from anchor_jax.bundle import Bundle
 from anchor_jax.config import from_config
 from anchor_jax.errors import UserError, naming, shown, suggest
 from anchor_jax.experiment import parse_size
@@ -36,6 +34,10 @@ from anchor_jax.training.monitor import Monitor, memory_gb
 from anchor_jax.training.order import Share
 from anchor_jax.training.programs import Cursor, DistillStage
 from anchor_jax.training.samples import Sampler
+from anchor_jax.weights.bundle import Bundle
+from anchor_jax.weights.lineage import write_run
+from anchor_jax.weights.load import load_bundle
+from anchor_jax.weights.trained import CRITIC
 
 FRESH = "fresh"
 # What may change from one start of a run to the next.
@@ -266,7 +268,7 @@ def _open_job(config: TrainConfig, folder: pathlib.Path, tell, most: int | None)
     read = inputs(config, generator, teacher, critic) if most is None else {}
     compare_inputs(folder, read)
     sampler = samples.make_sampler(config, prepared, folder)
-    bundles.write_run(folder, base)
+    write_run(folder, base)
     write_config(config, folder)
     write_json(folder / files.INPUTS, read)
     _warn_of_chunks(prepared.stage, tell)
@@ -277,7 +279,7 @@ def _open_job(config: TrainConfig, folder: pathlib.Path, tell, most: int | None)
     meta = {"training": _json(config)}
     if config.stage == "distillation":
         sizes = dataclasses.asdict((critic or teacher).model)
-        meta[bundles.CRITIC] = json.loads(json.dumps(sizes))
+        meta[CRITIC] = json.loads(json.dumps(sizes))
     checkpoints = Checkpoints(
         folder, meta, config.keep, tell, config.keep_best, config.best_of
     )
@@ -386,7 +388,7 @@ def _load(
     What is trained as a whole comes in float32, as its masters are.
     """
     masters = trained and not config.lora.rank
-    return bundles.load_bundle(
+    return load_bundle(
         name,
         grid=None if config.size is None else parse_size(config.size),
         dtype=config.dtype,

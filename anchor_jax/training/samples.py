@@ -15,7 +15,6 @@ from jax.sharding import NamedSharding
 from PIL import Image
 
 from anchor_jax import experiment, flow, media, prompts
-from anchor_jax.bundle import Bundle
 from anchor_jax.cache.policies import Policy
 from anchor_jax.errors import UserError, suggest
 from anchor_jax.experiment import Method
@@ -27,6 +26,7 @@ from anchor_jax.training import pairs, placement, reports, world_clips
 from anchor_jax.training.build import Prepared, TrainConfig
 from anchor_jax.training.programs import DistillStage
 from anchor_jax.training.state import TrainState
+from anchor_jax.weights.bundle import Bundle
 from anchor_jax.world import events
 
 FOLDER = "samples"

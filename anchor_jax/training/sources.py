@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from anchor_jax.bundle import Bundle
 from anchor_jax.errors import UserError, suggest
 from anchor_jax.io import expand
 from anchor_jax.training import world_clips, world_data, world_windows
 from anchor_jax.training.order import Order, Share
+from anchor_jax.weights.bundle import Bundle
 from anchor_jax.world import events, scene
 
 LOOKED_AT = 1000  # pairs

@@ -16,7 +16,6 @@ import pytest
 import tiny
 
 from anchor_jax import checkpoint, ownership
-from anchor_jax.bundle import load_bundle, write_run
 from anchor_jax.cli.main import main
 from anchor_jax.config import load_config
 from anchor_jax.errors import UserError
@@ -25,6 +24,8 @@ from anchor_jax.training import run, sources
 from anchor_jax.training.build import LoraConfig, RegressionConfig, TrainConfig
 from anchor_jax.training.programs import RegressionStage
 from anchor_jax.wan import dit
+from anchor_jax.weights.lineage import write_run
+from anchor_jax.weights.load import load_bundle
 
 
 @pytest.fixture(scope="module")

@@ -99,9 +99,9 @@ def test_what_is_measured_is_kept_and_damage_is_measured_again(tmp_path):
 
 @pytest.fixture(scope="module")
 def probed():
-    from anchor_jax import bundle as bundles
+    from anchor_jax.weights.load import load_bundle
 
-    model = bundles.load_bundle("tiny")
+    model = load_bundle("tiny")
     setup = StreamSetup(model.model, model.grid, SETUP.policy, SETUP.levels)
     return ablation.probe(model, setup, count=8)
 

@@ -74,8 +74,8 @@ def ported(published, tmp_path_factory):
 @pytest.fixture(scope="session")
 def bundle(ported):
     """What is loaded of the checkpoint, in float32, for videos of 16 x 24 pixels."""
-    from anchor_jax.bundle import load_bundle
     from anchor_jax.wan.spec import LatentGrid
+    from anchor_jax.weights.load import load_bundle
 
     return load_bundle(str(ported), dtype="float32", grid=LatentGrid(2, 4))
 

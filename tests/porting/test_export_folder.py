@@ -11,11 +11,11 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from anchor_jax import checkpoint
-from anchor_jax.bundle import write_run
 from anchor_jax.errors import UserError
 from anchor_jax.porting import port, published
 from anchor_jax.porting.export import export
 from anchor_jax.wan import lora
+from anchor_jax.weights.lineage import write_run
 
 TRANSFORMER = {
     "_class_name",

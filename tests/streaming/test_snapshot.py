@@ -11,7 +11,6 @@ import tiny
 from bundles import BLUE, GREEN, RED
 
 from anchor_jax import experiment, flow
-from anchor_jax.bundle import load_bundle
 from anchor_jax.cache import policies, positions
 from anchor_jax.cache.policies import POLICIES, single_prompt
 from anchor_jax.config import load_config
@@ -31,6 +30,7 @@ from anchor_jax.streaming.recipe import (
 )
 from anchor_jax.streaming.session import Session
 from anchor_jax.streaming.snapshot import Moments
+from anchor_jax.weights.load import load_bundle
 
 ONE = flow.few_step_levels((900,), 5.0)
 LARGE = 10**9

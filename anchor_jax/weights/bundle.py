@@ -1,0 +1,167 @@
+"""A bundle: the weights of generator, text encoder and codec, and the tokenizer."""
+
+import collections
+import dataclasses
+import functools
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from anchor_jax import sharding
+from anchor_jax.errors import UserError, shown
+from anchor_jax.wan.spec import LatentGrid, ModelConfig
+from anchor_jax.wan.text import TextConfig, Umt5Encoder
+from anchor_jax.wan.tokenizer import Tokenizer
+from anchor_jax.wan.vae import VaeCodec
+from anchor_jax.world.codec import LinearCodec
+
+_REMEMBERED = 8 * 2**30  # bytes of trimmed prompts  # bytes of trimmed prompts
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PromptEncoder:
+    """Prompts to conditioning, with the text encoder's weights where there is room.
+
+    Attributes:
+      config: sizes of the text encoder.
+      tokenizer: makes its ids.
+      load: returns its parameters.
+      frees: whether the parameters leave the device after each use. Embeddings of the
+        last prompts are then remembered on the host, up to 8 GiB, and a prompt is
+        encoded by itself, so that one program serves all calls.
+      place: where results are put; None: where they are made.
+    """
+
+    config: TextConfig
+    tokenizer: Tokenizer
+    load: Callable[[], Mapping[str, Any]]
+    frees: bool = False
+    place: jax.sharding.Sharding | None = None
+    _known: collections.OrderedDict[str, np.ndarray] = dataclasses.field(
+        default_factory=collections.OrderedDict
+    )
+    _turn: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+    @functools.cached_property
+    def params(self) -> Mapping[str, Any]:
+        """The parameters, which stay where they are once they are loaded."""
+        return self.load()
+
+    def __call__(self, texts: Sequence[str]) -> jax.Array:
+        """Returns conditioning [batch, text, dim]; rows past a prompt's end are zero.
+
+        Unless parameters are freed, compiles once per batch size.
+
+        Raises:
+          UserError: The texts are one text, whose letters would be taken as prompts.
+        """
+        if isinstance(texts, str):
+            raise UserError(f"texts is one text, {shown(texts)}; give a list of them")
+        if self.frees:
+            with self._turn:
+                encoded = jnp.asarray(self._remembered(texts))
+        else:
+            encoded = self._encode(self.params, texts)
+        return encoded if self.place is None else jax.device_put(encoded, self.place)
+
+    def encode_ids(self, ids, mask) -> jax.Array:
+        """Returns conditioning of token ids [batch, text]; the parameters stay."""
+        return self._run(self.params, ids, mask)
+
+    def _encode(self, params, texts: Sequence[str]) -> jax.Array:
+        return self._run(params, *self.tokenizer.encode(texts))
+
+    def _run(self, params, ids, mask) -> jax.Array:
+        # A generator's mesh may be set; the encoder need not be on it.
+        with sharding.no_mesh():
+            return _encode(params, ids, mask, config=self.config)
+
+    def prepare(self, texts: Sequence[str]) -> None:
+        """Loads the parameters; if they are freed, encodes the texts first.
+
+        The texts are remembered as far as there is room for them.
+        """
+        if not self.frees:
+            jax.block_until_ready(self.params)
+            return
+        with self._turn:
+            self._encode_new(texts)
+
+    def _encode_new(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        """Returns the trimmed embeddings of texts, and remembers the last of them."""
+        found = {text: self._known[text] for text in texts if text in self._known}
+        fresh = [text for text in dict.fromkeys(texts) if text not in found]
+        if fresh:
+            params = self.load()
+            for text in fresh:
+                found[text] = _trim(np.asarray(self._encode(params, [text]))[0])
+        for text in found:
+            self._known[text] = found[text]
+            self._known.move_to_end(text)
+        size = sum(rows.nbytes for rows in self._known.values())
+        while size > _REMEMBERED:
+            size -= self._known.popitem(last=False)[1].nbytes
+        return found
+
+    def _remembered(self, texts: Sequence[str]) -> np.ndarray:
+        found = self._encode_new(texts)
+        shape = (len(texts), self.config.text_len, self.config.dim)
+        whole = np.zeros(shape, np.dtype(jnp.dtype(self.config.dtype)))
+        for row, text in zip(whole, texts, strict=True):
+            row[: len(found[text])] = found[text]
+        return whole
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _encode(params, ids, mask, *, config: TextConfig) -> jax.Array:
+    return Umt5Encoder(config).apply({"params": params}, ids, mask)
+
+
+def _trim(encoded: np.ndarray) -> np.ndarray:
+    """Returns a prompt's rows [text, dim] without the zeros at their end."""
+    used = np.flatnonzero(encoded.any(axis=-1))
+    return encoded[: used[-1] + 1 if used.size else 0].copy()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Bundle:
+    """All that a stream takes from files.
+
+    Attributes:
+      model: sizes of the generator.
+      text: sizes of the text encoder.
+      codec: the codec as a streaming decoder; hashable.
+      grid: latent size of the videos.
+      tokenizer: for the text encoder.
+      encode_prompts: makes conditioning [batch, text, dim] of a sequence of prompts.
+      load_variables: returns the generator's collections.
+      load_codec: returns the codec's parameters.
+      metadata: what was stored with the weights, such as how they were trained.
+      digest: SHA-256 of the weights' file, or over those that were ported.
+    """
+
+    model: ModelConfig
+    text: TextConfig
+    codec: LinearCodec | VaeCodec
+    grid: LatentGrid
+    tokenizer: Tokenizer
+    encode_prompts: PromptEncoder
+    load_variables: Callable[[], Mapping[str, Any]]
+    load_codec: Callable[[], Mapping[str, Any]]
+    metadata: Mapping[str, Any]
+    digest: str
+
+    # Loaded at their first use, so that prompts can be encoded before they take room.
+    @functools.cached_property
+    def variables(self) -> Mapping[str, Any]:
+        """The generator's collections: `params` and perhaps `lora`."""
+        return self.load_variables()
+
+    @functools.cached_property
+    def codec_params(self) -> Mapping[str, Any]:
+        """The codec's parameters."""
+        return self.load_codec()

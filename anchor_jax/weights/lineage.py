@@ -1,0 +1,75 @@
+"""The file that marks a training's folder, and names the weights it began with."""
+
+import contextlib
+import os
+import pathlib
+
+from anchor_jax.errors import UserError, shown
+from anchor_jax.io import expand, read_json, write_json
+
+FORMAT_VERSION = 1
+RUN = "run.json"
+"""File that marks the folder of a training."""
+
+
+def write_run(folder: pathlib.Path, base: str) -> None:
+    """Marks a folder as a training's.
+
+    Args:
+      folder: in which its checkpoints are.
+      base: the weights that it began with, as for `load_bundle`; a name that begins
+        with "./" is relative to the folder.
+    """
+    write_json(folder / RUN, {"format_version": FORMAT_VERSION, "base": base})
+
+
+def run_folder(folder: pathlib.Path) -> pathlib.Path | None:
+    """Returns the training that weights are of: its folder, or a step in it."""
+    folder = folder.absolute()
+    places = [folder, folder.parent] if folder.name.isdecimal() else [folder]
+    return next((one for one in places if os.path.isfile(one / RUN)), None)
+
+
+def run_base(folder: pathlib.Path) -> str:
+    """Returns the name of the weights that a training began with.
+
+    Raises:
+      UserError: The folder does not say it, or leads back to itself.
+    """
+    _check_bases(folder)
+    return _read_run(folder)
+
+
+def _read_run(folder: pathlib.Path) -> str:
+    path = folder / RUN
+    remedy = "start its training once more: the same command writes the file again"
+    try:
+        run = read_json(path, remedy=remedy)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing; {remedy}") from error
+    base, version = run.get("base"), run.get("format_version")
+    is_known = type(version) is int and version == FORMAT_VERSION
+    if not is_known or not isinstance(base, str) or not _is_path(base):
+        raise UserError(
+            f"{path}: format_version={shown(version)} and base={shown(base)}, expected"
+            f" {FORMAT_VERSION} and the name of weights; {remedy}"
+        )
+    return str(folder / base) if base.startswith("./") else base
+
+
+def _is_path(text: str) -> bool:
+    """Returns whether a text can be a path: not empty, no zero, no half character."""
+    with contextlib.suppress(UnicodeEncodeError):
+        return bool(text.encode()) and "\0" not in text
+    return False
+
+
+def _check_bases(folder: pathlib.Path) -> None:
+    """Raises if trainings that began with one another lead in a circle."""
+    seen, run = [], run_folder(folder)
+    while run is not None:
+        run = run.resolve()
+        if run in seen:
+            raise UserError(f"{run / RUN} leads back to itself by its base")
+        seen.append(run)
+        run = run_folder(expand(_read_run(run)))

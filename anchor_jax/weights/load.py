@@ -1,0 +1,114 @@
+"""Loads weights by their name, whatever they are kept in.
+
+Orbax takes long to import, so what needs it is imported where there is a checkpoint.
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from jax.sharding import Mesh
+
+from anchor_jax import finite
+from anchor_jax.io import expand
+from anchor_jax.wan.spec import LatentGrid
+from anchor_jax.weights.bundle import Bundle
+from anchor_jax.weights.lineage import run_folder
+from anchor_jax.weights.options import Options
+from anchor_jax.weights.single_file import load_saved
+
+
+def load_bundle(
+    weights: str,
+    *,
+    grid: LatentGrid | None = None,
+    dtype: str | None = None,
+    text_encoder: str = "device",
+    mesh: Mesh | None = None,
+    lora: str = "separate",
+    param_dtype: str | None = None,
+    network: str = "generator",
+) -> Bundle:
+    """Returns the bundle named `tiny`, a saved one, or one of ported weights.
+
+    Args:
+      weights: `tiny`, the path that `save_bundle` wrote to, the folder of a
+        checkpoint with ported weights, or that of a training; of a training,
+        `FOLDER/400` takes the checkpoint of step 400, not the last one.
+      grid: latent size of the videos; None: as stored, and 60 x 104 for ported ones.
+      dtype: of weights and activations; None: as stored, and bfloat16 for ported ones.
+      text_encoder: "device" keeps it on the device, "free" only while there are new
+        prompts, and "sharded" splits it over all devices.
+      mesh: splits the generator; None: all is on the default device.
+      lora: "separate" keeps low-rank updates beside the weights they change, "merged"
+        adds them, "none" leaves them out.
+      param_dtype: of the generator's weights, where it is not that of activations.
+      network: "generator", or "critic" for the one that was distilled or ported with
+        it, in the generator's place; where there is none it is the generator.
+
+    Raises:
+      UserError: A file is missing or broken, or its tensors are not those of the
+        sizes that it states; or an argument is none of its choices.
+    """
+    options = Options(grid, dtype, text_encoder, mesh, lora, param_dtype, network)
+    return _load(weights, options)
+
+
+def _load(weights: str, options: Options) -> Bundle:
+    folder = expand(weights)
+    if weights != "tiny" and run_folder(folder) is not None:
+        from anchor_jax.weights.trained import find_trained
+
+        trained = find_trained(folder, options)
+        base = _load(trained.base, trained.base_options())
+        return _watched(weights, trained.onto(base))
+    if weights != "tiny" and _is_checkpoint(folder):
+        from anchor_jax.weights.ported import load_ported
+
+        return _watched(weights, load_ported(folder, options))
+    return _watched(weights, load_saved(weights, options))
+
+
+def _watched(weights: str, bundle: Bundle) -> Bundle:
+    """Returns the bundle such that loading weights that are not finite is refused."""
+
+    def watched(network: str, load: Callable[[], Any]) -> Callable[[], Any]:
+        def checked():
+            tree = load()
+            finite.check(tree, f"weights={weights!r}, {network}", _remedy(weights))
+            return tree
+
+        return checked
+
+    encoder = bundle.encode_prompts
+    return dataclasses.replace(
+        bundle,
+        encode_prompts=dataclasses.replace(
+            encoder, load=watched("text encoder", encoder.load)
+        ),
+        load_variables=watched("generator", bundle.load_variables),
+        load_codec=watched("codec", bundle.load_codec),
+    )
+
+
+def _remedy(weights: str) -> str:
+    """Says what to do about weights that are not finite."""
+    run = run_folder(expand(weights))
+    if run is None:
+        return "take an undamaged copy; float16 cannot hold values above 65504"
+    from anchor_jax import checkpoint
+
+    kept = ", ".join(str(run / str(step)) for step in checkpoint.steps(run))
+    return (
+        f"the training diverged; take a checkpoint before that: {kept or 'none kept'}"
+    )
+
+
+def _is_checkpoint(folder: pathlib.Path) -> bool:
+    if not os.path.isdir(folder) or os.path.exists(folder / "model.safetensors"):
+        return False
+    from anchor_jax import checkpoint
+
+    return checkpoint.is_checkpoint(folder)

@@ -1,0 +1,218 @@
+"""A bundle in the checkpoint that published weights were ported to."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from jax.sharding import Mesh
+
+from anchor_jax import checkpoint, sharding
+from anchor_jax.config import from_config
+from anchor_jax.errors import UserError, reason, shown
+from anchor_jax.limits import check_sizes
+from anchor_jax.wan.spec import LatentGrid, ModelConfig
+from anchor_jax.wan.text import TextConfig
+from anchor_jax.wan.tokenizer import Tokenizer, load_tokenizer
+from anchor_jax.wan.vae import VaeCodec, VaeConfig, WanVae
+from anchor_jax.weights.bundle import Bundle
+from anchor_jax.weights.options import Options
+from anchor_jax.weights.tensors import (
+    check_tensors,
+    check_vocab,
+    damaged_weights,
+    expected_lora,
+    expected_tensors,
+    merge_lora,
+)
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ported:
+    """What the item `meta` of ported weights says about them."""
+
+    model: ModelConfig
+    text: TextConfig
+    vae: VaeConfig
+    digest: str
+
+
+def load_ported(folder: pathlib.Path, options: Options) -> Bundle:
+    """Returns the bundle in a checkpoint."""
+    meta = checkpoint.read_meta(folder)
+    _check_items(folder, checkpoint.items(folder))
+    with damaged_weights(folder):
+        ported = _read_ported(meta, options.dtype or "bfloat16")
+        _check_ported(ported)
+    model, text = options.mastered(ported.model), ported.text
+    expected = _expected_ported(folder, ported)
+    network = options.item(checkpoint.items(folder))
+    if network == "fake_score":
+        expected[network] = {"params": expected["generator"]["params"]}
+    for item in expected:
+        stored = traverse_util.flatten_dict(checkpoint.shapes(folder, item), sep="/")
+        with damaged_weights(folder):
+            check_tensors(
+                item, stored, traverse_util.flatten_dict(expected[item], sep="/")
+            )
+    tokenizer = _ported_tokenizer(folder, text)
+
+    def load(item: str, rules, mesh: Mesh | None):
+        places = None
+        if mesh is not None:
+            places = sharding.shardings(expected[item], rules, mesh)
+        return checkpoint.restore(folder, item, text.dtype, places)
+
+    return Bundle(
+        model=model,
+        text=text,
+        grid=options.fitting_grid(model, LatentGrid()),
+        codec=VaeCodec(ported.vae),
+        tokenizer=tokenizer,
+        encode_prompts=options.encoder(
+            text,
+            tokenizer,
+            lambda: load("text_encoder", sharding.TEXT, options.text_mesh),
+        ),
+        load_variables=lambda: _load_network(folder, network, expected, options),
+        load_codec=lambda: load("vae", sharding.VAE, options.mesh),
+        metadata=meta,
+        digest=ported.digest
+        if network == "generator"
+        else hashlib.sha256(f"{network} {ported.digest}".encode()).hexdigest(),
+    )
+
+
+def _check_items(folder: pathlib.Path, present: Sequence[str]) -> None:
+    """Raises unless there is every network that a bundle needs."""
+    for item in ("generator", "text_encoder", "vae"):
+        if item not in present:
+            raise UserError(
+                f"{folder} has no {item}, it has {', '.join(present)}; port all parts"
+                " at once into a new folder, with anchor-jax port --wan=FOLDER"
+                " [--generator=FILE --lora=FILE --method=METHOD] --out=NEW; FOLDER is"
+                " one of the published Wan2.1 files"
+            )
+
+
+def _read_ported(meta: Mapping[str, Any], dtype: str) -> _Ported:
+    def read(kind, name: str):
+        section = meta.get(name)
+        if not isinstance(section, Mapping):
+            raise UserError(
+                f"meta.{name} is {shown(section)}, expected an object of sizes"
+            )
+        types = {"dtype": dtype, "param_dtype": dtype}
+        whole = dataclasses.asdict(kind()) | dict(section) | types
+        return from_config(kind, whole, f"meta.{name}")
+
+    return _Ported(
+        read(ModelConfig, "model"),
+        read(TextConfig, "text"),
+        read(VaeConfig, "vae"),
+        _source_digest(meta.get("sources")),
+    )
+
+
+def _source_digest(sources: Any) -> str:
+    """Returns SHA-256 over those of the files that were ported, whatever their names.
+
+    What was taken from a file and how it was scaled are part of it.
+    """
+    if not isinstance(sources, list) or not sources:
+        raise UserError("meta.sources is missing, expected the files that were ported")
+    parts = []
+    for number, source in enumerate(sources):
+        try:
+            hashes = [file["sha256"] for file in source["files"]]
+            taken = [source[key] for key in ("item", "key", "alpha")]
+            taken += source.get("factors") or []
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UserError(f"meta.sources, entry {number}: {reason(error)}") from error
+        for one in hashes:
+            if not isinstance(one, str) or not _DIGEST.fullmatch(one):
+                raise UserError(f"meta.sources: {shown(one)} is no SHA-256")
+        parts.append([*taken, sorted(hashes)])
+    ordered = sorted(json.dumps(part) for part in parts)
+    return hashlib.sha256("\n".join(ordered).encode()).hexdigest()
+
+
+def _check_ported(ported: _Ported) -> None:
+    """Raises unless the sizes are ones that networks can have, and fit together."""
+    model, text, vae = ported.model, ported.text, ported.vae
+    for name in ("model", "text", "vae"):
+        check_sizes(f"meta.{name}", getattr(ported, name))
+    for name, value, wanted in (
+        ("text.dim", text.dim, model.text_dim),
+        ("text.text_len", text.text_len, model.text_len),
+        ("vae.z_dim", vae.z_dim, model.latent_channels),
+    ):
+        if value != wanted:
+            raise UserError(f"meta.{name}={value}, expected {wanted} as the model")
+
+
+def _expected_ported(folder: pathlib.Path, ported: _Ported) -> dict[str, Any]:
+    """Returns the shapes of every item, by its name."""
+    stored = checkpoint.shapes(folder, "generator")
+    frame = 2 ** len(ported.vae.temporal_downsample)
+    pixels = jax.ShapeDtypeStruct((1, 1, frame, frame, 3), jnp.float32)
+    with damaged_weights(folder):
+        tensors = traverse_util.unflatten_dict(
+            expected_tensors(ported.model, ported.text, None), sep="/"
+        )
+        init = WanVae(ported.vae).init
+        codec = jax.eval_shape(init, jax.random.key(0), pixels)["params"]
+        generator = {"params": tensors["generator"]}
+        if "lora" in stored:
+            generator["lora"] = expected_lora(generator["params"], stored["lora"])
+    return {"generator": generator, "text_encoder": tensors["text"], "vae": codec}
+
+
+def _load_network(folder: pathlib.Path, item: str, expected, options: Options):
+    """Returns a network's collections, its low-rank updates as asked for."""
+    expected = expected[item]
+    places, dtype = None, options.param_dtype or options.dtype or "bfloat16"
+    if options.mesh is not None:
+        tables = {"params": sharding.GENERATOR, "lora": sharding.LORA}
+        places = {
+            name: sharding.shardings(shapes, tables[name], options.mesh)
+            for name, shapes in expected.items()
+        }
+    # Merged before they are rounded, where they are stored wider.
+    merges = options.lora == "merged" and "lora" in expected
+    kept = None if merges else {"params": dtype}
+    variables = checkpoint.restore(folder, item, kept, places)
+    if merges:
+        return {
+            "params": merge_lora(variables.pop("params"), variables.pop("lora"), dtype)
+        }
+    if options.lora == "none":
+        variables.pop("lora", None)
+    return variables
+
+
+def _ported_tokenizer(folder: pathlib.Path, text: TextConfig) -> Tokenizer:
+    """Returns the tokenizer that was ported, whose ids the text encoder all knows."""
+    names = ("tokenizer.json", "spiece.model")
+    found = [name for name in names if (folder / "tokenizer" / name).exists()]
+    for name in found:
+        checkpoint.file(folder, f"tokenizer/{name}")
+    place = folder / "tokenizer"
+    try:
+        tokenizer = load_tokenizer(place, text.text_len)
+    # The package `tokenizers` raises plain exceptions for files it cannot read.
+    except Exception as error:
+        raise UserError(
+            f"{place} holds no tokenizer that can be used: {error}; port the weights"
+            " again"
+        ) from error
+    check_vocab(place, tokenizer, text)
+    return tokenizer

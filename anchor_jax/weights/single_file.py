@@ -1,0 +1,301 @@
+"""A bundle in one safetensors file, beside that of its tokenizer."""
+
+import dataclasses
+import errno
+import hashlib
+import importlib.resources
+import json
+import os
+import pathlib
+import stat
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import traverse_util
+from jax.sharding import Mesh
+
+from anchor_jax import sharding
+from anchor_jax.config import from_config
+from anchor_jax.errors import UserError, shown, suggest
+from anchor_jax.filetypes import check_start
+from anchor_jax.io import expand, parse_json, replacing
+from anchor_jax.limits import check_sizes
+from anchor_jax.wan.spec import TINY, LatentGrid, ModelConfig
+from anchor_jax.wan.text import TextConfig
+from anchor_jax.wan.tokenizer import SentencePieceTokenizer
+from anchor_jax.weights.bundle import Bundle
+from anchor_jax.weights.options import Options
+from anchor_jax.weights.tensors import (
+    check_tensors,
+    check_vocab,
+    damaged_weights,
+    expected_tensors,
+)
+from anchor_jax.world.codec import LinearCodec
+
+FORMAT_VERSION = 1
+TINY_TEXT = TextConfig(
+    vocab=64,
+    dim=64,
+    attention_dim=64,
+    ffn_dim=128,
+    num_heads=4,
+    num_layers=2,
+    text_len=16,
+    dtype="float32",
+)
+TINY_GRID = LatentGrid(8, 8)
+
+_HEADER = "anchor_jax"
+_CODECS = {"linear": LinearCodec()}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Header:
+    """What the weights' file says about itself."""
+
+    format_version: int
+    model: ModelConfig
+    text: TextConfig
+    grid: LatentGrid
+    codec: str
+    tokenizer: str
+    metadata: Mapping[str, Any]
+
+
+def load_saved(weights: str, options: Options) -> Bundle:
+    """Returns the bundle in a safetensors file."""
+    model_file, tokenizer_file = _files(weights)
+    content = _read(model_file, weights)
+    pieces = _read(tokenizer_file, weights)
+    header = _header(model_file)
+    if header.tokenizer != hashlib.sha256(pieces).hexdigest():
+        raise UserError(
+            f"{tokenizer_file} is not the tokenizer that {model_file} was saved with;"
+            " take both files from the same place"
+        )
+    codec = _CODECS[header.codec]
+    tokenizer = _tokenizer(tokenizer_file, pieces, header.text)
+    model = options.mastered(options.typed(header.model))
+    text = options.typed(header.text)
+    with damaged_weights(model_file):
+        stored = safetensors.numpy.load(content)
+        expected = expected_tensors(model, text, codec)
+    check_tensors(model_file, stored, expected)
+
+    def load(part: str, rules, mesh: Mesh | None):
+        names = [name for name in expected if name.startswith(f"{part}/")]
+        leaves = {
+            name: jnp.asarray(stored[name], expected[name].dtype) for name in names
+        }
+        params = traverse_util.unflatten_dict(leaves, sep="/")[part]
+        if mesh is None:
+            return params
+        return jax.device_put(params, sharding.shardings(params, rules, mesh))
+
+    def load_text():
+        return load("text", sharding.TEXT, options.text_mesh)
+
+    return Bundle(
+        model=model,
+        text=text,
+        grid=options.fitting_grid(model, header.grid),
+        codec=codec,
+        tokenizer=tokenizer,
+        encode_prompts=options.encoder(text, tokenizer, load_text),
+        load_variables=lambda: {
+            "params": load("generator", sharding.GENERATOR, options.mesh)
+        },
+        load_codec=lambda: load("codec", sharding.VAE, options.mesh),
+        metadata=header.metadata,
+        digest=hashlib.sha256(content).hexdigest(),
+    )
+
+
+def save_bundle(
+    params: Mapping[str, Any],
+    tokenizer: bytes,
+    path: str | pathlib.Path,
+    metadata: Mapping[str, Any],
+    *,
+    model: ModelConfig = TINY,
+    text: TextConfig = TINY_TEXT,
+    grid: LatentGrid = TINY_GRID,
+) -> None:
+    """Writes a bundle as float16; each file appears under its name when whole.
+
+    Args:
+      params: `generator`, `text` and `codec`, nested dicts of arrays.
+      tokenizer: a SentencePiece model.
+      path: `NAME.safetensors`, beside which `NAME.model` is written, or a folder that
+        gets `model.safetensors` and `tokenizer.model`.
+      metadata: stored as JSON: how the weights were trained, sampler defaults.
+      model: sizes of the generator.
+      text: sizes of the text encoder.
+      grid: latent size of the videos.
+
+    Raises:
+      UserError: The tensors are not those of the sizes, one of them overflows, or the
+        files cannot be written.
+    """
+    model_file, tokenizer_file = _files_in(pathlib.Path(path))
+    header = {
+        "format_version": FORMAT_VERSION,
+        "model": dataclasses.asdict(model),
+        "text": dataclasses.asdict(text),
+        "grid": dataclasses.asdict(grid),
+        "codec": "linear",
+        "tokenizer": hashlib.sha256(tokenizer).hexdigest(),
+        "metadata": dict(metadata),
+    }
+    flat = traverse_util.flatten_dict(params, sep="/")
+    check_tensors(model_file, flat, expected_tensors(model, text, _CODECS["linear"]))
+    halves = {name: _half(name, value) for name, value in sorted(flat.items())}
+    content = safetensors.numpy.save(halves, {_HEADER: json.dumps(header)})
+    with replacing(tokenizer_file) as part:
+        part.write_bytes(tokenizer)
+    with replacing(model_file) as part:
+        part.write_bytes(content)
+
+
+def save_loaded(bundle: Bundle, path: str | pathlib.Path) -> None:
+    """Writes what was loaded, for instance of a training, by `save_bundle`.
+
+    Args:
+      bundle: with the linear codec; low-rank updates are merged.
+      path: as for `save_bundle`.
+
+    Raises:
+      UserError: The bundle is not of the kind that has this layout.
+    """
+    if not isinstance(bundle.codec, LinearCodec):
+        raise UserError(
+            "layout=bundle holds models with the linear codec only, such as the tiny"
+            f" one; got {type(bundle.codec).__name__}: choose layout wan or diffusers"
+        )
+    params = {
+        "generator": bundle.variables["params"],
+        "text": bundle.encode_prompts.params,
+        "codec": bundle.codec_params,
+    }
+    sizes = {"model": bundle.model, "text": bundle.text, "grid": bundle.grid}
+    metadata = _without_places(bundle.metadata)
+    save_bundle(params, bundle.tokenizer.content, path, metadata, **sizes)
+
+
+def _without_places(value: Any) -> Any:
+    """Returns metadata in which paths are cut to their last part: it is given away."""
+    if isinstance(value, Mapping):
+        return {name: _without_places(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_places(one) for one in value]
+    is_path = isinstance(value, str) and "/" in value and " " not in value
+    return pathlib.PurePath(value).name if is_path else value
+
+
+def _files(weights: str) -> tuple[pathlib.Path, pathlib.Path]:
+    """Returns the files of a bundle's name or path."""
+    if weights == "tiny":
+        assets = pathlib.Path(str(importlib.resources.files("anchor_jax"))) / "assets"
+        return _files_in(assets / "tiny.safetensors")
+    return _files_in(expand(weights))
+
+
+def _files_in(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+    if path.suffix == ".safetensors":
+        return path, path.with_suffix(".model")
+    return path / "model.safetensors", path / "tokenizer.model"
+
+
+def _read(path: pathlib.Path, weights: str) -> bytes:
+    name = shown(weights, 200)
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        check_start(path)
+        return path.read_bytes()
+    except OSError as error:
+        if not os.path.exists(expand(weights)):
+            raise UserError(
+                f"weights={name}: there is no such folder; run the stage that"
+                " writes it, or give the folder of a training, of anchor-jax port or of"
+                " anchor-jax export, or 'tiny'"
+            ) from error
+        if not os.path.exists(path) and any(path.parent.iterdir()):
+            raise UserError(
+                f"weights={name} holds no {path.name}, nor a checkpoint; published"
+                " weights are first ported: anchor-jax port --help"
+            ) from error
+        raise UserError(
+            f"weights={name}: {path} cannot be read ({error.strerror}); expected"
+            " 'tiny', the folder of a training, one that anchor-jax port wrote, or a"
+            " bundle of anchor-jax export with model.safetensors and tokenizer.model"
+        ) from error
+
+
+def _header(path: pathlib.Path) -> _Header:
+    """Returns the sizes and metadata in the file's header."""
+    try:
+        with safetensors.safe_open(path, "np") as opened:
+            stored = opened.metadata() or {}
+    except safetensors.SafetensorError as error:
+        raise UserError(
+            f"{path} is not a whole safetensors file ({error}); copy it again"
+        ) from error
+    if _HEADER not in stored:
+        raise UserError(
+            f"{path} has no {_HEADER!r} in its header, so it is no bundle; write it"
+            " with anchor_jax.bundle.save_bundle"
+        )
+    with damaged_weights(path):
+        header = parse_json(stored[_HEADER], "its header")
+    version = header.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format_version {shown(version)}, expected {FORMAT_VERSION};"
+            " use the version of anchor_jax that wrote it, or save it again"
+        )
+    with damaged_weights(path):
+        read = from_config(_Header, header, "header")
+        _check_header(read)
+    return read
+
+
+def _check_header(header: _Header) -> None:
+    """Raises unless the sizes are ones that networks can have, and fit together."""
+    if header.codec not in _CODECS:
+        known = suggest(header.codec, _CODECS, "codecs")
+        raise UserError(f"unknown codec {shown(header.codec)}{known}")
+    for name in ("model", "text", "grid"):
+        check_sizes(name, getattr(header, name))
+    model, text = header.model, header.text
+    if text.dim != model.text_dim:
+        raise UserError(f"text.dim={text.dim}, expected {model.text_dim} as the model")
+    header.grid.tokens(model.patch)
+
+
+def _tokenizer(path: pathlib.Path, pieces: bytes, text: TextConfig):
+    """Returns the tokenizer, whose ids the text encoder all knows."""
+    try:
+        tokenizer = SentencePieceTokenizer(pieces, text.text_len)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} is no tokenizer that can be used: {error}; expected a"
+            " SentencePiece model; copy it again"
+        ) from error
+    check_vocab(path, tokenizer, text)
+    return tokenizer
+
+
+def _half(name: str, value) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        # The format takes a buffer as it lies: a transposed view would be garbled.
+        half = np.ascontiguousarray(np.asarray(value), np.float16)
+    if not np.isfinite(half).all():
+        raise UserError(f"{name} does not fit into float16; its training diverged")
+    return half

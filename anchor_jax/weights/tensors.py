@@ -1,0 +1,110 @@
+"""The tensors that weights have by their sizes, and their low-rank updates."""
+
+import functools
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from anchor_jax.errors import UserError, damaged, shown, some
+from anchor_jax.wan import dit, lora
+from anchor_jax.wan.spec import ModelConfig
+from anchor_jax.wan.text import TextConfig, Umt5Encoder
+from anchor_jax.world.codec import BLOCK_VALUES, LinearCodec
+
+damaged_weights = functools.partial(
+    damaged,
+    remedy="copy it again, or write it again as it was written",
+    fault="is no bundle that can be used",
+    wraps=True,
+)
+
+
+def expected_tensors(
+    model: ModelConfig, text: TextConfig, codec: LinearCodec | None
+) -> dict[str, Any]:
+    """Returns shape and type of every tensor, by name, without making any."""
+    key = jax.random.key(0)
+    ids = jax.ShapeDtypeStruct((1, text.text_len), jnp.int32)
+    encoder = jax.eval_shape(Umt5Encoder(text).init, key, ids, ids)
+    tree = {
+        "generator": jax.eval_shape(functools.partial(dit.init_params, model), key),
+        "text": encoder["params"],
+        "codec": _codec_shapes(model.latent_channels) if codec else {},
+    }
+    return traverse_util.flatten_dict(tree, sep="/")
+
+
+def _codec_shapes(channels: int) -> dict[str, Any]:
+    shapes = {
+        "mean": (BLOCK_VALUES,),
+        "encode": (BLOCK_VALUES, channels),
+        "decode": (channels, BLOCK_VALUES),
+    }
+    return {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in shapes.items()}
+
+
+def expected_lora(params, stored) -> dict[str, Any]:
+    """Returns the shapes of updates of the stored rank, for layers that have one."""
+    flat = traverse_util.flatten_dict(stored)
+    ranks = {leaf.shape[-1] for path, leaf in flat.items() if path[-1] == "a"}
+    if len(ranks) != 1:
+        raise UserError(
+            f"lora: the updates have the ranks {sorted(ranks)}, expected one"
+        )
+    init = functools.partial(lora.init, rank=ranks.pop(), rng=jax.random.key(0))
+    every = traverse_util.flatten_dict(jax.eval_shape(init, params))
+    changed = {path[:-1] for path in flat}
+    return traverse_util.unflatten_dict(
+        {path: leaf for path, leaf in every.items() if path[:-1] in changed}
+    )
+
+
+def check_tensors(path, stored: Mapping[str, Any], expected: Mapping[str, Any]):
+    """Raises unless there is every tensor, of its shape, and no other."""
+    wrong = [f"missing {name}" for name in expected if name not in stored]
+    wrong += [
+        f"unexpected {shown(name)[1:-1]}" for name in stored if name not in expected
+    ]
+    wrong += [
+        f"{name} is {tuple(stored[name].shape)}, expected {tuple(expected[name].shape)}"
+        for name in expected
+        if name in stored and stored[name].shape != expected[name].shape
+    ]
+    wrong += [
+        f"{name} holds {stored[name].dtype}, expected floating-point numbers"
+        for name in expected
+        if name in stored and not jnp.issubdtype(stored[name].dtype, jnp.floating)
+    ]
+    if wrong:
+        raise UserError(
+            f"{path}: the tensors are not those of its sizes: {'; '.join(some(wrong))};"
+            " save the weights together with the sizes that they have"
+        )
+
+
+def check_vocab(path: pathlib.Path, tokenizer, text: TextConfig) -> None:
+    """Raises unless the text encoder knows every id of the tokenizer."""
+    if tokenizer.vocab > text.vocab:
+        raise UserError(
+            f"{path} has {tokenizer.vocab} pieces, expected at most the"
+            f" {text.vocab} of the text encoder; take both files from the same place"
+        )
+
+
+def merge_lora(params, adapters, dtype: str):
+    """Returns the parameters plus their low-rank updates, a layer's kind at a time."""
+    leaves, updates = map(traverse_util.flatten_dict, (params, adapters))
+    del params, adapters
+    for path in list(leaves):
+        names = [(*path[:-1], name) for name in ("a", "b")]
+        one = {path[-1]: leaves.pop(path)}
+        if path[-1] == "kernel" and names[0] in updates:
+            update = {name[-1]: updates.pop(name) for name in names}
+            wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (one, update))
+            one = lora.merge(*wide)
+        leaves[path] = one[path[-1]].astype(dtype)
+    return traverse_util.unflatten_dict(leaves)
