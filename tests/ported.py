@@ -1,6 +1,7 @@
 """Tiny random weights as the port writes them, for the tests that sample from them."""
 
 import dataclasses
+import functools
 
 import bundles
 import jax
@@ -14,40 +15,54 @@ from anchor_jax.wan.vae import VaeConfig, WanVae
 
 MODEL = dataclasses.replace(tiny.MODEL, dim=32, ffn_dim=32, latent_channels=16)
 VAE = VaeConfig(base_dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1)
+SMALL_VAE = VaeConfig(
+    base_dim=8, dim_mult=(1, 2), num_res_blocks=1, temporal_downsample=(True,)
+)
 NOT_SIZES = ("dtype", "param_dtype", "remat", "unroll")
 
 
 def save(folder, method: str, critic: bool = False) -> None:
     """Writes a checkpoint of weights that were ported as a method."""
+    items = draw_items()
+    if critic:
+        items = items | {"fake_score": {"params": _draw(_params(), 5)}}
+    write(folder, items, method)
+
+
+def write(folder, items, method: str = "", vae: VaeConfig = VAE) -> None:
+    """Writes a checkpoint of the items, as if they were ported as a method."""
     files = [{"name": "generator.pt", "bytes": 5, "sha256": "0a" * 32}]
     source = {"item": "generator", "key": "generator", "alpha": None, "files": files}
     meta = {
         "method": method,
         "model": _sizes(MODEL),
         "text": _sizes(bundles.TEXT),
-        "vae": _sizes(VAE),
+        "vae": _sizes(vae),
         "sources": [source],
     }
     tokenizer = {"tokenizer/spiece.model": bundles.words()}
-    items = _items()
-    if critic:
-        items["fake_score"] = {"params": _draw(items["generator"]["params"], 5)}
     checkpoint.write(folder, items, meta, tokenizer)
 
 
-def _items():
+@functools.cache
+def draw_items(vae: VaeConfig = VAE):
+    """Returns the networks of a checkpoint, filled by numpy."""
     key = jax.random.key(0)
     ids = jax.ShapeDtypeStruct((1, bundles.TEXT.text_len), np.int32)
     pixels = jax.ShapeDtypeStruct((1, 1, 8, 8, 3), np.float32)
-    params = jax.eval_shape(lambda: dit.init_params(MODEL, key))
+    params = _params()
     adapters = jax.eval_shape(lambda tree: lora.init(tree, 3, key), params)
     text = jax.eval_shape(Umt5Encoder(bundles.TEXT).init, key, ids, ids)["params"]
-    vae = jax.eval_shape(WanVae(VAE).init, key, pixels)["params"]
+    shapes = jax.eval_shape(WanVae(vae).init, key, pixels)["params"]
     return {
         "generator": {"params": _draw(params, 1), "lora": _draw(adapters, 2)},
         "text_encoder": _draw(text, 3),
-        "vae": _draw(vae, 4),
+        "vae": _draw(shapes, 4),
     }
+
+
+def _params():
+    return jax.eval_shape(lambda: dit.init_params(MODEL, jax.random.key(0)))
 
 
 def _draw(shapes, seed):
