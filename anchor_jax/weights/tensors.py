@@ -21,6 +21,7 @@ damaged_weights = functools.partial(
     fault="is no bundle that can be used",
     wraps=True,
 )
+"""Turns what is wrong with weights into one message that names their place."""
 
 
 def expected_tensors(
