@@ -12,6 +12,7 @@ import secrets
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,6 +32,7 @@ _REMEDIES = {
 _NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
 _SHOWN = 200  # characters of a name in a message
 _TRIES = 10
+_PAUSES = (0.01, 0.02, 0.05, 0.1, 0.2)  # seconds between attempts to remove
 _MOST_JSON = 256 * 2**20  # bytes
 _DEEPEST_JSON = 64
 _HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
@@ -243,12 +245,19 @@ def _stop_writing(part: pathlib.Path, is_ours: bool) -> None:
 
 
 def remove(part: pathlib.Path) -> None:
-    """Removes a file, or a folder with what is in it, if that is possible."""
-    with contextlib.suppress(OSError):
-        if part.is_dir() and not part.is_symlink():
+    """Removes a file, or a folder with what is in it, if that is possible.
+
+    A library's thread may still write into the folder: then it is tried again.
+    """
+    for seconds in (0, *_PAUSES):
+        time.sleep(seconds)
+        with contextlib.suppress(OSError):
+            if part.is_symlink() or not part.is_dir():
+                part.unlink(missing_ok=True)
+                return
             shutil.rmtree(part, ignore_errors=True)
-        else:
-            part.unlink(missing_ok=True)
+            if not part.exists():
+                return
 
 
 @contextlib.contextmanager

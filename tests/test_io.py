@@ -1,5 +1,6 @@
 """Files that are whole or not there, and errors that name them."""
 
+import shutil
 import threading
 
 import pytest
@@ -231,3 +232,24 @@ def test_a_thread_cannot_make_a_folder_again_that_is_removed_at_the_end(
         monkeypatch.undo()
         assert list(tmp_path.iterdir()) == []
         folder.mkdir()
+
+
+def test_a_folder_is_removed_though_a_thread_still_writes_into_it(
+    tmp_path, monkeypatch
+):
+    folder = tmp_path / "part"
+    folder.mkdir()
+    rmtree = shutil.rmtree
+
+    def beside_a_writer(path, **options):
+        rmtree(path, **options)
+        if not beside_a_writer.written:
+            beside_a_writer.written = True
+            folder.mkdir()
+            (folder / "late").write_text("")
+
+    beside_a_writer.written = False
+    monkeypatch.setattr(shutil, "rmtree", beside_a_writer)
+    io.remove(folder)
+
+    assert beside_a_writer.written and not folder.exists()

@@ -270,7 +270,9 @@ def test_a_prompt_of_another_type_is_refused():
         make(prompt=[RED])
 
 
-def test_a_prompt_that_is_cut_gives_a_warning():
+def test_a_prompt_that_is_cut_gives_a_warning(monkeypatch):
+    # Tests share a tokenizer, which warns of the first prompts only.
+    monkeypatch.setattr(bundles.load().tokenizer, "_warned", 0)
     session = make(prompt=f"{BLUE} and {RED} and {GREEN}")
 
     with pytest.warns(CutWarning, match="a blue square.*6 of 16 tokens"):
