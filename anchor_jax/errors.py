@@ -1,27 +1,27 @@
-"""The error for mistakes that a user can put right."""
+"""The error class for user mistakes, and helpers that format its messages."""
 
 import contextlib
 import difflib
 import os
 import re
 import reprlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, AnyStr
 
 _MOST_LINES = 12
 _LONGEST_LINE = 1000  # characters
 _MOST_NAMES = 24
-# What a terminal obeys instead of showing, and halves of characters.
+# Characters that control a terminal, and lone surrogates.
 _UNSHOWN = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave; the command line shows only its message.
+    """An error in the user's input; the command line shows only its message.
 
-    The message names the field, what was got, what is expected, and the remedy. It is
-    shown with at most 12 lines of at most 1000 characters, whatever it embeds.
+    The message names the field, the value that was given, the values that are allowed,
+    and the remedy. At most 12 lines of at most 1000 characters are shown.
     """
 
     def __str__(self) -> str:
@@ -33,23 +33,24 @@ class UserError(ValueError):
 
 
 class Stopped(KeyboardInterrupt):
-    """Long work that was asked to stop, and did where it can go on.
+    """Raised when long work stopped on request, at a point where it can resume.
 
-    A command has an interrupt's status then, so that a script does not go on with what
-    is half done.
+    The command then exits with the status of an interrupt. A calling script therefore
+    does not continue with incomplete results.
     """
 
 
 def shown(value: Any, limit: int = 80) -> str:
-    """Returns a value as a message shows it: its `repr`, shortened in the middle.
+    """Returns the `repr` of a value for a message, shortened in the middle.
 
     Args:
-      value: anything, however large.
-      limit: characters of the result, but for the length that is stated after it.
+      value: any value of any size.
+      limit: maximum length in characters. The length note that follows a shortened
+        string is not counted.
     """
     if isinstance(value, str | bytes):
         unit = "characters" if isinstance(value, str) else "bytes"
-        # More than `limit` characters are never needed, whatever is escaped.
+        # Escaping never shortens a text, so 2 * limit characters are enough.
         text = repr(value if len(value) <= 2 * limit else _middle(value, 2 * limit))
         length = f" ({len(value)} {unit})" if len(text) > limit else ""
         return _middle(text, limit) + length
@@ -59,18 +60,50 @@ def shown(value: Any, limit: int = 80) -> str:
     try:
         return _middle(brief.repr(value), limit)
     except (ValueError, RecursionError):
-        # An integer of more digits than Python prints.
+        # The integer has more digits than Python converts to text.
         return f"a {type(value).__name__} too large to show"
 
 
 def some(items: Sequence[str], most: int = 5) -> list[str]:
-    """Returns the first of many items, and how many more there are."""
+    """Returns the first `most` items, followed by a count of the others."""
     more = len(items) - most
     return [*items[:most], f"and {more} more"] if more > 0 else list(items)
 
 
+def changes(before: Any, after: Any, name: str = "") -> list[str]:
+    """Returns a line "NAME: OLD -> NEW" for each plain value that differs.
+
+    Args:
+      before: mappings and lists of plain values.
+      after: the same, with other values.
+      name: the dotted name of the value itself.
+    """
+    if before == after:
+        return []
+    dotted = f"{name}." if name else ""
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        if before.get("kind") != after.get("kind"):
+            return changes(before.get("kind"), after.get("kind"), f"{dotted}kind")
+        return [
+            line
+            for key in dict.fromkeys((*before, *after))
+            for line in changes(
+                before.get(key), after.get(key), f"{dotted}{shown(key, 40)[1:-1]}"
+            )
+        ]
+    lists = isinstance(before, list) and isinstance(after, list)
+    if lists and len(before) == len(after):
+        pairs = enumerate(zip(before, after, strict=True))
+        return [
+            line
+            for number, (old, new) in pairs
+            for line in changes(old, new, f"{name}[{number}]")
+        ]
+    return [f"{name}: {shown(before, 40)} -> {shown(after, 40)}"]
+
+
 def suggest(name: str, known: Iterable[str], kind: str) -> str:
-    """Returns the end of a message about an unknown name: the nearest, and all."""
+    """Returns the end of a message on an unknown name: the closest, then all names."""
     known = list(known)
     close = difflib.get_close_matches(name[:1000], known, n=1, cutoff=0.5)
     hint = f" did you mean {shown(close[0])}?" if close else ""
@@ -79,7 +112,7 @@ def suggest(name: str, known: Iterable[str], kind: str) -> str:
 
 @contextlib.contextmanager
 def naming(field: str) -> Iterator[None]:
-    """Says of which field of the config a mistake is, where its message does not."""
+    """Prefixes the config field to errors whose message does not name one."""
     try:
         yield
     except UserError as error:
@@ -130,7 +163,7 @@ def _shown_line(line: str) -> str:
 
 
 def _middle(text: AnyStr, limit: int) -> AnyStr:
-    """Returns a text without its middle if it is longer than `limit`."""
+    """Returns a text, with its middle cut out if it is longer than `limit`."""
     if len(text) <= limit:
         return text
     end = limit // 3

@@ -90,7 +90,7 @@ class Command:
     Attributes:
       line: its flags; `{out}` is the folder, `{scratch}` one with what they read.
       content: returns what a folder holds.
-      late: what a job says that finds the work done.
+      late: a line that a job prints if the work is already done.
     """
 
     line: tuple[str, ...]
@@ -105,10 +105,10 @@ COMMANDS = {
             *("--config.prompt=a red ring[6f] | a blue ring[6f]", "--out={out}"),
         ),
         files,
-        "already there, skipped",
+        "Skipped 1 video",
     ),
     "train": Command(
-        ("train", *TINY, "--config.out={out}"), checkpoints, "is done at step"
+        ("train", *TINY, "--config.out={out}"), checkpoints, "Already finished"
     ),
     "sweep": Command(
         ("sweep", *TINY, "--config.out={out}", "--vary=seed=1"),

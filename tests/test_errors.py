@@ -1,11 +1,41 @@
 import pytest
 
-from anchor_jax.errors import UserError, damaged, shown, some, suggest
+from anchor_jax.errors import UserError, changes, damaged, shown, some, suggest
 
 
 @pytest.mark.parametrize("value", ["a red ring", 3, None, (1, 2), {"a": 1}, 0.5])
 def test_short_values_are_shown_as_they_are(value):
     assert shown(value) == repr(value)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "lines"),
+    [
+        ({"seed": 0, "lora": "a"}, {"seed": 1, "lora": "a"}, ["seed: 0 -> 1"]),
+        (
+            {"a": {"b": [1, {"c": 2}]}},
+            {"a": {"b": [1, {"c": 3}]}},
+            ["a.b[1].c: 2 -> 3"],
+        ),
+        ({"a": [1]}, {"a": [1, 2]}, ["a: [1] -> [1, 2]"]),
+        (
+            {"p": {"kind": "A", "x": 1}},
+            {"p": {"kind": "B", "y": 2}},
+            ["p.kind: 'A' -> 'B'"],
+        ),
+        ({"new": 1}, {"old": 2}, ["new: 1 -> None", "old: None -> 2"]),
+        ({"a": {"b": 1}}, {"a": 3}, ["a: {'b': 1} -> 3"]),
+        ({"a": 1}, {"a": 1}, []),
+    ],
+)
+def test_changes_name_the_fields_that_differ(before, after, lines):
+    assert changes(before, after) == lines
+
+
+def test_long_values_and_names_of_changes_are_shortened():
+    (line,) = changes({"k" * 999: "x" * 20_000}, {"k" * 999: 1})
+
+    assert len(line) < 200 and line.endswith(" -> 1")
 
 
 def nested(depth):

@@ -1,4 +1,4 @@
-"""`anchor-jax ablate`: the paper's ablations, on the tiny world."""
+"""`anchor-jax ablate`: runs the paper's ablations on the tiny world."""
 
 import dataclasses
 import pathlib
@@ -17,12 +17,13 @@ anchor-jax ablate --config=configs/tiny.py --out=runs/swaps
 anchor-jax ablate --config=configs/tiny.py --part=trained --out=runs/arms \\
     --config.weights=launch/ladder/dmd --teacher=launch/ladder/teacher --steps=700
 anchor-jax ablate --config=configs/tiny.py --scripts=10 --starts=1
-swaps: one generator, streamed with other RoPE rules and switch actions. trained: arms
-that begin as the same generator, one that no arm's memory was tuned on, and are tuned
-alike, but for what they remember; processes may share them by --arms, without it the
-same command then makes the table. Arms: baseline (absolute RoPE, re-cache), bounded,
-tri_region, flush, anchors, both (the method); trained: baseline, tri_region, both.
-The same command goes on where it was ended; the table is written beside the numbers."""
+--part=swaps streams one generator with different RoPE rules and switch actions.
+--part=trained tunes every arm from the same generator, which was not tuned for any arm.
+The arms are tuned alike and differ only in their policy. Several processes can share
+the arms with --arms; the same command without --arms then makes the table.
+Arms of swaps: baseline (absolute RoPE, re-cache), bounded, tri_region, flush, anchors,
+both (the method). Arms of trained: baseline, tri_region, both.
+The same command resumes a stopped run. Tables are written beside the numbers."""
 
 PARTS = ("swaps", "trained")
 
@@ -32,22 +33,26 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """Defines the command's flags."""
     define_config_flag("configs/tiny.py")
-    flags.DEFINE_enum("part", PARTS[0], PARTS, "What to compare.")
-    flags.DEFINE_string("out", "runs/ablation", "Folder of numbers and tables.")
-    flags.DEFINE_list("arms", [], "Names of arms; without a value all of the part.")
-    flags.DEFINE_integer("scripts", 100, "Scripts with events.", lower_bound=2)
-    flags.DEFINE_integer("starts", 3, "Noise seeds; trainings of an arm.", 1)
-    flags.DEFINE_integer("segments", 4, "Of a script.", lower_bound=2)
-    flags.DEFINE_integer("blocks", 7, "Of a segment.", lower_bound=1)
-    flags.DEFINE_integer("batch", 25, "Streams side by side.", lower_bound=1)
-    flags.DEFINE_integer("seed", 7, "Of the scripts.", lower_bound=0)
+    flags.DEFINE_enum("part", PARTS[0], PARTS, "Which comparison to run.")
+    flags.DEFINE_string("out", "runs/ablation", "Folder for numbers and tables.")
+    flags.DEFINE_list("arms", [], "Names of arms. Default: all arms of the part.")
+    flags.DEFINE_integer("scripts", 100, "Number of scripts.", lower_bound=2)
+    flags.DEFINE_integer("starts", 3, "Noise seeds (swaps), or trainings per arm.", 1)
+    flags.DEFINE_integer("segments", 4, "Segments per script.", lower_bound=2)
+    flags.DEFINE_integer("blocks", 7, "Blocks per segment.", lower_bound=1)
+    flags.DEFINE_integer("batch", 25, "Streams generated together.", lower_bound=1)
+    flags.DEFINE_integer("seed", 7, "Random seed of the scripts.", lower_bound=0)
     flags.DEFINE_string(
         "train",
         "configs/train_streaming.py:tiny",
-        "Config of the arms' training; it begins with the weights of --config.",
+        "Training config of the arms. It starts from the weights of --config.",
     )
-    flags.DEFINE_string("teacher", None, "Of that training; else the config's.")
-    flags.DEFINE_integer("steps", None, "Of that training; else the config's.", 1)
+    flags.DEFINE_string(
+        "teacher", None, "Teacher of that training. Default: the training config's."
+    )
+    flags.DEFINE_integer(
+        "steps", None, "Steps of that training. Default: the training config's.", 1
+    )
 
 
 def main(argv) -> None:
@@ -55,7 +60,7 @@ def main(argv) -> None:
 
     Raises:
       UserError: The config is wrong, or an arm is unknown.
-      Stopped: It was asked to.
+      Stopped: It stopped on request.
     """
     del argv
     compile_cache.enable()
@@ -64,14 +69,19 @@ def main(argv) -> None:
 
     for name in ("steps", "teacher"):
         if FLAGS.part != PARTS[1] and FLAGS[name].value is not None:
-            raise UserError(f"--{name}: nothing is trained but by --part={PARTS[1]}")
+            raise UserError(
+                f"--{name} needs --part={PARTS[1]}; --part={FLAGS.part} trains nothing"
+            )
     names = _arms(ablation)
     folder = expand(FLAGS.out)
     config = FLAGS.config.to_json_best_effort()
     others = [FLAGS.train, FLAGS.teacher, FLAGS.steps]
     trial = dataclasses.asdict(_one_start(ablation))
     job = ownership.job_id("ablate", config, trial, others)
-    remedy = "wait for it, end it, choose another --out, or share the work by --arms"
+    remedy = (
+        "wait until it ends, stop it, choose another --out, or share the work with"
+        " --arms"
+    )
     with ownership.own(folder / FLAGS.part, job, names, tell=print, remedy=remedy):
         _compare(ablation, folder, names)
 
@@ -92,11 +102,11 @@ def _compare(ablation, folder: pathlib.Path, names: list[str]) -> None:
     io.write_json(folder / f"{FLAGS.part}.json", result)
     io.write_text(folder / f"{FLAGS.part}.md", text + "\n")
     if FLAGS.part == PARTS[0]:
-        print("probe: the loss of a block, by its past (half a minute)")
+        print("probe: loss of a block with different pasts (takes half a minute)")
         result["probe"] = ablation.probe(*_model(FLAGS.config))
         print(ablation.probe_table(result["probe"]))
         io.write_json(folder / f"{FLAGS.part}.json", result)
-    print(f"written to {folder / FLAGS.part}.json and .md")
+    print(f"Wrote {folder / FLAGS.part}.json and .md")
 
 
 def _arms(ablation) -> list[str]:
@@ -104,7 +114,7 @@ def _arms(ablation) -> list[str]:
     for name in FLAGS.arms:
         if name not in known:
             raise UserError(
-                f"--arms: {name!r} is none of --part={FLAGS.part}; choose of"
+                f"--arms: {name!r} is not an arm of --part={FLAGS.part}; choose from"
                 f" {', '.join(known)}"
             )
     return FLAGS.arms or list(known)
@@ -122,7 +132,7 @@ def _trial(ablation):
 
 
 def _one_start(ablation):
-    """Returns the trial, as far as the numbers of one start depend on it."""
+    """Returns the parts of the trial on which the numbers of one start depend."""
     return dataclasses.replace(_trial(ablation), starts=1, batch=1)
 
 
@@ -154,12 +164,12 @@ def _measure_trained(ablation, folder: pathlib.Path, name: str, start: int):
         chosen.steps = FLAGS.steps
     if FLAGS.teacher is not None:
         chosen.teacher = FLAGS.teacher
-    print(f"{name}, start {start}: trains in {place}")
+    print(f"{name}, start {start}: training in {place}")
     reached = run.open_job(run.read_config(chosen), tell=print).run()
     if reached < chosen.steps:
         raise Stopped(
-            f"{place}: stopped at step {reached} of {chosen.steps}; the same command"
-            " goes on"
+            f"{place}: Stopped at {reached}/{chosen.steps}. Rerun this command to"
+            " resume."
         )
     config = FLAGS.config.copy_and_resolve_references()
     config.weights = str(place)

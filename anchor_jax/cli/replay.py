@@ -1,4 +1,4 @@
-"""Makes a video again from its recipe, or up to a frame and then otherwise."""
+"""`anchor-jax replay`: makes a video again, or changes its prompt from a frame on."""
 
 import dataclasses
 import pathlib
@@ -13,8 +13,8 @@ from anchor_jax.io import expand
 from anchor_jax.wan.tokenizer import report_cuts
 
 SUMMARY = (
-    "Makes a video again from the recipe beside it, says whether it is the same, or"
-    " goes on from one of its frames with another prompt."
+    "Make a video again from its recipe and compare it, or continue from one of its"
+    " frames with another prompt."
 )
 USAGE = """
 anchor-jax replay out/first/000.json
@@ -22,33 +22,40 @@ anchor-jax replay out/first/000.json --check
 anchor-jax replay out/first/000.json --check --until=4
 anchor-jax replay out/first/000.json --at=20 --prompt="a blue ring moves up"
 
-# Without --check a video is written to --out, or to a new out/<time>; with --check
-# alone nothing is written. The recipe holds a digest of every block: each is compared.
-# Same bits are promised where everything that is listed as different is nothing. With
-# --check the exit status is 1 if a block differs although nothing else does.
-# A path in a recipe is not followed: give the folder of its weights with --weights.
+# Without --check a video is written to --out (default: a new folder out/<time>). With
+# --check alone nothing is written. The recipe holds a digest of every block, and each
+# block is compared. Differences between then and now (versions, device, weights) are
+# listed first. Blocks are bit-identical only if no differences are listed. With --check
+# the exit status is 1 if a block differs although no differences are listed.
+# For safety, paths in recipes are ignored: give the folder of weights with --weights.
 """
 ARGUMENTS = "RECIPE.json"
 
 
 def define_flags() -> None:
     """Defines the command's flags."""
-    flags.DEFINE_string("out", None, "Folder for the video; else a new out/<time>.")
-    flags.DEFINE_bool(
-        "check", False, "Whether to compare only, and fail if it differs."
-    )
     flags.DEFINE_string(
-        "weights", None, "'tiny', or a folder with weights; the recipe's if it is tiny."
+        "out", None, "Folder for the video. Default: a new folder out/<time>."
     )
-    flags.DEFINE_integer("until", None, "How many blocks to make; else all.")
-    flags.DEFINE_integer("at", None, "Latent frame from which --prompt is shown.")
-    flags.DEFINE_string("prompt", None, "What to show from --at on.")
-    flags.DEFINE_integer("frames", None, "Length of a video with --at, latent frames.")
+    flags.DEFINE_bool("check", False, "Compare only, and fail if a block differs.")
+    flags.DEFINE_string(
+        "weights",
+        None,
+        "'tiny', or a folder with weights. Needed unless the recipe used 'tiny'.",
+    )
+    flags.DEFINE_integer("until", None, "Number of blocks to make. Default: all.")
+    flags.DEFINE_integer("at", None, "Latent frame at which to switch to --prompt.")
+    flags.DEFINE_string("prompt", None, "Prompt to show from --at on.")
+    flags.DEFINE_integer(
+        "frames",
+        None,
+        "Length of a video with --at, in latent frames. Default: the recipe's.",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the command was asked for; fields as the flags."""
+    """The values of the command's flags, under the same names."""
 
     out: str | None
     check: bool
@@ -60,10 +67,10 @@ class Options:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command; 1 if a block differs where it should not.
+    """Runs the command; returns 1 if a block differs unexpectedly.
 
     Raises:
-      UserError: The recipe or a flag is wrong, or the weights are others.
+      UserError: The recipe or a flag is wrong, or the weights are not the recipe's.
     """
     path = _recipe_path(argv)
     names = [field.name for field in dataclasses.fields(Options)]
@@ -88,7 +95,10 @@ def main(argv: Sequence[str]) -> int:
     check_bundle(stored, bundle, str(path))
     changed = differences(stored.fingerprint, fingerprint(bundle))
     for line in changed:
-        print(f"other than in the recipe, bits may differ: {line}", file=sys.stderr)
+        print(
+            f"warning: differs from the recipe, so bits may differ: {line}",
+            file=sys.stderr,
+        )
     cuts = report_cuts(bundle.tokenizer, _named_prompts(wanted))
     for line in filter(None, (bundle.tokenizer.note, *cuts)):
         print(f"warning: {line}", file=sys.stderr)
@@ -117,7 +127,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _named_prompts(recipe) -> Iterator[tuple[str, str]]:
-    """Yields what is encoded for a recipe, after where it stands."""
+    """Yields the (location, text) pairs that are encoded for a recipe."""
     if recipe.setup.copies > 1:
         yield "negative_prompt", recipe.negative_prompt
     for number, one in enumerate(recipe.prompts):
@@ -125,39 +135,41 @@ def _named_prompts(recipe) -> Iterator[tuple[str, str]]:
 
 
 def choose(recipe, options: Options):
-    """Returns the recipe of what was asked for.
+    """Returns the recipe of the requested video.
 
     Raises:
-      UserError: The flags do not go together, or not with the recipe.
+      UserError: The flags contradict each other, or do not fit the recipe.
     """
     if recipe.batch != 1:
         raise UserError(
-            f"the recipe's batch={recipe.batch}: expected 1, since a file holds one"
-            " video; replay it with Session.from_recipe"
+            f"the recipe has batch={recipe.batch}, but this command needs batch=1,"
+            " because a file holds one video; replay it with Session.from_recipe"
         )
     if options.check and not recipe.blocks:
         raise UserError(
-            "--check: the recipe holds no digests, so there is nothing to compare"
-            " with; leave --check out"
+            "--check: the recipe has no digests, so there is nothing to compare; leave"
+            " --check out"
         )
     if options.at is not None or options.prompt is not None:
         return _forked(recipe, options)
     if options.frames is not None:
-        raise UserError("--frames goes with --at and --prompt; use --until=BLOCKS")
+        raise UserError(
+            "--frames needs --at and --prompt; to shorten a video use --until=BLOCKS"
+        )
     blocks = recipe.frames // recipe.setup.policy.block
     until = blocks if options.until is None else options.until
     if not 1 <= until <= blocks:
         raise UserError(
-            f"--until={until}: expected a number of blocks from 1 to {blocks}, which is"
-            " all that the recipe has"
+            f"--until={until}: must be a number of blocks from 1 to {blocks}, the"
+            " length of the recipe"
         )
     return recipe.shortened(until * recipe.setup.policy.block)
 
 
 def compare(expected: Sequence[str], digests: Sequence[str]) -> str:
-    """Returns a sentence on how many blocks are those of the recipe."""
+    """Returns a sentence on how many blocks are identical to those of the recipe."""
     if not expected:
-        return "the recipe holds no digest of these blocks, so none was compared"
+        return "the recipe has no digests of these blocks, so none was compared"
     pairs = list(zip(expected, digests, strict=False))
     same = [one == other for one, other in pairs]
     if all(same):
@@ -174,7 +186,14 @@ def _recipe_path(argv: Sequence[str]) -> pathlib.Path:
             f"replay: got {len(argv) - 1} files, expected one recipe; give the .json"
             " beside a video"
         )
-    return expand(argv[1])
+    path = expand(argv[1])
+    what = {".mp4": "a video", ".png": "an image"}.get(path.suffix.lower())
+    if what:
+        raise UserError(
+            f"{path.name} is {what}; give the recipe beside it,"
+            f" {path.with_suffix('.json').name}"
+        )
+    return path
 
 
 def _forked(recipe, options: Options):
@@ -183,21 +202,22 @@ def _forked(recipe, options: Options):
     block = recipe.setup.policy.block
     if options.at is None or options.prompt is None or options.until is not None:
         raise UserError(
-            "--at and --prompt go together, and without --until; for example --at=20"
-            ' --prompt="a blue ring"'
+            "--at and --prompt must be given together, and without --until; for"
+            ' example --at=20 --prompt="a blue ring"'
         )
     check_prompt(options.prompt, "--prompt")
     if not 0 <= options.at < recipe.frames:
         raise UserError(
-            f"--at={options.at}: expected a latent frame of the video, from 0 to"
+            f"--at={options.at}: must be a latent frame of the video, from 0 to"
             f" {recipe.frames - 1}"
         )
     landed = -(-options.at // block) * block
     frames = recipe.frames if options.frames is None else options.frames
     if frames % block or not landed < frames <= _most_frames():
         raise UserError(
-            f"--frames={frames}: expected a multiple of the block of {block}, more than"
-            f" {landed}, where the prompt takes effect; try --frames={landed + block}"
+            f"--frames={frames}: must be a multiple of the block size {block}, and more"
+            f" than {landed}, where the prompt takes effect; try"
+            f" --frames={landed + block}"
         )
     return recipe.forked(options.at, options.prompt.strip(), frames)
 
@@ -209,14 +229,14 @@ def _most_frames() -> int:
 
 
 def _weights(stored: str | None, given: str | None) -> str:
-    """Returns the weights to load: those given, or the ones that are shipped."""
+    """Returns the weights to load: the given ones, or the shipped ones."""
     if given:
         return given
     if stored in (None, "tiny"):
         return "tiny"
     raise UserError(
-        f"the recipe's config.weights={shown(stored, 200)} is a path, and no path in a"
-        " recipe is followed; if it is yours, give it with --weights=FOLDER"
+        f"the recipe has config.weights={shown(stored, 200)}. For safety, paths in"
+        " recipes are ignored; if you trust this one, give it as --weights=FOLDER"
     )
 
 
@@ -230,7 +250,7 @@ def _digests(session, recipe, name: str) -> Iterator[str]:
 
 
 def _write(session, recipe, path: pathlib.Path, out: str | None, about) -> list[str]:
-    """Writes the video, where no file is yet, and returns its blocks' digests."""
+    """Writes the video unless a file is there, and returns its blocks' digests."""
     with sample.open_folder(out) as folder:
         return _write_in(folder, session, recipe, path, about)
 
@@ -245,10 +265,10 @@ def _write_in(folder: pathlib.Path, session, recipe, path, about) -> list[str]:
     job = sample.Job(folder / path.stem, script, recipe.setup, request)
     blocks = session.blocks(recipe.frames)
     with sample.own_folder(folder):
-        # Another process may have made it until now.
+        # Another process may have made the files in the meantime.
         present = [file for file in job.files if file.exists()]
         if present:
-            raise UserError(f"{present[0]} is already there; choose another --out")
+            raise UserError(f"{present[0]} already exists; choose another --out")
         digests = sample.write_video(job, session, blocks, {"request": request} | about)
     print(job.file(".mp4"))
     return digests

@@ -1,4 +1,4 @@
-"""Makes videos from prompts, written while they stream."""
+"""`anchor-jax sample`: streams videos from prompts into files."""
 
 import contextlib
 import dataclasses
@@ -16,13 +16,12 @@ from tqdm import tqdm
 from anchor_jax import config as configs
 from anchor_jax import interrupts, io, ownership
 from anchor_jax.cli import compile_cache
-from anchor_jax.errors import UserError
+from anchor_jax.errors import UserError, changes
 from anchor_jax.io import expand
 from anchor_jax.prompt_files import watched
-from anchor_jax.prompts import LATENT_FRAMES_PER_SECOND
 from anchor_jax.wan.tokenizer import listed, report_cuts
 
-SUMMARY = "Makes a video for every line of prompts, and writes it while it streams."
+SUMMARY = "Make one video per line of prompts, written while it streams."
 USAGE = """
 anchor-jax sample --config=configs/tiny.py
 anchor-jax sample --config=configs/tiny.py:longlive --config.seed=1 --out=out/longlive
@@ -32,33 +31,37 @@ anchor-jax sample --config=configs/interactive.py --config.weights=FOLDER
 anchor-jax sample --config=configs/interactive.py --config.weights=FOLDER \\
     --config.prompt_file=interactive_benchmark.jsonl --out=out/benchmark
 
-# FOLDER is what anchor-jax port wrote. What the config leaves open is chosen for the
-# method that the weights were ported as, and reported; a field you give wins.
-# --config.text_encoder=free frees it once prompts are encoded; sharded splits it over
-# all devices. --config.size=480x832, 512x832, 320x576 or other multiples of 16.
-# Each line makes 000.mp4, 000.png (a row of frames per prompt) and 000.json (all
-# that is needed to make it again). Prompts: "PROMPT[5s] | PROMPT[20f] | PROMPT[5s#]":
-# seconds, latent frames, and # for a scene cut where the policy has one.
-# A file of JSON lines is read as MemFlow's and Anchor Forcing's are: each line has
-# "prompts", and perhaps a "seed" of its own (else the config's), "switch_frames" in
-# latent frames, or "durations" in seconds; other keys are left out. Without times
-# prompts switch at 40, 80, 120, ... latent frames, so that six last 240. One prompt
-# may be "prompt" or "prompt_en". A list of such objects in one JSON document is read
-# too, and of .csv and .tsv the column "prompt". Lines that start with # are comments;
-# how many there are is reported, as is every prompt longer than the text encoder reads.
-# Run the same command again with the same --out and finished videos are skipped;
-# files of another recipe are never replaced unless you say --overwrite.
-# Compiled programs are kept in ~/.cache/anchor_jax; ANCHOR_JAX_CACHE=off keeps none,
-# ANCHOR_JAX_CACHE=FOLDER keeps them elsewhere. They run as code: a folder that others
-# own or may write is not used.
-# Ctrl-C or SIGTERM ends it with status 130 and leaves no file half made.
+# FOLDER is a folder that anchor-jax port wrote. Fields that the config leaves open take
+# the values of the method that the weights were ported as. The command prints them. A
+# field that you give wins.
+# --config.text_encoder=free drops the text encoder once the prompts are encoded;
+# sharded splits it over all devices. --config.size takes 480x832, 512x832, 320x576 or
+# other multiples of 16.
+# Each line makes 000.mp4, 000.png (one row of frames per prompt) and 000.json (the
+# recipe, from which anchor-jax replay makes the video again).
+# Inline prompts: "PROMPT[5s] | PROMPT[20f] | PROMPT[5s#]". 5s is seconds, 20f is latent
+# frames, # is a scene cut if the policy supports it.
+# JSON lines use the format of MemFlow and Anchor Forcing. Each line has "prompts", and
+# optionally "seed" (default: the config's), "switch_frames" in latent frames, or
+# "durations" in seconds. Other keys are ignored. Without times, prompts switch at
+# latent frames 40, 80, 120, ..., so six prompts last 240. A single prompt may be given
+# as "prompt" or "prompt_en". The file may also be one JSON list of such objects, or a
+# .csv or .tsv table with a column "prompt". Lines that start with # are comments. Their
+# number is reported, and so is every prompt that is too long for the text encoder.
+# If you repeat a command with the same --out, finished videos are skipped. Files of
+# another recipe are replaced only with --overwrite.
+# Compiled programs are cached in ~/.cache/anchor_jax. ANCHOR_JAX_CACHE=FOLDER sets
+# another folder, ANCHOR_JAX_CACHE=off turns the cache off. Cached programs run as code,
+# so a folder that other users own or can write to is not used.
+# Ctrl-C or SIGTERM stops the command with status 130 and leaves no incomplete files.
 """
 
 _PIXEL_FRAMES = 4
 _TILES = 8
 _SUFFIXES = (".png", ".json", ".mp4")
-_LOOKED_AT = 10_000  # videos whose prompts are looked at before the first is made
-_ENCODED_AHEAD = 10_000  # videos whose prompts are encoded at once
+_LOOKED_AT = 10_000  # videos whose prompts are checked before the first is made
+_ENCODED_AHEAD = 10_000  # videos whose prompts are encoded together
+_CHANGES_SHOWN = 3  # fields in which a recipe differs
 
 
 EXCLUSIVE = (
@@ -71,16 +74,16 @@ def define_flags() -> None:
     """Defines the command's flags."""
     configs.define_config_flag()
     flags.DEFINE_string(
-        "out", None, "Folder for the videos; the config's, or a new out/<time>."
+        "out",
+        None,
+        "Folder for the videos. Default: config.out, or a new folder out/<time>.",
     )
-    flags.DEFINE_bool(
-        "overwrite", False, "Whether to replace files that another recipe made."
-    )
+    flags.DEFINE_bool("overwrite", False, "Replace files that another recipe made.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One video: its files, its script, and what defines it, as plain values."""
+    """One video: its files, its script and setup, and its request as plain values."""
 
     stem: pathlib.Path
     script: object
@@ -92,21 +95,21 @@ class Job:
 
     @property
     def files(self) -> tuple[pathlib.Path, ...]:
-        """The video last: it tells that the others are there."""
+        """The video comes last: if it exists, the others exist too."""
         return tuple(self.file(suffix) for suffix in _SUFFIXES)
 
 
 class Jobs:
-    """The videos of one command, each described when it is asked for.
+    """The videos of one command; each description is made on demand.
 
-    A million of them take little memory that way.
+    A million videos therefore take little memory.
     """
 
     def __init__(self, folder: pathlib.Path, scripts, config, bundle, negative: str):
         """Makes the setup of each kind of script.
 
         Raises:
-          UserError: A field of the config is wrong, or does not go with a script.
+          UserError: A field of the config is wrong, or does not fit a script.
         """
         self.folder, self.scripts, self.config = folder, scripts, config
         self.bundle, self.negative = bundle, negative
@@ -136,13 +139,13 @@ class Jobs:
         return Job(self.folder / f"{number:03d}", script, setup, request)
 
     def key(self, number: int) -> tuple:
-        """Returns what a job's setup depends on."""
+        """Returns the values that determine a job's setup."""
         from anchor_jax import experiment
 
         return experiment.setup_key(self.config, self.scripts.all[number])
 
     def setup(self, number: int):
-        """Returns what is static about a job's stream."""
+        """Returns the static setup of a job's stream."""
         from anchor_jax import experiment
 
         key = self.key(number)
@@ -152,9 +155,9 @@ class Jobs:
         return self._setups[key]
 
     def texts(self, number: int) -> list[tuple[str, str]]:
-        """Returns what is encoded for a job, with where it stands.
+        """Returns the (location, text) pairs that are encoded for a job.
 
-        What guidance leads away from comes first.
+        The negative prompt comes first.
         """
         guided = self.setup(number).copies - 1
         found = [("the negative prompt", self.negative)] * guided
@@ -170,8 +173,8 @@ def main(argv: Sequence[str]) -> None:
     """Runs the command.
 
     Raises:
-      UserError: Something is wrong; nothing has been written then, unless the disk
-        is full, which leaves the videos before.
+      UserError: An input is wrong, and nothing has been written. If the disk is full,
+        the videos that were finished before stay.
     """
     del argv
     cache = compile_cache.enable()
@@ -195,9 +198,9 @@ def main(argv: Sequence[str]) -> None:
         _check_lengths(jobs, todo)
         if todo:
             with own_folder(folder):
-                # Another process may have made some meanwhile.
+                # Another process may have made some videos in the meantime.
                 todo, skipped = _choose(jobs, flags.FLAGS.overwrite)
-                kept = f"; compiled programs are kept in {cache}" if cache else ""
+                kept = f"; compiled programs are cached in {cache}" if cache else ""
                 print(f"preparing the model{kept}", file=sys.stderr)
                 _run(jobs, todo, about)
     _report(jobs, todo, skipped)
@@ -214,24 +217,25 @@ def _run(jobs: Jobs, todo: Sequence[int], about: dict) -> None:
             _load_generator(bundle)
         if place >= _LOOKED_AT:
             _print_cuts(bundle.tokenizer, jobs.texts(number))
-        # Its stream leaves the device with it, before the next one.
+        # Deleting the session frees its stream's device memory before the next one.
         session = _make_session(bundle, job, negative)
         needed = (job.setup, session.reruns(job.script))
         if needed not in warm:
             session.warm_up(job.script)
         warm.add(needed)
-        told = {"request": job.request} | about
-        write_video(job, session, session.play(job.script), told, flags.FLAGS.overwrite)
+        about_job = {"request": job.request} | about
+        blocks = session.play(job.script)
+        write_video(job, session, blocks, about_job, flags.FLAGS.overwrite)
         for line in told_switches(session.segments):
             print(f"{job.stem.name}: {line}", file=sys.stderr)
         del session
 
 
 def _encode_ahead(jobs: Jobs, todo: Sequence[int], encoded: frozenset) -> frozenset:
-    """Prepares the text encoder for the first job, and returns the prompts it knows.
+    """Prepares the text encoder for the first job, and returns the encoded prompts.
 
-    One that is freed encodes the prompts of many jobs before it goes, so that it is
-    loaded once for all. Another stays, and encodes each prompt when it is asked for.
+    An encoder that is freed after use first encodes the prompts of many jobs, so that
+    it is loaded only once. An encoder that stays encodes each prompt on demand.
     """
     frees = jobs.bundle.encode_prompts.frees
     if encoded.issuperset(_texts(jobs, todo[0])) or (encoded and not frees):
@@ -246,7 +250,7 @@ def _texts(jobs: Jobs, number: int) -> list[str]:
 
 
 def prepare_prompts(bundle, texts: Sequence[str]) -> frozenset:
-    """Loads the text encoder; one that is freed encodes `texts` first. Returns them."""
+    """Loads the text encoder and returns `texts`; encodes them if it is then freed."""
     encoder = bundle.encode_prompts
     print(f"loading the text encoder ({_size(encoder.config)})", file=sys.stderr)
     if encoder.frees:
@@ -280,9 +284,9 @@ def _wait(arrays) -> None:
 
 @contextlib.contextmanager
 def open_folder(out: str | None) -> Iterator[pathlib.Path]:
-    """Yields the folder that was asked for, or makes a new one named after the time.
+    """Yields the requested folder, or makes a new one named after the time.
 
-    A new one that is empty at the end is removed again.
+    A new folder that is empty at the end is removed.
     """
     if out:
         yield expand(out)
@@ -299,7 +303,7 @@ def open_folder(out: str | None) -> Iterator[pathlib.Path]:
 
 
 def _new_folder(parent: pathlib.Path) -> pathlib.Path:
-    """Makes a folder that nobody else has chosen, as two do in the same second."""
+    """Makes a new folder, even if another process starts in the same second."""
     now = datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
     with io.explained(parent):
         parent.mkdir(exist_ok=True)
@@ -312,15 +316,15 @@ def _new_folder(parent: pathlib.Path) -> pathlib.Path:
 
 
 def own_folder(folder: pathlib.Path) -> ownership.Lease:
-    """Returns the right to write into a folder, and finds out early if one can.
+    """Returns a lease on a folder, and checks early that it is writable.
 
     Raises:
-      UserError: Another process writes into it, or nobody may.
+      UserError: Another process writes into it, or it is not writable.
     """
     return ownership.own(
         folder,
         tell=lambda line: print(line, file=sys.stderr),
-        remedy="wait for it, end it, or choose another --out",
+        remedy="wait until it ends, stop it, or choose another --out",
     )
 
 
@@ -328,7 +332,7 @@ def _choose(jobs: Jobs, overwrite: bool) -> tuple[list[int], list[int]]:
     """Returns the numbers of the jobs to run, and of those that are finished.
 
     Raises:
-      UserError: A job would replace files that another recipe made, or a folder.
+      UserError: A job would replace a folder, or files that another recipe made.
     """
     present = set(os.listdir(jobs.folder)) if jobs.folder.is_dir() else set()
     todo, done, foreign = [], [], []
@@ -340,36 +344,57 @@ def _choose(jobs: Jobs, overwrite: bool) -> tuple[list[int], list[int]]:
         files = [jobs.folder / name for name in names if name in present]
         _check_no_folder(files)
         job = jobs[number]
-        same = _stored_request(job, overwrite) == job.request
+        stored = _stored_request(job, overwrite)
+        same = stored == job.request
         if same and len(files) == len(names) and not overwrite:
             done.append(number)
             continue
         todo.append(number)
         if not same and not overwrite:
-            foreign.append(files[0])
+            foreign.append((files[0], stored, job.request))
     if foreign:
-        more = f", and so were {len(foreign) - 1} more" if len(foreign) > 1 else ""
-        raise UserError(
-            f"{foreign[0]} was made by another recipe or program{more}; choose another"
-            " --out, or replace what is there with --overwrite"
-        )
+        raise UserError(_describe_foreign(*foreign[0], len(foreign) - 1))
     return todo, done
+
+
+def _describe_foreign(
+    file: pathlib.Path, stored: dict | None, request: dict, more: int
+) -> str:
+    """Returns the message on a file that another recipe made; names the fields.
+
+    Args:
+      file: that is in the way.
+      stored: the request in its recipe, or None.
+      request: what the command would make in its place.
+      more: how many other videos differ too.
+    """
+    videos = "video" if more == 1 else "videos"
+    rest = f" (and {more} other {videos})" if more else ""
+    remedy = "choose another --out, or replace the files with --overwrite"
+    if not isinstance(stored, dict):
+        return f"{file}: no recipe of this command is beside it{rest}; {remedy}"
+    lines = changes(stored, request)
+    fields = ", ".join(lines[:_CHANGES_SHOWN])
+    hidden = len(lines) - _CHANGES_SHOWN
+    if hidden > 0:
+        fields += f" and {hidden} more fields"
+    return f"{file} was made by another recipe: {fields}{rest}; {remedy}"
 
 
 def _check_no_folder(files: Sequence[pathlib.Path]) -> None:
     for file in files:
         if file.is_dir():
             raise UserError(
-                f"{file} is a folder where a file shall be written; move it, or choose"
-                " another --out"
+                f"{file} is a folder, but a file must be written there; move it, or"
+                " choose another --out"
             )
 
 
 def _stored_request(job: Job, overwrite: bool) -> dict | None:
-    """Returns what a recipe that is there was made from, or None.
+    """Returns the request in an existing recipe, or None.
 
     Raises:
-      UserError: It is damaged, and shall not be overwritten.
+      UserError: The recipe is damaged, and --overwrite was not given.
     """
     from anchor_jax.io import read_json
 
@@ -385,29 +410,29 @@ def _stored_request(job: Job, overwrite: bool) -> dict | None:
 
 
 def _warnings(jobs: Jobs, todo: Sequence[int]) -> Iterator[str]:
-    """Yields a line for each thing that will not have the effect it seems to have."""
+    """Yields a warning for each input that will not have its apparent effect."""
     tokenizer, looked = jobs.bundle.tokenizer, todo[:_LOOKED_AT]
     if tokenizer.note:
         yield tokenizer.note
     texts = [one for number in looked for one in jobs.texts(number)]
-    known = watched(dict.fromkeys(text for _, text in texts), "looks at words")
+    known = watched(dict.fromkeys(text for _, text in texts), "checking words")
     found = [word for text in known for word in tokenizer.unknown_words(text)]
     if found:
         unknown = dict.fromkeys(found)
         yield f"words that the model does not know: {listed(list(unknown))}"
-    yield from report_cuts(tokenizer, watched(texts, "looks at lengths"))
+    yield from report_cuts(tokenizer, watched(texts, "checking lengths"))
     if len(looked) < len(todo):
         yield (
-            f"the first {len(looked)} of {len(todo)} videos were looked at; prompts of"
-            " others that are too long are named when their video is made"
+            f"only the prompts of the first {len(looked)} of {len(todo)} videos were"
+            " checked; later prompts that are too long are reported with their video"
         )
     guided = any(jobs.setup(number).copies == 2 for number in looked)
     if jobs.negative and todo and not guided:
-        yield "the negative prompt has no effect at guidance 1"
+        yield "the negative prompt has no effect, because sampler.guidance is 1"
     for number in looked:
         cuts = any(segment.cut for segment in jobs.scripts.all[number].segments)
         if cuts and jobs.setup(number).policy.positions.cut is None:
-            yield "this policy has no scene cut; # is read as an ordinary switch"
+            yield "this policy has no scene cuts; # is read as an ordinary switch"
             return
 
 
@@ -417,7 +442,7 @@ def _print_cuts(tokenizer, texts: Sequence[tuple[str, str]]) -> None:
 
 
 def _check_lengths(jobs: Jobs, todo: Sequence[int]) -> None:
-    """Raises unless every policy can make the longest of its videos."""
+    """Raises UserError unless every policy can make the longest of its videos."""
     longest: dict = {}
     for number in todo:
         key = jobs.key(number)
@@ -432,7 +457,7 @@ def _check_lengths(jobs: Jobs, todo: Sequence[int]) -> None:
 
 
 def _make_session(bundle, job: Job, negative: str):
-    """Returns the session of a job, whose script it can play."""
+    """Returns a session for a job, after a check that it can play the script."""
     from anchor_jax.streaming.session import Session
 
     first, seed = job.script.prompts[0], job.request["seed"]
@@ -444,25 +469,26 @@ def _make_session(bundle, job: Job, negative: str):
 def write_video(
     job: Job, session, blocks, about: dict, overwrite: bool = False
 ) -> list[str]:
-    """Makes one video; its files take the place of older ones when all are whole.
+    """Makes one video; its files replace older ones only when all are complete.
 
     Args:
-      job: its files and script.
-      session: whose recipe is written.
+      job: the files and the script.
+      session: the session whose recipe is written.
       blocks: frames and segment of each block, as `Session.play` yields them.
-      about: put before the recipe.
-      overwrite: whether to replace files that another program makes meanwhile.
+      about: entries written before those of the recipe.
+      overwrite: whether to replace files that another program makes in the meantime.
 
     Returns:
       The digest of each block.
 
     Raises:
-      UserError: Files cannot be written, or are there by now and stay.
+      UserError: A file cannot be written, or another program has made it meanwhile.
     """
     from anchor_jax import media
 
     sheet, recipe = job.file(".png"), job.file(".json")
-    # The innermost appears first: never an old video beside a new recipe.
+    # The innermost file is published first, so that a new recipe never stands beside
+    # an old video.
     with contextlib.ExitStack() as files:
         sheet_part = files.enter_context(io.replacing(sheet, not overwrite))
         recipe_part = files.enter_context(io.replacing(recipe, not overwrite))
@@ -478,7 +504,7 @@ def write_video(
 
 
 def _stream(job: Job, blocks, video) -> tuple[list[np.ndarray], list[str]]:
-    """Writes the frames.
+    """Writes the frames to the video.
 
     Returns:
       Some frames of each segment, for the contact sheet, and each block's digest.
@@ -503,27 +529,27 @@ def _stream(job: Job, blocks, video) -> tuple[list[np.ndarray], list[str]]:
 
 
 def progress(name: str, frames: int) -> tqdm:
-    """Returns the bar of a video of so many latent frames."""
+    """Returns the progress bar of a video of `frames` latent frames."""
     total = 1 + _PIXEL_FRAMES * (frames - 1)
     return tqdm(total=total, unit="frame", disable=None, desc=name)
 
 
 def told_switches(switches) -> list[str]:
-    """Returns a line for each switch that waited for a block to begin."""
+    """Returns a line for each switch that waited for the next block."""
     return [
-        f"switch asked for at {one.requested / LATENT_FRAMES_PER_SECOND:g} s,"
-        f" latent frame {one.requested} -> {one.landed}"
+        f"Switch requested at frame {one.requested}; starts at {one.landed}, the next"
+        " block."
         for one in switches
         if one.landed != one.requested
     ]
 
 
 def tile_frames(script, block: int) -> list[np.ndarray]:
-    """Returns the pixel frames of each segment to show: evenly spaced, at most 8."""
+    """Returns the pixel frames of each segment to show: at most 8, evenly spaced."""
     from anchor_jax.streaming.clock import landings
 
     starts = (0, *landings(script.switch_frames, block), script.frames)
-    # The first latent frame is one pixel frame, every other one four.
+    # The first latent frame is one pixel frame; each later one is four.
     edges = [max(0, _PIXEL_FRAMES * (start - 1) + 1) for start in starts]
     return [
         np.linspace(first, end - 1, min(_TILES, end - first)).round().astype(int)
@@ -537,10 +563,13 @@ def _short(text: str) -> str:
 
 def _report(jobs: Jobs, todo: Sequence[int], skipped: Sequence[int]) -> None:
     if skipped:
-        print(f"{len(skipped)} already there, skipped")
+        what = "video that already exists" if len(skipped) == 1 else "existing videos"
+        print(f"Skipped {len(skipped)} {what}.")
     for number in todo:
         print(jobs.folder / f"{number:03d}.mp4")
-    if todo:
-        print(f"{len(todo)} made; beside each .mp4 a .png to glance at and its recipe")
+    if len(todo) == 1:
+        print("Wrote 1 video, contact sheet and recipe.")
+    elif todo:
+        print(f"Wrote {len(todo)} videos, contact sheets and recipes.")
     else:
-        print(f"nothing to do in {jobs.folder}")
+        print(f"Nothing to do in {jobs.folder}.")

@@ -1,4 +1,4 @@
-"""`anchor-jax sweep`: a training for every combination of some values."""
+"""`anchor-jax sweep`: one training run per combination of field values."""
 
 import ast
 import dataclasses
@@ -22,7 +22,7 @@ from anchor_jax.config import define_config_flag
 from anchor_jax.errors import Stopped, UserError, suggest
 from anchor_jax.io import expand
 
-SUMMARY = "Train with every combination of some values, and put results in one table."
+SUMMARY = "Train once per combination of field values, and tabulate the results."
 USAGE = """\
 anchor-jax sweep --config=configs/train_teacher.py --config.out=runs/sweep \\
     --vary=optimizer.learning_rate=1e-3,3e-3 --vary=seed=0,1
@@ -30,18 +30,18 @@ anchor-jax sweep --config=configs/train_dmd.py:tiny --config.out=runs/steps \\
     --config.weights=runs/guided --config.teacher=runs/teacher \\
     --vary=distillation.steps=(1000,500),(1000,750,500,250)
 
-Each combination is a training in a folder of --config.out that is named after it, one
-after another, each in a process of its own; one that fails does not stop the others.
-The same command goes on where it was ended, and skips what is finished; another one
-with the same OUT adds its combinations. OUT/sweep.json and OUT/sweep.md hold the last
-numbers of each; tensorboard --logdir OUT shows all."""
+The combinations are trained one after another, each in its own process and in its own
+folder below --config.out. A failed training does not stop the others. The same command
+resumes a stopped sweep and skips finished trainings. Another command with the same OUT
+adds its combinations. OUT/sweep.json and OUT/sweep.md hold the last metrics of each
+training; tensorboard --logdir OUT shows all of them."""
 
 FLAGS = flags.FLAGS
 
 _MOST = 1000
-_GRACE = 10.0  # seconds that a training has to save when its sweep was killed
+_GRACE = 10.0  # seconds that a training has to save after its sweep was killed
 _POLL = 0.1  # seconds
-_STOPPING = "stopping with a checkpoint; press Ctrl-C again to end at once"
+_STOPPING = "stopping with a checkpoint; press Ctrl-C again to stop at once"
 _NUMBERS = ("loss", "generator_loss", "critic_loss", "score_gap", "seconds_per_step")
 
 
@@ -67,8 +67,8 @@ def define_flags() -> None:
     flags.DEFINE_multi_string(
         "vary",
         [],
-        "FIELD=VALUE,VALUE,... of the config; may be given more than once, for every"
-        " combination.",
+        "Config field and its values, as FIELD=VALUE,VALUE,... Repeat the flag to"
+        " combine several fields.",
     )
 
 
@@ -77,15 +77,15 @@ def main(argv) -> int:
 
     Raises:
       UserError: A flag or a combination is wrong, or another process writes into the
-        folder; nothing has been trained then.
-      Stopped: It was asked to.
+        folder. Nothing has been trained.
+      Stopped: It stopped on request.
     """
     del argv
     from anchor_jax import ownership
 
     points = make_points(FLAGS.config, FLAGS.vary)
     folder = expand(FLAGS.config.out)
-    remedy = "wait for it, end it, or choose another --config.out"
+    remedy = "wait until it ends, stop it, or choose another --config.out"
     with ownership.own(folder, tell=print, remedy=remedy):
         return _run_points(folder, points)
 
@@ -101,24 +101,24 @@ def _run_points(folder: pathlib.Path, points: list[Point]) -> int:
         io.write_json(folder / "sweep.json", results)
         io.write_text(folder / "sweep.md", table(results) + "\n")
         if interrupts.asked():
-            raise Stopped(f"stopped at {point.name}; the same command goes on")
+            raise Stopped(f"Stopped at {point.name}. Rerun this command to resume.")
     print(table(results))
-    print(f"written to {folder / 'sweep.json'} and .md; tensorboard --logdir {folder}")
+    print(f"Wrote {folder / 'sweep.json'} and .md; tensorboard --logdir {folder}")
     return int(any(one["status"] != "finished" for one in results[-len(points) :]))
 
 
 def _earlier(folder: pathlib.Path, points: list[Point]) -> list[dict[str, Any]]:
-    """Returns the results in a folder that none of the combinations will replace.
+    """Returns the stored results that none of the combinations will replace.
 
     Raises:
-      UserError: The table there is damaged.
+      UserError: The stored table is damaged.
     """
     from anchor_jax.io import read_json
 
     path = folder / "sweep.json"
     remedy = (
-        "remove it, and give the earlier sweeps' commands again: what is finished is"
-        " not trained again"
+        "remove it, and rerun the earlier sweeps' commands: finished trainings are"
+        " skipped"
     )
     try:
         stored = read_json(path, list, remedy)
@@ -127,7 +127,7 @@ def _earlier(folder: pathlib.Path, points: list[Point]) -> list[dict[str, Any]]:
     for one in stored:
         if not _is_result(one):
             raise UserError(
-                f"{path} holds {repr(one)[:60]}, which is no result; {remedy}"
+                f"{path} holds {repr(one)[:60]}, which is not a result; {remedy}"
             )
     replaced = {point.name for point in points}
     named = {name_of(one["values"]): one for one in stored}
@@ -135,7 +135,7 @@ def _earlier(folder: pathlib.Path, points: list[Point]) -> list[dict[str, Any]]:
 
 
 def _is_result(one: Any) -> bool:
-    """Returns whether something is a line of the table."""
+    """Returns whether a value is one row of the table."""
     if not isinstance(one, dict) or not isinstance(one.get("values"), dict):
         return False
     numbers = [one[name] for name in _NUMBERS if name in one]
@@ -145,7 +145,7 @@ def _is_result(one: Any) -> bool:
 
 
 def make_points(config, vary: list[str]) -> list[Point]:
-    """Returns the trainings of every combination, all checked.
+    """Returns the checked trainings of all combinations.
 
     Raises:
       UserError: A value is wrong, or there are no values or too many.
@@ -154,13 +154,13 @@ def make_points(config, vary: list[str]) -> list[Point]:
 
     if not vary:
         raise UserError(
-            "--vary is missing; expected what differs, such as"
+            "--vary is missing; give a field and its values, such as"
             " --vary=optimizer.learning_rate=1e-3,3e-3"
         )
     axes = dict(_axis(config, one) for one in vary)
     if not axes or len(axes) < len(vary):
         raise UserError(
-            f"--vary={vary}: expected each field once, such as"
+            f"--vary={vary}: a field may be given only once, such as"
             " --vary=optimizer.learning_rate=1e-3,3e-3"
         )
     points = []
@@ -173,8 +173,8 @@ def make_points(config, vary: list[str]) -> list[Point]:
         points.append(Point(values, run.read_config(changed)))
     if len({point.name for point in points}) < len(points) or len(points) > _MOST:
         raise UserError(
-            f"--vary={vary}: expected values with names that differ, and at most"
-            f" {_MOST} combinations"
+            f"--vary={vary}: combinations must have different names, and there may be"
+            f" at most {_MOST}"
         )
     return points
 
@@ -189,9 +189,9 @@ def _axis(config, text: str) -> tuple[str, tuple]:
     """Returns the field and the values of `FIELD=VALUE,VALUE`."""
     field, equals, values = text.partition("=")
     if not equals or not values.strip():
-        raise UserError(f"--vary={text}: expected FIELD=VALUE,VALUE")
+        raise UserError(f"--vary={text}: must be of the form FIELD=VALUE,VALUE")
     if field in ("out", ""):
-        raise UserError(f"--vary={text}: expected a field of the config other than out")
+        raise UserError(f"--vary={text}: must name a config field other than out")
     try:
         found = ast.literal_eval(f"[{values}]")
     except (ValueError, SyntaxError):
@@ -226,7 +226,7 @@ def _part(config, field: str, name: str) -> Any:
 
 
 def run_point(point: Point) -> str:
-    """Trains, in a process of its own, unless it is done; returns how it ended."""
+    """Trains in a new process unless already finished; returns the status."""
     from anchor_jax.training import run
 
     try:
@@ -237,7 +237,7 @@ def run_point(point: Point) -> str:
     if _is_finished(point):
         print(f"{point.folder} is finished")
         return "finished"
-    # Spawned, not forked: what a training holds on a device goes with its process.
+    # Spawned, not forked, so that device memory is freed when the process ends.
     process = multiprocessing.get_context("spawn").Process(
         target=train_point, args=(point.config,), daemon=True
     )
@@ -247,7 +247,7 @@ def run_point(point: Point) -> str:
         while process.is_alive():
             process.join(_POLL)
             if interrupts.asked():
-                process.terminate()  # It is asked to stop, and saves.
+                process.terminate()  # The training saves a checkpoint and stops.
                 process.join()
     if process.exitcode not in (0, interrupts.STATUS):
         return "failed"
@@ -255,7 +255,7 @@ def run_point(point: Point) -> str:
 
 
 def train_point(config) -> None:
-    """Trains a combination; what a process of its own runs, while its parent lives."""
+    """Trains one combination: the main function of a training's process."""
     interrupts.install()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     from anchor_jax.cli import compile_cache
@@ -263,7 +263,7 @@ def train_point(config) -> None:
 
     compile_cache.enable()
     try:
-        # The training of a sweep that was killed ends a little later than it.
+        # After a sweep was killed, its training ends a little later.
         run.open_job(config, tell=print, patience=2 * _GRACE).run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -273,7 +273,7 @@ def train_point(config) -> None:
 
 
 def _end_with_parent() -> None:
-    """Waits for the end of the sweep, and then ends its training, which may save."""
+    """Waits until the sweep's process ends, then stops this training with a save."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return
@@ -294,7 +294,7 @@ def _is_finished(point: Point) -> bool:
 
 
 def _last(point: Point) -> dict[str, Any]:
-    """Returns the last mean of each number that was logged."""
+    """Returns the last logged mean of each metric."""
     from anchor_jax.training import files
 
     found: dict[str, Any] = {}
@@ -307,7 +307,7 @@ def _last(point: Point) -> dict[str, Any]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Returns the results as a table in Markdown, a line for each combination."""
+    """Returns the results as a Markdown table, one row per combination."""
     fields = list(dict.fromkeys(name for one in results for name in one["values"]))
     numbers = [name for name in _NUMBERS if any(name in one for one in results)]
     rows = [[*fields, "status", "step", *numbers], ["---"] * (len(fields) + 2)]

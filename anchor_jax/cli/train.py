@@ -1,4 +1,4 @@
-"""`anchor-jax train`: runs a stage of training, and resumes it."""
+"""`anchor-jax train`: runs or resumes a training stage."""
 
 import shlex
 
@@ -7,7 +7,7 @@ from absl import flags
 from anchor_jax.config import define_config_flag
 from anchor_jax.errors import Stopped
 
-SUMMARY = "Train a stage: teacher, causal initialisation, distillation, long tuning."
+SUMMARY = "Run a stage: teacher, causal initialisation, distillation, long tuning."
 USAGE = """\
 anchor-jax train --config=configs/train_teacher.py --config.out=runs/teacher6
 anchor-jax train --config=configs/train_dmd.py:tiny --config.out=runs/dmd \\
@@ -18,17 +18,17 @@ anchor-jax sample --config=configs/tiny.py --config.weights=runs/dmd
 anchor-jax sample --config=configs/tiny.py --config.weights=runs/dmd/400
 tensorboard --logdir runs
 
-The same command goes on where a run was ended, bit for bit; Ctrl-C or SIGTERM ends it
-with a checkpoint, and status 130; a second Ctrl-C ends it at once. Where to look:
-OUT/log.jsonl has a line of numbers every --config.log_every steps, OUT/events the same
-for TensorBoard (pip install tensorboard tensorboardX), OUT/samples a video and a sheet
-of frames every --config.sample_every steps; --config.samples.* says what they show.
-OUT/400 is the checkpoint of step 400: the last --config.keep stay, and the
---config.keep_best lowest in --config.best_of. Files of prompts or captions hold text,
-JSON lines, a JSON list or a table (.csv, .tsv with the column prompt); a text longer
-than the text encoder reads is named before the first step. --dry_run tells sizes and
-hours, leaves no files, and times a few steps if the folder has no log; what a step
-needs on chips that are not here: anchor-jax plan --help."""
+The same command resumes a stopped run, bit for bit. Ctrl-C or SIGTERM writes a
+checkpoint and stops with status 130. A second Ctrl-C stops at once.
+OUT/log.jsonl has a line of metrics every --config.log_every steps. OUT/events has the
+same for TensorBoard (pip install tensorboard tensorboardX). OUT/samples has a video and
+a contact sheet every --config.sample_every steps, of the prompts in --config.samples.
+OUT/400 is the checkpoint of step 400. The newest --config.keep checkpoints are
+retained, and the --config.keep_best checkpoints with the lowest --config.best_of.
+Files of prompts or captions hold text, JSON lines, a JSON list or a table (.csv, .tsv
+with a column prompt). A text that is too long for the text encoder is reported before
+the first step. --dry_run prints sizes and hours and leaves no files; it times a few
+steps if the folder has no log. For chips you don't have: anchor-jax plan --help."""
 
 FLAGS = flags.FLAGS
 
@@ -36,7 +36,7 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """Defines the command's flags."""
     define_config_flag()
-    flags.DEFINE_bool("dry_run", False, "Print the plan, and train nothing.")
+    flags.DEFINE_bool("dry_run", False, "Print the plan without training.")
 
 
 def main(argv) -> None:
@@ -45,7 +45,7 @@ def main(argv) -> None:
     Raises:
       UserError: The config is wrong, the folder holds another run, or a loss was not
         finite.
-      Stopped: It was asked to, before its end.
+      Stopped: It stopped on request before the last step.
     """
     del argv
     from anchor_jax.cli import allocator, compile_cache
@@ -64,18 +64,18 @@ def main(argv) -> None:
     _report(job)
     if step < config.steps:
         raise Stopped(
-            f"stopped at step {step} of {config.steps}; the same command goes on"
+            f"Stopped at {step}/{config.steps}. Rerun this command to resume."
         )
     print(f"done; sample with: {_sampling(job)}")
 
 
 def _report(job) -> None:
-    """Prints where things are."""
+    """Prints where the run's files are."""
     out = job.config.out
     from anchor_jax.training.files import LOG
     from anchor_jax.training.monitor import EVENTS
 
-    print(f"numbers: {job.folder / LOG}")
+    print(f"metrics: {job.folder / LOG}")
     if (job.folder / EVENTS).is_dir():
         print(f"curves: tensorboard --logdir {out} (pip install tensorboard)")
     if job.sampler is not None and job.sampler.folder.is_dir():
@@ -83,7 +83,7 @@ def _report(job) -> None:
 
 
 def _sampling(job) -> str:
-    """Returns the command that samples from what was trained."""
+    """Returns a command that samples from the trained weights."""
     line = ["anchor-jax", "sample", "--config=configs/interactive.py"]
     line.append(f"--config.weights={job.config.out}")
     if job.config.size is not None:

@@ -1,4 +1,4 @@
-"""`anchor-jax trajectories`: a teacher's ways from noise to clips."""
+"""`anchor-jax trajectories`: writes a teacher's ODE trajectories."""
 
 import sys
 
@@ -7,15 +7,15 @@ from absl import flags
 from anchor_jax.config import define_config_flag
 from anchor_jax.errors import Stopped
 
-SUMMARY = "Write a teacher's trajectories, which a causal generator then regresses."
+SUMMARY = "Write a teacher's ODE trajectories, from which a causal generator learns."
 USAGE = """\
 anchor-jax trajectories --config=configs/trajectories.py --config.weights=runs/teacher
 anchor-jax trajectories --config=configs/trajectories.py:paper \\
     --config.weights=weights/wan --config.data.path=prompts.txt
 anchor-jax trajectories --config=configs/trajectories.py --process=3 --processes=8
 anchor-jax train --config=configs/train_ode.py:tiny --config.data.path=data/trajectories
-The same command goes on where it was ended. Process p of n writes every n-th
-trajectory; all of them write into one folder, and their number may change."""
+The same command resumes a stopped run. Process p of n writes every n-th trajectory. All
+processes write into one folder, and n may change from run to run."""
 
 FLAGS = flags.FLAGS
 
@@ -24,10 +24,13 @@ def define_flags() -> None:
     """Defines the command's flags."""
     define_config_flag("configs/trajectories.py")
     flags.DEFINE_integer(
-        "process", None, "This process, from 0; else of this cluster, 0 of 1 alone.", 0
+        "process",
+        None,
+        "Zero-based index of this process. Default: jax.process_index().",
+        0,
     )
     flags.DEFINE_integer(
-        "processes", None, "Of all; else of this cluster, 0 of 1 alone.", 1
+        "processes", None, "Number of processes. Default: jax.process_count().", 1
     )
 
 
@@ -36,7 +39,7 @@ def main(argv) -> None:
 
     Raises:
       UserError: The config is wrong, or the folder holds other trajectories.
-      Stopped: It was asked to, before its end.
+      Stopped: It stopped on request before the last trajectory.
     """
     del argv
     from anchor_jax.cli import compile_cache
@@ -60,4 +63,4 @@ def main(argv) -> None:
     count, missing = ode.write(config, bundle, process, processes)
     print(f"{count} trajectories written to {config.out}")
     if missing:
-        raise Stopped(f"stopped; {missing} are missing, and the same command goes on")
+        raise Stopped(f"Stopped; {missing} are missing. Rerun this command to resume.")

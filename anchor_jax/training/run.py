@@ -109,8 +109,8 @@ class Job:
             "parameters: "
             + ", ".join(f"{name} {count:,}" for name, count in counts.items()),
             f"on each device: state {_gigabytes(self.prepared.state):.2f} GB, frozen"
-            f" weights {_gigabytes(self.prepared.stage.frozen):.2f} GB; activations"
-            " come to that",
+            f" weights {_gigabytes(self.prepared.stage.frozen):.2f} GB, plus"
+            " activations",
             f"sample videos: {self._shown()}",
         ]
         return "\n".join(lines)
@@ -147,7 +147,8 @@ class Job:
         first = int(state.step)
         if first:
             done = first >= self.config.steps
-            self.tell(f"{'is done' if done else 'goes on'} at step {first}")
+            finished = f"Already finished at step {first}; nothing to do."
+            self.tell(finished if done else f"Resuming at step {first}.")
         config = self.config
         loop = Loop(
             config.steps, config.save_every, config.log_every, config.sample_every

@@ -60,11 +60,11 @@ def test_a_training_that_was_stopped_is_not_measured(
 
     assert ablate(tmp_path, "--arms=both") == 130
 
-    assert "stopped at step 3 of 7" in capsys.readouterr().err
+    assert "Stopped at 3/7. Rerun this command to resume." in capsys.readouterr().err
     assert not list(tmp_path.glob("arms/**/*.json"))
 
 
 def test_what_only_trained_arms_read_is_refused_for_swaps(capsys):
     for flag in ("--steps=3", "--teacher=runs/teacher"):
         assert main(["ablate", flag]) == 2
-        assert "nothing is trained but by --part=trained" in capsys.readouterr().err
+        assert "needs --part=trained; --part=swaps" in capsys.readouterr().err

@@ -50,7 +50,7 @@ def test_a_replay_is_the_same_video(replay, made, tmp_path):
 
     assert status == 0
     assert "identical: 4 of 4 blocks" in printed
-    assert "switch asked for at 1 s, latent frame 4 -> 6" in err
+    assert "Switch requested at frame 4; starts at 6, the next block." in err
     for name in ("000.mp4", "000.png"):
         first = (made / "first" / name).read_bytes()
         assert (tmp_path / "again" / name).read_bytes() == first
@@ -109,7 +109,7 @@ def test_a_video_goes_on_otherwise_from_a_frame(replay, made, tmp_path):
 
     assert status == 0
     assert "identical: 3 of 3 blocks" in printed
-    assert "latent frame 8 -> 9" in err
+    assert "Switch requested at frame 8; starts at 9" in err
     fork, first = (
         json.loads((folder / "000.json").read_text())
         for folder in (tmp_path / "fork", made / "first")
@@ -140,14 +140,14 @@ def other_model(recipe):
 @pytest.mark.parametrize(
     ("argv", "change", "message"),
     [
-        (["--until=5"], None, "--until=5: expected a number of blocks from 1 to 4"),
+        (["--until=5"], None, "--until=5: must be a number of blocks from 1 to 4"),
         (["--until=0"], None, "--until=0"),
-        (["--at=3"], None, "--at and --prompt go together"),
-        (["--at=12", "--prompt=x"], None, "--at=12: expected a latent frame"),
+        (["--at=3"], None, "--at and --prompt must be given together"),
+        (["--at=12", "--prompt=x"], None, "--at=12: must be a latent frame"),
         (["--at=3", "--prompt= "], None, "--prompt: got"),
-        (["--at=3", "--prompt=x", "--frames=10"], None, "--frames=10: expected"),
-        (["--at=3", "--prompt=x", "--frames=3"], None, "--frames=3: expected"),
-        (["--frames=9"], None, "--frames goes with --at"),
+        (["--at=3", "--prompt=x", "--frames=10"], None, "--frames=10: must be"),
+        (["--at=3", "--prompt=x", "--frames=3"], None, "--frames=3: must be"),
+        (["--frames=9"], None, "--frames needs --at"),
         (["--check"], drop_blocks, "no digests"),
         ([], negative_seed, "seed=-1"),
         ([], other_weights, "weights of SHA-256 0000"),
@@ -170,7 +170,19 @@ def test_a_path_in_a_recipe_is_not_followed(replay):
     status, _, err = replay("--check", weights=False)
 
     assert status == 2
-    assert "no path in a recipe is followed" in err and "--weights=FOLDER" in err
+    assert "paths in recipes are ignored" in err and "--weights=FOLDER" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "what"), [("x.mp4", "a video"), ("x.PNG", "an image")]
+)
+def test_a_video_in_place_of_its_recipe_is_named(tmp_path, capsys, name, what):
+    (tmp_path / name).write_bytes(b"\0\0\0\x20ftypisom")
+
+    assert main.main(["replay", str(tmp_path / name)]) == 2
+
+    message = f"error: {name} is {what}; give the recipe beside it, x.json\n"
+    assert capsys.readouterr().err == message
 
 
 def test_files_that_are_there_are_never_replaced(replay, tmp_path):
@@ -180,7 +192,7 @@ def test_files_that_are_there_are_never_replaced(replay, tmp_path):
     status, _, err = replay("--out=mine")
 
     assert status == 2
-    assert "000.mp4 is already there" in err
+    assert "000.mp4 already exists" in err
     assert (tmp_path / "mine/000.mp4").read_text() == "mine"
 
 
@@ -195,7 +207,7 @@ def test_files_that_another_process_made_meanwhile_stay(replay, tmp_path, monkey
     status, _, err = replay("--out=mine")
 
     assert status == 2
-    assert "000.mp4 is already there" in err
+    assert "000.mp4 already exists" in err
     assert (tmp_path / "mine/000.mp4").read_text() == "theirs"
 
 
@@ -204,7 +216,7 @@ def test_switches_are_told_where_they_waited():
 
     (line,) = told_switches(switches[:2])
 
-    assert line == "switch asked for at 4 s, latent frame 16 -> 18"
+    assert line == "Switch requested at frame 16; starts at 18, the next block."
     assert told_switches([switches[0]]) == []
 
 

@@ -132,7 +132,7 @@ def test_a_video_that_appeared_meanwhile_is_not_replaced(sample, tmp_path, monke
     status, printed, err = sample()
 
     assert status == 2 and "made by another program meanwhile" in err
-    assert "made; beside" not in printed
+    assert "Wrote" not in printed
     assert (out / "000.mp4").read_text() == "theirs"
     assert files(out) == ["000.mp4", "000.part.mp4"]
     assert sample("--overwrite")[0] == 0
@@ -164,14 +164,24 @@ def test_a_batch_resumes_and_other_recipes_are_safe(sample, tmp_path):
 
     status, printed, _ = sample(batch)
     assert status == 0
-    assert "1 already there" in printed
+    assert "Skipped 1 video that already exists." in printed
+    assert "Wrote 1 video, contact sheet and recipe." in printed
     assert (out / "000.mp4").stat().st_mtime_ns == first
     assert (out / "001.mp4").exists()
 
     status, _, err = sample(batch, "--config.seed=1")
     assert status == 2
-    assert "another recipe" in err and "--overwrite" in err
+    assert "000.png was made by another recipe: seed: 0 -> 1 (and 1 other video)" in err
+    assert "--overwrite" in err
     assert (out / "000.mp4").stat().st_mtime_ns == first
+
+    status, _, err = sample(
+        *(batch, "--config.seed=1", "--config.window=12"),
+        *("--config.policy=longlive", "--config.sampler.steps=(1000, 300)"),
+    )
+    assert status == 2
+    assert "seed: 0 -> 1, setup.policy." in err
+    assert "kind: 'Relative' -> 'Absolute' and 2 more fields (and 1 other" in err
 
     status, _, _ = sample(batch, "--config.seed=1", "--overwrite")
     assert status == 0
@@ -339,7 +349,7 @@ def test_prompts_beyond_those_looked_at_are_reported_with_their_video(
     status, _, err = sample("--config.prompt_file=p.txt")
 
     assert status == 0
-    assert "the first 1 of 2 videos were looked at" in err
+    assert "only the prompts of the first 1 of 2 videos were checked" in err
     assert "p.txt, line 2: " in err
 
 
@@ -394,8 +404,8 @@ def test_what_has_no_effect_is_said(sample):
     prompt = "a red ring[3f] | a blue ring[3f#]"
     _, _, err = sample("--config.sampler.negative_prompt=a green ring", prompt=prompt)
 
-    assert "no effect at guidance 1" in err
-    assert "no scene cut" in err
+    assert "no effect, because sampler.guidance is 1" in err
+    assert "no scene cuts" in err
 
 
 @pytest.mark.parametrize("where", ["append", "contact_sheet"])

@@ -198,7 +198,7 @@ def test_a_training_that_is_stopped_has_the_status_of_an_interrupt(
     with monkeypatch.context() as patch:
         patch.setattr(RegressionStage, "advance", ask)
         assert train(weights, tmp_path / "run") == 130
-    assert "stopped at step 2 of 4" in capsys.readouterr().err
+    assert "Stopped at 2/4. Rerun this command to resume." in capsys.readouterr().err
     assert train(weights, tmp_path / "run") == 0
     assert checkpoint.last_step(tmp_path / "run") == 4
 
