@@ -1,4 +1,4 @@
-"""Measures a stream on this machine."""
+"""`anchor-jax bench`: measures a stream or a training step on this machine."""
 
 import functools
 import json
@@ -14,7 +14,7 @@ from anchor_jax.cli import allocator
 from anchor_jax.errors import UserError
 from anchor_jax.io import expand
 
-SUMMARY = "Measures a stream on random weights, phase by phase, against a matmul."
+SUMMARY = "Measure each phase of a stream on random weights, relative to a matmul."
 USAGE = """
 anchor-jax bench --config=configs/bench_medium.py --threads=1
 anchor-jax bench --config=configs/bench_medium.py --threads=2 --out=bench.json
@@ -22,11 +22,11 @@ anchor-jax bench --config=configs/bench_full.py --profile=out/trace   # an accel
 anchor-jax bench --config=bench_medium --config.attention=plain
 anchor-jax bench --config=configs/train_dmd.py:tiny --threads=1   # steps of a training
 
-# Prints one JSON: seconds and CPU-seconds of a block and of each phase (medians and
-# spread), frames a second, first frame, switch latency (text, its projection, the
-# re-cache), compile seconds, traces, bytes of the cache. "efficiency" is model FLOP/s
-# over the FLOP/s of a matmul in the same run: by CPU-seconds on a CPU, else by the
-# clock.
+# Prints one JSON object: seconds and CPU-seconds per block and per phase (median and
+# spread), frames per second, time to the first frame, switch latency (text encoding,
+# projection, re-cache), compile seconds, number of traces, and bytes of the cache.
+# "efficiency" is the model's FLOP/s divided by the FLOP/s of a matmul in the same run.
+# It uses CPU-seconds on a CPU and wall-clock time elsewhere.
 """
 
 
@@ -34,11 +34,11 @@ def define_flags() -> None:
     """Defines the command's flags."""
     configs.define_config_flag()
     flags.DEFINE_integer(
-        "threads", None, "Cores of a CPU to pin to; all unless given.", lower_bound=1
+        "threads", None, "CPU cores to pin the process to. Default: all.", lower_bound=1
     )
-    flags.DEFINE_string("out", None, "File for the JSON, beside the screen.")
+    flags.DEFINE_string("out", None, "File for the JSON, which is also printed.")
     flags.DEFINE_string(
-        "profile", None, "Folder for a trace of the run, to open in XProf or Perfetto."
+        "profile", None, "Folder for a trace of the run, for XProf or Perfetto."
     )
 
 
@@ -88,16 +88,18 @@ def _measure_training(show):
 
 
 def _pin(threads: int | None) -> int | None:
-    """Keeps this process to so many cores, before jax counts them."""
+    """Pins this process to `threads` cores, before jax counts the cores."""
     if threads is None:
         return None
     if not hasattr(os, "sched_setaffinity"):
-        raise UserError("--threads: this system cannot keep a process to some cores")
+        raise UserError(
+            "--threads: this system cannot pin a process to cores; leave it out"
+        )
     cores = sorted(os.sched_getaffinity(0))
     if threads > len(cores):
         raise UserError(
-            f"--threads={threads}: this machine lets us use {len(cores)} cores; ask for"
-            f" at most {len(cores)}"
+            f"--threads={threads}: only {len(cores)} cores are available; give at most"
+            f" {len(cores)}"
         )
     os.sched_setaffinity(0, cores[-threads:])
     return threads

@@ -1,6 +1,6 @@
-"""Compiled programs, kept from run to run in a folder that only the user may write.
+"""A persistent cache of compiled programs, in a folder that only the user can write.
 
-What is in the folder runs as code of whoever reads it.
+Cached programs run as code. A folder that other users can write to is therefore unsafe.
 """
 
 import contextlib
@@ -26,11 +26,12 @@ _PROGRAM = "*-cache"  # what jax calls its files
 
 
 def enable() -> pathlib.Path | None:
-    """Keeps compiled programs from run to run, and returns the folder.
+    """Turns on the cache of compiled programs and returns its folder, or None.
 
-    It is the folder that jax was given, else that of `ANCHOR_JAX_CACHE`, else one in
-    the user's cache folder. None: they are not kept. A folder that cannot be used is
-    reported in one line. `ANCHOR_JAX_CACHE=off` leaves all as jax has it.
+    The folder is jax's own setting if there is one, otherwise `ANCHOR_JAX_CACHE`,
+    otherwise a folder in the user's cache folder. If the folder cannot be used, one
+    line says so, nothing is cached, and the result is None. `ANCHOR_JAX_CACHE=off`
+    leaves jax's own settings unchanged.
     """
     import jax
 
@@ -45,8 +46,8 @@ def enable() -> pathlib.Path | None:
         check(folder)
     except UserError as error:
         print(
-            f"warning: compiled programs are not kept: {error}; set {CACHE_VARIABLE} to"
-            " a folder of your own, or to off",
+            f"warning: compiled programs are not cached: {error}; set {CACHE_VARIABLE}"
+            " to a folder of your own, or to off",
             file=sys.stderr,
         )
         jax.config.update("jax_compilation_cache_dir", None)
@@ -60,10 +61,10 @@ def enable() -> pathlib.Path | None:
 
 
 def check(folder: pathlib.Path) -> None:
-    """Makes the folder, and finds out whether it is safe to use.
+    """Makes the folder, and checks that it is safe to use.
 
     Raises:
-      UserError: It cannot be written to, or others can write to it.
+      UserError: The folder is not writable, or other users can write to it.
     """
     try:
         _make(folder)
@@ -81,17 +82,17 @@ def _default() -> pathlib.Path:
 
 
 def _make(folder: pathlib.Path) -> None:
-    """Makes a folder, and those above it, for the user alone."""
+    """Makes a folder and its missing parents, with access for the user only."""
     missing = [one for one in (folder, *folder.parents) if not one.exists()]
     for one in reversed(missing):
         one.mkdir(mode=0o700, exist_ok=True)
 
 
 def _check_owners(folder: pathlib.Path) -> None:
-    """Raises if another user than root may write what is in a folder, or replace it.
+    """Checks that only this user and root can write to a folder or replace it.
 
     Raises:
-      UserError: One may.
+      UserError: Another user can.
     """
     if not hasattr(os, "geteuid"):
         return
@@ -101,8 +102,8 @@ def _check_owners(folder: pathlib.Path) -> None:
         raise UserError(f"{folder} belongs to another user, whose programs would run")
     if status.st_mode & _OTHERS:
         raise UserError(
-            f"{folder} can be written by others, whose programs would run; chmod -R"
-            f" go-w {folder}"
+            f"other users can write to {folder}, so their programs could run; fix it"
+            f" with: chmod -R go-w {folder}"
         )
     for parent in folder.parents:
         _check_parent(folder, parent.stat(), trusted)
@@ -114,33 +115,34 @@ def _check_owners(folder: pathlib.Path) -> None:
 
 
 def _check_file(path: pathlib.Path, is_reachable: bool, trusted) -> None:
-    """Raises if another user owns a file of the folder, or can write it."""
+    """Raises UserError if another user owns a file of the folder or can write it."""
     found = path.lstat()
     if found.st_uid not in trusted:
         raise UserError(
-            f"{path.parent} holds {path.name} of another user, which would run; delete"
-            " it"
+            f"{path.parent} holds {path.name}, which belongs to another user and would"
+            " run; delete it"
         )
     if found.st_mode & _OTHERS and is_reachable and not stat.S_ISLNK(found.st_mode):
         raise UserError(
-            f"{path.parent} holds {path.name}, which others can write and which would"
-            f" run; chmod -R go-w {path.parent}"
+            f"{path.parent} holds {path.name}, which other users can write and which"
+            f" would run; fix it with: chmod -R go-w {path.parent}"
         )
 
 
 def _check_parent(folder: pathlib.Path, status: os.stat_result, trusted) -> None:
-    """Raises if others could put a folder of their own in the place of one."""
+    """Raises UserError if other users could replace the folder by their own."""
     writers = status.st_mode & _OTHERS
     if status.st_gid == trusted[0]:  # the user's own group, by convention
         writers &= ~stat.S_IWGRP
     if status.st_uid not in trusted or (writers and not status.st_mode & stat.S_ISVTX):
         raise UserError(
-            f"{folder} can be replaced by others, who may write to a folder above it"
+            f"other users could replace {folder}, because they can write to a folder"
+            " above it"
         )
 
 
 def _remove_empty(folder: pathlib.Path) -> None:
-    """Removes programs without content, which a process that was killed may leave."""
+    """Removes empty program files, which a killed process may leave."""
     for path in folder.glob(_PROGRAM):
         with contextlib.suppress(FileNotFoundError):
             found = path.lstat()
@@ -150,11 +152,12 @@ def _remove_empty(folder: pathlib.Path) -> None:
 
 @dataclasses.dataclass(eq=False)
 class _Shortened:
-    """Shows warnings; of jax's that a program cannot be kept or read one line each.
+    """Shows warnings, and shortens jax's warnings about the cache to one line each.
 
     Attributes:
-      folder: of the programs.
-      show: shows other warnings.
+      folder: the folder of the cache.
+      show: the function that shows all other warnings.
+      shown: the kinds of cache warnings that were shown already.
     """
 
     folder: pathlib.Path
@@ -169,7 +172,8 @@ class _Shortened:
         elif kind not in self.shown:
             self.shown.add(kind)
             print(
-                f"warning: {self.folder}: {text[:200]}; more are not shown; make room,"
-                f" or delete the folder, or set {CACHE_VARIABLE} to another one",
+                f"warning: {self.folder}: {text[:200]}; similar warnings are hidden."
+                f" Free disk space, delete the folder, or set {CACHE_VARIABLE} to"
+                " another folder",
                 file=sys.stderr,
             )

@@ -1,4 +1,4 @@
-"""`anchor-jax doctor`: what this machine has, what to expect here, what to do."""
+"""`anchor-jax doctor`: reports this machine's hardware, expected speed and problems."""
 
 import importlib.metadata
 import importlib.util
@@ -17,7 +17,7 @@ from anchor_jax.errors import UserError
 from anchor_jax.io import expand
 from anchor_jax.wan.spec import GRIDS, PRESETS
 
-SUMMARY = "Show device, memory, kernels and missing parts, and what to expect here."
+SUMMARY = "Show device, memory, kernels, missing packages, and expected speed."
 USAGE = """\
 anchor-jax doctor
 anchor-jax doctor --weights=weights/anchor
@@ -32,7 +32,7 @@ _VERSIONS = ("jax", "jaxlib", "flax", "numpy", "orbax-checkpoint")
 _PARTS = {
     "av": ("videos", ("av",)),
     "sentencepiece": ("the tokenizer of the tiny model", ("sentencepiece",)),
-    "tokenizers": ("the tokenizer of ported weights", ("tokenizers",)),
+    "tokenizers": ("the tokenizer of converted weights", ("tokenizers",)),
     "plan-tpu": ("anchor-jax plan for TPUs", ("libtpu",)),
     "plan-gpu": (
         "anchor-jax plan for GPUs",
@@ -40,14 +40,14 @@ _PARTS = {
     ),
 }
 _NEEDED = ("av", "sentencepiece", "tokenizers")
-_OF_MATMUL = 0.6  # share of one large matrix product's speed that a stream reaches
+_OF_MATMUL = 0.6  # a stream's FLOP/s relative to one large matrix product
 _ITEMS = ("generator", "text_encoder", "vae")
 
 
 def define_flags() -> None:
     """Defines the command's flags."""
-    flags.DEFINE_string("weights", None, "Folder of weights to look at, or none.")
-    flags.DEFINE_bool("json", False, "Print one JSON object instead.")
+    flags.DEFINE_string("weights", None, "Folder of weights to check. Default: none.")
+    flags.DEFINE_bool("json", False, "Print one JSON object instead of text.")
 
 
 def main(argv) -> None:
@@ -61,10 +61,10 @@ def main(argv) -> None:
 
 
 def examine(weights: str | None = None) -> dict:
-    """Returns all that the command shows, as plain values; `do` is what to put right.
+    """Returns the report as plain values; `do` lists the suggested fixes.
 
     Args:
-      weights: a folder or `tiny`, or None.
+      weights: a folder, `tiny`, or None.
     """
     from anchor_jax import roofline
 
@@ -93,7 +93,7 @@ def _versions() -> dict[str, str]:
 
 
 def _device() -> dict:
-    """Returns the first device; its memory is what jax may use, in bytes."""
+    """Returns the first device. `memory` is the number of bytes that jax may use."""
     import jax
 
     devices = jax.devices()
@@ -109,7 +109,7 @@ def _device() -> dict:
 
 
 def _host_memory() -> int:
-    """Returns the bytes of this machine's memory, 0 where it does not say."""
+    """Returns this machine's memory in bytes, or 0 if it is unknown."""
     names = ("SC_PHYS_PAGES", "SC_PAGE_SIZE")
     if not all(name in getattr(os, "sysconf_names", {}) for name in names):
         return 0
@@ -118,7 +118,7 @@ def _host_memory() -> int:
 
 
 def _measured(device: dict):
-    """Returns a chip as fast as a matrix product here, tried for under a second."""
+    """Returns a chip with the speed of a matrix product, measured in a second."""
     import jax
     import jax.numpy as jnp
 
@@ -145,7 +145,7 @@ def _measured(device: dict):
 
 
 def _kernels(place: str) -> dict[str, str]:
-    """Returns the attention kernel by model."""
+    """Returns the name of the attention kernel for each model."""
     from anchor_jax.wan import kernels
 
     names = {kernel: name for name, kernel in kernels.KERNELS.items()}
@@ -158,7 +158,7 @@ def _kernels(place: str) -> dict[str, str]:
 
 
 def _compiled() -> dict:
-    """Returns the folder of compiled programs, and the bytes in it."""
+    """Returns the folder of cached programs and its size in bytes."""
     folder = compile_cache.enable()
     if folder is None or not folder.is_dir():
         return {"folder": folder and str(folder), "bytes": 0}
@@ -172,7 +172,7 @@ def _has(part: str) -> bool:
 
 
 def _sizes(chip, share: float, memory: int) -> list[dict]:
-    """Returns memory and speed to expect, by model and size."""
+    """Returns the expected memory and speed for each model and size."""
     from anchor_jax import roofline
     from anchor_jax.cache.policies import POLICIES
     from anchor_jax.wan.text import TextConfig
@@ -210,14 +210,14 @@ def _sizes(chip, share: float, memory: int) -> list[dict]:
 
 
 def _fit(whole: float, freed: float, memory: int) -> str:
-    """Returns whether a stream fits: `yes`, `freed` without text encoder, or `no`."""
+    """Returns whether a stream fits: `yes`, `freed` (text encoder freed) or `no`."""
     if whole <= memory:
         return "yes"
     return "freed" if freed <= memory else "no"
 
 
 def _weights(weights: str) -> dict:
-    """Returns what a folder of weights holds, or what is wrong with it."""
+    """Returns the contents of a folder of weights, or its problem."""
     try:
         return _items(weights)
     except UserError as error:
@@ -238,7 +238,7 @@ def _items(weights: str) -> dict:
     found = {"folder": weights, "items": items}
     if missing:
         found["problem"] = (
-            f"{weights} holds no {', '.join(missing)}; port all parts at once into a"
+            f"{weights} has no {', '.join(missing)}; convert all parts together into a"
             " new folder: anchor-jax port --help"
         )
     return found
@@ -257,11 +257,11 @@ def _advice(report: dict) -> list[str]:
     for module in _NEEDED:
         if not report["parts"][module]:
             use = _PARTS[module][0]
-            found.append(f"pip install {module}: {use} cannot be had without it")
+            found.append(f"pip install {module}: it is required for {use}")
     if report["compiled"]["folder"] is None:
         found.append(
-            f"set {compile_cache.CACHE_VARIABLE} to a folder of your own: every run"
-            " compiles anew without one"
+            f"set {compile_cache.CACHE_VARIABLE} to a folder of your own: without it"
+            " every run compiles again"
         )
     if "problem" in weights:
         found.append(weights["problem"])
@@ -271,12 +271,12 @@ def _advice(report: dict) -> list[str]:
 def _about_device(device: dict) -> list[str]:
     if device["platform"] == "cpu":
         if shutil.which("nvidia-smi"):
-            return ["pip install 'anchor_jax[gpu]': there is a GPU that jax ignores"]
+            return ["pip install 'anchor_jax[gpu]': jax ignores this machine's GPU"]
         if pathlib.Path("/dev/accel0").exists():
-            return ["pip install 'anchor_jax[tpu]': there is a TPU that jax ignores"]
+            return ["pip install 'anchor_jax[tpu]': jax ignores this machine's TPU"]
         return [
-            "use a GPU or TPU for the Wan models; on a CPU only the tiny one streams:"
-            " anchor-jax sample --config=configs/tiny.py"
+            "use a GPU or TPU for the Wan models; on a CPU use only the tiny"
+            " model: anchor-jax sample --config=configs/tiny.py"
         ]
     if device["platform"] == "gpu" and device["chip"]:
         from anchor_jax import roofline
@@ -297,14 +297,14 @@ def _about_sizes(report: dict) -> list[str]:
     found = []
     if "freed" in fits:
         found.append(
-            "use text_encoder=free where the table says so: the text encoder"
-            " does not fit beside the generator"
+            "use text_encoder=free where the table says so: the text encoder and the"
+            " generator do not fit together"
         )
     if "yes" not in fits and "freed" not in fits:
-        found.append("use a device with more memory: no Wan model fits this one")
+        found.append("use a device with more memory: no Wan model fits on this one")
     fast = [row for row in report["sizes"] if row["frames_per_second"] >= _REAL_TIME]
     if not fast:
-        found.append("expect less than real time, 16 frames/s, at every size")
+        found.append("expect less than real time (16 frames/s) at every size")
     return found
 
 
@@ -318,14 +318,14 @@ def lines(report: dict) -> list[str]:
         for name, there in report["parts"].items()
     )
     speed = report["speed"]
-    source = "data sheet" if device["chip"] else "a matrix product, measured"
+    source = "data sheet" if device["chip"] else "measured with a matrix product"
     shown = [
         f"versions   {versions}",
         f"device     {device['count']} x {device['kind']} ({device['platform']},"
         f" {device['cores']} host cores), {device['memory'] / _GB:.1f} GB for jax",
         f"speed      {speed['flops'] / 1e12:.3g} Tflop/s ({source})",
         f"attention  kernels: {kernels}",
-        f"compiled   {compiled['folder'] or 'not kept'},"
+        f"compiled   {compiled['folder'] or 'not cached'},"
         f" {compiled['bytes'] / 1e6:.1f} MB",
         f"parts      {parts}",
     ]
@@ -334,12 +334,12 @@ def lines(report: dict) -> list[str]:
         items = ", ".join(f"{name} {n / _GB:.2f} GB" for name, n in held)
         shown.append(f"weights    {report['weights']['folder']}: {items}")
     shown += ["", *_table(report)]
-    shown += ["", *(f"do: {what}" for what in report["do"] or ["nothing; all is well"])]
+    shown += ["", *(f"do: {what}" for what in report["do"] or ["nothing; no problems"])]
     return shown
 
 
 def _number(value: float) -> str:
-    """Returns three digits without an exponent, eight wide."""
+    """Formats a number with three digits, without an exponent, in eight columns."""
     return f"{value:8.0f}" if value >= 100 else f"{value:8.3g}"
 
 

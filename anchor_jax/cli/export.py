@@ -1,4 +1,4 @@
-"""`anchor-jax export`: a checkpoint of ours back into a published layout."""
+"""`anchor-jax export`: converts a checkpoint into a published layout."""
 
 from absl import flags
 from tqdm import tqdm
@@ -6,15 +6,15 @@ from tqdm import tqdm
 from anchor_jax import interrupts
 from anchor_jax.errors import UserError, suggest
 
-SUMMARY = "Write weights back under their published names, as safetensors."
+SUMMARY = "Write a checkpoint in a published layout, as safetensors."
 USAGE = """\
 anchor-jax export --weights=weights/anchor --out=export --layout=diffusers
 anchor-jax export --weights=weights/anchor --out=export --layout=wan --lora=merged
 anchor-jax export --weights=weights/anchor --out=export --layout=generator
 anchor-jax export --weights=runs/streaming --out=tiny --layout=bundle
 
-Everything is written as safetensors, text encoder and VAE too: pickles (.pt, .pth) are
-not written."""
+All files are safetensors, including the text encoder and the VAE. Pickles (.pt, .pth)
+are not written."""
 
 BUNDLE = "bundle"
 
@@ -28,19 +28,20 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "layout",
         "wan",
-        "Names and files: wan, diffusers, generator (the transformer alone, named as in"
-        " checkpoints of trainers), or bundle (a tiny model whole, as it is shipped).",
+        "Names and files: wan, diffusers, generator (only the transformer, with the"
+        " names of training checkpoints), or bundle (a whole tiny model in one folder,"
+        " like the shipped one).",
     )
     flags.DEFINE_string(
         "item",
         None,
-        "Of generator, ema and fake_score one; of a training the running mean where"
-        " there is one, else generator.",
+        "Network to write: generator, ema or fake_score. Default: ema if a training"
+        " saved one, otherwise generator.",
     )
     flags.DEFINE_string(
         "lora",
         "separate",
-        "Adapters: separate (in files of PEFT), or merged into the weights.",
+        "Adapters: separate (as PEFT files), or merged into the weights.",
     )
 
 
@@ -48,7 +49,7 @@ def main(argv) -> None:
     """Runs the command.
 
     Raises:
-      UserError: The checkpoint lacks what is asked for, or the folder is taken.
+      UserError: The checkpoint lacks the requested network, or the folder is in use.
     """
     del argv
     from anchor_jax import ownership
@@ -56,7 +57,7 @@ def main(argv) -> None:
 
     for name in ("weights", "out"):
         if not FLAGS[name].value:
-            raise UserError(f"{name} is missing; give --{name}=FOLDER")
+            raise UserError(f"--{name} is missing; give --{name}=FOLDER")
     layouts = (*export.LAYOUTS, BUNDLE)
     if FLAGS.layout not in layouts:
         found = suggest(FLAGS.layout, layouts, "layouts")
@@ -68,14 +69,14 @@ def main(argv) -> None:
 
         if FLAGS.item not in (None, export.default_item(FLAGS.weights)):
             raise UserError(
-                f"--item={FLAGS.item}: layout=bundle holds what streams; leave it out,"
-                " or choose --layout=generator"
+                f"--item={FLAGS.item}: --layout=bundle writes only the network that"
+                " samples; leave --item out, or choose --layout=generator"
             )
         with ownership.own_target(FLAGS.out, tell=print):
             check_free(FLAGS.out)
             loaded = load_bundle(FLAGS.weights, lora="merged")
             save_loaded(loaded, FLAGS.out)
-        print(f"written to {FLAGS.out}")
+        print(f"Wrote {FLAGS.out}")
         return
     item = FLAGS.item or export.default_item(FLAGS.weights)
     total = export.total_bytes(FLAGS.weights, FLAGS.layout, item)
@@ -87,6 +88,6 @@ def main(argv) -> None:
         notes = export.export(
             FLAGS.weights, FLAGS.out, FLAGS.layout, item, FLAGS.lora, update
         )
-    print(f"written to {FLAGS.out}")
+    print(f"Wrote {FLAGS.out}")
     for note in notes:
         print(note)

@@ -1,4 +1,4 @@
-"""Runs a command of `anchor-jax`, or teaches how to."""
+"""The command line `anchor-jax`: runs a command or prints its help."""
 
 import ast
 import contextlib
@@ -32,7 +32,7 @@ _EXTRAS = dict.fromkeys(
 _HELP = ("-h", "-help", "--help", "--helpfull", "--helpshort")
 _WIDTH = 88
 _INTRODUCTION = """\
-Anchor Forcing in JAX: streaming text-to-video with prompts that change on the way.
+Anchor Forcing in JAX: streaming text-to-video with prompts that change mid-stream.
 
 Try:
   anchor-jax sample --config=configs/tiny.py
@@ -42,12 +42,12 @@ Try:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status.
 
-    A user's mistake is 2, with its message on standard error; an interrupt is 130.
-    Any other failure is raised.
+    A user error returns 2 and prints its message on standard error. An interrupt
+    returns 130. Any other failure is raised.
 
     Args:
-      argv: The command and its flags. Without them the process is the command line's
-        own: those of `sys.argv` are taken, and an interrupt ends the process.
+      argv: The command and its flags. None takes those of `sys.argv`; an interrupt then
+        ends the process.
     """
     if argv is not None:
         with interrupts.listening():
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    """Runs a command, and returns its status for every end that is expected."""
+    """Runs a command, and returns its exit status for every expected outcome."""
     try:
         interrupts.check()
         _check_arguments(argv)
@@ -71,20 +71,20 @@ def _run(argv: list[str]) -> int:
         if package not in _EXTRAS:
             raise
         extra = f"pip install '.[{_EXTRAS[package]}]'"
-        print(f"error: this needs the package {package}: {extra}", file=sys.stderr)
+        print(f"error: the package {package} is missing: {extra}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         print(str(error) or "interrupted", file=sys.stderr)
         return interrupts.STATUS
     except BrokenPipeError:
-        # Python would write again at exit, to a reader that has gone.
+        # Python flushes stdout again at exit, but its reader has gone.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
 
 @contextlib.contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Shows the package's own warnings as a command shows its others."""
+    """Prints the package's own warnings as "warning: MESSAGE" on standard error."""
     shown = warnings.showwarning
 
     def show(message, category, *rest, **named) -> None:
@@ -101,9 +101,9 @@ def _plain_warnings() -> Iterator[None]:
 
 
 def _check_arguments(argv: Sequence[str]) -> None:
-    """Raises unless every argument is text; a path that is not UTF-8 is refused too.
+    """Raises UserError unless every argument is text; paths must be UTF-8.
 
-    Arguments are written into recipes and configs, where only text can be.
+    Arguments are written into recipes and configs, which are text files.
     """
     name = "argument 1"
     for number, argument in enumerate(argv, 1):
@@ -134,8 +134,8 @@ def _dispatch(argv: list[str]) -> int:
         arguments = _parse_flags(name, rest, own, exclusive)
         if len(arguments) > 1 and not hasattr(module, "ARGUMENTS"):
             raise UserError(
-                f"{name} takes flags only, got {shown(arguments[1])}; flags start with"
-                f" --, see: anchor-jax {name} --help"
+                f"{name} takes only flags, which start with --, but got"
+                f" {shown(arguments[1])}; see: anchor-jax {name} --help"
             )
         return module.main(arguments) or 0
 
@@ -150,12 +150,12 @@ def _load(name: str) -> ModuleType:
 
 
 def _present() -> list[str]:
-    """Returns the names of the commands that this installation has."""
+    """Returns the names of the installed commands."""
     return [name for name, module in COMMANDS.items() if _source(module) is not None]
 
 
 def _source(module: str) -> pathlib.Path | None:
-    """Returns the file of a module, which is not imported, or None."""
+    """Returns the source file of a module without importing it, or None."""
     if module in sys.modules:
         return pathlib.Path(sys.modules[module].__file__)
     spec = importlib.util.find_spec(module)
@@ -164,14 +164,14 @@ def _source(module: str) -> pathlib.Path | None:
 
 @contextlib.contextmanager
 def _own_flags(module: ModuleType) -> Iterator[list[str]]:
-    """Yields the names of the command's flags, which are gone afterwards."""
+    """Defines the command's flags, yields their names, and removes them afterwards."""
     before = set(FLAGS)
     module.define_flags()
     own = [name for name in FLAGS if name not in before]
     try:
         yield own
     finally:
-        # Those of libraries that were imported meanwhile stay: they are theirs.
+        # Flags that imported libraries defined in the meantime stay.
         for name in own:
             delattr(FLAGS, name)
 
@@ -179,7 +179,7 @@ def _own_flags(module: ModuleType) -> Iterator[list[str]]:
 def _parse_flags(
     name: str, argv: list[str], own: list[str], exclusive: Sequence[tuple[str, str]]
 ) -> list[str]:
-    """Parses the command's flags, loads its config, and returns what is left."""
+    """Parses the command's flags, loads its config, and returns other arguments."""
     overrides = []
     if "config" in own:
         from anchor_jax import config
@@ -189,23 +189,22 @@ def _parse_flags(
     try:
         arguments = FLAGS([f"anchor-jax {name}", *argv])
     except flags.UnrecognizedFlagError as error:
-        hint = "a field of the config is set with --config.FIELD=VALUE; "
+        hint = "set a config field with --config.FIELD=VALUE; "
         raise UserError(
             f"{error}; {hint * ('config' in own)}see: anchor-jax {name} --help"
         ) from error
     except flags.Error as error:
         raise UserError(f"{error}; see: anchor-jax {name} --help") from error
     except RecursionError as error:
-        # The library looks for a similar name, a character a call.
+        # The library searches for similar names with one recursive call per character.
         raise UserError(
-            f"{name} has no flag with a name as long as one that was given; see:"
-            f" anchor-jax {name} --help"
+            f"{name} has no flag with so long a name; see: anchor-jax {name} --help"
         ) from error
     if "config" in own:
         if FLAGS.config is None or overrides and not FLAGS.config:
             raise UserError(
-                "--config is missing; expected a config file or the name of a shipped"
-                f" one: {', '.join(config.shipped_configs())}"
+                "--config is missing; give a config file or the name of a shipped"
+                f" config: {', '.join(config.shipped_configs())}"
             )
         if FLAGS.config:
             FLAGS["config"].value = config.load_config(FLAGS.config, overrides)
@@ -213,7 +212,7 @@ def _parse_flags(
 
 
 def _overview() -> str:
-    """Returns what the command is for, an example, and the list of commands."""
+    """Returns an introduction, an example, and the list of commands."""
     names = _present()
     width = max(map(len, names), default=0)
     lines = [
@@ -225,13 +224,13 @@ def _overview() -> str:
             "Commands:",
             *lines,
             "",
-            "anchor-jax COMMAND --help shows examples and the flags of that command.",
+            "anchor-jax COMMAND --help shows the examples and flags of a command.",
         ]
     )
 
 
 def _string_in(module: str, name: str) -> str:
-    """Returns the string assigned to `name` in a module's source, or nothing."""
+    """Returns the string assigned to `name` in a module's source, or ""."""
     tree = ast.parse(_source(module).read_text(encoding="utf-8"))
     for node in tree.body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == name:
@@ -256,7 +255,7 @@ def _teach(name: str, module: ModuleType, own: list[str]) -> str:
         *(_describe(FLAGS[flag]) for flag in own),
     ]
     if "config" in own:
-        about = "override a field of the config; its type is kept"
+        about = "Set a field of the config. The value must have the field's type."
         parts.append(_entry("--config.FIELD=VALUE", about))
     return "\n".join(parts)
 
@@ -279,7 +278,7 @@ def _entry(spelling: str, about: str) -> str:
 
 
 def _version() -> str:
-    """Returns this version and those that results depend on most."""
+    """Returns the versions of this package, jax and Python."""
     try:
         jax = importlib.metadata.version("jax")
     except importlib.metadata.PackageNotFoundError:

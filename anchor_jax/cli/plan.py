@@ -1,4 +1,4 @@
-"""`anchor-jax plan`: memory and programs on a chip that is not there."""
+"""`anchor-jax plan`: estimates memory and time for chips you don't have."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ from anchor_jax.config import define_config_flag
 from anchor_jax.errors import UserError, suggest
 from anchor_jax.wan.spec import GRIDS, PRESETS, REMAT
 
-SUMMARY = "Compile for chips that are not there: memory and kernels of a stream."
+SUMMARY = "Estimate memory and time for chips you don't have, by compiling for them."
 USAGE = """\
 anchor-jax plan --target=h100
 anchor-jax plan --target=v5e --size=320x576
@@ -20,12 +20,12 @@ anchor-jax plan --target=all --model=1.3B --size=480x832 --json=plan.json
 anchor-jax plan --config=configs/train_dmd.py --target=v5p --chips=64
 anchor-jax plan --config=configs/train_streaming.py --target=h100 --chips=64 \\
     --remat=none,nothing_saveable
-With the config of a training, its steps on --chips of the target, with the config's
-mesh, batch and LoRA; the text encoder is on a machine's first chip. Without a config,
-a stream."""
+Without --config it plans a stream. With the config of a training it plans that
+training's steps on --chips of the target, with the config's mesh, batch and LoRA. The
+text encoder is on the first chip of each machine."""
 
-# The process stays on the CPU; the TPU's variables keep its compiler from asking for
-# a machine that is not there.
+# The process stays on the CPU. The TPU variables keep the TPU compiler from looking for
+# a real TPU.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -51,15 +51,22 @@ def define_flags() -> None:
     """Defines the command's flags."""
     flags.DEFINE_string("target", "all", "Chip: h100, h200, v5e, v5p, v6e, or all.")
     flags.DEFINE_string("model", "1.3B", f"Generator: {' or '.join(_MODELS)}.")
-    flags.DEFINE_string("size", "480x832", f"Of a stream, pixels: {', '.join(GRIDS)}.")
-    flags.DEFINE_string("policy", "anchor_forcing", "What a stream remembers.")
-    define_config_flag("")
-    flags.DEFINE_integer("chips", 64, "Of a training; a power of two.", 1)
-    flags.DEFINE_string("teacher", "14B", f"Real score: {' or '.join(_MODELS)}.")
-    flags.DEFINE_list(
-        "remat", [], "Of a training, one after another; else the config's."
+    flags.DEFINE_string(
+        "size", "480x832", f"Size of a stream in pixels: {', '.join(GRIDS)}."
     )
-    flags.DEFINE_string("json", None, "File for the numbers, or none.")
+    flags.DEFINE_string("policy", "anchor_forcing", "Cache policy of a stream.")
+    define_config_flag("")
+    flags.DEFINE_integer("chips", 64, "Chips of a training, a power of two.", 1)
+    flags.DEFINE_string(
+        "teacher", "14B", f"Real score of a training: {' or '.join(_MODELS)}."
+    )
+    flags.DEFINE_list(
+        "remat",
+        [],
+        "Rematerialisation policies of a training, planned one after another. Default:"
+        " the config's.",
+    )
+    flags.DEFINE_string("json", None, "JSON file for the numbers. Default: no file.")
 
 
 def main(argv) -> None:
@@ -79,7 +86,7 @@ def main(argv) -> None:
         summaries = _plan_stream(aot)
     if path:
         io.write_json(path, summaries)
-        print(f"written to {path}")
+        print(f"Wrote {path}")
 
 
 def _plan_stream(aot) -> dict:
@@ -127,13 +134,13 @@ def training_table(title: str, summary: dict) -> list[str]:
     mesh = ", ".join(f"{axis} {n}" for axis, n in summary["mesh"].items() if n > 1)
     chip, memory = summary["chip"], summary["memory"] / _GB
     is_refused = any("reason" in made for made in summary["programs"].values())
-    those = ", by the programs that fit" if is_refused else ""
+    those = " (only programs that fit are counted)" if is_refused else ""
     lines = [
         f"{title}: {chip}, {memory:.0f} GB, {mesh or 'one chip'}",
         _HEADER,
         *[_row(part, made) for part, made in summary["programs"].items()],
         _resident(summary),
-        f"  needed at most on a chip: {summary['needed'] / _GB:.1f} GB{those}",
+        f"  needed per chip: {summary['needed'] / _GB:.1f} GB{those}",
     ]
     return lines + [f"  problem: {line}" for line in summary["problems"]]
 
@@ -153,14 +160,14 @@ def table(name: str, summary: dict) -> list[str]:
     lines += [_row(part, made) for part, made in summary["programs"].items()]
     lines.append(_resident(summary))
     lines.append(
-        f"  needed at most: {summary['needed'] / _GB:.1f} GB;"
+        f"  needed: {summary['needed'] / _GB:.1f} GB;"
         f" {summary['needed_encoder_freed'] / _GB:.1f} GB with text_encoder=free"
     )
     lines.append(
-        f"  roofline: {summary['frames_per_second_peak']:.1f} frames/s without decoding"
-        f" at full speed; with it at 40 %: {summary['frames_per_second']:.1f} frames/s,"
-        f" a switch {summary['switch_seconds']:.2f} s,"
-        f" the first block {summary['first_seconds']:.2f} s"
+        f"  roofline: {summary['frames_per_second_peak']:.1f} frames/s at full speed"
+        f" without decoding; {summary['frames_per_second']:.1f} frames/s at 40 % with"
+        f" decoding, prompt switch {summary['switch_seconds']:.2f} s,"
+        f" first block {summary['first_seconds']:.2f} s"
     )
     return lines + [f"  problem: {line}" for line in summary["problems"]]
 
@@ -181,7 +188,7 @@ def _prepare_environment() -> None:
     os.environ |= ENVIRONMENT
     import jax
 
-    # A config may have imported jax, which then has read the environment.
+    # A config file may have imported jax already, which then ignores the environment.
     jax.config.update("jax_platforms", ENVIRONMENT["JAX_PLATFORMS"])
     given = os.environ.get("XLA_FLAGS", "")
     if AUTOTUNING not in given:
@@ -214,7 +221,7 @@ def _one_of(flag: str, known) -> str:
     """Returns a flag's value.
 
     Raises:
-      UserError: It is not one of the known ones.
+      UserError: The value is unknown.
     """
     value = FLAGS[flag].value
     if value not in known:
@@ -223,7 +230,7 @@ def _one_of(flag: str, known) -> str:
 
 
 def _targets(aot) -> list[str]:
-    """Returns the targets asked for; of all, those whose compiler is installed."""
+    """Returns the requested targets; for "all", those with an installed compiler."""
     if FLAGS.target != "all":
         aot.find_target(FLAGS.target)
         return [FLAGS.target]
@@ -237,7 +244,7 @@ def _targets(aot) -> list[str]:
     if not found:
         raise next(iter(missing.values()))
     for error in missing.values():
-        print(f"left out: {error}", file=sys.stderr)
+        print(f"skipped: {error}", file=sys.stderr)
     return found
 
 

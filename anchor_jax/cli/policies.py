@@ -1,11 +1,11 @@
-"""Shows the cache policies, and what each makes a stream see."""
+"""`anchor-jax policies`: lists cache policies, or shows what each block reads."""
 
 import functools
 from collections.abc import Iterator, Sequence
 
 from anchor_jax.errors import UserError, suggest
 
-SUMMARY = "Lists the cache policies, or shows what one of them makes a stream see."
+SUMMARY = "List the cache policies, or show what each block reads under one of them."
 ARGUMENTS = "[NAME]"
 USAGE = """
 anchor-jax policies
@@ -13,28 +13,28 @@ anchor-jax policies anchor_forcing
 anchor-jax sample --config=configs/tiny.py:longlive
 anchor-jax sample --config=configs/tiny.py:longlive --config.rope=bounded
 
-# A policy says which latent frames a block sees besides itself (the sink: the first
-# ones; the local window: the newest; the junction: the block after a switch), at
-# which temporal RoPE positions, and what a prompt switch does to what is remembered.
-# With a NAME: a line per block over 60 latent frames with a switch at 40, as
-# FRAMES@POSITIONS; +40 marks the first block under the new prompt.
+# A policy decides which earlier latent frames a block reads (sink: the first frames;
+# local window: the newest frames; junction: the block after a prompt switch), at which
+# temporal RoPE positions, and what a prompt switch does to the cache.
+# With NAME it prints one line per block over 60 latent frames with a switch at 40, as
+# FRAMES@POSITIONS. +40 marks the first block under the new prompt.
 """
 
 ABOUT = {
-    "anchor_forcing": "the paper's method: positions stay in 0-20, switch remembered",
-    "anchor_forcing_release": "the same as the released code does it, for its weights",
-    "longlive": "LongLive 1.0: positions grow without end",
+    "anchor_forcing": "the paper's method: positions 0-20, switch kept as junction",
+    "anchor_forcing_release": "the released code's variant, for the released weights",
+    "longlive": "LongLive 1.0: positions grow without bound",
     "longlive_relative": "LongLive with positions 0-11",
-    "self_forcing": "Self-Forcing: sees all, ends after 21 latent frames",
+    "self_forcing": "Self-Forcing: reads all frames, limited to 21 latent frames",
     "self_forcing_rolling": "Self-Forcing with a rolling window",
     "causvid": "CausVid: clips of 21 latent frames, chained by their last 3",
-    "infinity_rope": "Infinity-RoPE: positions 0-5, forgets at a switch, scene cuts",
-    "infinity_rope_release": "the same with the official code's key positions",
-    "bounded_rope": "table 6: the sink directly before the local window",
+    "infinity_rope": "Infinity-RoPE: positions 0-5, flush at a switch, scene cuts",
+    "infinity_rope_release": "Infinity-RoPE with the official code's key positions",
+    "bounded_rope": "table 6: sink positions directly before the local window",
     "tri_region_no_junction": "ablation: anchor_forcing without the junction",
-    "no_recache": "ablation: anchor_forcing that does not re-cache",
+    "no_recache": "ablation: anchor_forcing without the re-cache",
     "no_global_sink": "ablation: anchor_forcing whose re-cache replaces the sink",
-    "wan_teacher": "no stream: the whole clip at once, both ways, one prompt",
+    "wan_teacher": "not streaming: the whole clip at once, bidirectional, one prompt",
 }
 _TEACHER = "wan_teacher"
 _FRAMES = 60
@@ -46,15 +46,15 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prints the table of policies, or of what one sees.
+    """Prints the table of policies, or the reads of one policy.
 
     Raises:
-      UserError: There is no such policy, or more than one is named.
+      UserError: The policy is unknown, or several are named.
     """
     from anchor_jax.cache.policies import POLICIES
 
     if len(argv) > 2:
-        raise UserError(f"got {len(argv) - 1} names, expected one at most")
+        raise UserError(f"got {len(argv) - 1} names; give at most one policy")
     if len(argv) == 1:
         print("\n".join(table()))
         return
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
     if name == _TEACHER:
         print(f"{name}: {ABOUT[name]}")
         print(
-            "It has no blocks: every frame sees all others, at positions 0, 1, 2, ..."
+            "It has no blocks: every frame reads all others, at positions 0, 1, 2, ..."
         )
         return
     if name not in POLICIES:
@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def table() -> list[str]:
-    """Returns the lines of the list of policies."""
+    """Returns the lines of the table of policies."""
     from anchor_jax.cache.policies import POLICIES
 
     rows = [("policy", "regions", "RoPE", "at a switch", "")]
@@ -86,17 +86,17 @@ def table() -> list[str]:
         *lines,
         "",
         "Numbers are latent frames; the local window includes the block of 3.",
-        "anchor-jax policies NAME shows what each block sees, and where.",
+        "anchor-jax policies NAME shows what each block reads, at which positions.",
     ]
 
 
 def memory(policy, frames: int = _FRAMES, switch: int = _SWITCH) -> list[str]:
-    """Returns the lines of what each block sees, as FRAMES@POSITIONS.
+    """Returns one line per block: what it reads, as FRAMES@POSITIONS.
 
     Args:
       policy: the policy.
-      frames: latent frames to show; fewer if the policy ends before.
-      switch: latent frame at which a switch is asked for.
+      frames: latent frames to show; fewer if the policy has a lower limit.
+      switch: the requested switch frame.
     """
     rows = [("block", "itself", "sink", "local", "junction")]
     frames = min(frames, policy.limit or frames)
@@ -145,7 +145,7 @@ def _plans(policy, frames: int, switch: int) -> Iterator[tuple[str, int, object]
 
 
 def _cells(policy, plan, origin: int) -> tuple[str, ...]:
-    """Returns what a pass sees of itself, sink, local window and junction."""
+    """Returns what a pass reads of itself, the sink, local window and junction."""
     seen = int(plan.frames)
     frames = [int(frame) + origin for frame in plan.frame[:seen]]
     pairs = list(zip(frames, map(int, plan.position[:seen]), strict=True))
@@ -157,7 +157,7 @@ def _cells(policy, plan, origin: int) -> tuple[str, ...]:
 
 
 def _runs(pairs: Sequence[tuple[int, int]]) -> str:
-    """Returns pairs of frame and position as runs in which both rise by one."""
+    """Formats (frame, position) pairs as runs in which both increase by one."""
     runs: list[list[tuple[int, int]]] = []
     for frame, position in pairs:
         if runs and runs[-1][-1] == (frame - 1, position - 1):
@@ -187,7 +187,7 @@ def _rope(policy) -> str:
 
 
 def _on_switch(policy) -> str:
-    """Returns what a switch does to what is remembered."""
+    """Returns what a prompt switch does to the cache."""
     from anchor_jax.cache.policies import Flush, Recache
 
     action = policy.on_switch

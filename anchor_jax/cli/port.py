@@ -1,4 +1,4 @@
-"""`anchor-jax port`: published weights into a checkpoint of ours."""
+"""`anchor-jax port`: converts published weights into a checkpoint."""
 
 import contextlib
 
@@ -8,7 +8,7 @@ from tqdm import tqdm
 from anchor_jax import interrupts
 from anchor_jax.errors import UserError
 
-SUMMARY = "Bring published weights (.pt, .pth, safetensors) into JAX."
+SUMMARY = "Convert published weights (.pt, .pth, safetensors) into a checkpoint."
 USAGE = """\
 anchor-jax port --wan=Wan2.1-T2V-1.3B --out=weights/wan
 anchor-jax port --wan=Wan2.1-T2V-1.3B --generator=base.pt --lora=final.pt \\
@@ -21,36 +21,40 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """Defines the command's flags."""
     flags.DEFINE_string(
-        "wan", None, "Folder of Wan2.1, as published or in the layout of diffusers."
+        "wan", None, "Folder of Wan2.1, in the official or the diffusers layout."
     )
     flags.DEFINE_string(
-        "generator", None, "Checkpoint (.pt) whose generator replaces that of --wan."
+        "generator",
+        None,
+        "Checkpoint (.pt) of a generator that replaces that of --wan.",
     )
     flags.DEFINE_string(
         "key",
         None,
-        "Its entry to take; unless given, the first of generator, generator_ema, model"
-        " that is there.",
+        "Entry of that checkpoint to convert. Default: the first of generator,"
+        " generator_ema and model that exists.",
     )
-    flags.DEFINE_boolean("critic", False, "Port its critic too, as fake_score.")
+    flags.DEFINE_boolean(
+        "critic", False, "Also convert that checkpoint's critic, as fake_score."
+    )
     flags.DEFINE_string(
-        "lora", None, "Adapters for the generator: a file or the folder of one."
+        "lora", None, "LoRA adapters of the generator: a file, or its folder."
     )
     flags.DEFINE_float(
         "alpha",
         None,
-        "Alpha of the adapters, in place of the one that their files say.",
+        "Alpha of the adapters. Default: the value in their files.",
     )
     flags.DEFINE_string(
         "method",
         None,
         "How the generator was trained: wan, self_forcing, causvid, longlive, memflow"
-        " or anchor_forcing. Needed with --generator and --lora.",
+        " or anchor_forcing. Needed with --generator or --lora.",
     )
     flags.DEFINE_string("out", None, "Folder for the checkpoint.")
-    flags.DEFINE_boolean("overwrite", False, "Replace a checkpoint that is there.")
+    flags.DEFINE_boolean("overwrite", False, "Replace an existing checkpoint.")
     flags.DEFINE_boolean(
-        "allow_nonfinite", False, "Port weights that hold NaN or infinite values."
+        "allow_nonfinite", False, "Accept weights with NaN or infinite values."
     )
     flags.DEFINE_boolean("dry_run", False, "Check and print the plan; write nothing.")
 
@@ -59,13 +63,15 @@ def main(argv) -> None:
     """Runs the command.
 
     Raises:
-      UserError: The weights are not whole, or do not fit; nothing is then written.
+      UserError: The weights are incomplete or do not fit. Nothing is written.
     """
     del argv
     from anchor_jax import ownership
 
     if not FLAGS.out and not FLAGS.dry_run:
-        raise UserError("out is missing; give --out=FOLDER, or --dry_run to only check")
+        raise UserError(
+            "--out is missing; give --out=FOLDER, or --dry_run to check only"
+        )
     owned = contextlib.nullcontext()
     if not FLAGS.dry_run:
         owned = ownership.own_target(FLAGS.out, tell=print)
@@ -79,7 +85,7 @@ def _port() -> None:
 
     if FLAGS.out and not FLAGS.overwrite:
         port.check_free(
-            FLAGS.out, "choose another folder, remove it, or give --overwrite"
+            FLAGS.out, "choose another --out, remove it, or give --overwrite"
         )
     plan = port.plan(
         FLAGS.wan,
@@ -94,7 +100,10 @@ def _port() -> None:
     if not FLAGS.dry_run:
         _write(plan, port.run, Watch(keeps=FLAGS.allow_nonfinite))
     for name, how in plan.missing().items():
-        print(f"without {name}, which sampling needs; port it along, with {how}")
+        print(
+            f"warning: the checkpoint has no {name}, which sampling needs; port it"
+            f" together with the rest, with {how}"
+        )
 
 
 def _write(plan, run, watch) -> None:
@@ -106,8 +115,8 @@ def _write(plan, run, watch) -> None:
         for file in source["files"]:
             print(f"{source['item']}: {file['name']} sha256 {file['sha256'][:16]}...")
     for network, count in watch.found.items():
-        print(f"warning: {network} has {count:,} values that are not finite")
-    print(f"written to {FLAGS.out}; to sample:")
+        print(f"warning: {network} has {count:,} NaN or infinite values")
+    print(f"Wrote {FLAGS.out}. To sample:")
     whole = meta.get("method") == "wan"
     prompt = ' --config.prompt="a red fox in the snow[5s]"' if whole else ""
     print(
@@ -117,15 +126,15 @@ def _write(plan, run, watch) -> None:
 
 
 def _print_totals(plan) -> None:
-    print(f"method {plan.meta['method']}")
+    print(f"method: {plan.meta['method']}")
     for item, total in plan.meta["totals"].items():
         count = f"{total['tensors']:,} tensors, {total['parameters']:,} parameters"
         print(f"{item}: {count}")
     for note in plan.notes:
         print(f"note: {note}")
     print(
-        f"to read {_size(plan.read_bytes)}, to write {_size(plan.write_bytes)},"
-        f" peak memory about {_size(plan.peak_bytes)} and the program itself"
+        f"reads {_size(plan.read_bytes)}, writes {_size(plan.write_bytes)},"
+        f" peak memory about {_size(plan.peak_bytes)} plus the program itself"
     )
 
 

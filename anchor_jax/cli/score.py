@@ -1,4 +1,4 @@
-"""`anchor-jax score`: match rates of generated tiny-world videos."""
+"""`anchor-jax score`: measures how well tiny-world videos match their captions."""
 
 from absl import flags
 
@@ -13,10 +13,12 @@ anchor-jax score --config=configs/tiny.py:longlive --count=240
 anchor-jax score --config=configs/tiny.py --out=score.json
 anchor-jax score --config=configs/tiny.py --trial=events --count=200
 anchor-jax score --config=configs/tiny.py --trial=minute --count=40
-Shares of videos: shape_iou, an outline with IoU above 0.7; motion, the direction;
-smooth, no step across a latent border over 2.3 times the commanded one; steady, no seam
-at all; adopted_soon, an event seen within two blocks; on_its_way, the motion goes on;
-recalled, what returns is what was hidden; persists, the first object is still there."""
+The rates are shares of videos:
+shape_iou: the outline has an IoU above 0.7. motion: the direction is right.
+smooth: no step across a latent border is longer than 2.3 times the commanded step.
+steady: there is no seam at all. adopted_soon: an event is visible within two blocks.
+on_its_way: the motion continues. recalled: the object that returns is the hidden one.
+persists: the first object is still visible."""
 
 TRIALS = ("switch", "events", "minute")
 
@@ -30,14 +32,15 @@ def define_flags() -> None:
         "trial",
         TRIALS[0],
         TRIALS,
-        "switch: an attribute or all of them change; events: also a second object"
-        " enters, or all hides and returns unnamed; minute: 60 s with five switches.",
+        "switch: one attribute or all attributes change. events: in addition a second"
+        " object enters, or all objects hide and return without being named. minute:"
+        " 60 s with five switches.",
     )
-    flags.DEFINE_integer("count", 240, "Videos.", lower_bound=1)
-    flags.DEFINE_integer("batch", 40, "Videos generated side by side.", lower_bound=1)
-    flags.DEFINE_integer("blocks", 5, "Blocks of a segment; not of minute.", 1)
-    flags.DEFINE_integer("seed", 1, "Of captions and noise.", lower_bound=0)
-    flags.DEFINE_string("out", None, "JSON file for the rates, or none.")
+    flags.DEFINE_integer("count", 240, "Number of videos.", lower_bound=1)
+    flags.DEFINE_integer("batch", 40, "Videos generated together.", lower_bound=1)
+    flags.DEFINE_integer("blocks", 5, "Blocks per segment. Not used by minute.", 1)
+    flags.DEFINE_integer("seed", 1, "Random seed of captions and noise.", lower_bound=0)
+    flags.DEFINE_string("out", None, "JSON file for the rates. Default: no file.")
 
 
 def main(argv) -> None:
@@ -59,8 +62,8 @@ def main(argv) -> None:
     whole = config.policy == experiment.TEACHER
     if whole and FLAGS.trial != TRIALS[0]:
         raise UserError(
-            f"--trial={FLAGS.trial} needs a stream; {config.policy} makes whole clips:"
-            " choose another policy, or --trial=switch"
+            f"--trial={FLAGS.trial} needs a streaming policy, but {config.policy} makes"
+            " whole clips; choose another policy, or --trial=switch"
         )
     frames = world.CLIP_FRAMES if config.frames is None else config.frames
     Timing(block=1, frames=frames)
@@ -75,11 +78,11 @@ def main(argv) -> None:
     print(show(result))
     if out:
         io.write_json(out, result)
-        print(f"written to {out}")
+        print(f"Wrote {out}")
 
 
 def _trial(whole: bool, batch: int, negative: str):
-    """Returns what generates and scores, what shows the scores, and the trial."""
+    """Returns the scoring function, the function that formats scores, and the trial."""
     from anchor_jax.evaluation import events, world
 
     if FLAGS.trial == TRIALS[0]:
@@ -94,18 +97,18 @@ def _trial(whole: bool, batch: int, negative: str):
 
 
 def _check_policy(name: str, policy, segments: tuple[int, ...]) -> None:
-    """Raises unless a stream of the policy can last as long as the trial."""
-    others = "choose a policy without an end, such as anchor_forcing or longlive"
+    """Raises UserError unless a stream of the policy can be as long as the trial."""
+    others = "choose a policy without a limit, such as anchor_forcing or longlive"
     if policy.restart:
         raise UserError(
-            f"{name} begins anew every {policy.restart.every} latent frames, which"
-            f" score does not do; {others}"
+            f"{name} restarts every {policy.restart.every} latent frames, which score"
+            f" does not support; {others}"
         )
     frames = sum(segments) * policy.block
     if policy.limit is not None and frames > policy.limit:
         fit = policy.limit // policy.block // len(segments)
         shorter = f"--blocks={fit}" if fit else "a smaller block"
         raise UserError(
-            f"{name} ends after {policy.limit} latent frames, got {frames}; choose"
-            f" {shorter}, or {others}"
+            f"{name} is limited to {policy.limit} latent frames, but the trial has"
+            f" {frames}; choose {shorter}, or {others}"
         )

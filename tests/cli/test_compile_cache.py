@@ -46,7 +46,7 @@ def refused(capsys):
     assert compile_cache.enable() is None
     assert jax.config.jax_compilation_cache_dir is None
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: compiled programs are not kept: ")
+    assert line.startswith("warning: compiled programs are not cached: ")
     assert CACHE_VARIABLE in line
     return line
 
@@ -79,7 +79,7 @@ def test_a_folder_that_jax_was_given_is_kept_and_checked_alike(folder, capsys):
     assert compile_cache.enable() == folder
 
     folder.chmod(0o777)
-    assert "can be written by others" in refused(capsys)
+    assert "other users can write to" in refused(capsys)
 
 
 def test_a_bucket_is_left_to_jax():
@@ -117,7 +117,7 @@ def test_a_folder_that_others_can_write_to_is_refused(folder, mode, capsys):
 
 def test_a_folder_that_others_can_replace_is_refused(folder, capsys):
     folder.parent.chmod(0o777)
-    assert "can be replaced by others" in refused(capsys)
+    assert "other users could replace" in refused(capsys)
 
     folder.parent.chmod(0o1777)
     assert compile_cache.enable() == folder
@@ -129,7 +129,7 @@ def test_a_link_is_followed_to_what_it_names(folder, tmp_path, monkeypatch, caps
     link.symlink_to(folder)
     monkeypatch.setenv(CACHE_VARIABLE, str(link))
 
-    assert "can be written by others" in refused(capsys)
+    assert "other users can write to" in refused(capsys)
 
 
 def test_a_folder_of_another_user_is_refused(folder, monkeypatch, capsys):
@@ -147,7 +147,7 @@ def test_a_program_that_others_could_write_is_refused(folder, capsys):
 
     jax.config.update("jax_compilation_cache_dir", None)
     folder.chmod(0o755)
-    assert "holds x, which others can write" in refused(capsys)
+    assert "holds x, which other users can write" in refused(capsys)
 
 
 def test_a_program_of_another_user_is_refused(folder):
@@ -156,7 +156,7 @@ def test_a_program_of_another_user_is_refused(folder):
     (folder / "x").write_bytes(b"x")
     os.chown(folder / "x", 12345, 12345)
 
-    with pytest.raises(UserError, match="holds x of another user"):
+    with pytest.raises(UserError, match="holds x, which belongs to another user"):
         compile_cache.check(folder)
 
 

@@ -114,7 +114,7 @@ def test_a_command_s_status_is_returned(say):
             ["unknown field 'sed'", "did you mean 'seed'?", "fields: seed, size"],
         ),
         (["sample", "--config=mine.py", "--config.seed=x"], ["config.seed", "int"]),
-        (["sample", "--config=mine.py", "a ball"], ["flags only, got 'a ball'"]),
+        (["sample", "--config=mine.py", "a ball"], ["but got 'a ball'"]),
         (["sample", "--config=mine.py", "--prompt=mistake"], ["write another"]),
         (["x" * 20_000], ["unknown command", "(20000 characters)"]),
         (["sample", "--config=" + "x" * 20_000], ["config", "(20000 characters)"]),
@@ -268,7 +268,7 @@ def test_arguments_that_are_no_text_are_refused(capsys, argv, message):
             ],
             "leave one out",
         ),
-        (["--prompt=a"], "set with --config.FIELD=VALUE; see"),
+        (["--prompt=a"], "set a config field with --config.FIELD=VALUE; see"),
     ],
 )
 def test_flags_that_would_be_dropped_are_refused(capsys, flags_given, message):

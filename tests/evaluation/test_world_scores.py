@@ -128,8 +128,8 @@ def score(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("policy", "argv", "parts"),
     [
-        ("causvid", [], ["causvid begins anew every 21", "anchor_forcing"]),
-        ("self_forcing", [], ["ends after 21", "got 30", "--blocks=3"]),
+        ("causvid", [], ["causvid restarts every 21", "anchor_forcing"]),
+        ("self_forcing", [], ["limited to 21", "trial has 30", "--blocks=3"]),
         ("anchor_forcing", ["--blocks=0"], ["blocks"]),
         ("wan_teacher", ["--config.frames=0"], ["frames=0"]),
         ("wan_teacher", ["--config.frames=-3"], ["frames=-3"]),

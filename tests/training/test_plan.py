@@ -178,7 +178,7 @@ def test_what_does_not_fit_is_told_with_a_remedy():
     found = report(generator=made(GB), critic=refused)
     assert "critic: does not fit: Used 99G" in found.problems()
     shown = "\n".join(command.training_table("h100", found.summary()))
-    assert "37.0 GB, by the programs that fit" in shown
+    assert "37.0 GB (only programs that fit are counted)" in shown
 
 
 def test_a_kernel_that_is_too_large_asks_for_no_memory():
@@ -206,7 +206,7 @@ def test_a_report_is_shown_and_can_be_written():
 
     assert "h100, remat none: H100 SXM, 80 GB" in shown
     assert "fsdp 8" in shown
-    assert "needed at most on a chip: 76.0 GB" in shown
+    assert "needed per chip: 76.0 GB" in shown
     assert any(line.split()[-1:] == ["-"] for line in shown.splitlines())
 
 
