@@ -25,7 +25,8 @@ Config = TypeVar("Config")
 
 _PROBLEMS = 12
 _CONFIG_HELP = (
-    "config file, or the name of a shipped one; FILE:ARGUMENT passes an argument to it"
+    "Config file, or the name of a shipped config. FILE:ARGUMENT passes an argument to"
+    " its get_config."
 )
 LARGEST = 2**64
 """The largest whole number in a config."""
@@ -52,9 +53,9 @@ _FAULTS_OF_A_LITERAL = (
 
 
 def shipped_configs_dir() -> pathlib.Path:
-    """Returns the folder of the configs that come with this package.
+    """Returns the folder of the shipped configs.
 
-    A checkout keeps them in `configs`; a wheel installs them as `anchor_jax/configs`.
+    It is `configs` in a checkout and `anchor_jax/configs` in an installed wheel.
     """
     package = pathlib.Path(__file__).resolve().parent
     installed = package / "configs"
@@ -62,16 +63,16 @@ def shipped_configs_dir() -> pathlib.Path:
 
 
 def shipped_configs() -> dict[str, pathlib.Path]:
-    """Returns the shipped config files by name, without the suffix."""
+    """Returns the shipped config files by name without suffix."""
     files = sorted(shipped_configs_dir().glob("[!_]*.py"))
     return {file.stem: file for file in files}
 
 
 def find_config(name: str) -> pathlib.Path:
-    """Returns the file that `name` means: that file, or else a shipped config.
+    """Returns the config file that `name` denotes: a file, or a shipped config.
 
-    `tiny`, `tiny.py` and `configs/tiny.py` all name the shipped config `tiny` where
-    the current folder has no such file.
+    `tiny`, `tiny.py` and `configs/tiny.py` all denote the shipped config `tiny` if the
+    current folder has no such file.
 
     Raises:
       UserError: There is no such file.
@@ -85,23 +86,23 @@ def find_config(name: str) -> pathlib.Path:
         return shipped[named]
     where = f"shipped configs, in {shipped_configs_dir()}"
     raise UserError(
-        f"config {shown(name)} is neither a Python file here nor a shipped config"
+        f"config {shown(name)} is neither an existing Python file nor a shipped config"
         f"{suggest(named, shipped, where)}"
     )
 
 
 def define_config_flag(default: str | None = None) -> None:
-    """Defines `--config`, whose value is the loaded config once flags are parsed.
+    """Defines `--config`, whose value is the loaded config after flags are parsed.
 
-    The shell of the command line (`anchor_jax.cli.main`) loads the file and applies
-    the overrides, so that a command reads a locked ConfigDict from `FLAGS.config`. With
-    the default "" a command can do without: `FLAGS.config` is then "".
+    `anchor_jax.cli.main` loads the file and applies the overrides. A command then reads
+    a locked ConfigDict from `FLAGS.config`. With the default "" the flag is optional,
+    and `FLAGS.config` is "" if it is not given.
     """
     flags.DEFINE_string("config", default, _CONFIG_HELP)
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Returns the overrides of config fields among `argv`, and the other arguments."""
+    """Splits `argv` into overrides of config fields and other arguments."""
     end = argv.index("--") if "--" in argv else len(argv)
     overrides = [arg for arg in argv[:end] if _OVERRIDE.match(arg)]
     others = [arg for arg in argv[:end] if not _OVERRIDE.match(arg)]
@@ -113,7 +114,7 @@ def check_exclusive(
 ) -> None:
     """Raises UserError if the overrides set both fields of an exclusive pair.
 
-    A field that is set to nothing, as in `--config.prompt=`, does not count.
+    A field that is set to an empty value, as in `--config.prompt=`, does not count.
     """
     found = [_OVERRIDE.fullmatch(one) for one in overrides]
     given = {match["field"] for match in found if match["value"]}
@@ -121,8 +122,8 @@ def check_exclusive(
         if given.issuperset(pair):
             first, second = pair
             raise UserError(
-                f"config.{first} and config.{second} are both given, and only one can"
-                " be used; leave one out"
+                f"config.{first} and config.{second} are both given, but only one may"
+                " be; leave one out"
             )
 
 
@@ -130,10 +131,10 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """Returns the locked config of `FILE[:ARGUMENT]` with overrides applied in order.
 
     Args:
-      spec: A path to a Python file with `get_config`, or the name of a shipped
-        config; what follows a colon is passed to `get_config`.
-      overrides: Arguments such as `--config.sampler.seed=3`, with the types that the
-        config has: `ml_collections.config_flags` parses the values.
+      spec: A path to a Python file with `get_config`, or the name of a shipped config.
+        Text after a colon is passed to `get_config`.
+      overrides: Arguments such as `--config.sampler.seed=3`. The values must have the
+        types of the config's fields. `ml_collections.config_flags` parses them.
 
     Raises:
       UserError: The file does not exist or fails, a field is unknown, or a value has
@@ -152,13 +153,13 @@ def from_config(
 ) -> Config:
     """Builds the frozen dataclass `kind` from a section that names exactly its fields.
 
-    A section within the section becomes a dataclass too where the field's type is
-    one. Lists become tuples, so that the result can be hashed.
+    A nested section becomes a dataclass if the field's type is one. Lists become
+    tuples, so that the result can be hashed.
 
     Args:
       kind: The dataclass.
-      section: Its fields' values.
-      name: What error messages call the section; the name of `kind` unless given.
+      section: The values of its fields.
+      name: The name of the section in error messages. Default: the name of `kind`.
 
     Raises:
       UserError: A field is missing or unknown, or its value has the wrong type; the
@@ -184,25 +185,25 @@ def from_config(
     return _translate(lambda: kind(**values), lambda error: f"{name}: {error}")
 
 
-# A field that only the configs of a command have.
+# For each command, a field that only its configs have.
 _COMMANDS = {"sampler": "sample", "stage": "train", "count": "trajectories"}
 
 
 def _check_command(name: str, section, missing: Sequence[str]) -> None:
-    """Raises UserError if a config is one of another command."""
+    """Raises UserError if a config belongs to another command."""
     found = [one for field, one in _COMMANDS.items() if field in section]
     if found:
         raise UserError(
-            f"{name}: this is a config of anchor-jax {found[0]}, not of this command:"
-            f" it has no {', '.join(missing[:4])}, ...; the command's --help shows one"
-            " that is"
+            f"{name}: this is a config for anchor-jax {found[0]}, not for this command:"
+            f" it lacks {', '.join(missing[:4])}, ...; the --help of this command shows"
+            " a config that fits"
         )
 
 
 def with_field(
     config: ConfigDict | Mapping[str, Any], section: str, field: str, value: Any
 ) -> ConfigDict | Mapping[str, Any]:
-    """Returns a config whose section has a field, `value` if it did not have it yet."""
+    """Returns a config in which `section.field` is `value` if it was missing."""
     inner = config.get(section)
     if not isinstance(inner, ConfigDict | Mapping) or field in inner:
         return config
@@ -210,9 +211,10 @@ def with_field(
 
 
 def to_config(value: Any) -> ConfigDict:
-    """Returns the fields of a dataclass as a config, its dataclasses as sections.
+    """Returns the fields of a dataclass as a config; nested dataclasses are sections.
 
-    The inverse of `from_config`. A field that is None takes values of its type.
+    This is the inverse of `from_config`. A field that is None accepts values of its
+    type.
     """
     config, hints = ConfigDict(), typing.get_type_hints(type(value))
     for field in dataclasses.fields(value):
@@ -253,8 +255,8 @@ def _run_file(path: pathlib.Path, arguments: list[str]) -> ConfigDict:
     config = _translate(run, where)
     if not isinstance(config, ConfigDict):
         raise UserError(
-            f"config {path}: get_config returned {type(config).__name__}, expected a"
-            " ml_collections.ConfigDict"
+            f"config {path}: get_config returned {type(config).__name__}, but must"
+            " return an ml_collections.ConfigDict"
         )
     return config.lock()
 
@@ -262,9 +264,9 @@ def _run_file(path: pathlib.Path, arguments: list[str]) -> ConfigDict:
 def _check_get_config(
     path: pathlib.Path, get_config: Any, arguments: list[str]
 ) -> None:
-    """Raises unless `get_config` can be called with the arguments."""
+    """Raises UserError unless `get_config` can be called with the arguments."""
     if not callable(get_config):
-        raise UserError(f"config {path} has no function get_config(); add one")
+        raise UserError(f"config {path} has no function get_config(); add it")
     try:
         bound = inspect.signature(get_config).bind(*arguments)
     except TypeError as error:
@@ -279,7 +281,7 @@ def _check_get_config(
 
 
 def _check_choice(path: pathlib.Path, given: str, hint: Any) -> None:
-    """Raises unless an argument is one of those that its annotation lists."""
+    """Raises UserError unless an argument is one of the annotated literals."""
     choices = typing.get_args(hint)
     if typing.get_origin(hint) is typing.Literal and given not in choices:
         raise UserError(
@@ -289,7 +291,7 @@ def _check_choice(path: pathlib.Path, given: str, hint: Any) -> None:
 
 
 def _translate(action: Callable[[], Any], message: Callable[[Exception], str]) -> Any:
-    """Returns what `action` returns; its faults become user errors."""
+    """Returns the result of `action`; exceptions that it raises become UserErrors."""
     try:
         return action()
     except UserError:
@@ -332,7 +334,7 @@ def _find_field(config: ConfigDict, path: str) -> tuple[ConfigDict, str]:
     for name in [*sections, last]:
         if not isinstance(section, ConfigDict):
             raise UserError(
-                f"{above} is a value, not a section, so it has no {shown(name)}"
+                f"{above} is a value, not a section, so it has no field {shown(name)}"
             )
         if name not in section:
             known = suggest(name, section, "fields")
@@ -342,7 +344,7 @@ def _find_field(config: ConfigDict, path: str) -> tuple[ConfigDict, str]:
 
 
 def _parse_field(config: ConfigDict, path: str, value: str) -> None:
-    """Sets the field at a dotted path, parsed as config_flags does."""
+    """Sets the field at a dotted path; config_flags parses the value."""
     argument = f"--config.{path}={value}"
     section, field = _find_field(config, path)
     values, before = flags.FlagValues(), section[field]
@@ -354,13 +356,16 @@ def _parse_field(config: ConfigDict, path: str, value: str) -> None:
     except (flags.Error, *_FAULTS_OF_A_LITERAL) as error:
         kind = section.get_type(field).__name__
         raise UserError(
-            f"config.{path}: got {shown(value)}, expected {kind}; the config has"
-            f" {shown(before)}"
+            f"config.{path}: got {shown(value)}, expected {kind}; the current"
+            f" value is {shown(before)}"
         ) from error
 
 
 def _check_elements(path: str, value: str, before: Any, after: Any) -> None:
-    """Raises when a tuple of numbers got something else; config_flags does not."""
+    """Raises UserError if a tuple got elements of another type.
+
+    config_flags does not check this.
+    """
     if not isinstance(before, tuple) or not before:
         return
     kinds = tuple({type(element) for element in before})
@@ -370,12 +375,12 @@ def _check_elements(path: str, value: str, before: Any, after: Any) -> None:
         names = " or ".join(sorted(kind.__name__ for kind in kinds))
         raise UserError(
             f"config.{path}: got {shown(value)}, expected a tuple of {names}; the"
-            f" config has {shown(before)}"
+            f" current value is {shown(before)}"
         )
 
 
 def _literal(value: str) -> Any:
-    """Returns the Python literal that `value` spells, or the string itself."""
+    """Parses `value` as a Python literal, or returns the string itself."""
     try:
         return ast.literal_eval(value)
     except _FAULTS_OF_A_LITERAL:
@@ -383,7 +388,7 @@ def _literal(value: str) -> Any:
 
 
 def _coerce(name: str, value: Any, hint: Any) -> Any:
-    """Returns the value as the type `hint` says, or raises with both."""
+    """Returns the value as the type `hint`, or raises UserError naming both."""
     origin, choices = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in choices:
@@ -409,7 +414,7 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
 
 
 def _check_plain(name: str, value: Any) -> None:
-    """Raises unless strings are text, and numbers finite and of a usable size."""
+    """Raises UserError unless strings are text and numbers finite and not huge."""
     if isinstance(value, str):
         check_text(value, name)
     if isinstance(value, tuple):
@@ -419,12 +424,12 @@ def _check_plain(name: str, value: Any) -> None:
         raise UserError(f"{name}: got {value}, expected a finite number")
     if isinstance(value, int) and abs(value) > LARGEST:
         raise UserError(
-            f"{name}: got {shown(value)}, expected a whole number up to {LARGEST}"
+            f"{name}: got {shown(value)}, expected an integer of at most {LARGEST}"
         )
 
 
 def _freeze(value: Any) -> Any:
-    """Returns lists as tuples, at every depth, and anything else as it is."""
+    """Converts lists to tuples at every depth; returns other values unchanged."""
     if isinstance(value, list | tuple):
         return tuple(_freeze(element) for element in value)
     return value

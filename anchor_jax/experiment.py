@@ -1,4 +1,4 @@
-"""From a config to a bundle, scripts, and the static setup of each stream."""
+"""Turns a config into a bundle, scripts, and the static setup of each stream."""
 
 import contextlib
 import dataclasses
@@ -47,7 +47,7 @@ SOLVERS = {
     "dpmpp": DpmPlusPlus(),
 }
 EVEN = "even"
-# The noise levels of a solver that is not the one of the weights' method.
+# Default noise levels for a solver other than that of the weights' method.
 _USUAL_GRIDS = dict.fromkeys(SOLVERS, EVEN) | {"dpmpp": "wan_dpmpp"}
 SWITCHES = {
     "keep": Keep(),
@@ -55,7 +55,7 @@ SWITCHES = {
     "recache": Recache(),
     "recache_sink": Recache(rewrite_sink=True),
 }
-# Each from the policy's window and its scene cut's position, if it has one.
+# Functions of the policy's window and of its scene cut position, if it has one.
 ROPES: dict[str, Callable[[int, int | None], Any]] = {
     "absolute": lambda window, cut: Absolute(),
     "relative": lambda window, cut: Relative(range=window, cut=cut),
@@ -69,7 +69,7 @@ _SIZES = ("window", "sink", "block")
 _OVERRIDES = (*_SIZES, "rope", "on_switch")
 
 
-# What guidance leads away from, as the makers of Wan2.1 publish it.
+# The negative prompt that the authors of Wan2.1 publish.
 WAN_NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，"
     "最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，"
@@ -84,20 +84,20 @@ _MOST_PIXELS = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """How weights of a training method are sampled, unless the config says otherwise.
+    """Default sampling settings for the weights of a training method.
 
     Attributes:
-      policy: its name in the config.
-      rules: "release" for published weights, as their code samples them.
-      solver: of `SOLVERS`.
-      steps: of the solver renoise.
-      warp: whether `steps` index the shifted grid, or are timesteps themselves.
-      num_steps: of the other solvers.
-      grid: of `flow.GRIDS`, noise levels of the other solvers.
-      shift: moves noise levels towards noise.
-      guidance: 1 is none.
-      negative_prompt: what guidance leads away from.
-      note: told when such weights are sampled.
+      policy: name of the cache policy.
+      rules: "release" for published weights, which follow their own code.
+      solver: name in `SOLVERS`.
+      steps: timesteps of the solver renoise.
+      warp: whether `steps` index the shifted grid or are timesteps themselves.
+      num_steps: number of steps of the other solvers.
+      grid: name in `flow.GRIDS` of the noise levels of the other solvers.
+      shift: shift of the noise levels towards noise.
+      guidance: guidance scale; 1 turns guidance off.
+      negative_prompt: negative prompt of the guidance.
+      note: a line that is printed when such weights are sampled.
     """
 
     policy: str
@@ -117,12 +117,12 @@ METHODS = {
     "anchor_forcing": Method("anchor_forcing"),
     "longlive": Method("longlive"),
     "self_forcing": Method("self_forcing"),
-    # The published list is [1000, 757, 522, 0]: its 0 is the clean pass, which every
-    # block ends with here, and its entries are shifted already.
+    # The published list is [1000, 757, 522, 0]. Its entries are already shifted. Its 0
+    # is the clean pass, with which every block ends here anyway.
     "causvid": Method("causvid", steps=(1000, 757, 522), warp=False, shift=8.0),
     "memflow": Method(
         "longlive",
-        note="memflow's memory bank is not supported; sampled with longlive's memory",
+        note="memflow's memory bank is not supported; longlive's policy is used",
     ),
     # The defaults of Wan2.1's own program, for text to video.
     "wan": Method(
@@ -133,11 +133,11 @@ METHODS = {
         shift=5.0,
         guidance=5.0,
         negative_prompt=WAN_NEGATIVE_PROMPT,
-        note="for the 1.3B model at 480x832 the makers of Wan2.1 recommend"
+        note="for the 1.3B model at 480x832 the authors of Wan2.1 recommend"
         " sampler.guidance=6 and a sampler.shift from 8 to 12",
     ),
 }
-# Bundles that were trained here, such as `tiny`.
+# For bundles without a method, such as `tiny`.
 SAVED = Method("anchor_forcing", rules="paper")
 
 
@@ -145,7 +145,7 @@ SAVED = Method("anchor_forcing", rules="paper")
 class SamplerConfig:
     """The section `sampler`; `configs/interactive.py` explains the fields.
 
-    None is the default of the weights' method.
+    None takes the default of the weights' method.
     """
 
     solver: str | None
@@ -185,9 +185,9 @@ class SampleConfig:
 
 
 def read_config(config) -> SampleConfig:
-    """Returns the config with every field of the type that it must have.
+    """Returns the config as a dataclass, with the type of every field checked.
 
-    A config from before noise levels had names has no `sampler.grid`: it is "even".
+    Older configs have no `sampler.grid`; it then is "even".
 
     Raises:
       UserError: A field is missing, unknown or of another type, or the seed is out of
@@ -197,13 +197,13 @@ def read_config(config) -> SampleConfig:
     read = from_config(SampleConfig, whole, "config")
     if not 0 <= read.seed <= MAX_SEED:
         raise UserError(
-            f"config.seed={read.seed}: expected a whole number from 0 to {MAX_SEED}"
+            f"config.seed={read.seed}: must be an integer from 0 to {MAX_SEED}"
         )
     return read
 
 
 def load_weights(config: SampleConfig) -> Bundle:
-    """Returns the bundle that a config names, for its size, type and devices.
+    """Returns the bundle of a config's weights, size, type and devices.
 
     Raises:
       UserError: The weights or one of these fields is wrong.
@@ -221,29 +221,29 @@ def parse_size(size: str) -> LatentGrid:
     """Returns the latent size of videos of `HEIGHTxWIDTH` pixels.
 
     Raises:
-      UserError: It is none, or no multiple of 8.
+      UserError: It is not a size, or not a multiple of 8.
     """
     match = re.fullmatch(r"(\d{1,4})x(\d{1,4})", size)
     height, width = map(int, match.groups()) if match else (0, 0)
     fits = [0 < side <= _MOST_PIXELS and not side % _PIXELS for side in (height, width)]
     if not all(fits):
         raise UserError(
-            f"size={shown(size)}: expected HEIGHTxWIDTH in pixels, multiples of 16 up"
-            f" to {_MOST_PIXELS}, such as {', '.join(GRIDS)}"
+            f"size={shown(size)}: must be HEIGHTxWIDTH in pixels, multiples of 16 of at"
+            f" most {_MOST_PIXELS}, such as {', '.join(GRIDS)}"
         )
     return LatentGrid(height // _PIXELS, width // _PIXELS)
 
 
 def resolve(config: SampleConfig, metadata: Mapping[str, Any]) -> SampleConfig:
-    """Returns the config with no field None that the weights' method decides.
+    """Returns the config with its open fields filled by the weights' method.
 
     Args:
-      config: its own values stay.
-      metadata: of the bundle: of a training its config, else what the weights were
-        ported as; weights that are neither name no method.
+      config: the config; only fields that are None are filled.
+      metadata: the bundle's metadata. It holds the config of a training, or the method
+        that the weights were ported as, or neither.
 
     Raises:
-      UserError: The method is unknown, and decides something.
+      UserError: The method is unknown, and a field is open.
     """
     rest = (config.policy, config.rules, *dataclasses.astuple(config.sampler)[:-1])
     if None not in rest:
@@ -260,12 +260,12 @@ def resolve(config: SampleConfig, metadata: Mapping[str, Any]) -> SampleConfig:
 def told_choices(
     given: SampleConfig, config: SampleConfig, metadata: Mapping[str, Any]
 ) -> tuple[str, ...]:
-    """Returns lines that tell what was chosen for weights.
+    """Returns log lines for settings inferred from the weights.
 
     Args:
       given: the config as it was read.
-      config: the config as it was resolved.
-      metadata: of the bundle.
+      config: the resolved config.
+      metadata: the bundle's metadata.
     """
     name, trained = metadata.get("method"), metadata.get("training") is not None
     why = f"weights were ported as {name}" if name else "weights were not ported"
@@ -279,7 +279,7 @@ def told_choices(
     if config.sampler.solver != "renoise" and given.sampler != config.sampler:
         lines.append(_shown(config.sampler))
     if trained:
-        # Of a training that cannot be read nothing was taken.
+        # If the training's config cannot be read, no setting was taken from it.
         with contextlib.suppress(UserError):
             lines += _departures(config, _method(metadata))
     elif given.policy is None and _method(metadata).note:
@@ -288,7 +288,7 @@ def told_choices(
 
 
 def _shown(sampler: SamplerConfig) -> str:
-    """Returns a line on a sampler of many steps."""
+    """Returns a log line on a sampler with many steps."""
     return (
         f"solver: {sampler.solver}, {sampler.num_steps} steps, noise levels"
         f" {sampler.grid}, shift {sampler.shift:g}, guidance {sampler.guidance:g}"
@@ -296,7 +296,7 @@ def _shown(sampler: SamplerConfig) -> str:
 
 
 def _departures(config: SampleConfig, method: Method) -> list[str]:
-    """Returns a warning where trained weights are not sampled as they were trained."""
+    """Returns a warning if weights are sampled differently from their training."""
     names = ("solver", "steps", "shift") if method.solver == "renoise" else ("solver",)
     asked = {name: getattr(config, name) for name in ("policy", "rules")}
     asked |= {name: getattr(config.sampler, name) for name in names}
@@ -309,23 +309,24 @@ def _departures(config: SampleConfig, method: Method) -> list[str]:
         return []
     return [
         f"warning: the weights were trained for {'; '.join(differing)};"
-        " configs/interactive.py takes what they were trained for"
+        " configs/interactive.py uses the settings of their training"
     ]
 
 
 def trained_method(training: Mapping[str, Any], base: Method = SAVED) -> Method:
-    """Returns how a training's weights are sampled: as its stage makes videos.
+    """Returns the sampling settings of trained weights: those of their stage.
 
     Args:
-      training: its config, as plain values.
-      base: of the weights that it began with; a bidirectional one stays so.
+      training: the training's config, as plain values.
+      base: the settings of the initial weights. If these are bidirectional, the trained
+        weights are too.
     """
     section, regression = training["distillation"], training["regression"]
     samples, rules = training["samples"], training["rules"]
     distills = training["stage"] == "distillation"
     is_causal = distills or regression["forcing"] != "none"
     policy = section["policy"] if is_causal else TEACHER
-    # Trainings from before noise levels had names were sampled at even ones.
+    # Older trainings have no grid; they were sampled at even noise levels.
     grid = samples["grid"] if "grid" in samples else None
     if policy == base.policy == TEACHER:
         return base if grid else dataclasses.replace(base, grid=EVEN)
@@ -355,7 +356,7 @@ def _method(metadata: Mapping[str, Any]) -> Method:
             return from_config(Method, values, "training")
         except (*_NOT_READ, UserError) as error:
             raise UserError(
-                "the weights' training has a config that cannot be read"
+                "the config of the weights' training cannot be read"
                 f" ({_said(error)}); set policy, rules and every field of sampler"
             ) from error
     name = metadata.get("method")
@@ -386,16 +387,16 @@ def _filled(sampler: SamplerConfig, method: Method) -> SamplerConfig:
 
 
 def make_policy(config, script: Script) -> Policy:
-    """Returns the policy for a script: the named one with the config's overrides.
+    """Returns the policy for a script: the named policy with the config's overrides.
 
     Args:
-      config: `policy`, `rules`, and `window`, `sink`, `block`, `rope`, `on_switch`,
-        each None for the policy's own.
-      script: its length makes the teacher; one prompt alone has a policy of its own
-        under the release's rules.
+      config: `policy`, `rules`, and the overrides `window`, `sink`, `block`, `rope`,
+        `on_switch`. None keeps the policy's own value.
+      script: the script. Its length sets the size of the teacher's clip. Under the
+        release's rules, a script with one prompt has a special policy.
 
     Raises:
-      UserError: A name is unknown, or the parts do not go together.
+      UserError: A name is unknown, or the parts are incompatible.
     """
     if config.rules not in RULES:
         known = suggest(str(config.rules), RULES, "rules")
@@ -409,7 +410,7 @@ def make_policy(config, script: Script) -> Policy:
 
 
 def load_scripts(config) -> tuple[Script, ...]:
-    """Returns the scripts of `read_scripts`, without their places."""
+    """Returns only the scripts of `read_scripts`."""
     return read_scripts(config).all
 
 
@@ -417,7 +418,7 @@ def read_scripts(config) -> Scripts:
     """Returns the scripts of the config's `prompt_file`, or of its `prompt`.
 
     Raises:
-      UserError: A line is wrong; every one at fault is named.
+      UserError: A line is wrong. The message names every wrong line.
     """
     block = 1 if config.policy == TEACHER else _override(_named(config), config).block
     timing = Timing(block=block, frames=config.frames)
@@ -427,13 +428,13 @@ def read_scripts(config) -> Scripts:
 
 
 def setup_key(config, script: Script) -> tuple[int, int]:
-    """Returns what `make_setup` takes of a script: equal keys have equal setups."""
+    """Returns a key of a script's setup: equal keys have equal setups."""
     frames = script.frames if config.policy == TEACHER else 0
     return frames, min(2, len(script.segments))
 
 
 def make_setup(config, bundle: Bundle, script: Script) -> StreamSetup:
-    """Returns what is static about the stream of a script.
+    """Returns the static setup of a script's stream.
 
     Raises:
       UserError: The policy, the kernel or a field of `sampler` is wrong, or the
@@ -442,7 +443,10 @@ def make_setup(config, bundle: Bundle, script: Script) -> StreamSetup:
     sampler = config.sampler
     guidance = sampler.guidance
     if not 0 <= guidance < float("inf"):
-        raise UserError(f"sampler.guidance={guidance}: expected 0 or more; 1 is none")
+        raise UserError(
+            f"sampler.guidance={guidance}: must be at least 0 and finite; 1 turns"
+            " guidance off"
+        )
     setup = StreamSetup(
         model=bundle.model,
         grid=bundle.grid,
@@ -459,10 +463,10 @@ def make_setup(config, bundle: Bundle, script: Script) -> StreamSetup:
 
 
 def negative_prompt(config) -> str:
-    """Returns what guidance leads away from: a file's text, or the config's.
+    """Returns the negative prompt, from its file or from the config.
 
     Raises:
-      UserError: The file cannot be read, or the text is none or too long.
+      UserError: The file cannot be read, or its text is invalid or too long.
     """
     sampler = config.sampler
     where, text = "config.sampler.negative_prompt", sampler.negative_prompt
@@ -471,13 +475,15 @@ def negative_prompt(config) -> str:
         with naming(where):
             file = PromptFile(expand(sampler.negative_prompt_file), comments=False)
             if file.kind != "text":
-                raise UserError(f"{file.path} is JSON or a table, expected plain text")
+                raise UserError(
+                    f"{file.path} is JSON or a table; give a plain text file"
+                )
             text = " ".join(" ".join(line for _, line in file).split())
     check_text(text, where)
     if len(text) > MAX_PROMPT_CHARACTERS:
         raise UserError(
-            f"{where} has {len(text)} characters, expected at most"
-            f" {MAX_PROMPT_CHARACTERS}; shorten it"
+            f"{where} has {len(text)} characters; at most {MAX_PROMPT_CHARACTERS} are"
+            " allowed; shorten it"
         )
     return text
 
@@ -493,7 +499,7 @@ def _named(config) -> Policy:
 
 
 def _released(policy: Policy) -> Policy:
-    """Returns the policy as the published code of its method has it."""
+    """Returns the variant of the policy in the published code of its method."""
     junction, positions = policy.junction, policy.positions
     if type(junction) is Junction:
         junction = ReleaseJunction(junction.frames)
@@ -503,7 +509,7 @@ def _released(policy: Policy) -> Policy:
 
 
 def _override(policy: Policy, config) -> Policy:
-    """Returns the policy with the parts that the config names instead of its own."""
+    """Returns the policy with the config's overrides."""
     given = {name: getattr(config, name) for name in _SIZES}
     fields = {name: value for name, value in given.items() if value is not None}
     if config.on_switch is not None:
@@ -516,7 +522,7 @@ def _override(policy: Policy, config) -> Policy:
 
 
 def _positions(policy: Policy, config, window: int):
-    """Returns the RoPE rule; one whose range is the window's size moves with it."""
+    """Returns the RoPE rule; a range equal to the window changes with the window."""
     own = policy.positions
     if config.rope is None:
         if getattr(own, "range", None) == policy.window:
@@ -525,10 +531,9 @@ def _positions(policy: Policy, config, window: int):
     make = _choice("rope", config.rope, ROPES)
     if policy.junction and config.rope in _ENDS_AT_WINDOW:
         raise UserError(
-            f"{config.policy} with rope={config.rope}: its range is the window's"
-            f" {window} positions, which leaves none for the junction; choose"
-            " rope=tri_region or rope=bounded, or a policy without a junction, such as"
-            " longlive"
+            f"{config.policy} with rope={config.rope}: the range of {window} positions"
+            " (the window) leaves none for the junction; choose rope=tri_region or"
+            " rope=bounded, or a policy without a junction, such as longlive"
         )
     return make(window, own.cut)
 
@@ -537,19 +542,19 @@ def _teacher(config, script: Script) -> Policy:
     """Returns the policy of a model that denoises the whole clip at once."""
     if _given(config):
         raise UserError(
-            f"{TEACHER} denoises a whole clip at once and remembers nothing, so"
-            f" {_given(config)} cannot apply; leave it out or choose another policy"
+            f"{TEACHER} denoises a whole clip at once and has no cache, so"
+            f" {_given(config)} does not apply; leave it out or choose another policy"
         )
     if len(script.segments) > 1:
         raise UserError(
-            f"{TEACHER} denoises a whole clip at once, so its prompt cannot switch; got"
-            f" {len(script.segments)} prompts; give one, such as 'a red square[6f]'"
+            f"{TEACHER} denoises a whole clip at once and cannot switch prompts, but"
+            f" got {len(script.segments)} prompts; give one, such as 'a red square[6f]'"
         )
     return policies.whole_clip(script.frames)
 
 
 def _given(config) -> str:
-    """Returns the overrides that the config makes, as text."""
+    """Returns the config's overrides of the policy, as text."""
     given = [(name, getattr(config, name)) for name in _OVERRIDES]
     return ", ".join(f"{name}={value}" for name, value in given if value is not None)
 
@@ -569,17 +574,20 @@ def noise_levels(sampler) -> flow.Levels:
     """
     _choice("sampler.solver", sampler.solver, SOLVERS)
     if not 0 < sampler.shift < float("inf"):
-        raise UserError(f"sampler.shift={sampler.shift}: expected more than 0")
+        raise UserError(
+            f"sampler.shift={sampler.shift}: must be more than 0 and finite"
+        )
     if sampler.solver == "renoise" and sampler.grid not in (None, EVEN):
         raise UserError(
-            f"sampler.grid={shown(sampler.grid)}: renoise takes its noise levels from"
-            " sampler.steps; leave the grid out, or choose another sampler.solver"
+            f"sampler.grid={shown(sampler.grid)}: the solver renoise takes its noise"
+            " levels from sampler.steps; leave the grid out, or choose another"
+            " sampler.solver"
         )
     if sampler.solver != "renoise":
         if not 1 <= sampler.num_steps <= flow.TRAIN_STEPS:
             raise UserError(
-                f"sampler.num_steps={sampler.num_steps}: expected a whole number from 1"
-                f" to {flow.TRAIN_STEPS}"
+                f"sampler.num_steps={sampler.num_steps}: must be an integer from 1 to"
+                f" {flow.TRAIN_STEPS}"
             )
         _choice("sampler.grid", sampler.grid, flow.GRIDS)
         return flow.GRIDS[sampler.grid](sampler.num_steps, sampler.shift)
@@ -588,7 +596,7 @@ def noise_levels(sampler) -> flow.Levels:
     falls = whole and all(a > b for a, b in zip(steps, steps[1:], strict=False))
     if not steps or not falls or steps[0] > flow.TRAIN_STEPS or steps[-1] < 1:
         raise UserError(
-            f"sampler.steps={shown(steps)}: expected whole numbers that fall, from at"
-            f" most {flow.TRAIN_STEPS} to at least 1, such as (1000, 750, 500, 250)"
+            f"sampler.steps={shown(steps)}: must be decreasing integers of at"
+            f" most {flow.TRAIN_STEPS} and at least 1, such as (1000, 750, 500, 250)"
         )
     return flow.few_step_levels(steps, sampler.shift, sampler.warp)

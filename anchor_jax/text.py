@@ -1,26 +1,26 @@
-"""Text from users and files: what is no text is refused where it is read."""
+"""Checks that strings from users and files are valid text."""
 
 import re
 
 from anchor_jax.errors import UserError
 
-# Tabs and line ends are blanks; C1 controls come from text that was decoded wrongly,
-# which the cleaning of prompts mends.
+# Tabs and line ends count as blanks. C1 control characters come from text that was
+# decoded wrongly; cleaning of prompts repairs them.
 _NO_TEXT = re.compile("[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff]")
 
 
 def check_text(text: str, where: str) -> None:
-    """Raises unless a string is text that can be encoded, without control characters.
+    """Raises UserError unless a string is valid text without control characters.
 
     Args:
-      text: what was given.
-      where: what the message calls it: a field, a flag, or a file with its line.
+      text: the given string.
+      where: its name in the message: a field, a flag, or a file and line.
 
     Raises:
-      UserError: There is a control character, half of a surrogate pair, or a byte that
-        is not UTF-8.
+      UserError: The string has a control character, a lone surrogate, or a byte that is
+        not UTF-8.
     """
-    # Most text is printable, and this is faster than the search.
+    # Most text is printable, and this test is faster than the search.
     if text.isprintable():
         return
     found = _NO_TEXT.search(text)
@@ -31,9 +31,9 @@ def check_text(text: str, where: str) -> None:
         problem = f"byte 0x{code - 0xDC00:02x} at character {place} is not UTF-8"
         remedy = "write it in UTF-8"
     elif code >= 0xD800:
-        problem = f"U+{code:04X} at character {place} is half of a surrogate pair"
+        problem = f"U+{code:04X} at character {place} is a lone surrogate"
         remedy = "write the whole character"
     else:
         problem = f"U+{code:04X} at character {place} is a control character"
         remedy = "remove it"
-    raise UserError(f"{where}: {problem}, so this is no text; {remedy}")
+    raise UserError(f"{where}: invalid text: {problem}; {remedy}")

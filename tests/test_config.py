@@ -111,7 +111,10 @@ def test_the_last_override_of_a_field_wins(file):
         ),
         ("--config.seed.a=1", ["config.seed is a value, not a section"]),
         ("--config.sampler=1", ["config.sampler is a section", "steps"]),
-        ("--config.seed=abc", ["config.seed", "'abc'", "expected int", "has 0"]),
+        (
+            "--config.seed=abc",
+            ["config.seed", "'abc'", "expected int", "current value is 0"],
+        ),
         ("--config.seed=1.5", ["config.seed", "'1.5'", "expected int"]),
         ("--config.rate=fast", ["config.rate", "'fast'", "expected float"]),
         ("--config.clip=3", ["config.clip", "'3'", "expected bool"]),
@@ -165,7 +168,7 @@ def test_a_missing_config_says_where_shipped_ones_are(shipped, name):
 
 
 def test_a_path_elsewhere_is_not_taken_for_a_shipped_config(shipped):
-    assert "neither a Python file here nor" in message("/nowhere/tiny.py")
+    assert "neither an existing Python file nor" in message("/nowhere/tiny.py")
 
 
 def test_shipped_configs_are_beside_the_package_or_in_it(tmp_path, monkeypatch):
@@ -263,7 +266,7 @@ def test_a_config_of_another_command_is_told_in_a_line():
         config.from_config(TrainConfig, config.load_config("tiny"), "config")
 
     text = str(caught.value)
-    assert text.startswith("config: this is a config of anchor-jax sample, not of this")
+    assert text.startswith("config: this is a config for anchor-jax sample, not for")
     assert len(text) < 200
 
 

@@ -196,7 +196,7 @@ def test_a_batch_resumes_and_other_recipes_are_safe(sample, tmp_path):
         (["--config.policy=self_forcing", "--config.frames=24"], "ends after 21"),
         (["--config.policy=nothing"], "unknown policy"),
         (["--config.weights=nowhere"], "nowhere"),
-        (["--config.sampler.steps=(1,2)"], "that fall"),
+        (["--config.sampler.steps=(1,2)"], "decreasing"),
         (["--config.seed=-1"], "from 0 to"),
         (["--config.seed=9223372036854775808"], "from 0 to"),
     ],
