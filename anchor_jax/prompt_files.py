@@ -1,4 +1,4 @@
-"""Files of prompts as people keep them: text, JSON and tables, read piece by piece."""
+"""Reads prompt files as streams: plain text, JSON lines, JSON documents, tables."""
 
 import array
 import codecs
@@ -19,22 +19,22 @@ from anchor_jax.text import check_text
 
 Item = TypeVar("Item")
 PROMPT_FIELDS = ("prompt", "prompt_en")
-"""Names of the field that holds a prompt. `prompts` holds a list of prompts instead."""
+"""Names of the field with one prompt. The field `prompts` has a list instead."""
 
 _MOST_LINE = 4 * 2**20  # bytes
 _MOST_PIPED = 256 * 2**20  # bytes
-# Of JSON that is read as a whole, which may take 20 times as much memory.
+# Characters of a JSON document. Parsing it may take 20 times as much memory.
 _MOST_DOCUMENT = 32 * 2**20
-_SNIFFED = 3  # lines that tell what a file is
+_SNIFFED = 3  # lines from which the kind of a file is detected
 _TABLES = {".csv": (",", ";", "\t"), ".tsv": ("\t",), ".tab": ("\t",)}
 _JSON = (".json", ".jsonl", ".ndjson")
 _ALIASES = {"prompt": ("prompt_en", "text_prompt", "text prompt", "caption", "text")}
-# Columns by which a first line is taken for a table's header in a file of plain text.
+# Column names that show that a text file's first line is the header of a table.
 _HEADERS = {"prompt", "prompts", "prompt_en", "text_prompt", "text prompt"}
 _CAPTIONS = ("caption", "text")
 _SAVE_AS = (
-    "save the prompts as text with a prompt a line, as JSON lines, or as a .csv with a"
-    " column named prompt"
+    "save the prompts as text with one prompt per line, as JSON lines, or as a .csv"
+    " with a column named prompt"
 )
 _CONTAINERS = {
     b"\x1f\x8b": "compressed by gzip",
@@ -43,7 +43,7 @@ _CONTAINERS = {
     b"\x28\xb5\x2f\xfd": "compressed by zstd",
     b"7z\xbc\xaf": "a 7z archive",
     b"PK\x03\x04": "a zip archive or a spreadsheet",
-    b"\xd0\xcf\x11\xe0": "a document of an office program",
+    b"\xd0\xcf\x11\xe0": "an office document",
     b"PAR1": "a Parquet file",
     b"ARROW1": "an Arrow file",
     b"SQLite": "a database",
@@ -54,13 +54,14 @@ _CONTAINERS = {
 }
 _OTHERS = {
     **dict.fromkeys((".yaml", ".yml"), "YAML"),
-    **dict.fromkeys((".toml", ".xml"), "a file of settings"),
+    **dict.fromkeys((".toml", ".xml"), "a settings file"),
     **dict.fromkeys((".html", ".htm"), "a web page"),
     **dict.fromkeys((".xlsx", ".xls", ".ods"), "a spreadsheet"),
     **dict.fromkeys((".parquet", ".arrow", ".feather"), "a binary table"),
     **dict.fromkeys((".gz", ".zip", ".bz2", ".xz", ".zst", ".tar"), "an archive"),
     **dict.fromkeys((".pkl", ".pt", ".pth", ".npy", ".npz"), "a file of arrays"),
-    **dict.fromkeys((".py", ".mp4", ".png", ".jpg", ".pdf", ".docx"), "no prompts"),
+    **dict.fromkeys((".py", ".mp4", ".png", ".jpg"), "not a file of prompts"),
+    **dict.fromkeys((".pdf", ".docx"), "not a file of prompts"),
 }
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
@@ -72,13 +73,13 @@ _MARKS = (
 
 
 class PromptFile:
-    """A file of prompts, whose kind is found by its name and its first lines.
+    """A file of prompts; its kind is detected from its name and its first lines.
 
     Attributes:
-      path: of the file.
-      kind: "text", a prompt a line; "lines", a JSON object a line; "document", one JSON
-        document; "table", comma or tab separated values.
-      comments: whether lines that start with # are left out, of text and JSON lines.
+      path: the path of the file.
+      kind: "text" (one prompt per line), "lines" (one JSON object per line), "document"
+        (one JSON document) or "table" (comma or tab separated values).
+      comments: whether lines that start with # are skipped in text and JSON lines.
     """
 
     def __init__(
@@ -92,13 +93,13 @@ class PromptFile:
         """Opens a file and reads its first lines.
 
         Args:
-          path: of the file.
-          comments: whether lines that start with # and blank lines are left out.
-          columns: of a table, that there must be.
-          others: of a table, that are read where there are some.
+          path: the path of the file.
+          comments: whether blank lines and lines that start with # are skipped.
+          columns: required columns of a table.
+          others: optional columns of a table.
 
         Raises:
-          UserError: It cannot be read, or is of a kind that holds no prompts.
+          UserError: The file cannot be read, or is not a file of prompts.
         """
         check_text(str(path), "the path of the prompts")
         self.path, self.comments = path, comments
@@ -115,8 +116,8 @@ class PromptFile:
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         """Yields the number and value of each line or entry.
 
-        The value is a string for text; for JSON lines it is the line; for a document
-        and a table it is a dict.
+        The value is a string for text and for JSON lines, and a dict for a document and
+        a table.
 
         Raises:
           UserError: The file is damaged; the message names the line.
@@ -131,12 +132,12 @@ class PromptFile:
         return read[self.kind]()
 
     def place(self, number: int) -> str:
-        """Returns how messages name a line, or an entry of a document."""
+        """Returns the name of a line or entry in messages."""
         unit = "entry" if self.kind == "document" else "line"
         return f"{self.path}, {unit} {number}"
 
     def notes(self) -> list[str]:
-        """Returns what is to be said about the file, once it has been read."""
+        """Returns notes on the file; call it after the file has been read."""
         notes = list(self._notes)
         if self._hashes:
             one = len(self._hashes) == 1
@@ -144,7 +145,7 @@ class PromptFile:
             fate = "a prompt" if one else "prompts"
             if self.comments:
                 fate = "a comment" if one else "comments"
-            done = "left out" if self.comments else "read"
+            done = "skipped" if self.comments else "read"
             notes.append(
                 f"{self.path}: {what} that {'starts' if one else 'start'} with #"
                 f" {'is' if one else 'are'} {done} as {fate}; line {self._hashes[0]}:"
@@ -153,11 +154,13 @@ class PromptFile:
         return notes
 
     def _pipe(self) -> bytes:
-        """Returns what a pipe gives, which can be read once only."""
+        """Returns the content of a pipe, which can be read only once."""
         with _explained(self.path), self.path.open("rb") as file:
             content = file.read(_MOST_PIPED + 1)
         if len(content) > _MOST_PIPED:
-            raise UserError(f"{self.path}: more than {_MOST_PIPED} bytes; use a file")
+            raise UserError(
+                f"{self.path}: more than {_MOST_PIPED} bytes from a pipe; use a file"
+            )
         return content
 
     def _open(self):
@@ -167,7 +170,7 @@ class PromptFile:
             return self.path.open("rb")
 
     def _check_kind(self) -> None:
-        """Raises for files that hold no text, and for text that holds no prompts."""
+        """Raises UserError for binary files, and for text of other known formats."""
         with self._open() as file, _explained(self.path):
             head = file.read(4096)
         found = next(
@@ -177,7 +180,7 @@ class PromptFile:
             found = "a video"
         found = found or _OTHERS.get(self.path.suffix.lower(), "")
         if not found and b"\0" in head and not _mark(head)[0]:
-            found = "no text, or text in UTF-16 without a mark"
+            found = "not text, or UTF-16 text without a byte order mark"
         if found:
             raise UserError(f"{self.path} is {found}, expected prompts; {_SAVE_AS}")
 
@@ -193,15 +196,15 @@ class PromptFile:
             return _json_kind(first, suffix)
         if _is_header(first[0]):
             raise UserError(
-                f"{self.path}: its first line, {shown(first[0])}, is the header of a"
-                " table; name the file .csv or .tsv, or remove the other columns"
+                f"{self.path}: the first line, {shown(first[0])}, is the header of a"
+                " table; name the file .csv or .tsv, or keep only the prompts"
             )
         return "text"
 
     def _significant(self) -> Iterator[tuple[int, str]]:
-        """Yields the number and text of each line, but for comments and blank ones.
+        """Yields the number and text of each line, without comments and blank lines.
 
-        Where there are no comments, blank lines count too, but for those at the end.
+        If the file has no comments, blank lines before the last text line are kept.
         """
         blank: list[int] = []
         for number, line in self._lines():
@@ -213,7 +216,7 @@ class PromptFile:
                 if self.comments:
                     continue
             if not text:
-                # A few only, so that a file of blank lines takes no memory.
+                # At most two are kept, so that a file of blank lines takes no memory.
                 if not self.comments and len(blank) < 2:
                     blank.append(number)
                 continue
@@ -223,7 +226,7 @@ class PromptFile:
             yield number, text
 
     def _entries(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yields the objects of one JSON document; an error is one for the whole."""
+        """Yields the objects of one JSON document."""
         start = f"{self.path} is one JSON document"
         size = 0
         parts = []
@@ -231,8 +234,8 @@ class PromptFile:
             size += len(line)
             if size > _MOST_DOCUMENT:
                 raise UserError(
-                    f"{start} of more than {_MOST_DOCUMENT} characters; write an object"
-                    " a line"
+                    f"{start} of more than {_MOST_DOCUMENT} characters; write one"
+                    " object per line"
                 )
             parts.append(line)
         try:
@@ -240,7 +243,7 @@ class PromptFile:
         except (ValueError, RecursionError) as error:
             raise UserError(
                 f"{start} that is damaged ({short_line(str(error))}); expected a list"
-                ' of objects {"prompt": TEXT}, or such an object a line'
+                ' of objects {"prompt": TEXT}, or one such object per line'
             ) from error
         entries = value if isinstance(value, list) else [value]
         read: dict[str, int] = {}
@@ -249,8 +252,8 @@ class PromptFile:
                 yield number, self._entry(entry, read)
             except UserError as error:
                 raise UserError(
-                    f"{start}; expected a list of objects with one prompt each, or an"
-                    f" object a line; entry {number}: {error}"
+                    f"{start}; expected a list of objects with one prompt each, or one"
+                    f" object per line; entry {number}: {error}"
                 ) from error
         fields = ", ".join(f"{field!r} ({count})" for field, count in read.items())
         self._notes.append(f"{self.path}: one JSON document; fields read: {fields}")
@@ -263,7 +266,7 @@ class PromptFile:
         field = prompt_field(entry)
         if field is None and not set(self._columns) <= entry.keys():
             fields = ", ".join(shown(key, 20) for key in list(entry)[:8]) or "none"
-            raise UserError(f"it has no field 'prompt', but {fields}")
+            raise UserError(f"the field 'prompt' is missing; its fields: {fields}")
         name = field or self._columns[-1]
         if not isinstance(entry[name], str | list):
             raise UserError(f"{name!r}: got {shown(entry[name])}, expected text")
@@ -288,11 +291,11 @@ class PromptFile:
         except csv.Error as error:
             raise UserError(
                 f"{self.path}, line {number}: the table is damaged ({error}); save it"
-                " again as CSV in UTF-8"
+                " again as UTF-8 CSV"
             ) from error
 
     def _header(self, first: str) -> tuple[list[str], str]:
-        """Returns the names of the columns, and what separates them."""
+        """Returns the names of the columns, and their delimiter."""
         for delimiter in _TABLES[self.path.suffix.lower()]:
             names = next(csv.reader([first], delimiter=delimiter), [])
             names = [name.strip().lower() for name in names]
@@ -306,10 +309,10 @@ class PromptFile:
         return [name for name in _ALIASES.get(column, ()) if name in names]
 
     def _choose(self, header: Sequence[str]) -> dict[str, int]:
-        """Returns the place of each wanted column.
+        """Returns the index of each wanted column.
 
         Raises:
-          UserError: One is missing, or there are several that could be it.
+          UserError: A column is missing, or several columns have a matching name.
         """
         names = ", ".join(shown(name, 30) for name in header[:12]) or "none"
         places = {}
@@ -319,8 +322,8 @@ class PromptFile:
                 problem = "no column" if not found else f"{len(found)} columns"
                 raise UserError(
                     f"{self.path}: {problem} of prompts in this table; expected one"
-                    f" named {column!r} in the first line, got {names}; name it so, or"
-                    " save the prompts as text with a prompt a line"
+                    f" named {column!r} in the first line, got {names}; rename a"
+                    " column, or save the prompts as text with one prompt per line"
                 )
             places[column] = header.index(found[0])
             others = [shown(name, 30) for name in header if name != found[0]]
@@ -335,15 +338,16 @@ class PromptFile:
     def _check_width(
         self, number: int, row: Sequence[str], header: Sequence[str]
     ) -> None:
-        """Raises unless a row has as many cells as the first line, or empty ones more.
+        """Raises UserError if a row has another number of cells than the first line.
 
-        Else a comma within a prompt would cut it.
+        Additional empty cells are allowed. Without this check a comma within a prompt
+        would cut the prompt.
         """
         if len(row) < len(header) or any(cell.strip() for cell in row[len(header) :]):
             raise UserError(
                 f"{self.path}, line {number}: {len(row)} columns, expected"
-                f" {len(header)} as in the first line; put a cell with commas between"
-                ' quotes ("), or remove the line'
+                f" {len(header)} as in the first line; quote cells that contain commas"
+                ' ("), or remove the line'
             )
 
     def _cells(
@@ -356,7 +360,7 @@ class PromptFile:
         return cells
 
     def _lines(self) -> Iterator[tuple[int, str]]:
-        """Yields the number and the text of each line, with its end."""
+        """Yields the number and the text of each line, with its line ending."""
         with self._open() as file:
             mark, encoding = _mark(file.read(4))
             file.seek(len(mark))
@@ -373,7 +377,7 @@ class PromptFile:
         while raw := file.readline(_MOST_LINE + 1):
             if len(raw) > _MOST_LINE:
                 raise self._too_long(number + 1)
-            # A carriage return alone ends a line in files of old systems.
+            # In files of old systems a carriage return alone ends a line.
             alone = b"\r" in raw.rstrip(b"\r\n")
             for part in raw.splitlines(keepends=True) if alone else (raw,):
                 number += 1
@@ -387,8 +391,8 @@ class PromptFile:
 
     def _too_long(self, number: int) -> UserError:
         return UserError(
-            f"{self.path}, line {number}: more than {_MOST_LINE} bytes, expected a"
-            " prompt a line; split it"
+            f"{self.path}, line {number}: more than {_MOST_LINE} bytes; write one"
+            " prompt per line"
         )
 
     def _wide_lines(self, file, encoding: str) -> Iterator[tuple[int, str]]:
@@ -402,27 +406,27 @@ class PromptFile:
                 yield number, line
         except UnicodeError as error:
             raise UserError(
-                f"{self.path}, line {number + 1}: not {encoding} text, as the file's"
-                " first bytes say; save it as UTF-8"
+                f"{self.path}, line {number + 1}: not {encoding} text, although the"
+                " file's byte order mark says so; save it as UTF-8"
             ) from error
 
 
 def prompt_field(entry: dict[str, Any]) -> str | None:
-    """Returns the field of an object that holds its prompts, or None.
+    """Returns the name of an object's prompt field, or None.
 
     Raises:
-      UserError: Several could.
+      UserError: The object has several prompt fields.
     """
     if "prompts" in entry:
         return "prompts"
     found = [field for field in PROMPT_FIELDS if field in entry]
     if len(found) > 1:
-        raise UserError(f"several prompts: {', '.join(found)}; leave all but one out")
+        raise UserError(f"several prompt fields: {', '.join(found)}; keep only one")
     return found[0] if found else None
 
 
 def watched(items: Iterable[Item], what: str, unit: str = "prompt") -> Iterable[Item]:
-    """Returns the items, with a bar once going through them takes over a second."""
+    """Returns the items, with a progress bar if reading takes over a second."""
     return tqdm(items, desc=what, unit=unit, delay=1, mininterval=1, leave=False)
 
 
@@ -430,7 +434,7 @@ def decode(text: str) -> Any:
     """Returns the value of a JSON line.
 
     Raises:
-      UserError: It is no JSON.
+      UserError: It is not JSON.
     """
     try:
         return json.loads(text)
@@ -439,12 +443,12 @@ def decode(text: str) -> Any:
 
 
 def short_line(text: str) -> str:
-    """Returns a text cut to what fits into a line of a message."""
+    """Shortens a text to fit into one line of a message."""
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 def _json_kind(first: Sequence[str], suffix: str) -> str:
-    """Returns whether the first lines are JSON lines, or the start of a document."""
+    """Returns "lines" for JSON lines, or "document" for one JSON document."""
     values = [_parsed(text) for text in first]
     if first[0].startswith("[") and values[0] is None:
         return "document"
@@ -465,9 +469,9 @@ def _parsed(text: str) -> Any:
 
 
 def _is_header(line: str) -> bool:
-    """Returns whether a line names columns, of which one is of prompts."""
+    """Returns whether a line is a table header with a prompt column."""
     for delimiter in ",;\t":
-        # These may be words of a prompt too, which has blanks or commas.
+        # These names may also be words of a prompt, which has blanks or commas.
         more = [] if " " in line else ["caption"] if delimiter == "," else _CAPTIONS
         known = {*_HEADERS, *more}
         names = [name.strip(' "').lower() for name in line.split(delimiter)]
@@ -485,13 +489,13 @@ def _mark(head: bytes) -> tuple[bytes, str]:
 
 def _unreadable(path: pathlib.Path, error: OSError) -> UserError:
     if isinstance(error, FileNotFoundError):
-        return UserError(f"{path}: no such file of prompts; give the path of one")
+        return UserError(f"{path}: no such file; give the path of a file of prompts")
     return UserError(f"{path}: cannot be read: {error.strerror}")
 
 
 @contextlib.contextmanager
 def _explained(path: pathlib.Path) -> Iterator[None]:
-    """Turns a failure to open or read a file into a message that names it."""
+    """Converts an OSError on opening or reading a file into a UserError."""
     try:
         yield
     except OSError as error:

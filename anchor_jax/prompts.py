@@ -1,4 +1,4 @@
-"""Reads what a stream shall show: prompts, and the latent frames they start at."""
+"""Reads scripts: prompts, and the latent frames at which they start."""
 
 import array
 import dataclasses
@@ -31,7 +31,7 @@ _FRAMES = f"whole numbers from 0 to {MAX_FRAMES}"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Segment:
-    """One prompt, the latent frame it was asked for at, and whether a cut precedes."""
+    """One prompt, its requested switch frame, and whether a scene cut precedes it."""
 
     prompt: str
     start: int
@@ -40,7 +40,7 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Script:
-    """The prompts of one video, its length in latent frames, and its seed if given."""
+    """The prompts of one video, its length in latent frames, and its own seed."""
 
     segments: tuple[Segment, ...]
     frames: int
@@ -53,11 +53,11 @@ class Script:
 
     @property
     def switch_frames(self) -> tuple[int, ...]:
-        """The requested switch frames: where every segment but the first starts."""
+        """The requested switch frames: the starts of all segments but the first."""
         return tuple(segment.start for segment in self.segments[1:])
 
     def inline(self) -> str:
-        """Returns the text that `parse_inline` reads, of prompts without a bar."""
+        """Returns the script as text for `parse_inline`; prompts must contain no |."""
         edges = [*(segment.start for segment in self.segments), self.frames]
         lengths = (end - start for start, end in itertools.pairwise(edges))
         return " | ".join(
@@ -68,15 +68,15 @@ class Script:
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """What a script takes from the config where it does not say it itself.
+    """Defaults for times that a script leaves out.
 
     Attributes:
-      block: Latent frames in a block; a switch takes effect at the next block, and
-        the length is a multiple of it.
-      frames: The video's length in latent frames; None takes it from the script.
-      seconds: How long a segment without a duration lasts in inline text.
-      switch_frames: Where prompts switch in a file that does not say it; None
-        switches every 40 latent frames.
+      block: Latent frames per block. A switch takes effect at the next block, and the
+        video's length is a multiple of the block.
+      frames: The video's length in latent frames. None takes it from the script.
+      seconds: Duration of an inline segment without one.
+      switch_frames: Switch frames for entries of a file without times. None switches
+        every 40 latent frames.
     """
 
     block: int
@@ -86,37 +86,37 @@ class Timing:
 
     def __post_init__(self):
         if self.block < 1:
-            raise UserError(f"block={self.block}: expected 1 or more latent frames")
+            raise UserError(f"block={self.block}: must be at least 1 latent frame")
         most = MAX_SEGMENT_FRAMES / LATENT_FRAMES_PER_SECOND
         if not 0 < self.seconds <= most:
             raise UserError(
-                f"seconds={shown(self.seconds)}: expected more than 0 and at most"
+                f"seconds={shown(self.seconds)}: must be more than 0 and at most"
                 f" {most:g}"
             )
         if self.frames is None:
             return
         if abs(self.frames) > MAX_FRAMES:
             raise UserError(
-                f"frames={shown(self.frames)}: expected at most {MAX_FRAMES} latent"
+                f"frames={shown(self.frames)}: must be at most {MAX_FRAMES} latent"
                 " frames"
             )
         if self.frames < 1 or self.frames % self.block:
             blocks = max(1, round(self.frames / self.block))
             raise UserError(
-                f"frames={self.frames} must be a multiple of the block of {self.block};"
-                f" the nearest is {blocks * self.block}"
+                f"frames={self.frames} must be a multiple of the block size"
+                f" {self.block}; the nearest is {blocks * self.block}"
             )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scripts:
-    """The scripts of an inline text or of a file, and where each stands.
+    """The scripts of an inline text or of a file, with their locations.
 
     Attributes:
       all: the scripts in order.
-      notes: what is to be said about the file: columns read, lines left out.
+      notes: notes on the file, such as the columns read and the lines skipped.
       file: the file, or None for inline text.
-      numbers: of each script's line, or its entry.
+      numbers: the line or entry number of each script.
     """
 
     all: tuple[Script, ...]
@@ -125,7 +125,7 @@ class Scripts:
     numbers: Sequence[int] = ()
 
     def place(self, index: int) -> str:
-        """Returns how messages name a script: by its line, or as the prompt."""
+        """Returns a script's name in messages: its line, or "prompt"."""
         return "prompt" if self.file is None else self.file.place(self.numbers[index])
 
 
@@ -135,7 +135,7 @@ def load_scripts(
     inline: str | None = None,
     path: str | os.PathLike | None = None,
 ) -> tuple[Script, ...]:
-    """Returns the scripts of `read_scripts`, without their places."""
+    """Returns only the scripts of `read_scripts`."""
     return read_scripts(timing, inline=inline, path=path).all
 
 
@@ -145,36 +145,37 @@ def read_scripts(
     inline: str | None = None,
     path: str | os.PathLike | None = None,
 ) -> Scripts:
-    """Returns the scripts of an inline text or of a file, once all are checked.
+    """Returns the scripts of an inline text or of a file, after checking all of them.
 
-    A file holds an inline script a line, where blank lines and lines that start with
-    `#` are left out; a JSON object a line; one JSON document, a list of such objects;
-    or, with the suffix `.csv` or `.tsv`, a table with the column `prompt`.
+    A file has one of four forms. Text has one inline script per line; blank lines and
+    lines that start with `#` are skipped. JSON lines have one object per line. A JSON
+    document is a list of such objects. A table has the suffix `.csv` or `.tsv` and a
+    column `prompt`.
 
     Args:
-      timing: The block and the defaults.
+      timing: The block size and the defaults.
       inline: Text such as `a red ball rolls[5s] | it bounces[20f] | night[5s#]`.
       path: The file.
 
     Raises:
-      UserError: Something is wrong; every line at fault is named.
+      UserError: A script is wrong. The message names every wrong line.
     """
     if (inline is None) == (path is None):
-        raise UserError("give either a prompt or a file of prompts, and not both")
+        raise UserError("give either a prompt or a file of prompts, not both")
     if inline is not None:
         return Scripts((_named("prompt", lambda: parse_inline(inline, timing)),))
     file = PromptFile(expand(path))
     scripts, numbers = _parse_all(file, timing)
     if not scripts:
-        raise UserError(f"{path}: no prompts in it; write one script a line")
+        raise UserError(f"{path}: the file has no prompts; write one script per line")
     return Scripts(tuple(scripts), tuple(file.notes()), file, numbers)
 
 
 def _parse_all(file: PromptFile, timing: Timing) -> tuple[list[Script], array.array]:
-    """Returns the scripts of a file and their lines; raises with the first errors."""
+    """Returns a file's scripts and line numbers; raises UserError with the errors."""
     parse = {"text": parse_inline, "lines": parse_json}.get(file.kind, parse_entry)
     scripts, numbers, errors, wrong = [], array.array("q"), [], 0
-    for number, value in watched(file, "reads prompts"):
+    for number, value in watched(file, "reading prompts"):
         try:
             scripts.append(parse(value, timing))
             numbers.append(number)
@@ -192,10 +193,10 @@ def _parse_all(file: PromptFile, timing: Timing) -> tuple[list[Script], array.ar
 def parse_inline(text: str, timing: Timing) -> Script:
     """Returns the script of `PROMPT[5s] | PROMPT[20f] | PROMPT[5s#]`.
 
-    `5s` is seconds, at four latent frames each; `20f` is latent frames; `#` asks for
-    a scene cut before the segment. A switch frame is the sum of the durations before
-    it, rounded; the length is the sum of all, rounded up to whole blocks, and a block
-    more where the last prompt would otherwise take effect at the end.
+    `5s` is seconds, of four latent frames each. `20f` is latent frames. `#` requests a
+    scene cut before the segment. A switch frame is the rounded sum of the durations
+    before it. The length is the sum of all durations, rounded up to whole blocks. It is
+    one block longer if the last prompt would otherwise take effect at the end.
     """
     parts = [
         _split_duration(number, part.strip(), timing)
@@ -203,7 +204,9 @@ def parse_inline(text: str, timing: Timing) -> Script:
     ]
     prompts, durations, cuts = zip(*parts, strict=True)
     if cuts[0]:
-        raise UserError("segment 1: a scene cut (#) needs a segment before it")
+        raise UserError(
+            "segment 1: a scene cut (#) needs a segment before it; remove the #"
+        )
     return _from_durations(prompts, durations, cuts, timing, seed=None)
 
 
@@ -213,16 +216,16 @@ def parse_json(text: str, timing: Timing) -> Script:
 
 
 def parse_entry(entry: Any, timing: Timing) -> Script:
-    """Returns the script of an object with `prompts`, and optionally more.
+    """Returns the script of an object with `prompts` and optional keys.
 
-    In place of `prompts` there may be one prompt, as `prompt` or `prompt_en`. The
-    optional keys are `switch_frames` (latent frames, one fewer than prompts) or
-    `durations` (seconds, one each), and `seed`. Unless the timing or the durations say
-    how long the video is, its last prompt lasts 40 latent frames. Other keys, which
-    the published files have, are left out.
+    A single prompt may be given as `prompt` or `prompt_en` instead. The optional keys
+    are `seed`, and either `switch_frames` (latent frames, one fewer than prompts) or
+    `durations` (seconds, one per prompt). If neither the timing nor the durations set
+    the video's length, the last prompt lasts 40 latent frames. Other keys, which
+    published files have, are ignored.
 
     Raises:
-      UserError: It is no such object, or a value is out of range.
+      UserError: The value is not such an object, or an entry is out of range.
     """
     entry = _checked_entry(entry)
     prompts, seed = entry["prompts"], entry.get("seed")
@@ -230,8 +233,8 @@ def parse_entry(entry: Any, timing: Timing) -> Script:
         if re.search(r"\[[\d.]+[sf]#?\]\s*$", prompt):
             raise UserError(
                 f"segment {number}: {shown(prompt)} ends with a duration, which JSON"
-                " and tables take as words; write it in 'durations' of JSON lines, in"
-                " seconds"
+                " and tables would read as words of the prompt; use JSON lines, and"
+                " write it in 'durations', in seconds"
             )
     cuts = [False] * len(prompts)
     if "durations" in entry:
@@ -250,7 +253,7 @@ def parse_entry(entry: Any, timing: Timing) -> Script:
 
 
 def _named(where: str, parse: Callable[[], Script]) -> Script:
-    """Returns what `parse` returns, with `where` before its errors."""
+    """Returns the result of `parse`; prefixes `where` to its errors."""
     try:
         return parse()
     except UserError as error:
@@ -267,8 +270,8 @@ def _split_duration(number: int, part: str, timing: Timing) -> tuple[str, float,
     misplaced = re.search(rf"\[\s*{_DURATION.pattern}\s*\]", prompt)
     if misplaced:
         raise UserError(
-            f"{where}: {misplaced[0]} stands inside the prompt; put | after it to start"
-            " the next segment"
+            f"{where}: the duration {misplaced[0]} is inside the prompt; put | after it"
+            " to start the next segment"
         )
     if match is None:
         return prompt, default, False
@@ -278,7 +281,7 @@ def _split_duration(number: int, part: str, timing: Timing) -> tuple[str, float,
     duration = _DURATION.fullmatch(inside)
     if duration is None:
         raise UserError(
-            f"{where}: [{inside}] is no duration; write [5s] for seconds, [20f] for"
+            f"{where}: [{inside}] is not a duration; write [5s] for seconds, [20f] for"
             " latent frames, and # before the ] for a scene cut"
         )
     scale = LATENT_FRAMES_PER_SECOND if duration["unit"] == "s" else 1
@@ -286,7 +289,7 @@ def _split_duration(number: int, part: str, timing: Timing) -> tuple[str, float,
 
 
 def _check_brackets(where: str, part: str) -> None:
-    """Raises when brackets do not pair up."""
+    """Raises UserError if brackets are unbalanced or nested."""
     depth = 0
     for bracket in re.findall(r"[\[\]]", part):
         depth += 1 if bracket == "[" else -1
@@ -294,13 +297,13 @@ def _check_brackets(where: str, part: str) -> None:
             break
     if depth:
         raise UserError(
-            f"{where}: unbalanced brackets in {shown(part)}; a duration is written"
-            " like [5s] at the end"
+            f"{where}: unbalanced brackets in {shown(part)}; write a duration at the"
+            " end, like [5s]"
         )
 
 
 def _checked_entry(entry: Any) -> dict[str, Any]:
-    """Returns a script's object, with every value of the type it must have."""
+    """Returns a script's object after checking the type of every value."""
     if not isinstance(entry, dict):
         raise UserError(f'got {shown(entry)}, expected an object {{"prompts": [...]}}')
     field = prompt_field(entry)
@@ -311,8 +314,8 @@ def _checked_entry(entry: Any) -> dict[str, Any]:
     if "prompts" not in entry:
         fields = ", ".join(shown(key, 20) for key in list(entry)[:8]) or "none"
         raise UserError(
-            f"'prompts' is missing; expected a list of strings, or one 'prompt'; its"
-            f" fields: {fields}"
+            f"'prompts' is missing; give a list of strings, or one 'prompt'; the"
+            f" object's fields: {fields}"
         )
     prompts = entry["prompts"]
     entry = {key: value for key, value in entry.items() if value is not None}
@@ -321,7 +324,7 @@ def _checked_entry(entry: Any) -> dict[str, Any]:
         raise UserError("'prompts' is empty; give at least one")
     if not _is_whole(entry.get("seed", 0), MAX_SEED):
         raise UserError(
-            f"'seed': got {shown(entry['seed'])}, expected a whole number from 0 to"
+            f"'seed': got {shown(entry['seed'])}, expected an integer from 0 to"
             f" {MAX_SEED}"
         )
     _check_times(entry)
@@ -329,7 +332,7 @@ def _checked_entry(entry: Any) -> dict[str, Any]:
 
 
 def _check_keys(entry: dict[str, Any]) -> None:
-    """Raises when a key looks like a misspelt one; published files have others too."""
+    """Raises UserError if a key looks misspelt; other unknown keys are allowed."""
     absent = [key for key in _KEYS if key not in entry]
     for key in entry:
         if key not in _KEYS and difflib.get_close_matches(key, absent, cutoff=0.75):
@@ -337,17 +340,17 @@ def _check_keys(entry: dict[str, Any]) -> None:
 
 
 def _check_times(entry: dict[str, Any]) -> None:
-    """Raises unless an entry's switch frames or durations fit its prompts."""
+    """Raises UserError unless an entry's times fit its prompts."""
     if "switch_frames" in entry and "durations" in entry:
-        raise UserError("give 'switch_frames' or 'durations', and not both")
+        raise UserError("give 'switch_frames' or 'durations', not both")
     prompts = len(entry["prompts"])
     if "durations" in entry:
         _check_list("durations", entry["durations"], _SECONDS, _is_seconds)
-        _check_count("durations", len(entry["durations"]), prompts, "one a prompt")
+        _check_count("durations", len(entry["durations"]), prompts, "one per prompt")
     if "switch_frames" in entry:
         switches = entry["switch_frames"]
         _check_list("switch_frames", switches, _FRAMES, _is_frame)
-        expected = "one for every prompt but the first"
+        expected = "one for each prompt after the first"
         _check_count("switch_frames", len(switches), prompts - 1, expected)
 
 
@@ -396,13 +399,14 @@ def _default_switches(prompts: int, timing: Timing) -> list[int]:
     if len(switches) < needed:
         raise UserError(
             f"{prompts} prompts need {needed} switch frames, but the config has"
-            f" {len(switches)}: give 'switch_frames' or 'durations', or fewer prompts"
+            f" {len(switches)}; give 'switch_frames' or 'durations', or fewer prompts"
         )
     if timing.frames is not None and switches and switches[-1] >= timing.frames:
         fit = 1 + sum(switch < timing.frames for switch in switches)
         raise UserError(
-            f"too many prompts: {prompts}, the last from latent frame {switches[-1]},"
-            f" but the video has {timing.frames}; give {fit}, or ask for more frames"
+            f"too many prompts: the last of {prompts} starts at latent frame"
+            f" {switches[-1]}, but the video has {timing.frames}; give at most {fit}"
+            " prompts, or a longer video"
         )
     return switches
 
@@ -418,7 +422,7 @@ def _from_durations(
     for number, duration in enumerate(durations, start=1):
         if not 0 < duration <= MAX_SEGMENT_FRAMES:
             raise UserError(
-                f"segment {number}: a duration of {duration:g} latent frames; expected"
+                f"segment {number}: the duration of {duration:g} latent frames must be"
                 f" more than 0 and at most {MAX_SEGMENT_FRAMES}"
             )
     ends = [math.floor(end + 0.5) for end in itertools.accumulate(durations)]
@@ -429,7 +433,7 @@ def _from_durations(
 
 
 def _whole_blocks(frames: int, block: int) -> int:
-    """Returns the smallest multiple of the block that holds `frames`, at least one."""
+    """Rounds `frames` up to a multiple of the block, at least one block."""
     return max(1, math.ceil(frames / block)) * block
 
 
@@ -441,13 +445,13 @@ def _checked(
     block: int,
     seed: int | None,
 ) -> Script:
-    """Returns the script, or raises if a prompt is unfit or would never be shown."""
+    """Returns the script after checking that every prompt is valid and is shown."""
     for number, prompt in enumerate(prompts, start=1):
         _check_prompt(number, prompt)
     if max(frames, starts[-1]) > MAX_FRAMES:
         raise UserError(
-            f"the video would have {max(frames, starts[-1])} latent frames, expected at"
-            f" most {MAX_FRAMES}; shorten it"
+            f"the video would have {max(frames, starts[-1])} latent frames; at most"
+            f" {MAX_FRAMES} are allowed; shorten it"
         )
     for number, (before, start) in enumerate(itertools.pairwise(starts), start=2):
         _check_switch(number, before, start, frames, block)
@@ -460,8 +464,8 @@ def _check_prompt(number: int, prompt: str) -> None:
         raise UserError(f"segment {number}: the prompt is empty; write what to show")
     if len(prompt) > MAX_PROMPT_CHARACTERS:
         raise UserError(
-            f"segment {number}: the prompt has {len(prompt)} characters, expected at"
-            f" most {MAX_PROMPT_CHARACTERS}; shorten it"
+            f"segment {number}: the prompt has {len(prompt)} characters; at most"
+            f" {MAX_PROMPT_CHARACTERS} are allowed; shorten it"
         )
     check_text(prompt, f"segment {number}")
 
@@ -469,18 +473,18 @@ def _check_prompt(number: int, prompt: str) -> None:
 def _check_switch(
     number: int, before: int, start: int, frames: int, block: int
 ) -> None:
-    """Raises unless the segment that starts at `start` follows one that is shown."""
+    """Raises UserError unless a segment and the one before it are both shown."""
     if start <= before:
         raise UserError(
-            f"segment {number}: switch frame {start} is not after the last one,"
+            f"segment {number}: switch frame {start} is not after the previous one,"
             f" {before}; switch frames must increase"
         )
     taken, taken_before = (_whole_blocks(frame, block) for frame in (start, before))
     if taken >= frames:
         raise UserError(
             f"segment {number}: switch frame {start} is at or past the end of the"
-            f" video, {frames} latent frames in blocks of {block}; switch earlier or"
-            " ask for more frames"
+            f" video, {frames} latent frames in blocks of {block}; switch earlier, or"
+            " make the video longer"
         )
     if before and taken == taken_before:
         raise UserError(

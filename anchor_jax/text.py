@@ -36,4 +36,4 @@ def check_text(text: str, where: str) -> None:
     else:
         problem = f"U+{code:04X} at character {place} is a control character"
         remedy = "remove it"
-    raise UserError(f"{where}: invalid text: {problem}; {remedy}")
+    raise UserError(f"{where}: {problem}, so this is not text; {remedy}")

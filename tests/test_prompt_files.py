@@ -81,13 +81,13 @@ def test_another_column_is_read_where_it_is_the_only_one(write):
         ("", ["no column of prompts", "got none"]),
         ("caption,text\na,b\n", ["2 columns of prompts"]),
         ("prompt,x,prompt\na,b,c\n", ["2 columns of prompts"]),
-        ("prompt\n", ["no prompts in it"]),
+        ("prompt\n", ["the file has no prompts"]),
         ("x,prompt\n1,a\n2\n", ["line 3: 1 columns, expected 2"]),
         ("prompt\na ring, red\n", ["line 2: 2 columns, expected 1"]),
         ('x,prompt\n1,"a\n2,b\n', ["line 2: the table is damaged"]),
         ('x,prompt\n1,"a"b\n', ["line 2: the table is damaged"]),
         ("x,prompt\n1, \n", ["line 2: segment 1: the prompt is empty"]),
-        ("x,prompt\n1,a\x00b\n", ["no text, or text in UTF-16"]),
+        ("x,prompt\n1,a\x00b\n", ["not text, or UTF-16 text"]),
         ("x,prompt\n1,a\x1bb\n", ["line 2, column 'prompt': U+001B"]),
         ("x,prompt\n1," + "a" * 200_000 + "\n", ["line 2: the table is damaged"]),
         (b"x,prompt\n1,caf\xe9\n", ["line 2: not UTF-8 text (byte 0xe9)"]),
@@ -170,7 +170,7 @@ def test_a_document_without_prompts_gets_one_error(write, value):
     text = refused(
         write("a.json", json.dumps(value, indent=1)),
         "one JSON document",
-        "an object a line",
+        "one object per line",
     )
     assert "\n" not in text
 
@@ -193,7 +193,7 @@ def test_comments_are_counted(write):
 
     (note,) = read_scripts(BLOCK, path=path).notes
 
-    assert "2 lines that start with # are left out as comments" in note
+    assert "2 lines that start with # are skipped as comments" in note
     assert "line 1: '#cinematic a ring[1s]'" in note
     assert read_scripts(BLOCK, path=write("b.txt", "a\n")).notes == ()
 
@@ -217,7 +217,11 @@ def test_marks_and_line_ends_of_all_systems_are_read(write, content):
     "name, content, part",
     [
         ("a.txt", "a\nb\ncaf\xe9\n".encode("latin-1"), "line 3: not UTF-8 text"),
-        ("a.txt", "a\u732b".encode("utf-16-le"), "UTF-16 without a mark"),
+        (
+            "a.txt",
+            "a\u732b".encode("utf-16-le"),
+            "UTF-16 text without a byte order mark",
+        ),
         ("a.txt", b"\xff\xfea\0b", "not utf-16-le text"),
         ("a.txt", gzip.compress(b"a ring"), "compressed by gzip"),
         ("a.csv", b"PK\x03\x04xl/workbook", "a spreadsheet"),
@@ -248,7 +252,7 @@ def test_a_path_that_is_no_text_is_refused(tmp_path):
     ],
 )
 def test_escapes_of_json_that_spell_no_text_are_refused(write, line):
-    refused(write("a.jsonl", f'{{"prompts": ["b"]}}\n{line}\n'), "line 2", "no text")
+    refused(write("a.jsonl", f'{{"prompts": ["b"]}}\n{line}\n'), "line 2", "not text")
 
 
 def test_a_line_of_any_length_is_not_read(write, monkeypatch):

@@ -82,14 +82,14 @@ def test_brackets_within_a_prompt_are_text():
         ("a[5s", ["segment 1", "unbalanced brackets", "[5s]"]),
         ("a 5s]", ["segment 1", "unbalanced brackets"]),
         ("a [[5s]]", ["segment 1", "unbalanced brackets"]),
-        ("a[5m]", ["segment 1", "[5m] is no duration", "[5s]", "[20f]"]),
-        ("a[]", ["[] is no duration"]),
-        ("a[1.5.1s]", ["is no duration"]),
+        ("a[5m]", ["segment 1", "[5m] is not a duration", "[5s]", "[20f]"]),
+        ("a[]", ["[] is not a duration"]),
+        ("a[1.5.1s]", ["is not a duration"]),
         ("a[0s] | b", ["segment 1", "0 latent frames", "more than 0"]),
         ("a | b[-2s]", ["segment 2", "-8 latent frames"]),
         (f"a[{'9' * 400}s]", ["segment 1", "at most 1000000"]),
         ("a[5s#] | b", ["segment 1", "scene cut", "before it"]),
-        ("a[5s] b[5s]", ["[5s] stands inside the prompt", "put | after it"]),
+        ("a[5s] b[5s]", ["the duration [5s] is inside the prompt", "put | after it"]),
         ("a[20f] | b[0.1s] | c", ["segment 3", "switch frame 20", "increase"]),
         ("a[1f] | b[1f] | c", ["segment 2 would never be shown", "frame 3"]),
         ("x" * (MAX_PROMPT_CHARACTERS + 1), ["10001 characters", "at most 10000"]),
@@ -176,7 +176,7 @@ def test_an_entry_s_own_times_are_used(entry, switches, frames):
             [
                 "segment 3",
                 "switch frame 12",
-                "not after the last one, 30",
+                "not after the previous one, 30",
                 "must increase",
             ],
         ),
@@ -196,7 +196,12 @@ def test_a_wrong_entry_is_refused(text, parts):
 def test_too_many_prompts_for_the_length_are_refused():
     entry = json.dumps({"prompts": list("abcdef")})
     timing = Timing(block=3, frames=120)
-    refused(lambda: parse_json(entry, timing), "too many prompts: 6", "120", "give 3")
+    refused(
+        lambda: parse_json(entry, timing),
+        "too many prompts: the last of 6",
+        "120",
+        "at most 3",
+    )
     timing = Timing(block=3, frames=120, switch_frames=(40, 80))
     refused(lambda: parse_json(entry, timing), "6 prompts need 5", "has 2")
 
@@ -244,7 +249,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     refused(lambda: load_scripts(BLOCK, path=tmp_path), "cannot be read")
     (tmp_path / "empty.txt").write_text("# nothing\n\n")
     refused(
-        lambda: load_scripts(BLOCK, path=tmp_path / "empty.txt"), "no prompts in it"
+        lambda: load_scripts(BLOCK, path=tmp_path / "empty.txt"),
+        "the file has no prompts",
     )
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
     refused(lambda: load_scripts(BLOCK, path=tmp_path / "latin.txt"), "not UTF-8")
@@ -294,7 +300,7 @@ LONG = "9" * 5000
         ('{"prompts": ["a", "b"], "switch_frames": [20000000]}', ["10000000"]),
         (
             '{"prompts": ["a", "b"], "switch_frames": [10000000]}',
-            ["latent frames, expected at most 10000000"],
+            ["latent frames; at most 10000000"],
         ),
         ('{"prompts": ["a", "b"], "switch_frames": [true]}', ["got True"]),
         (f'{{"prompts": ["a"], "seed": {HUGE}}}', ["'seed'", "from 0 to"]),
@@ -302,7 +308,7 @@ LONG = "9" * 5000
         (f'{{"prompts": ["a"], "seed": {LONG}}}', ["bad JSON"]),
         (
             json.dumps({"prompts": ["a"] * 50, "durations": [250000] * 50}),
-            ["latent frames, expected at most 10000000"],
+            ["latent frames; at most 10000000"],
         ),
     ],
 )
@@ -343,4 +349,4 @@ def test_one_prompt_may_stand_alone():
     for field in ("prompt", "prompt_en"):
         assert parse_json(json.dumps({field: "a"}), BLOCK).prompts == ("a",)
     both = json.dumps({"prompt": "a", "prompt_en": "b"})
-    refused(lambda: parse_json(both, BLOCK), "several prompts: prompt, prompt_en")
+    refused(lambda: parse_json(both, BLOCK), "several prompt fields: prompt, prompt_en")

@@ -23,7 +23,7 @@ def test_text_of_any_script_passes(text):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("a\ud800", r"here: invalid text: U\+D800 at character 2 is a lone surrogate"),
+        ("a\ud800", r"here: U\+D800 at character 2 is a lone surrogate"),
         ("\udfff a", r"U\+DFFF at character 1"),
         ("caf\udce9", "byte 0xe9 at character 4 is not UTF-8"),
         ("a\0b", r"U\+0000 at character 2 is a control character"),

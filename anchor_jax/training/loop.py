@@ -1,4 +1,4 @@
-"""The loop over training steps: resumes, watches, saves, and stops cleanly."""
+"""The training loop: runs steps, logs, saves checkpoints, and stops cleanly."""
 
 import collections
 import contextlib
@@ -21,20 +21,21 @@ from anchor_jax.training.programs import Cursor, Stage
 from anchor_jax.training.state import TrainState
 
 _LAG = 2
-"""Steps whose numbers are not waited for, so that the device always has work."""
+"""Steps in flight whose metrics are not fetched yet, so that the device stays busy."""
 _STOPPING = (
-    "stopping after this step, with a checkpoint if that takes no longer than the steps"
-    " since the last one; press Ctrl-C again to end at once"
+    "stopping after this step, with a checkpoint if saving takes no longer than the"
+    " steps since the last checkpoint; press Ctrl-C again to stop at once"
 )
 _SAVING = 3.5
-"""Seconds that a last checkpoint is waited for, however few steps it holds."""
+"""Minimum seconds to wait for the last checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """How long a training runs and how often it does what; in steps.
+    """The length of a training and its intervals, in steps.
 
-    `sample_every` 0 makes no sample videos; otherwise the last step has some too.
+    If `sample_every` is 0 no sample videos are made. Otherwise the last step has sample
+    videos too.
     """
 
     steps: int
@@ -43,7 +44,7 @@ class Loop:
     sample_every: int = 0
 
     def is_sampled(self, done: int) -> bool:
-        """Returns whether so many steps are followed by sample videos."""
+        """Returns whether sample videos are made after `done` steps."""
         every = self.sample_every
         return every > 0 and (done % every == 0 or done == self.steps)
 
@@ -59,25 +60,26 @@ def train(
 ) -> TrainState:
     """Runs a stage from a state to its last step and returns the last state.
 
-    Whatever ends it early, a checkpoint of the last whole step is left, unless another
-    step was under way. A request to stop ends it after a step. In a process of the
-    command line nothing is waited for that takes longer than the steps that would be
-    lost: the first step's compilation, or a checkpoint of few steps on a slow disk.
+    If the loop ends early, it saves a checkpoint of the last complete step, unless the
+    failure came within a step. A request to stop takes effect after the current step.
+    In a command-line process the loop does not wait for work that takes longer than the
+    steps that would be lost: the compilation of the first step, or a checkpoint of few
+    steps on a slow disk.
 
     Args:
       stage: compiled steps with their data.
-      state: donated.
-      cursor: that belongs to the state.
-      loop: lengths.
-      checkpoints: where states go.
-      monitor: is told of every step.
+      state: the first state; it is donated.
+      cursor: the data position that belongs to the state.
+      loop: length and intervals.
+      checkpoints: where states are saved.
+      monitor: receives the metrics of each step.
       sample: makes sample videos of a state at a step.
 
     Raises:
-      UserError: A loss or gradient was not finite. If other batches have finite ones,
-        the state before it is saved, and the batch; else the weights are ruined, and
-        the newest good checkpoint is found.
-      Stopped: It was asked to before its first step.
+      UserError: A loss or gradient was not finite. If other batches give finite values,
+        the update was discarded, and the state before it and the batch are saved.
+        Otherwise the weights are ruined, and the newest good checkpoint is searched.
+      Stopped: It stopped on request before the first step.
     """
     waiting, work = collections.deque(), _Work(checkpoints)
     first = step = int(state.step)
@@ -111,40 +113,40 @@ def train(
 
 @dataclasses.dataclass(eq=False)
 class _Work:
-    """Steps that no checkpoint holds yet.
+    """Tracks the age of steps that are in no checkpoint yet.
 
     Attributes:
-      checkpoints: that they go to.
-      begun: when steps began: those after the last checkpoint on disk, and those
-        after the one that is being written.
+      checkpoints: the checkpoints of the training.
+      begun: start times of the steps after the last checkpoint on disk, and of the
+        steps after the checkpoint that is being written.
     """
 
     checkpoints: Checkpoints
     begun: list[float | None] = dataclasses.field(default_factory=lambda: [None])
 
     def go_on(self) -> None:
-        """Notes that a step is under way, whose program is compiled."""
+        """Records that a step has started and that its program is compiled."""
         self.begun[-1] = self.begun[-1] or time.monotonic()
 
     def saved(self) -> None:
-        """Notes that a checkpoint has begun, for which the one before was finished."""
+        """Records that a new checkpoint is being written; the previous one is done."""
         self.begun = [self.begun[-1], None]
 
     def since(self) -> float:
-        """Returns when the work began that would be lost; now, if there is none."""
+        """Returns the start time of the work that would be lost, or now if none."""
         begun = self.begun[0 if self.checkpoints.is_saving() else -1]
         return begun or time.monotonic()
 
 
 def _show(sample, state: TrainState, done: int, monitor: Monitor) -> None:
-    """Makes sample videos; a request to stop leaves them out."""
+    """Makes sample videos; a request to stop cancels them."""
     with monitor.paused(), contextlib.suppress(Stopped):
         interrupts.check()
         sample(state, done)
 
 
 def _save(state: TrainState, cursor: Cursor, stage, checkpoints, monitor) -> None:
-    """Begins to save a state, unless it is ruined."""
+    """Starts saving a state; raises Diverged if it is not finite."""
     wrong = divergence.wrong_networks(state)
     if wrong:
         _raise_diverged("the state cannot be saved", wrong, state, stage, checkpoints)
@@ -163,7 +165,7 @@ def _raise_diverged(shown: str, wrong, state: TrainState, stage, checkpoints) ->
 def _saving_on_error(
     checkpoints: Checkpoints, now: Callable[[], tuple[TrainState, Cursor]]
 ) -> Iterator[None]:
-    """Saves the state and cursor of `now` when something fails between two steps."""
+    """Saves the state and cursor of `now` if an error occurs between two steps."""
     try:
         yield
     except (divergence.Diverged, NotSaved):
@@ -171,7 +173,7 @@ def _saving_on_error(
     except Exception:
         state, cursor = now()
         is_whole = not any(x.is_deleted() for x in jax.tree.leaves(state))
-        # A save waits for all processes, which may not have failed.
+        # A save waits for all processes, but the others may not have failed.
         is_alone = jax.process_count() == 1
         if is_whole and is_alone and not divergence.wrong_networks(state):
             checkpoints.save(state, cursor)
@@ -180,7 +182,7 @@ def _saving_on_error(
 
 
 def _taken(before: Cursor, after: Cursor) -> range:
-    """Returns the numbers of the batches, or sequences, that a step took from."""
+    """Returns the numbers of the batches, or sequences, that a step read."""
     return range(before.number, after.number + (after.start > 0))
 
 
@@ -190,7 +192,7 @@ def _drain(waiting, *others) -> None:
 
 
 def _note(entry, state: TrainState, stage, checkpoints, monitor: Monitor) -> None:
-    """Tells of a step, whose numbers are waited for, and stops at a bad one."""
+    """Fetches and logs the metrics of a step; stops if one is not finite."""
     step, taken, watch = entry
     numbers = {name: float(np.asarray(value)) for name, value in watch.items()}
     bad = {name: value for name, value in numbers.items() if not np.isfinite(value)}
@@ -201,26 +203,27 @@ def _note(entry, state: TrainState, stage, checkpoints, monitor: Monitor) -> Non
     skipped = checkpoints.skipped()
     state, are_others_good = divergence.try_others(stage, state, taken, skipped)
     if not are_others_good:
-        shown += ", and so it is for most other batches"
+        shown += ", and most other batches give non-finite values too"
         wrong = divergence.wrong_networks(state)
         _raise_diverged(shown, wrong, state, stage, checkpoints)
     own = f"-{jax.process_index()}" if jax.process_count() > 1 else ""
     place = checkpoints.folder / f"failed-{step}{own}.npz"
     write_batches(stage, taken, place)
-    # What comes next is another batch, or another sequence.
+    # Continue with the next batch, or the next sequence.
     checkpoints.skip(*taken)
     checkpoints.save(state, Cursor(taken[-1] + 1))
     checkpoints.wait()
     raise UserError(
-        f"step {step}: {shown}. Other batches were tried and are finite, so the weights"
-        f" are good: they are saved as {checkpoints.folder / str(step)}, the batch as"
-        f" {place}. Look at the batch; the same command goes on after it,"
-        " perhaps with a lower optimizer.learning_rate or optimizer.clip"
+        f"step {step}: {shown}. Other batches give finite values, so the weights are"
+        " good. The update was discarded. State before it:"
+        f" {checkpoints.folder / str(step)}. Batch: {place}. Inspect the batch, then"
+        " rerun this command to continue after it, if needed with a lower"
+        " optimizer.learning_rate or optimizer.clip"
     )
 
 
 def write_batches(stage: Any, taken: Sequence[int], place: pathlib.Path) -> None:
-    """Writes the arrays of a step's batch; of several, their numbers before them."""
+    """Writes the arrays of a step's batch; several batches get numeric prefixes."""
     arrays = {}
     for number in taken:
         prefix = f"{number}." if len(taken) > 1 else ""

@@ -1,4 +1,4 @@
-"""What people watch during a training: numbers, a progress bar, videos."""
+"""Shows the progress of a training: metrics, a progress bar, sample videos."""
 
 import contextlib
 import json
@@ -21,10 +21,10 @@ _SHOWN = ("loss", "generator_loss", "critic_loss")
 
 
 class Monitor:
-    """Means of a training's numbers, every few steps.
+    """Logs the means of a training's metrics every few steps.
 
-    They go into `log.jsonl`, and into TensorBoard's event files where the package
-    `tensorboardX` is there.
+    They are written to `log.jsonl`, and to TensorBoard event files if the package
+    `tensorboardX` is installed.
     """
 
     def __init__(
@@ -39,12 +39,12 @@ class Monitor:
         """Opens the logs.
 
         Args:
-          folder: of the training.
-          steps: of all.
-          first: where it goes on.
-          every: steps to a line of numbers.
-          frames_per_step: latent frames that a step sees or makes.
-          quiet: shows no progress bar: of all processes but the first.
+          folder: the training's folder.
+          steps: total number of steps.
+          first: the step at which the run starts or resumes.
+          every: steps per line of metrics.
+          frames_per_step: latent frames that a step processes.
+          quiet: whether to write and show nothing, as in all processes but the first.
 
         Raises:
           UserError: The log is damaged.
@@ -62,7 +62,7 @@ class Monitor:
         self.events = None if quiet else _events(folder, first)
 
     def note(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Takes the numbers of a step; some appear only in some steps."""
+        """Records the metrics of a step; some steps lack some metrics."""
         for name, value in numbers.items():
             self.sums.setdefault(name, []).append(value)
             self.unsaved.setdefault(name, []).append(value)
@@ -79,18 +79,18 @@ class Monitor:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Keeps what is done meanwhile out of the seconds of a step."""
+        """Excludes the time spent inside from the seconds per step."""
         began = time.monotonic()
         yield
         self.began += time.monotonic() - began
 
     def show(self, image: np.ndarray, step: int) -> None:
-        """Shows a sheet of samples, uint8 [height, width, 3], in TensorBoard."""
+        """Shows a contact sheet, uint8 [height, width, 3], in TensorBoard."""
         if self.events is not None:
             self.events.add_image("samples", image, step, dataformats="HWC")
 
     def close(self) -> None:
-        """Writes what is left, and ends the bar and the event files."""
+        """Writes the remaining metrics, and closes the bar and the event files."""
         try:
             if self.noted:
                 self._write(self.last)
@@ -132,14 +132,14 @@ def _ratio(means: Mapping[str, float]) -> dict[str, float]:
 
 
 def _cut_log(folder: pathlib.Path, first: int) -> None:
-    """Removes lines of steps that will be run again."""
+    """Removes log lines of steps that will be repeated."""
     kept = [line for line in read_log(folder) if line["step"] <= first]
     if (folder / LOG).exists():
         write_text(folder / LOG, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def _events(folder: pathlib.Path, first: int) -> Any:
-    """Returns a writer that hides points of steps that will be run again, or None."""
+    """Returns an event writer that hides points of repeated steps, or None."""
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
@@ -148,7 +148,7 @@ def _events(folder: pathlib.Path, first: int) -> Any:
 
 
 def memory_gb() -> float:
-    """Returns the most memory in use so far: of the first device, else of the host."""
+    """Returns the peak memory in GB of the first device, or of the host process."""
     stats = jax.local_devices()[0].memory_stats() or {}
     peak = stats.get("peak_bytes_in_use")
     if peak is None:

@@ -1,4 +1,4 @@
-"""One stage of training as a command runs it: weights, data, folder, loop."""
+"""Runs one training stage: loads weights and data, owns the folder, trains."""
 
 import contextlib
 import dataclasses
@@ -40,7 +40,7 @@ from anchor_jax.weights.load import load_bundle
 from anchor_jax.weights.trained import CRITIC
 
 FRESH = "fresh"
-# What may change from one start of a run to the next.
+# Fields that may change when a run is resumed.
 _FREE = (
     *("save_every", "keep", "keep_best", "best_of", "log_every", "sample_every"),
     *("samples", "mesh", "remat", "out", "data.cache"),
@@ -57,10 +57,10 @@ _STEPS, _LAST = 10, 5
 
 
 def read_config(config) -> TrainConfig:
-    """Returns the config with every field of the type that it must have.
+    """Returns the config as a dataclass, after checking types and ranges.
 
     Raises:
-      UserError: A field is missing, unknown or of another type or range.
+      UserError: A field is missing or unknown, or has the wrong type or range.
     """
     read = from_config(TrainConfig, config, "config")
     least = {"steps": 1, "batch": 1, "keep": 1, "save_every": 1, "log_every": 1}
@@ -82,13 +82,13 @@ class Job:
     """A stage that is ready to run.
 
     Attributes:
-      config: of the training.
-      folder: checkpoints, logs, samples.
-      prepared: the stage.
-      checkpoints: in the folder.
-      tell: is given lines to show.
+      config: the training's config.
+      folder: the folder of checkpoints, logs and samples.
+      prepared: the compiled stage.
+      checkpoints: the checkpoints in the folder.
+      tell: a function that prints a line.
       sampler: makes sample videos, or None.
-      lease: on the folder.
+      lease: the lease on the folder.
     """
 
     config: TrainConfig
@@ -100,7 +100,7 @@ class Job:
     lease: ownership.Lease | None = None
 
     def plan(self) -> str:
-        """Returns what will be trained, as text."""
+        """Returns a description of the training, as text."""
         config, counts = self.config, self.prepared.counts
         mesh = dict(self.prepared.stage.mesh.shape)
         lines = [
@@ -116,26 +116,29 @@ class Job:
         return "\n".join(lines)
 
     def _frames(self) -> str:
-        """Says how long videos are."""
+        """Describes the length of the videos."""
         section, distillation = self.config.regression, self.config.distillation
         if self.config.stage == "regression":
             return f"{section.block * section.blocks} latent frames"
         sequence = f"sequences of {distillation.length}"
-        return f"{distillation.frames} latent frames at once of {sequence}"
+        return f"{distillation.frames} latent frames per update of {sequence}"
 
     def _shown(self) -> str:
         if self.sampler is None:
-            return "none (sample_every is 0, there are no prompts, or many processes)"
+            return (
+                "none (sample_every is 0, there are no prompts, or there are several"
+                " processes)"
+            )
         texts = [" | ".join(one.script.prompts) for one in self.sampler.videos]
         return f"every {self.config.sample_every} steps, " + "; ".join(texts)
 
     def run(self) -> int:
         """Trains to the last step, from the last checkpoint if there is one.
 
-        The folder is others' afterwards.
+        The lease on the folder is released at the end.
 
         Returns:
-          The step that it got to; a request to stop ends it early.
+          The step that was reached. A request to stop ends the training early.
         """
         with self.lease or contextlib.nullcontext():
             return self._run()
@@ -180,23 +183,23 @@ class Job:
         if best is not None:
             step, value = best
             self.tell(
-                f"lowest {self.config.best_of}, {value:.6g}: step {step}, weights"
-                f" {self.folder / str(step)}"
+                f"best checkpoint: {self.folder / str(step)} (lowest"
+                f" {self.config.best_of}, {value:.6g}, step {step})"
             )
 
     def seconds_per_step(self) -> float:
-        """Returns how long a step takes here: runs some, and throws them away."""
+        """Returns the measured seconds per step; the measured steps are discarded."""
         stage, state, cursor = self.prepared.stage, self.prepared.state, Cursor()
         kinds, shares = [0], [1.0]
         if isinstance(stage, DistillStage):
             if stage.every > 1:
                 kinds, shares = [0, 1], [1 / stage.every, 1 - 1 / stage.every]
-            # Of a long sequence nearly all chunks come after the first.
+            # In a long sequence nearly all chunks come after the first.
             state, cursor, _ = stage.advance(state, cursor, 1)
         seconds = []
         for kind in (*kinds, *kinds):
             began = time.monotonic()
-            # The same chunks each time, so that the second time nothing is compiled.
+            # The same chunks each time, so that nothing is compiled the second time.
             state, _, watch = stage.advance(state, cursor, kind)
             jax.block_until_ready((state, watch))
             seconds.append(time.monotonic() - began)
@@ -210,35 +213,35 @@ def open_job(
     most: int | None = None,
     patience: float = 0.0,
 ) -> Job:
-    """Returns a stage with its weights, data and folder, which is owned by it.
+    """Returns a stage with its weights and data, and a lease on its folder.
 
     Args:
-      config: of the training.
-      tell: is given lines to show.
-      most: examples that are read of data that take long to prepare; None: all.
+      config: the training's config.
+      tell: a function that prints a line.
+      most: number of examples to read from data that is slow to prepare. None: all.
       patience: seconds to wait for another training in the folder to end.
 
     Raises:
-      UserError: Something of the config is wrong, or the folder holds another run, or
-        is in use by another job.
+      UserError: The config is wrong, the folder holds another run, or another job uses
+        the folder.
     """
     place = expand(config.out)
     missing = [one for one in (place / "data", place) if not one.exists()]
     folder = sources.check_folder(config.out)
-    # Processes of one training share its folder, each with a number of its own.
+    # The processes of one training share its folder; each has its own number.
     lease = ownership.own(
         folder,
         ownership.job_id("train", jax.process_count(), {**_json(config), "out": ""}),
         (str(jax.process_index()),),
         patience,
         tell,
-        "wait for it, end it, or choose another --config.out",
+        "wait until it ends, stop it, or choose another --config.out",
     )
     try:
         job = _open_job(config, folder, tell, most)
     except BaseException:
         lease.release()
-        # A start that is refused leaves no folder that looks like a training's.
+        # A refused start must leave no folder that looks like a training.
         for empty in missing:
             with contextlib.suppress(OSError):
                 empty.rmdir()
@@ -288,7 +291,7 @@ def _open_job(config: TrainConfig, folder: pathlib.Path, tell, most: int | None)
 
 
 def _warn_of_chunks(stage, tell: Callable[[str], None]) -> None:
-    """Tells of chunks of sequences that the generator does not learn from."""
+    """Warns of chunks on which the generator is never updated."""
     if not isinstance(stage, DistillStage):
         return
     plan = stage.stage.plan
@@ -296,16 +299,16 @@ def _warn_of_chunks(stage, tell: Callable[[str], None]) -> None:
     others = [one.start for one in plan.pieces(None) if one.start not in visited]
     if others:
         tell(
-            "warning: the generator is updated on the chunks from frames"
-            f" {', '.join(map(str, visited))} only, never on those from"
-            f" {', '.join(map(str, others))}; choose a distillation.length with a"
-            " number of chunks that has no divisor in common with"
-            f" distillation.every + 1 = {stage.every + 1}"
+            "warning: the generator is updated only on the chunks that start at frames"
+            f" {', '.join(map(str, visited))}, never on those that start at"
+            f" {', '.join(map(str, others))}; choose a distillation.length whose number"
+            " of chunks has no common divisor with distillation.every + 1 ="
+            f" {stage.every + 1}"
         )
 
 
 def _warn_of_words(config: TrainConfig, bundle: Bundle, folder, tell) -> None:
-    """Tells of words in files of prompts that the text encoder does not know."""
+    """Warns of words in prompt files that the text encoder does not know."""
     if config.data.kind != "prompts" or not hasattr(bundle.tokenizer, "unknown_words"):
         return
     texts = sources.open_texts(config.data, folder)
@@ -316,7 +319,7 @@ def _warn_of_words(config: TrainConfig, bundle: Bundle, folder, tell) -> None:
 
 
 def _own_texts(config: TrainConfig, sampler) -> Iterator[tuple[str, str]]:
-    """Yields the texts that the config itself has, after their fields."""
+    """Yields (field, text) for the texts in the config itself."""
     if config.stage == "distillation":
         section = config.distillation
         yield "config.distillation.negative_prompt", section.negative_prompt
@@ -328,44 +331,44 @@ def _own_texts(config: TrainConfig, sampler) -> Iterator[tuple[str, str]]:
 
 
 def dry_run(config: TrainConfig, tell: Callable[[str], None]) -> None:
-    """Tells what a training would be and how long it would take; leaves no files.
+    """Prints the plan, memory and duration of a training; leaves no files.
 
     Raises:
-      UserError: Something of the config is wrong, or the folder holds another run.
+      UserError: The config is wrong, or the folder holds another run.
     """
     folder = expand(config.out)
     files.check(folder)
     compare_config(config, folder, tell)
     with scratch_folder() as scratch:
-        # What is built stays in the scratch folder.
+        # Datasets are built in the scratch folder.
         data = dataclasses.replace(config.data, cache=None)
         trial = dataclasses.replace(config, out=str(scratch), data=data)
         job = open_job(trial, tell, most=config.batch)
         tell(job.plan())
-        where, logged = f"as {folder / files.LOG} has it", _logged(folder)
+        where, logged = f"(from {folder / files.LOG})", _logged(folder)
         if logged is None:
-            tell("times a few steps, the first of which compile")
-            logged, where = (job.seconds_per_step(), memory_gb()), "here"
+            tell("timing a few steps; the first ones compile")
+            logged, where = (job.seconds_per_step(), memory_gb()), "on this machine"
     seconds, memory = logged
-    tell(f"most memory in use: {memory:.2f} GB {where}")
+    tell(f"peak memory: {memory:.2f} GB {where}")
     whole = config.steps * seconds
     time = f"{whole / 60:.1f} min" if whole < 3600 else f"{whole / 3600:.1f} h"
     tell(f"a step takes {seconds:.3g} s {where}; {config.steps} steps: {time}")
 
 
 def _logged(folder: pathlib.Path) -> tuple[float, float] | None:
-    """Returns a step's seconds and the most memory (GB), of a log's end, or None."""
+    """Returns the seconds per step and the peak memory in GB from a log, or None."""
     try:
         lines = files.read_log(folder)
         seconds, steps, spent, before = [], 0, 0.0, 0
         for line in lines:
             count, before = line["step"] - before, line["step"]
             steps, spent = steps + count, spent + count * line["seconds_per_step"]
-            # Steps are noted a few together, so that single ones say little.
+            # The log has means over a few steps, so single lines say little.
             if steps >= _STEPS or line is lines[-1]:
                 seconds.append(spent / steps)
                 steps, spent = 0, 0.0
-        # The first steps compile, those after a resumption too.
+        # The first steps compile, also those after a restart.
         typical = statistics.median((seconds[1:] or seconds)[-_LAST:])
         return typical, max(line["memory_gb"] for line in lines)
     except (ValueError, LookupError, ArithmeticError):
@@ -373,7 +376,7 @@ def _logged(folder: pathlib.Path) -> tuple[float, float] | None:
 
 
 def _base(config: TrainConfig, folder: pathlib.Path) -> str:
-    """Returns the name of the weights that a run begins with; makes fresh ones."""
+    """Returns the name of a run's initial weights; makes fresh ones if needed."""
     if config.weights != FRESH:
         inside = expand(config.weights)
         return str(inside.resolve()) if inside.exists() else config.weights
@@ -384,9 +387,9 @@ def _base(config: TrainConfig, folder: pathlib.Path) -> str:
 def _load(
     config: TrainConfig, name: str, trained: bool = False, network: str = "generator"
 ) -> Bundle:
-    """Returns weights; without updates to train, those there are are added to them.
+    """Returns weights. LoRA adapters are merged unless adapters are trained.
 
-    What is trained as a whole comes in float32, as its masters are.
+    Weights that are trained as a whole are loaded in float32, like the master weights.
     """
     masters = trained and not config.lora.rank
     return load_bundle(
@@ -400,7 +403,7 @@ def _load(
 
 
 def _load_critic(config: TrainConfig) -> Bundle | None:
-    """Returns where the fake score begins; None: as the teacher that is loaded."""
+    """Returns the initial fake score; None means the loaded teacher."""
     if config.critic:
         return _load(config, config.critic, trained=True, network="critic")
     if config.stage == "distillation" and config.teacher and not config.lora.rank:
@@ -410,9 +413,9 @@ def _load_critic(config: TrainConfig) -> Bundle | None:
 
 @contextlib.contextmanager
 def _on_host() -> Iterator[None]:
-    """Makes arrays in the host's memory: they are put onto the mesh in pieces.
+    """Makes new arrays in host memory, from which they go to the mesh in shards.
 
-    A device of a large mesh has no room for whole networks.
+    One device of a large mesh has no room for whole networks.
     """
     try:
         host = jax.local_devices(backend="cpu")[0]
@@ -423,7 +426,7 @@ def _on_host() -> Iterator[None]:
 
 
 def _forget_variables(bundle: Bundle | None) -> None:
-    """Drops a network's weights; the ones on the mesh are those that are used."""
+    """Drops a network's weights in host memory; only those on the mesh are used."""
     if bundle is not None:
         bundle.__dict__.pop("variables", None)
 
@@ -431,12 +434,12 @@ def _forget_variables(bundle: Bundle | None) -> None:
 def compare_config(
     config: TrainConfig, folder: pathlib.Path, tell: Callable[[str], None]
 ) -> None:
-    """Raises unless the run in a folder, if there is one, can go on with a config.
+    """Raises UserError unless a config can resume the run in a folder, if any.
 
-    Fields that the run's version did not have yet count as their default.
+    Fields that an older run did not have yet count as their defaults.
 
     Raises:
-      UserError: The run in the folder has another config, or none that can be read.
+      UserError: The run in the folder has another config, or its config is damaged.
     """
     sections = [name for name, value in _json(config).items() if type(value) is dict]
     stored = files.read_config(folder, sections)
@@ -450,28 +453,28 @@ def compare_config(
     }
     if refused:
         fields = (
-            f"{name} (began with {shown(old, 200)}, got {shown(new, 200)})"
+            f"{name} (was {shown(old, 200)}, got {shown(new, 200)})"
             for name, (old, new) in refused.items()
         )
         raise UserError(
-            f"{folder} holds a run of another config: {', '.join(fields)}; give the"
-            " values that it began with, or another --config.out, which may begin with"
-            f" its weights: --config.weights={folder}"
+            f"{folder} holds a run with another config: {', '.join(fields)}; give the"
+            " old values to resume it, or choose another --config.out; a new run can"
+            f" start from its weights with --config.weights={folder}"
         )
     if changed:
-        tell(f"changed since the run began: {', '.join(changed)}")
+        tell(f"changed since this run started: {', '.join(changed)}")
 
 
 def write_config(config: TrainConfig, folder: pathlib.Path) -> None:
-    """Writes the config of a run, with which alone it then goes on."""
+    """Writes the config of a run, against which a resumed run is checked."""
     write_json(folder / files.CONFIG, _json(config))
 
 
 def inputs(config: TrainConfig, generator: Bundle, teacher, critic) -> dict[str, Any]:
-    """Returns what every step reads and no checkpoint holds.
+    """Returns hashes of the inputs that every step reads and no checkpoint contains.
 
-    Of the weights that a run began with it is the text encoder and the codec, and what
-    has no gradient.
+    These are the data, the teacher, and the untrained parts of the initial weights,
+    such as the text encoder and the codec.
     """
     found = {"data": sources.identity(config.data), "weights": generator.digest}
     if teacher is not None:
@@ -484,10 +487,10 @@ def inputs(config: TrainConfig, generator: Bundle, teacher, critic) -> dict[str,
 
 
 def compare_inputs(folder: pathlib.Path, given: Mapping[str, Any]) -> None:
-    """Raises unless a run's inputs are those that it began with.
+    """Checks that a run's inputs are unchanged since it started.
 
     Raises:
-      UserError: Some are not.
+      UserError: An input changed.
     """
     stored = files.read_inputs(folder)
     changed = [
@@ -495,16 +498,15 @@ def compare_inputs(folder: pathlib.Path, given: Mapping[str, Any]) -> None:
     ]
     if changed:
         raise UserError(
-            f"{folder}: what config.{', config.'.join(changed)} names holds something"
-            " else than when the run began; put it back, or choose another"
-            " --config.out"
+            f"{folder}: the files named by config.{', config.'.join(changed)} changed"
+            " since this run started; restore them, or choose another --config.out"
         )
 
 
 def _changed(
     stored: Mapping[str, Any], given: Mapping[str, Any]
 ) -> dict[str, tuple[Any, Any]]:
-    """Returns old and new values of the fields that differ and may not simply do so."""
+    """Returns old and new values of changed fields, except freely changeable ones."""
     found, defaults = {}, _json(TrainConfig())
     for name, value in given.items():
         old = stored.get(name, defaults[name])
@@ -527,7 +529,7 @@ def _json(config: TrainConfig) -> dict[str, Any]:
 
 
 def _gigabytes(tree) -> float:
-    """Returns what the first device holds of some arrays."""
+    """Returns the gigabytes of some arrays on the first device."""
     device = jax.local_devices()[0]
     return (
         sum(

@@ -364,7 +364,7 @@ def test_prompts_beyond_those_looked_at_are_reported_with_their_video(
         (["--config.sampler.negative_prompt=\ud800"], "negative_prompt: U+D800"),
         (["--config.prompt=a[99999999999s]"], "at most 1000000"),
         ([f"--config.frames={'9' * 400}"], "config.frames: got"),
-        ([f"--config.frames={10**8}"], "expected at most 10000000 latent frames"),
+        ([f"--config.frames={10**8}"], "must be at most 10000000 latent frames"),
         (["--config.seed=-1"], "config.seed=-1"),
     ],
 )

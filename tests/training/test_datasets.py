@@ -154,7 +154,7 @@ def test_prompts_without_a_switch_get_another_from_any_file(tmp_path, name, cont
         ("a.csv", "id,words\n1,a\n", "no column of prompts"),
         ("a.json", '[{"prompt": "a", "switch": "b"}, {"prompt": "c"}]', "1 of 2"),
         ("a.jsonl", '{"prompt": "a", "switch": "\\ud800"}\n', r"line 1: U\+D800"),
-        ("a.txt", "a\nb\0\n", "no text, or text in UTF-16"),
+        ("a.txt", "a\nb\0\n", "not text, or UTF-16 text"),
         ("a.txt", "a\nb\x07\n", r"line 2: U\+0007"),
         ("a.yaml", "- a\n- b\n", "YAML"),
         ("a.txt", "id,prompt\n1,a\n", "header of a table"),
