@@ -125,7 +125,8 @@ def test_several_headings_of_a_page_are_all_checked():
     )
 
     assert references(text)[2] == ("training/README.md", "D1")
-    assert problems(text) == ["cache/README.md has no heading 'D99'"]
+    (found,) = problems(text)
+    assert found.endswith("no heading 'D99'")
 
 
 @pytest.mark.parametrize(
