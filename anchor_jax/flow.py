@@ -26,7 +26,7 @@ def sigma_table(
       extra: whether one more step leads to `last`, which the table then leaves out.
       last: where the levels end, before the shift.
 
-    Source: algorithm.md 2.1.
+    Source: wan/README.md, "Noise levels".
     """
     grid = np.linspace(1.0, last, steps + extra)[:steps].astype(np.float32)
     return shift_sigma(grid, np.float32(shift)).astype(np.float32)
@@ -55,7 +55,7 @@ def nearest_entry(timestep: jax.Array, table: np.ndarray) -> jax.Array:
 def shift_timestep(timestep: jax.Array, shift: float) -> jax.Array:
     """Returns timesteps in [0, 1000] moved towards noise, for a shift over 1.
 
-    Source: algorithm.md 7.4.
+    Source: training/README.md, "Distribution matching".
     """
     if shift <= 1:
         return timestep
@@ -126,7 +126,7 @@ def few_step_levels(
       table: whether sigma is looked up in the 1000-entry table, as the official code
         does, rather than timestep / 1000.
 
-    Source: algorithm.md 2.2.
+    Source: wan/README.md, "Noise levels".
     """
     grid = np.append(sigma_table(shift) * np.float32(TRAIN_STEPS), np.float32(0))
     times = np.asarray(steps, np.float32)
@@ -205,7 +205,7 @@ GRIDS: dict[str, Callable[[int, float], Levels]] = {
 def training_weights(shift: float) -> np.ndarray:
     """Returns the table's loss weights, a bell around timestep 500; mean 1.
 
-    Source: algorithm.md 2.4. No stage of the method uses them.
+    Source: wan/README.md, "Noise levels". No stage of the method uses them.
     """
     return table_weights(sigma_table(shift))
 

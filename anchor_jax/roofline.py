@@ -216,7 +216,7 @@ class Conv:
 def decoder_layers(config: VaeConfig, grid: LatentGrid) -> Iterator[Conv]:
     """Yields the decoder's layers, for a latent frame that is not the first.
 
-    Source: algorithm.md, section 9.1 (Decoder).
+    Source: wan/README.md, "VAE decoder".
     """
     rows, columns, frames = grid.height, grid.width, 1
     top = config.base_dim * config.dim_mult[-1]

@@ -28,7 +28,7 @@ class Junction:
     `frames` are kept, from the clean pass. It is seen from block `c + span` on,
     where `c` is the first block under the new prompt.
 
-    Source: algorithm.md 8.1 (6), D3, D4, D7; rules `paper`.
+    Source: cache/README.md, "Junction", "D3", "D4", "D7"; rules `paper`.
     """
 
     frames: int = 3
@@ -64,7 +64,7 @@ class ReleaseJunction(Junction):
     Counts from the frame at which the switch was asked for, with a strict comparison,
     captures in every pass, and shows the prior junction from the third switch on.
 
-    Source: algorithm.md 4; rules `release`.
+    Source: cache/README.md, "Junction"; rules `release`.
     """
 
     keeps_prior = True
@@ -90,7 +90,7 @@ class TrainedJunction(ReleaseJunction):
 
     In a chunk that holds a switch its first block is captured, wherever the switch is.
 
-    Source: algorithm.md D3, D4, D7, D8; rules `release`.
+    Source: cache/README.md, "D3", "D4", "D7", "D8"; rules `release`.
     """
 
     keeps_prior = False
@@ -104,7 +104,7 @@ class TrainedJunction(ReleaseJunction):
 class PeriodicJunction(ReleaseJunction):
     """The release's single-prompt pipeline: captured anew every `every` blocks.
 
-    Source: algorithm.md 4.5, D6.
+    Source: cache/README.md, "Single prompt", "D6".
     """
 
     every: int = 6
@@ -134,7 +134,7 @@ class Recache:
     `zero_sink` it is emptied before, and seen as zeros from then on, as in the
     release's training.
 
-    Source: algorithm.md 5, D1.
+    Source: cache/README.md, "Re-cache"; training/README.md, "D1".
     """
 
     rewrite_sink: bool = False
@@ -254,7 +254,7 @@ class Policy:
         Up to the window's size it is everything, sink included. Beyond, the frames
         that fall on the protected sink would write nothing: only the local window.
 
-        Source: algorithm.md 5.2, D10, D15.
+        Source: cache/README.md, "Re-cache", "D10", "D15".
         """
         if not isinstance(self.on_switch, Recache) or start == 0:
             return None
@@ -548,7 +548,10 @@ def single_prompt(policy: Policy) -> Policy:
 
 
 def as_trained(policy: Policy) -> Policy:
-    """Returns the policy as the release's training has it (design-notes.md, table)."""
+    """Returns the policy as the release's training has it.
+
+    Source: cache/README.md, "Rules".
+    """
     junction, on_switch = policy.junction, policy.on_switch
     if isinstance(junction, Junction):
         junction = TrainedJunction(junction.frames)

@@ -41,7 +41,7 @@ class Relative:
     With `junction_start` this is tri-region RoPE; `cut` moves a scene cut's block to
     that position.
 
-    Source: algorithm.md 3.3; Anchor Forcing, Infinity-RoPE.
+    Source: cache/README.md, "Tri-region RoPE"; Anchor Forcing, Infinity-RoPE.
     """
 
     range: int = 21
@@ -69,7 +69,7 @@ class Relative:
 class Bounded(Relative):
     """As `Relative`, with the sink directly before the local window.
 
-    Source: design-notes.md, the paper's table 6 baseline (algorithm.md D25).
+    Source: the paper's table 6 baseline; cache/README.md, "Other RoPE rules", "D25".
     """
 
     def sink(self, index, frame, start, frames: int):

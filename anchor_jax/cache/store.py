@@ -44,7 +44,7 @@ def choose(plan: ReadPlan, junction: LayersKV, prior: LayersKV) -> LayersKV:
 def commit(stored: LayersKV, own: LayersKV, plan: WritePlan) -> LayersKV:
     """Returns the cache with a pass's keys and values in the slots of the plan.
 
-    No gradient flows through what is stored (algorithm.md D5).
+    No gradient flows through what is stored (training/README.md, "D5").
     """
     own = jax.lax.stop_gradient(own)
 

@@ -443,7 +443,7 @@ def convert_lora(
     """Returns the adapters under our names, with alpha / rank multiplied into `b`.
 
     So an adapted layer adds x a b, without a factor. Source: LoRA (arXiv:2106.09685),
-    section 4.1; algorithm.md, section 6.4.
+    section 4.1; wan/README.md, "LoRA".
     """
     lazy = convert_lora_lazily(source, rules, alpha, expected)
     return jax.tree.map(lambda leaf: leaf.load(), lazy)

@@ -1,6 +1,6 @@
 """The tables: official parameter names and ours, network by network.
 
-Source of the official names: algorithm.md, sections 1.8, 6.4, 9.1 and 9.2; those ending
+Source of the official names: porting/README.md, "Names"; those ending
 in `_DIFFUSERS` and `_TRANSFORMERS` are of these libraries.
 """
 

@@ -373,7 +373,7 @@ def plain_names(
     """Returns arrays named without what wrappers add, and what was removed.
 
     Fragments of sharding and compiling go wherever they are; a start goes if all names
-    have it. Source: algorithm.md, section 6.5.
+    have it. Source: porting/README.md, "Names".
 
     Raises:
       UserError: Two names become one.

@@ -42,7 +42,7 @@ class Distill:
       shift: moves the loss's noise levels towards noise.
       batch: videos.
 
-    Source: algorithm.md 7.2 to 7.5.
+    Source: training/README.md, "The losses, exactly", "Sequences and chunks".
     """
 
     setup: StreamSetup

@@ -20,7 +20,7 @@ from anchor_jax.wan.spec import ModelConfig
 class Tables:
     """How timesteps become noise levels: exactly, as sigma = t / 1000.
 
-    Source: algorithm.md D12; rules `paper`.
+    Source: training/README.md, "D12"; rules `paper`.
     """
 
     def noising(self, timestep: jax.Array) -> jax.Array:
@@ -36,7 +36,7 @@ class Tables:
 class ReleaseTables(Tables):
     """Looked up in 1000-entry tables, those of the scores shifted otherwise.
 
-    Source: algorithm.md D12; rules `release`.
+    Source: training/README.md, "D12"; rules `release`.
     """
 
     shift: float = 5.0
@@ -129,7 +129,8 @@ def distribution_matching(
       real: the teacher, its variables, the prompts' and the negative embeddings.
       guidance: real = with + guidance (with - without).
 
-    Source: DMD (arXiv:2311.18828) equation 7; algorithm.md 7.4, D23.
+    Source: DMD (arXiv:2311.18828) equation 7; training/README.md, "Distribution
+    matching", "D23".
     """
     latents, noise = jax.lax.stop_gradient((latents, noise))
     sigma = fake[0].tables.noising(timestep)
@@ -181,7 +182,7 @@ def score_flow(
       embedding: the prompts'.
       mask: [frame] whether a frame has a loss.
 
-    Source: DMD2 (arXiv:2405.14867) section 3; algorithm.md 7.5.
+    Source: DMD2 (arXiv:2405.14867) section 3; training/README.md, "Critic".
     """
     latents = jax.lax.stop_gradient(latents)
     sigma = score.tables.noising(timestep)
@@ -204,7 +205,8 @@ def clean_regression(
       timestep: [batch, frame]; frames at 0 are left out.
       weight: [batch, frame], of the others; None: all count the same.
 
-    Source: CausVid (arXiv:2412.07772) equation 6; algorithm.md 7.1.
+    Source: CausVid (arXiv:2412.07772) equation 6; training/README.md, "Endpoint
+    regression".
     """
     error = jnp.mean(jnp.square(x0 - target), axis=(2, 3, 4))
     counted = timestep != 0
@@ -219,7 +221,7 @@ def flow_matching(predicted, target, weight=None) -> jax.Array:
       target: like it; noise - x of data, or a teacher's flow.
       weight: [batch, frame], of the frames; None: all count the same.
 
-    Source: flow matching (arXiv:2210.02747); algorithm.md 2.
+    Source: flow matching (arXiv:2210.02747); training/README.md, "Flow matching".
     """
     error = jnp.mean(jnp.square(predicted - target), axis=(2, 3, 4))
     return jnp.mean(error) if weight is None else weighted_mean(error, weight)

@@ -93,7 +93,7 @@ def read_config(config) -> TrajectoryConfig:
 def make_setup(config: TrajectoryConfig, bundle: Bundle) -> StreamSetup:
     """Returns the teacher's sampler: whole clips, Euler, guidance.
 
-    Source: algorithm.md 7.1.
+    Source: training/README.md, "Trajectories".
     """
     model = bundle.model
     return StreamSetup(

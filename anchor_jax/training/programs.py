@@ -125,7 +125,8 @@ class DistillStage:
     def advance(self, state: TrainState, cursor: Cursor, step: int):
         """Returns state, cursor and what to watch, one step later.
 
-        Both gradients are of the parameters before the step (algorithm.md 7.3.4).
+        Both gradients are of the parameters before the step (training/README.md,
+        "Steps").
         """
         watch, gradient = {}, None
         with jax.set_mesh(self.mesh):

@@ -51,9 +51,9 @@ class Regression:
       guidance: target = without + guidance (with - without).
       kernel: of attention.
 
-    Source: algorithm.md 7.1; teacher forcing and noise levels per block as in
-    `dit_causal_nocache`, Diffusion Forcing (arXiv:2407.01392); guidance distillation,
-    first stage of arXiv:2210.03142.
+    Source: training/README.md, "Flow matching", "Who sees whom"; teacher forcing and
+    noise levels per block as in `dit_causal_nocache`, Diffusion Forcing
+    (arXiv:2407.01392); guidance distillation, first stage of arXiv:2210.03142.
     """
 
     model: ModelConfig

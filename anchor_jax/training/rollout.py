@@ -51,7 +51,8 @@ class Turn:
 class Chunk:
     """New blocks of a sequence, and what their gradient needs.
 
-    Blocks before a prompt switch have no gradient (algorithm.md 7.3.3).
+    Blocks before a prompt switch have no gradient (training/README.md, "Blocks of a
+    chunk").
 
     Attributes:
       latents: [batch, frame, height, width, channel], of all blocks.
@@ -154,7 +155,7 @@ def pull_back(
 ):
     """Returns the gradient by `trainable` of a loss on a chunk's latents.
 
-    Cached keys and values are constants (algorithm.md D5).
+    Cached keys and values are constants (training/README.md, "D5").
 
     Args:
       trainable: collections of the generator with a gradient.
@@ -202,7 +203,7 @@ def window(
       latents: the chunk's.
       renew: (latents up to a frame) -> that frame as a clip's first latent.
 
-    Source: algorithm.md 7.3.2.
+    Source: training/README.md, "The window of the loss".
     """
     frames, new = previous.shape[1], latents.shape[1]
     mask = np.arange(frames) >= frames - new
@@ -216,7 +217,7 @@ def window(
 def renew_last(params, latents: jax.Array, *, codec) -> jax.Array:
     """Returns the last frame of a clip, encoded alone as a clip's first latent.
 
-    As though the clip began a video (algorithm.md 7.3.2).
+    As though the clip began a video (training/README.md, "The window of the loss").
 
     Args:
       params: the codec's parameters.

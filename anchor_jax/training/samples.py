@@ -212,7 +212,7 @@ def _setup(config: TrainConfig, prepared: Prepared, script: Script) -> StreamSet
     stage, method = prepared.stage.stage, _method(config)
     policy = _policy(method, script)
     if isinstance(prepared.stage, DistillStage):
-        # Only training has noise in the clean pass (algorithm.md D11).
+        # Only training has noise in the clean pass (training/README.md, "D11").
         return dataclasses.replace(stage.setup, policy=policy, floor=0.0)
     return StreamSetup(
         model=stage.model,

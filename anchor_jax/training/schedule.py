@@ -1,6 +1,6 @@
 """Sequences and their chunks, as integers: what is generated when, under which prompt.
 
-Source: algorithm.md 7.3.
+Source: training/README.md, "Sequences and chunks".
 """
 
 import dataclasses
@@ -107,7 +107,7 @@ class Plan:
 
         A generator update takes a chunk of its own, after every few of the critic's;
         all chunks have their turn where the two numbers have no divisor in common
-        (algorithm.md 7.3.4).
+        (training/README.md, "Steps").
 
         Args:
           every: chunks of the critic to one of the generator.

@@ -216,7 +216,7 @@ def _negative(bundle, prompt: str, share: Share) -> np.ndarray:
 def _trajectories(data, bundle, share: Share, section, folder) -> Batches:
     """Stored states of a teacher's way from noise, each block at a level of its own.
 
-    Source: algorithm.md 7.1.
+    Source: training/README.md, "Trajectories".
     """
     from anchor_jax.training.trajectories import Trajectories
 

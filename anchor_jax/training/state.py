@@ -30,7 +30,7 @@ class Optimizer:
       decay: share of all steps in which the rate falls linearly to 0.
       muon_factor: of the matrices.
 
-    Source: algorithm.md 7, table; Muon (arXiv:2502.16982).
+    Source: training/README.md, "Optimizers"; Muon (arXiv:2502.16982).
     """
 
     name: str = "adamw"
@@ -126,7 +126,7 @@ class Ema:
       start: trainer step from which there is one; it begins as the parameters then.
       warm: whether the share is at first smaller, (1 + n) / (10 + n) after n updates.
 
-    Source: algorithm.md 7, table.
+    Source: training/README.md, "Optimizers".
     """
 
     decay: float = 0.99

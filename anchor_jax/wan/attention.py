@@ -113,7 +113,7 @@ def block_causal(blocks: tuple[int, ...], window: int | None = None) -> Spans:
       window: if given, keys earlier than this many frames before the block's end
         are not seen.
 
-    Source: algorithm.md 7.1.
+    Source: training/README.md, "Who sees whom".
     """
     spans, first = [], 0
     for size in blocks:

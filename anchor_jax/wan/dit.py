@@ -24,7 +24,7 @@ from anchor_jax.wan.spec import ModelConfig
 class Block(nn.Module):
     """One transformer block.
 
-    Source: algorithm.md 1.4.
+    Source: wan/README.md, "Transformer block".
     """
 
     config: ModelConfig
@@ -65,7 +65,7 @@ class Block(nn.Module):
 class Head(nn.Module):
     """Modulated projection to the patch's latent channels.
 
-    Source: algorithm.md 1.6.
+    Source: wan/README.md, "Head".
     """
 
     config: ModelConfig
@@ -191,7 +191,7 @@ def unpatchify(
 ) -> jax.Array:
     """Returns latents [batch, frame, height, width, channel] of the head's output.
 
-    Source: algorithm.md 1.7; the channel is the fastest index of a token.
+    Source: wan/README.md, "Unpatchify"; the channel is the fastest index of a token.
     """
     return rearrange(
         y,

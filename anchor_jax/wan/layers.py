@@ -12,7 +12,7 @@ class Dense(nn.Module):
 
     y = x W + b + (x A) B, with the update's scale folded into B.
 
-    Source: algorithm.md 6.4; LoRA (arXiv:2106.09685).
+    Source: wan/README.md, "LoRA"; LoRA (arXiv:2106.09685).
     """
 
     features: int
@@ -43,7 +43,7 @@ class Dense(nn.Module):
 class RmsNorm(nn.Module):
     """Root-mean-square norm over the last axis; rounds before the weight.
 
-    Source: algorithm.md 1.4.
+    Source: wan/README.md, "Transformer block".
     """
 
     eps: float

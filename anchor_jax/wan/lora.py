@@ -12,7 +12,7 @@ from flax import traverse_util
 def is_target(path: tuple[str, ...]) -> bool:
     """Returns whether a parameter takes an update: every matrix inside the blocks.
 
-    Source: algorithm.md 6.4.
+    Source: wan/README.md, "LoRA".
     """
     return path[0] in ("blocks", "context") and path[-1] == "kernel"
 

@@ -23,7 +23,7 @@ class Rotary:
 def axis_pairs(head_dim: int) -> tuple[int, int, int]:
     """Returns how many of the head's pairs turn with time, height and width.
 
-    Source: algorithm.md 1.5; 22, 21 and 21 for a head of 128.
+    Source: wan/README.md, "RoPE"; 22, 21 and 21 for a head of 128.
     """
     pairs = head_dim // 2
     side = pairs // 3
@@ -67,7 +67,7 @@ def rotary(
       head_dim: channels of one attention head.
       theta: base of the frequencies; each axis has a spectrum of its own.
 
-    Source: algorithm.md 1.5.
+    Source: wan/README.md, "RoPE".
     """
     rows, columns = tokens
     time, high, wide = axis_pairs(head_dim)
@@ -121,7 +121,7 @@ def timestep_sinusoid(timestep: jax.Array, dim: int) -> jax.Array:
     The whole part of the timestep (in [0, 1000]) is looked up exactly, the rest,
     below 1, is small enough for float32.
 
-    Source: algorithm.md 1.2, cosines first.
+    Source: wan/README.md, "Forward pass", cosines first.
     """
     freq = frequencies(dim // 2)
     whole = jnp.floor(timestep)

@@ -57,7 +57,7 @@ def relative_bucket(
     half of the buckets holds one distance each; the others grow as the logarithm, and
     the last one takes everything from near `max_distance` on.
 
-    Source: T5 (arXiv:1910.10683), section 2.1; algorithm.md, section 9.2.
+    Source: T5 (arXiv:1910.10683), section 2.1; wan/README.md, "Text encoder".
     """
     half, exact = num_buckets // 2, num_buckets // 4
     distance = np.asarray(distance)
@@ -108,8 +108,8 @@ class Umt5Norm(nn.Module):
 class Umt5Attention(nn.Module):
     """Self-attention without the usual division by the root of the head width.
 
-    Source: algorithm.md, section 9.2. Weights start as in T5: the missing division is
-    in the scale of q.
+    Source: wan/README.md, "Text encoder". Weights start as in T5: the missing division
+    is in the scale of q.
     """
 
     config: TextConfig
@@ -198,7 +198,7 @@ class Umt5Encoder(nn.Module):
     `blocks/bias` and `blocks/output` (layers leading), and `encoded`, the output before
     padded rows are zeroed.
 
-    Source: algorithm.md, section 9.2; mT5 (arXiv:2010.11934), UniMax
+    Source: wan/README.md, "Text encoder"; mT5 (arXiv:2010.11934), UniMax
     (arXiv:2304.09151).
     """
 

@@ -168,7 +168,7 @@ def _shortened(text: str) -> str:
 def clean_prompt(text: str) -> str:
     """Returns the prompt with broken text mended and runs of whitespace made one space.
 
-    Case is kept. Source: algorithm.md, section 9.2 (cleaning mode "whitespace").
+    Case is kept. Source: wan/README.md, "Tokenizer".
     """
     # Neither of the two changes printable ASCII without entities, and both are slow.
     if text.isascii() and text.isprintable() and "&" not in text:

@@ -144,7 +144,7 @@ class CausalConv(nn.Module):
     """A convolution over time and space that sees no later frame.
 
     Space is padded to keep its size; in time the frames before are given. Source:
-    algorithm.md, section 9.1 (CausalConv3d).
+    wan/README.md, "VAE layers".
     """
 
     config: VaeConfig
@@ -181,7 +181,7 @@ class ChannelNorm(nn.Module):
     """Scales each pixel's channels to a root mean square of one, then by `scale`.
 
     Computed in float32; the original computes in the activations' type. Source:
-    algorithm.md, section 9.1 (RMS_norm).
+    wan/README.md, "VAE layers".
     """
 
     config: VaeConfig
@@ -208,7 +208,7 @@ def _pointwise(config: VaeConfig, features: int, name: str | None = None) -> nn.
 class ResidualBlock(nn.Module):
     """Two norm-SiLU-convolution steps around a shortcut.
 
-    Source: algorithm.md, section 9.1 (ResidualBlock).
+    Source: wan/README.md, "VAE layers".
     """
 
     config: VaeConfig
@@ -233,7 +233,7 @@ class ResidualBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Single-head attention among the pixels of each frame.
 
-    Source: algorithm.md, section 9.1 (AttentionBlock).
+    Source: wan/README.md, "VAE layers".
     """
 
     config: VaeConfig
@@ -259,7 +259,7 @@ class AttentionBlock(nn.Module):
 class Downsample(nn.Module):
     """Halves height and width, and with `temporal` also the frames after the first.
 
-    Source: algorithm.md, section 9.1 (downsample2d, downsample3d).
+    Source: wan/README.md, "VAE layers", "VAE time".
     """
 
     config: VaeConfig
@@ -292,8 +292,8 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Doubles height and width and halves channels; with `temporal` doubles the frames.
 
-    The first frame of a stream stays one. Source: algorithm.md, section 9.1
-    (upsample2d, upsample3d).
+    The first frame of a stream stays one. Source: wan/README.md, "VAE layers", "VAE
+    time".
     """
 
     config: VaeConfig
@@ -396,7 +396,7 @@ def _named(prefix: str, layers) -> list[tuple[str, nn.Module]]:
 class Encoder(Trunk):
     """Pixels to the parameters of the latent distribution, before the last mixing.
 
-    Source: algorithm.md, section 9.1 (Encoder).
+    Source: wan/README.md, "VAE encoder".
     """
 
     def setup(self):
@@ -422,7 +422,7 @@ class Encoder(Trunk):
 class Decoder(Trunk):
     """Latents to pixels, after the first mixing.
 
-    Source: algorithm.md, section 9.1 (Decoder).
+    Source: wan/README.md, "VAE decoder".
     """
 
     def setup(self):
@@ -457,7 +457,7 @@ class WanVae(nn.Module):
     passes None, and compiles apart from the others. However long the piece, one latent
     frame at a time is in memory between the layers.
 
-    Source: algorithm.md, section 9.1; Wan (arXiv:2503.20314), section 4.1.
+    Source: wan/README.md, "VAE"; Wan (arXiv:2503.20314), section 4.1.
     """
 
     config: VaeConfig

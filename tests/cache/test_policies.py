@@ -1,8 +1,8 @@
 """Frames seen and RoPE positions of every pass, against two simulations.
 
 `Buffer` follows the released code: rows written in place and rolled when full
-(algorithm.md 3.2 to 4.3). `Paper` follows the paper's sets of frames (8.1). Neither
-knows anything of slots, cursors or plans.
+(cache/README.md, "Junction", "Re-cache"). `Paper` follows the paper's sets of frames
+(cache/README.md, "Junction"). Neither knows anything of slots, cursors or plans.
 """
 
 import dataclasses

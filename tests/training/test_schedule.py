@@ -1,4 +1,4 @@
-"""Sequences as integers, against the timeline of algorithm.md 7.3 and 10.4."""
+"""Sequences as integers: training/README.md, "Sequences and chunks"."""
 
 import pytest
 
