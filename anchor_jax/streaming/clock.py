@@ -1,4 +1,4 @@
-"""When the blocks of a stream start, and at which of them prompts take effect."""
+"""Computes where blocks start and where prompt switches take effect."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from anchor_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Clock:
-    """The next block's first latent frame, of the video and since a restart."""
+    """The next block's first latent frame, and the frame of the last restart."""
 
     frame: int = 0
     origin: int = 0
@@ -29,7 +29,7 @@ class Clock:
 
 
 def landings(requested: Sequence[int], block: int) -> tuple[int, ...]:
-    """Returns the frames at which switches take effect: at most one a block."""
+    """Returns the frames at which switches take effect: at most one per block."""
     landed, free = [], 0
     for frame in requested:
         free = max(free, -(-frame // block) * block)

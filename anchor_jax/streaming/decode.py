@@ -1,4 +1,4 @@
-"""Latents to pixels, block by block, with the decoder's state passed along."""
+"""Decodes latents to pixels block by block; the decoder's state is explicit."""
 
 import functools
 
@@ -10,11 +10,12 @@ import jax.numpy as jnp
 def decode(params, state, latents: jax.Array, *, codec):
     """Returns a stream's next frames, uint8 RGB, and the decoder's next state.
 
-    Two programs: the first latents make 4k - 3 frames of k, all others 4k.
+    Two programs are compiled: the first k latent frames make 4k - 3 pixel frames, later
+    ones make 4k.
 
     Args:
       params: the codec's parameters.
-      state: of the previous call; None at the start of a video.
+      state: the state of the previous call, or None at the start of a video.
       latents: [batch, k, height, width, channel].
       codec: static, e.g. `anchor_jax.world.codec.LinearCodec()`.
     """
@@ -24,10 +25,10 @@ def decode(params, state, latents: jax.Array, *, codec):
 
 @functools.partial(jax.jit, static_argnames="codec", donate_argnames="state")
 def decode_next(params, state, latents: jax.Array, *, codec):
-    """Returns what `decode` does, and writes the next state over the one given.
+    """Like `decode`, but donates `state`, which saves a copy.
 
-    For a stream that never returns to an earlier state: the arrays of `state` are
-    deleted by the call, and a copy of them is saved.
+    Use it in streams that never return to an earlier state: the call deletes the arrays
+    of `state`.
     """
     return decode(params, state, latents, codec=codec)
 
@@ -40,13 +41,13 @@ def to_bytes(pixels: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="codec")
 def renew(params, state, blocks: tuple[jax.Array, ...], *, codec):
-    """Returns the last blocks as the first ones of a new video, joined and apart.
+    """Returns the last blocks as the start of a new video, joined and as a tuple.
 
-    The last pixel frame of their first latent is encoded again, alone.
+    The last pixel frame of the first latent frame is encoded again as a single frame.
 
     Args:
       params: the codec's parameters.
-      state: the decoder's, before the first of these blocks.
+      state: the decoder's state before the first of these blocks.
       blocks: latents [batch, block, height, width, channel] in order.
       codec: static.
 

@@ -1,4 +1,4 @@
-"""A recipe: all that is needed to make a video again, and to tell whether it is."""
+"""A recipe: everything needed to make a video again and to verify the result."""
 
 import dataclasses
 import functools
@@ -48,7 +48,7 @@ from anchor_jax.weights.bundle import Bundle
 FORMAT_VERSION = 1
 MAX_BATCH = 1024
 REMEDY = "copy it again, or give a file that anchor-jax sample wrote"
-"""What to do about a file that is no recipe."""
+"""Remedy in messages on files that are not recipes."""
 
 _PARTS = {
     kind.__name__: kind
@@ -71,10 +71,10 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 @dataclasses.dataclass(frozen=True)
 class Switch:
-    """A prompt, the latent frame it was asked for at, and the one it took effect at.
+    """A prompt with its requested switch frame and the frame where it took effect.
 
-    Of a switch still to come, `landed` is the first frame it may take effect at; None
-    is the one it was asked for at.
+    For a pending switch, `landed` is the first frame at which it may take effect. None
+    means the requested frame.
     """
 
     prompt: str
@@ -90,20 +90,20 @@ class Switch:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """All that defines a video, as read from a file and checked.
+    """The checked definition of a video.
 
     Attributes:
-      setup: what is static about the stream.
-      seed: of the noise.
-      negative_prompt: what guidance leads away from.
-      batch: how many videos are made side by side.
+      setup: the static setup of the stream.
+      seed: random seed of the noise.
+      negative_prompt: negative prompt of the guidance.
+      batch: number of videos generated together.
       frames: length in latent frames.
-      prompts: in the order in which they took effect.
-      fingerprint: what else the bits depend on, on the machine that made it.
-      blocks: SHA-256 of each block's pixels, or nothing.
-      weights: the name or path that its config gave, or None.
-      lora: what its config did with adapters.
-      text_encoder: where its config kept the text encoder.
+      prompts: prompts in the order in which they took effect.
+      fingerprint: other factors that determine the bits, such as versions and device.
+      blocks: SHA-256 of each block's pixels, or empty.
+      weights: name or path of the weights in the config, or None.
+      lora: treatment of adapters in the config.
+      text_encoder: placement of the text encoder in the config.
     """
 
     setup: StreamSetup
@@ -119,7 +119,7 @@ class Recipe:
     text_encoder: str = "device"
 
     def shortened(self, frames: int) -> "Recipe":
-        """Returns the recipe of the first latent frames; whole blocks."""
+        """Returns the recipe of the first `frames` latent frames (whole blocks)."""
         return dataclasses.replace(
             self,
             frames=frames,
@@ -131,10 +131,10 @@ class Recipe:
         """Returns the same video up to a latent frame, then another prompt.
 
         Args:
-          frame: at which the prompt is asked for; it takes effect at the first block
+          frame: the requested switch frame. The prompt takes effect at the first block
             that starts there or later. Later prompts are dropped.
-          prompt: what to show.
-          frames: length in latent frames; whole blocks.
+          prompt: the new prompt.
+          frames: length in latent frames (whole blocks).
         """
         block = self.setup.policy.block
         landed = -(-frame // block) * block
@@ -145,7 +145,7 @@ class Recipe:
 
 
 def describe(value: Any) -> Any:
-    """Returns a tree of dataclasses as plain values; `kind` names each one's class."""
+    """Returns a tree of dataclasses as plain values; `kind` holds the class name."""
     if isinstance(value, tuple | list):
         return [describe(item) for item in value]
     if not dataclasses.is_dataclass(value):
@@ -155,7 +155,7 @@ def describe(value: Any) -> Any:
 
 
 def fingerprint(bundle: Bundle) -> dict[str, str]:
-    """Returns what the bits of a video depend on besides its recipe."""
+    """Returns the factors besides the recipe that determine a video's bits."""
     config, device = jax.config, jax.devices()[0]
     return {
         "anchor_jax": f"{anchor_jax.__version__} {_source()}",
@@ -175,7 +175,7 @@ def fingerprint(bundle: Bundle) -> dict[str, str]:
 
 @functools.cache
 def _source() -> str:
-    """Returns a digest of the package's own sources: a version is many commits."""
+    """Returns a digest of the package's sources; one version has many commits."""
     package = pathlib.Path(anchor_jax.__file__).parent
     total = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
@@ -185,7 +185,7 @@ def _source() -> str:
 
 @functools.cache
 def _processor() -> str:
-    """Returns the processor's name, as far as the system tells it."""
+    """Returns the processor's name if the system reports it."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
@@ -195,7 +195,7 @@ def _processor() -> str:
 
 
 def differences(then: Mapping[str, str], now: Mapping[str, str]) -> tuple[str, ...]:
-    """Returns a line for each item in which two fingerprints differ."""
+    """Returns one line for each entry in which two fingerprints differ."""
     return tuple(
         f"{name}: {shown(then.get(name, 'unknown'))} then,"
         f" {shown(now.get(name, 'unknown'))} now"
@@ -210,10 +210,10 @@ def digest(pixels: np.ndarray) -> str:
 
 
 def load_recipe(path: str | os.PathLike) -> Recipe:
-    """Returns the recipe in a JSON file that may hold anything.
+    """Returns the recipe in an untrusted JSON file.
 
     Raises:
-      UserError: It cannot be read, or a field of it is wrong.
+      UserError: The file cannot be read, or a field is wrong.
     """
     path = pathlib.Path(path)
     try:
@@ -225,19 +225,19 @@ def load_recipe(path: str | os.PathLike) -> Recipe:
         ) from error
     if len(content) > _LONGEST_FILE:
         raise UserError(
-            f"{path} has more than {_LONGEST_FILE} bytes, so it is no recipe; give the"
-            " .json beside a video"
+            f"{path} has more than {_LONGEST_FILE} bytes, so it is not a recipe; give"
+            " the .json beside a video"
         )
     return parse_recipe(parse_json(content, str(path), REMEDY), str(path))
 
 
 def parse_recipe(given: Mapping[str, Any], where: str) -> Recipe:
-    """Returns the recipe of plain values that may be anything.
+    """Returns a checked recipe from untrusted plain values.
 
     Args:
-      given: as `Session.recipe` returns it; other fields are left alone, but for
-        `blocks` and `config.weights`.
-      where: what messages call it.
+      given: values as `Session.recipe` returns them, and optionally `blocks` and
+        `config`. Other fields are ignored.
+      where: the name of the source in messages.
 
     Raises:
       UserError: A field is missing or wrong.
@@ -246,7 +246,7 @@ def parse_recipe(given: Mapping[str, Any], where: str) -> Recipe:
     if version != FORMAT_VERSION or isinstance(version, bool):
         raise UserError(
             f"{where}: format_version={shown(version)}, expected {FORMAT_VERSION};"
-            " use the version of anchor_jax that wrote it, or make the video anew"
+            " use the version of anchor_jax that wrote it, or make the video again"
         )
     names = {field.name for field in dataclasses.fields(Recipe)}
     known = {name: given[name] for name in names & given.keys()}
@@ -272,7 +272,7 @@ def parse_recipe(given: Mapping[str, Any], where: str) -> Recipe:
 
 
 def _setup(given: Any, where: str) -> StreamSetup:
-    """Returns a setup whose parts go together, of plain values."""
+    """Returns a setup from plain values, after checking that its parts fit."""
     setup = rebuild(given, where)
     if not isinstance(setup, StreamSetup):
         raise UserError(f"{where}: got {shown(given)}, expected a StreamSetup")
@@ -282,14 +282,16 @@ def _setup(given: Any, where: str) -> StreamSetup:
         setup.grid.tokens(setup.model.patch)
         tables = setup.solver.coefficients(setup.levels)
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-        raise UserError(f"{where}: its parts do not go together: {error}") from error
+        raise UserError(f"{where}: its parts do not fit together: {error}") from error
     if not all(np.isfinite(table).all() for table in tables.values()):
-        raise UserError(f"{where}.levels: {setup.solver} makes no finite steps of them")
+        raise UserError(
+            f"{where}.levels: {setup.solver} has non-finite coefficients for them"
+        )
     for name, most in (("guidance", math.inf), ("floor", 1)):
         value = getattr(setup, name)
         if not 0 <= value <= most or value == math.inf:
             raise UserError(
-                f"{where}.{name}={value}: expected 0 or more, at most {most}"
+                f"{where}.{name}={value}: must be finite and from 0 to {most}"
             )
     reason = setup.kernel and setup.kernel.refuses(
         setup.model.dtype, setup.model.head_dim
@@ -300,10 +302,10 @@ def _setup(given: Any, where: str) -> StreamSetup:
 
 
 def parse_switches(given: Any, where: str) -> tuple[Switch, ...]:
-    """Returns prompts with their frames, each checked by itself.
+    """Returns prompts with their frames, each checked on its own.
 
     Raises:
-      UserError: One is not what a `Switch` is.
+      UserError: An entry is not a valid `Switch`.
     """
     _check_list(where, given)
     read = []
@@ -322,7 +324,7 @@ def parse_switches(given: Any, where: str) -> tuple[Switch, ...]:
 
 
 def check_prompt(prompt: str, where: str) -> None:
-    """Raises UserError unless it is text that a prompt can be."""
+    """Raises UserError unless a value is a valid prompt."""
     if not isinstance(prompt, str):
         raise UserError(
             f"{where} is {shown(prompt)}, expected text; write what to show"
@@ -330,16 +332,16 @@ def check_prompt(prompt: str, where: str) -> None:
     if not prompt.strip() or len(prompt) > MAX_PROMPT_CHARACTERS:
         raise UserError(
             f"{where}: got {len(prompt)} characters, expected from 1 to"
-            f" {MAX_PROMPT_CHARACTERS}, not all blank; write what to show"
+            f" {MAX_PROMPT_CHARACTERS}, not only blanks; write what to show"
         )
     check_text(prompt, where)
 
 
 def rebuild(value: Any, where: str, depth: int = 0) -> Any:
-    """Returns what `describe` described; classes come from a table of names.
+    """Returns the inverse of `describe`; only classes in a fixed table are made.
 
     Raises:
-      UserError: It names an unknown class, or a field does not fit.
+      UserError: A class is unknown, or a field does not fit.
     """
     if depth > _DEEPEST:
         raise UserError(f"{where[:80]}: nested more than {_DEEPEST} deep")
@@ -378,7 +380,7 @@ def _rebuild_part(value: Mapping[str, Any], where: str, depth: int) -> Any:
 
 
 def _check_choices(kind: type, given: Mapping[str, Any], where: str) -> None:
-    """Raises unless a field that takes one of several classes has one of these."""
+    """Raises UserError unless fields of a union type have one of its classes."""
     hints = typing.get_type_hints(kind) | {"kernel": Any}
     if kind is StreamSetup:
         hints["kernel"] = typing.Union[(*map(type, KERNELS.values()), types.NoneType)]
@@ -408,11 +410,11 @@ def _check_levels(levels: Levels, where: str) -> None:
     numbers = (*levels.timestep, *levels.sigma)
     fit = len(levels.timestep) == len(levels.sigma) > 0
     fit = fit and all(type(one) in (int, float) and one >= 0 for one in numbers)
-    # A timestep that is cut to a whole number may be 0, a noise level may not.
+    # A timestep that is truncated to an integer may be 0; a noise level may not.
     if not fit or 0 in levels.sigma:
         raise UserError(
-            f"{where}: expected as many numbers in timestep as in sigma, not below 0,"
-            f" and of sigma above 0; got {shown(levels.timestep)} and"
+            f"{where}: timestep and sigma must be equally many numbers, timestep at"
+            f" least 0 and sigma more than 0; got {shown(levels.timestep)} and"
             f" {shown(levels.sigma)}"
         )
 
@@ -424,7 +426,7 @@ def _check_numbers(recipe: Recipe, where: str) -> None:
     _check_range(f"{where}: frames", recipe.frames, 1, MAX_FRAMES)
     if recipe.frames % block:
         raise UserError(
-            f"{where}: frames={recipe.frames}: expected a multiple of the block of"
+            f"{where}: frames={recipe.frames}: must be a multiple of the block size"
             f" {block}"
         )
     if len(recipe.negative_prompt) > MAX_PROMPT_CHARACTERS:
@@ -441,20 +443,20 @@ def _check_numbers(recipe: Recipe, where: str) -> None:
 
 
 def _check_prompts(recipe: Recipe, where: str) -> None:
-    """Raises unless the prompts took effect one a block, from the first frame on."""
+    """Raises UserError unless prompts start at 0 and then at later blocks."""
     block, landed = recipe.setup.policy.block, [one.landed for one in recipe.prompts]
     for number, one in enumerate(recipe.prompts):
         name = f"{where}: prompts[{number}].landed"
         if one.landed is None or one.landed % block or one.landed < one.requested:
             raise UserError(
-                f"{name}={one.landed}: expected a multiple of the block of {block}, not"
-                f" before it was asked for, at {one.requested}"
+                f"{name}={one.landed}: must be a multiple of the block size {block},"
+                f" at least the requested frame {one.requested}"
             )
     falls = [b <= a for a, b in itertools.pairwise(landed)]
     if not landed or landed[0] or any(falls) or landed[-1] >= recipe.frames:
         raise UserError(
-            f"{where}: prompts landed at {shown(landed)}, expected frames that rise"
-            f" from 0 and stay below frames={recipe.frames}"
+            f"{where}: prompts landed at {shown(landed)}, expected increasing frames"
+            f" that start at 0 and stay below frames={recipe.frames}"
         )
 
 
@@ -473,7 +475,7 @@ def _check_fingerprint(recipe: Recipe, where: str) -> None:
 def _check_range(name: str, value: Any, least: int, most: int) -> None:
     if type(value) is not int or not least <= value <= most:
         raise UserError(
-            f"{name}={shown(value)}: expected a whole number from {least} to {most}"
+            f"{name}={shown(value)}: must be an integer from {int(least)} to {most}"
         )
 
 

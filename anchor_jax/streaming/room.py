@@ -1,4 +1,4 @@
-"""How much memory a stream takes, computed before any of it is taken."""
+"""Computes how much memory a stream needs, before anything is allocated."""
 
 import dataclasses
 import math
@@ -14,9 +14,9 @@ from anchor_jax.errors import UserError
 from anchor_jax.streaming.types import StreamSetup
 
 MOST_FRAMES = 4096
-"""Latent frames that a stream may see at once, or make at once: 17 minutes."""
+"""Largest window and block in latent frames: 17 minutes."""
 MOST_LEVELS = 1024
-"""Noise levels of a sampler."""
+"""Largest number of noise levels of a sampler."""
 
 _PIXELS = 8 * 8 * 4 * 3  # values of a latent place and frame, decoded
 _CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -24,12 +24,12 @@ _CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """Bytes that a stream takes at least, and what makes them many.
+    """Minimum memory of a stream in bytes, by part.
 
     Attributes:
       cache: keys and values of past frames.
-      context: those of the prompt.
-      latents: clean latents that are kept, and the noise of a block.
+      context: keys and values of the prompt.
+      latents: stored clean latents, and the noise of a block.
       pixels: a decoded block.
     """
 
@@ -44,16 +44,16 @@ class Need:
 
     @property
     def lower(self) -> str:
-        """The fields to lower, those of the largest part first."""
+        """The fields to reduce, with those of the largest part first."""
         if self.cache >= max(self.latents, self.pixels):
             return "window, size or batch"
         return "block, size, batch or the number of noise levels"
 
 
 def need(setup: StreamSetup, batch: int = 1) -> Need:
-    """Returns the memory that a stream needs. Nothing is allocated.
+    """Returns the memory that a stream needs, without allocating it.
 
-    Weights and what a pass computes on its way come on top.
+    Weights and activations are not included.
     """
     model, policy = setup.model, setup.policy
     rows_cols = setup.tokens
@@ -67,7 +67,7 @@ def need(setup: StreamSetup, batch: int = 1) -> Need:
         len(setup.levels) * policy.block * _itemsize(setup.solver.dtype(model.dtype))
     )
     recent = setup.recent * _itemsize(model.dtype)
-    # A block that is not remembered leaves no keys and values of all layers.
+    # Without a cache no block stores the keys and values of all layers.
     held = policy.slots + prior + policy.block if policy.remembers else 0
     return Need(
         cache=token * rows * tokens * held,
@@ -81,9 +81,9 @@ def check(setup: StreamSetup, batch: int = 1, where: str = "") -> None:
     """Raises UserError if a stream cannot fit into memory.
 
     Args:
-      setup: of the stream.
-      batch: videos side by side.
-      where: what the message calls the setup: a file, or nothing.
+      setup: the stream's setup.
+      batch: number of videos generated together.
+      where: the name of the setup in messages, such as a file, or "".
     """
     start = f"{where}: " if where else ""
     policy, grid = setup.policy, setup.grid
@@ -96,8 +96,8 @@ def check(setup: StreamSetup, batch: int = 1, where: str = "") -> None:
     ):
         if value > most:
             raise UserError(
-                f"{start}{name}={value}: expected at most {most}; it would take"
-                f" {takes}; lower it"
+                f"{start}{name}={value}: must be at most {most}; it would take"
+                f" {takes}; reduce it"
             )
     available = available_bytes()
     if needed.total > available:
@@ -106,15 +106,15 @@ def check(setup: StreamSetup, batch: int = 1, where: str = "") -> None:
             f"{start}window={policy.window}, block={policy.block}, size={size} and"
             f" batch={batch} take {takes}, {_gigabytes(needed.cache)} of it for the"
             f" cache, but {available} bytes ({_gigabytes(available)}) are available;"
-            f" lower {needed.lower}"
+            f" reduce {needed.lower}"
         )
 
 
 def available_bytes() -> float:
-    """Returns the bytes that a stream may take: of its devices, or of the host.
+    """Returns the bytes available to a stream, on its devices or on the host.
 
-    Of a device it is all that JAX may use, without limit if JAX does not say it; of the
-    host what is free and allowed.
+    For a device this is all memory that JAX may use, or infinity if JAX reports none.
+    For the host it is the free memory within the process's limits.
     """
     device = jax.local_devices()[0]
     if device.platform == "cpu":
@@ -139,7 +139,7 @@ def _host_bytes() -> float:
 
 
 def _lines(path: str) -> dict[str, str]:
-    """Returns the lines `NAME: VALUE` of a file of the system, nothing without it."""
+    """Returns the lines `NAME: VALUE` of a system file, or {} if it is missing."""
     try:
         lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -148,7 +148,7 @@ def _lines(path: str) -> dict[str, str]:
 
 
 def _number(path: str) -> float:
-    """Returns the number in a file of the system; without one there is no limit."""
+    """Returns the number in a system file, or infinity if there is none."""
     try:
         return int(pathlib.Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):

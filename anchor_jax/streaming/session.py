@@ -1,6 +1,6 @@
-"""A session: one stream on the host, prompts in and frames out.
+"""A session: one stream on the host, with prompts as input and frames as output.
 
-The only object with a state that changes; what runs on the device are pure functions.
+It is the only object with mutable state. The functions that run on the device are pure.
 """
 
 import collections
@@ -47,18 +47,17 @@ from anchor_jax.weights.bundle import Bundle
 
 @functools.partial(jax.jit, static_argnames="setup", donate_argnames="state")
 def advance(variables, state: StreamState, rng, frame, *, setup: StreamSetup):
-    """Returns the stream one block later, the block's latents, and what it saw.
+    """Returns the stream's next state, the block's latents, and its read plan.
 
-    One program for noise, denoising and commit, in which nothing is kept that only
-    tests look at. `state` is donated.
+    One program draws the noise, denoises and commits. It drops intermediate results
+    that only tests need. `state` is donated.
 
     Args:
       variables: the generator's collections.
-      state: of `stream.start` or of the previous call.
-      rng: the video's key.
-      frame: latent frame of the video at which the block starts; the noise is a
-        function of it and the key.
-      setup: static.
+      state: the state of `stream.start` or of the previous call.
+      rng: the video's random key.
+      frame: the block's first latent frame. The noise is a function of it and the key.
+      setup: the static setup.
     """
     noise = stream.draw_noise(rng, frame, state.recent, setup=setup)
     state, block = stream.step(variables, state, noise, setup=setup)
@@ -67,13 +66,13 @@ def advance(variables, state: StreamState, rng, frame, *, setup: StreamSetup):
 
 @dataclasses.dataclass(frozen=True)
 class Frames:
-    """The pixel frames of one block, perhaps still being computed.
+    """The pixel frames of one block, which may still be in computation.
 
     Attributes:
       pixels: uint8 [batch, frame, height, width, 3], on the device.
       start: the block's first latent frame.
-      segment: how many prompts the video has had, less one.
-      plan: what the block saw, since the last restart.
+      segment: zero-based index of the block's segment.
+      plan: the block's read plan, with frames counted from the last restart.
     """
 
     pixels: jax.Array
@@ -82,7 +81,7 @@ class Frames:
     plan: ReadPlan
 
     def fetch(self) -> np.ndarray:
-        """Returns the pixels on the host, once they are there."""
+        """Waits for the pixels and returns them on the host."""
         return np.asarray(self.pixels)
 
 
@@ -99,23 +98,23 @@ class Session:
         batch: int = 1,
         moments: Moments | None = None,
     ):
-        """Makes a session that has not begun; nothing is held on the device yet.
+        """Makes a new session. Nothing is on the device yet.
 
         Args:
           bundle: weights and tokenizer.
           setup: policy, levels and solver.
           prompt: the first prompt.
-          seed: of the noise.
-          negative_prompt: what guidance leads away from; used if `setup.guidance` is
-            not 1.
-          batch: how many videos are made side by side, each with noise of its own.
-          moments: where to keep what `rewind` and `fork` start from; without it they
+          seed: random seed of the noise.
+          negative_prompt: negative prompt of the guidance. It is used only if
+            `setup.guidance` is not 1.
+          batch: number of videos generated together, each with its own noise.
+          moments: store of states from which `rewind` and `fork` start. Without it they
             start from the first block.
 
         Raises:
           UserError: The policy's restart does not fit its blocks, the stream does not
-            fit into memory, or the prompt is no text of a usable length.
-          ValueError: The moments hold another video.
+            fit into memory, or the prompt is empty, too long or not text.
+          ValueError: The store holds moments of another video.
         """
         check_restart(setup.policy)
         room.check(setup, batch)
@@ -140,7 +139,7 @@ class Session:
     def from_recipe(
         cls, bundle: Bundle, recipe: Recipe, moments: Moments | None = None
     ) -> "Session":
-        """Returns a session that has not begun and will make the video of a recipe."""
+        """Returns a new session that will make the video of a recipe."""
         first, *rest = recipe.prompts
         made = cls(
             bundle,
@@ -158,12 +157,13 @@ class Session:
     def restore(
         cls, path: str | os.PathLike, bundle: Bundle, moments: Moments | None = None
     ) -> "Session":
-        """Returns the session that `save` wrote; it goes on with the same latents.
+        """Returns the session that `save` wrote; it continues with the same latents.
 
-        Bit for bit where its fingerprint is that of `recipe()` here.
+        The continuation is bit-identical if the stored fingerprint equals that of
+        `recipe()` on this machine.
 
         Raises:
-          UserError: The file is no whole snapshot made with these weights.
+          UserError: The file is not a complete snapshot made with these weights.
         """
         recipe, moment = read_moment(path, bundle)
         made = cls.from_recipe(bundle, recipe, moments)
@@ -178,31 +178,32 @@ class Session:
 
     @property
     def prompt(self) -> str:
-        """The prompt in force."""
+        """The current prompt."""
         return self.segments[-1].prompt
 
     def switch(
         self, prompt: str, requested: int | None = None, cut: bool = False
     ) -> None:
-        """Asks for a new prompt, from the first block that starts at or after a frame.
+        """Requests a prompt switch at a latent frame.
 
-        One switch takes effect per block; later ones wait for the next. Before the
-        first block the prompt is replaced.
+        The switch takes effect at the first block that starts at or after the frame. At
+        most one switch takes effect per block; later ones wait for the next block.
+        Before the first block the prompt is replaced.
 
         Args:
-          prompt: what to show.
-          requested: latent frame; the next block's start unless given.
-          cut: whether that block is a scene cut, for policies that have one.
+          prompt: the new prompt.
+          requested: the switch frame. Default: the start of the next block.
+          cut: whether the block is a scene cut, for policies that support it.
 
         Raises:
-          UserError: The prompt is no text of a usable length, or the frame none that
-            a video can have.
+          UserError: The prompt is empty, too long or not text, or the frame is out of
+            range.
         """
         check_prompt(prompt, "prompt")
         requested = self.frame if requested is None else requested
         if not 0 <= requested <= MAX_FRAMES:
             raise UserError(
-                f"requested={requested}: expected a latent frame from 0 to {MAX_FRAMES}"
+                f"requested={requested}: must be a latent frame from 0 to {MAX_FRAMES}"
             )
         if self._state is None and requested <= 0:
             self.segments = [Switch(prompt, requested=0, landed=0)]
@@ -212,41 +213,41 @@ class Session:
         self._context(prompt)
 
     def step(self) -> Frames:
-        """Starts the computation of the next block and returns its frames' handle.
+        """Starts the computation of the next block and returns its frames.
 
         Does not wait for the device.
 
         Raises:
-          UserError: The policy cannot go on.
+          UserError: The policy's length limit is reached.
         """
         self.check(self.frame + self.setup.policy.block)
         return self._advance()
 
     def play(self, script: Script) -> Iterator[tuple[np.ndarray, int]]:
-        """Returns an iterator over the blocks of a script, from a fresh session on.
+        """Returns an iterator over the blocks of a script, on a fresh session.
 
-        It yields frames, uint8 [frame, height, width, 3], and the segment's index.
-        All prompts are prepared before the first block, and a block is being computed
-        while the one before it is in the hands of the caller.
+        It yields frames, uint8 [frame, height, width, 3], and the segment's index. All
+        prompts are encoded before the first block. The next block is computed while the
+        caller handles the current one.
 
         Raises:
-          UserError: The script is longer than the policy can go.
-          ValueError: The session has begun, or makes several videos.
+          UserError: The script is longer than the policy's limit.
+          ValueError: The session has already made blocks, or its batch is not 1.
         """
         self.check(script.frames)
         if self._state is not None or self.batch != 1:
             raise ValueError(
-                f"play needs a fresh session of one video, got latent frame"
-                f" {self.frame} and a batch of {self.batch}; make a new Session"
+                f"play needs a new session with batch=1, but this one is at latent"
+                f" frame {self.frame} and has batch={self.batch}; make a new Session"
             )
         self._ask(script)
         return self.blocks(script.frames)
 
     def blocks(self, frames: int) -> Iterator[tuple[np.ndarray, int]]:
-        """Yields the blocks up to a latent frame, as `play` does, of a first video.
+        """Yields the blocks up to a latent frame, like `play`, of the first video.
 
         Raises:
-          UserError: The policy cannot go so far.
+          UserError: The frame is beyond the policy's limit.
         """
         self.check(frames)
         waiting = self.step() if self.frame < frames else None
@@ -257,50 +258,51 @@ class Session:
             yield shown.fetch()[0], shown.segment
 
     def pin(self) -> int:
-        """Keeps this moment, and returns its latent frame, for `rewind` and `fork`.
+        """Stores this moment for `rewind` and `fork`, and returns its latent frame.
 
         Waits for the device.
 
         Raises:
-          UserError: It does not fit the budget of `moments`, or there are none.
+          UserError: The moment exceeds the budget, or the session has no store.
         """
         if self.moments is None:
             raise UserError(
-                "pin: this session keeps no moments; make it with"
-                " moments=Moments(budget), in bytes"
+                "pin: this session has no store of moments; make it with"
+                " moments=Moments(budget), where budget is in bytes"
             )
         if self._state is not None:
             self.moments.add(self._moment(), pin=True)
         return self.frame
 
     def rewind(self, frame: int) -> None:
-        """Goes back to a latent frame; what is then made again is the same.
+        """Goes back to a latent frame; the blocks after it will be identical.
 
-        Starts from the newest moment kept, and makes the blocks since anew. Switches
-        that took effect later are pending again; `pending.clear()` drops them.
+        Starts from the newest stored moment before the frame and recomputes the blocks
+        in between. Switches that took effect later become pending again;
+        `pending.clear()` drops them.
 
         Args:
-          frame: at which a block starts, not after the next one.
+          frame: the first latent frame of a block, at most that of the next block.
 
         Raises:
-          UserError: No block starts there.
+          UserError: No block starts at the frame.
         """
         self._check_past(frame)
         if frame < self.frame:
             self._follow(self._history(), frame)
 
     def fork(self, frame: int, prompt: str, cut: bool = False) -> "Session":
-        """Returns a session that shares this one's past and goes on otherwise.
+        """Returns a session with the same past and another prompt from a frame on.
 
-        This session stays as it is. Both use the same store of moments.
+        This session does not change. Both sessions share the store of moments.
 
         Args:
-          frame: at which a block starts, not after the next one.
-          prompt: from that block on.
-          cut: whether that block is a scene cut, for policies that have one.
+          frame: the first latent frame of a block, at most that of the next block.
+          prompt: the prompt from that block on.
+          cut: whether that block is a scene cut, for policies that support it.
 
         Raises:
-          UserError: No block starts there.
+          UserError: No block starts at the frame.
         """
         self._check_past(frame)
         other = Session(
@@ -321,7 +323,7 @@ class Session:
         return other
 
     def go_to(self, moment: Moment) -> None:
-        """Goes to a moment of this video; what is pending stays."""
+        """Goes to a moment of this video; pending switches stay."""
         here = moment.on_device()
         self._clock = Clock(here.frame, here.origin)
         self.segments = list(here.segments)
@@ -333,25 +335,25 @@ class Session:
         self._tail = collections.deque(here.tail, maxlen=self._tail.maxlen)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes this moment to a file, from which `restore` goes on.
+        """Writes this moment to a file, from which `restore` continues.
 
         Raises:
-          UserError: Nothing has been made yet, or the file cannot be written.
+          UserError: No block has been made yet, or the file cannot be written.
         """
         if self._state is None:
             raise UserError(
-                "save: the session has made no block, so there is nothing to keep; make"
-                " one first, or keep the recipe"
+                "save: the session has made no block yet, so there is nothing to save;"
+                " make a block first, or save the recipe"
             )
         write_moment(path, self._moment(), self.recipe())
 
     def warm_up(self, script: Script | None = None) -> None:
-        """Compiles all that a script will need, or any stream if there is none.
+        """Compiles all programs for a script, or for any script if None.
 
-        Runs every program once on a stream that is thrown away.
+        Runs every program once on a temporary stream.
 
         Raises:
-          UserError: The script is longer than the policy can go.
+          UserError: The script is longer than the policy's limit.
         """
         if script:
             self.check(script.frames)
@@ -366,10 +368,10 @@ class Session:
         trial.rehearse(self.reruns(script))
 
     def rehearse(self, reruns: Sequence[Rerun | None]) -> None:
-        """Runs every program once; what the session then holds is of no use.
+        """Runs every program once; the session cannot be used afterwards.
 
         Args:
-          reruns: the re-caches to run, None for a switch without one.
+          reruns: the re-caches to run; None is a switch without a re-cache.
         """
         last = self._advance()
         while self.frame != self.setup.policy.limit:
@@ -385,22 +387,22 @@ class Session:
         last.pixels.block_until_ready()
 
     def check(self, frames: int) -> None:
-        """Raises unless the policy can make this many latent frames.
+        """Checks that the policy can make this many latent frames.
 
         Raises:
-          UserError: It cannot.
+          UserError: They exceed the policy's limit.
         """
         limit = self.setup.policy.limit
         if limit is not None and frames > limit:
             raise UserError(
-                f"got {frames} latent frames, but this policy ends after {limit}:"
-                " it forgets nothing and has seen no more positions; ask for"
-                f" frames={limit}, or choose a policy without an end, such as"
+                f"got {frames} latent frames, but this policy is limited to {limit}: it"
+                " never drops frames, and was trained on no more positions; set"
+                f" frames={limit}, or choose a policy without a limit, such as"
                 " anchor_forcing, longlive or self_forcing_rolling"
             )
 
     def reruns(self, script: Script | None) -> tuple[Rerun | None, ...]:
-        """Returns the re-caches of a script's switches, or of any; None for without."""
+        """Returns the re-caches of a script's switches; None: of any script."""
         policy = self.setup.policy
         starts = range(policy.block, policy.window + 2 * policy.block, policy.block)
         if script and not policy.restart:
@@ -410,7 +412,7 @@ class Session:
         return tuple(dict.fromkeys(policy.rerun(start) for start in starts))
 
     def recipe(self) -> dict[str, Any]:
-        """Returns all that is needed to make the same video again, as plain values."""
+        """Returns the recipe that makes the same video again, as plain values."""
         return {
             "format_version": FORMAT_VERSION,
             "setup": describe(self.setup),
@@ -423,7 +425,7 @@ class Session:
         }
 
     def _advance(self) -> Frames:
-        """Returns the handle of the next block, after what is due before it."""
+        """Applies a due switch or restart, and returns the next block's frames."""
         interrupts.check()
         policy = self.setup.policy
         if self._state is None:
@@ -471,7 +473,7 @@ class Session:
         )
 
     def _restart(self) -> None:
-        """Begins the stream anew from its last blocks, under the prompt in force."""
+        """Restarts the stream from its last blocks, under the current prompt."""
         bundle, setup = self.bundle, self.setup
         decoders, blocks = zip(*self._tail, strict=True)
         whole, blocks = renew(
@@ -479,7 +481,7 @@ class Session:
         )
         fresh = stream.start(self._context(self.prompt), setup=setup)
         self._state = stream.resume(bundle.variables, fresh, whole, setup=setup)
-        # The viewer has these frames; only the decoder's state is wanted.
+        # These frames were shown already; only the decoder's state is needed.
         self._decoder = None
         for block in blocks:
             self._decode(block)
@@ -488,7 +490,7 @@ class Session:
     def _decode(self, latents: jax.Array) -> jax.Array:
         self._tail.append((self._decoder, latents))
         bundle = self.bundle
-        # A restart goes back to an earlier state; nothing else does.
+        # Only a restart goes back to an earlier state.
         step = decode if self._tail.maxlen else decode_next
         pixels, self._decoder = step(
             bundle.codec_params, self._decoder, latents, codec=bundle.codec
@@ -496,7 +498,7 @@ class Session:
         return pixels
 
     def _context(self, prompt: str) -> ContextKV:
-        """Returns a prompt's keys and values, made once while they are needed."""
+        """Returns a prompt's keys and values, cached while they are needed."""
         if prompt not in self._contexts:
             texts = [prompt, self.negative_prompt][: self.setup.copies]
             embedding = self.bundle.encode_prompts(texts)
@@ -518,13 +520,13 @@ class Session:
         block = self.setup.policy.block
         if frame % block or not 0 <= frame <= self.frame:
             raise UserError(
-                f"frame={frame}: expected a block's first latent frame, a multiple of"
-                f" {block} from 0 to {self.frame}; choose"
+                f"frame={frame}: must be the first latent frame of a block, a multiple"
+                f" of {block} from 0 to {self.frame}; choose"
                 f" {min(max(0, frame // block * block), self.frame)}"
             )
 
     def _history(self) -> tuple[Switch, ...]:
-        """Returns all prompts with the frames at which they take effect."""
+        """Returns past and pending prompts with the frames where they take effect."""
         asked = [max(one.earliest, self.frame) for one in self.pending]
         landed = landings(asked, self.setup.policy.block)
         coming = map(
@@ -535,7 +537,7 @@ class Session:
         return (*self.segments, *coming)
 
     def _moment(self) -> Moment:
-        """Returns this moment; its arrays are those that the next block donates."""
+        """Returns this moment; the next block donates its arrays."""
         return Moment(
             self._clock.frame,
             self._clock.origin,
@@ -547,9 +549,9 @@ class Session:
         )
 
     def _follow(self, history: tuple[Switch, ...], frame: int) -> None:
-        """Goes to a latent frame of a history; its later switches are pending."""
+        """Goes to a latent frame of a history; later switches become pending."""
         moment = self.moments and self.moments.newest(frame, history)
-        # Gone before others come, so that two streams are never on the device.
+        # Freed first, so that two streams are never on the device together.
         self._state = self._decoder = None
         self._tail.clear()
         self._clock, self.segments = Clock(), [history[0]]

@@ -1,4 +1,4 @@
-"""What is static about a stream, and what it carries from block to block."""
+"""The static setup of a stream, and the state that it carries between blocks."""
 
 import dataclasses
 from typing import Any
@@ -17,12 +17,12 @@ from anchor_jax.wan.spec import LatentGrid, ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class StreamSetup:
-    """All that is static about a stream: the one static argument of the sampler.
+    """The static setup of a stream: the only static argument of the sampler.
 
-    `guidance` other than 1 runs every video twice, with its prompt and with the
-    negative one; the context's batch is then [prompts..., negatives...]. `kernel` is
-    one of `anchor_jax.wan.kernels`; None is the best for the machine at hand. Of
-    `floor` is the noise level that latents get for the clean pass.
+    If `guidance` is not 1, every video is run twice, with its prompt and with the
+    negative prompt. The context's batch is then [prompts..., negatives...]. `kernel` is
+    one of `anchor_jax.wan.kernels`; None chooses the best for this machine. `floor` is
+    the noise level of the latents in the clean pass.
     """
 
     model: ModelConfig
@@ -45,21 +45,22 @@ class StreamSetup:
 
     @property
     def copies(self) -> int:
-        """How many times the model sees each video: 2 under guidance."""
+        """Number of forward passes per video: 2 with guidance, otherwise 1."""
         return 1 if self.guidance == 1.0 else 2
 
     @property
     def recent(self) -> int:
-        """Clean latent frames kept for a re-cache or a restart."""
+        """Clean latent frames stored for a re-cache or a restart."""
         return self.policy.window if self.policy.remembers else 0
 
 
 @struct.dataclass
 class BlockNoise:
-    """The random numbers of one block, drawn outside: noise is data.
+    """The random numbers of one block, an input of the sampler.
 
-    `initial` is [batch, block, height, width, channel]; `fresh` has a leading axis
-    of levels - 1. `floor` is like `initial`, for setups that noise the clean pass.
+    `initial` is [batch, block, height, width, channel]. `fresh` has an additional
+    leading axis of levels - 1. `floor` is like `initial`, for setups that add noise in
+    the clean pass.
     """
 
     initial: jax.Array
@@ -69,10 +70,10 @@ class BlockNoise:
 
 @struct.dataclass
 class StreamState:
-    """All that one more block needs. Saving it and going on gives the same video.
+    """The complete state between blocks. A restored state gives the same video.
 
-    `recent` is a ring of clean latents, [batch, frame, height, width, channel], in
-    which latent frame f lies at f modulo its size.
+    `recent` is a ring buffer of clean latents, [batch, frame, height, width, channel].
+    Latent frame f is at index f modulo its size.
     """
 
     cache: KVCache
@@ -82,9 +83,9 @@ class StreamState:
 
 @struct.dataclass
 class Block:
-    """One generated block: clean latents, what it saw, and every pass.
+    """One generated block: clean latents, the read plan, and every pass.
 
-    `committed` is the flow of the clean pass, of no use but to tests and `verify`.
+    `committed` is the flow of the clean pass, which only tests and `verify` need.
     """
 
     latents: jax.Array

@@ -193,7 +193,7 @@ def test_a_batch_resumes_and_other_recipes_are_safe(sample, tmp_path):
     [
         (["--config.prompt_file=bad.txt"], "bad.txt, line 2"),
         (["--config.prompt_file=no.txt"], "no such file"),
-        (["--config.policy=self_forcing", "--config.frames=24"], "ends after 21"),
+        (["--config.policy=self_forcing", "--config.frames=24"], "limited to 21"),
         (["--config.policy=nothing"], "unknown policy"),
         (["--config.weights=nowhere"], "nowhere"),
         (["--config.sampler.steps=(1,2)"], "decreasing"),
@@ -259,7 +259,7 @@ def test_every_script_is_checked_before_the_first_is_made(sample, tmp_path):
         "--config.prompt_file=p.txt", "--config.policy=self_forcing"
     )
 
-    assert status == 2 and "ends after 21" in err
+    assert status == 2 and "limited to 21" in err
     assert not (tmp_path / "out").exists()
 
 

@@ -56,7 +56,7 @@ def test_what_a_stream_needs_is_what_it_takes(name, batch):
 @pytest.mark.parametrize(
     ("changes", "batch", "part"),
     [
-        ({"setup": wide(4000)}, 1, "lower window, size or batch"),
+        ({"setup": wide(4000)}, 1, "reduce window, size or batch"),
         ({"setup": tiny.setup(grid=LatentGrid(512, 512))}, 1, "size=4096x4096"),
         ({"setup": tiny.setup()}, 1000, "batch=1000"),
         (
@@ -92,7 +92,7 @@ def test_a_stream_that_does_not_fit_is_refused_with_its_bytes(
 def test_some_sizes_are_refused_on_any_machine(monkeypatch, setup):
     monkeypatch.setattr(room, "available_bytes", lambda: 10**18)
 
-    with pytest.raises(UserError, match="expected at most .* bytes .* of memory"):
+    with pytest.raises(UserError, match="must be at most .* bytes .* of memory"):
         Session(bundles.load(), setup, "a red ring", 0)
 
 
@@ -104,7 +104,7 @@ def test_a_recipe_with_a_window_without_end_takes_no_memory(tmp_path):
     path.write_text(json.dumps(recipe))
 
     tracemalloc.start()
-    with pytest.raises(UserError, match=r"r.json: window=60000: .*; lower it"):
+    with pytest.raises(UserError, match=r"r.json: window=60000: .*; reduce it"):
         load_recipe(path)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -120,7 +120,7 @@ def test_a_config_that_does_not_fit_is_refused_before_anything_is_made(
     status = main([*line, "--config.prompt=a[1s]", f"--out={tmp_path / 'out'}"])
 
     assert status == 2
-    assert "window=60000: expected at most 4096" in capsys.readouterr().err
+    assert "window=60000: must be at most 4096" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

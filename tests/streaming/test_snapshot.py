@@ -202,7 +202,7 @@ def test_only_block_starts_of_the_past_can_be_gone_to(frame):
     session = make()
     blocks(session, 9)
 
-    with pytest.raises(UserError, match=f"frame={frame}: expected"):
+    with pytest.raises(UserError, match=f"frame={frame}: must be"):
         session.rewind(frame)
     with pytest.raises(UserError, match="multiple of 3 from 0 to 9"):
         session.fork(frame, BLUE)
@@ -365,7 +365,7 @@ def test_guided_videos_in_half_precision_are_saved_too(tmp_path):
 
 
 def test_nothing_can_be_saved_before_the_first_block(tmp_path):
-    with pytest.raises(UserError, match="made no block"):
+    with pytest.raises(UserError, match="made no block yet"):
         make().save(tmp_path / "m")
     assert not list(tmp_path.iterdir())
 
@@ -513,7 +513,7 @@ def changed(recipe, path, value):
         ("seed", True, "seed"),
         ("seed", "1", "seed: got '1'"),
         ("frames", 10**12, "frames=1000000000000"),
-        ("frames", 20, "frames=20: expected a multiple"),
+        ("frames", 20, "frames=20: must be a multiple"),
         ("frames", 0, "frames=0"),
         ("batch", 10**6, "batch=1000000"),
         ("prompts", [], "prompts landed at"),
@@ -544,10 +544,10 @@ def changed(recipe, path, value):
         ("setup.policy.window", -12, "window"),
         ("setup.policy.block", 0, "block"),
         ("setup.policy.sink", -3, "sink"),
-        ("setup.levels.sigma", [], "timestep as in sigma"),
-        ("setup.levels.sigma", ["a"], "timestep as in sigma"),
-        ("setup.levels.sigma", [0.0], "timestep as in sigma"),
-        ("setup.levels.timestep", [-1.0], "timestep as in sigma"),
+        ("setup.levels.sigma", [], "timestep and sigma must be"),
+        ("setup.levels.sigma", ["a"], "timestep and sigma must be"),
+        ("setup.levels.sigma", [0.0], "timestep and sigma must be"),
+        ("setup.levels.timestep", [-1.0], "timestep and sigma must be"),
         ("setup.solver", "renoise", "solver: got str"),
         ("setup.guidance", -1.0, "guidance=-1.0"),
         ("setup.kernel", "plain", "kernel: got str"),

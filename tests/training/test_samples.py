@@ -218,7 +218,7 @@ def test_prompts_are_those_of_the_config_or_the_first_of_the_data(tmp_path):
         ({"prompts": (" ",)}, "config.samples.prompts"),
         ({"prompts": ("a[3f",)}, "config.samples.prompts, 'a"),
         ({"policy": "longliv"}, "did you mean 'longlive'"),
-        ({"policy": "self_forcing", "frames": 24}, "ends after 21"),
+        ({"policy": "self_forcing", "frames": 24}, "limited to 21"),
     ],
 )
 def test_what_cannot_be_shown_is_refused_before_training(wrong, named):
