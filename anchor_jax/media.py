@@ -1,4 +1,4 @@
-"""Videos and contact sheets; a file appears under its name when whole."""
+"""Reads and writes videos and contact sheets; only complete files get their names."""
 
 import contextlib
 import dataclasses
@@ -33,11 +33,11 @@ _SMPTE_170M = 6  # the matrix that the conversion from RGB uses, so players undo
 _MARGIN = 6
 _MIN_TILE = 96
 _LARGEST_SIDE = 8192
-_MOST_PIXELS = 8192 * 4608  # of a frame; a decoder may hold 16 of them and more
-_MOST_DECODED = 1024  # frames of a file for one that is taken
+_MOST_PIXELS = 8192 * 4608  # per frame; a decoder may hold 16 frames or more
+_MOST_DECODED = 1024  # decoded frames per frame that is used
 _WIDEST_PIXEL = 4
 _LATE = 1e-3  # seconds; some containers round times to milliseconds
-# Formats that hold their pictures themselves. Playlists name other files instead.
+# Formats that contain their own frames. Playlists refer to other files instead.
 _FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,"
     "flv,ogg,asf,ivf,obu,nut,mxf,dv,gif,apng,yuv4mpegpipe"
@@ -47,15 +47,14 @@ _DECODER = {"max_pixels": str(_MOST_PIXELS)}
 
 
 class VideoWriter:
-    """An H.264 MP4 that is written while frames arrive; use it as a context manager.
+    """Writes an H.264 MP4 while frames arrive; use it as a context manager.
 
-    Frames go to `part`, a file beside it that no other process chooses, a fragment a
-    second, so that what has been written plays even if the process is killed. A clean
-    exit writes the same packets once more, as a file with a duration and an index,
-    under the final name. An exception renames the part to `NAME.part.mp4`, if it holds
-    frames, and leaves whatever had the final name; a full disk and a request to stop
-    remove the part. With `keep_new` a video that another program makes there meanwhile
-    stays.
+    Frames go to `part`, a file beside the video with a unique name. It has one fragment
+    per second, so that it plays even if the process is killed. A clean exit writes the
+    same packets again, with a duration and an index, under the final name. After an
+    exception the part is renamed to `NAME.part.mp4` if it has frames, and an existing
+    file with the final name stays. A full disk and a request to stop remove the part.
+    With `keep_new`, a video that another program makes in the meantime is not replaced.
     """
 
     def __init__(
@@ -66,7 +65,7 @@ class VideoWriter:
     ) -> None:
         self.path = pathlib.Path(path)
         if self.path.suffix != ".mp4":
-            raise UserError(f"{path}: a video is written as .mp4; name it NAME.mp4")
+            raise UserError(f"{path}: videos are written as .mp4; name it NAME.mp4")
         self.part = io.temporary_name(self.path)
         self.frames = 0
         self._fps, self._is_new = fps, keep_new
@@ -97,8 +96,8 @@ class VideoWriter:
         """Writes frames of 8-bit RGB, [frame, height, width, 3].
 
         Raises:
-          UserError: The disk is full; the partial file is removed.
-          ValueError: The frames are not of this form, or change size.
+          UserError: The disk is full. The partial file is removed.
+          ValueError: The frames have another type or shape, or their size changes.
         """
         frames = np.asarray(frames)
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
@@ -136,7 +135,7 @@ class VideoWriter:
     def _finish(self) -> None:
         if self._stream is None:
             self._discard()
-            raise UserError(f"{self.path}: no frames were written, so no video is kept")
+            raise UserError(f"{self.path}: no frames were written")
         with self._writing():
             self._container.mux(self._stream.encode())
             self._container.close()
@@ -148,7 +147,7 @@ class VideoWriter:
             self._keep_part()
             raise
         self.part.unlink(missing_ok=True)
-        # What an earlier attempt left is of no use any more.
+        # The part of an earlier attempt is not needed any more.
         self._kept.unlink(missing_ok=True)
 
     @property
@@ -156,7 +155,7 @@ class VideoWriter:
         return self.path.with_suffix(".part.mp4")
 
     def _keep_part(self) -> None:
-        """Leaves what was made under a name to look at, unless the folder was lost."""
+        """Renames the part to `NAME.part.mp4`, unless the folder was taken over."""
         try:
             io.publish(self.part, self._kept)
         except (OSError, UserError):
@@ -182,7 +181,7 @@ class VideoWriter:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Removes the part when the disk is full, and says so."""
+        """Removes the part if the disk is full, and raises UserError."""
         try:
             with explained(self.path):
                 yield
@@ -194,7 +193,7 @@ class VideoWriter:
 def _indexed(part: pathlib.Path, whole: pathlib.Path) -> pathlib.Path:
     """Returns a file with the packets of `part`, a duration and an index.
 
-    It is `whole`; where there is no room for it, `part`, which plays too.
+    The file is `whole`. If the disk has no room for it, it is `part`, which plays too.
     """
     options = {"movflags": "faststart"}
     try:
@@ -218,8 +217,8 @@ class Clip:
 
     Attributes:
       frames: uint8 [count, height, width, 3].
-      repeated: how many of them show the same picture of the file as the one before,
-        since the file has fewer frames a second.
+      repeated: number of frames that repeat the previous one, because the file has a
+        lower frame rate.
     """
 
     frames: np.ndarray
@@ -232,10 +231,7 @@ def read_video(
     size: tuple[int, int],
     fps: int = PIXEL_FRAMES_PER_SECOND,
 ) -> np.ndarray:
-    """Returns the first frames of a video, uint8 [count, height, width, 3].
-
-    As `read_clip`, which says more.
-    """
+    """Returns the frames of `read_clip`, uint8 [count, height, width, 3]."""
     return read_clip(path, count, size, fps).frames
 
 
@@ -247,19 +243,20 @@ def read_clip(
 ) -> Clip:
     """Returns the first frames of a video.
 
-    Frames are taken at `fps`, whatever the video's own rate is; they are turned and
-    mirrored as the file says, their pixels are made square, and they are scaled until
-    they cover the size, and cut around their middle. Only the file itself is read: one
-    that names others, such as a playlist, is refused.
+    Frames are sampled at `fps`, independent of the video's own rate. They are rotated
+    and mirrored as the file's metadata say, resampled to square pixels, scaled to cover
+    the size, and cropped at the centre. Only the file itself is read. A file that
+    refers to others, such as a playlist, is refused.
 
     Args:
-      path: of the file; its name does not say what it holds.
-      count: of frames.
+      path: the path of the file. Its suffix is ignored.
+      count: number of frames.
       size: height and width.
-      fps: frames a second.
+      fps: frames per second.
 
     Raises:
-      UserError: It is no video, too short, or frames are too large or have no times.
+      UserError: The file is not a video or is too short, or frames are too large or
+        have no timestamps.
     """
     path = pathlib.Path(path)
     found: list[np.ndarray] = []
@@ -273,19 +270,19 @@ def read_clip(
                 repeated += times - 1
     except UserError:
         raise
-    # The library raises its own errors, and Python's for values out of range.
+    # The library raises its own errors, and built-in ones for values out of range.
     except (av.FFmpegError, OSError, ValueError, ArithmeticError, MemoryError) as error:
         raise UserError(f"{path}: {_why_no_video(path, error)}") from error
     if len(found) < count:
         raise UserError(
-            f"{path}: {len(found)} frames at {fps} a second, expected {count}; choose a"
-            " longer video, or shorter clips"
+            f"{path}: {len(found)} frames at {fps} per second, expected {count}; choose"
+            " a longer video, or shorter clips"
         )
     return Clip(np.stack(found), repeated)
 
 
 def _opened(file: Any) -> Any:
-    """Returns the container in an open file; nothing else is opened for it."""
+    """Returns the container of an open file; no other file is opened."""
     return av.open(
         file,
         options=_DECODER,
@@ -297,16 +294,16 @@ def _opened(file: Any) -> Any:
 def _chosen(
     path: pathlib.Path, frames: Iterable[Any], count: int, fps: int
 ) -> Iterator[tuple[Any, int]]:
-    """Yields the frames that are taken, and how many times each is."""
+    """Yields the sampled frames, and how often each is used."""
     taken, first = 0, None
     for number, frame in enumerate(frames):
         _check_size(path, frame.width, frame.height)
         if frame.time is None:
-            raise UserError(f"{path}: frames without times; write it as an mp4")
+            raise UserError(f"{path}: frames have no timestamps; convert it to MP4")
         if number > _MOST_DECODED * count:
             raise UserError(
-                f"{path}: {number} frames, and their times are too close together;"
-                " write it again at an ordinary rate"
+                f"{path}: the timestamps of {number} frames are too close together;"
+                " convert it to an ordinary frame rate"
             )
         first = frame.time if first is None else first
         due = math.floor((frame.time - first + _LATE) * fps) + 1
@@ -319,19 +316,19 @@ def _chosen(
 
 
 def _pictures(path: pathlib.Path, container: Any) -> Any:
-    """Returns the stream with the video; the cover of a song is none."""
+    """Returns the video stream; cover art of audio files does not count."""
     streams = container.streams.video
     cover = av.stream.Disposition.attached_pic
     found = next((one for one in streams if not one.disposition & cover), None)
     if found is None:
         raise UserError(
-            f"{path}: it holds no pictures, or its end is missing; choose a file with a"
-            " whole video"
+            f"{path}: it has no video stream, or its end is missing; choose a file with"
+            " a complete video"
         )
     shape = found.codec_context
     if shape is None:
-        raise UserError(f"{path}: an unknown way of coding; write it again as H.264")
-    # Nothing has been decoded so far.
+        raise UserError(f"{path}: unknown video codec; convert it to H.264")
+    # Checked before anything is decoded.
     _check_size(path, shape.width, shape.height)
     return found
 
@@ -339,13 +336,13 @@ def _pictures(path: pathlib.Path, container: Any) -> Any:
 def _check_size(path: pathlib.Path, width: int, height: int) -> None:
     if max(width, height) > _LARGEST_SIDE or width * height > _MOST_PIXELS:
         raise UserError(
-            f"{path}: frames of {width} x {height}; sides must be at most"
+            f"{path}: frames are {width} x {height}; sides must be at most"
             f" {_LARGEST_SIDE}, and frames at most {_MOST_PIXELS} pixels; scale it down"
         )
 
 
 def _why_no_video(path: pathlib.Path, error: Exception) -> str:
-    """Says what a file is that holds no video."""
+    """Describes a file that is not a readable video."""
     try:
         with path.open("rb") as file:
             head = file.read(1024)
@@ -354,28 +351,28 @@ def _why_no_video(path: pathlib.Path, error: Exception) -> str:
     if not head:
         return "it is empty; copy or download it again"
     if head.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer, no video; fetch the file with: git lfs pull"
+        return "it is a Git LFS pointer, not a video; fetch it with: git lfs pull"
     if _is_text(head):
         return (
-            "it is a text file, for instance a playlist, no video; other files that it"
-            " names are not read: name the video itself"
+            "it is a text file, such as a playlist, not a video; files that it refers"
+            " to are not read: give the video itself"
         )
     reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
-    return f"no video that can be read ({reason}); write it again as an mp4"
+    return f"not a readable video ({reason}); convert it to MP4"
 
 
 def _is_text(head: bytes) -> bool:
-    """Returns whether a file that begins so is text."""
+    """Returns whether the start of a file is text."""
     text = head.decode("utf-8", "ignore")
-    is_whole = len(text.encode()) >= len(head) - 3  # The last letter may be cut.
+    is_whole = len(text.encode()) >= len(head) - 3  # The last character may be cut.
     return is_whole and all(one.isprintable() or one.isspace() for one in text)
 
 
 def _upright(frame: Any, ratio: fractions.Fraction | None) -> Image.Image:
-    """Returns a frame as players show it: turned, mirrored, with square pixels.
+    """Returns a frame as players show it: rotated, mirrored, with square pixels.
 
     Args:
-      frame: that was decoded.
+      frame: the decoded frame.
       ratio: width of a pixel divided by its height; None is 1.
     """
     image = frame.to_image()
@@ -388,10 +385,10 @@ def _upright(frame: Any, ratio: fractions.Fraction | None) -> Image.Image:
 
 
 def _turns(frame: Any) -> list[Image.Transpose]:
-    """Returns the steps that a frame's display matrix asks for.
+    """Returns the transpositions that apply a frame's display matrix.
 
-    A pixel at (x, y) is shown at (a x + c y, b x + d y). Angles between right ones
-    count as the nearest.
+    A pixel at (x, y) is shown at (a x + c y, b x + d y). Angles are rounded to
+    multiples of 90 degrees.
     """
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
@@ -418,19 +415,19 @@ def contact_sheet(
     path: str | os.PathLike,
     columns: int = 8,
 ) -> None:
-    """Writes a PNG with a row of frames a segment, and its label under it.
+    """Writes a PNG with one row of frames per segment, and a label under each row.
 
     Args:
-      rows: A segment's frames each, uint8 [frame, height, width, 3]; at most
-        `columns` of them, evenly spaced, are shown. Tiles under 96 pixels are
-        enlarged by a whole factor, without smoothing.
+      rows: The frames of each segment, uint8 [frame, height, width, 3]. At most
+        `columns` of them, evenly spaced, are shown. Tiles under 96 pixels are enlarged
+        by an integer factor, without smoothing.
       labels: The text under each row.
       path: The PNG.
-      columns: Tiles in a row.
+      columns: Tiles per row.
     """
     if len(rows) != len(labels) or not len(rows):
         raise ValueError(
-            f"{len(rows)} rows but {len(labels)} labels; expected one each"
+            f"got {len(rows)} rows and {len(labels)} labels; each row needs one label"
         )
     strips = [_strip(np.asarray(frames), columns) for frames in rows]
     width = max(strip.width for strip in strips) + 2 * _MARGIN
@@ -454,7 +451,7 @@ def contact_sheet(
 
 
 def _pad_to_even(frames: np.ndarray) -> np.ndarray:
-    """Returns frames of even height and width, the last row or column repeated."""
+    """Pads frames to even height and width by repeating the last row or column."""
     height, width = frames.shape[1:3]
     padding = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))
     return np.ascontiguousarray(np.pad(frames, padding, mode="edge"))
@@ -476,7 +473,7 @@ def _strip(frames: np.ndarray, columns: int) -> Image.Image:
 
 
 def _wrap(label: str, font: Any, width: int) -> list[str]:
-    """Returns the label in lines that fit the width."""
+    """Wraps the label into lines that fit the width."""
     letter = font.getlength("n")
     lines = textwrap.wrap(label, width=max(8, int(width / letter)))
     while lines and max(map(font.getlength, lines)) > width and letter < width:

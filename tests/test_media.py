@@ -368,12 +368,12 @@ def test_what_is_no_video_is_named_with_the_reason(tmp_path):
     (tmp_path / "folder.mp4").mkdir()
 
     for name, reason in {
-        "cut": "no pictures, or its end is missing",
-        "coded": "an unknown way of coding",
+        "cut": "no video stream, or its end is missing",
+        "coded": "unknown video codec",
         "empty": "it is empty",
-        "noise": "no video that can be read .*Invalid data",
+        "noise": "not a readable video .*Invalid data",
         "lfs": "Git LFS pointer",
-        "song": "it holds no pictures",
+        "song": "it has no video stream",
         "folder": "cannot be read .Is a directory",
         "none": "cannot be read .No such file",
     }.items():
@@ -386,7 +386,7 @@ def test_large_frames_are_refused_before_any_is_decoded(tmp_path, monkeypatch):
     monkeypatch.setattr(media, "_chosen", None)
     monkeypatch.setattr(media, "_MOST_PIXELS", 64 * 32 - 1)
 
-    with pytest.raises(UserError, match="a.mp4: frames of 64 x 32; .*scale it down"):
+    with pytest.raises(UserError, match="a.mp4: frames are 64 x 32; .*scale it down"):
         media.read_video(tmp_path / "a.mp4", 1, (8, 8))
 
 

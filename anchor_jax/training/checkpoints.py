@@ -1,6 +1,7 @@
-"""Checkpoints of a training: everything the next step needs, saved in the background.
+"""Checkpoints of a training, saved in the background.
 
-`OUT/<step>/` holds one Orbax item per network, as `anchor_jax.checkpoint` reads it.
+A checkpoint has everything that the next step needs. `OUT/<step>/` holds one Orbax item
+per network, in the layout that `anchor_jax.checkpoint` reads.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ TREES = ITEMS[: ITEMS.index("data")]
 
 
 class NotSaved(UserError):
-    """A checkpoint could not be written, so that trying another one is of no use."""
+    """A checkpoint could not be written; trying to write another one is useless."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -38,12 +39,13 @@ class Checkpoints:
     """The checkpoints in a training's folder.
 
     Attributes:
-      folder: of the training.
-      meta: goes into each checkpoint: the config and what reads the weights.
-      keep: how many of the last ones stay.
-      tell: is given a line when a checkpoint cannot be used.
-      keep_best: how many stay besides for their metric; 0: checkpoints have none.
-      best_of: the metric; lower is better.
+      folder: the training's folder.
+      meta: metadata of each checkpoint: the config, and sizes needed to read weights.
+      keep: how many of the newest checkpoints are retained.
+      tell: a function that prints a line if a checkpoint cannot be used.
+      keep_best: how many checkpoints are also retained for their metric. If it is 0,
+        checkpoints have no metric.
+      best_of: name of the metric; lower is better.
     """
 
     folder: pathlib.Path
@@ -58,7 +60,7 @@ class Checkpoints:
 
     @functools.cached_property
     def manager(self) -> ocp.CheckpointManager:
-        """Orbax's own; its threads begin with its first use."""
+        """Orbax's manager; its threads start with the first use."""
         kept = [policies.LatestN(self.keep)]
         if self.keep_best:
             best = policies.BestN(
@@ -70,8 +72,8 @@ class Checkpoints:
             kept.append(best)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(kept),
-            # Without it Orbax does not write metrics, which the policy needs again
-            # when a run goes on.
+            # Without best_fn Orbax does not write metrics, which the policy needs when
+            # a run is resumed.
             best_fn=self._metric if self.keep_best else None,
             best_mode="min",
             cleanup_tmp_directories=True,
@@ -85,12 +87,12 @@ class Checkpoints:
         cursor: Cursor,
         means: Mapping[str, float] | None = None,
     ) -> None:
-        """Begins to save; what is still being saved is finished first.
+        """Starts saving a checkpoint, after the previous save has finished.
 
         Args:
-          state: of the training.
-          cursor: that belongs to it.
-          means: what was logged, as means since the save before.
+          state: the training's state.
+          cursor: the data position that belongs to it.
+          means: means of the logged metrics since the previous save.
         """
         step = int(state.step)
         if step in self.manager.all_steps():
@@ -110,7 +112,7 @@ class Checkpoints:
         if self.keep_best and means and self.best_of in means:
             metrics = {self.best_of: means[self.best_of]}
         self.wait()
-        # What Orbax is writing would be left where it fails, or the process ends.
+        # Otherwise Orbax leaves incomplete files if it fails or the process ends.
         part = self.folder / f"{step}.orbax-checkpoint-tmp"
         self._part.enter_context(unfinished(part, is_ours=False))
         args = ocp.args.Composite(
@@ -120,22 +122,22 @@ class Checkpoints:
             self.manager.save(step, metrics=metrics, args=args)
 
     def skip(self, *numbers: int) -> None:
-        """Leaves batches, or sequences, out of what comes after a restore."""
+        """Records batches, or sequences, that are skipped after a restore."""
         known = dict.fromkeys([*self.skipped(), *numbers])
         write_json(self.folder / SKIPPED, list(known))
 
     def skipped(self) -> list[int]:
-        """Returns the numbers of batches, or sequences, that are left out."""
+        """Returns the numbers of the skipped batches, or sequences."""
         return read_skipped(self.folder)
 
     def newest_first(
         self, state: TrainState, places: TrainState
     ) -> Iterator[tuple[int, tuple[TrainState, Cursor] | None]]:
-        """Yields every step with its state and cursor, or None if it is not whole.
+        """Yields each step with its state and cursor, or None if it is incomplete.
 
         Args:
-          state: of the same shapes.
-          places: its shardings.
+          state: a state of the same shapes.
+          places: the state's shardings.
         """
         for step in sorted(self.manager.all_steps(), reverse=True):
             try:
@@ -147,43 +149,43 @@ class Checkpoints:
     def restore(
         self, state: TrainState, places: TrainState
     ) -> tuple[TrainState, Cursor] | None:
-        """Returns the last state that is whole and its cursor; None if there is none.
+        """Returns the newest complete state and its cursor, or None without any.
 
-        Checkpoints that come after it are set aside.
+        Newer incomplete checkpoints are moved aside.
 
         Args:
-          state: of the same shapes.
-          places: its shardings.
+          state: a state of the same shapes.
+          places: the state's shardings.
 
         Raises:
-          UserError: There are checkpoints, and none can be used.
+          UserError: There are checkpoints, but none can be used.
         """
         reasons = {}
         for step in sorted(self.manager.all_steps(), reverse=True):
             try:
                 found, cursor = self._restore(step, state, places)
-            # Whatever a torn or foreign file raises; the one before it may be whole.
+            # A torn or foreign file may raise anything. An older one may be complete.
             except Exception as error:  # noqa: BLE001
                 reasons[step] = " ".join(str(error).split())[:200]
                 continue
             for torn, reason in reasons.items():
                 place = self.set_aside(torn, "torn")
-                self.tell(f"{place} is left out, not whole: {reason}")
+                self.tell(f"skipped an incomplete checkpoint, now {place}: {reason}")
             skipped = set(self.skipped())
             while cursor.number in skipped:
                 cursor = Cursor(cursor.number + 1)
             return found, cursor
         if reasons:
             raise UserError(
-                f"{self.folder} holds the checkpoints {str(list(reasons))[:100]}, and"
-                " none can be continued by this config: they are damaged, or another"
+                f"{self.folder} holds the checkpoints {str(list(reasons))[:100]}, but"
+                " this config can resume none of them: they are damaged, or another"
                 f" config made them ({next(iter(reasons.values()))}); give the config"
-                " that they were made with, or another --config.out"
+                " that made them, or choose another --config.out"
             )
         return None
 
     def best(self) -> tuple[int, float] | None:
-        """Returns the step of the best checkpoint that stayed, and its metric."""
+        """Returns the step and metric of the best retained checkpoint."""
         if not self.keep_best:
             return None
         ranked = []
@@ -197,16 +199,16 @@ class Checkpoints:
         return self.manager.is_saving_in_progress()
 
     def wait(self) -> None:
-        """Returns when everything is on disk.
+        """Waits until everything is on disk.
 
         Raises:
-          NotSaved: A checkpoint could not be written, as on a full disk.
+          NotSaved: A checkpoint could not be written, for example on a full disk.
         """
         with self._part, self._writing():
             self.manager.wait_until_finished()
 
     def close(self) -> None:
-        """Ends the writing.
+        """Waits for pending writes and closes the manager.
 
         Raises:
           NotSaved: A checkpoint could not be written.
@@ -216,30 +218,30 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Says what to do where the system could not write a checkpoint."""
+        """Converts failures to write a checkpoint into NotSaved with a remedy."""
         try:
             yield
         except (OSError, ValueError) as error:
-            # Orbax's library of arrays turns errors of the system into this one.
+            # Orbax's array library converts system errors into ValueError.
             if not isinstance(error, OSError) and "os_error_code" not in str(error):
                 raise
             reason = " ".join(str(error).split())
             raise NotSaved(
                 f"{self.folder}: a checkpoint cannot be written (...{reason[-200:]});"
-                " make room, or mend the disk; the same command goes on from the"
-                " checkpoint before"
+                " free disk space or repair the disk, then rerun this command to resume"
+                " from the previous checkpoint"
             ) from error
 
     def _metric(self, metrics: Mapping[str, float]) -> float:
-        """Returns what ranks a checkpoint; last, if it was saved for another number."""
+        """Returns a checkpoint's metric; infinity if it has another metric."""
         return metrics.get(self.best_of, math.inf)
 
     def set_aside(self, step: int, reason: str) -> pathlib.Path:
-        """Renames a checkpoint that cannot be used, so that its step can be saved.
+        """Renames an unusable checkpoint, so that its step can be saved again.
 
         Args:
-          step: of the checkpoint.
-          reason: begins the new name; what has that name is replaced.
+          step: the checkpoint's step.
+          reason: prefix of the new name. An existing folder of that name is replaced.
         """
         self.manager.close()
         place = self.folder / f"{reason}-{step}"
@@ -278,17 +280,17 @@ class Checkpoints:
 
 
 def _checked(data: Any, step: int, state: TrainState) -> dict[str, Any]:
-    """Returns a checkpoint's integers; raises ValueError unless they can be right."""
+    """Returns a checkpoint's integers; raises ValueError if they are invalid."""
     cursor = data["cursor"]
     numbers = [data["step"], data["updates"], cursor["number"], cursor["start"]]
     whole = all(type(one) is int and 0 <= one < 2**31 for one in numbers)
     if not whole or data["step"] != step or len(cursor) != 2:
-        raise ValueError(f"its integers are wrong: {str(data)[:100]}")
+        raise ValueError(f"invalid integers: {str(data)[:100]}")
     if np.shape(data["rng"]) != state.rng.shape:
-        raise ValueError("its random key is wrong")
+        raise ValueError("invalid random key")
     return data
 
 
 def present(state: TrainState) -> tuple[str, ...]:
-    """Returns the trees that a state has."""
+    """Returns the names of the trees that a state has."""
     return tuple(name for name in TREES if getattr(state, name) is not None)

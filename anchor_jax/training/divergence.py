@@ -1,4 +1,4 @@
-"""Tells a bad batch from ruined weights, and finds the way back to good ones."""
+"""Distinguishes a bad batch from ruined weights, and finds a good checkpoint."""
 
 import dataclasses
 import functools
@@ -25,11 +25,11 @@ _NAMES = {
 
 
 class Diverged(UserError):
-    """The weights of a training are ruined; its state must not be saved."""
+    """The weights of a training are ruined. Its state must not be saved."""
 
 
 def wrong_networks(state: TrainState) -> tuple[str, ...]:
-    """Returns the names of what a state holds that is not finite."""
+    """Returns the names of the parts of a state that have non-finite values."""
     trees = {name: getattr(state, name) for name in present(state) if name in _NAMES}
     finite = _are_finite(trees)
     return tuple(_NAMES[name] for name in trees if not np.asarray(finite[name]))
@@ -50,15 +50,15 @@ def _are_finite(trees):
 def try_others(
     stage: Stage, state: TrainState, taken: Sequence[int], skipped: Iterable[int]
 ) -> tuple[TrainState, bool]:
-    """Returns the state, and whether most batches near some give finite numbers.
+    """Returns the state, and whether most neighbouring batches give finite values.
 
-    Nothing moves, since the state counts as unsound meanwhile.
+    The state is marked as unsound during the trials, so that it is not updated.
 
     Args:
       stage: compiled steps with their data.
-      state: donated.
-      taken: numbers of batches, or sequences, that are not tried.
-      skipped: others that are not.
+      state: the state; it is donated.
+      taken: numbers of the failed batches, or sequences, which are not tried.
+      skipped: further numbers that are not tried.
     """
     leave_out = {*skipped}
     numbers = [
@@ -76,12 +76,12 @@ def try_others(
 
 @dataclasses.dataclass(frozen=True)
 class WayBack:
-    """Where a training that diverged can go on.
+    """Where a diverged training can resume.
 
     Attributes:
-      step: of the newest good checkpoint, or None.
-      aside: where ruined ones are now, the newest first.
-      unread: steps of those that could not be read, and are where they were.
+      step: step of the newest good checkpoint, or None.
+      aside: new paths of ruined checkpoints, newest first.
+      unread: steps of checkpoints that could not be read and were not moved.
     """
 
     step: int | None
@@ -90,15 +90,16 @@ class WayBack:
 
 
 def go_back(stage: Stage, state: TrainState, checkpoints: Checkpoints) -> WayBack:
-    """Sets ruined checkpoints aside, the newest first, until one is good.
+    """Moves ruined checkpoints aside, newest first, until one is good.
 
-    A good one is finite, and so are the numbers of most batches with it. One that
-    cannot be read stays: memory or a disk may have failed, and not the training.
+    A checkpoint is good if its weights are finite and most batches give finite values
+    with them. A checkpoint that cannot be read stays, because memory or a disk may have
+    failed rather than the training.
 
     Args:
       stage: compiled steps with their data.
-      state: a ruined one, whose memory is freed.
-      checkpoints: of the training.
+      state: a ruined state; its memory is freed.
+      checkpoints: the training's checkpoints.
     """
     checkpoints.wait()
     _free(state)
@@ -115,7 +116,7 @@ def go_back(stage: Stage, state: TrainState, checkpoints: Checkpoints) -> WayBac
 
 
 def _is_good(stage: Stage, state: TrainState, cursor: Cursor, skipped) -> bool:
-    """Returns whether a training can go on from a state, whose memory is freed."""
+    """Returns whether a training can resume from a state; frees its memory."""
     good = not wrong_networks(state)
     if good:
         around = range(cursor.number, cursor.number + 1)
@@ -132,14 +133,14 @@ def _free(state: TrainState) -> None:
 def report(
     step: int, shown: str, wrong: Sequence[str], back: WayBack, folder: pathlib.Path
 ) -> str:
-    """Returns the message about a training that diverged.
+    """Returns the message on a diverged training.
 
     Args:
-      step: at which it was found.
-      shown: what was found.
-      wrong: what is not finite.
-      back: where it can go on.
-      folder: of the training.
+      step: the step at which the divergence was detected.
+      shown: the values that were detected.
+      wrong: names of the non-finite parts of the state.
+      back: where the training can resume.
+      folder: the training's folder.
     """
     return " ".join(_sentences(step, shown, wrong, back, folder))
 
@@ -150,35 +151,35 @@ def _sentences(step, shown, wrong, back: WayBack, folder) -> Iterator[str]:
         yield f"Ruined checkpoints were moved to {', '.join(map(str, back.aside))}."
     if back.unread:
         steps = ", ".join(map(str, back.unread))
-        yield f"These checkpoints could not be read, and stay where they are: {steps}."
+        yield f"These checkpoints could not be read and were not moved: {steps}."
     if not step:
         yield (
-            "No step has been made, so the weights that the training begins with, or"
-            " its data, are the reason: look at config.weights and config.data."
+            "No step has been made, so the cause is in the initial weights or the data:"
+            " check config.weights and config.data."
         )
         return
     state = (
-        f"not finite are {', '.join(wrong)}"
+        f"non-finite values in {', '.join(wrong)}"
         if wrong
         else "its weights are finite, but too large"
     )
-    yield f"The training has diverged: {state}, and they are not saved."
+    yield f"The training has diverged: {state}. This state was not saved."
     if back.step is None and back.unread:
         yield (
-            "No other one is good: give the same command again, which may read them, or"
-            " move them away to begin anew with config.weights."
+            "No other checkpoint is good. Rerun this command to try to read them again,"
+            " or move them away to start again from config.weights."
         )
     elif back.step is None:
         yield (
-            "No checkpoint is good, so the same command begins anew with"
+            "No checkpoint is good. Rerun this command to start again from"
             " config.weights."
         )
     else:
         yield (
-            f"The last good checkpoint is {folder / str(back.step)}, which was tried:"
-            " the same command goes on from there."
+            f"The last good checkpoint is {folder / str(back.step)}; it was tested."
+            " Rerun this command to resume from it."
         )
     yield (
-        "The same settings may diverge again: lower optimizer.learning_rate, for"
-        " distillation critic_optimizer.learning_rate too, or optimizer.clip."
+        "The same settings may diverge again: reduce optimizer.learning_rate (for"
+        " distillation also critic_optimizer.learning_rate) or optimizer.clip."
     )

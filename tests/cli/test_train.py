@@ -152,7 +152,7 @@ def test_a_run_of_another_config_is_not_continued(trained, weights, capsys):
     assert train(weights, trained, "--config.seed=7") == 2
 
     told = capsys.readouterr().err
-    assert "another config: seed (began with 0, got 7)" in told
+    assert "another config: seed (was 0, got 7)" in told
     assert f"--config.weights={trained}" in told
 
 
@@ -162,10 +162,10 @@ def test_what_may_change_is_told(trained, weights, capsys):
     assert train(weights, trained, *more, "--dry_run") == 0
 
     told = capsys.readouterr().out
-    assert "changed since the run began: optimizer.learning_rate" in told
+    assert "changed since this run started: optimizer.learning_rate" in told
     assert "parameters: generator" in told and "3 latent frames" in told
-    assert re.search(r"most memory in use: \S+ GB as .*log.jsonl has it", told)
-    seconds = r"a step takes \S+ s as .*log.jsonl has it; 4 steps: \S+ min"
+    assert re.search(r"peak memory: \S+ GB \(from .*log.jsonl\)", told)
+    seconds = r"a step takes \S+ s \(from .*log.jsonl\); 4 steps: \S+ min"
     assert re.search(seconds, told)
 
 
@@ -173,7 +173,7 @@ def test_a_dry_run_times_steps_and_leaves_nothing(weights, tmp_path, capsys):
     assert train(weights, tmp_path / "new", "--dry_run") == 0
 
     told = capsys.readouterr().out
-    assert re.search(r"a step takes \S+ s here; 4 steps: \S+ min", told)
+    assert re.search(r"a step takes \S+ s on this machine; 4 steps: \S+ min", told)
     assert not (tmp_path / "new").exists()
 
 
@@ -313,13 +313,13 @@ def test_data_that_changed_are_not_gone_on_with(tmp_path):
     run.compare_inputs(tmp_path, run.inputs(config, bundle, bundle, None))
 
     prompts.write_text("b\na\n")
-    with pytest.raises(UserError, match="what config.data names"):
+    with pytest.raises(UserError, match="config.data changed since"):
         run.compare_inputs(tmp_path, run.inputs(config, bundle, bundle, None))
     prompts.write_text("a\nb\n")
     other = types.SimpleNamespace(digest="y")
-    with pytest.raises(UserError, match="what config.weights names"):
+    with pytest.raises(UserError, match="config.weights changed since"):
         run.compare_inputs(tmp_path, run.inputs(config, other, bundle, None))
-    with pytest.raises(UserError, match="what config.teacher names"):
+    with pytest.raises(UserError, match="config.teacher changed since"):
         run.compare_inputs(tmp_path, run.inputs(config, bundle, other, None))
 
 
@@ -329,7 +329,7 @@ def test_a_world_that_changed_is_not_gone_on_with(tmp_path, monkeypatch):
     write_json(tmp_path / "inputs.json", run.inputs(config, bundle, bundle, None))
 
     monkeypatch.setattr(run.world_data, "VERSION", run.world_data.VERSION + 1)
-    with pytest.raises(UserError, match=r"what config.data.kind names"):
+    with pytest.raises(UserError, match=r"config.data.kind changed since"):
         run.compare_inputs(tmp_path, run.inputs(config, bundle, bundle, None))
 
 
@@ -371,7 +371,7 @@ def test_fields_that_an_older_run_did_not_have_are_its_defaults(tmp_path):
     run.compare_config(config, tmp_path, print)
 
     other = dataclasses.replace(config, lora=LoraConfig(rank=2))
-    with pytest.raises(UserError, match=r"lora.rank \(began with 0, got 2\)"):
+    with pytest.raises(UserError, match=r"lora.rank \(was 0, got 2\)"):
         run.compare_config(other, tmp_path, print)
 
 

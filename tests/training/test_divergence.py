@@ -108,7 +108,7 @@ def test_ruined_weights_are_not_saved_and_the_last_good_ones_are_found(
 
     assert "step 4: " in message and "training has diverged" in message
     assert f"last good checkpoint is {tmp_path / 'run' / '4'}" in message
-    assert "lower optimizer.learning_rate" in message and "\n" not in message
+    assert "reduce optimizer.learning_rate" in message and "\n" not in message
     assert ("the generator's weights" in message) == (factor != "1e30")
     assert not list((tmp_path / "run").glob("failed-*"))
     assert not (tmp_path / "run" / "skipped.json").exists()
@@ -144,15 +144,15 @@ def test_checkpoints_that_cannot_be_read_stay(tmp_path, monkeypatch):
         )
         message, _ = attempt(tmp_path / "run", 6, scaled("generator", float("nan")))
 
-    assert "could not be read, and stay where they are: 4, 2." in message
-    assert "begin anew" in message and "No checkpoint is good" not in message
+    assert "could not be read and were not moved: 4, 2." in message
+    assert "start again" in message and "No checkpoint is good" not in message
     assert_equal(attempt(tmp_path / "run", 6)[1], whole)
 
 
 def test_a_training_that_diverges_before_its_first_checkpoint_begins_anew(tmp_path):
     message, _ = attempt(tmp_path, 4, scaled("generator", 1e30, step=1))
 
-    assert "No checkpoint is good, so the same command begins anew" in message
+    assert "No checkpoint is good. Rerun this command to start again" in message
     assert not [x for x in tmp_path.iterdir() if x.name.isdecimal()]
 
 
@@ -178,7 +178,7 @@ def test_whatever_is_not_finite_is_named_and_not_saved(tmp_path, name, shown):
 
     message, _ = attempt(tmp_path, 4, scaled(name, float("nan")))
 
-    assert shown in message and "they are not saved" in message
+    assert shown in message and "This state was not saved" in message
     assert f"last good checkpoint is {tmp_path / '2'}" in message
     assert not (tmp_path / "4").exists()
 
@@ -187,9 +187,9 @@ def test_whatever_is_not_finite_is_named_and_not_saved(tmp_path, name, shown):
 def test_bad_batches_are_left_out_and_good_weights_kept(tmp_path, bad):
     for place in sorted(bad):
         message, _ = attempt(tmp_path, 6, bad=bad)
-        assert "Other batches were tried and are finite" in message
+        assert "Other batches give finite values" in message
         step = place if place < 4 else 3
-        assert f"saved as {tmp_path / str(step)}, the batch as" in message
+        assert f"State before it: {tmp_path / str(step)}. Batch: " in message
     message, state = attempt(tmp_path, 6, bad=bad)
 
     assert not message and int(state.step) == 6
@@ -257,7 +257,10 @@ def test_a_checkpoint_with_damaged_integers_is_left_out(tmp_path, change):
     stored = json.loads(path.read_text())
     path.write_text(json.dumps(5 if change == 5 else {**stored, **change}))
 
-    with pytest.raises(UserError, match=r"the checkpoints \[2\], and none .*damaged"):
+    with pytest.raises(
+        UserError,
+        match=r"the checkpoints \[2\], but this config can resume none .*damaged",
+    ):
         attempt_restore(tmp_path)
 
 
@@ -324,7 +327,10 @@ def test_a_disk_that_is_full_is_reported_and_no_half_checkpoint_left(tmp_path, p
                 self.wait_until_finished()
 
     checkpoints.manager = Full()
-    with pytest.raises(UserError, match=r"^.{,400} make room.* goes on from the"):  # noqa: PT012
+    with pytest.raises(
+        UserError,
+        match=r"^.{,400} free disk space.* rerun this command to resume from the",
+    ):  # noqa: PT012
         checkpoints.save(begin().replace(step=jnp.int32(2)), Cursor(2))
         getattr(checkpoints, place)()
     checkpoints._part.close()
