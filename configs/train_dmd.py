@@ -8,7 +8,7 @@ With `train_dmd.py:tiny` the tiny world's, about a quarter of an hour on one cor
 
 Expected: runs/dmd with checkpoints, log.jsonl and TensorBoard events. Every step makes
 a clip with the generator and moves the critic; every fifth moves the generator.
-`anchor_jax.training.build.TrainConfig` explains the fields.
+`anchor_jax.training.stages.build.TrainConfig` explains the fields.
 """
 
 from typing import Literal
@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from anchor_jax.config import to_config
 from anchor_jax.experiment import WAN_NEGATIVE_PROMPT
-from anchor_jax.training.build import TrainConfig
+from anchor_jax.training.stages.build import TrainConfig
 
 
 def get_config(scale: Literal["paper", "tiny"] = "paper") -> ConfigDict:

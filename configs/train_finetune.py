@@ -16,7 +16,7 @@ Expected: runs/mine with checkpoints and log.jsonl. Sample from it with
 from ml_collections import ConfigDict
 
 from anchor_jax.config import to_config
-from anchor_jax.training.build import TrainConfig
+from anchor_jax.training.stages.build import TrainConfig
 
 
 def get_config() -> ConfigDict:

@@ -15,7 +15,7 @@ from typing import Literal
 from ml_collections import ConfigDict
 
 from anchor_jax.config import to_config
-from anchor_jax.training.build import TrainConfig
+from anchor_jax.training.stages.build import TrainConfig
 
 
 def get_config(scale: Literal["paper", "tiny"] = "paper") -> ConfigDict:

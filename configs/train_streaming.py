@@ -9,7 +9,7 @@ sequences, no LoRA.
 
 Expected: runs/streaming with checkpoints, log.jsonl and TensorBoard events. Sequences
 of 240 latent frames go on over the steps, in chunks of 21 and then 18 new frames.
-`anchor_jax.training.build.TrainConfig` explains the fields.
+`anchor_jax.training.stages.build.TrainConfig` explains the fields.
 """
 
 from typing import Literal
@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from anchor_jax.config import to_config
 from anchor_jax.experiment import WAN_NEGATIVE_PROMPT
-from anchor_jax.training.build import TrainConfig
+from anchor_jax.training.stages.build import TrainConfig
 
 
 def get_config(scale: Literal["paper", "tiny"] = "paper") -> ConfigDict:

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from anchor_jax.config import to_config
 from anchor_jax.errors import UserError
-from anchor_jax.training.build import TrainConfig
+from anchor_jax.training.stages.build import TrainConfig
 
 
 def get_config(frames: str = "6") -> ConfigDict:

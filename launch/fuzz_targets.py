@@ -24,7 +24,7 @@ from anchor_jax.porting import sources
 from anchor_jax.streaming.recipe import load_recipe
 from anchor_jax.streaming.session import Session
 from anchor_jax.streaming.snapshot import check_bundle, read_moment
-from anchor_jax.training import videos
+from anchor_jax.training.data import videos
 from anchor_jax.weights.load import load_bundle
 
 PROMPTS = {

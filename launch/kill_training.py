@@ -23,8 +23,8 @@ import time
 import jax
 import numpy as np
 
-from anchor_jax import checkpoint
-from anchor_jax.training import trajectories
+from anchor_jax.training.data import trajectories
+from anchor_jax.weights import checkpoint
 
 SHORT = ("--config.steps=10", "--config.batch=2", "--config.save_every=2")
 CLIP = ("--config.distillation.frames=6", "--config.distillation.every=2")

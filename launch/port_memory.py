@@ -19,12 +19,12 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from anchor_jax import checkpoint
 from anchor_jax.porting import convert
 from anchor_jax.porting.rules import DIT
 from anchor_jax.porting.safetensors_file import open_safetensors
 from anchor_jax.wan.dit import init_params
 from anchor_jax.wan.spec import WAN_1_3B, WAN_14B, ModelConfig
+from anchor_jax.weights import checkpoint
 
 _GIB = 2**30
 _LARGEST = "blocks/ffn_in/kernel"

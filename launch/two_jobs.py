@@ -44,7 +44,7 @@ def checkpoints(folder: pathlib.Path) -> dict[str, str]:
     """Returns a digest of every array in every checkpoint below a folder."""
     import jax
 
-    from anchor_jax import checkpoint
+    from anchor_jax.weights import checkpoint
 
     found = {}
     for meta in folder.rglob("meta"):
@@ -74,7 +74,7 @@ def files(folder: pathlib.Path) -> dict[str, str]:
 
 def clips(folder: pathlib.Path) -> dict[str, str]:
     """Returns a digest of every trajectory in a folder."""
-    from anchor_jax.training.trajectories import Trajectories
+    from anchor_jax.training.data.trajectories import Trajectories
 
     found = Trajectories(folder)
     return {
@@ -288,7 +288,7 @@ def main() -> int:
 def load_modules() -> None:
     """Imports what the jobs need; nothing that starts a thread."""
     with contextlib.suppress(ModuleNotFoundError):
-        import anchor_jax.training.trajectories
+        import anchor_jax.training.data.trajectories
     import anchor_jax.porting.export
     import anchor_jax.streaming.stream
     import anchor_jax.training.ode

@@ -7,12 +7,12 @@ import jax
 import numpy as np
 import tiny
 
+from anchor_jax.tiny_world.codec import BLOCK_VALUES
+from anchor_jax.tiny_world.words import train_tokenizer
 from anchor_jax.wan.text import TextConfig, Umt5Encoder
 from anchor_jax.weights.bundle import Bundle
 from anchor_jax.weights.load import load_bundle
 from anchor_jax.weights.single_file import save_bundle
-from anchor_jax.world.codec import BLOCK_VALUES
-from anchor_jax.world.words import train_tokenizer
 
 TEXT = TextConfig(
     vocab=32,

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import tiny
 
-from anchor_jax import checkpoint
 from anchor_jax.wan import dit, lora
 from anchor_jax.wan.text import Umt5Encoder
 from anchor_jax.wan.vae import VaeConfig, WanVae
+from anchor_jax.weights import checkpoint
 
 MODEL = dataclasses.replace(tiny.MODEL, dim=32, ffn_dim=32, latent_channels=16)
 VAE = VaeConfig(base_dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from anchor_jax.training.order import SHARED, Share
+from anchor_jax.training.data.order import SHARED, Share
 
 
 def assert_shared(draw):

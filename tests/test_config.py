@@ -8,7 +8,7 @@ import pytest
 
 from anchor_jax import config
 from anchor_jax.errors import UserError
-from anchor_jax.training.build import TrainConfig
+from anchor_jax.training.stages.build import TrainConfig
 
 CONFIG = """
 from ml_collections import ConfigDict, config_dict

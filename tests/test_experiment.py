@@ -18,7 +18,7 @@ from anchor_jax.errors import UserError
 from anchor_jax.porting import port
 from anchor_jax.prompts import Script, Segment
 from anchor_jax.streaming.loop import Euler, UniPC
-from anchor_jax.training.build import (
+from anchor_jax.training.stages.build import (
     DistillationConfig,
     RegressionConfig,
     SamplesConfig,

@@ -13,10 +13,11 @@ import safetensors
 import safetensors.numpy
 import tiny
 
-from anchor_jax import checkpoint, experiment, limits
+from anchor_jax import experiment, limits
 from anchor_jax.config import load_config
 from anchor_jax.errors import UserError
 from anchor_jax.wan.spec import LatentGrid
+from anchor_jax.weights import checkpoint
 from anchor_jax.weights.lineage import RUN
 from anchor_jax.weights.load import load_bundle
 

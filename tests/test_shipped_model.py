@@ -2,8 +2,8 @@ import pytest
 
 from anchor_jax import flow
 from anchor_jax.cache.policies import POLICIES
-from anchor_jax.evaluation import world
 from anchor_jax.streaming.types import StreamSetup
+from anchor_jax.tiny_world import evaluate as world
 from anchor_jax.weights.load import load_bundle
 
 pytestmark = pytest.mark.usefixtures("optimized_compilation")

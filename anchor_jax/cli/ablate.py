@@ -65,7 +65,7 @@ def main(argv) -> None:
     del argv
     compile_cache.enable()
     from anchor_jax import ownership
-    from anchor_jax.evaluation import ablation
+    from anchor_jax.tiny_world import ablation
 
     for name in ("steps", "teacher"):
         if FLAGS.part != PARTS[1] and FLAGS[name].value is not None:

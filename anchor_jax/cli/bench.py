@@ -55,7 +55,8 @@ def main(argv: Sequence[str]) -> None:
     import jax
     from tqdm import tqdm
 
-    from anchor_jax import bench, io, ownership
+    from anchor_jax import io, ownership
+    from anchor_jax.perf import stream_bench as bench
 
     is_training = "stage" in flags.FLAGS.config
     if is_training:
@@ -82,7 +83,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _measure_training(show):
-    from anchor_jax.training import bench, run
+    from anchor_jax.perf import train_bench as bench
+    from anchor_jax.training import run
 
     return bench.measure(run.read_config(flags.FLAGS.config), show)
 

@@ -66,7 +66,7 @@ def examine(weights: str | None = None) -> dict:
     Args:
       weights: a folder, `tiny`, or None.
     """
-    from anchor_jax import roofline
+    from anchor_jax.perf import roofline
 
     device = _device()
     known = roofline.find(device["kind"])
@@ -122,7 +122,7 @@ def _measured(device: dict):
     import jax
     import jax.numpy as jnp
 
-    from anchor_jax import roofline
+    from anchor_jax.perf import roofline
 
     size = 1024 if device["platform"] == "cpu" else 4096
     dtype = jnp.float32 if device["platform"] == "cpu" else jnp.bfloat16
@@ -173,8 +173,8 @@ def _has(part: str) -> bool:
 
 def _sizes(chip, share: float, memory: int) -> list[dict]:
     """Returns the expected memory and speed for each model and size."""
-    from anchor_jax import roofline
     from anchor_jax.cache.policies import POLICIES
+    from anchor_jax.perf import roofline
     from anchor_jax.wan.text import TextConfig
     from anchor_jax.wan.vae import VaeConfig
 
@@ -225,7 +225,7 @@ def _weights(weights: str) -> dict:
 
 
 def _items(weights: str) -> dict:
-    from anchor_jax import checkpoint
+    from anchor_jax.weights import checkpoint
     from anchor_jax.weights.load import load_bundle
 
     folder = expand(weights)
@@ -279,7 +279,7 @@ def _about_device(device: dict) -> list[str]:
             " model: anchor-jax sample --config=configs/tiny.py"
         ]
     if device["platform"] == "gpu" and device["chip"]:
-        from anchor_jax import roofline
+        from anchor_jax.perf import roofline
 
         whole = roofline.find(device["kind"]).memory
         if device["memory"] < 0.85 * whole:

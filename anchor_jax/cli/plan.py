@@ -77,7 +77,8 @@ def main(argv) -> None:
     """
     del argv
     _prepare_environment()
-    from anchor_jax import aot, io
+    from anchor_jax import io
+    from anchor_jax.perf import aot
 
     path = FLAGS.json and io.expand(FLAGS.json)
     if FLAGS.config:
@@ -100,7 +101,7 @@ def _plan_stream(aot) -> dict:
 
 
 def _plan_training(aot) -> dict:
-    from anchor_jax.training import plan
+    from anchor_jax.perf import train_plan as plan
     from anchor_jax.training.run import read_config
     from anchor_jax.wan.text import TextConfig
     from anchor_jax.wan.vae import VaeConfig

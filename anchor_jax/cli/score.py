@@ -52,8 +52,8 @@ def main(argv) -> None:
     del argv
     compile_cache.enable()
     from anchor_jax import experiment, io
-    from anchor_jax.evaluation import world
     from anchor_jax.prompts import Script, Segment, Timing
+    from anchor_jax.tiny_world import evaluate as world
 
     out = FLAGS.out and io.expand(FLAGS.out)
     given = experiment.read_config(FLAGS.config)
@@ -83,7 +83,8 @@ def main(argv) -> None:
 
 def _trial(whole: bool, batch: int, negative: str):
     """Returns the scoring function, the function that formats scores, and the trial."""
-    from anchor_jax.evaluation import events, world
+    from anchor_jax.tiny_world import evaluate as world
+    from anchor_jax.tiny_world import event_streams as events
 
     if FLAGS.trial == TRIALS[0]:
         run = world.score_clips if whole else world.score_switches

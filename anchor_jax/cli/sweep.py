@@ -287,7 +287,7 @@ def _end_with_parent() -> None:
 
 
 def _is_finished(point: Point) -> bool:
-    from anchor_jax import checkpoint
+    from anchor_jax.weights import checkpoint
 
     present = checkpoint.is_checkpoint(point.folder)
     return present and checkpoint.last_step(point.folder) >= point.config.steps

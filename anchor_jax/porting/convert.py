@@ -16,9 +16,9 @@ import ml_dtypes
 import numpy as np
 from flax import traverse_util
 
-from anchor_jax.checkpoint import Lazy
 from anchor_jax.errors import UserError
 from anchor_jax.porting.torch_file import release
+from anchor_jax.weights.checkpoint import Lazy
 
 Weights = Mapping[str, Any]  # arrays, or what stands for them until they are read
 Tree = dict[str, Any]

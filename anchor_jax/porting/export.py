@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from anchor_jax import checkpoint, io, ownership
+from anchor_jax import io, ownership
 from anchor_jax.errors import UserError, suggest
 from anchor_jax.io import expand
 from anchor_jax.porting import companions, published
@@ -24,7 +24,7 @@ from anchor_jax.porting.port import TABLES, check_free
 from anchor_jax.porting.rules import PEFT, UMT5_ALIAS
 from anchor_jax.porting.safetensors_writer import Read
 from anchor_jax.porting.sources import DIFFUSION, TEXT_FILE, VAE_FILE
-from anchor_jax.weights import lineage
+from anchor_jax.weights import checkpoint, lineage
 from anchor_jax.weights.trained import CRITIC
 
 LAYOUTS = ("wan", "diffusers", "generator")

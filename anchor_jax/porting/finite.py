@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from anchor_jax.checkpoint import Lazy
 from anchor_jax.errors import UserError
 from anchor_jax.finite import count
 from anchor_jax.porting.convert import STACKED, Rule, fill
+from anchor_jax.weights.checkpoint import Lazy
 
 
 @dataclasses.dataclass

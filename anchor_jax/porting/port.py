@@ -11,8 +11,6 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from anchor_jax import checkpoint
-from anchor_jax.checkpoint import Lazy
 from anchor_jax.errors import UserError, suggest
 from anchor_jax.io import expand
 from anchor_jax.porting import adapters, companions, lora_settings, sources
@@ -38,6 +36,8 @@ from anchor_jax.wan.tokenizer import (
     SentencePieceTokenizer,
 )
 from anchor_jax.wan.vae import WanVae
+from anchor_jax.weights import checkpoint
+from anchor_jax.weights.checkpoint import Lazy
 
 METHODS = (
     "wan",

@@ -17,7 +17,7 @@ def decode(params, state, latents: jax.Array, *, codec):
       params: the codec's parameters.
       state: the state of the previous call, or None at the start of a video.
       latents: [batch, k, height, width, channel].
-      codec: static, e.g. `anchor_jax.world.codec.LinearCodec()`.
+      codec: static, e.g. `anchor_jax.tiny_world.codec.LinearCodec()`.
     """
     pixels, state = codec.decode(params, state, latents)
     return to_bytes(pixels), state

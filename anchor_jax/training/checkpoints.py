@@ -1,7 +1,7 @@
 """Checkpoints of a training, saved in the background.
 
 A checkpoint has everything that the next step needs. `OUT/<step>/` holds one Orbax item
-per network, in the layout that `anchor_jax.checkpoint` reads.
+per network, in the layout that `anchor_jax.weights.checkpoint` reads.
 """
 
 import contextlib
@@ -20,12 +20,12 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from anchor_jax import ownership
-from anchor_jax.checkpoint import FORMAT_VERSION, ITEMS
 from anchor_jax.errors import UserError
 from anchor_jax.io import unfinished, write_json
 from anchor_jax.training.files import SKIPPED, read_skipped
-from anchor_jax.training.programs import Cursor
+from anchor_jax.training.stages.programs import Cursor
 from anchor_jax.training.state import TrainState
+from anchor_jax.weights.checkpoint import FORMAT_VERSION, ITEMS
 
 TREES = ITEMS[: ITEMS.index("data")]
 

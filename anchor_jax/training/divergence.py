@@ -11,7 +11,7 @@ import numpy as np
 
 from anchor_jax.errors import UserError
 from anchor_jax.training.checkpoints import Checkpoints, present
-from anchor_jax.training.programs import Cursor, Stage
+from anchor_jax.training.stages.programs import Cursor, Stage
 from anchor_jax.training.state import TrainState
 
 _TRIED = 3  # batches before and after the one that failed

@@ -17,7 +17,7 @@ from anchor_jax.io import replacing
 from anchor_jax.training import divergence
 from anchor_jax.training.checkpoints import Checkpoints, NotSaved
 from anchor_jax.training.monitor import Monitor
-from anchor_jax.training.programs import Cursor, Stage
+from anchor_jax.training.stages.programs import Cursor, Stage
 from anchor_jax.training.state import TrainState
 
 _LAG = 2

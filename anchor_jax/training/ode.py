@@ -18,9 +18,9 @@ from anchor_jax.io import expand
 from anchor_jax.streaming import stream
 from anchor_jax.streaming.loop import Euler
 from anchor_jax.streaming.types import BlockNoise, StreamSetup
-from anchor_jax.training import sources
-from anchor_jax.training.sources import DataConfig
-from anchor_jax.training.trajectories import TrajectoryWriter
+from anchor_jax.training.data import sources
+from anchor_jax.training.data.sources import DataConfig
+from anchor_jax.training.data.trajectories import TrajectoryWriter
 from anchor_jax.wan import kernels
 from anchor_jax.weights.bundle import Bundle
 
@@ -210,7 +210,7 @@ def _inputs(config: TrajectoryConfig, bundle: Bundle, setup: StreamSetup) -> dic
 
 def _prompts_of(data: DataConfig) -> dict:
     """Returns what the prompts depend on: of files their content, not their place."""
-    from anchor_jax.training import datasets
+    from anchor_jax.training.data import datasets
 
     files = [path for path in (data.path, data.switch_path) if path is not None]
     hashes = [datasets.digest(expand(path)) for path in files]

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from anchor_jax import sharding
-from anchor_jax.training import order
+from anchor_jax.training.data import order
 from anchor_jax.training.state import TrainState
 from anchor_jax.wan import kernels
 from anchor_jax.wan.spec import ModelConfig

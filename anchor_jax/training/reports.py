@@ -8,7 +8,7 @@ from typing import Any
 from anchor_jax.errors import UserError
 from anchor_jax.io import expand
 from anchor_jax.prompt_files import PromptFile, decode, watched
-from anchor_jax.training.sources import DataConfig
+from anchor_jax.training.data.sources import DataConfig
 from anchor_jax.wan.tokenizer import Tokenizer, report_cuts
 
 LOOKED_AT = 100_000  # texts
@@ -73,7 +73,7 @@ def texts_in(value: Any, kind: str) -> tuple[str, ...]:
 
 def _files(data: DataConfig) -> list[PromptFile]:
     """Returns the files of texts that a section `data` names."""
-    from anchor_jax.training import pairs
+    from anchor_jax.training.data import pairs
 
     if data.path is None or data.kind not in ("prompts", "videos"):
         return []

@@ -17,23 +17,18 @@ from anchor_jax.config import from_config
 from anchor_jax.errors import UserError, naming, shown, suggest
 from anchor_jax.experiment import parse_size
 from anchor_jax.io import expand, scratch_folder, write_json
-from anchor_jax.training import (
-    build,
-    files,
-    fresh,
-    placement,
-    reports,
-    samples,
-    sources,
-    world_data,
-)
-from anchor_jax.training.build import Prepared, TrainConfig
+from anchor_jax.tiny_world import data as world_data
+from anchor_jax.tiny_world import fresh
+from anchor_jax.training import files, placement, reports, samples
 from anchor_jax.training.checkpoints import Checkpoints
+from anchor_jax.training.data import sources
+from anchor_jax.training.data.order import Share
 from anchor_jax.training.loop import Loop, train
 from anchor_jax.training.monitor import Monitor, memory_gb
-from anchor_jax.training.order import Share
-from anchor_jax.training.programs import Cursor, DistillStage
 from anchor_jax.training.samples import Sampler
+from anchor_jax.training.stages import build
+from anchor_jax.training.stages.build import Prepared, TrainConfig
+from anchor_jax.training.stages.programs import Cursor, DistillStage
 from anchor_jax.weights.bundle import Bundle
 from anchor_jax.weights.lineage import write_run
 from anchor_jax.weights.load import load_bundle

@@ -22,12 +22,14 @@ from anchor_jax.io import expand
 from anchor_jax.prompts import LATENT_FRAMES_PER_SECOND, Script, Segment, Timing
 from anchor_jax.streaming.session import Session
 from anchor_jax.streaming.types import StreamSetup
-from anchor_jax.training import pairs, placement, reports, world_clips
-from anchor_jax.training.build import Prepared, TrainConfig
-from anchor_jax.training.programs import DistillStage
+from anchor_jax.tiny_world import clips as world_clips
+from anchor_jax.tiny_world import events
+from anchor_jax.training import placement, reports
+from anchor_jax.training.data import pairs
+from anchor_jax.training.stages.build import Prepared, TrainConfig
+from anchor_jax.training.stages.programs import DistillStage
 from anchor_jax.training.state import TrainState
 from anchor_jax.weights.bundle import Bundle
-from anchor_jax.world import events
 
 FOLDER = "samples"
 """Of the videos, in a training's folder."""
@@ -284,7 +286,7 @@ def _texts(config: TrainConfig, num: int) -> list[tuple[str, str]]:
     if config.data.path is None:
         return []
     if config.data.kind == "trajectories":
-        from anchor_jax.training.trajectories import Trajectories
+        from anchor_jax.training.data.trajectories import Trajectories
 
         if not expand(config.data.path).is_dir():
             return []

@@ -98,7 +98,7 @@ def _remedy(weights: str) -> str:
     run = run_folder(expand(weights))
     if run is None:
         return "take an undamaged copy; float16 cannot hold values above 65504"
-    from anchor_jax import checkpoint
+    from anchor_jax.weights import checkpoint
 
     kept = ", ".join(str(run / str(step)) for step in checkpoint.steps(run))
     return (
@@ -109,6 +109,6 @@ def _remedy(weights: str) -> str:
 def _is_checkpoint(folder: pathlib.Path) -> bool:
     if not os.path.isdir(folder) or os.path.exists(folder / "model.safetensors"):
         return False
-    from anchor_jax import checkpoint
+    from anchor_jax.weights import checkpoint
 
     return checkpoint.is_checkpoint(folder)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from anchor_jax import checkpoint, sharding
+from anchor_jax import sharding
 from anchor_jax.config import from_config
 from anchor_jax.errors import UserError, reason, shown
 from anchor_jax.limits import check_sizes
@@ -21,6 +21,7 @@ from anchor_jax.wan.spec import LatentGrid, ModelConfig
 from anchor_jax.wan.text import TextConfig
 from anchor_jax.wan.tokenizer import Tokenizer, load_tokenizer
 from anchor_jax.wan.vae import VaeCodec, VaeConfig, WanVae
+from anchor_jax.weights import checkpoint
 from anchor_jax.weights.bundle import Bundle
 from anchor_jax.weights.options import Options
 from anchor_jax.weights.tensors import (

@@ -25,6 +25,7 @@ from anchor_jax.errors import UserError, shown, suggest
 from anchor_jax.filetypes import check_start
 from anchor_jax.io import expand, parse_json, replacing
 from anchor_jax.limits import check_sizes
+from anchor_jax.tiny_world.codec import LinearCodec
 from anchor_jax.wan.spec import TINY, LatentGrid, ModelConfig
 from anchor_jax.wan.text import TextConfig
 from anchor_jax.wan.tokenizer import SentencePieceTokenizer
@@ -36,7 +37,6 @@ from anchor_jax.weights.tensors import (
     damaged_weights,
     expected_tensors,
 )
-from anchor_jax.world.codec import LinearCodec
 
 FORMAT_VERSION = 1
 TINY_TEXT = TextConfig(

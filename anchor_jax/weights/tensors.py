@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from anchor_jax.errors import UserError, damaged, shown, some
+from anchor_jax.tiny_world.codec import BLOCK_VALUES, LinearCodec
 from anchor_jax.wan import dit, lora
 from anchor_jax.wan.spec import ModelConfig
 from anchor_jax.wan.text import TextConfig, Umt5Encoder
-from anchor_jax.world.codec import BLOCK_VALUES, LinearCodec
 
 damaged_weights = functools.partial(
     damaged,

@@ -11,12 +11,12 @@ from typing import Any
 import jax
 from flax import traverse_util
 
-from anchor_jax import checkpoint
 from anchor_jax.config import from_config
 from anchor_jax.errors import UserError
 from anchor_jax.limits import check_sizes
 from anchor_jax.wan import dit
 from anchor_jax.wan.spec import ModelConfig
+from anchor_jax.weights import checkpoint
 from anchor_jax.weights.bundle import Bundle
 from anchor_jax.weights.lineage import run_base, run_folder
 from anchor_jax.weights.options import Options

@@ -7,7 +7,7 @@ import bundles
 import pytest
 
 from anchor_jax.cli.main import main
-from anchor_jax.evaluation import ablation
+from anchor_jax.tiny_world import ablation
 from anchor_jax.training import run
 
 

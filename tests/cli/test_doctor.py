@@ -3,8 +3,8 @@ import time
 
 import pytest
 
-from anchor_jax import roofline
 from anchor_jax.cli import compile_cache, doctor, main
+from anchor_jax.perf import roofline
 
 GB = 10**9
 

@@ -7,9 +7,9 @@ import numpy as np
 import ported
 import pytest
 
-from anchor_jax import checkpoint
 from anchor_jax.cli import main
 from anchor_jax.cli.compile_cache import CACHE_VARIABLE
+from anchor_jax.weights import checkpoint
 
 CLIP = f"{bundles.RED}[3f] | {bundles.BLUE}[3f]"
 SHORT = f"--config.prompt={bundles.RED}[3f]"

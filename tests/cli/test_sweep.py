@@ -13,9 +13,10 @@ import bundles
 import jax
 import pytest
 
-from anchor_jax import checkpoint, interrupts, ownership
+from anchor_jax import interrupts, ownership
 from anchor_jax.cli import sweep
 from anchor_jax.cli.main import main
+from anchor_jax.weights import checkpoint
 
 
 def run(out, *more):

@@ -15,15 +15,17 @@ import numpy as np
 import pytest
 import tiny
 
-from anchor_jax import checkpoint, ownership
+from anchor_jax import ownership
 from anchor_jax.cli.main import main
 from anchor_jax.config import load_config
 from anchor_jax.errors import UserError
 from anchor_jax.io import write_json
-from anchor_jax.training import run, sources
-from anchor_jax.training.build import LoraConfig, RegressionConfig, TrainConfig
-from anchor_jax.training.programs import RegressionStage
+from anchor_jax.training import run
+from anchor_jax.training.data import sources
+from anchor_jax.training.stages.build import LoraConfig, RegressionConfig, TrainConfig
+from anchor_jax.training.stages.programs import RegressionStage
 from anchor_jax.wan import dit
+from anchor_jax.weights import checkpoint
 from anchor_jax.weights.lineage import write_run
 from anchor_jax.weights.load import load_bundle
 

@@ -4,8 +4,8 @@ import peer_models as peers
 import pytest
 import torch
 
-from anchor_jax import checkpoint
 from anchor_jax.porting import port
+from anchor_jax.weights import checkpoint
 
 SIZES = (1, 3, 4, 6, 16)  # batch, frame, height, width, channel
 

@@ -10,11 +10,11 @@ from layouts import SMALL, write_layout
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from anchor_jax import checkpoint
 from anchor_jax.errors import UserError
 from anchor_jax.porting import port, published
 from anchor_jax.porting.export import export
 from anchor_jax.wan import lora
+from anchor_jax.weights import checkpoint
 from anchor_jax.weights.lineage import write_run
 
 TRANSFORMER = {

@@ -9,12 +9,12 @@ import pytest
 from layouts import write_layout
 from safetensors.numpy import load_file
 
-from anchor_jax import checkpoint
 from anchor_jax.cli.main import main
 from anchor_jax.errors import UserError
 from anchor_jax.porting import port
 from anchor_jax.porting.export import export
 from anchor_jax.wan import lora
+from anchor_jax.weights import checkpoint
 from anchor_jax.weights.lineage import write_run
 from anchor_jax.weights.trained import CRITIC
 

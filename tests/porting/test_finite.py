@@ -6,11 +6,11 @@ import pytest
 from layouts import SMALL, draw, lora_names, write_layout
 from safetensors.numpy import load_file, save_file
 
-from anchor_jax import checkpoint
 from anchor_jax.cli.main import main
 from anchor_jax.errors import UserError
 from anchor_jax.porting import port
 from anchor_jax.porting.finite import Watch
+from anchor_jax.weights import checkpoint
 
 
 def spoil(path, name, value=np.nan):

@@ -16,7 +16,6 @@ from layouts import SMALL, dit_names, draw, lora_names, write_layout
 from safetensors.numpy import load_file, save_file
 from torch_files import write_torch
 
-from anchor_jax import checkpoint
 from anchor_jax.errors import UserError
 from anchor_jax.porting import port, rules, sources
 from anchor_jax.porting.convert import convert, places
@@ -28,6 +27,7 @@ from anchor_jax.wan.lora import merge
 from anchor_jax.wan.spec import WAN_1_3B, WAN_14B, ModelConfig
 from anchor_jax.wan.text import TextConfig, Umt5Encoder
 from anchor_jax.wan.vae import VaeConfig, WanVae
+from anchor_jax.weights import checkpoint
 
 
 def full_size(network):

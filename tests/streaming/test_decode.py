@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from anchor_jax.streaming.decode import decode, decode_next, renew, to_bytes
+from anchor_jax.tiny_world import codec as world
+from anchor_jax.tiny_world.codec import LinearCodec
 from anchor_jax.wan.vae import VaeCodec, VaeConfig, WanVae
-from anchor_jax.world import codec as world
-from anchor_jax.world.codec import LinearCodec
 
 CODEC = LinearCodec()
 SMALL = VaeCodec(

@@ -13,12 +13,14 @@ from anchor_jax import flow
 from anchor_jax.cli.main import main
 from anchor_jax.config import load_config
 from anchor_jax.errors import UserError
-from anchor_jax.training import build, ode, run, sources
-from anchor_jax.training.build import RegressionConfig, TrainConfig
+from anchor_jax.training import ode, run
+from anchor_jax.training.data import sources
+from anchor_jax.training.data.sources import DataConfig
+from anchor_jax.training.data.trajectories import Trajectories
 from anchor_jax.training.ode import TrajectoryConfig
-from anchor_jax.training.regress import Regression
-from anchor_jax.training.sources import DataConfig
-from anchor_jax.training.trajectories import Trajectories
+from anchor_jax.training.stages import build
+from anchor_jax.training.stages.build import RegressionConfig, TrainConfig
+from anchor_jax.training.stages.regress import Regression
 
 CONFIG = TrajectoryConfig(
     count=5, batch=2, frames=6, steps=8, guidance=2.0, data=DataConfig("world_prompts")

@@ -12,7 +12,7 @@ number, address = int(sys.argv[1]), sys.argv[2]
 jax.config.update("jax_num_cpu_devices", 1)
 jax.distributed.initialize(address, 2, number)
 from anchor_jax.sharding import make_mesh
-from anchor_jax.training.order import Share
+from anchor_jax.training.data.order import Share
 from anchor_jax.training.placement import put_batch, rows_of_process
 batch = {"prompt": np.arange(8.0).reshape(4, 2), "position": np.arange(3)}
 mesh = make_mesh((1, 2, 1, 1))

@@ -13,20 +13,21 @@ import pytest
 from anchor_jax.errors import UserError
 from anchor_jax.streaming import session
 from anchor_jax.streaming.loop import Euler, Renoise
-from anchor_jax.training import build, samples
-from anchor_jax.training.build import (
+from anchor_jax.training import samples
+from anchor_jax.training.checkpoints import Checkpoints
+from anchor_jax.training.data.sources import DataConfig
+from anchor_jax.training.data.trajectories import TrajectoryWriter
+from anchor_jax.training.loop import Loop, train
+from anchor_jax.training.monitor import Monitor
+from anchor_jax.training.stages import build
+from anchor_jax.training.stages.build import (
     DistillationConfig,
     RegressionConfig,
     SamplesConfig,
     TrainConfig,
 )
-from anchor_jax.training.checkpoints import Checkpoints
-from anchor_jax.training.loop import Loop, train
-from anchor_jax.training.monitor import Monitor
-from anchor_jax.training.programs import Cursor
-from anchor_jax.training.sources import DataConfig
+from anchor_jax.training.stages.programs import Cursor
 from anchor_jax.training.state import Ema
-from anchor_jax.training.trajectories import TrajectoryWriter
 
 DISTILL = TrainConfig(
     steps=3,

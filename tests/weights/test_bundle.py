@@ -3,9 +3,8 @@ import jax
 import numpy as np
 import pytest
 
-from anchor_jax import checkpoint
 from anchor_jax.errors import UserError
-from anchor_jax.weights import bundle, options
+from anchor_jax.weights import bundle, checkpoint, options
 from anchor_jax.weights.load import load_bundle
 
 

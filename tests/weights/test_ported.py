@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from ported import MODEL, SMALL_VAE, draw_items, write
 
-from anchor_jax import checkpoint, sharding
+from anchor_jax import sharding
 from anchor_jax.errors import UserError
 from anchor_jax.wan.spec import LatentGrid
-from anchor_jax.weights import options
+from anchor_jax.weights import checkpoint, options
 from anchor_jax.weights.load import load_bundle
 
 

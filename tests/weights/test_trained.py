@@ -2,8 +2,7 @@ import jax
 import numpy as np
 from ported import SMALL_VAE, draw_items
 
-from anchor_jax import checkpoint
-from anchor_jax.weights import options
+from anchor_jax.weights import checkpoint, options
 from anchor_jax.weights.lineage import write_run
 from anchor_jax.weights.load import load_bundle
 

@@ -1,0 +1,1 @@
+"""What a machine does and costs: benchmarks, rooflines, programs compiled ahead."""

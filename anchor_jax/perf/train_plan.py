@@ -1,0 +1,256 @@
+"""Compiling the steps of a training for machines that are not there.
+
+Weights are shapes; every array has the sharding that it would have on the mesh. The
+chip that is counted is the first of its machine, which has the text encoder too.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from anchor_jax.errors import UserError
+from anchor_jax.experiment import parse_size
+from anchor_jax.perf import aot
+from anchor_jax.perf.aot import Compiled, Program, Refused, Target
+from anchor_jax.training import placement
+from anchor_jax.training.stages import build
+from anchor_jax.training.stages.build import Prepared, TrainConfig
+from anchor_jax.wan import dit
+from anchor_jax.wan.spec import ModelConfig
+from anchor_jax.wan.text import TextConfig
+from anchor_jax.wan.vae import VaeCodec, VaeConfig, WanVae
+from anchor_jax.weights.bundle import Bundle
+
+BLOCK = 3
+"""Latent frames; fewer tokens on a side are no score matrix."""
+_SIZE = "480x832"
+_MACHINE = 8  # chips of a process, the first of which encodes its prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class Networks:
+    """Sizes of the networks of a training; the critic's are the generator's."""
+
+    generator: ModelConfig
+    teacher: ModelConfig
+    vae: VaeConfig
+    text: TextConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The programs of a training on one of the chips of a mesh; sizes in bytes.
+
+    Attributes:
+      target: the chip.
+      mesh: devices by axis.
+      programs: by name; the compiler's reason in place of one it refused.
+      resident: what stays in memory from step to step, by name.
+      gradient: the largest, which waits for the next program.
+    """
+
+    target: Target
+    mesh: Mapping[str, int]
+    programs: Mapping[str, Compiled | Refused]
+    resident: Mapping[str, int]
+    gradient: int
+
+    @property
+    def needed(self) -> int:
+        """The most memory in use at once."""
+        kept = sum(self.resident.values()) + self.gradient
+        made = [one for one in self.programs.values() if isinstance(one, Compiled)]
+        return kept + max((m.outputs + m.temporaries + m.code for m in made), default=0)
+
+    def problems(self) -> tuple[str, ...]:
+        """Returns what is wrong with the programs or the memory, and what to do."""
+        found = []
+        for name, made in self.programs.items():
+            if isinstance(made, Refused):
+                found.append(f"{name}: {made.reason}")
+            elif name != aot.ENCODER and not name.endswith("update"):
+                found += [f"{name}: {problem}" for problem in made.problems()]
+        chip = self.target.chip
+        refused = (m.reason for m in self.programs.values() if isinstance(m, Refused))
+        is_full = any(reason.startswith("does not fit") for reason in refused)
+        if is_full or self.needed > chip.memory:
+            found.append(
+                f"{chip.name} has too little memory; recompute activations with"
+                " --remat=nothing_saveable, use more --chips, or a smaller size"
+            )
+        return tuple(found)
+
+    def summary(self) -> dict[str, Any]:
+        """Returns the report as plain values."""
+        return {
+            "chip": self.target.chip.name,
+            "memory": self.target.chip.memory,
+            "mesh": dict(self.mesh),
+            "programs": {k: v.summary() for k, v in self.programs.items()},
+            "resident": dict(self.resident),
+            "gradient": self.gradient,
+            "needed": self.needed,
+            "problems": list(self.problems()),
+        }
+
+
+def plan(
+    name: str,
+    chips: int,
+    config: TrainConfig,
+    networks: Networks,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Report:
+    """Returns what the compiler of a target makes of a training's programs.
+
+    Args:
+      name: of the target.
+      chips: of the mesh, a power of two.
+      config: of the training; its weights are not read.
+      networks: their sizes.
+      progress: is told each program's name before it is compiled.
+
+    Raises:
+      UserError: The target is unknown, its compiler is not installed, or the config
+        does not fit so many chips.
+    """
+    target = aot.find_target(name)
+    mesh = build.make_mesh(config, aot.devices_of(target, chips))
+    vae = dataclasses.replace(networks.vae, conv=target.conv)
+    networks = dataclasses.replace(networks, vae=vae)
+    prepared = on_paper(config, networks, mesh)
+    made = {}
+    for part, program in programs(prepared, config, networks).items():
+        progress(part)
+        with jax.set_mesh(mesh):
+            made[part] = aot.compile_program(program)
+    resident, gradient = _resident(prepared)
+    progress(aot.ENCODER)
+    prompts = max(1, config.batch * min(chips, _MACHINE) // chips)
+    encoder, resident[aot.ENCODER] = aot.text_program(networks.text, prompts)
+    (device,) = aot.devices_of(target, 1)
+    made[aot.ENCODER] = aot.compile_program(aot.on_device(encoder, device))
+    return Report(target, dict(mesh.shape), made, resident, gradient)
+
+
+def _resident(prepared: Prepared) -> tuple[dict[str, int], int]:
+    """Returns what stays in a chip's memory, by name, and the largest gradient."""
+    state = prepared.state
+    trained = {"generator": state.generator, "critic": state.fake_score}
+    held = {
+        **trained,
+        "optimizers": (state.opt_generator, state.opt_fake_score, state.ema),
+        "frozen weights": prepared.stage.frozen,
+        "rollout": state.rollout,
+    }
+    sizes = {name: bytes_on_one(tree) for name, tree in held.items()}
+    return sizes, max(sizes[name] for name in trained)
+
+
+def on_paper(config: TrainConfig, networks: Networks, mesh: Mesh) -> Prepared:
+    """Returns a stage whose weights and state are shapes.
+
+    Raises:
+      UserError: The text encoder would be trained along.
+    """
+    if config.stage == "regression" and config.regression.text:
+        raise UserError(
+            "config.regression.text=True: a plan takes prompts that are encoded; add"
+            " --config.regression.text=False"
+        )
+    grid, vae = parse_size(config.size or _SIZE), VaeCodec(networks.vae)
+    generator = _bundle(networks.generator, vae, grid)
+    teacher = _bundle(networks.teacher, vae, grid)
+    on = placement.Shapes(mesh)
+    return build.prepare(config, generator, None, teacher, generator, on)
+
+
+def _bundle(model: ModelConfig, vae: VaeCodec, grid) -> Bundle:
+    """Returns a bundle of shapes, without a tokenizer; weights as they are stored."""
+    key = jax.random.key(0)
+
+    def variables():
+        return {
+            "params": jax.eval_shape(functools.partial(dit.init_params, model), key)
+        }
+
+    def codec():
+        pixels = jax.ShapeDtypeStruct((1, 1, 16, 16, 3), vae.config.dtype)
+        return jax.eval_shape(WanVae(vae.config).init, key, pixels)["params"]
+
+    return Bundle(
+        model=model,
+        text=TextConfig(),
+        codec=vae,
+        grid=grid,
+        tokenizer=None,
+        encode_prompts=None,
+        load_variables=variables,
+        load_codec=codec,
+        metadata={},
+        digest="",
+    )
+
+
+def programs(
+    prepared: Prepared, config: TrainConfig, networks: Networks
+) -> dict[str, Program]:
+    """Returns a step's programs by name."""
+    stage, bundle = prepared.stage, prepared.bundle
+    batch = _batch(config, bundle)
+    batch = placement.Shapes(stage.mesh).put(
+        batch, placement.of_batch(batch, stage.mesh)
+    )
+    rows, columns = bundle.grid.tokens(bundle.model.patch)
+    features = {
+        # The VAE attends to the pixels of one latent frame.
+        bundle.grid.height * bundle.grid.width,
+        *aot.features_of(networks.generator, config.lora.rank),
+        *aot.features_of(networks.teacher),
+    }
+    return {
+        name: Program(
+            function,
+            args,
+            {},
+            reads=frozenset(),
+            tokens=BLOCK * rows * columns,
+            features=frozenset(features),
+        )
+        for name, (function, args) in stage.programs(prepared.state, batch).items()
+    }
+
+
+def _batch(config: TrainConfig, bundle: Bundle) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of a batch whose prompts are encoded."""
+    model, grid, section = bundle.model, bundle.grid, config.regression
+    prompt = (config.batch, model.text_len, model.text_dim)
+    shape = jax.ShapeDtypeStruct
+    if config.stage == "distillation":
+        names = ("prompt", "switch", "negative")
+        prompts = dict.fromkeys(names, shape(prompt, model.dtype))
+        return {**prompts, "requested": shape((), jnp.int32)}
+    frames = section.block * section.blocks
+    video = (config.batch, frames, grid.height, grid.width, model.latent_channels)
+    batch = {"embedding": shape((config.batch, 1, *prompt[1:]), model.dtype)}
+    if section.guidance is not None:
+        batch["negative"] = shape(prompt, model.dtype)
+    clip = shape(video, jnp.float32)
+    if not section.endpoints:
+        return {**batch, "latents": clip}
+    levels = shape((config.batch, section.blocks), jnp.float32)
+    return {**batch, "noisy": clip, "target": clip, "sigma": levels}
+
+
+def bytes_on_one(tree) -> int:
+    """Returns the bytes of a tree of shapes with shardings, on one device."""
+    return sum(
+        int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+    )

@@ -1,0 +1,1 @@
+"""The tiny world: scenes, captions, codec, detectors, clips, scores and ablations."""

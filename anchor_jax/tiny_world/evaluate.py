@@ -1,0 +1,184 @@
+"""Match rates of generated tiny-world videos: whole clips, and after a switch."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from anchor_jax import interrupts
+from anchor_jax.streaming import stream
+from anchor_jax.streaming.types import StreamSetup
+from anchor_jax.tiny_world import codec as codecs
+from anchor_jax.tiny_world import scene, score
+
+CLIP_FRAMES = 6
+"""Latent frames of a single-prompt clip: what the embedded teacher was trained on."""
+
+SWITCH_KINDS = (*scene.KINDS, "any")
+CRITERIA = ("color", "background", "shape", "shape_iou", "motion", "steady", "smooth")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """How many videos are scored and how long their segments are, in blocks.
+
+    `negative_prompt` is what guidance leads away from, if the setup has any.
+    """
+
+    count: int = 240
+    batch: int = 40
+    segments: tuple[int, ...] = (5, 5)
+    seed: int = 1
+    negative_prompt: str = ""
+
+
+def generate(
+    bundle, setup: StreamSetup, prompts, blocks, seed: int, negative_prompt: str = ""
+) -> np.ndarray:
+    """Returns videos that switch prompts together, uint8 [batch, frame, 64, 64, 3].
+
+    Args:
+      bundle: the model with its text encoder and codec.
+      setup: static part of the stream.
+      prompts: a list of `batch` prompts for each segment.
+      blocks: each segment's length.
+      seed: of the noise.
+      negative_prompt: what guidance leads away from.
+    """
+    variables = bundle.variables
+    contexts = [_project(bundle, setup, texts, negative_prompt) for texts in prompts]
+    state = stream.start(contexts[0], setup=setup)
+    rng, latents, frame = jax.random.key(seed), [], 0
+    like = jnp.zeros(len(prompts[0]))
+    for number, length in enumerate(blocks):
+        if number:
+            rerun = setup.policy.rerun(frame)
+            state, _ = stream.switch(
+                variables, state, contexts[number], frame, setup=setup, rerun=rerun
+            )
+        for _ in range(length):
+            interrupts.check()
+            noise = stream.draw_noise(rng, frame, like, setup=setup)
+            state, block = stream.step(variables, state, noise, setup=setup)
+            latents.append(np.asarray(block.latents))
+            frame += setup.policy.block
+    pixels = codecs.decode(bundle.codec_params, np.concatenate(latents, 1), first=True)
+    return codecs.to_bytes(np.asarray(pixels))
+
+
+def _project(bundle, setup: StreamSetup, texts, negative_prompt: str):
+    texts = list(texts) + [negative_prompt] * (len(texts) * (setup.copies - 1))
+    return stream.project(bundle.variables, bundle.encode_prompts(texts), setup=setup)
+
+
+def _generate(bundle, setup: StreamSetup, trial: Trial, texts, number: int):
+    """Returns the videos from `number` on, at most up to the trial's count.
+
+    The last batch too is made whole, for one program, and cut.
+    """
+    seed, negative = trial.seed + number, trial.negative_prompt
+    videos = generate(bundle, setup, texts, trial.segments, seed, negative)
+    return videos[: trial.count - number]
+
+
+def score_clips(bundle, setup: StreamSetup, trial: Trial) -> dict:
+    """Returns match rates of single-prompt clips on held-out captions.
+
+    With the ceiling of real clips through the codec, and the rates of the same
+    videos scored against other captions.
+    """
+    rng = np.random.default_rng(trial.seed)
+    wanted, videos = [], []
+    for number in tqdm(range(0, trial.count, trial.batch), desc="clips"):
+        batch = [scene.sample_attributes(rng, True) for _ in range(trial.batch)]
+        texts = [[scene.caption(one) for one in batch]]
+        videos += list(_generate(bundle, setup, trial, texts, number))
+        wanted += batch
+    wanted = wanted[: trial.count]
+    frames = videos[0].shape[0]
+    return {
+        "held_out": _rows(score.score(videos, wanted)),
+        "mismatched": _rows(score.mismatch_control(rng, videos)),
+        "ceiling": _rows(ceiling(bundle, trial, frames)),
+        "pixel_frames": frames,
+    }
+
+
+def score_switches(bundle, setup: StreamSetup, trial: Trial) -> dict:
+    """Returns match rates before and after one switch, the second one held out.
+
+    The kinds of switch take turns: one attribute changes, or several.
+    """
+    rng = np.random.default_rng(trial.seed)
+    cut = scene.latent_to_pixel_frames(trial.segments[0] * setup.policy.block)
+    before, after, first, second, kinds = [], [], [], [], []
+    for number in tqdm(range(0, trial.count, trial.batch), desc="switches"):
+        new = [scene.sample_attributes(rng, True) for _ in range(trial.batch)]
+        kind = [SWITCH_KINDS[i % len(SWITCH_KINDS)] for i in range(trial.batch)]
+        old = [
+            scene.switch_attributes(rng, one, k)
+            for one, k in zip(new, kind, strict=True)
+        ]
+        texts = [[scene.caption(one) for one in group] for group in (old, new)]
+        videos = _generate(bundle, setup, trial, texts, number)
+        before, after, kinds = before + old, after + new, kinds + kind
+        first += list(videos[:, :cut])
+        second += list(videos[:, cut:])
+    before, after, kinds = (rows[: trial.count] for rows in (before, after, kinds))
+    measured = score.measure_all(second, phase=cut)
+    result = {
+        "before_switch": _rows(score.score(first, before)),
+        "after_switch": _rows(score.score_measured(measured, after)),
+        "after_switch_old_prompt": _rows(score.score_measured(measured, before)),
+        "mismatched": _rows(
+            score.score_measured(measured, score.random_attributes(rng, len(measured)))
+        ),
+    }
+    for kind in SWITCH_KINDS:
+        rows = [i for i, k in enumerate(kinds) if k == kind]
+        if not rows:
+            continue
+        picked = score.score_measured(
+            [measured[i] for i in rows], [after[i] for i in rows]
+        )
+        result[f"after_switch_of_{kind}"] = _rows(picked)
+    return result
+
+
+def ceiling(bundle, trial: Trial, pixel_frames: int) -> dict:
+    """Returns the rates of real clips after the codec."""
+    rng = np.random.default_rng(trial.seed + 1)
+    coded = functools.partial(roundtrip, bundle)
+    return score.ceiling(rng, coded, min(trial.count, 200), pixel_frames, True)
+
+
+def roundtrip(bundle, video: np.ndarray) -> np.ndarray:
+    """Returns a video, uint8 [F, 64, 64, 3], after the codec."""
+    pixels = jnp.asarray(codecs.to_unit(video)[None])
+    latents = codecs.encode(bundle.codec_params, pixels)
+    decoded = codecs.decode(bundle.codec_params, latents, first=True)
+    return codecs.to_bytes(np.asarray(decoded))[0]
+
+
+def _rows(rates: dict) -> dict:
+    return {
+        name: {
+            key: round(value, 4) if isinstance(value, float) else value
+            for key, value in dataclasses.asdict(rate).items()
+        }
+        for name, rate in rates.items()
+    }
+
+
+def table(result: dict) -> str:
+    """Returns the rates as text, a line for each group of clips."""
+    lines = [f"{'':26}" + "".join(f"{name:>12}" for name in CRITERIA) + "     n"]
+    for group, rates in result.items():
+        if not isinstance(rates, dict):
+            continue
+        cells = "".join(f"{rates[name]['rate']:12.3f}" for name in CRITERIA)
+        lines.append(f"{group:26}{cells}{rates['color']['n']:6d}")
+    return "\n".join(lines)

@@ -1,0 +1,571 @@
+"""Scores videos of tiny-world scripts, segment by segment and across events.
+
+As in `detect`, what a video shows is measured without being told what it should show;
+only whether one or two objects are looked for depends on the script.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from anchor_jax.tiny_world import detect, events, score
+from anchor_jax.tiny_world import scene as scenes
+from anchor_jax.tiny_world.events import Scene
+
+BLOCK = 3
+"""Latent frames of a block, in which `adopted` counts."""
+NEAR = scenes.LATTICE / 2
+"""Pixels by which an object may be off its way."""
+SOON = 2
+"""Blocks within which an event should be seen."""
+GOOD_IOU = 0.6
+"""Below `detect`'s: a moving ring on gray has 0.68 through a codec of 16 channels."""
+COLORS, BACKGROUNDS = tuple(scenes.COLORS), tuple(scenes.BACKGROUNDS)
+_FRONT = np.array([*scenes.COLORS.values()], np.float32)
+_BACK = np.array([*scenes.BACKGROUNDS.values()], np.float32)
+_TEMPLATES = tuple((shape, size) for shape in scenes.SHAPES for size in detect.RADII)
+_SPAN = scenes.PIXEL_FRAMES_PER_LATENT
+
+
+class Segment(NamedTuple):
+    """A scene, its first pixel frame in the video, and the one after its last."""
+
+    scene: Scene
+    begin: int
+    end: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Object:
+    """What the pixel frames show of one object.
+
+    Attributes:
+      color: Numbers of the object colour, -1 where there is none, [F].
+      visible: Whether there is an object, [F].
+      xy: Its centre in pixels, arbitrary where there is none, [F, 2].
+      iou: Intersection over union with each shape at each radius, [F, template].
+    """
+
+    color: np.ndarray
+    visible: np.ndarray
+    xy: np.ndarray
+    iou: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """What pixel frames show.
+
+    Attributes:
+      begin: Number of the first pixel frame in the video.
+      background: Numbers of the background, -1 where there is none, [F].
+      count: Number of object colours with the area of an object, [F]; -1 where there
+        is no background.
+      objects: All that differs from the background as one object; where two are
+        looked for, instead one for each object colour.
+    """
+
+    begin: int
+    background: np.ndarray
+    count: np.ndarray
+    objects: tuple[Object, ...]
+
+    def cut(self, begin: int, end: int) -> "Shown":
+        """Returns what the video's pixel frames from `begin` to `end` show."""
+        part = slice(begin - self.begin, end - self.begin)
+        objects = (
+            Object(one.color[part], one.visible[part], one.xy[part], one.iou[part])
+            for one in self.objects
+        )
+        return Shown(begin, self.background[part], self.count[part], tuple(objects))
+
+    def object(self, color: str) -> Object:
+        """Returns the object of a colour, or the only one whatever its colour."""
+        if len(self.objects) == 1:
+            return self.objects[0]
+        return self.objects[COLORS.index(color)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How one segment scores.
+
+    Attributes:
+      event: The kind of the event that leads to it; `start` for the first.
+      flags: Whether each criterion is met.
+      numbers: `jumps`, the share of the latent borders with a jump; if the object is
+        seen and should move, `speed`, signed and relative to the commanded one; and
+        `adopted`, the blocks of the segment before the one that first shows what the
+        event changed, missing if none does.
+    """
+
+    event: str
+    flags: dict[str, bool]
+    numbers: dict[str, float]
+
+
+def lay_out(script: Sequence[tuple[Scene, int]]) -> list[Segment]:
+    """Returns the segments of scenes and their numbers of pixel frames."""
+    ends = np.cumsum([frames for _, frames in script]).tolist()
+    return [
+        Segment(one, end - frames, end)
+        for (one, frames), end in zip(script, ends, strict=True)
+    ]
+
+
+def measure(frames: np.ndarray, segments: Sequence[Segment]) -> list[Shown]:
+    """Returns what each segment of a video, uint8 [F, 64, 64, 3], shows."""
+    _check(frames, segments)
+    return [
+        measure_frames(frames[begin:end], begin, 1 + (one.second is not None))
+        for one, begin, end in segments
+    ]
+
+
+def measure_frames(frames: np.ndarray, begin: int, num_objects: int) -> Shown:
+    """Returns what pixel frames show.
+
+    Args:
+      frames: Pixel frames, uint8 [F, 64, 64, 3].
+      begin: Number of the first one in its video.
+      num_objects: How many objects are looked for, 1 or 2; `count` is of all.
+    """
+    pixels = frames.astype(np.float32)
+    color, background = detect.dominant_colors(pixels)
+    labels = color_labels(pixels, background)
+    area = np.stack([(labels == one).sum((1, 2)) for one in range(len(COLORS))], 1)
+    count = (area >= detect.MIN_AREA).sum(axis=1)
+    count = np.where(background < 0, -1, count)
+    if num_objects == 2:
+        objects = _pair(pixels, background, labels, area)
+    else:
+        mask = detect.object_mask(pixels, color, background)
+        objects = (_object(mask, color),)
+    return Shown(begin, background, count, objects)
+
+
+def color_labels(pixels: np.ndarray, background: np.ndarray) -> np.ndarray:
+    """Returns each pixel's object colour as a number, -1 for none, [F, 64, 64].
+
+    A pixel has the colour towards which it departs furthest from the background, and
+    at least half of the way. Unlike the nearest colour, the direction is right also
+    for the mixed pixels of an edge and of a codec's blur.
+
+    Args:
+      pixels: Pixel frames, [F, 64, 64, 3].
+      background: Background numbers [F]; a frame with -1 has no objects.
+    """
+    back = _BACK[np.maximum(background, 0)]
+    span = _FRONT - back[:, None]
+    length = np.sqrt((span**2).sum(axis=-1))
+    offset = (pixels - back[:, None, None]).reshape(len(pixels), -1, 3)
+    away = offset @ (span / length[..., None]).transpose(0, 2, 1)
+    away = np.where(away > length[:, None] / 2, away, -np.inf)
+    found = np.isfinite(away.max(axis=-1)) & (background >= 0)[:, None]
+    labels = np.where(found, away.argmax(axis=-1), -1)
+    return labels.reshape(pixels.shape[:3])
+
+
+def _pair(pixels, background, labels, area) -> tuple[Object, ...]:
+    """Returns an object for each colour, seen where it is one of a frame's largest two.
+
+    A colour's labels say where an object is; its mask is then all that differs from
+    the background and is nearer to it than to the other, whatever its hue, so that
+    what a codec does to hues costs neither of them its outline.
+    """
+    rank = np.argsort(np.argsort(-area, axis=1, kind="stable"), axis=1)
+    seen = (rank < 2) & (area >= detect.MIN_AREA)
+    numbers = range(len(COLORS))
+    spots = np.stack([detect.track(labels == one) for one in numbers])
+    grid = np.arange(scenes.SIZE) + 0.5
+    offset = scenes.wrap(grid - spots[..., None]) ** 2
+    distance = offset[:, :, 0, None, :] + offset[:, :, 1, :, None]
+    distance = np.where(seen.T[..., None, None], distance, np.inf)
+    owner = distance.argmin(axis=0)
+    objects = []
+    for one in numbers:
+        color = np.where(seen[:, one], one, -1)
+        mask = detect.object_mask(pixels, color, background) & (owner == one)
+        objects.append(_object(mask, color))
+    return tuple(objects)
+
+
+def _object(mask: np.ndarray, color: np.ndarray) -> Object:
+    """Returns the object with masks [F, 64, 64] and colour numbers [F]."""
+    visible = (color >= 0) & (mask.sum(axis=(1, 2)) >= detect.MIN_AREA)
+    xy = detect.track(mask)
+    iou = np.zeros((len(mask), len(_TEMPLATES)))
+    if visible.any():
+        for number, (shape, radius) in enumerate(_TEMPLATES):
+            template = scenes.coverage(shape, xy[visible], radius) > 0.5
+            both = (mask[visible] & template).sum(axis=(1, 2))
+            either = (mask[visible] | template).sum(axis=(1, 2))
+            iou[visible, number] = both / either
+    return Object(color, visible, xy, iou)
+
+
+def criteria(shown: Shown, scene: Scene) -> dict[str, bool]:
+    """Returns whether pixel frames show a scene, by criterion.
+
+    `background`, and `count`, the number of objects of different colours, in 80 % of
+    the pixel frames; unless hidden also `color`, `shape` and `direction` of the first
+    object and with a second one `second_color` and `second_shape`. `shape_iou` and
+    `second_shape_iou` ask the shape also for an IoU above 0.6, which an object shown
+    twice in one colour has not; `all` is all of these. Of two objects each has the
+    attributes found where its colour is, so an unseen colour has no shape; a single
+    one is whatever differs from the background.
+    """
+    wanted = 0 if scene.hidden else 1 + (scene.second is not None)
+    background = _most(shown.background)
+    flags = {
+        "background": background == BACKGROUNDS.index(scene.first.background),
+        "count": float((shown.count == wanted).mean()) >= detect.PRESENT,
+    }
+    if not scene.hidden:
+        first = shown.object(scene.first.color)
+        flags["color"] = _has_color(first, scene.first.color)
+        shape, iou = best_shape(first)
+        flags["shape"] = shape == scene.first.shape
+        flags["shape_iou"] = flags["shape"] and iou > GOOD_IOU
+        _, motion = detect.classify_motion(first.xy, first.visible)
+        flags["direction"] = motion == scene.first.motion
+    if scene.second is not None:
+        second = shown.object(scene.second[0])
+        flags["second_color"] = _has_color(second, scene.second[0])
+        shape, iou = best_shape(second)
+        flags["second_shape"] = shape == scene.second[1]
+        flags["second_shape_iou"] = flags["second_shape"] and iou > GOOD_IOU
+    return flags | {"all": all(flags.values())}
+
+
+def _has_color(found: Object, color: str) -> bool:
+    return _most(found.color) == COLORS.index(color)
+
+
+def _most(numbers: np.ndarray) -> int:
+    """Returns the number that 80 % of the pixel frames have, or -1."""
+    number, count = Counter(numbers.tolist()).most_common(1)[0]
+    return number if count >= detect.PRESENT * len(numbers) else -1
+
+
+def best_shape(found: Object) -> tuple[str, float]:
+    """Returns the shape that fits the visible pixel frames best, and its mean IoU."""
+    if not found.visible.any():
+        return detect.UNCLEAR, 0.0
+    iou = found.iou[found.visible].mean(axis=0)
+    return _TEMPLATES[iou.argmax()][0], float(iou.max())
+
+
+def numbers(shown: Shown, scene: Scene) -> dict[str, float]:
+    """Returns a scene's `jumps` and `speed`, where they are defined."""
+    if scene.hidden:
+        return {}
+    first = shown.object(scene.first.color)
+    jumps, _ = detect.jump_shares(first.xy, first.visible, shown.begin)
+    result = {"jumps": jumps}
+    seen = first.visible[_SPAN:] & first.visible[:-_SPAN]
+    if scene.first.motion != "still" and seen.size and seen.mean() >= 0.5:
+        displacement, _ = detect.classify_motion(first.xy, first.visible)
+        along = np.dot(displacement, scenes.MOTIONS[scene.first.motion])
+        result["speed"] = float(along) / (_SPAN * scenes.SPEED)
+    return result
+
+
+def goes_on(before: Shown, after: Shown, old: Scene, new: Scene) -> bool:
+    """Returns whether the first object's way goes on across a switch.
+
+    Its first latent frame under the new scene is on average within half a lattice
+    step of where the last one under the old scene leads.
+    """
+    last, first = before.object(old.first.color), after.object(new.first.color)
+    frames = min(_SPAN, len(last.xy), len(first.xy))
+    turning = np.arange(frames)[:, None] + 1
+    step = scenes.SPEED * np.asarray(scenes.MOTIONS[new.first.motion])
+    ahead = scenes.SPEED * np.asarray(scenes.MOTIONS[old.first.motion])
+    way = turning * step + (frames - turning) * ahead
+    seen = last.visible[-frames:] & first.visible[:frames]
+    if seen.mean() < 0.5:
+        return False
+    away = scenes.wrap(first.xy[:frames] - last.xy[-frames:] - way)[seen]
+    return float(np.hypot(*away.T).mean()) < NEAR
+
+
+def changed(kind: str) -> tuple[str, ...]:
+    """Returns the criteria by which an event is seen to have happened."""
+    if kind == "motion":
+        return ("direction",)
+    if kind == "enter":
+        return ("count", "second_color", "second_shape")
+    return (kind,) if kind in scenes.KINDS else ("count",)
+
+
+def adopted(shown: Shown, scene: Scene, kind: str) -> int | None:
+    """Returns the blocks before the first that shows what an event changed.
+
+    None if none does. What is left at the end of the segment is no block.
+    """
+    length = BLOCK * _SPAN
+    for number in range(len(shown.count) // length):
+        begin = shown.begin + number * length
+        flags = criteria(shown.cut(begin, begin + length), scene)
+        if all(flags[name] for name in changed(kind)):
+            return number
+    return None
+
+
+def score_shown(shown: Sequence[Shown], script: Sequence[Scene]) -> list[Result]:
+    """Returns how each segment of a video scores.
+
+    After an event `adopted` says whether any block shows it, `adopted_soon` whether
+    one of the first `SOON` does, and, where the first object is seen before and after,
+    `on_its_way` whether its way goes on. After `enter`, `persists` is the first
+    object's colour, shape and way. `_recall` has what is asked after `return`.
+    """
+    results = []
+    for number, (seen, one) in enumerate(zip(shown, script, strict=True)):
+        flags, values, kind = criteria(seen, one), numbers(seen, one), "start"
+        if number:
+            kind = events.event(script[number - 1], one)
+            blocks = adopted(seen, one, kind)
+            flags["adopted"] = blocks is not None
+            flags["adopted_soon"] = blocks is not None and blocks < SOON
+            values |= {} if blocks is None else {"adopted": blocks}
+        if kind == "return":
+            flags |= _recall(shown[: number + 1], flags)
+        elif kind not in ("start", "hide"):
+            way = goes_on(shown[number - 1], seen, script[number - 1], one)
+            flags["on_its_way"] = way
+            if kind == "enter":
+                flags["persists"] = flags["color"] and flags["shape"] and way
+        results.append(Result(kind, flags, values))
+    return results
+
+
+def _recall(shown: Sequence[Shown], flags: dict[str, bool]) -> dict[str, bool]:
+    """Returns whether a video, cut after what returned, remembers what was hidden.
+
+    `recalled_color` and `recalled_shape` ask for those of the script, `recalled` for
+    both; `recalled_when_hidden` is the same for videos that did hide the object.
+    `returns_as_shown` compares with what the video itself showed before, right or
+    wrong, so no other script changes it.
+    """
+    both = flags["color"] and flags["shape"]
+    result = {"recalled_color": flags["color"], "recalled_shape": flags["shape"]}
+    result["recalled"] = both
+    if float((shown[-2].count == 0).mean()) >= detect.PRESENT:
+        result["recalled_when_hidden"] = both
+    if len(shown) > 2 and len(shown[-3].objects) == 1:
+        before, after = shown[-3].objects[0], shown[-1].objects[0]
+        color, shape = _most(before.color), best_shape(before)[0]
+        same = color == _most(after.color) and shape == best_shape(after)[0]
+        result["returns_as_shown"] = color >= 0 and same
+    return result
+
+
+def share(flags: Sequence[bool]) -> dict[str, float]:
+    """Returns a share as `rate`, `n` and its Wilson interval, `low` and `high`."""
+    return dataclasses.asdict(score.rate(list(flags)))
+
+
+def mean(values: Sequence[float]) -> dict[str, float | None]:
+    """Returns `mean`, `n` and the normal 95 % interval, None for a single value."""
+    array = np.asarray(values, float)
+    middle = float(array.mean())
+    if len(array) == 1:
+        return {"mean": middle, "n": 1, "low": None, "high": None}
+    reach = 1.96 * float(array.std(ddof=1)) / np.sqrt(len(array))
+    low, high = float(middle - reach), float(middle + reach)
+    return {"mean": middle, "n": len(array), "low": low, "high": high}
+
+
+def difference(last: Sequence[bool], first: Sequence[bool]) -> dict[str, float]:
+    """Returns how far a share rose from the first to the last segment.
+
+    The interval is the one for independent shares, which is too wide where the same
+    videos succeed, but not empty where all do.
+
+    Source: Newcombe, Statistics in Medicine 17 (1998) 873-890, method 10.
+    """
+    a, b = score.rate(list(last)), score.rate(list(first))
+    rise = a.rate - b.rate
+    low = rise - float(np.hypot(a.rate - a.low, b.high - b.rate))
+    high = rise + float(np.hypot(a.high - a.rate, b.rate - b.low))
+    return {"difference": rise, "n": a.n, "low": low, "high": high}
+
+
+def aggregate(results: Sequence[Sequence[Result]]) -> dict[str, dict]:
+    """Returns the scores of many videos, ready for JSON.
+
+    `by_event` has them by the event that leads to a segment, `by_segment` by the
+    segment's number, `drift` the difference between the last segment and the first.
+    Each cell has its n and a 95 % interval; a criterion that no segment has, no cell.
+    Segments of one video are not independent of each other: an interval over several
+    events of the same video is too narrow.
+    """
+    every = [one for video in results for one in video]
+    kinds = [k for k in ("start", *events.EVENTS) if any(k == r.event for r in every)]
+    length = max(len(video) for video in results)
+    return {
+        "by_event": {
+            kind: cells([one for one in every if one.event == kind]) for kind in kinds
+        },
+        "by_segment": {
+            str(number): cells([one[number] for one in results if number < len(one)])
+            for number in range(length)
+        },
+        "drift": drift(results),
+    }
+
+
+def cells(results: Sequence[Result]) -> dict[str, dict]:
+    """Returns a cell for each criterion and each number that any segment has.
+
+    The number `adopted`, whose name is also a criterion's, is `blocks_to_adopt`.
+    """
+    flags = {
+        name: share([one.flags[name] for one in results if name in one.flags])
+        for name in _names(one.flags for one in results)
+    }
+    means = {
+        name: mean([one.numbers[name] for one in results if name in one.numbers])
+        for name in _names(one.numbers for one in results)
+    }
+    if "adopted" in means:
+        means["blocks_to_adopt"] = means.pop("adopted")
+    return flags | means
+
+
+def drift(results: Sequence[Sequence[Result]]) -> dict[str, dict]:
+    """Returns the difference between the last segment and the first, by criterion.
+
+    Over the videos of two segments or more whose first and last segment both have the
+    criterion or number.
+    """
+    ends = [(video[0], video[-1]) for video in results if len(video) > 1]
+    result = {}
+    for name in _names(first.flags for first, _ in ends):
+        pairs = [
+            (a.flags, b.flags) for a, b in ends if name in a.flags.keys() & b.flags
+        ]
+        if pairs:
+            last, first = ([pair[i][name] for pair in pairs] for i in (1, 0))
+            result[name] = difference(last, first)
+    for name in _names(first.numbers for first, _ in ends):
+        rises = [
+            b.numbers[name] - a.numbers[name]
+            for a, b in ends
+            if name in a.numbers.keys() & b.numbers
+        ]
+        if rises:
+            result[name] = mean(rises)
+    return result
+
+
+def _names(groups: Iterable[dict]) -> list[str]:
+    """Returns every key once, in order of appearance."""
+    return list(dict.fromkeys(name for group in groups for name in group))
+
+
+def score_videos(
+    videos: Sequence[np.ndarray], segments: Sequence[Sequence[Segment]]
+) -> dict[str, dict]:
+    """Returns the scores, as `aggregate`, of videos that should show segments."""
+    return aggregate(
+        [
+            score_shown(measure(*pair), [one.scene for one in pair[1]])
+            for pair in zip(videos, segments, strict=True)
+        ]
+    )
+
+
+def mismatch_control(
+    rng: np.random.Generator,
+    measured: Sequence[Sequence[Shown]],
+    scripts: Sequence[Sequence[Scene]],
+    draws: int = 1,
+) -> dict[str, dict]:
+    """Returns the scores of videos against other scripts with the same events.
+
+    On videos that show their own captions, chance is 1/4 for colour and background,
+    1/3 for shape, 1/5 for direction; of two objects 1/2 for each colour, which either
+    may have, and 1/6 for each shape. What the events alone decide, as `count`, stays.
+    With several draws the intervals are too narrow, as draws share their videos.
+
+    Args:
+      rng: Where the other scripts come from.
+      measured: Each video's segments, from `measure`.
+      scripts: Each video's scenes.
+      draws: Number of other scripts for each video.
+    """
+    return aggregate(
+        [
+            score_shown(shown, events.redraw(rng, script))
+            for _ in range(draws)
+            for shown, script in zip(measured, scripts, strict=True)
+        ]
+    )
+
+
+def rendered(
+    rng: np.random.Generator,
+    script: Sequence[Scene],
+    latent_lengths: Sequence[int],
+    roundtrip: Callable[[np.ndarray], np.ndarray],
+) -> tuple[np.ndarray, list[Segment]]:
+    """Returns a script's true video after a codec, and its segments.
+
+    Args:
+      rng: Where the first object's place, on the lattice, comes from.
+      script: The scenes.
+      latent_lengths: Each scene's latent frames.
+      roundtrip: Codes and decodes one video, uint8 [F, 64, 64, 3].
+    """
+    frames = scenes.segment_pixel_frames(latent_lengths)
+    played = list(zip(script, frames, strict=True))
+    x, y = scenes.LATTICE * rng.integers(scenes.SIZE // scenes.LATTICE, size=2)
+    return roundtrip(events.render(played, (float(x), float(y)))), lay_out(played)
+
+
+def ceiling(
+    rng: np.random.Generator,
+    roundtrip: Callable[[np.ndarray], np.ndarray],
+    scripts: Sequence[Sequence[Scene]],
+    latent_length: int,
+) -> dict[str, dict]:
+    """Returns the scores of true videos after a codec, which no model can beat.
+
+    Args:
+      rng: Where the objects' places come from.
+      roundtrip: Codes and decodes one video, uint8 [F, 64, 64, 3].
+      scripts: Each video's scenes.
+      latent_length: Latent frames of every segment.
+    """
+    pairs = [
+        rendered(rng, script, [latent_length] * len(script), roundtrip)
+        for script in scripts
+    ]
+    return score_videos(*zip(*pairs, strict=True))
+
+
+def _check(frames: np.ndarray, segments: Sequence[Segment]) -> None:
+    expected = (scenes.SIZE, scenes.SIZE, 3)
+    if frames.ndim != 4 or frames.shape[1:] != expected or frames.dtype != np.uint8:
+        raise ValueError(
+            f"got {frames.dtype} {frames.shape}; expected uint8 [F, 64, 64, 3];"
+            " pass one video, through codec.to_bytes if its pixels are in [-1, 1]"
+        )
+    borders = [0, *(one.end for one in segments)]
+    begins = [one.begin for one in segments]
+    if begins != borders[:-1] or borders[-1] > len(frames) or _is_empty(segments):
+        raise ValueError(
+            f"segments begin at {begins} and end at {borders[1:]} in a video of"
+            f" {len(frames)} pixel frames; expected one after another, each not empty;"
+            " make them with lay_out"
+        )
+
+
+def _is_empty(segments: Sequence[Segment]) -> bool:
+    return not segments or any(one.begin >= one.end for one in segments)

@@ -1,0 +1,128 @@
+"""Scores of generated tiny-world streams with events, and of streams of a minute."""
+
+import functools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from anchor_jax.streaming.types import StreamSetup
+from anchor_jax.tiny_world import evaluate as world
+from anchor_jax.tiny_world import event_scores, events, scene
+from anchor_jax.tiny_world.event_scores import Segment, Shown
+from anchor_jax.tiny_world.events import Scene
+
+MINUTE = (14, 13, 13, 14, 13, 13)
+"""Blocks of the segments of a minute: five switches."""
+KINDS = (*scene.KINDS, "enter", "return")
+"""Events whose scripts take turns."""
+SHOWN = (
+    *("background", "count", "color", "shape", "shape_iou", "direction"),
+    *("adopted_soon", "on_its_way", "persists", "recalled", "jumps", "speed"),
+)
+
+
+def score_events(bundle, setup: StreamSetup, trial: world.Trial) -> dict:
+    """Returns scores by event, of held-out scenes, with control and ceiling.
+
+    Each script is the shortest that ends in its event, of at most as many segments as
+    the trial; the kinds take turns.
+    """
+    rng = np.random.default_rng(trial.seed)
+    scripts = [
+        events.shortest_script(rng, KINDS[number % len(KINDS)], True)
+        for number in range(trial.count)
+    ]
+    return _score(bundle, setup, trial, scripts, rng)
+
+
+def score_long(bundle, setup: StreamSetup, trial: world.Trial) -> dict:
+    """Returns scores by segment of streams with as many segments as the trial."""
+    rng = np.random.default_rng(trial.seed)
+    scripts = [
+        events.script(rng, len(trial.segments), None) for _ in range(trial.count)
+    ]
+    return _score(bundle, setup, trial, scripts, rng)
+
+
+def _score(bundle, setup, trial: world.Trial, scripts, rng) -> dict:
+    order, measured = [], []
+    for rows, seen in watch(bundle, setup, trial, scripts):
+        order += rows
+        measured += seen
+    ordered = [scripts[row] for row in order]
+    results = [
+        event_scores.score_shown(*pair) for pair in zip(measured, ordered, strict=True)
+    ]
+    few = ordered[:: -(-len(ordered) // 60)]
+    return {
+        "generated": event_scores.aggregate(results),
+        "mismatched": event_scores.mismatch_control(rng, measured, ordered),
+        "ceiling": event_scores.ceiling(
+            rng,
+            functools.partial(world.roundtrip, bundle),
+            few,
+            max(trial.segments) * setup.policy.block,
+        ),
+        "streams": len(scripts),
+    }
+
+
+def watch(
+    bundle, setup: StreamSetup, trial: world.Trial, scripts: Sequence[Sequence[Scene]]
+) -> Iterator[tuple[list[int], list[list[Shown]]]]:
+    """Yields numbers of scripts, and what their segments show.
+
+    Scripts of the same length are generated side by side; every batch is whole, for
+    one program, and cut.
+    """
+    rng = np.random.default_rng((trial.seed, 1))
+    for rows in tqdm(_batches(scripts, trial.batch), desc="streams"):
+        filled = [scripts[rows[i % len(rows)]] for i in range(trial.batch)]
+        by_segment = zip(*filled, strict=True)
+        texts = [[events.caption(one, rng) for one in now] for now in by_segment]
+        blocks = trial.segments[: len(texts)]
+        seed, negative = trial.seed + rows[0], trial.negative_prompt
+        videos = world.generate(bundle, setup, texts, blocks, seed, negative)
+        parts = [_segments(scripts[row], blocks, setup) for row in rows]
+        pairs = zip(videos[: len(rows)], parts, strict=True)
+        yield rows, [event_scores.measure(*pair) for pair in pairs]
+
+
+def _batches(scripts: Sequence[Sequence[Scene]], batch: int) -> list[list[int]]:
+    """Returns numbers of scripts of the same length, so many together."""
+    by_length: dict[int, list[int]] = {}
+    for row, script in enumerate(scripts):
+        by_length.setdefault(len(script), []).append(row)
+    return [
+        rows[first : first + batch]
+        for rows in by_length.values()
+        for first in range(0, len(rows), batch)
+    ]
+
+
+def _segments(script: Sequence[Scene], blocks, setup: StreamSetup) -> list[Segment]:
+    lengths = [setup.policy.block * count for count in blocks]
+    frames = scene.segment_pixel_frames(lengths)
+    return event_scores.lay_out(list(zip(script, frames, strict=True)))
+
+
+def table(result: dict) -> str:
+    """Returns the scores as text: by event, by segment, and the controls."""
+    rows = {f"{kind}": cells for kind, cells in result["generated"]["by_event"].items()}
+    segments = result["generated"]["by_segment"]
+    rows |= {f"segment {number}": cells for number, cells in segments.items()}
+    for group in ("mismatched", "ceiling"):
+        by_event = result[group]["by_event"]
+        rows |= {f"{group}, {kind}": cells for kind, cells in by_event.items()}
+    lines = [f"{'':22}" + "".join(f"{name:>13}" for name in SHOWN) + "      n"]
+    for name, cells in rows.items():
+        shown = "".join(f"{_value(cells.get(key)):>13}" for key in SHOWN)
+        lines.append(f"{name:22}{shown}{cells['background']['n']:7d}")
+    return "\n".join(lines)
+
+
+def _value(cell: dict | None) -> str:
+    if cell is None:
+        return "-"
+    return f"{cell.get('rate', cell.get('mean')):.3f}"

@@ -1,0 +1,1 @@
+"""The data of trainings: prompts, videos, trajectories, and their order."""

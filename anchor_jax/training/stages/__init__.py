@@ -1,0 +1,1 @@
+"""The stages of training, each with its steps and its compiled programs."""

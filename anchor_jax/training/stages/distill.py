@@ -1,0 +1,224 @@
+"""Steps of distillation: generator and critic, on rollouts of the generator.
+
+Pure functions of state, frozen weights and batch; `anchor_jax.training.stages.programs`
+compiles them for a mesh.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from anchor_jax import flow
+from anchor_jax.streaming.types import BlockNoise, StreamSetup
+from anchor_jax.training import losses, rollout
+from anchor_jax.training.losses import Score
+from anchor_jax.training.rollout import Turn
+from anchor_jax.training.schedule import Piece, Plan
+from anchor_jax.training.state import (
+    Ema,
+    TrainState,
+    checked,
+    move_generator,
+    moved,
+)
+
+GENERATOR, CRITIC = 1, 2
+"""Purposes of random numbers, one for each role's rollout."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Distill:
+    """What is static about distillation.
+
+    Attributes:
+      setup: of the generator's stream.
+      critic: the fake score.
+      teacher: the real score.
+      codec: renews the frame that begins a clip.
+      plan: of the sequences.
+      guidance: real = with + guidance (with - without).
+      shift: moves the loss's noise levels towards noise.
+      batch: videos.
+
+    Source: training/README.md, "The losses, exactly", "Sequences and chunks".
+    """
+
+    setup: StreamSetup
+    critic: Score
+    teacher: Score
+    codec: Any
+    plan: Plan
+    guidance: float = 3.0
+    shift: float = 5.0
+    batch: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What is static about a chunk: few, so that few programs are compiled."""
+
+    blocks: int
+    is_first: bool
+    prompt: int
+    turn: Turn | None
+
+
+def shape_of(stage: Distill, piece: Piece) -> Shape:
+    """Returns the shape of a chunk."""
+    block = stage.setup.policy.block
+    turn = None
+    if piece.turn is not None:
+        number = (piece.turn - piece.start) // block
+        turn = Turn(number, stage.setup.policy.rerun(piece.turn))
+    return Shape(piece.new // block, piece.start == 0, piece.prompt, turn)
+
+
+def generator_gradient(
+    state: TrainState, frozen, batch, *, stage: Distill, shape: Shape
+):
+    """Returns the state a chunk later, the generator's gradient, and what to watch.
+
+    Args:
+      state: `rollout` goes on, and `sound` is that of the loss and gradient too, so
+        that of two gradients of a step none is used if one is not finite.
+      frozen: weights without a gradient: collections of `generator`, `fake_score` and
+        `real_score`, and the parameters of `codec`.
+      batch: embeddings `prompt`, `switch` and `negative` [batch, text, text_dim], and
+        `requested`, the latent frame of the sequence's prompt switch.
+      stage: static.
+      shape: static.
+    """
+    state, clip, mask, chunk, prompts, leave = _next_chunk(
+        state, frozen, batch, stage, shape, GENERATOR
+    )
+    timestep, noise = _loss_noise(state.key(GENERATOR, 1), clip, stage)
+    fake = {**frozen["fake_score"], **state.fake_score}
+    found = losses.distribution_matching(
+        clip,
+        noise,
+        timestep,
+        mask,
+        fake=(stage.critic, fake, prompts[-1]),
+        real=(stage.teacher, frozen["real_score"], prompts[-1], batch["negative"]),
+        guidance=stage.guidance,
+    )
+    frames = chunk.noisy.shape[0] * chunk.noisy.shape[2]
+    gradient = rollout.pull_back(
+        state.generator,
+        frozen["generator"],
+        chunk,
+        prompts[-1],
+        leave,
+        found.gradient[:, clip.shape[1] - frames :],
+        setup=stage.setup,
+    )
+    watch = {
+        "generator_loss": found.loss,
+        "score_gap": found.gap,
+        "exit_level": leave,
+        "loss_timestep": jnp.mean(timestep),
+    }
+    # Where scores are not finite the gap says so: the direction counts them as 0.
+    return checked(state, gradient, found.loss + found.gap), gradient, watch
+
+
+def critic_gradient(state: TrainState, frozen, batch, *, stage: Distill, shape: Shape):
+    """Returns the state a chunk later, the critic's gradient, and what to watch.
+
+    Args:
+      state: as for `generator_gradient`.
+      frozen: likewise.
+      batch: likewise.
+      stage: static.
+      shape: static.
+    """
+    state, clip, mask, _, prompts, leave = _next_chunk(
+        state, frozen, batch, stage, shape, CRITIC
+    )
+    timestep, noise = _loss_noise(state.key(CRITIC, 1), clip, stage)
+
+    def loss(trainable):
+        variables = {**frozen["fake_score"], **trainable}
+        return losses.score_flow(
+            variables, stage.critic, clip, noise, timestep, prompts[-1], mask
+        )
+
+    value, gradient = jax.value_and_grad(loss)(state.fake_score)
+    watch = {"critic_loss": value, "critic_exit_level": leave}
+    return checked(state, gradient, value), gradient, watch
+
+
+def update_generator(state: TrainState, gradient, loss, *, tx, ema: Ema | None):
+    """Returns the state with the generator and its mean moved, and what to watch."""
+    state, norm = move_generator(state, gradient, loss, tx, ema)
+    return state, {"generator_gradient_norm": norm}
+
+
+def update_critic(state: TrainState, gradient, loss, *, tx):
+    """Returns the state with the critic moved, one step later, and what to watch."""
+    fake_score, opt_state, norm, sound = moved(
+        tx, gradient, state.opt_fake_score, state.fake_score, loss, state.sound
+    )
+    state = state.replace(
+        fake_score=fake_score,
+        opt_fake_score=opt_state,
+        sound=sound,
+        step=state.step + sound,
+    )
+    return state, {"critic_gradient_norm": norm}
+
+
+def _next_chunk(state: TrainState, frozen, batch, stage: Distill, shape, role: int):
+    """Returns the state a chunk of its sequence later, the loss's clip, and more."""
+    setup = stage.setup
+    sequence = state.rollout
+    if shape.is_first:
+        sequence = rollout.begin(setup, stage.batch, stage.plan.frames)
+    key = state.key(role, 0)
+    leave = jax.random.randint(key, (), 0, len(setup.levels))
+    noise = draw_chunk_noise(jax.random.fold_in(key, 1), shape.blocks, stage)
+    both = (batch["prompt"], batch["switch"])
+    prompts = both if shape.turn else both[shape.prompt : shape.prompt + 1]
+    variables = {**frozen["generator"], **state.generator}
+    after, chunk = rollout.roll(
+        variables,
+        sequence,
+        prompts,
+        noise,
+        leave,
+        setup=setup,
+        turn=shape.turn,
+        requested=batch["requested"],
+    )
+    clip, mask = rollout.window(
+        sequence.previous,
+        chunk.latents,
+        lambda x: rollout.renew_last(frozen["codec"], x, codec=stage.codec),
+    )
+    state = state.replace(rollout=after)
+    return state, jax.lax.stop_gradient(clip), mask, chunk, prompts, leave
+
+
+def draw_chunk_noise(key: jax.Array, blocks: int, stage: Distill) -> BlockNoise:
+    """Returns the noise of a chunk's blocks, with a leading axis of blocks."""
+    setup, grid = stage.setup, stage.setup.grid
+    shape = (stage.batch, setup.policy.block, grid.height, grid.width)
+    shape = (*shape, setup.model.latent_channels)
+    passes = len(setup.levels) + bool(setup.floor)
+    draw = jax.random.normal(key, (blocks, passes, *shape), setup.model.dtype)
+    levels = len(setup.levels)
+    return BlockNoise(
+        initial=draw[:, 0],
+        fresh=draw[:, 1:levels],
+        floor=draw[:, levels] if setup.floor else None,
+    )
+
+
+def _loss_noise(key: jax.Array, clip: jax.Array, stage: Distill):
+    """Returns the timesteps [batch] and the noise at which a loss compares."""
+    first, second = jax.random.split(key)
+    drawn = jax.random.randint(first, (clip.shape[0],), 0, flow.TRAIN_STEPS)
+    timestep = flow.dmd_timestep(drawn.astype(jnp.float32), stage.shift)
+    return timestep, jax.random.normal(second, clip.shape, clip.dtype)

@@ -1,0 +1,315 @@
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from anchor_jax.cache.policies import POLICIES
+from anchor_jax.cli import main, plan
+from anchor_jax.errors import UserError
+from anchor_jax.flow import few_step_levels
+from anchor_jax.perf import aot, roofline
+from anchor_jax.streaming.types import StreamSetup
+from anchor_jax.wan.spec import LatentGrid, ModelConfig
+from anchor_jax.wan.text import TextConfig
+from anchor_jax.wan.vae import VaeCodec, VaeConfig
+
+HLO = """\
+HloModule jit_f
+
+%fused_computation (p0: f32[8,4680,18720]) -> f32[8,4680] {
+  %p0 = f32[8,4680,18720]{2,1,0} parameter(0)
+  ROOT %sum = f32[8,4680]{1,0} reduce(%p0)
+}
+
+ENTRY %main (a: bf16[4680,8960]) -> f32[8,4680] {
+  %a = bf16[4680,8960]{1,0} parameter(0)
+  %cache = bf16[30,18720,12,128]{3,2,1,0} broadcast(%a)
+  ROOT %out = f32[8,4680]{1,0} fusion(%a), kind=kLoop, calls=%fused_computation
+}
+"""
+SMALL = ModelConfig(
+    dim=128, ffn_dim=256, num_heads=1, num_layers=2, freq_dim=32, text_dim=32,
+    text_len=16, latent_channels=16, param_dtype="bfloat16",
+)  # fmt: skip
+TEXT = TextConfig(
+    vocab=64, dim=32, attention_dim=32, ffn_dim=64, num_heads=2, num_layers=1,
+    text_len=16, param_dtype="bfloat16",
+)  # fmt: skip
+VAE = VaeConfig(base_dim=8, param_dtype="bfloat16")
+SETUP = StreamSetup(
+    SMALL,
+    LatentGrid(16, 16),
+    POLICIES["anchor_forcing"],
+    few_step_levels((1000, 500), 5.0),
+)
+GB = 10**9
+
+
+def shapes(line):
+    text = HLO.replace("  %cache", f"  {line}\n  %cache")
+    return aot.score_shapes(text, tokens=4680, features={8960})
+
+
+def test_scores_inside_a_fusion_are_not_in_memory():
+    assert aot.score_shapes(HLO, tokens=4680, features={8960}) == ()
+
+
+@pytest.mark.parametrize(
+    "line, found",
+    [
+        ("%s = f32[1,12,4680,18720]{3,2,1,0} dot(%a, %a)", "f32[1,12,4680,18720]"),
+        ("%m = pred[4680,18720]{1,0} compare(%a, %a)", "pred[4680,18720]"),
+        ("%t = (f32[2]{0}, bf16[4736,18944]{1,0}) while(%a)", "bf16[4736,18944]"),
+    ],
+)
+def test_scores_and_masks_in_memory_are_found(line, found):
+    assert shapes(line) == (found,)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "%w = bf16[8960,8960]{1,0} copy(%a)",
+        "%s = f32[12,512,4680]{2,1,0} dot(%a, %a)",
+        "%x = f32[4680]{0} reduce(bf16[4680,4680] %a)",
+    ],
+)
+def test_weights_and_short_sides_are_no_scores(line):
+    assert shapes(line) == ()
+
+
+def test_scores_are_found_in_a_program_that_xla_made():
+    def attend(x):
+        return jax.nn.softmax(x @ x.T) @ x
+
+    x = jax.ShapeDtypeStruct((96, 8), jnp.float32)
+    text = jax.jit(attend).lower(x).compile().as_text()
+
+    assert set(aot.score_shapes(text, tokens=96)) == {"f32[96,96]"}
+    assert aot.score_shapes(text, tokens=97) == ()
+
+
+def test_programs_compile_on_this_machine_and_do_not_copy_the_cache():
+    cpu = dataclasses.replace(aot.TARGETS["h100"], platform="cpu")
+    made, resident = aot.programs(cpu, SETUP)
+
+    step = aot.compile_program(aot.on_device(made["step"], jax.devices()[0]))
+
+    # The weights of the prompt's projection are not read.
+    cache = resident["cache"]
+    assert cache < step.arguments < resident["generator"] + cache + 10_000
+    assert step.outputs < cache / 10, "the stream's state is not donated"
+    assert step.temporaries > 0 and step.seconds > 0
+    assert any("192,576" in shape for shape in step.scores)
+    assert step.reads == {"generator", "cache"}
+    assert step.summary()["peak"] == step.peak
+
+
+def test_a_program_that_cannot_be_printed_is_measured_all_the_same(monkeypatch):
+    def fail(self):
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
+
+    monkeypatch.setattr(jax.stages.Compiled, "as_text", fail)
+    x = jax.ShapeDtypeStruct((96, 8), jnp.float32)
+    program = aot.Program(jax.jit(jnp.sin), (x,), {}, frozenset(), 96, frozenset())
+
+    found = aot.compile_program(program)
+
+    assert found.arguments == 96 * 8 * 4
+    assert found.fused is None and "cannot print" in found.problems()[0]
+
+
+def test_a_stream_has_these_programs_and_arrays():
+    made, resident = aot.programs(aot.TARGETS["h100"], SETUP, TEXT, VaeCodec(VAE))
+
+    assert set(made) == {"step", "switch", "text", "decode first", "decode"}
+    assert set().union(*(program.reads for program in made.values())) == set(resident)
+    assert all(size > 0 for size in resident.values())
+
+
+def test_a_switch_without_a_recache_is_no_program_of_its_own():
+    setup = dataclasses.replace(SETUP, policy=POLICIES["no_recache"])
+
+    made, _ = aot.programs(aot.TARGETS["h100"], setup)
+
+    assert set(made) == {"step"}
+
+
+def compiled(peak, *reads, **changes):
+    return dataclasses.replace(
+        aot.Compiled(1.0, peak, 0, 0, 0, 2, (), frozenset(reads)), **changes
+    )
+
+
+def report(**programs):
+    return aot.Report(
+        target=aot.TARGETS["v5e"],
+        stream=roofline.make_stream(SMALL, LatentGrid(16, 16), SETUP.policy),
+        programs=programs,
+        resident={"generator": 3 * GB, "cache": 4 * GB, "text encoder": 11 * GB},
+    )
+
+
+def test_memory_is_counted_with_what_other_programs_keep():
+    made = report(
+        step=compiled(8 * GB, "generator", "cache"),
+        text=compiled(12 * GB, "text encoder"),
+    )
+
+    assert made.needed(keep_encoder=True) == 19 * GB
+    assert made.needed(keep_encoder=False) == 12 * GB
+    (problem,) = made.problems()
+    assert "text_encoder=free" in problem
+
+
+def test_a_stream_that_cannot_fit_is_told_so():
+    made = report(step=compiled(17 * GB, "generator", "cache"))
+
+    (problem,) = made.problems()
+
+    assert "TPU v5e has too little memory" in problem
+
+
+def test_a_missing_kernel_and_a_score_matrix_are_problems():
+    made = report(
+        step=compiled(1 * GB, "generator", "cache", fused=0),
+        switch=compiled(1 * GB, "generator", "cache", scores=("f32[9,9]",)),
+        text=aot.Refused("does not fit: Used 18G of 15G hbm", GB, frozenset()),
+    )
+
+    problems = made.problems()
+
+    assert "step: no fused attention kernel" in problems
+    assert "switch: score matrices f32[9,9]" in problems
+    assert "text: does not fit: Used 18G of 15G hbm" in problems
+
+
+def test_a_report_is_shown_and_can_be_written():
+    made = report(
+        step=compiled(8 * GB, "generator", "cache"),
+        text=aot.Refused("does not fit: Used 18G of 15G hbm", GB, frozenset()),
+    )
+    summary = json.loads(json.dumps(made.summary()))
+
+    shown = "\n".join(plan.table("v5e", summary))
+
+    assert "v5e: TPU v5e, 16 GB" in shown
+    assert "does not fit: Used 18G of 15G hbm" in shown
+    assert "stays in memory, GB: generator 3.00, cache 4.00" in shown
+
+
+def test_an_unknown_target_is_refused():
+    with pytest.raises(UserError, match="target='h10'.*did you mean 'h100'"):
+        aot.find_target("h10")
+
+
+@pytest.mark.parametrize(
+    "name, extra", [("v5e", "plan-tpu"), ("h100", "plan-gpu"), ("h200", "plan-gpu")]
+)
+def test_a_missing_compiler_is_named_with_its_extra(monkeypatch, name, extra):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
+
+    with pytest.raises(UserError, match=rf"pip install 'anchor_jax\[{extra}\]'"):
+        aot.find_target(name)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--target=h1000"], "target='h1000'"),
+        (["--size=480p"], "--size='480p'; did you mean '480x832'"),
+        (["--model=7B"], "--model='7B'"),
+        (["--policy=longlife"], "did you mean 'longlive'"),
+    ],
+)
+def test_the_command_refuses_unknown_names(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(plan, "_prepare_environment", lambda: None)
+
+    assert main.main(["plan", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_all_targets_without_a_compiler_are_an_error(monkeypatch, capsys):
+    monkeypatch.setattr(plan, "_prepare_environment", lambda: None)
+    find = importlib.util.find_spec
+    compilers = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda m: None if m in compilers else find(m)
+    )
+
+    assert main.main(["plan"]) == 2
+    assert "needs its compiler" in capsys.readouterr().err
+
+
+def test_a_kernel_that_is_too_large_is_not_mistaken_for_a_lack_of_memory():
+    message = (
+        "RESOURCE_EXHAUSTED: Scoped allocation with size 16.14M and limit 16.00M"
+        " exceeded scoped vmem limit by 140.0K"
+    )
+
+    reason = aot._reason(message)
+
+    assert reason == "a kernel takes 16.14M of vector memory, 16.00M are there"
+    used = "RESOURCE_EXHAUSTED: Used 18.0G of 15.7G hbm. Exceeded by 2.3G."
+    assert aot._reason(used) == "does not fit: Used 18.0G of 15.7G hbm"
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
+def test_the_gradient_at_full_size_fits_a_tpus_vector_memory():
+    program = """
+from anchor_jax.cli import plan
+plan._prepare_environment()
+import jax, jax.numpy as jnp
+from anchor_jax import aot
+from anchor_jax.wan.kernels import Splash
+(device,) = aot.devices_of(aot.find_target("v5p"), 1)
+place = jax.sharding.SingleDeviceSharding(device)
+def loss(q, k, v, seen):
+    return jnp.sum(Splash().attend(q, k, v, seen=seen).astype(jnp.float32))
+for queries, keys in ((3 * 1560, 15 * 1560), (21 * 1560, 21 * 1560)):
+    args = [
+        jax.ShapeDtypeStruct((1, n, 12, 128), jnp.bfloat16, sharding=place)
+        for n in (queries, keys, keys)
+    ]
+    seen = jax.ShapeDtypeStruct((), jnp.int32, sharding=place)
+    jax.jit(jax.grad(loss, (0, 1, 2))).lower(*args, seen).compile()
+print("compiled")
+"""
+
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "compiled"
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
+def test_a_small_stream_compiles_for_a_tpu_with_the_fused_kernel():
+    program = """
+from anchor_jax.cli import plan
+plan._prepare_environment()
+import json
+from anchor_jax import aot
+import test_aot
+print(json.dumps(aot.plan("v5e", test_aot.SETUP, test_aot.TEXT).summary()))
+"""
+
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": os.path.dirname(__file__)},
+    )
+
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert summary["programs"]["step"]["fused"] >= 2
+    assert summary["problems"] == []

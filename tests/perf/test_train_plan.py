@@ -1,0 +1,260 @@
+"""Steps of a training compiled for a mesh, from shapes alone."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from anchor_jax.cli import main
+from anchor_jax.cli import plan as command
+from anchor_jax.errors import UserError
+from anchor_jax.perf import aot
+from anchor_jax.perf import train_plan as plan
+from anchor_jax.training.stages import build
+from anchor_jax.training.stages.build import (
+    DistillationConfig,
+    LoraConfig,
+    RegressionConfig,
+    TrainConfig,
+)
+from anchor_jax.wan.spec import ModelConfig
+from anchor_jax.wan.text import TextConfig
+from anchor_jax.wan.vae import VaeConfig
+
+GB = 10**9
+SMALL = ModelConfig(
+    dim=64, ffn_dim=256, num_heads=2, num_layers=8, freq_dim=32, text_dim=32,
+    text_len=16, param_dtype="bfloat16",
+)  # fmt: skip
+NETWORKS = plan.Networks(
+    SMALL,
+    dataclasses.replace(SMALL, dim=128),
+    VaeConfig(base_dim=8),
+    TextConfig(
+        vocab=64,
+        dim=32,
+        attention_dim=32,
+        ffn_dim=64,
+        num_heads=2,
+        num_layers=1,
+        text_len=16,
+    ),
+)
+DISTILL = TrainConfig(
+    batch=4,
+    mesh=(1, 4, 1, 1),
+    size="64x64",
+    distillation=DistillationConfig(frames=6, length=9, switches=(6,)),
+)
+
+
+def on_paper(config):
+    return plan.on_paper(config, NETWORKS, build.make_mesh(config))
+
+
+def compiled(config, name):
+    prepared = on_paper(config)
+    program = plan.programs(prepared, config, NETWORKS)[name]
+    with jax.set_mesh(prepared.stage.mesh):
+        return aot.compile_program(program)
+
+
+@pytest.mark.parametrize(
+    "change, names",
+    [
+        (
+            {},
+            {
+                "generator, first chunk",
+                "critic, first chunk",
+                "generator, switch",
+                "critic, switch",
+                "generator update",
+                "critic update",
+            },
+        ),
+        (
+            {
+                "stage": "regression",
+                "regression": RegressionConfig(forcing="noise", endpoints=True),
+            },
+            {"step"},
+        ),
+        (
+            {
+                "stage": "regression",
+                "regression": RegressionConfig(forcing="teacher", guidance=5.0),
+            },
+            {"step"},
+        ),
+    ],
+    ids=["distill", "regress", "guided"],
+)
+def test_a_step_has_these_programs_and_no_arrays(change, names):
+    config = dataclasses.replace(DISTILL, **change)
+    prepared = on_paper(config)
+
+    found = plan.programs(prepared, config, NETWORKS)
+
+    assert set(found) == names
+    for leaf in jax.tree.leaves((prepared.state, [p.args for p in found.values()])):
+        assert isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def test_weights_are_split_and_low_rank_updates_are_few():
+    whole = on_paper(dataclasses.replace(DISTILL, mesh=(4, 1, 1, 1)))
+    split = on_paper(DISTILL)
+    low = on_paper(dataclasses.replace(DISTILL, lora=LoraConfig(rank=2)))
+
+    by_four = plan.bytes_on_one(whole.state.generator) / 4
+    assert plan.bytes_on_one(split.state.generator) == pytest.approx(by_four, rel=0.05)
+    assert plan.bytes_on_one(low.state.generator) < by_four / 4
+    assert plan.bytes_on_one(low.stage.frozen) > plan.bytes_on_one(split.stage.frozen)
+
+
+def test_recomputing_activations_takes_less_memory():
+    kept = compiled(DISTILL, "critic, first chunk")
+    again = dataclasses.replace(DISTILL, remat="nothing_saveable")
+    recomputed = compiled(again, "critic, first chunk")
+
+    assert recomputed.temporaries < 0.7 * kept.temporaries
+    assert recomputed.arguments == kept.arguments
+
+
+def test_a_plan_counts_what_stays_and_names_what_is_wrong(monkeypatch):
+    monkeypatch.setattr(aot, "find_target", aot.TARGETS.get)
+    monkeypatch.setattr(
+        aot, "devices_of", lambda target, count=1: jax.devices()[:count]
+    )
+    section = RegressionConfig(block=3, blocks=2)
+    config = dataclasses.replace(DISTILL, stage="regression", regression=section)
+
+    one = plan.plan("h100", 4, config, NETWORKS)
+
+    held = on_paper(config).state
+    assert one.resident["generator"] == plan.bytes_on_one(held.generator) > 0
+    assert one.resident["critic"] == one.resident["rollout"] == 0
+    assert one.resident["text encoder"] > 64 * 32
+    assert one.programs["text encoder"].outputs > 0
+    assert one.needed > sum(one.resident.values()) + one.gradient
+    assert one.problems()[0] == "step: no fused attention kernel"
+
+
+def test_a_text_encoder_that_is_trained_along_is_refused():
+    section = RegressionConfig(text=True)
+    config = dataclasses.replace(DISTILL, stage="regression", regression=section)
+
+    with pytest.raises(UserError, match="add --config.regression.text=False"):
+        on_paper(config)
+
+
+def made(temporaries, **changes):
+    values = dict(outputs=GB, temporaries=temporaries, fused=2)
+    return aot.Compiled(**{
+        **dict(seconds=1.0, arguments=0, code=0, scores=(), reads=frozenset()),
+        **values,
+        **changes,
+    })  # fmt: skip
+
+
+def report(**programs):
+    resident = {"generator": 10 * GB, "optimizers": 20 * GB}
+    programs = {name.replace("_", " "): one for name, one in programs.items()}
+    return plan.Report(aot.TARGETS["h100"], {"fsdp": 8}, programs, resident, 5 * GB)
+
+
+def test_memory_is_what_stays_and_the_largest_program():
+    one = report(generator=made(40 * GB), critic_update=made(GB, fused=0))
+
+    assert one.needed == (10 + 20 + 5 + 1 + 40) * GB
+    assert one.problems() == ()
+
+
+def test_what_does_not_fit_is_told_with_a_remedy():
+    refused = aot.Refused("does not fit: Used 99G", 0, frozenset())
+
+    for one in (report(critic=made(60 * GB)), report(critic=refused)):
+        assert "--remat=nothing_saveable" in one.problems()[-1]
+    found = report(generator=made(GB), critic=refused)
+    assert "critic: does not fit: Used 99G" in found.problems()
+    shown = "\n".join(command.training_table("h100", found.summary()))
+    assert "37.0 GB (only programs that fit are counted)" in shown
+
+
+def test_a_kernel_that_is_too_large_asks_for_no_memory():
+    refused = aot.Refused("a kernel takes 17M of vector memory", 0, frozenset())
+
+    (problem,) = report(generator=made(GB), critic=refused).problems()
+
+    assert problem == "critic: a kernel takes 17M of vector memory"
+
+
+def test_score_matrices_and_a_missing_kernel_are_problems():
+    one = report(critic=made(GB, fused=0, scores=("f32[9,9]",)))
+
+    assert one.problems() == (
+        "critic: no fused attention kernel",
+        "critic: score matrices f32[9,9]",
+    )
+
+
+def test_a_report_is_shown_and_can_be_written():
+    one = report(generator=made(40 * GB), critic_update=made(GB, fused=None))
+    summary = json.loads(json.dumps(one.summary()))
+
+    shown = "\n".join(command.training_table("h100, remat none", summary))
+
+    assert "h100, remat none: H100 SXM, 80 GB" in shown
+    assert "fsdp 8" in shown
+    assert "needed per chip: 76.0 GB" in shown
+    assert any(line.split()[-1:] == ["-"] for line in shown.splitlines())
+
+
+@pytest.mark.parametrize(
+    "target, chips, name",
+    [
+        ("v5p", 1, "v5p:1x1x1"),
+        ("v5p", 4, "v5p:2x2x1"),
+        ("v5p", 32, "v5p:2x4x4"),
+        ("v5p", 64, "v5p:4x4x4"),
+        ("v5e", 8, "v5e:2x4"),
+        ("v6e", 256, "v6e:16x16"),
+    ],
+)
+def test_pods_are_named_by_their_sides(target, chips, name):
+    assert aot.TARGETS[target].name(chips)[0] == name
+
+
+@pytest.mark.parametrize("chips, topology", [(1, "1x1x1"), (4, "1x1x4"), (64, "8x1x8")])
+def test_clusters_are_machines_of_eight(chips, topology):
+    assert aot.TARGETS["h100"].name(chips)[1]["topology"] == topology
+
+
+def test_a_number_of_chips_that_no_pod_has_is_refused():
+    with pytest.raises(UserError, match="chips=12: expected a power of two"):
+        aot.TARGETS["v5p"].name(12)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--remat=some"], "--remat='some'"),
+        (["--teacher=7B"], "--teacher='7B'"),
+        (["--config.batch=0"], "config.batch=0: must be at least 1"),
+    ],
+)
+def test_the_command_refuses_what_it_does_not_know(
+    monkeypatch, capsys, arguments, message
+):
+    monkeypatch.setattr(command, "_prepare_environment", lambda: None)
+    monkeypatch.setattr(command, "_targets", lambda aot: ["v5p"])
+
+    given = ["plan", "--config=configs/train_dmd.py", *arguments]
+    assert main.main(given) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_field_of_a_config_needs_the_config(capsys):
+    assert main.main(["plan", "--config.batch=3"]) == 2
+    assert "--config is missing" in capsys.readouterr().err

@@ -1,0 +1,99 @@
+"""Regression: guidance that a network learns from a frozen one."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from anchor_jax import flow
+from anchor_jax.training.stages.regress import Regression
+
+BLOCKS = (3, 3)
+LAYOUTS = {
+    "none": {},
+    "noise": {"blocks": BLOCKS, "forcing": "noise"},
+    "teacher": {"blocks": BLOCKS, "forcing": "teacher"},
+}
+
+
+@pytest.fixture(params=LAYOUTS)
+def plain(request):
+    """A regression without a teacher."""
+    return Regression(model=tiny.MODEL, **LAYOUTS[request.param])
+
+
+def guided(plain, guidance, **changes):
+    return dataclasses.replace(plain, teacher=plain.model, guidance=guidance, **changes)
+
+
+def batch():
+    rng = np.random.default_rng(5)
+    prompts = [np.asarray(tiny.embedding(seed, batch=2)) for seed in (1, 2, 3)]
+    return {
+        "latents": rng.standard_normal((2, 6, 4, 4, 4)).astype(np.float32),
+        "embedding": np.stack(prompts[:2], axis=1),
+        "negative": prompts[2],
+    }
+
+
+def blocks_prompts(plain, given):
+    """With a prompt for each block; a clip has one."""
+    if not plain.blocks:
+        return {**given, "embedding": given["embedding"][:, :1]}
+    return {**given, "which": np.asarray([[0, 1], [1, 0]])}
+
+
+def loss(stage, student, teacher, given):
+    return float(stage.loss(student, given, jax.random.key(7), teacher))
+
+
+def test_guidance_goes_from_no_prompt_through_the_prompt(plain):
+    given = blocks_prompts(plain, batch())
+    teacher = tiny.variables()
+    noise = np.asarray(jax.random.normal(jax.random.key(3), given["latents"].shape))
+    sigma = np.full((2, 6), 0.6, np.float32)
+    noisy = flow.add_noise(given["latents"], noise, sigma)
+    negative = {**given, "embedding": np.repeat(given["negative"][:, None], 2, axis=1)}
+    if not plain.blocks:
+        negative["embedding"] = negative["embedding"][:, :1]
+
+    found = guided(plain, 2.5).guided(teacher, given, noisy, sigma)
+
+    with_prompt = plain.predict(teacher, given, noisy, sigma)
+    without = plain.predict(teacher, negative, noisy, sigma)
+    assert np.abs(with_prompt - without).max() > 1e-3
+    np.testing.assert_allclose(found, 2.5 * with_prompt - 1.5 * without, atol=1e-5)
+
+
+def test_a_network_is_its_own_teacher_without_guidance(plain):
+    given = blocks_prompts(plain, batch())
+    same = tiny.variables()
+
+    assert loss(guided(plain, 1.0), same, same, given) < 1e-12
+    once, twice = (loss(guided(plain, g), same, same, given) for g in (2.0, 3.0))
+    assert once > 1e-6
+    np.testing.assert_allclose(twice, 4 * once, rtol=1e-4)
+
+
+def test_the_teacher_is_held_to_its_own_sizes(plain):
+    given = blocks_prompts(plain, batch())
+    wide = dataclasses.replace(tiny.MODEL, ffn_dim=2 * tiny.MODEL.ffn_dim)
+    stage = dataclasses.replace(guided(plain, 2.0), teacher=wide)
+    teacher = {"params": tiny.params(wide)}
+
+    assert np.isfinite(loss(stage, tiny.variables(), teacher, given))
+
+
+def test_no_gradient_reaches_the_teacher(plain):
+    given = blocks_prompts(plain, batch())
+    stage, variables = guided(plain, 2.0), tiny.variables()
+
+    def of_both(student, teacher):
+        return stage.loss(student, given, jax.random.key(7), teacher)
+
+    ours, theirs = jax.grad(of_both, argnums=(0, 1))(variables, variables)
+
+    assert any(np.any(x) for x in jax.tree.leaves(ours))
+    assert not any(np.any(x) for x in jax.tree.leaves(theirs))
