@@ -1,7 +1,7 @@
 """RoPE rules: which temporal position a latent frame takes when it is read.
 
-A rule is a frozen dataclass with five functions over traced integers. `start` is the
-first latent frame of the pass and `frames` its length.
+A rule is a frozen dataclass with four functions over traced integers. `start` is the
+first latent frame of the pass and `frames` its length. `catalog.ROPES` names the rules.
 """
 
 import dataclasses
@@ -9,31 +9,73 @@ import dataclasses
 import jax.numpy as jnp
 
 
+class RopeRule:
+    """Base of all rules: absolute positions for every frame.
+
+    Attributes:
+      range: number of positions in use, or None for no bound.
+      junction_start: first position of the junction; None is the usual place.
+      cut: first position of a scene cut; None if the rule has no scene cuts.
+    """
+
+    range = None
+    junction_start = None
+    cut = None
+
+    def query(self, start, frames: int):
+        """Returns `[frames]`, positions of the queries of a pass."""
+        return start + jnp.arange(frames, dtype=jnp.int32)
+
+    def own(self, index, start, frames: int, sink: int):
+        """Returns `[frames]`, positions of the keys of the same frames."""
+        del index, sink
+        return self.query(start, frames)
+
+    def local(self, index, frame, start, frames: int, sink: int):
+        """Returns `[local]`, positions of the ring's slots."""
+        del index, start, frames, sink
+        return frame
+
+    def sink(self, index, frame, start, frames: int):
+        """Returns `[sink]`, positions of the sink's slots."""
+        del index, start, frames
+        return frame
+
+    def refuses(self, policy) -> str | None:
+        """Returns why the rule cannot be combined with a policy's parts, or None."""
+        del policy
+        return None
+
+    def released(self) -> "RopeRule":
+        """Returns the rule that the method's published code has in its place."""
+        return self
+
+    def rotates_stored(self, frame):
+        """Returns a bool for each frame: the published code stores its key rotated."""
+        return jnp.zeros_like(frame, bool)
+
+
 @dataclasses.dataclass(frozen=True)
-class Absolute:
+class Absolute(RopeRule):
     """Every frame at its own number, without end (LongLive, Self-Forcing)."""
 
     junction_start: None = None
     cut: None = None
 
-    def query(self, start, frames: int):
-        return start + jnp.arange(frames, dtype=jnp.int32)
+    def refuses(self, policy) -> str | None:
+        if policy.junction:
+            return (
+                "absolute RoPE with a junction makes no sense: the junction's band"
+                " is a place in a bounded range; choose relative positions"
+            )
+        return None
 
-    def own(self, index, start, frames: int, sink: int):
-        del index, sink
-        return self.query(start, frames)
-
-    def local(self, index, frame, start, frames: int, sink: int):
-        del index, start, frames, sink
-        return frame
-
-    def sink(self, index, frame, start, frames: int):
-        del index, start, frames
-        return frame
+    def rotates_stored(self, frame):
+        return jnp.ones_like(frame, bool)
 
 
 @dataclasses.dataclass(frozen=True)
-class Relative:
+class Relative(RopeRule):
     """Positions counted from the pass, which never goes past `range` - 1.
 
     While the stream is shorter than `range` a position is the frame's number;
@@ -52,10 +94,6 @@ class Relative:
         first = jnp.minimum(start, self.range - frames)
         return first + jnp.arange(frames, dtype=jnp.int32)
 
-    def own(self, index, start, frames: int, sink: int):
-        del index, sink
-        return self.query(start, frames)
-
     def local(self, index, frame, start, frames: int, sink: int):
         del index, sink
         return jnp.minimum(start, self.range - frames) + frame - start
@@ -63,6 +101,29 @@ class Relative:
     def sink(self, index, frame, start, frames: int):
         del index, start, frames
         return jnp.arange(frame.shape[0], dtype=jnp.int32)
+
+    def refuses(self, policy) -> str | None:
+        if policy.window > self.range:
+            return (
+                f"window={policy.window} must fit into the RoPE range of {self.range}"
+                " positions"
+            )
+        junction = policy.junction
+        # Official behaviour: the release lets the junction share the sink's band.
+        lowest = 0 if junction and junction.overlaps_sink else policy.sink
+        if junction and policy.junction_start < lowest:
+            return (
+                f"window={policy.window} and a junction of {junction.frames} leave"
+                f" no room in the RoPE range of {self.range}; choose a window of"
+                f" {self.range - junction.frames - lowest} or less, or tri-region"
+                " positions"
+            )
+        return None
+
+    def released(self) -> RopeRule:
+        if type(self) is Relative and self.cut is not None:
+            return Ranked(self.range, cut=self.cut)
+        return self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +137,9 @@ class Bounded(Relative):
         size = frame.shape[0]
         before = jnp.minimum(start, self.range - frames) - index.filled - size
         return jnp.maximum(before, 0) + jnp.arange(size, dtype=jnp.int32)
+
+    def refuses(self, policy) -> str | None:
+        return _refuses_moving_sink(policy) or super().refuses(policy)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,3 +160,21 @@ class Ranked(Relative):
         oldest = jnp.where(index.filled == frame.shape[0], index.cursor, 0)
         slot = jnp.arange(frame.shape[0], dtype=jnp.int32)
         return sink + (slot - oldest) % size
+
+    def refuses(self, policy) -> str | None:
+        return _refuses_moving_sink(policy) or super().refuses(policy)
+
+    def rotates_stored(self, frame):
+        # Official behaviour: frame 0 is stored rotated, all others are not.
+        return frame == 0
+
+
+def _refuses_moving_sink(policy) -> str | None:
+    """Returns the reason if a re-cache of the policy replaces the sink."""
+    if policy.on_switch.rewrite_sink:
+        return (
+            "a re-cache that replaces the sink needs a sink that stays at the"
+            " start of the range: choose relative or tri-region positions, or"
+            " keep the sink"
+        )
+    return None

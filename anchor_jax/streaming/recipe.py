@@ -20,18 +20,8 @@ import numpy as np
 
 import anchor_jax
 from anchor_jax import limits
-from anchor_jax.cache.policies import (
-    Flush,
-    Junction,
-    Keep,
-    PeriodicJunction,
-    Policy,
-    Recache,
-    ReleaseJunction,
-    Restart,
-    TrainedJunction,
-)
-from anchor_jax.cache.positions import Absolute, Bounded, Ranked, Relative
+from anchor_jax.cache import catalog
+from anchor_jax.cache.policies import Policy
 from anchor_jax.config import from_config
 from anchor_jax.errors import UserError, shown, suggest
 from anchor_jax.flow import Levels
@@ -55,9 +45,7 @@ _PARTS = {
     for kind in (
         *(StreamSetup, ModelConfig, LatentGrid, Levels),
         *(Renoise, Euler, UniPC, DpmPlusPlus),
-        *(Policy, Junction, ReleaseJunction, PeriodicJunction),
-        *(TrainedJunction, Restart),
-        *(Keep, Flush, Recache, Absolute, Relative, Bounded, Ranked),
+        *catalog.PARTS,
         *map(type, KERNELS.values()),
     )
 }

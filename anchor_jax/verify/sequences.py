@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from einops import rearrange
 
-from anchor_jax.cache.positions import Absolute
 from anchor_jax.cache.types import EMPTY
 from anchor_jax.errors import shown
 from anchor_jax.training import rollout
@@ -217,7 +216,7 @@ class _Sequence:
         """
         policy = self.networks.setup.policy
         regions = ("local", "query", "sink", "junction")
-        if isinstance(policy.positions, Absolute):
+        if policy.positions.range is None:
             regions = ("query", "key_new")
         recorded = call["rope_frames_start_calls_in_order"]
         for region, pair in zip(regions, recorded, strict=False):

@@ -359,15 +359,14 @@ def _compare_buffer(run: Run, name: str, layer: int, which: str) -> None:
 def as_stored(setup: StreamSetup, keys: np.ndarray, frames: list[int]) -> np.ndarray:
     """Returns keys rotated where the official buffer holds them rotated."""
     rule, config = setup.policy.positions, setup.model
-    if not isinstance(rule, Absolute | Ranked):
-        return keys
     position = jnp.asarray(frames, jnp.int32)
+    is_rotated = rule.rotates_stored(position)[:, None, None]
+    if not is_rotated.any():
+        return keys
     turn = rotary(position, setup.tokens, config.head_dim, config.rope_theta)
-    if isinstance(rule, Ranked):
-        # Official behaviour: frame 0 is stored rotated, all others are not.
-        first = (position == 0)[:, None, None]
-        cos, sin = jnp.where(first, turn.cos, 1.0), jnp.where(first, turn.sin, 0.0)
-        turn = Rotary(cos=cos, sin=sin)
+    cos = jnp.where(is_rotated, turn.cos, 1.0)
+    sin = jnp.where(is_rotated, turn.sin, 0.0)
+    turn = Rotary(cos=cos, sin=sin)
     return np.asarray(rotate(jnp.asarray(keys), turn))
 
 

@@ -323,9 +323,9 @@ def test_every_part_of_a_policy_can_be_written_and_read():
         for kind in vars(module).values()
         if isinstance(kind, type) and dataclasses.is_dataclass(kind)
     }
-    plans = {policies.CacheIndex, policies.ReadPlan, policies.WritePlan, policies.Rerun}
 
-    for kind in kinds - plans:
+    assert len(kinds) >= 14
+    for kind in kinds - {policies.Rerun}:
         assert rebuild(describe(kind()), "here") == kind()
 
 
@@ -539,7 +539,7 @@ def changed(recipe, path, value):
         ("setup.kind", "os.system", "setup.kind='os.system' is unknown"),
         ("setup.policy.kind", "Polciy", "did you mean 'Policy'"),
         ("setup.policy.positions.kind", "Recache", "positions"),
-        ("setup.policy.positions", None, "positions: got NoneType"),
+        ("setup.policy.positions", None, "positions: got None of type NoneType"),
         ("setup.policy.window", 10**9, "window=1000000000"),
         ("setup.policy.window", -12, "window"),
         ("setup.policy.block", 0, "block"),

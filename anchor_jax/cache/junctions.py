@@ -1,0 +1,104 @@
+"""Junction rules: which block after a switch is captured, and when it is visible."""
+
+import dataclasses
+
+from anchor_jax.cache.types import NEVER, CacheIndex
+
+
+@dataclasses.dataclass(frozen=True)
+class Junction:
+    """The block after a switch, seen once it has left the local window.
+
+    `frames` are kept, from the clean pass. It is seen from block `c + span` on,
+    where `c` is the first block under the new prompt.
+
+    Source: cache/README.md, "Junction", "D3", "D4", "D7"; rules `paper`.
+    """
+
+    frames: int = 3
+    overlaps_sink = False
+    keeps_prior = False
+    from_chunk = False
+    first_switch = NEVER
+
+    def active(self, index: CacheIndex, start, span: int):
+        return index.switch_frame + span <= start
+
+    def prior(self, index: CacheIndex):
+        return index.switches < 0
+
+    def recache_start(self, index: CacheIndex, frames: int, block: int):
+        """Returns the block start for which a re-cache tests the old junction."""
+        del frames
+        return index.start - block
+
+    def captures(self, index: CacheIndex, block: int):
+        del block
+        return index.capture
+
+    def takes_effect(self, requested, start):
+        """Returns the switch frame that the rule counts from."""
+        del requested
+        return start
+
+    def released(self) -> "Junction":
+        """Returns the junction as the published sampling code has it."""
+        return ReleaseJunction(self.frames) if type(self) is Junction else self
+
+
+@dataclasses.dataclass(frozen=True)
+class ReleaseJunction(Junction):
+    """As the released code has it, for weights that were trained so.
+
+    Counts from the frame at which the switch was asked for, with a strict comparison,
+    captures in every pass, and shows the prior junction from the third switch on.
+
+    Source: cache/README.md, "Junction"; rules `release`.
+    """
+
+    overlaps_sink = True
+    keeps_prior = True
+
+    def active(self, index: CacheIndex, start, span: int):
+        return index.switch_frame + span < start
+
+    def prior(self, index: CacheIndex):
+        return index.switches > 2
+
+    def recache_start(self, index: CacheIndex, frames: int, block: int):
+        del block
+        return index.start - frames
+
+    def takes_effect(self, requested, start):
+        del start
+        return requested
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedJunction(ReleaseJunction):
+    """As in the release's training: no prior junction, the clean pass captures.
+
+    In a chunk that holds a switch its first block is captured, wherever the switch is.
+
+    Source: cache/README.md, "D3", "D4", "D7", "D8"; rules `release`.
+    """
+
+    keeps_prior = False
+    from_chunk = True
+
+    def prior(self, index: CacheIndex):
+        return index.switches < 0
+
+
+@dataclasses.dataclass(frozen=True)
+class PeriodicJunction(ReleaseJunction):
+    """The release's single-prompt pipeline: captured anew every `every` blocks.
+
+    Source: cache/README.md, "Single prompt", "D6".
+    """
+
+    every: int = 6
+    first_switch = 20
+
+    def captures(self, index: CacheIndex, block: int):
+        return (index.start // block) % self.every == 0
