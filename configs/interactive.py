@@ -33,9 +33,10 @@ def get_config() -> ConfigDict:
 
     config.policy = placeholder(str)  # `anchor-jax policies` lists them
     config.rules = placeholder(str)  # paper, or release: as the published code has it
-    # Parts of the policy to replace; without a value it keeps its own.
-    config.rope = placeholder(str)  # absolute, relative, tri_region, bounded, ranked
-    config.on_switch = placeholder(str)  # keep, flush, recache, recache_sink
+    # Parts of the policy to replace; without a value it keeps its own. The RoPE rules
+    # and switch actions are listed by `anchor-jax policies`.
+    config.rope = placeholder(str)
+    config.on_switch = placeholder(str)
     config.window = placeholder(int)
     config.sink = placeholder(int)
     config.block = placeholder(int)

@@ -23,9 +23,10 @@ def get_config(policy: str = "anchor_forcing") -> ConfigDict:
     config.lora = "merged"  # or separate, none; for weights that have updates
     config.policy = policy
     config.rules = "paper"  # or "release", as the published code has it
-    # Parts of the policy to replace; without a value it keeps its own.
-    config.rope = placeholder(str)  # absolute, relative, tri_region, bounded, ranked
-    config.on_switch = placeholder(str)  # keep, flush, recache, recache_sink
+    # Parts of the policy to replace; without a value it keeps its own. The RoPE rules
+    # and switch actions are listed by `anchor-jax policies`.
+    config.rope = placeholder(str)
+    config.on_switch = placeholder(str)
     config.window = placeholder(int)
     config.sink = placeholder(int)
     config.block = placeholder(int)

@@ -16,7 +16,7 @@ from typing import Literal
 from ml_collections import ConfigDict
 
 from anchor_jax.config import to_config
-from anchor_jax.experiment import WAN_NEGATIVE_PROMPT
+from anchor_jax.sampling.config import WAN_NEGATIVE_PROMPT
 from anchor_jax.training.stages.build import TrainConfig
 
 

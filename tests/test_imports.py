@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = [
     {"errors"},
     {"io", "text"},
-    {"interrupts", "ownership", "filetypes"},
+    {"interrupts", "ownership", "filetypes", "compile_cache"},
     {
         *("cache", "wan", "flow", "media", "prompts"),
         *("config", "limits", "sharding", "finite", "prompt_files"),
@@ -26,12 +26,14 @@ LEVELS = [
             "training",
             "verify",
             "porting",
+            "sampling",
             "experiment",
             "evaluation",
             "perf",
             "tiny_world",
         ),
     },
+    {"machine"},
     {"cli"},
     {"__main__", "bundle"},
 ]
@@ -130,7 +132,7 @@ import sys
 import anchor_jax
 light = {name.split(".")[0] for name in sys.modules}
 assert "jax" not in light and "flax" not in light, "importing the package is heavy"
-import anchor_jax.experiment
+import anchor_jax.sampling.render
 import anchor_jax.streaming.session
 import anchor_jax.streaming.stream
 import anchor_jax.wan.text

@@ -132,7 +132,7 @@ CATALOG = {
     ),
     "bounded_rope": Entry(
         Policy(positions=Bounded(range=21)),
-        "table 6: sink positions directly before the local window",
+        "bounded RoPE of the paper's table 6: sink directly before the local window",
         _ANCHOR_FORCING,
     ),
     "tri_region_no_junction": Entry(

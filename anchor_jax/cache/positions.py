@@ -43,7 +43,12 @@ class RopeRule:
 
     def refuses(self, policy) -> str | None:
         """Returns why the rule cannot be combined with a policy's parts, or None."""
-        del policy
+        if policy.junction:
+            return (
+                f"{type(self).__name__.lower()} RoPE with a junction makes no sense:"
+                " the junction's band is a place in a bounded range; choose relative"
+                " positions"
+            )
         return None
 
     def released(self) -> "RopeRule":
@@ -61,14 +66,6 @@ class Absolute(RopeRule):
 
     junction_start: None = None
     cut: None = None
-
-    def refuses(self, policy) -> str | None:
-        if policy.junction:
-            return (
-                "absolute RoPE with a junction makes no sense: the junction's band"
-                " is a place in a bounded range; choose relative positions"
-            )
-        return None
 
     def rotates_stored(self, frame):
         return jnp.ones_like(frame, bool)

@@ -47,7 +47,7 @@ def main(argv) -> None:
     compile_cache.enable()
     import jax
 
-    from anchor_jax.experiment import parse_size
+    from anchor_jax.sampling.config import parse_size
     from anchor_jax.training import ode, reports
     from anchor_jax.weights.load import load_bundle
 

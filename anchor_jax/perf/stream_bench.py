@@ -14,10 +14,10 @@ import numpy as np
 from anchor_jax import flow
 from anchor_jax.config import from_config
 from anchor_jax.errors import UserError
-from anchor_jax.experiment import make_policy
 from anchor_jax.flow import Levels
 from anchor_jax.perf import roofline
 from anchor_jax.prompts import Script, Segment
+from anchor_jax.sampling.resolve import make_policy
 from anchor_jax.streaming import decode, stream
 from anchor_jax.streaming.session import advance
 from anchor_jax.streaming.types import StreamSetup

@@ -15,9 +15,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from anchor_jax.errors import UserError
-from anchor_jax.experiment import parse_size
 from anchor_jax.perf import aot
 from anchor_jax.perf.aot import Compiled, Program, Refused, Target
+from anchor_jax.sampling.config import parse_size
 from anchor_jax.training import placement
 from anchor_jax.training.stages import build
 from anchor_jax.training.stages.build import Prepared, TrainConfig

@@ -27,6 +27,7 @@ from anchor_jax.porting.settings import (
     vae_config,
 )
 from anchor_jax.porting.sources import Source
+from anchor_jax.sampling.methods import METHODS
 from anchor_jax.wan import dit, lora
 from anchor_jax.wan.spec import ModelConfig
 from anchor_jax.wan.text import TextConfig, Umt5Encoder
@@ -39,14 +40,6 @@ from anchor_jax.wan.vae import WanVae
 from anchor_jax.weights import checkpoint
 from anchor_jax.weights.checkpoint import Lazy
 
-METHODS = (
-    "wan",
-    "self_forcing",
-    "causvid",
-    "longlive",
-    "memflow",
-    "anchor_forcing",
-)
 _NOT_SIZES = ("dtype", "param_dtype", "remat", "unroll", "conv")
 # The first that there is counts.
 _TOKENIZERS = {

@@ -15,8 +15,8 @@ import jax
 from anchor_jax import ownership
 from anchor_jax.config import from_config
 from anchor_jax.errors import UserError, naming, shown, suggest
-from anchor_jax.experiment import parse_size
 from anchor_jax.io import expand, scratch_folder, write_json
+from anchor_jax.sampling.config import parse_size
 from anchor_jax.tiny_world import data as world_data
 from anchor_jax.tiny_world import fresh
 from anchor_jax.training import files, placement, reports, samples

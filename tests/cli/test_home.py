@@ -4,8 +4,8 @@ import pathlib
 
 import pytest
 
-from anchor_jax.cli.compile_cache import CACHE_VARIABLE
 from anchor_jax.cli.main import main
+from anchor_jax.compile_cache import CACHE_VARIABLE
 
 
 @pytest.mark.parametrize(

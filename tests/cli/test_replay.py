@@ -4,11 +4,10 @@ import json
 import bundles
 import pytest
 
-from anchor_jax.cli import main, sample
-from anchor_jax.cli.compile_cache import CACHE_VARIABLE
-from anchor_jax.cli.sample import told_switches
+from anchor_jax.cli import main
+from anchor_jax.compile_cache import CACHE_VARIABLE
+from anchor_jax.sampling import jobs
 from anchor_jax.streaming import recipe as recipes
-from anchor_jax.streaming.recipe import Switch
 
 pytestmark = pytest.mark.usefixtures("optimized_compilation")
 
@@ -197,27 +196,18 @@ def test_files_that_are_there_are_never_replaced(replay, tmp_path):
 
 
 def test_files_that_another_process_made_meanwhile_stay(replay, tmp_path, monkeypatch):
-    def own(folder):
+    def own(folder, tell):
         folder.mkdir()
         (folder / "000.mp4").write_text("theirs")
         return contextlib.nullcontext()
 
-    monkeypatch.setattr(sample, "own_folder", own)
+    monkeypatch.setattr(jobs, "own_folder", own)
 
     status, _, err = replay("--out=mine")
 
     assert status == 2
     assert "000.mp4 already exists" in err
     assert (tmp_path / "mine/000.mp4").read_text() == "theirs"
-
-
-def test_switches_are_told_where_they_waited():
-    switches = [Switch("a", 0, landed=0), Switch("b", 16, landed=18), Switch("c", 21)]
-
-    (line,) = told_switches(switches[:2])
-
-    assert line == "Switch requested at frame 16; starts at 18, the next block."
-    assert told_switches([switches[0]]) == []
 
 
 def test_nothing_differs_from_itself():

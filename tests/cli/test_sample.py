@@ -1,25 +1,20 @@
-import datetime
 import errno
 import json
 import os
 import re
 import signal
-import types
 import weakref
 
 import av
 import bundles
-import numpy as np
 import pytest
 from PIL import Image
 
 from anchor_jax import media, ownership
-from anchor_jax.cache.policies import POLICIES
-from anchor_jax.cli import main, policies
-from anchor_jax.cli import sample as sampling
-from anchor_jax.cli.compile_cache import CACHE_VARIABLE
-from anchor_jax.cli.sample import tile_frames
-from anchor_jax.prompts import Script, Segment
+from anchor_jax.cli import main
+from anchor_jax.compile_cache import CACHE_VARIABLE
+from anchor_jax.sampling import render
+from anchor_jax.sampling.jobs import Jobs
 from anchor_jax.streaming.session import Session
 
 pytestmark = pytest.mark.usefixtures("optimized_compilation")
@@ -94,19 +89,6 @@ def test_without_a_folder_a_new_one_is_made(sample, tmp_path):
     assert status == 0
     (made,) = (tmp_path / "out").iterdir()
     assert re.fullmatch(r"\d{4}-\d\d-\d\d-\d{6}", made.name)
-
-
-def test_two_jobs_in_one_second_get_two_folders(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    moment = datetime.datetime(2030, 1, 2, 3, 4, 5)
-    now = types.SimpleNamespace(now=lambda: moment)
-    monkeypatch.setattr(sampling.datetime, "datetime", now)
-
-    with sampling.open_folder(None) as one, sampling.open_folder(None) as other:
-        (other / "000.mp4").touch()
-
-    assert (one.name, other.name) == ("2030-01-02-030405", "2030-01-02-030405-2")
-    assert files(tmp_path / "out") == [other.name]
 
 
 def test_a_folder_that_another_job_owns_is_left_alone(sample, tmp_path):
@@ -279,19 +261,6 @@ def test_one_stream_at_a_time_is_held(sample, tmp_path, monkeypatch):
     assert counts == [1, 1, 1]
 
 
-@pytest.mark.parametrize("block", [1, 3, 7])
-def test_tiles_are_few_and_evenly_spaced(block):
-    segments = (Segment("a", 0), Segment("b", block), Segment("c", 20 * block))
-    script = Script(segments, 10_000 * block)
-
-    rows = tile_frames(script, block)
-
-    assert [len(row) for row in rows] == [min(8, 4 * block - 3), 8, 8]
-    assert rows[0][0] == 0 and rows[1][0] == 4 * block - 3
-    assert rows[-1][-1] == 4 * script.frames - 4
-    assert np.ptp(np.diff(rows[-1])) <= 1
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -342,7 +311,7 @@ def test_prompts_that_are_cut_are_reported_with_their_line(sample, tmp_path):
 def test_prompts_beyond_those_looked_at_are_reported_with_their_video(
     sample, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("anchor_jax.cli.sample._LOOKED_AT", 1)
+    monkeypatch.setattr(Jobs, "prompts_checked", 1)
     long = "a red ring a blue square moves up"
     (tmp_path / "p.txt").write_text(f"a red ring[3f]\n{long}[3f]\n")
 
@@ -380,14 +349,12 @@ def test_what_is_no_text_and_no_number_is_refused_by_its_flag(
 
 def test_many_prompts_are_described_one_at_a_time(sample, tmp_path, monkeypatch):
     """Of 2,000 videos one is made; the others are only counted."""
-    from anchor_jax.cli import sample as command
-
     made = []
-    monkeypatch.setattr(command, "_run", lambda jobs, todo, about: made.extend(todo))
-    describe = command.Jobs.__getitem__
+    monkeypatch.setattr(render, "run", lambda jobs, todo, *_: made.extend(todo))
+    describe = Jobs.__getitem__
     described = []
     monkeypatch.setattr(
-        command.Jobs,
+        Jobs,
         "__getitem__",
         lambda jobs, number: described.append(number) or describe(jobs, number),
     )
@@ -444,42 +411,6 @@ def test_a_full_disk_leaves_no_finished_file(sample, tmp_path, monkeypatch, wher
     assert [file for file in files(tmp_path / "out/test") if ".part" not in file] == []
 
 
-def test_every_policy_is_listed(capsys):
-    assert main.main(["policies"]) == 0
-    printed = capsys.readouterr().out
-
-    for name in (*POLICIES, "wan_teacher"):
-        assert re.search(rf"^{name} ", printed, re.MULTILINE)
-        assert policies.ABOUT[name] in printed
-
-
-def test_a_policys_memory_is_shown(capsys):
-    assert main.main(["policies", "anchor_forcing"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-
-    assert "re-cache  33-41@12-20  0-2@0-2" in lines
-    expected = "57        57-59@18-20  0-2@0-2  51-56@12-17  42-44@6-8"
-    assert expected in lines
-
-
-def test_a_restart_is_shown():
-    lines = policies.memory(POLICIES["causvid"], frames=27)
-
-    assert lines[8].split() == ["restart", "18-20@0-2"]
-    assert lines[9].split() == ["21", "21-23@3-5", "18-20@0-2"]
-
-
-def test_the_teacher_is_explained(capsys):
-    assert main.main(["policies", "wan_teacher"]) == 0
-    printed = capsys.readouterr().out
-    assert policies.ABOUT["wan_teacher"] in printed and "no blocks" in printed
-
-
 def test_the_largest_seed_makes_a_video(sample, tmp_path):
     assert sample("--config.seed=9223372036854775807")[0] == 0
     assert (tmp_path / "out/test/000.mp4").exists()
-
-
-def test_an_unknown_policy_is_refused(capsys):
-    assert main.main(["policies", "longlife"]) == 2
-    assert "did you mean 'longlive'" in capsys.readouterr().err

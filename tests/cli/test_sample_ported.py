@@ -8,7 +8,7 @@ import ported
 import pytest
 
 from anchor_jax.cli import main
-from anchor_jax.cli.compile_cache import CACHE_VARIABLE
+from anchor_jax.compile_cache import CACHE_VARIABLE
 from anchor_jax.weights import checkpoint
 
 CLIP = f"{bundles.RED}[3f] | {bundles.BLUE}[3f]"

@@ -9,7 +9,7 @@ import ported
 import pytest
 
 from anchor_jax.cli import main
-from anchor_jax.cli.compile_cache import CACHE_VARIABLE
+from anchor_jax.compile_cache import CACHE_VARIABLE
 from anchor_jax.errors import UserError
 from anchor_jax.weights import checkpoint
 from anchor_jax.weights.load import load_bundle

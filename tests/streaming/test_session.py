@@ -12,8 +12,8 @@ from anchor_jax import flow
 from anchor_jax.cache.policies import POLICIES, Restart
 from anchor_jax.config import load_config
 from anchor_jax.errors import UserError
-from anchor_jax.experiment import make_policy
 from anchor_jax.prompts import Script, Segment
+from anchor_jax.sampling.resolve import make_policy
 from anchor_jax.streaming import stream
 from anchor_jax.streaming.clock import Clock, landings
 from anchor_jax.streaming.loop import DpmPlusPlus, Euler, UniPC

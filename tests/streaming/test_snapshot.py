@@ -15,8 +15,8 @@ from anchor_jax.cache import policies, positions
 from anchor_jax.cache.policies import POLICIES, single_prompt
 from anchor_jax.config import load_config
 from anchor_jax.errors import UserError
-from anchor_jax.experiment import make_policy
 from anchor_jax.prompts import Script, Segment
+from anchor_jax.sampling.resolve import make_policy
 from anchor_jax.streaming import session as sessions
 from anchor_jax.streaming.recipe import (
     Switch,

@@ -10,11 +10,16 @@ import warnings
 import jax
 import pytest
 
-from anchor_jax.cli import compile_cache
-from anchor_jax.cli.compile_cache import CACHE_VARIABLE
+from anchor_jax import compile_cache
+from anchor_jax.cli.output import to_stderr
+from anchor_jax.compile_cache import CACHE_VARIABLE
 from anchor_jax.errors import UserError
 
-ROOT = pathlib.Path(compile_cache.__file__).parents[2]
+ROOT = pathlib.Path(compile_cache.__file__).parents[1]
+
+
+def enable():
+    return compile_cache.enable(to_stderr)
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +48,7 @@ def folder(tmp_path, monkeypatch):
 
 def refused(capsys):
     """Enables the cache, and returns the one line that says why it is not used."""
-    assert compile_cache.enable() is None
+    assert enable() is None
     assert jax.config.jax_compilation_cache_dir is None
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: compiled programs are not cached: ")
@@ -53,11 +58,11 @@ def refused(capsys):
 
 def test_compiled_programs_go_where_they_are_told(tmp_path, monkeypatch):
     monkeypatch.setenv(CACHE_VARIABLE, "off")
-    assert compile_cache.enable() is None
+    assert enable() is None
 
     monkeypatch.delenv(CACHE_VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert compile_cache.enable() == tmp_path / "anchor_jax"
+    assert enable() == tmp_path / "anchor_jax"
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "anchor_jax")
     assert list((tmp_path / "anchor_jax").iterdir()) == []
 
@@ -67,7 +72,7 @@ def test_folders_are_made_for_the_user_alone(tmp_path, monkeypatch):
     monkeypatch.setenv(CACHE_VARIABLE, str(made))
     before = os.umask(0)
     try:
-        assert compile_cache.enable() == made
+        assert enable() == made
     finally:
         os.umask(before)
 
@@ -76,7 +81,7 @@ def test_folders_are_made_for_the_user_alone(tmp_path, monkeypatch):
 
 def test_a_folder_that_jax_was_given_is_kept_and_checked_alike(folder, capsys):
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    assert compile_cache.enable() == folder
+    assert enable() == folder
 
     folder.chmod(0o777)
     assert "other users can write to" in refused(capsys)
@@ -85,7 +90,7 @@ def test_a_folder_that_jax_was_given_is_kept_and_checked_alike(folder, capsys):
 def test_a_bucket_is_left_to_jax():
     jax.config.update("jax_compilation_cache_dir", "gs://bucket/cache")
 
-    assert compile_cache.enable() is not None
+    assert enable() is not None
     assert jax.config.jax_compilation_cache_dir == "gs://bucket/cache"
 
 
@@ -120,7 +125,7 @@ def test_a_folder_that_others_can_replace_is_refused(folder, capsys):
     assert "other users could replace" in refused(capsys)
 
     folder.parent.chmod(0o1777)
-    assert compile_cache.enable() == folder
+    assert enable() == folder
 
 
 def test_a_link_is_followed_to_what_it_names(folder, tmp_path, monkeypatch, capsys):
@@ -143,7 +148,7 @@ def test_a_folder_of_another_user_is_refused(folder, monkeypatch, capsys):
 def test_a_program_that_others_could_write_is_refused(folder, capsys):
     (folder / "x").write_bytes(b"x")
     (folder / "x").chmod(0o666)
-    assert compile_cache.enable() == folder  # they cannot reach it
+    assert enable() == folder  # they cannot reach it
 
     jax.config.update("jax_compilation_cache_dir", None)
     folder.chmod(0o755)
@@ -165,7 +170,7 @@ def test_programs_without_content_are_removed(folder):
     (folder / "jit_b-cache").write_bytes(b"x")
     (folder / "__init__.py").touch()
 
-    assert compile_cache.enable() == folder
+    assert enable() == folder
     assert {one.name for one in folder.iterdir()} == {"jit_b-cache", "__init__.py"}
 
 
@@ -174,11 +179,11 @@ def test_files_that_other_processes_remove_meanwhile_do_not_matter(folder, monke
     listed = os.listdir
     monkeypatch.setattr(os, "listdir", lambda place: [*listed(place), "gone-cache"])
 
-    assert compile_cache.enable() == folder
+    assert enable() == folder
 
 
 def test_warnings_of_jax_become_one_line(folder, capsys):
-    assert compile_cache.enable() == folder
+    assert enable() == folder
     text = "Error writing persistent compilation cache entry for 'jit_{}': OSError: x"
 
     with warnings.catch_warnings():
@@ -193,7 +198,7 @@ def test_warnings_of_jax_become_one_line(folder, capsys):
 def test_other_warnings_are_shown_as_before(folder, monkeypatch):
     shown = []
     monkeypatch.setattr(warnings, "showwarning", lambda *given: shown.append(given[0]))
-    assert compile_cache.enable() == folder
+    assert enable() == folder
 
     warnings.showwarning("something else", UserWarning, "file", 1)
 

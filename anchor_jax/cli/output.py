@@ -1,0 +1,8 @@
+"""Where commands print what is not their result."""
+
+import sys
+
+
+def to_stderr(line: str) -> None:
+    """Prints a line on standard error."""
+    print(line, file=sys.stderr)

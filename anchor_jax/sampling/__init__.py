@@ -1,0 +1,1 @@
+"""From a config to videos: settings of methods, the setup of a stream, files."""

@@ -1,0 +1,293 @@
+"""The videos of one command: their files, requests, and checks before the first."""
+
+import contextlib
+import dataclasses
+import datetime
+import itertools
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+
+from anchor_jax import io, ownership
+from anchor_jax.errors import UserError, changes
+from anchor_jax.prompt_files import watched
+from anchor_jax.prompts import Script, Scripts
+from anchor_jax.sampling import resolve
+from anchor_jax.sampling.config import SampleConfig
+from anchor_jax.streaming.recipe import describe
+from anchor_jax.streaming.session import Session
+from anchor_jax.streaming.types import StreamSetup
+from anchor_jax.wan.tokenizer import listed, report_cuts
+from anchor_jax.weights.bundle import Bundle
+
+_SUFFIXES = (".png", ".json", ".mp4")
+_CHANGES_SHOWN = 3  # fields in which a recipe differs
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One video: its files, its script and setup, and its request as plain values."""
+
+    stem: pathlib.Path
+    script: Script
+    setup: StreamSetup
+    request: dict
+
+    def file(self, suffix: str) -> pathlib.Path:
+        return self.stem.with_name(self.stem.name + suffix)
+
+    @property
+    def files(self) -> tuple[pathlib.Path, ...]:
+        """The video comes last: if it exists, the others exist too."""
+        return tuple(self.file(suffix) for suffix in _SUFFIXES)
+
+
+class Jobs:
+    """The videos of one command; each description is made on demand.
+
+    A million videos therefore take little memory.
+
+    Attributes:
+      prompts_checked: number of videos whose prompts are checked before the first one
+        is made.
+    """
+
+    prompts_checked = 10_000
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        scripts: Scripts,
+        config: SampleConfig,
+        bundle: Bundle,
+        negative: str,
+    ):
+        """Makes the setup of each kind of script.
+
+        Raises:
+          UserError: A field of the config is wrong, or does not fit a script.
+        """
+        self.folder, self.scripts, self.config = folder, scripts, config
+        self.bundle, self.negative = bundle, negative
+        self._setups: dict = {}
+        for number in range(len(self)):
+            self.setup(number)
+
+    def __len__(self) -> int:
+        return len(self.scripts.all)
+
+    def __getitem__(self, number: int) -> Job:
+        script, setup = self.scripts.all[number], self.setup(number)
+        seed = self.config.seed if script.seed is None else script.seed
+        request = {
+            "script": describe(script),
+            "seed": seed,
+            "setup": describe(setup),
+            "negative_prompt": self.negative if setup.copies == 2 else "",
+            "weights": self.bundle.digest,
+            "lora": self.config.lora,
+        }
+        return Job(self.folder / f"{number:03d}", script, setup, request)
+
+    def key(self, number: int) -> tuple:
+        """Returns the values that determine a job's setup."""
+        return resolve.setup_key(self.config, self.scripts.all[number])
+
+    def setup(self, number: int) -> StreamSetup:
+        """Returns the static setup of a job's stream."""
+        key = self.key(number)
+        if key not in self._setups:
+            script = self.scripts.all[number]
+            self._setups[key] = resolve.make_setup(self.config, self.bundle, script)
+        return self._setups[key]
+
+    def texts(self, number: int) -> list[tuple[str, str]]:
+        """Returns the (location, text) pairs that are encoded for a job.
+
+        The negative prompt comes first.
+        """
+        guided = self.setup(number).copies - 1
+        found = [("the negative prompt", self.negative)] * guided
+        place, prompts = self.scripts.place(number), self.scripts.all[number].prompts
+        several = len(prompts) > 1
+        for segment, prompt in enumerate(prompts, 1):
+            where = f"{place}, segment {segment}" if several else place
+            found.append((where, prompt))
+        return found
+
+
+@contextlib.contextmanager
+def open_folder(out: str | None) -> Iterator[pathlib.Path]:
+    """Yields the requested folder, or makes a new one named after the time.
+
+    A new folder that is empty at the end is removed.
+    """
+    if out:
+        yield io.expand(out)
+        return
+    parent = pathlib.Path("out")
+    made = [] if parent.exists() else [parent]
+    folder = _new_folder(parent)
+    try:
+        yield folder
+    finally:
+        for empty in (folder, *made):
+            with contextlib.suppress(OSError):
+                empty.rmdir()
+
+
+def _new_folder(parent: pathlib.Path) -> pathlib.Path:
+    """Makes a new folder, even if another process starts in the same second."""
+    now = datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
+    with io.explained(parent):
+        parent.mkdir(exist_ok=True)
+        for number in itertools.count(1):
+            folder = parent / (now if number == 1 else f"{now}-{number}")
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                return folder
+    raise AssertionError
+
+
+def own_folder(folder: pathlib.Path, tell: Callable[[str], None]) -> ownership.Lease:
+    """Returns a lease on a folder, and checks early that it is writable.
+
+    Args:
+      folder: the folder; it is made if it is missing.
+      tell: called with a line while another process has the folder.
+
+    Raises:
+      UserError: Another process writes into it, or it is not writable.
+    """
+    return ownership.own(
+        folder, tell=tell, remedy="wait until it ends, stop it, or choose another --out"
+    )
+
+
+def choose(jobs: Jobs, overwrite: bool) -> tuple[list[int], list[int]]:
+    """Returns the numbers of the jobs to run, and of those that are finished.
+
+    Raises:
+      UserError: A job would replace a folder, or files that another recipe made.
+    """
+    present = set(os.listdir(jobs.folder)) if jobs.folder.is_dir() else set()
+    todo, done, foreign = [], [], []
+    for number in range(len(jobs)):
+        names = [f"{number:03d}{suffix}" for suffix in _SUFFIXES]
+        if present.isdisjoint(names):
+            todo.append(number)
+            continue
+        files = [jobs.folder / name for name in names if name in present]
+        _check_no_folder(files)
+        job = jobs[number]
+        stored = _stored_request(job, overwrite)
+        same = stored == job.request
+        if same and len(files) == len(names) and not overwrite:
+            done.append(number)
+            continue
+        todo.append(number)
+        if not same and not overwrite:
+            foreign.append((files[0], stored, job.request))
+    if foreign:
+        raise UserError(_describe_foreign(*foreign[0], len(foreign) - 1))
+    return todo, done
+
+
+def _describe_foreign(
+    file: pathlib.Path, stored: dict | None, request: dict, more: int
+) -> str:
+    """Returns the message on a file that another recipe made; names the fields.
+
+    Args:
+      file: that is in the way.
+      stored: the request in its recipe, or None.
+      request: what the command would make in its place.
+      more: how many other videos differ too.
+    """
+    videos = "video" if more == 1 else "videos"
+    rest = f" (and {more} other {videos})" if more else ""
+    remedy = "choose another --out, or replace the files with --overwrite"
+    if not isinstance(stored, dict):
+        return f"{file}: no recipe of this command is beside it{rest}; {remedy}"
+    lines = changes(stored, request)
+    fields = ", ".join(lines[:_CHANGES_SHOWN])
+    hidden = len(lines) - _CHANGES_SHOWN
+    if hidden > 0:
+        fields += f" and {hidden} more fields"
+    return f"{file} was made by another recipe: {fields}{rest}; {remedy}"
+
+
+def _check_no_folder(files: Sequence[pathlib.Path]) -> None:
+    for file in files:
+        if file.is_dir():
+            raise UserError(
+                f"{file} is a folder, but a file must be written there; move it, or"
+                " choose another --out"
+            )
+
+
+def _stored_request(job: Job, overwrite: bool) -> dict | None:
+    """Returns the request in an existing recipe, or None.
+
+    Raises:
+      UserError: The recipe is damaged, and --overwrite was not given.
+    """
+    remedy = "choose another --out, or replace the video with --overwrite"
+    try:
+        return io.read_json(job.file(".json"), remedy=remedy).get("request")
+    except FileNotFoundError:
+        return None
+    except UserError:
+        if overwrite:
+            return None
+        raise
+
+
+def warnings(jobs: Jobs, todo: Sequence[int]) -> Iterator[str]:
+    """Yields a warning for each input that will not have its apparent effect."""
+    tokenizer, looked = jobs.bundle.tokenizer, todo[: jobs.prompts_checked]
+    if tokenizer.note:
+        yield tokenizer.note
+    texts = [one for number in looked for one in jobs.texts(number)]
+    known = watched(dict.fromkeys(text for _, text in texts), "checking words")
+    found = [word for text in known for word in tokenizer.unknown_words(text)]
+    if found:
+        unknown = dict.fromkeys(found)
+        yield f"words that the model does not know: {listed(list(unknown))}"
+    yield from report_cuts(tokenizer, watched(texts, "checking lengths"))
+    if len(looked) < len(todo):
+        yield (
+            f"only the prompts of the first {len(looked)} of {len(todo)} videos were"
+            " checked; later prompts that are too long are reported with their video"
+        )
+    guided = any(jobs.setup(number).copies == 2 for number in looked)
+    if jobs.negative and todo and not guided:
+        yield "the negative prompt has no effect, because sampler.guidance is 1"
+    for number in looked:
+        cuts = any(segment.cut for segment in jobs.scripts.all[number].segments)
+        if cuts and jobs.setup(number).policy.positions.cut is None:
+            yield "this policy has no scene cuts; # is read as an ordinary switch"
+            return
+
+
+def check_lengths(jobs: Jobs, todo: Sequence[int]) -> None:
+    """Raises UserError unless every policy can make the longest of its videos."""
+    longest: dict = {}
+    for number in todo:
+        key = jobs.key(number)
+        best = longest.setdefault(key, number)
+        if jobs.scripts.all[number].frames > jobs.scripts.all[best].frames:
+            longest[key] = number
+    for number in longest.values():
+        try:
+            make_session(jobs.bundle, jobs[number], jobs.negative)
+        except UserError as error:
+            raise UserError(f"{jobs.scripts.place(number)}: {error}") from error
+
+
+def make_session(bundle: Bundle, job: Job, negative: str) -> Session:
+    """Returns a session for a job, after a check that it can play the script."""
+    first, seed = job.script.prompts[0], job.request["seed"]
+    session = Session(bundle, job.setup, first, seed, negative)
+    session.check(job.script.frames)
+    return session

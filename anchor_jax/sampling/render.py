@@ -1,0 +1,251 @@
+"""Makes videos from prompts: each one is written while it streams.
+
+A function that takes `tell` calls it with each line for the user.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from anchor_jax import interrupts, io, media
+from anchor_jax.sampling import resolve
+from anchor_jax.sampling.config import negative_prompt, read_config
+from anchor_jax.sampling.jobs import (
+    Job,
+    Jobs,
+    check_lengths,
+    choose,
+    make_session,
+    open_folder,
+    own_folder,
+    warnings,
+)
+from anchor_jax.streaming.clock import landings
+from anchor_jax.streaming.recipe import digest
+from anchor_jax.streaming.session import Session
+from anchor_jax.wan.text import Umt5Encoder
+from anchor_jax.wan.tokenizer import report_cuts
+from anchor_jax.weights.bundle import Bundle
+
+Tell = Callable[[str], None]
+
+_PIXEL_FRAMES = 4
+_TILES = 8
+_ENCODED_AHEAD = 10_000  # videos whose prompts are encoded together
+
+
+def sample(
+    config: Any, out: str | None, overwrite: bool, cache: Any, tell: Tell
+) -> list[str]:
+    """Makes the videos of a config and returns lines on what was written.
+
+    Args:
+      config: the sampling config, as `read_config` takes it.
+      out: folder for the videos; None takes the config's, or a new one.
+      overwrite: whether to replace files that another recipe made.
+      cache: the folder of compiled programs that the user is told of, or None.
+      tell: see above.
+
+    Raises:
+      UserError: An input is wrong, and nothing has been written. If the disk is full,
+        the videos that were finished before stay.
+    """
+    given = read_config(config)
+    bundle = resolve.load_weights(given)
+    resolved = resolve.resolve(given, bundle.metadata)
+    scripts = resolve.read_scripts(resolved)
+    negative = negative_prompt(resolved)
+    for line in scripts.notes:
+        tell(f"note: {line}")
+    with open_folder(out or resolved.out) as folder:
+        jobs = Jobs(folder, scripts, resolved, bundle, negative)
+        for line in resolve.describe_choices(given, resolved, bundle.metadata):
+            tell(line)
+        todo, skipped = choose(jobs, overwrite)
+        for warning in warnings(jobs, todo):
+            tell(f"warning: {warning}")
+        check_lengths(jobs, todo)
+        if todo:
+            with own_folder(folder, tell):
+                # Another process may have made some videos in the meantime.
+                todo, skipped = choose(jobs, overwrite)
+                kept = f"; compiled programs are cached in {cache}" if cache else ""
+                tell(f"preparing the model{kept}")
+                run(jobs, todo, overwrite, tell)
+    return _written(jobs, todo, skipped)
+
+
+def run(jobs: Jobs, todo: Sequence[int], overwrite: bool, tell: Tell) -> None:
+    """Makes the videos with these numbers, one after another."""
+    warm, encoded, bundle, negative = set(), frozenset(), jobs.bundle, jobs.negative
+    config = dataclasses.asdict(jobs.config)
+    for place, number in enumerate(todo):
+        job = jobs[number]
+        ahead = todo[place : place + _ENCODED_AHEAD]
+        encoded = _encode_ahead(jobs, ahead, encoded, tell)
+        if place == 0:
+            tell("loading the generator")
+            jax.block_until_ready((bundle.variables, bundle.codec_params))
+        if place >= jobs.prompts_checked:
+            for line in report_cuts(bundle.tokenizer, jobs.texts(number)):
+                tell(f"warning: {line}")
+        # Deleting the session frees its stream's device memory before the next one.
+        session = make_session(bundle, job, negative)
+        needed = (job.setup, session.reruns(job.script))
+        if needed not in warm:
+            session.warm_up(job.script)
+        warm.add(needed)
+        about = {"request": job.request, "config": config}
+        blocks = session.play(job.script)
+        write_video(job, session, blocks, about, overwrite)
+        for line in describe_switches(session.segments):
+            tell(f"{job.stem.name}: {line}")
+        del session
+
+
+def _encode_ahead(
+    jobs: Jobs, todo: Sequence[int], encoded: frozenset, tell: Tell
+) -> frozenset:
+    """Prepares the text encoder for the first job, and returns the encoded prompts.
+
+    An encoder that is freed after use first encodes the prompts of many jobs, so that
+    it is loaded only once. An encoder that stays encodes each prompt on demand.
+    """
+    frees = jobs.bundle.encode_prompts.frees
+    if encoded.issuperset(_texts(jobs, todo[0])) or (encoded and not frees):
+        return encoded
+    many = todo if frees else todo[:1]
+    texts = dict.fromkeys(text for number in many for text in _texts(jobs, number))
+    return prepare_prompts(jobs.bundle, list(texts), tell)
+
+
+def _texts(jobs: Jobs, number: int) -> list[str]:
+    return [text for _, text in jobs.texts(number)]
+
+
+def prepare_prompts(bundle: Bundle, texts: Sequence[str], tell: Tell) -> frozenset:
+    """Loads the text encoder and returns `texts`; encodes them if it is then freed."""
+    encoder = bundle.encode_prompts
+    tell(f"loading the text encoder ({_size(encoder.config)})")
+    if encoder.frees:
+        tell(f"encoding {len(texts)} prompts")
+    encoder.prepare(texts)
+    return frozenset(texts)
+
+
+def _size(text) -> str:
+    """Returns the size of a text encoder's parameters, as text."""
+    ids = jax.ShapeDtypeStruct((1, text.text_len), np.int32)
+    shapes = jax.eval_shape(Umt5Encoder(text).init, jax.random.key(0), ids, ids)
+    count = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def write_video(
+    job: Job, session: Session, blocks, about: dict, overwrite: bool = False
+) -> list[str]:
+    """Makes one video; its files replace older ones only when all are complete.
+
+    Args:
+      job: the files and the script.
+      session: the session whose recipe is written.
+      blocks: frames and segment of each block, as `Session.play` yields them.
+      about: entries written before those of the recipe.
+      overwrite: whether to replace files that another program makes in the meantime.
+
+    Returns:
+      The digest of each block.
+
+    Raises:
+      UserError: A file cannot be written, or another program has made it meanwhile.
+    """
+    sheet, recipe = job.file(".png"), job.file(".json")
+    # The innermost file is published first, so that a new recipe never stands beside
+    # an old video.
+    with contextlib.ExitStack() as files:
+        sheet_part = files.enter_context(io.replacing(sheet, not overwrite))
+        recipe_part = files.enter_context(io.replacing(recipe, not overwrite))
+        writer = media.VideoWriter(job.file(".mp4"), keep_new=not overwrite)
+        video = files.enter_context(writer)
+        rows, digests = _stream(job, blocks, video)
+        content = about | session.recipe() | {"blocks": digests}
+        media.contact_sheet(rows, job.script.prompts, sheet_part)
+        io.write_json(recipe_part, content)
+        with interrupts.uninterrupted():
+            files.close()
+    return digests
+
+
+def _stream(job: Job, blocks, video) -> tuple[list[np.ndarray], list[str]]:
+    """Writes the frames to the video.
+
+    Returns:
+      Some frames of each segment, for the contact sheet, and each block's digest.
+    """
+    script = job.script
+    rows: list[list[np.ndarray]] = [[] for _ in script.segments]
+    wanted = tile_frames(script, job.setup.policy.block)
+    digests, start = [], 0
+    with progress(job.stem.name, script.frames) as bar:
+        for frames, segment in blocks:
+            bar.set_postfix_str(_short(script.prompts[segment]), refresh=False)
+            video.append(frames)
+            digests.append(digest(frames))
+            bar.update(len(frames))
+            picked = wanted[segment] - start
+            picked = picked[(picked >= 0) & (picked < len(frames))]
+            rows[segment].append(frames[picked])
+            start += len(frames)
+    return [np.concatenate(row) for row in rows], digests
+
+
+def progress(name: str, frames: int) -> tqdm:
+    """Returns the progress bar of a video of `frames` latent frames."""
+    total = 1 + _PIXEL_FRAMES * (frames - 1)
+    return tqdm(total=total, unit="frame", disable=None, desc=name)
+
+
+def describe_switches(switches) -> list[str]:
+    """Returns a line for each switch that waited for the next block."""
+    return [
+        f"Switch requested at frame {one.requested}; starts at {one.landed}, the next"
+        " block."
+        for one in switches
+        if one.landed != one.requested
+    ]
+
+
+def tile_frames(script, block: int) -> list[np.ndarray]:
+    """Returns the pixel frames of each segment to show: at most 8, evenly spaced."""
+    starts = (0, *landings(script.switch_frames, block), script.frames)
+    # The first latent frame is one pixel frame; each later one is four.
+    edges = [max(0, _PIXEL_FRAMES * (start - 1) + 1) for start in starts]
+    return [
+        np.linspace(first, end - 1, min(_TILES, end - first)).round().astype(int)
+        for first, end in itertools.pairwise(edges)
+    ]
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 48 else f"{text[:45]}..."
+
+
+def _written(jobs: Jobs, todo: Sequence[int], skipped: Sequence[int]) -> list[str]:
+    lines = []
+    if skipped:
+        what = "video that already exists" if len(skipped) == 1 else "existing videos"
+        lines.append(f"Skipped {len(skipped)} {what}.")
+    lines += [str(jobs.folder / f"{number:03d}.mp4") for number in todo]
+    if len(todo) == 1:
+        lines.append("Wrote 1 video, contact sheet and recipe.")
+    elif todo:
+        lines.append(f"Wrote {len(todo)} videos, contact sheets and recipes.")
+    else:
+        lines.append(f"Nothing to do in {jobs.folder}.")
+    return lines
