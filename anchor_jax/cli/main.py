@@ -1,25 +1,17 @@
 """The command line `anchor-jax`: runs a command or prints its help."""
 
-import ast
 import contextlib
 import importlib
-import importlib.metadata
-import importlib.util
-import inspect
 import os
-import pathlib
-import platform
 import sys
-import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 from absl import flags
 
-import anchor_jax
 from anchor_jax import interrupts
-from anchor_jax.cli import COMMANDS
+from anchor_jax.cli import COMMANDS, help_texts
 from anchor_jax.errors import UserError, shown, suggest
 from anchor_jax.text import check_text
 
@@ -30,13 +22,6 @@ _EXTRAS = dict.fromkeys(
     ("tensorflow_datasets", "array_record", "importlib_resources"), "train"
 )
 _HELP = ("-h", "-help", "--help", "--helpfull", "--helpshort")
-_WIDTH = 88
-_INTRODUCTION = """\
-Anchor Forcing in JAX: streaming text-to-video with prompts that change mid-stream.
-
-Try:
-  anchor-jax sample --config=configs/tiny.py
-"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -116,10 +101,10 @@ def _check_arguments(argv: Sequence[str]) -> None:
 
 def _dispatch(argv: list[str]) -> int:
     if not argv or argv[0] in _HELP or argv == ["help"]:
-        print(_overview())
+        print(help_texts.overview())
         return 0
     if argv[0] in ("--version", "version"):
-        print(_version())
+        print(help_texts.version())
         return 0
     if argv[0] == "help":
         argv = [argv[1], "--help"]
@@ -128,7 +113,7 @@ def _dispatch(argv: list[str]) -> int:
     with _own_flags(module) as own:
         before_end = rest[: rest.index("--")] if "--" in rest else rest
         if any(help_flag in before_end for help_flag in _HELP):
-            print(_teach(name, module, own))
+            print(help_texts.teach(name, module, own))
             return 0
         exclusive = getattr(module, "EXCLUSIVE", ())
         arguments = _parse_flags(name, rest, own, exclusive)
@@ -142,24 +127,11 @@ def _dispatch(argv: list[str]) -> int:
 
 def _load(name: str) -> ModuleType:
     """Returns the command's module."""
-    known = _present()
+    known = help_texts.present()
     if name not in known:
         found = suggest(name, known, "commands")
         raise UserError(f"unknown command {shown(name)}{found}")
     return importlib.import_module(COMMANDS[name])
-
-
-def _present() -> list[str]:
-    """Returns the names of the installed commands."""
-    return [name for name, module in COMMANDS.items() if _source(module) is not None]
-
-
-def _source(module: str) -> pathlib.Path | None:
-    """Returns the source file of a module without importing it, or None."""
-    if module in sys.modules:
-        return pathlib.Path(sys.modules[module].__file__)
-    spec = importlib.util.find_spec(module)
-    return pathlib.Path(spec.origin) if spec else None
 
 
 @contextlib.contextmanager
@@ -209,81 +181,3 @@ def _parse_flags(
         if FLAGS.config:
             FLAGS["config"].value = config.load_config(FLAGS.config, overrides)
     return arguments
-
-
-def _overview() -> str:
-    """Returns an introduction, an example, and the list of commands."""
-    names = _present()
-    width = max(map(len, names), default=0)
-    lines = [
-        f"  {name:<{width}}  {_string_in(COMMANDS[name], 'SUMMARY')}" for name in names
-    ]
-    return "\n".join(
-        [
-            _INTRODUCTION,
-            "Commands:",
-            *lines,
-            "",
-            "anchor-jax COMMAND --help shows the examples and flags of a command.",
-        ]
-    )
-
-
-def _string_in(module: str, name: str) -> str:
-    """Returns the string assigned to `name` in a module's source, or ""."""
-    tree = ast.parse(_source(module).read_text(encoding="utf-8"))
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == name:
-            return str(ast.literal_eval(node.value))
-    return ""
-
-
-def _teach(name: str, module: ModuleType, own: list[str]) -> str:
-    """Returns a command's summary, examples and flags."""
-    usage = module.USAGE
-    examples = usage if isinstance(usage, str) else "\n".join(usage)
-    arguments = getattr(module, "ARGUMENTS", "")
-    parts = [
-        f"anchor-jax {name} [flags] {arguments}".rstrip(),
-        "",
-        textwrap.fill(module.SUMMARY, _WIDTH),
-        "",
-        "Examples:",
-        textwrap.indent(inspect.cleandoc(examples), "  "),
-        "",
-        "Flags:",
-        *(_describe(FLAGS[flag]) for flag in own),
-    ]
-    if "config" in own:
-        about = "Set a field of the config. The value must have the field's type."
-        parts.append(_entry("--config.FIELD=VALUE", about))
-    return "\n".join(parts)
-
-
-def _describe(flag: flags.Flag) -> str:
-    """Returns a flag's spelling, meaning and default."""
-    spelling = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}=VALUE"
-    default = "" if flag.default is None else f" (default: {flag.default_as_str})"
-    return _entry(spelling, f"{flag.help or ''}{default}")
-
-
-def _entry(spelling: str, about: str) -> str:
-    text = textwrap.fill(
-        " ".join(about.split()),
-        _WIDTH,
-        initial_indent=" " * 6,
-        subsequent_indent=" " * 6,
-    )
-    return f"  {spelling}\n{text}"
-
-
-def _version() -> str:
-    """Returns the versions of this package, jax and Python."""
-    try:
-        jax = importlib.metadata.version("jax")
-    except importlib.metadata.PackageNotFoundError:
-        jax = "not installed"
-    return (
-        f"anchor-jax {anchor_jax.__version__} (jax {jax},"
-        f" Python {platform.python_version()})"
-    )

@@ -9,7 +9,7 @@ from absl import flags
 
 import anchor_jax
 from anchor_jax import cli
-from anchor_jax.cli import main
+from anchor_jax.cli import help_texts, main
 from anchor_jax.wan.tokenizer import CutWarning
 
 ROOT = pathlib.Path(anchor_jax.__file__).parents[1]
@@ -219,7 +219,7 @@ def test_a_reader_that_stops_early_is_no_traceback(tmp_path):
 
 @pytest.mark.parametrize("name", list(cli.COMMANDS))
 def test_a_shipped_command_keeps_the_contract(name, capsys):
-    assert main._string_in(cli.COMMANDS[name], "SUMMARY")
+    assert help_texts.string_in(cli.COMMANDS[name], "SUMMARY")
     assert main.main([name, "--help"]) == 0
     assert "Examples:" in capsys.readouterr().out
 
