@@ -58,18 +58,18 @@ class Rope:
 
     def make(self, window: int, cut: int | None) -> RopeRule:
         """Returns the rule for a policy's window and scene cut position, if any."""
-        if not self.has_range:
+        if not self._has_range:
             return self.rule()
         return self.rule(range=self.range or window, cut=cut)
 
     @property
-    def has_range(self) -> bool:
-        return "range" in {field.name for field in dataclasses.fields(self.rule)}
-
-    @property
     def ends_at_window(self) -> bool:
         """Whether no position is left for a junction."""
-        return self.has_range and self.range is None
+        return self._has_range and self.range is None
+
+    @property
+    def _has_range(self) -> bool:
+        return "range" in {field.name for field in dataclasses.fields(self.rule)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -249,7 +249,8 @@ def _positions(policy: Policy, config, window: int):
         others = [
             f"rope={name}"
             for name, other in ROPES.items()
-            if other.has_range and not other.ends_at_window
+            if not other.ends_at_window
+            and other.make(window, own.cut).refuses(policy) is None
         ]
         raise UserError(
             f"{config.policy} with rope={config.rope}: the range of {window} positions"

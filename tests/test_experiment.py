@@ -1,0 +1,25 @@
+"""The old names of `anchor_jax.sampling` stay importable."""
+
+import pytest
+
+from anchor_jax import experiment
+from anchor_jax.cache.actions import Flush
+from anchor_jax.cache.positions import Bounded
+from anchor_jax.sampling import config, methods, resolve
+
+
+@pytest.mark.parametrize("name", experiment.__all__)
+def test_an_old_name_is_that_of_the_package(name):
+    found = [
+        getattr(module, name) for module in (config, methods, resolve)
+        if hasattr(module, name)
+    ]  # fmt: skip
+
+    if name not in ("ROPES", "SWITCHES", "told_choices"):
+        assert getattr(experiment, name) is found[0]
+
+
+def test_old_tables_hold_what_they_held():
+    assert experiment.told_choices is resolve.describe_choices
+    assert experiment.ROPES["bounded"](12, 45) == Bounded(range=21, cut=45)
+    assert experiment.SWITCHES["flush"] == Flush()
