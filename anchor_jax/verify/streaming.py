@@ -331,9 +331,7 @@ def _compare_junction(run: Run, name: str, layer: int, which: str, prior: bool):
     held = getattr(cache.prior if prior else cache.slots, which)[layer]
     if not prior:
         held = held[:, run.policy.sink + run.policy.local :]
-    run.checks.compare(
-        name, rearrange(held, "b f t h d -> b (f t) h d"), absolute=CLOSE
-    )
+    run.checks.compare(name, _by_head(run.setup, held), absolute=CLOSE)
 
 
 def _compare_buffer(run: Run, name: str, layer: int, which: str) -> None:
@@ -352,8 +350,14 @@ def _compare_buffer(run: Run, name: str, layer: int, which: str) -> None:
         ours = as_stored(run.setup, ours, frames)
     tokens = held.shape[2]
     recorded = run.checks.outputs[name]
-    theirs = rearrange(recorded, "b (f t) h d -> b f t h d", t=tokens)[:, slots]
+    theirs = rearrange(recorded, "b (f t) h d -> b f t (h d)", t=tokens)[:, slots]
     run.checks.compare(name, ours, theirs, absolute=CLOSE)
+
+
+def _by_head(setup: StreamSetup, held) -> np.ndarray:
+    """Returns frames [batch, frame, token, dim] as they are recorded."""
+    head_dim = setup.model.head_dim
+    return rearrange(np.asarray(held), "b f t (h d) -> b (f t) h d", d=head_dim)
 
 
 def as_stored(setup: StreamSetup, keys: np.ndarray, frames: list[int]) -> np.ndarray:
