@@ -5,9 +5,11 @@ it is, and one per length of re-cache.
 """
 
 import functools
+from collections.abc import Iterable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from anchor_jax import flow
 from anchor_jax.cache import store
@@ -15,7 +17,13 @@ from anchor_jax.cache.memory import Memory
 from anchor_jax.cache.policies import Flush, Rerun
 from anchor_jax.cache.types import KVCache, ReadPlan
 from anchor_jax.streaming.loop import approach, guide
-from anchor_jax.streaming.types import Block, BlockNoise, StreamSetup, StreamState
+from anchor_jax.streaming.types import (
+    Block,
+    BlockNoise,
+    PromptChange,
+    StreamSetup,
+    StreamState,
+)
 from anchor_jax.wan.attention import (
     ContextKV,
     LayersKV,
@@ -281,6 +289,78 @@ def switch_slot(
         states,
         changed,
     )
+
+
+@functools.partial(jax.jit, static_argnames="setup", donate_argnames="state")
+def make_block(variables, state: StreamState, rng, frame, *, setup: StreamSetup):
+    """Returns the stream's next state, the block's latents, and its read plan.
+
+    One program draws the noise, denoises and commits. It drops intermediate results
+    that only tests need. `state` is donated.
+
+    Args:
+      variables: the generator's collections.
+      state: the state of `start` or of the previous call.
+      rng: the video's random key.
+      frame: the block's first latent frame. The noise is a function of it and the key.
+      setup: the static setup.
+    """
+    noise = draw_noise(rng, frame, state.recent, setup=setup)
+    state, block = step(variables, state, noise, setup=setup)
+    return state, block.latents, block.plan
+
+
+def change_prompt(
+    variables, state: StreamState, change: PromptChange, start: int, *, setup
+) -> tuple[StreamState, Block | None]:
+    """Returns what `switch` does before the block at `start`, a number on the host.
+
+    Only here a host loop has to know which frames the policy passes again.
+    """
+    requested = start if change.requested is None else change.requested
+    return switch(
+        variables,
+        state,
+        change.context,
+        np.int32(requested),
+        np.bool_(change.cut),
+        setup=setup,
+        rerun=setup.policy.rerun(start),
+    )
+
+
+def run(
+    variables,
+    state: StreamState,
+    rng: jax.Array,
+    frames: Iterable[int],
+    changes: Mapping[int, PromptChange] | None = None,
+    *,
+    setup: StreamSetup,
+) -> Iterator[tuple[StreamState, jax.Array, ReadPlan]]:
+    """Yields the stream, the latents and the read plan after each block.
+
+    The host's loop. Nothing in it waits for the device. A yielded state is donated to
+    the next block: copy it to keep it.
+
+    Args:
+      variables: the generator's collections.
+      state: of `start`, or the last state of an earlier loop; donated.
+      rng: the video's random key.
+      frames: first latent frame of each block, such as
+        `range(0, length, setup.policy.block)`.
+      changes: prompt switches by the first latent frame of the block before which they
+        take effect.
+      setup: static.
+    """
+    for frame in frames:
+        change = (changes or {}).get(frame)
+        if change is not None:
+            state, _ = change_prompt(variables, state, change, frame, setup=setup)
+        state, latents, plan = make_block(
+            variables, state, rng, np.int32(frame), setup=setup
+        )
+        yield state, latents, plan
 
 
 def resume(variables, state: StreamState, latents, *, setup: StreamSetup):

@@ -20,7 +20,12 @@ from anchor_jax.cache.policies import (
 from anchor_jax.cache.positions import Absolute, Ranked, Relative
 from anchor_jax.cache.types import EMPTY, ReadPlan
 from anchor_jax.streaming import stream
-from anchor_jax.streaming.types import BlockNoise, StreamSetup, StreamState
+from anchor_jax.streaming.types import (
+    BlockNoise,
+    PromptChange,
+    StreamSetup,
+    StreamState,
+)
 from anchor_jax.verify.case import TIME, Case, CaseError, Checks, whole
 from anchor_jax.verify.networks import CLOSE, dit_params, model_config
 from anchor_jax.wan.rope import Rotary, rotary, rotate
@@ -177,14 +182,9 @@ def _switch(run: Run, requested: int, first: int, cut: bool = False) -> None:
     number, run.prompt = run.prompt, run.prompt + 1
     if run.prompt >= len(run.contexts):
         raise CaseError(f"inputs: no prompt_embeds.{run.prompt} to switch to")
-    run.state, block = stream.switch(
-        run.variables,
-        run.state,
-        run.contexts[run.prompt],
-        requested,
-        cut,
-        setup=run.setup,
-        rerun=run.policy.rerun(first),
+    change = PromptChange(run.contexts[run.prompt], requested, cut)
+    run.state, block = stream.change_prompt(
+        run.variables, run.state, change, first, setup=run.setup
     )
     if block is None:
         return

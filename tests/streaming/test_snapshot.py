@@ -17,7 +17,7 @@ from anchor_jax.config import load_config
 from anchor_jax.errors import UserError
 from anchor_jax.experiment import make_policy
 from anchor_jax.prompts import Script, Segment
-from anchor_jax.streaming import session as sessions
+from anchor_jax.streaming import stream
 from anchor_jax.streaming.recipe import (
     Switch,
     describe,
@@ -49,14 +49,14 @@ POLICIES_HERE = {
 @pytest.fixture
 def kept(monkeypatch):
     """Latents of each block that any session makes, (frame, latents), in order."""
-    made, advance = [], sessions.advance
+    made, make_block = [], stream.make_block
 
     def recording(variables, state, rng, frame, *, setup):
-        state, latents, plan = advance(variables, state, rng, frame, setup=setup)
+        state, latents, plan = make_block(variables, state, rng, frame, setup=setup)
         made.append((int(frame), np.array(latents)))
         return state, latents, plan
 
-    monkeypatch.setattr(sessions, "advance", recording)
+    monkeypatch.setattr(stream, "make_block", recording)
     return made
 
 
