@@ -19,7 +19,7 @@ import numpy as np
 from anchor_jax import flow
 from anchor_jax.cache.policies import POLICIES
 from anchor_jax.streaming import stream
-from anchor_jax.streaming.types import StreamSetup
+from anchor_jax.streaming.types import PromptChange, StreamSetup
 from anchor_jax.wan import dit
 from anchor_jax.wan.spec import LatentGrid, ModelConfig
 
@@ -62,27 +62,25 @@ def run(blocks: int) -> dict:
     variables, rng = {"params": params}, jax.random.key(1)
     texts = np.random.default_rng(0).normal(size=(2, 1, 8, 16)).astype(np.float32)
     contexts = [stream.project(variables, text, setup=setup) for text in texts]
-    state, rows, began = stream.start(contexts[0], setup=setup), [], None
-    like = np.zeros(1)
-    for number in range(blocks):
-        frame = number * setup.policy.block
-        if number and number % SWITCH_EVERY == 0:
-            context = contexts[number // SWITCH_EVERY % 2]
-            rerun = setup.policy.rerun(frame)
-            state, _ = stream.switch(
-                variables, state, context, frame, setup=setup, rerun=rerun
-            )
+    size, rows, began = setup.policy.block, [], None
+    changes = {
+        number * size: PromptChange(contexts[number // SWITCH_EVERY % 2])
+        for number in range(SWITCH_EVERY, blocks, SWITCH_EVERY)
+    }
+    state = stream.start(contexts[0], setup=setup)
+    frames = range(0, blocks * size, size)
+    made = stream.run(variables, state, rng, frames, changes, setup=setup)
+    for number, (state, _, _) in enumerate(made, 1):
         if number >= 50 and (number - 50) % WINDOW == 0:
             jax.block_until_ready(state)
             now = time.process_time()
             seconds = None if began is None else now - began
             rows.append({"block": number, **measure(), "cpu_seconds": seconds})
             began = time.process_time()
-        noise = stream.draw_noise(rng, frame, like, setup=setup)
-        state, _ = stream.step(variables, state, noise, setup=setup)
     jax.block_until_ready(state)
     rows.append({"block": blocks, **measure()})
-    traces = {"step": stream.step._cache_size(), "switch": stream.switch._cache_size()}  # noqa: SLF001
+    programs = {"step": stream.make_block, "switch": stream.switch}
+    traces = {name: program._cache_size() for name, program in programs.items()}  # noqa: SLF001
     return {"traces": traces, "windows": rows}
 
 

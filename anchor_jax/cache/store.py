@@ -14,8 +14,7 @@ def init_cache(policy: Policy, config: ModelConfig, batch: int, tokens: int) -> 
     """Returns an empty cache of the policy's slots, in the model's dtype."""
 
     def zeros(frames: int) -> LayersKV:
-        shape = (config.num_layers, batch, frames, tokens)
-        shape = (*shape, config.num_heads, config.head_dim)
+        shape = (config.num_layers, batch, frames, tokens, config.dim)
         # Two buffers: one array given twice could not be donated.
         return LayersKV(*(jnp.zeros(shape, config.dtype) for _ in range(2)))
 

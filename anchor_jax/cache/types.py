@@ -31,7 +31,7 @@ class CacheIndex:
 class KVCache:
     """Keys and values of past latent frames, keys before rotation.
 
-    `slots` is [layer, batch, slot, token, head, dim]; `prior` holds the junction
+    `slots` is [layer, batch, slot, token, dim]; `prior` holds the junction
     before last, only under the release's rules, None otherwise.
     """
 

@@ -19,7 +19,7 @@ from jax.sharding import SingleDeviceSharding
 
 from anchor_jax.errors import UserError, suggest
 from anchor_jax.perf import roofline
-from anchor_jax.streaming import session, stream
+from anchor_jax.streaming import stream
 from anchor_jax.streaming.decode import decode, decode_next
 from anchor_jax.streaming.types import StreamSetup
 from anchor_jax.wan import dit, kernels
@@ -270,7 +270,7 @@ def _generator(setup: StreamSetup) -> tuple[dict[str, Program], dict[str, int]]:
         "features": features_of(model),
     }
     step = (variables, state, key, number)
-    found = {"step": Program(session.advance, step, {"setup": setup}, **common)}
+    found = {"step": Program(stream.make_block, step, {"setup": setup}, **common)}
     rerun = policy.rerun(2 * policy.window)
     if rerun:
         cut = jax.ShapeDtypeStruct((), jnp.bool_)

@@ -19,8 +19,7 @@ from anchor_jax.perf import roofline
 from anchor_jax.prompts import Script, Segment
 from anchor_jax.sampling.resolve import make_policy
 from anchor_jax.streaming import decode, stream
-from anchor_jax.streaming.session import advance
-from anchor_jax.streaming.types import StreamSetup
+from anchor_jax.streaming.types import PromptChange, StreamSetup
 from anchor_jax.wan import dit, kernels
 from anchor_jax.wan.spec import LatentGrid, ModelConfig
 from anchor_jax.wan.text import TextConfig, Umt5Encoder
@@ -216,7 +215,7 @@ class _Run:
                 self._measure_matmul()
                 state, latents, plan = self.time(
                     "block",
-                    lambda state=state, frame=frame: advance(
+                    lambda state=state, frame=frame: stream.make_block(
                         self.variables, state, key, np.int32(frame), setup=setup
                     ),
                 )
@@ -240,7 +239,7 @@ class _Run:
                 copy = jax.block_until_ready(jax.tree.map(jnp.array, self.state))
                 self.time(
                     phase,
-                    lambda copy=copy, chosen=chosen: advance(
+                    lambda copy=copy, chosen=chosen: stream.make_block(
                         self.variables, copy, key, frame, setup=chosen
                     ),
                 )
@@ -262,19 +261,17 @@ class _Run:
         )
 
     def _switch(self, state, frame: int):
-        rerun = self.setup.policy.rerun(frame)
         for _ in range(1 + self.workload.repeats):
             copy = jax.block_until_ready(jax.tree.map(jnp.array, state))
             context = jax.block_until_ready(jax.tree.map(jnp.array, state.context))
             result, _ = self.time(
                 "switch",
-                lambda copy=copy, context=context: stream.switch(
+                lambda copy=copy, context=context: stream.change_prompt(
                     self.variables,
                     copy,
-                    context,
-                    np.int32(frame),
+                    PromptChange(context),
+                    frame,
                     setup=self.setup,
-                    rerun=rerun,
                 ),
             )
         return result
@@ -388,7 +385,7 @@ def _phase(times: Times) -> dict[str, Any]:
 def _traces() -> dict[str, int]:
     """Returns how often each program of a stream has been traced so far."""
     programs = {
-        "advance": advance,
+        "advance": stream.make_block,
         "switch": stream.switch,
         "decode": decode.decode_next,
     }

@@ -5,7 +5,6 @@ It is the only object with mutable state. The functions that run on the device a
 
 import collections
 import dataclasses
-import functools
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -39,29 +38,10 @@ from anchor_jax.streaming.snapshot import (
     tail_blocks,
     write_moment,
 )
-from anchor_jax.streaming.types import StreamSetup, StreamState
+from anchor_jax.streaming.types import PromptChange, StreamSetup, StreamState
 from anchor_jax.text import check_text
 from anchor_jax.wan.attention import ContextKV
 from anchor_jax.weights.bundle import Bundle
-
-
-@functools.partial(jax.jit, static_argnames="setup", donate_argnames="state")
-def advance(variables, state: StreamState, rng, frame, *, setup: StreamSetup):
-    """Returns the stream's next state, the block's latents, and its read plan.
-
-    One program draws the noise, denoises and commits. It drops intermediate results
-    that only tests need. `state` is donated.
-
-    Args:
-      variables: the generator's collections.
-      state: the state of `stream.start` or of the previous call.
-      rng: the video's random key.
-      frame: the block's first latent frame. The noise is a function of it and the key.
-      setup: the static setup.
-    """
-    noise = stream.draw_noise(rng, frame, state.recent, setup=setup)
-    state, block = stream.step(variables, state, noise, setup=setup)
-    return state, block.latents, block.plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -436,15 +416,16 @@ class Session:
         if self._clock.is_restart(policy):
             self._restart()
         elif due:
-            self._switch(due, policy.rerun(self._clock.local))
+            self._switch(due)
         clock = self._clock
-        self._state, latents, plan = advance(
+        blocks = stream.run(
             self.bundle.variables,
             self._state,
             self._key,
-            np.int32(clock.frame),
+            (clock.frame,),
             setup=self.setup,
         )
+        self._state, latents, plan = next(blocks)
         pixels = self._decode(latents)
         pixels.copy_to_host_async()
         self._clock = clock.advanced(policy)
@@ -460,16 +441,15 @@ class Session:
         self._contexts = {k: v for k, v in self._contexts.items() if k in wanted}
         return due
 
-    def _switch(self, due: Switch, rerun: Rerun | None) -> None:
+    def _switch(self, due: Switch) -> None:
         requested = max(0, due.requested - self._clock.origin)
-        self._state, _ = stream.switch(
+        change = PromptChange(self._context(due.prompt), requested, due.cut)
+        self._state, _ = stream.change_prompt(
             self.bundle.variables,
             self._state,
-            self._context(due.prompt),
-            np.int32(requested),
-            np.bool_(due.cut),
+            change,
+            self._clock.local,
             setup=self.setup,
-            rerun=rerun,
         )
 
     def _restart(self) -> None:

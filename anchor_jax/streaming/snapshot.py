@@ -14,6 +14,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from anchor_jax.cache import memory
 from anchor_jax.errors import UserError, shown, some
 from anchor_jax.io import parse_json, replacing
 from anchor_jax.streaming import stream
@@ -208,6 +209,7 @@ def write_moment(
     header = dict(recipe) | {
         "origin": moment.origin,
         "pending": describe_switches(moment.pending),
+        "cache_layout": memory.LAYOUT,
     }
     # The prompt's keys and values lie as one machine's kernel reads them.
     state = moment.state.replace(context=None)
@@ -253,8 +255,11 @@ def read_moment(path: str | os.PathLike, bundle: Bundle) -> tuple[Recipe, Moment
         ) from error
     read = [tensors[name].view(leaf.dtype) for name, leaf in expected.items()]
     arrays = jax.tree.unflatten(jax.tree.structure(blank.arrays), read)
-    _check_start(path, arrays[0], blank)
-    return recipe, blank.with_arrays(arrays)
+    state, *rest = arrays
+    if _layout(path, header) == 1:
+        state = state.replace(cache=memory.from_layout_1(state.cache))
+    _check_start(path, state, blank)
+    return recipe, blank.with_arrays((state, *rest))
 
 
 def check_bundle(recipe: Recipe, bundle: Bundle, where: str) -> None:
@@ -323,7 +328,23 @@ def _blank(path, header: Mapping[str, Any], recipe: Recipe, bundle: Bundle) -> M
         )
     pending = parse_switches(header.get("pending", ()), f"{path}: pending")
     arrays = _shapes(bundle, recipe, recipe.frames - origin)
+    if _layout(path, header) == 1:
+        state, *rest = arrays
+        head_dim = recipe.setup.model.head_dim
+        cache = memory.shapes_in_layout_1(state.cache, head_dim)
+        arrays = (state.replace(cache=cache), *rest)
     return Moment(recipe.frames, origin, recipe.prompts, pending, *arrays)
+
+
+def _layout(path, header: Mapping[str, Any]) -> int:
+    """Returns the version of the cache's layout; files without it have the first."""
+    version = header.get("cache_layout", 1)
+    if type(version) is not int or not 1 <= version <= memory.LAYOUT:
+        raise UserError(
+            f"{path}: cache_layout={shown(version)}: must be 1 to {memory.LAYOUT}; use"
+            " the version of anchor_jax that wrote the file"
+        )
+    return version
 
 
 def _shapes(bundle: Bundle, recipe: Recipe, local: int) -> tuple[Any, ...]:

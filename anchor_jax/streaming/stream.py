@@ -5,7 +5,7 @@ it is, and one per length of re-cache.
 """
 
 import functools
-import math
+from collections.abc import Iterable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +13,23 @@ import numpy as np
 
 from anchor_jax import flow
 from anchor_jax.cache import store
-from anchor_jax.cache.policies import Flush, Policy, Rerun
+from anchor_jax.cache.memory import Memory
+from anchor_jax.cache.policies import Flush, Rerun
 from anchor_jax.cache.types import KVCache, ReadPlan
 from anchor_jax.streaming.loop import approach, guide
-from anchor_jax.streaming.types import Block, BlockNoise, StreamSetup, StreamState
+from anchor_jax.streaming.types import (
+    Block,
+    BlockNoise,
+    PromptChange,
+    StreamSetup,
+    StreamState,
+)
 from anchor_jax.wan.attention import (
     ContextKV,
     LayersKV,
     Prefix,
     bidirectional,
 )
-from anchor_jax.wan.rope import rotary
 
 
 @functools.partial(jax.jit, static_argnames="setup")
@@ -121,26 +127,26 @@ def advance(
     policy, index = setup.policy, state.cache.index
     plan = policy.read(index)
     write, done = policy.write(index)
-    memory = _Memory(setup, state.cache, plan)
+    memory = _memory(setup, state.cache, plan)
     capture = write.junction[0] < policy.slots if policy.keeps_prior else None
 
-    def run(latents, timestep, kept):
+    def run(latents, timestep, carried):
         predicted, own = _forward(setup, variables, state.context, plan)(
-            latents, timestep, memory.past(kept)
+            latents, timestep, memory.past(carried)
         )
-        return predicted, own, memory.captured(kept, own, capture)
+        return predicted, own, memory.after(carried, own, capture)
 
-    def denoise(noisy, timestep, kept):
-        predicted, _, kept = run(noisy, timestep, kept)
-        return predicted, kept
+    def denoise(noisy, timestep, carried):
+        predicted, _, carried = run(noisy, timestep, carried)
+        return predicted, carried
 
-    latents, passes, kept = approach(
+    latents, passes, carried = approach(
         denoise,
         noise.initial,
         setup.levels,
         setup.solver,
         noise.fresh,
-        memory.kept(),
+        memory.carried(),
         None if leave is None else leave + 1,
     )
     if leave is not None:
@@ -151,10 +157,10 @@ def advance(
     clean = latents
     if setup.floor:
         clean = flow.add_noise(latents, noise.floor, setup.floor)
-    committed, own, kept = run(clean, jnp.float32(0), kept)
+    committed, own, carried = run(clean, jnp.float32(0), carried)
     cache = KVCache(
         slots=store.commit(state.cache.slots, own, write),
-        prior=kept[1] if policy.keeps_prior else None,
+        prior=carried[1] if policy.keeps_prior else None,
         index=done,
     )
     recent = _remember(state.recent, latents, index.start)
@@ -177,7 +183,7 @@ def estimate(
       setup: static; the policy keeps no prior junction.
     """
     plan = setup.policy.read(state.cache.index)
-    memory = _Memory(setup, state.cache, plan)
+    memory = _memory(setup, state.cache, plan)
     timestep, sigma = (
         jnp.asarray(getattr(setup.levels, name), jnp.float32)[level]
         for name in ("timestep", "sigma")
@@ -285,6 +291,78 @@ def switch_slot(
     )
 
 
+@functools.partial(jax.jit, static_argnames="setup", donate_argnames="state")
+def make_block(variables, state: StreamState, rng, frame, *, setup: StreamSetup):
+    """Returns the stream's next state, the block's latents, and its read plan.
+
+    One program draws the noise, denoises and commits. It drops intermediate results
+    that only tests need. `state` is donated.
+
+    Args:
+      variables: the generator's collections.
+      state: the state of `start` or of the previous call.
+      rng: the video's random key.
+      frame: the block's first latent frame. The noise is a function of it and the key.
+      setup: the static setup.
+    """
+    noise = draw_noise(rng, frame, state.recent, setup=setup)
+    state, block = step(variables, state, noise, setup=setup)
+    return state, block.latents, block.plan
+
+
+def change_prompt(
+    variables, state: StreamState, change: PromptChange, start: int, *, setup
+) -> tuple[StreamState, Block | None]:
+    """Returns what `switch` does before the block at `start`, a number on the host.
+
+    Only here a host loop has to know which frames the policy passes again.
+    """
+    requested = start if change.requested is None else change.requested
+    return switch(
+        variables,
+        state,
+        change.context,
+        np.int32(requested),
+        np.bool_(change.cut),
+        setup=setup,
+        rerun=setup.policy.rerun(start),
+    )
+
+
+def run(
+    variables,
+    state: StreamState,
+    rng: jax.Array,
+    frames: Iterable[int],
+    changes: Mapping[int, PromptChange] | None = None,
+    *,
+    setup: StreamSetup,
+) -> Iterator[tuple[StreamState, jax.Array, ReadPlan]]:
+    """Yields the stream, the latents and the read plan after each block.
+
+    The host's loop. Nothing in it waits for the device. A yielded state is donated to
+    the next block: copy it to keep it.
+
+    Args:
+      variables: the generator's collections.
+      state: of `start`, or the last state of an earlier loop; donated.
+      rng: the video's random key.
+      frames: first latent frame of each block, such as
+        `range(0, length, setup.policy.block)`.
+      changes: prompt switches by the first latent frame of the block before which they
+        take effect.
+      setup: static.
+    """
+    for frame in frames:
+        change = (changes or {}).get(frame)
+        if change is not None:
+            state, _ = change_prompt(variables, state, change, frame, setup=setup)
+        state, latents, plan = make_block(
+            variables, state, rng, np.int32(frame), setup=setup
+        )
+        yield state, latents, plan
+
+
 def resume(variables, state: StreamState, latents, *, setup: StreamSetup):
     """Returns the stream as if `latents` had been its first frames.
 
@@ -328,9 +406,9 @@ def _recache(variables, state, context, setup: StreamSetup, rerun: Rerun):
     write, index = policy.write_rerun(cache.index, rerun)
     picked = (plan.start + jnp.arange(rerun.frames)) % setup.recent
     latents = jnp.take(state.recent, picked, axis=1)
-    memory = _Memory(setup, cache, plan, rerun)
+    memory = _memory(setup, cache, plan, rerun)
     flow, own = _forward(setup, variables, context, plan)(
-        latents, jnp.float32(0), memory.past(memory.kept())
+        latents, jnp.float32(0), memory.past(memory.carried())
     )
     cache = cache.replace(slots=store.commit(cache.slots, own, write), index=index)
     return cache, Block(latents, plan, None, flow)
@@ -354,85 +432,11 @@ def _forward(setup: StreamSetup, variables, context, plan: ReadPlan):
     return forward
 
 
-class _Memory:
-    """What a pass reads besides itself, rotated once for all noise levels.
-
-    Under the release's rules the junction changes from pass to pass of one block; it
-    then travels through the loop as (junction, prior), and is rotated in each pass.
-    """
-
-    def __init__(
-        self,
-        setup: StreamSetup,
-        cache: KVCache,
-        plan: ReadPlan,
-        rerun: Rerun | None = None,
-    ):
-        policy, config = setup.policy, setup.model
-        self.plan, self.cache, self.releases = plan, cache, policy.keeps_prior
-        self.kernel = setup.network.attention
-        self.tokens = math.prod(setup.tokens)
-        self.begin = policy.sink + policy.local
-        turn = rotary(plan.past, setup.tokens, config.head_dim, config.rope_theta)
-        self.turn = jax.tree.map(lambda x: x[self.begin :], turn)
-        own = plan.query.shape[0]
-        self.whole = None
-        if policy.remembers:
-            read = _slots_read(policy, rerun)
-            turn = jax.tree.map(lambda x: _taken(x, read, 0), turn)
-            past = jax.tree.map(lambda x: _taken(x, read, 2), cache.slots)
-            self.whole = Prefix(plan.frames).lay_out(self.kernel, past, own, turn)
-        # Visible frames before the junction: where it starts, since it comes last.
-        seen = plan.frames - own - plan.junction * policy.junction_frames
-        self.slot = jnp.maximum(seen, 0)
-
-    def kept(self):
-        """Returns what travels through the loop, or None."""
-        if not self.releases:
-            return None
-        return store.take(self.cache.slots, self.begin, None), self.cache.prior
-
-    def past(self, kept) -> LayersKV | None:
-        """Returns remembered keys and values in reading order, laid out."""
-        if kept is None:
-            return self.whole
-        shown = store.rotated(store.choose(self.plan, *kept), self.turn)
-        first, axis = self.slot * self.tokens, self.kernel.axis
-
-        def put(whole, piece):
-            piece = self.kernel.lay_out(piece)
-            return jax.lax.dynamic_update_slice_in_dim(whole, piece, first, axis)
-
-        return jax.tree.map(put, self.whole, shown)
-
-    def captured(self, kept, own: LayersKV, capture):
-        """Returns what travels on after a pass."""
-        if kept is None:
-            return None
-        junction, prior = kept
-        frames = junction.k.shape[2]
-
-        def pick(new, old):
-            return jnp.where(capture, new.astype(old.dtype), old)
-
-        taken = jax.tree.map(pick, store.take(own, 0, frames), junction)
-        return taken, jax.tree.map(pick, junction, prior)
-
-
-def _slots_read(policy: Policy, rerun: Rerun | None) -> tuple[int, ...]:
-    """Returns the slots that a pass may see: a re-cache makes the local ones anew."""
-    sink = policy.sink
-    if rerun is None:
-        return tuple(range(policy.slots))
-    kept = () if rerun.sink else tuple(range(sink))
-    return (*kept, *range(sink + policy.local, policy.slots))
-
-
-def _taken(x: jax.Array, picked: tuple[int, ...], axis: int) -> jax.Array:
-    """Returns static places of an axis; all of them cost nothing."""
-    if len(picked) == x.shape[axis]:
-        return x
-    return jnp.take(x, np.asarray(picked, np.int32), axis=axis)
+def _memory(
+    setup: StreamSetup, cache: KVCache, plan: ReadPlan, rerun: Rerun | None = None
+) -> Memory:
+    kernel = setup.network.attention
+    return Memory(setup.policy, setup.model, kernel, setup.tokens, cache, plan, rerun)
 
 
 def _remember(recent: jax.Array, latents: jax.Array, start) -> jax.Array:

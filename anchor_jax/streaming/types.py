@@ -68,6 +68,22 @@ class BlockNoise:
     floor: jax.Array | None = None
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class PromptChange:
+    """A prompt switch that takes effect before a block.
+
+    Attributes:
+      context: the new prompt, of `stream.project`.
+      requested: latent frame at which it was requested, at most the block's start.
+        Default: the block's start.
+      cut: whether the block is a scene cut, for policies that support it.
+    """
+
+    context: ContextKV
+    requested: int | None = None
+    cut: bool = False
+
+
 @struct.dataclass
 class StreamState:
     """The complete state between blocks. A restored state gives the same video.

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from anchor_jax import interrupts
 from anchor_jax.streaming import stream
-from anchor_jax.streaming.types import StreamSetup
+from anchor_jax.streaming.types import PromptChange, StreamSetup
 from anchor_jax.tiny_world import codec as codecs
 from anchor_jax.tiny_world import scene, score
 
@@ -48,23 +48,22 @@ def generate(
       seed: of the noise.
       negative_prompt: what guidance leads away from.
     """
-    variables = bundle.variables
     contexts = [_project(bundle, setup, texts, negative_prompt) for texts in prompts]
-    state = stream.start(contexts[0], setup=setup)
-    rng, latents, frame = jax.random.key(seed), [], 0
-    like = jnp.zeros(len(prompts[0]))
-    for number, length in enumerate(blocks):
-        if number:
-            rerun = setup.policy.rerun(frame)
-            state, _ = stream.switch(
-                variables, state, contexts[number], frame, setup=setup, rerun=rerun
-            )
-        for _ in range(length):
-            interrupts.check()
-            noise = stream.draw_noise(rng, frame, like, setup=setup)
-            state, block = stream.step(variables, state, noise, setup=setup)
-            latents.append(np.asarray(block.latents))
-            frame += setup.policy.block
+    starts = [
+        setup.policy.block * sum(blocks[:number]) for number in range(len(blocks))
+    ]
+    changes = dict(zip(starts[1:], map(PromptChange, contexts[1:]), strict=True))
+    latents = []
+    for _, made, _ in stream.run(
+        bundle.variables,
+        stream.start(contexts[0], setup=setup),
+        jax.random.key(seed),
+        range(0, setup.policy.block * sum(blocks), setup.policy.block),
+        changes,
+        setup=setup,
+    ):
+        interrupts.check()
+        latents.append(np.asarray(made))
     pixels = codecs.decode(bundle.codec_params, np.concatenate(latents, 1), first=True)
     return codecs.to_bytes(np.asarray(pixels))
 

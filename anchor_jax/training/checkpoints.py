@@ -20,12 +20,13 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from anchor_jax import ownership
+from anchor_jax.cache import memory
 from anchor_jax.errors import UserError
 from anchor_jax.io import unfinished, write_json
 from anchor_jax.training.files import SKIPPED, read_skipped
 from anchor_jax.training.stages.programs import Cursor
 from anchor_jax.training.state import TrainState
-from anchor_jax.weights.checkpoint import FORMAT_VERSION, ITEMS
+from anchor_jax.weights.checkpoint import FORMAT_VERSION, ITEMS, shapes
 
 TREES = ITEMS[: ITEMS.index("data")]
 
@@ -253,12 +254,23 @@ class Checkpoints:
         del self.manager
         return place
 
+    def _stored_rollout(self, step: int, rollout):
+        """Returns the shapes of a sequence as they are stored, perhaps in layout 1."""
+        if rollout is None:
+            return None
+        stored = shapes(self.folder / str(step), "rollout")["cache"]["slots"]["k"]
+        if len(stored.shape) == rollout.cache.slots.k.ndim:
+            return rollout
+        cache = memory.shapes_in_layout_1(rollout.cache, stored.shape[-1])
+        return rollout.replace(cache=cache)
+
     def _restore(self, step: int, state: TrainState, places: TrainState):
+        stored = state.replace(rollout=self._stored_rollout(step, state.rollout))
         items = {}
         for name in present(state):
             abstract = jax.tree.map(
                 lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-                getattr(state, name),
+                getattr(stored, name),
                 getattr(places, name),
             )
             items[name] = ocp.args.StandardRestore(abstract)
@@ -276,6 +288,10 @@ class Checkpoints:
             for name, value in scalars.items()
         }
         trees = {name: found[name] for name in items}
+        if stored.rollout is not state.rollout:
+            upgrade = jax.jit(memory.from_layout_1, out_shardings=places.rollout.cache)
+            cache = upgrade(trees["rollout"].cache)
+            trees["rollout"] = trees["rollout"].replace(cache=cache)
         return state.replace(**placed, **trees), Cursor(**data["cursor"])
 
 

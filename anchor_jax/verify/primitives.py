@@ -62,9 +62,9 @@ def rotated(case: Case, dim: int, start: int) -> np.ndarray:
     if x.ndim != 4 or x.shape[1] < tokens or x.shape[3] != dim:
         raise CaseError(f"inputs: x.d{dim} has shape {x.shape}")
     by = rope.rotary(start + jnp.arange(frames), (rows, columns), dim)
-    own = rearrange(x[:, :tokens], "b (f t) h d -> b f t h d", f=frames)
+    own = rearrange(x[:, :tokens], "b (f t) h d -> b f t (h d)", f=frames)
     turned = np.asarray(rope.rotate(jnp.asarray(own), by))
-    turned = rearrange(turned, "b f t h d -> b (f t) h d")
+    turned = rearrange(turned, "b f t (h d) -> b (f t) h d", d=dim)
     return np.concatenate([turned, x[:, tokens:]], axis=1)
 
 

@@ -242,7 +242,7 @@ class _Sequence:
             slots = self.state.cache.slots
             held = np.asarray(getattr(slots, match[3])[int(match[2])])
             theirs = rearrange(
-                outputs[part], "b (f t) h d -> b f t h d", t=held.shape[2]
+                outputs[part], "b (f t) h d -> b f t (h d)", t=held.shape[2]
             )
             ours = held[:, policy.sink + policy.local :]
             if match[1] == "cache":

@@ -20,7 +20,12 @@ from anchor_jax.cache.policies import (
 from anchor_jax.cache.positions import Absolute, Ranked, Relative
 from anchor_jax.cache.types import EMPTY, ReadPlan
 from anchor_jax.streaming import stream
-from anchor_jax.streaming.types import BlockNoise, StreamSetup, StreamState
+from anchor_jax.streaming.types import (
+    BlockNoise,
+    PromptChange,
+    StreamSetup,
+    StreamState,
+)
 from anchor_jax.verify.case import TIME, Case, CaseError, Checks, whole
 from anchor_jax.verify.networks import CLOSE, dit_params, model_config
 from anchor_jax.wan.rope import Rotary, rotary, rotate
@@ -177,14 +182,9 @@ def _switch(run: Run, requested: int, first: int, cut: bool = False) -> None:
     number, run.prompt = run.prompt, run.prompt + 1
     if run.prompt >= len(run.contexts):
         raise CaseError(f"inputs: no prompt_embeds.{run.prompt} to switch to")
-    run.state, block = stream.switch(
-        run.variables,
-        run.state,
-        run.contexts[run.prompt],
-        requested,
-        cut,
-        setup=run.setup,
-        rerun=run.policy.rerun(first),
+    change = PromptChange(run.contexts[run.prompt], requested, cut)
+    run.state, block = stream.change_prompt(
+        run.variables, run.state, change, first, setup=run.setup
     )
     if block is None:
         return
@@ -331,9 +331,7 @@ def _compare_junction(run: Run, name: str, layer: int, which: str, prior: bool):
     held = getattr(cache.prior if prior else cache.slots, which)[layer]
     if not prior:
         held = held[:, run.policy.sink + run.policy.local :]
-    run.checks.compare(
-        name, rearrange(held, "b f t h d -> b (f t) h d"), absolute=CLOSE
-    )
+    run.checks.compare(name, _by_head(run.setup, held), absolute=CLOSE)
 
 
 def _compare_buffer(run: Run, name: str, layer: int, which: str) -> None:
@@ -352,8 +350,14 @@ def _compare_buffer(run: Run, name: str, layer: int, which: str) -> None:
         ours = as_stored(run.setup, ours, frames)
     tokens = held.shape[2]
     recorded = run.checks.outputs[name]
-    theirs = rearrange(recorded, "b (f t) h d -> b f t h d", t=tokens)[:, slots]
+    theirs = rearrange(recorded, "b (f t) h d -> b f t (h d)", t=tokens)[:, slots]
     run.checks.compare(name, ours, theirs, absolute=CLOSE)
+
+
+def _by_head(setup: StreamSetup, held) -> np.ndarray:
+    """Returns frames [batch, frame, token, dim] as they are recorded."""
+    head_dim = setup.model.head_dim
+    return rearrange(np.asarray(held), "b f t (h d) -> b (f t) h d", d=head_dim)
 
 
 def as_stored(setup: StreamSetup, keys: np.ndarray, frames: list[int]) -> np.ndarray:

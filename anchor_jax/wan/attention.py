@@ -11,13 +11,16 @@ from flax import struct
 
 from anchor_jax.wan import kernels
 from anchor_jax.wan.layers import Dense, RmsNorm
-from anchor_jax.wan.rope import Rotary, rotate, rotate_as
+from anchor_jax.wan.rope import Rotary, rotate
 from anchor_jax.wan.spec import ModelConfig
 
 
 @struct.dataclass
 class LayersKV:
-    """Keys and values, [(layer,) batch, frame, token, head, dim]."""
+    """Keys and values, [(layer,) batch, frame, token, dim].
+
+    Token-major, as the projections write them: heads lie side by side in `dim`.
+    """
 
     k: jax.Array
     v: jax.Array
@@ -27,7 +30,7 @@ class LayersKV:
 class ContextKV:
     """A prompt projected for cross-attention, laid out for the kernel.
 
-    Before that, and for kernels that read it so: [(layer,) batch, text, head, dim].
+    Before that: [(layer,) batch, text, dim], heads side by side in `dim`.
     """
 
     k: jax.Array
@@ -40,38 +43,17 @@ class Prefix:
 
     frames: jax.Array
 
-    def lay_out(self, kernel, past: LayersKV, own: int, turn: Rotary | None = None):
-        """Returns remembered frames as the kernel reads them, keys at their positions.
-
-        Layer by layer: with all layers at once there would be a second and a third
-        copy of the cache.
+    def attend(self, attention, q, k, v, past=None):
+        """Returns attended values, [batch, frame, token, dim].
 
         Args:
-          kernel: one of `anchor_jax.wan.kernels`.
-          past: [layer, ...] remembered frames.
-          own: frames of the passes that will see them.
-          turn: rotation of the keys; None if they are rotated.
+          attention: `kernels.attend` with its kernel and size of a head.
+          q: queries, [batch, frame, token, dim].
+          k: the pass's own keys, rotated; as `q`.
+          v: the pass's own values; as `q`.
+          past: remembered keys and values, of `anchor_jax.cache.memory`.
         """
-        tokens = own * past.k.shape[-3]
-
-        def laid_out(x):
-            return kernel.pad(kernel.lay_out(x), tokens)
-
-        def turned(k):
-            k = kernel.lay_out(k)
-            return kernel.pad(k if by is None else rotate_as(k, *by), tokens)
-
-        by = None
-        if turn is not None:
-            by = [kernel.lay_out(x[None, :, :, None]) for x in (turn.cos, turn.sin)]
-        keys = jax.lax.map(turned, past.k)
-        if kernel.in_place:
-            return LayersKV(k=keys, v=laid_out(past.v))
-        return LayersKV(k=keys, v=jax.lax.map(laid_out, past.v))
-
-    def attend(self, kernel, q, k, v, past=None):
-        """Returns [batch, frame, token, head, dim] attended values."""
-        return _flat(kernel, q, k, v, past, self.frames * k.shape[2])
+        return _flat(attention, q, k, v, past, self.frames * k.shape[2])
 
 
 @struct.dataclass
@@ -86,8 +68,8 @@ class Spans:
         pytree_node=False
     )
 
-    def attend(self, kernel, q, k, v, past=None):
-        """Returns [batch, frame, token, head, dim] attended values."""
+    def attend(self, attention, q, k, v, past=None):
+        """Returns attended values, [batch, frame, token, dim]; as of `Prefix`."""
         if past is not None:
             past_k, past_v = past.one()
             k = jnp.concatenate([k, past_k.astype(k.dtype)], axis=1)
@@ -95,7 +77,7 @@ class Spans:
         out = []
         for first, end, keys in self.spans:
             pick = functools.partial(_frames, spans=keys)
-            out.append(_flat(kernel, q[:, first:end], pick(k), pick(v)))
+            out.append(_flat(attention, q[:, first:end], pick(k), pick(v)))
         return out[0] if len(out) == 1 else jnp.concatenate(out, axis=1)
 
 
@@ -144,11 +126,10 @@ def _frames(x: jax.Array, spans) -> jax.Array:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
-def _flat(kernel, q, k, v, past=None, seen=None):
-    frames, tokens = q.shape[1:3]
-    q, k, v = (rearrange(x, "b f t h d -> b (f t) h d") for x in (q, k, v))
-    out = kernels.attend(kernel, q, k, v, past, seen)
-    return rearrange(out, "b (f t) h d -> b f t h d", f=frames, t=tokens)
+def _flat(attention, q, k, v, past=None, seen=None):
+    shape = q.shape
+    q, k, v = (rearrange(x, "b f t d -> b (f t) d") for x in (q, k, v))
+    return attention(q, k, v, past, seen).reshape(shape)
 
 
 class _Projections(nn.Module):
@@ -165,8 +146,11 @@ class _Projections(nn.Module):
         config = self.config
         return RmsNorm(config.eps, config.dtype, config.param_dtype, name=name)
 
-    def heads(self, x: jax.Array) -> jax.Array:
-        return rearrange(x, "... (h d) -> ... h d", h=self.config.num_heads)
+    @property
+    def attention(self):
+        """Attention with the kernel and the model's size of a head."""
+        head_dim = self.config.head_dim
+        return functools.partial(kernels.attend, self.kernel, head_dim)
 
 
 class SelfAttention(_Projections):
@@ -178,13 +162,12 @@ class SelfAttention(_Projections):
 
     @nn.compact
     def __call__(self, x, query_rope: Rotary, key_rope: Rotary, visible, past):
-        q = self.heads(self.norm("norm_q")(self.dense("q")(x)))
-        k = self.heads(self.norm("norm_k")(self.dense("k")(x)))
-        v = self.heads(self.dense("v")(x))
+        q = self.norm("norm_q")(self.dense("q")(x))
+        k = self.norm("norm_k")(self.dense("k")(x))
+        v = self.dense("v")(x)
         q, keys = rotate(q, query_rope), rotate(k, key_rope)
-        out = visible.attend(self.kernel, q, keys, v, past)
-        out = self.dense("o")(rearrange(out, "... h d -> ... (h d)"))
-        return out, LayersKV(k=k, v=v)
+        out = visible.attend(self.attention, q, keys, v, past)
+        return self.dense("o")(out), LayersKV(k=k, v=v)
 
 
 class CrossAttention(_Projections):
@@ -198,13 +181,12 @@ class CrossAttention(_Projections):
     def __call__(self, x, context: ContextKV):
         frames = x.shape[1]
         groups = context.k.shape[0] // x.shape[0]
-        q = self.heads(self.norm("norm_q")(self.dense("q")(x)))
-        q = rearrange(q, "b (g f) t h d -> (b g) (f t) h d", g=groups)
-        out = kernels.attend(self.kernel, q, None, None, context)
-        out = rearrange(
-            out, "(b g) (f t) h d -> b (g f) t (h d)", g=groups, f=frames // groups
+        q = self.norm("norm_q")(self.dense("q")(x))
+        q = rearrange(q, "b (g f) t d -> (b g) (f t) d", g=groups)
+        out = self.attention(q, None, None, context)
+        return self.dense("o")(
+            rearrange(out, "(b g) (f t) d -> b (g f) t d", g=groups, f=frames // groups)
         )
-        return self.dense("o")(out)
 
 
 class ContextLayer(_Projections):
@@ -212,5 +194,5 @@ class ContextLayer(_Projections):
 
     @nn.compact
     def __call__(self, carry, text):
-        k = self.heads(self.norm("norm_k")(self.dense("k")(text)))
-        return carry, ContextKV(k=k, v=self.heads(self.dense("v")(text)))
+        k = self.norm("norm_k")(self.dense("k")(text))
+        return carry, ContextKV(k=k, v=self.dense("v")(text))

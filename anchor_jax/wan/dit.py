@@ -129,7 +129,8 @@ class WanDit(nn.Module):
         text = self.text_out(gelu(self.text_in(embedding)))
         self.sow("intermediates", "text_embedding", text)
         context = self.context(None, text)[1]
-        return jax.tree.map(lambda x: self.attention.lay_out(x[:, :, None]), context)
+        lay_out, head_dim = self.attention.lay_out, self.config.head_dim
+        return jax.tree.map(lambda x: lay_out(x[:, :, None], head_dim), context)
 
     def __call__(
         self,
@@ -150,8 +151,8 @@ class WanDit(nn.Module):
           visible: `Prefix` or `Spans`, over own frames followed by past ones.
           query_position: [frame], temporal RoPE index of each frame.
           key_position: the same for the frames as keys; the queries' if None.
-          past: remembered frames, keys already rotated, as `visible.lay_out` gives
-            them from [layer, batch, frame, ...].
+          past: remembered frames of every layer, keys already rotated, as
+            `anchor_jax.cache.memory.lay_out` gives them.
         """
         config = self.config
         _, rows, columns = config.patch

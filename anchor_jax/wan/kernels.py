@@ -1,15 +1,17 @@
 """Attention kernels: one interface, and which of them suits which machine.
 
-A kernel is static: a frozen object with
+Arrays are token-major, as the projections write them: [batch, token, dim], with the
+heads side by side in `dim`. A kernel is static: a frozen object with
 
-* `lay_out(x)`: remembered keys or values, [..., batch, frame, token, head, dim], in
-  the order of axes that the kernel reads, where tokens are at `axis` (`in_place` if
-  that moves nothing), and `pad(x, own)`: the same, with room to whole tiles after the
-  pass's `own` tokens; done once for all passes of a block;
-* `attend(q, k, v, past, seen)`: q, k, v [batch, token, head, dim] in, and
-  [batch, token, head, dim] out. Keys are the pass's own, then those of `past`: one
-  layer of what was laid out, or a `Past`; of all these the first `seen` (traced) are
-  visible. Without k and v all keys are those of `past`, with nothing padded;
+* `lay_out(x, head_dim)`: remembered keys or values, [..., batch, frame, token, dim],
+  in the order of axes that the kernel reads; tokens are the last axis but one.
+  `in_place` says that this moves nothing. `pad(x, own)`: the same, with room to whole
+  tiles after the pass's `own` tokens. Both are done once for all passes of a block;
+* `attend(head_dim, q, k, v, past, seen)`: [batch, token, dim] in and out. Keys are the
+  pass's own, then those of `past`: one layer of what was laid out, or a `Past`. The
+  first `seen` (traced) of all these are visible. Without k and v all keys are those of
+  `past`, with nothing padded;
+* `split(videos, heads)`: how a layer of what was laid out is split over mesh axes;
 * `refuses(dtype, head_dim)`: why it cannot serve such a model, or nothing.
 
 Networks call `attend` of this module, which gives each device of a mesh its videos and
@@ -52,27 +54,32 @@ class Plain:
     """Attention as XLA makes it: any machine, any size; holds the score matrix."""
 
     implementation = "xla"
-    axis = -3
     in_place = True
 
     def refuses(self, dtype: str, head_dim: int) -> str:
         del dtype, head_dim
         return ""
 
-    def lay_out(self, x: jax.Array) -> jax.Array:
-        return rearrange(x, "... f t h d -> ... (f t) h d")
+    def lay_out(self, x: jax.Array, head_dim: int) -> jax.Array:
+        del head_dim
+        return rearrange(x, "... f t d -> ... (f t) d")
+
+    def split(self, videos, heads) -> P:
+        return P(videos, None, heads)
 
     def pad(self, x: jax.Array, own: int) -> jax.Array:
         del own
         return x
 
-    def attend(self, q, k, v, past=None, seen=None):
-        k, v = _joined(k, v, past, axis=1)
+    def attend(self, head_dim: int, q, k, v, past=None, seen=None):
+        k, v = _joined(k, v, past)
+        q, k, v = (rearrange(x, "b t (h d) -> b t h d", d=head_dim) for x in (q, k, v))
         if seen is not None:
             seen = jnp.full(q.shape[:1], seen, jnp.int32)
-        return jax.nn.dot_product_attention(
+        out = jax.nn.dot_product_attention(
             q, k, v, key_value_seq_lengths=seen, implementation=self.implementation
         )
+        return rearrange(out, "b t h d -> b t (h d)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,49 +96,51 @@ class Cudnn(Plain):
         return ""
 
 
+class _ByHead:
+    """What kernels that read [batch, head, token, head dim] share."""
+
+    in_place = False
+
+    def lay_out(self, x: jax.Array, head_dim: int) -> jax.Array:
+        return rearrange(x, "... f t (h d) -> ... h (f t) d", d=head_dim)
+
+    def split(self, videos, heads) -> P:
+        return P(videos, heads, None, None)
+
+
 @dataclasses.dataclass(frozen=True)
-class Heads:
+class Heads(_ByHead):
     """One head at a time, for CPU: a head's scores stay in the cache.
 
     What is not visible is not computed, in steps of the pass's own size; under `vmap`
     all steps run. With fewer than `least` scores a head, all heads go at once.
     """
 
-    axis = -2
-    in_place = False
     least: int = 2**16
 
     def refuses(self, dtype: str, head_dim: int) -> str:
         del dtype, head_dim
         return ""
 
-    def lay_out(self, x: jax.Array) -> jax.Array:
-        return rearrange(x, "... f t h d -> ... h (f t) d")
-
     def pad(self, x: jax.Array, own: int) -> jax.Array:
         del own
         return x
 
-    def attend(self, q, k, v, past=None, seen=None):
+    def attend(self, head_dim: int, q, k, v, past=None, seen=None):
         own = 0 if k is None else k.shape[1]
-        keys = own + (0 if past is None else past.k.shape[self.axis])
-        scale = jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
-        q = rearrange(q * scale, "b t h d -> b h t d")
-        if own:
-            k, v = (rearrange(x, "b t h d -> b h t d") for x in (k, v))
+        keys = own + (0 if past is None else past.k.shape[-2])
+        q, k, v = _heads_first(head_dim, q, k, v)
         call = _all_heads if q.shape[2] * keys < self.least else _head_by_head
-        return rearrange(call(q, k, v, past, seen), "b h t d -> b t h d")
+        return rearrange(call(q, k, v, past, seen), "b h t d -> b t (h d)")
 
 
 @dataclasses.dataclass(frozen=True)
-class Splash:
+class Splash(_ByHead):
     """Pallas' splash attention, for TPU: no score matrix in memory.
 
     Source: jax.experimental.pallas.ops.tpu.splash_attention.
     """
 
-    axis = -2
-    in_place = False
     interpret: bool = False
     most_queries: int = 2048
     most_keys: int = 1024
@@ -143,19 +152,14 @@ class Splash:
             return f"a head of {head_dim} is not a multiple of {_LANES}"
         return ""
 
-    def lay_out(self, x: jax.Array) -> jax.Array:
-        return rearrange(x, "... f t h d -> ... h (f t) d")
-
     def pad(self, x: jax.Array, own: int) -> jax.Array:
-        whole = own + x.shape[self.axis]
+        whole = own + x.shape[-2]
         return _padded(x, _tile(whole, self.most_keys)[1] - own)
 
-    def attend(self, q, k, v, past=None, seen=None):
-        queries, scale = q.shape[1], jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
-        q = rearrange(q * scale, "b t h d -> b h t d")
-        if k is not None:
-            k, v = (rearrange(x, "b t h d -> b h t d") for x in (k, v))
-        k, v = _joined(k, v, past, axis=2)
+    def attend(self, head_dim: int, q, k, v, past=None, seen=None):
+        queries = q.shape[1]
+        q, k, v = _heads_first(head_dim, q, k, v)
+        k, v = _joined(k, v, past)
         tile, whole = _tile(k.shape[2], self.most_keys)
         if seen is None and whole != k.shape[2]:
             seen = k.shape[2]
@@ -163,7 +167,7 @@ class Splash:
         rows, padded = _tile(queries, self.most_queries)
         kernel = self._kernel(q.shape[1], padded, whole, rows, tile)
         out = kernel(_padded(q, padded), k, v, seen)
-        return rearrange(out[:, :, :queries], "b h t d -> b t h d")
+        return rearrange(out[:, :, :queries], "b h t d -> b t (h d)")
 
     def _kernel(self, heads: int, queries: int, keys: int, rows: int, tile: int):
         """Returns the kernel over a batch; its last argument is what is visible."""
@@ -205,18 +209,17 @@ class Splash:
         return attend
 
 
-def attend(kernel, q, k, v, past=None, seen=None) -> jax.Array:
+def attend(kernel, head_dim: int, q, k, v, past=None, seen=None) -> jax.Array:
     """Returns `kernel.attend`, on a mesh with each device's own videos and heads.
 
     The mesh is that of `jax.set_mesh`; without one, or on one device, nothing is
     split.
     """
     if not sharding.is_on_mesh():
-        return kernel.attend(q, k, v, past, seen)
+        return kernel.attend(head_dim, q, k, v, past, seen)
     videos = sharding.dividing(sharding.VIDEOS, q.shape[0])
-    heads = sharding.dividing(sharding.HEADS, q.shape[2])
-    by_token, by_head = P(videos, None, heads, None), P(videos, heads, None, None)
-    stored = by_token if kernel.axis == -3 else by_head
+    heads = sharding.dividing(sharding.HEADS, q.shape[2] // head_dim)
+    by_token, stored = P(videos, None, heads), kernel.split(videos, heads)
     if isinstance(past, Past):
         stored = Past(P(None, *stored), P(None, *stored), P())
     given = {"q": q, "k": k, "v": v, "past": past, "seen": seen}
@@ -224,7 +227,7 @@ def attend(kernel, q, k, v, past=None, seen=None) -> jax.Array:
     # Arguments that are not given have no specification.
     specs = {name: None if given[name] is None else specs[name] for name in given}
     split = jax.shard_map(
-        lambda given: kernel.attend(**given),
+        lambda given: kernel.attend(head_dim, **given),
         in_specs=(specs,),
         out_specs=by_token,
         check_vma=False,
@@ -267,15 +270,25 @@ def _one(past) -> tuple[jax.Array, jax.Array]:
     return past.one() if isinstance(past, Past) else (past.k, past.v)
 
 
-def _joined(k, v, past, axis: int):
+def _heads_first(head_dim: int, q, k, v):
+    """Returns scaled queries, keys and values as [batch, head, token, head dim]."""
+    scale = jnp.asarray(head_dim**-0.5, q.dtype)
+    pattern = "b t (h d) -> b h t d"
+    return (
+        rearrange(q * scale, pattern, d=head_dim),
+        *(None if x is None else rearrange(x, pattern, d=head_dim) for x in (k, v)),
+    )
+
+
+def _joined(k, v, past):
     """Returns own keys and values followed by remembered ones."""
     if past is None:
         return k, v
     past_k, past_v = _one(past)
     if k is None:
         return past_k, past_v
-    whole = jnp.concatenate([k, past_k.astype(k.dtype)], axis=axis)
-    return whole, jnp.concatenate([v, past_v.astype(v.dtype)], axis=axis)
+    whole = jnp.concatenate([k, past_k.astype(k.dtype)], axis=-2)
+    return whole, jnp.concatenate([v, past_v.astype(v.dtype)], axis=-2)
 
 
 def _all_heads(q, k, v, past, seen):

@@ -11,7 +11,7 @@ _STRIDE = 1024
 
 @struct.dataclass
 class Rotary:
-    """Rotation of every token: `cos` and `sin` of shape [frame, token, dim].
+    """Rotation of every token: `cos` and `sin`, [frame, token, head dim].
 
     Both channels of a pair have its angle; `sin` is negative in the first of them.
     """
@@ -100,19 +100,16 @@ def rotate(x: jax.Array, by: Rotary) -> jax.Array:
     """Returns `x` with adjacent channel pairs (2i, 2i + 1) rotated, in its dtype.
 
     Args:
-      x: [..., frame, token, head, dim].
-      by: rotation of every frame and token.
+      x: [..., frame, token, dim], heads side by side in `dim`.
+      by: rotation of every frame and token, of one head.
     """
-    return rotate_as(x, by.cos[:, :, None], by.sin[:, :, None])
-
-
-def rotate_as(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Returns `x` rotated as `rotate` does, by what is laid out as `x` is."""
-    wide = x.astype(jnp.float32)
+    head_dim = by.cos.shape[-1]
+    wide = rearrange(x, "... (h d) -> ... h d", d=head_dim).astype(jnp.float32)
     # Each channel's partner by rolling: lanes stay in place, which every backend likes.
-    odd = np.arange(x.shape[-1]) % 2 == 1
+    odd = np.arange(head_dim) % 2 == 1
     partner = jnp.where(odd, jnp.roll(wide, 1, -1), jnp.roll(wide, -1, -1))
-    return (wide * cos + partner * sin).astype(x.dtype)
+    turned = wide * by.cos[:, :, None] + partner * by.sin[:, :, None]
+    return turned.astype(x.dtype).reshape(x.shape)
 
 
 def timestep_sinusoid(timestep: jax.Array, dim: int) -> jax.Array:

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from anchor_jax.cache import store
+from anchor_jax.cache.memory import lay_out
 from anchor_jax.cache.policies import POLICIES
 from anchor_jax.perf import roofline
 from anchor_jax.streaming.decode import decode
@@ -49,14 +50,14 @@ def test_operations_are_those_of_the_traced_model():
 def forward(grid, params):
     """Runs the tiny model on a block of 3 that sees 2 frames more."""
     rows, columns = grid.tokens(TINY.patch)
-    shape = (TINY.num_layers, 1, 2, rows * columns, TINY.num_heads, TINY.head_dim)
-    text = (TINY.num_layers, 1, TINY.text_len, TINY.num_heads, TINY.head_dim)
+    shape = (TINY.num_layers, 1, 2, rows * columns, TINY.dim)
+    text = (TINY.num_layers, 1, TINY.text_len, TINY.dim)
     kernel = kernels.KERNELS["plain"]
     visible = Prefix(jnp.int32(5))
     past = LayersKV(jnp.zeros(shape), jnp.zeros(shape))
     latents = jnp.zeros((1, 3, grid.height, grid.width, TINY.latent_channels))
     context = ContextKV(jnp.zeros(text), jnp.zeros(text))
-    past = visible.lay_out(kernel, past, 3)
+    past = lay_out(kernel, TINY.head_dim, past, 3)
     position = jnp.arange(3)
     return dit.WanDit(TINY, kernel).apply(
         {"params": params},

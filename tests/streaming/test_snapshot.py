@@ -17,7 +17,7 @@ from anchor_jax.config import load_config
 from anchor_jax.errors import UserError
 from anchor_jax.prompts import Script, Segment
 from anchor_jax.sampling.resolve import make_policy
-from anchor_jax.streaming import session as sessions
+from anchor_jax.streaming import stream
 from anchor_jax.streaming.recipe import (
     Switch,
     describe,
@@ -49,14 +49,14 @@ POLICIES_HERE = {
 @pytest.fixture
 def kept(monkeypatch):
     """Latents of each block that any session makes, (frame, latents), in order."""
-    made, advance = [], sessions.advance
+    made, make_block = [], stream.make_block
 
     def recording(variables, state, rng, frame, *, setup):
-        state, latents, plan = advance(variables, state, rng, frame, setup=setup)
+        state, latents, plan = make_block(variables, state, rng, frame, setup=setup)
         made.append((int(frame), np.array(latents)))
         return state, latents, plan
 
-    monkeypatch.setattr(sessions, "advance", recording)
+    monkeypatch.setattr(stream, "make_block", recording)
     return made
 
 
@@ -384,6 +384,41 @@ def saved(tmp_path_factory):
 def restore(path, content):
     path.write_bytes(content)
     return Session.restore(path, bundles.load())
+
+
+@pytest.mark.parametrize("name", ["anchor_forcing", "anchor_forcing_release"])
+def test_a_file_of_the_first_cache_layout_goes_on(tmp_path, name):
+    session = make(name)
+    blocks(session, 6)
+    session.save(tmp_path / "new")
+    tensors = safetensors.numpy.load((tmp_path / "new").read_bytes())
+    with safetensors.safe_open(tmp_path / "new", "np") as opened:
+        header = json.loads(opened.metadata()["anchor_jax_moment"])
+    assert header.pop("cache_layout") == 2
+    apart = [
+        key
+        for key in tensors
+        if ".cache.slots." in key or (".cache.prior." in key and tensors[key].ndim == 5)
+    ]
+    for key in apart:
+        x = tensors[key]
+        heads = tiny.MODEL.num_heads
+        tensors[key] = x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
+    old = safetensors.numpy.save(tensors, {"anchor_jax_moment": json.dumps(header)})
+
+    assert len(apart) == (4 if name.endswith("release") else 2)
+    again = restore(tmp_path / "old", old)
+
+    assert same(blocks(again, 12), blocks(session, 12))
+
+
+def test_a_later_cache_layout_is_refused(saved, tmp_path):
+    header = saved[2] | {"cache_layout": 3}
+    content = safetensors.numpy.save(
+        saved[1], {"anchor_jax_moment": json.dumps(header)}
+    )
+    with pytest.raises(UserError, match="cache_layout=3: must be 1 to 2"):
+        restore(tmp_path / "m", content)
 
 
 @pytest.mark.parametrize("part", [0, 4, 100, 0.5, 0.999])

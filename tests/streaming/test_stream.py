@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
+from anchor_jax.cache.memory import lay_out
 from anchor_jax.cache.policies import Flush, Keep, Policy, Recache, Rerun
 from anchor_jax.cache.positions import Absolute, Relative
 from anchor_jax.flow import few_step_levels
@@ -35,7 +36,7 @@ def network(x, timestep, context, query, own, visible=None, past=None, *,
     visible = visible_static or visible
     model = WanDit(tiny.MODEL)
     if past is not None and isinstance(visible, Prefix):
-        past = visible.lay_out(model.attention, past, x.shape[1])
+        past = lay_out(model.attention, tiny.MODEL.head_dim, past, x.shape[1])
     return model.apply(tiny.variables(), x, times, context, visible, query, own, past)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from anchor_jax.errors import UserError
-from anchor_jax.streaming import session
+from anchor_jax.streaming import stream
 from anchor_jax.streaming.loop import Euler, Renoise
 from anchor_jax.training import samples
 from anchor_jax.training.checkpoints import Checkpoints
@@ -74,13 +74,13 @@ def test_videos_are_of_the_mean_and_compiled_once(tmp_path):
     sampler.show = lambda image, step: shown.append((image, step))
 
     sampler(state, 250)
-    programs = session.advance._cache_size()
+    programs = stream.make_block._cache_size()
     moved = jax.tree.map(lambda x: 1.5 * x, state.generator)
     moved = jax.device_put(moved, prepared.stage.places.generator)
     sampler(state.replace(generator=moved), 500)
     sampler(state.replace(ema=moved), 750)
 
-    assert session.advance._cache_size() == programs
+    assert stream.make_block._cache_size() == programs
     names = {place.name for place in (tmp_path / "samples").iterdir()}
     steps = ("000250", "000500", "000750")
     assert names == {f"step-{x}.{kind}" for x in steps for kind in ("mp4", "png")}

@@ -11,6 +11,7 @@ import pytest
 import tiny
 from flax import traverse_util
 
+from anchor_jax.cache.memory import lay_out
 from anchor_jax.wan import dit
 from anchor_jax.wan.attention import (
     ContextKV,
@@ -21,7 +22,7 @@ from anchor_jax.wan.attention import (
     teacher_forcing,
 )
 from anchor_jax.wan.dit import WanDit
-from anchor_jax.wan.kernels import Plain
+from anchor_jax.wan.kernels import Plain, attend
 from anchor_jax.wan.spec import WAN_1_3B, WAN_14B, LatentGrid, ModelConfig
 
 
@@ -124,7 +125,7 @@ def test_layers_differ_and_both_count():
     other, own_other = apply(swapped, x, context, bidirectional(3))
 
     assert np.abs(flow - other).max() > 1e-3
-    assert own.k.shape == (2, 1, 3, 4, 2, 24)
+    assert own.k.shape == (2, 1, 3, 4, 48)
     assert np.abs(own.k[0] - own_other.k[0]).max() > 1e-3
 
 
@@ -244,14 +245,17 @@ def test_every_frame_has_its_own_timestep():
     assert np.abs(base[:, 1] - other[:, 1]).max() > 1e-3
 
 
-def dense(seen, q, k, v):
+def dense(seen, *qkv):
     """The reference: a whole mask of query frames by key frames, in float64."""
-    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    q, k, v = (np.asarray(x, np.float64).reshape(*x.shape[:-1], 2, 8) for x in qkv)
     scores = np.einsum("bfthd,bgshd->bhftgs", q, k) / np.sqrt(q.shape[-1])
     scores = np.where(np.asarray(seen)[None, None, :, None, :, None], scores, -np.inf)
     weights = np.exp(scores - scores.max(axis=(-2, -1), keepdims=True))
     weights /= weights.sum(axis=(-2, -1), keepdims=True)
-    return np.einsum("bhftgs,bgshd->bfthd", weights, v)
+    return np.einsum("bhftgs,bgshd->bfthd", weights, v).reshape(qkv[0].shape)
+
+
+ATTENTION = functools.partial(attend, Plain(), 8)
 
 
 def block_of(frame, blocks):
@@ -293,11 +297,11 @@ def mask(frames, sees, *args):
 def test_spans_equal_a_dense_mask(spans, frames, expected):
     rng = np.random.default_rng(0)
     q, k, v = (
-        jnp.asarray(rng.standard_normal((2, frames, 3, 2, 8)), jnp.float32)
+        jnp.asarray(rng.standard_normal((2, frames, 3, 16)), jnp.float32)
         for _ in range(3)
     )
 
-    ours = jax.jit(functools.partial(spans.attend, Plain()))(q, k, v)
+    ours = jax.jit(functools.partial(spans.attend, ATTENTION))(q, k, v)
 
     np.testing.assert_allclose(ours, dense(expected, q, k, v), rtol=0, atol=2e-6)
 
@@ -305,16 +309,13 @@ def test_spans_equal_a_dense_mask(spans, frames, expected):
 def test_prefix_equals_a_dense_mask():
     rng = np.random.default_rng(0)
     q, k, v = (
-        jnp.asarray(rng.standard_normal((2, f, 3, 2, 8)), jnp.float32)
-        for f in (3, 7, 7)
+        jnp.asarray(rng.standard_normal((2, f, 3, 16)), jnp.float32) for f in (3, 7, 7)
     )
-    attend = jax.jit(lambda frames: Prefix(frames).attend(Plain(), q, k, v))
+    seen = jax.jit(lambda frames: Prefix(frames).attend(ATTENTION, q, k, v))
 
     for frames in range(1, 8):
         expected = dense(mask(7, lambda q, k, n: k < n, frames)[:3], q, k, v)
-        np.testing.assert_allclose(
-            attend(jnp.int32(frames)), expected, rtol=0, atol=2e-6
-        )
+        np.testing.assert_allclose(seen(jnp.int32(frames)), expected, rtol=0, atol=2e-6)
 
 
 def test_later_blocks_reach_no_earlier_one():
@@ -343,7 +344,7 @@ def test_past_keys_count_as_given_and_own_keys_are_returned_unrotated():
         flow, apply(variables, x, context, bidirectional(3))[0], rtol=0, atol=2e-5
     )
     past = LayersKV(k=own.k[:, :, :1], v=own.v[:, :, :1])
-    past = Prefix(jnp.int32(3)).lay_out(WanDit(tiny.MODEL).attention, past, 3)
+    past = lay_out(WanDit(tiny.MODEL).attention, tiny.MODEL.head_dim, past, 3)
     unseen = apply(variables, x, context, Prefix(jnp.int32(3)), past=past)[0]
     seen = apply(variables, x, context, Prefix(jnp.int32(4)), past=past)[0]
     np.testing.assert_allclose(unseen, flow, rtol=0, atol=2e-5)

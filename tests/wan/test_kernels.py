@@ -1,11 +1,14 @@
 """Every attention kernel against the plain one."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from anchor_jax import sharding
+from anchor_jax.cache.memory import lay_out
 from anchor_jax.errors import UserError
 from anchor_jax.wan.attention import LayersKV, Prefix
 from anchor_jax.wan.kernels import (
@@ -27,18 +30,19 @@ def arrays(frames, past, tokens=4, heads=2, dim=8, layers=None, seed=0):
     rng = np.random.default_rng(seed)
 
     def draw(count):
-        shape = (2, count, tokens, heads, dim)
+        shape = (2, count, tokens, heads * dim)
         shape = shape if layers is None else (layers, *shape)
         return jnp.asarray(rng.standard_normal(shape), jnp.float32)
 
     return [draw(frames) for _ in range(3)], LayersKV(draw(past), draw(past))
 
 
-def attended(kernel, qkv, past, frames):
-    visible = Prefix(frames)
+def attended(kernel, qkv, past, frames, dim=8):
     layers = jax.tree.map(lambda x: x[None], past)
-    laid_out = visible.lay_out(kernel, layers, qkv[0].shape[1])
-    return visible.attend(kernel, *qkv, jax.tree.map(lambda x: x[0], laid_out))
+    laid_out = lay_out(kernel, dim, layers, qkv[0].shape[1])
+    attention = functools.partial(attend, kernel, dim)
+    remembered = jax.tree.map(lambda x: x[0], laid_out)
+    return Prefix(frames).attend(attention, *qkv, remembered)
 
 
 @pytest.mark.parametrize(
@@ -73,19 +77,19 @@ def test_heads_has_the_gradient_of_plain():
 def test_without_a_past_all_keys_are_seen(kernel):
     (q, _, _), _ = arrays(3, 0, dim=128)
     (_, k, v), _ = arrays(5, 0, dim=128, seed=1)
-    q, k, v = (x.reshape(2, -1, 2, 128) for x in (q, k, v))
+    q, k, v = (x.reshape(2, -1, 2 * 128) for x in (q, k, v))
 
-    ours = jax.jit(kernel.attend)(q, k, v)
+    ours = jax.jit(functools.partial(kernel.attend, 128))(q, k, v)
 
-    np.testing.assert_allclose(ours, Plain().attend(q, k, v), rtol=0, atol=5e-6)
+    np.testing.assert_allclose(ours, Plain().attend(128, q, k, v), rtol=0, atol=5e-6)
 
 
 def test_splash_pads_and_hides_what_is_not_visible():
     qkv, remembered = arrays(3, 6, tokens=50, dim=128)
-    ours = jax.jit(lambda n: attended(SPLASH, qkv, remembered, n))
+    ours = jax.jit(lambda n: attended(SPLASH, qkv, remembered, n, 128))
 
     for seen in (3, 6, 9):
-        expected = attended(Plain(), qkv, remembered, jnp.int32(seen))
+        expected = attended(Plain(), qkv, remembered, jnp.int32(seen), 128)
         np.testing.assert_allclose(ours(jnp.int32(seen)), expected, rtol=0, atol=5e-6)
 
 
@@ -93,7 +97,7 @@ def test_splash_has_the_gradient_of_plain():
     qkv, remembered = arrays(2, 2, tokens=40, dim=128)
 
     def loss(kernel, qkv):
-        return jnp.sum(jnp.square(attended(kernel, qkv, remembered, jnp.int32(4))))
+        return jnp.sum(jnp.square(attended(kernel, qkv, remembered, jnp.int32(4), 128)))
 
     ours = jax.jit(jax.grad(lambda x: loss(SPLASH, x)))(qkv)
     plain = jax.jit(jax.grad(lambda x: loss(Plain(), x)))(qkv)
@@ -160,10 +164,11 @@ def test_heads_is_finite_where_hidden_keys_score_far_above_the_visible():
 
 @pytest.mark.parametrize("kernel", [SPLASH, HEADS], ids=["splash", "heads"])
 def test_devices_attend_to_their_own_videos_and_heads(kernel):
-    qkv, remembered = arrays(3, 6, tokens=43, dim=128 if kernel is SPLASH else 8)
+    dim = 128 if kernel is SPLASH else 8
+    qkv, remembered = arrays(3, 6, tokens=43, dim=dim)
 
     def loss(qkv):
-        out = attended(kernel, qkv, remembered, jnp.int32(6))
+        out = attended(kernel, qkv, remembered, jnp.int32(6), dim)
         return jnp.sum(jnp.square(out)), out
 
     step = jax.value_and_grad(loss, has_aux=True)
@@ -174,7 +179,7 @@ def test_devices_attend_to_their_own_videos_and_heads(kernel):
 
     assert "manual_computation" in lowered.as_text()
     spec = together.sharding.shard_shape(together.shape)
-    assert spec[0] == 1 and spec[-2] == 1, "a video and a head a device"
+    assert spec[0] == 1 and spec[-1] == dim, "a video and a head a device"
     np.testing.assert_allclose(together, alone, rtol=0, atol=1e-6)
     for ours, theirs in zip(gradient, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -183,7 +188,7 @@ def test_devices_attend_to_their_own_videos_and_heads(kernel):
 def test_heads_that_no_device_can_have_alone_are_not_split():
     qkv, _ = arrays(3, 0, heads=3)
     with jax.set_mesh(sharding.make_mesh((1, 1, 1, 4))):
-        out = jax.jit(lambda q, k, v: attend(Plain(), q[0], k[0], v[0]))(*qkv)
+        out = jax.jit(lambda q, k, v: attend(Plain(), 8, q[0], k[0], v[0]))(*qkv)
 
     q, k, v = (x[0] for x in qkv)
-    np.testing.assert_allclose(out, Plain().attend(q, k, v), atol=1e-6)
+    np.testing.assert_allclose(out, Plain().attend(8, q, k, v), atol=1e-6)

@@ -573,6 +573,28 @@ def test_an_error_between_steps_loses_none(tmp_path, monkeypatch):
     assert (int(state.step), cursor) == (3, Cursor(3))
 
 
+def test_a_checkpoint_of_the_first_cache_layout_is_resumed(tmp_path, monkeypatch):
+    on_one_device(monkeypatch)
+    prepared = make(DISTILL)
+    state, cursor, _ = steps(prepared, 1)
+    expected = leaves(state)
+    cache, heads = state.rollout.cache, tiny.MODEL.num_heads
+
+    def apart(x):
+        return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
+
+    slots, prior = jax.tree.map(apart, (cache.slots, cache.prior))
+    old = state.rollout.replace(cache=cache.replace(slots=slots, prior=prior))
+    checkpoints = Checkpoints(tmp_path, {}, 2)
+    checkpoints.save(state.replace(rollout=old), cursor)
+    checkpoints.close()
+
+    found, _ = Checkpoints(tmp_path, {}, 2).restore(state, prepared.stage.places)
+
+    for ours, theirs in zip(leaves(found), expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_nothing_is_set_aside_where_nothing_can_be_restored(tmp_path, monkeypatch):
     on_one_device(monkeypatch)
     run(REGRESS, tmp_path, 4)
