@@ -33,6 +33,7 @@ from anchor_jax.streaming import room
 from anchor_jax.streaming.loop import DpmPlusPlus, Euler, Renoise, UniPC
 from anchor_jax.streaming.types import StreamSetup
 from anchor_jax.text import check_text
+from anchor_jax.training.stages.registry import STAGES
 from anchor_jax.wan import kernels
 from anchor_jax.wan.spec import GRIDS, LatentGrid
 from anchor_jax.weights.bundle import Bundle
@@ -320,29 +321,15 @@ def trained_method(training: Mapping[str, Any], base: Method = SAVED) -> Method:
       training: the training's config, as plain values.
       base: the settings of the initial weights. If these are bidirectional, the trained
         weights are too.
+
+    Raises:
+      UserError: The stage is unknown.
     """
-    section, regression = training["distillation"], training["regression"]
-    samples, rules = training["samples"], training["rules"]
-    distills = training["stage"] == "distillation"
-    is_causal = distills or regression["forcing"] != "none"
-    policy = section["policy"] if is_causal else TEACHER
-    # Older trainings have no grid; they were sampled at even noise levels.
-    grid = samples["grid"] if "grid" in samples else None
-    if policy == base.policy == TEACHER:
-        return base if grid else dataclasses.replace(base, grid=EVEN)
-    if distills or regression["endpoints"]:
-        shift = (section if distills else regression)["shift"]
-        return Method(policy, rules, steps=tuple(section["steps"]), shift=shift)
-    return Method(
-        policy,
-        rules,
-        solver="euler",
-        num_steps=samples["steps"],
-        grid=grid or EVEN,
-        shift=regression["shift"],
-        guidance=samples["guidance"],
-        negative_prompt=section["negative_prompt"],
-    )
+    name = training["stage"]
+    if name not in STAGES:
+        known = suggest(str(name), STAGES, "stages")
+        raise UserError(f"unknown stage {shown(name)}{known}")
+    return STAGES[name].method(training, base)
 
 
 def _method(metadata: Mapping[str, Any]) -> Method:

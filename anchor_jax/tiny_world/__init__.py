@@ -5,4 +5,10 @@ A domain of `anchor_jax.plugins`: the core finds its parts here, by role and nam
 
 PARTS = {
     "codecs": {"linear": "anchor_jax.tiny_world.codec:LINEAR"},
+    "prompts": {"world_prompts": "anchor_jax.tiny_world.prompts:PROMPTS"},
+    "clips": {
+        "world_clips": "anchor_jax.tiny_world.sources:CLIPS",
+        "world_windows": "anchor_jax.tiny_world.sources:WINDOWS",
+    },
+    "initial weights": {"fresh": "anchor_jax.tiny_world.fresh:save_fresh"},
 }
