@@ -10,5 +10,12 @@ PARTS = {
         "world_clips": "anchor_jax.tiny_world.sources:CLIPS",
         "world_windows": "anchor_jax.tiny_world.sources:WINDOWS",
     },
+    "metrics": {"world_match": "anchor_jax.tiny_world.metrics:world_match"},
+    "trials": {
+        "switch": "anchor_jax.tiny_world.trials:SWITCH",
+        "events": "anchor_jax.tiny_world.trials:EVENTS",
+        "minute": "anchor_jax.tiny_world.trials:MINUTE",
+    },
+    "ablations": {"paper": "anchor_jax.tiny_world.ablate:PAPER"},
     "initial weights": {"fresh": "anchor_jax.tiny_world.fresh:save_fresh"},
 }

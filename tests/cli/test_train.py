@@ -272,9 +272,10 @@ def test_weights_that_are_not_there_are_named_by_their_field(weights, capsys):
 
 
 def test_a_missing_extra_is_named(monkeypatch, tmp_path, capsys):
-    for name in ("datasets", "trajectories", "videos"):
-        monkeypatch.delitem(sys.modules, f"anchor_jax.training.{name}", raising=False)
-        monkeypatch.delattr(f"anchor_jax.training.{name}", raising=False)
+    for name in ("datasets", "prompts", "states", "trajectories", "videos"):
+        module = f"anchor_jax.training.data.{name}"
+        monkeypatch.delitem(sys.modules, module, raising=False)
+        monkeypatch.delattr(module, raising=False)
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     (tmp_path / "a.txt").write_text("a\nb\n")
     given = ["train", "--config=train_dmd:tiny", "--config.data.kind=prompts"]

@@ -249,7 +249,7 @@ def test_the_command_refuses_what_it_does_not_know(
     monkeypatch, capsys, arguments, message
 ):
     monkeypatch.setattr(command, "_prepare_environment", lambda: None)
-    monkeypatch.setattr(command, "_targets", lambda aot: ["v5p"])
+    monkeypatch.setattr(command, "_targets", lambda: ["v5p"])
 
     given = ["plan", "--config=configs/train_dmd.py", *arguments]
     assert main.main(given) == 2

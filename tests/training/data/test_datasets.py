@@ -545,7 +545,7 @@ import pathlib, sys
 import anchor_jax
 from anchor_jax.training.data import order
 assert "tensorflow_datasets" not in sys.modules
-from anchor_jax.training import datasets, trajectories
+from anchor_jax.training.data import datasets, trajectories
 import numpy as np
 root = pathlib.Path(sys.argv[1])
 (root / "a.txt").write_text("a\\nb\\n")
