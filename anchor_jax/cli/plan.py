@@ -112,7 +112,7 @@ def _plan_training() -> dict:
     report = functools.partial(
         plan.plan,
         chips=FLAGS.chips,
-        networks=plan.Networks(*models, VaeConfig(**_HELD), TextConfig(**_HELD)),
+        networks=plan.NetworkSizes(*models, VaeConfig(**_HELD), TextConfig(**_HELD)),
     )
     summaries = {}
     for name in _targets():
@@ -132,7 +132,7 @@ def _remat(name: str) -> str:
 
 
 def training_table(title: str, summary: dict) -> list[str]:
-    """Returns the lines that show a `training.plan.Report.summary()`."""
+    """Returns the lines that show a `TrainingReport.summary()`."""
     mesh = ", ".join(f"{axis} {n}" for axis, n in summary["mesh"].items() if n > 1)
     chip, memory = summary["chip"], summary["memory"] / _GB
     is_refused = any("reason" in made for made in summary["programs"].values())

@@ -33,7 +33,7 @@ _MACHINE = 8  # chips of a process, the first of which encodes its prompts
 
 
 @dataclasses.dataclass(frozen=True)
-class Networks:
+class NetworkSizes:
     """Sizes of the networks of a training; the critic's are the generator's."""
 
     generator: ModelConfig
@@ -43,7 +43,7 @@ class Networks:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class TrainingReport:
     """The programs of a training on one of the chips of a mesh; sizes in bytes.
 
     Attributes:
@@ -103,9 +103,9 @@ def plan(
     name: str,
     chips: int,
     config: TrainConfig,
-    networks: Networks,
+    networks: NetworkSizes,
     progress: Callable[[str], None] = lambda _: None,
-) -> Report:
+) -> TrainingReport:
     """Returns what the compiler of a target makes of a training's programs.
 
     Args:
@@ -135,7 +135,7 @@ def plan(
     encoder, resident[aot.ENCODER] = aot.text_program(networks.text, prompts)
     (device,) = aot.devices_of(target, 1)
     made[aot.ENCODER] = aot.compile_program(aot.on_device(encoder, device))
-    return Report(target, dict(mesh.shape), made, resident, gradient)
+    return TrainingReport(target, dict(mesh.shape), made, resident, gradient)
 
 
 def _resident(prepared: Prepared) -> tuple[dict[str, int], int]:
@@ -152,7 +152,7 @@ def _resident(prepared: Prepared) -> tuple[dict[str, int], int]:
     return sizes, max(sizes[name] for name in trained)
 
 
-def on_paper(config: TrainConfig, networks: Networks, mesh: Mesh) -> Prepared:
+def on_paper(config: TrainConfig, networks: NetworkSizes, mesh: Mesh) -> Prepared:
     """Returns a stage whose weights and state are shapes.
 
     Raises:
@@ -194,7 +194,7 @@ def _bundle(model: ModelConfig, vae: VaeCodec, grid) -> Bundle:
 
 
 def programs(
-    prepared: Prepared, config: TrainConfig, networks: Networks
+    prepared: Prepared, config: TrainConfig, networks: NetworkSizes
 ) -> dict[str, Program]:
     """Returns a step's programs by name."""
     stage, bundle = prepared.compiled, prepared.bundle

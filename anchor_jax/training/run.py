@@ -72,7 +72,7 @@ def read_config(config) -> TrainConfig:
 
 
 @dataclasses.dataclass(eq=False)
-class Job:
+class TrainingRun:
     """A stage that is ready to run.
 
     Attributes:
@@ -93,7 +93,7 @@ class Job:
     sampler: Sampler | None = None
     lease: ownership.Lease | None = None
 
-    def plan(self) -> str:
+    def describe(self) -> str:
         """Returns a description of the training, as text."""
         config, counts = self.config, self.prepared.counts
         length = build.find_stage(config).describe_frames(config)
@@ -195,7 +195,7 @@ def open_job(
     tell: Callable[[str], None],
     most: int | None = None,
     patience: float = 0.0,
-) -> Job:
+) -> TrainingRun:
     """Returns a stage with its weights and data, and a lease on its folder.
 
     Args:
@@ -233,7 +233,9 @@ def open_job(
     return job
 
 
-def _open_job(config: TrainConfig, folder: pathlib.Path, tell, most: int | None) -> Job:
+def _open_job(
+    config: TrainConfig, folder: pathlib.Path, tell, most: int | None
+) -> TrainingRun:
     files.check(folder)
     compare_config(config, folder, tell)
     stage = build.find_stage(config)
@@ -272,7 +274,7 @@ def _open_job(config: TrainConfig, folder: pathlib.Path, tell, most: int | None)
     checkpoints = Checkpoints(
         folder, meta, config.keep, tell, config.keep_best, config.best_of
     )
-    return Job(config, folder, prepared, checkpoints, tell, sampler)
+    return TrainingRun(config, folder, prepared, checkpoints, tell, sampler)
 
 
 def _warn_of_words(config: TrainConfig, bundle: Bundle, folder, tell) -> None:
@@ -310,7 +312,7 @@ def dry_run(config: TrainConfig, tell: Callable[[str], None]) -> None:
         data = dataclasses.replace(config.data, cache=None)
         trial = dataclasses.replace(config, out=str(scratch), data=data)
         job = open_job(trial, tell, most=config.batch)
-        tell(job.plan())
+        tell(job.describe())
         where, logged = f"(from {folder / files.LOG})", _logged(folder)
         if logged is None:
             tell("timing a few steps; the first ones compile")

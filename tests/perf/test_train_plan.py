@@ -27,7 +27,7 @@ SMALL = ModelConfig(
     dim=64, ffn_dim=256, num_heads=2, num_layers=8, freq_dim=32, text_dim=32,
     text_len=16, param_dtype="bfloat16",
 )  # fmt: skip
-NETWORKS = plan.Networks(
+NETWORKS = plan.NetworkSizes(
     SMALL,
     dataclasses.replace(SMALL, dim=128),
     VaeConfig(base_dim=8),
@@ -162,7 +162,9 @@ def made(temporaries, **changes):
 def report(**programs):
     resident = {"generator": 10 * GB, "optimizers": 20 * GB}
     programs = {name.replace("_", " "): one for name, one in programs.items()}
-    return plan.Report(aot.TARGETS["h100"], {"fsdp": 8}, programs, resident, 5 * GB)
+    return plan.TrainingReport(
+        aot.TARGETS["h100"], {"fsdp": 8}, programs, resident, 5 * GB
+    )
 
 
 def test_memory_is_what_stays_and_the_largest_program():

@@ -77,7 +77,7 @@ class CompiledStage(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Networks:
+class InitialNetworks:
     """The networks that a training begins with.
 
     Attributes:
@@ -148,7 +148,7 @@ class StageKind:
         raise NotImplementedError
 
     def prepare(
-        self, config, networks: Networks, batches: Batches | None, on: Arrays
+        self, config, networks: InitialNetworks, batches: Batches | None, on: Arrays
     ) -> Prepared:
         """Returns the stage with its first state.
 

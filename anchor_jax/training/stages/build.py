@@ -11,7 +11,7 @@ from anchor_jax.training import placement
 from anchor_jax.training.data.kinds import Batches, DataConfig
 from anchor_jax.training.data.order import Share
 from anchor_jax.training.placement import Arrays
-from anchor_jax.training.stages.base import Networks, Prepared, StageKind
+from anchor_jax.training.stages.base import InitialNetworks, Prepared, StageKind
 from anchor_jax.training.stages.distillation import DistillationConfig
 from anchor_jax.training.stages.registry import STAGES
 from anchor_jax.training.stages.regression import RegressionConfig
@@ -141,7 +141,7 @@ def prepare(
     stage = find_stage(config)
     on = on or Arrays(make_mesh(config))
     _check_fits(bundle.model, teacher=teacher, critic=critic)
-    return stage.prepare(config, Networks(bundle, teacher, critic), batches, on)
+    return stage.prepare(config, InitialNetworks(bundle, teacher, critic), batches, on)
 
 
 def open_source(

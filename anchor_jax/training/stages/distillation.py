@@ -22,9 +22,9 @@ from anchor_jax.training.data.kinds import PROMPTS, Batches
 from anchor_jax.training.data.order import Share
 from anchor_jax.training.losses import ReleaseTables, Score, Tables
 from anchor_jax.training.placement import Arrays
-from anchor_jax.training.schedule import Piece, Plan
+from anchor_jax.training.schedule import ChunkSpan, SequencePlan
 from anchor_jax.training.stages import base, distillation_step
-from anchor_jax.training.stages.base import Cursor, Networks, Prepared, StageKind
+from anchor_jax.training.stages.base import Cursor, InitialNetworks, Prepared, StageKind
 from anchor_jax.training.stages.distillation_flops import step_flops
 from anchor_jax.training.stages.distillation_step import ChunkShape, DistillationSpec
 from anchor_jax.training.state import Ema, TrainState, init_state
@@ -105,15 +105,15 @@ class CompiledDistillation:
         metrics, gradient = {}, None
         with jax.set_mesh(self.mesh):
             if step % self.every == 0:
-                piece, batch, after = self._take(cursor)
+                span, batch, after = self._take(cursor)
                 run = self._gradient(
-                    "generator", distillation_step.shape_of(self.spec, piece)
+                    "generator", distillation_step.shape_of(self.spec, span)
                 )
                 state, gradient, metrics = run(state, self.frozen, batch)
                 # A sequence of one chunk: the critic sees the same prompts.
                 cursor = cursor if self._is_short else after
-            piece, batch, cursor = self._take(cursor)
-            run = self._gradient("critic", distillation_step.shape_of(self.spec, piece))
+            span, batch, cursor = self._take(cursor)
+            run = self._gradient("critic", distillation_step.shape_of(self.spec, span))
             state, by_critic, more = run(state, self.frozen, batch)
             metrics |= more
             if gradient is not None:
@@ -152,26 +152,26 @@ class CompiledDistillation:
     def _kinds(self) -> dict[str, ChunkShape]:
         """Returns the shape of the last chunk of each kind, a late switch's."""
         plan, kinds = self.spec.plan, {}
-        for piece in plan.pieces(max(plan.switches, default=None)):
-            shape = distillation_step.shape_of(self.spec, piece)
-            kind = "switch" if shape.turn else "later chunk"
+        for span in plan.chunks(max(plan.switches, default=None)):
+            shape = distillation_step.shape_of(self.spec, span)
+            kind = "switch" if shape.switch else "later chunk"
             kinds["first chunk" if shape.is_first else kind] = shape
         return kinds
 
     @property
     def _is_short(self) -> bool:
         plan = self.spec.plan
-        return plan.piece(plan.frames, None) is None
+        return plan.chunk(plan.frames, None) is None
 
-    def _take(self, cursor: Cursor) -> tuple[Piece, Any, Cursor]:
+    def _take(self, cursor: Cursor) -> tuple[ChunkSpan, Any, Cursor]:
         """Returns a chunk, its sequence's batch on the mesh, and the next cursor."""
         plan = self.spec.plan
         switch = plan.switch(self.seed, cursor.number)
-        piece = plan.piece(cursor.start, switch)
-        after = Cursor(cursor.number, piece.end)
-        if plan.piece(piece.end, switch) is None:
+        span = plan.chunk(cursor.start, switch)
+        after = Cursor(cursor.number, span.end)
+        if plan.chunk(span.end, switch) is None:
             after = Cursor(cursor.number + 1)
-        return piece, self._batch(cursor.number, switch or 0), after
+        return span, self._batch(cursor.number, switch or 0), after
 
     @functools.cached_property
     def _batch(self):
@@ -256,7 +256,7 @@ class DistillationKind(StageKind):
         return sources.open_prompts(texts, bundle, share, negative)
 
     def prepare(
-        self, config, networks: Networks, batches: Batches | None, on: Arrays
+        self, config, networks: InitialNetworks, batches: Batches | None, on: Arrays
     ) -> Prepared:
         """Returns the stage with its first state."""
         bundle, teacher = networks.generator, networks.teacher
@@ -324,7 +324,7 @@ class DistillationKind(StageKind):
         compiled = prepared.compiled
         plan, every = compiled.spec.plan, compiled.every
         visited = plan.visited(every)
-        others = [one.start for one in plan.pieces(None) if one.start not in visited]
+        others = [one.start for one in plan.chunks(None) if one.start not in visited]
         if not others:
             return []
         return [
@@ -421,7 +421,7 @@ def make_spec(
             critic=fake,
             teacher=real,
             codec=bundle.codec,
-            plan=Plan(
+            plan=SequencePlan(
                 frames=section.frames,
                 block=setup.policy.block,
                 length=section.length,
@@ -433,9 +433,9 @@ def make_spec(
         )
 
 
-def _mean_chunk(plan: Plan) -> float:
+def _mean_chunk(plan: SequencePlan) -> float:
     """Returns how many latent frames a chunk makes, in the mean of a sequence."""
-    made = [piece.new for piece in plan.pieces(None)]
+    made = [span.new for span in plan.chunks(None)]
     return sum(made) / len(made)
 
 

@@ -14,8 +14,8 @@ from anchor_jax import flow
 from anchor_jax.streaming.types import BlockNoise, StreamSetup
 from anchor_jax.training import losses, rollout
 from anchor_jax.training.losses import Score
-from anchor_jax.training.rollout import Turn
-from anchor_jax.training.schedule import Piece, Plan
+from anchor_jax.training.rollout import ChunkSwitch
+from anchor_jax.training.schedule import ChunkSpan, SequencePlan
 from anchor_jax.training.state import (
     Ema,
     TrainState,
@@ -49,7 +49,7 @@ class DistillationSpec:
     critic: Score
     teacher: Score
     codec: Any
-    plan: Plan
+    plan: SequencePlan
     guidance: float = 3.0
     shift: float = 5.0
     batch: int = 1
@@ -62,17 +62,17 @@ class ChunkShape:
     blocks: int
     is_first: bool
     prompt: int
-    turn: Turn | None
+    switch: ChunkSwitch | None
 
 
-def shape_of(spec: DistillationSpec, piece: Piece) -> ChunkShape:
+def shape_of(spec: DistillationSpec, span: ChunkSpan) -> ChunkShape:
     """Returns the shape of a chunk."""
     block = spec.setup.policy.block
-    turn = None
-    if piece.turn is not None:
-        number = (piece.turn - piece.start) // block
-        turn = Turn(number, spec.setup.policy.rerun(piece.turn))
-    return ChunkShape(piece.new // block, piece.start == 0, piece.prompt, turn)
+    switch = None
+    if span.switch_at is not None:
+        number = (span.switch_at - span.start) // block
+        switch = ChunkSwitch(number, spec.setup.policy.rerun(span.switch_at))
+    return ChunkShape(span.new // block, span.start == 0, span.prompt, switch)
 
 
 def generator_gradient(
@@ -184,7 +184,7 @@ def _next_chunk(
     leave = jax.random.randint(key, (), 0, len(setup.levels))
     noise = draw_chunk_noise(jax.random.fold_in(key, 1), shape.blocks, spec)
     both = (batch["prompt"], batch["switch"])
-    prompts = both if shape.turn else both[shape.prompt : shape.prompt + 1]
+    prompts = both if shape.switch else both[shape.prompt : shape.prompt + 1]
     variables = {**frozen["generator"], **state.generator}
     after, chunk = rollout.roll(
         variables,
@@ -193,7 +193,7 @@ def _next_chunk(
         noise,
         leave,
         setup=setup,
-        turn=shape.turn,
+        switch=shape.switch,
         requested=batch["requested"],
     )
     clip, mask = rollout.window(

@@ -21,7 +21,7 @@ from anchor_jax.training.data.kinds import CLIPS, Batches, ClipRequest
 from anchor_jax.training.data.order import Share
 from anchor_jax.training.placement import Arrays
 from anchor_jax.training.stages import base
-from anchor_jax.training.stages.base import Cursor, Networks, Prepared, StageKind
+from anchor_jax.training.stages.base import Cursor, InitialNetworks, Prepared, StageKind
 from anchor_jax.training.stages.regression_step import RegressionSpec, regression_step
 from anchor_jax.training.state import Ema, TrainState, init_state
 from anchor_jax.weights.bundle import Bundle
@@ -143,7 +143,7 @@ class RegressionKind(StageKind):
         return sources.open_clips(request, section.text, negative)
 
     def prepare(
-        self, config, networks: Networks, batches: Batches | None, on: Arrays
+        self, config, networks: InitialNetworks, batches: Batches | None, on: Arrays
     ) -> Prepared:
         """Returns the stage with its first state."""
         bundle = networks.generator

@@ -22,7 +22,7 @@ from anchor_jax.training.data.kinds import DataConfig
 from anchor_jax.training.loop import Loop, train
 from anchor_jax.training.monitor import Monitor
 from anchor_jax.training.run import read_config
-from anchor_jax.training.schedule import Plan
+from anchor_jax.training.schedule import SequencePlan
 from anchor_jax.training.stages import build, distillation_step
 from anchor_jax.training.stages.base import Cursor
 from anchor_jax.training.stages.build import (
@@ -224,8 +224,8 @@ def test_the_generator_moves_every_few_steps_of_the_critic(monkeypatch):
         return jax.device_get((state.generator, state.fake_score, state.updates))
 
     states = [networks(state)]
-    piece, batch, _ = stage._take(cursor)
-    critic = stage._gradient("critic", distillation_step.shape_of(stage.spec, piece))
+    span, batch, _ = stage._take(cursor)
+    critic = stage._gradient("critic", distillation_step.shape_of(stage.spec, span))
     _, _, before = critic(jax.tree.map(jnp.copy, state), stage.frozen, batch)
     watched = []
     for step in range(3):
@@ -269,13 +269,13 @@ def test_blocks_are_given_the_gradient_of_their_own_frames(start, switch, monkey
     monkeypatch.setattr(distillation_step.losses, "distribution_matching", loss)
     monkeypatch.setattr(distillation_step.rollout, "pull_back", pull_back)
     batch = {**embeddings(0), "requested": jnp.int32(switch or 0)}
-    piece = stage.plan.piece(start, switch)
-    shape = distillation_step.shape_of(stage, piece)
+    span = stage.plan.chunk(start, switch)
+    shape = distillation_step.shape_of(stage, span)
     distillation_step.generator_gradient(
         state, prepared.compiled.frozen, batch, spec=stage, shape=shape
     )
 
-    frames = 3 if switch else piece.new
+    frames = 3 if switch else span.new
     assert given["ours"].shape[1] == frames
     np.testing.assert_array_equal(given["ours"], given["chunk"].latents[:, -frames:])
     for name in ("prompt", "pulled"):
@@ -335,8 +335,8 @@ def test_chunks_that_the_generator_never_learns_from_are_told(
 @pytest.mark.parametrize("scale", ["paper", "tiny"])
 def test_shipped_configs_learn_from_every_chunk(name, scale):
     section = read_config(load_config(f"{name}:{scale}")).distillation
-    plan = Plan(section.frames, 3, section.length, section.switches)
-    assert len(plan.visited(section.every)) == len(plan.pieces(None))
+    plan = SequencePlan(section.frames, 3, section.length, section.switches)
+    assert len(plan.visited(section.every)) == len(plan.chunks(None))
 
 
 def test_low_rank_updates_move_and_nothing_else(monkeypatch):
