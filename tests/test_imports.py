@@ -8,12 +8,13 @@ import sys
 import pytest
 
 import anchor_jax
+from anchor_jax.training.stages.registry import STAGES
 
 PACKAGE = pathlib.Path(anchor_jax.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = [
     {"errors"},
-    {"io", "text"},
+    {"io", "text", "plugins"},
     {"interrupts", "ownership", "filetypes", "compile_cache"},
     {
         *("cache", "wan", "flow", "media", "prompts"),
@@ -91,9 +92,51 @@ def test_imports_go_one_way(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_only_the_list_of_domains_names_one(path):
+    if name_of(path).startswith("tiny_world/"):
+        return
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    texts = [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    named = [text for text in texts if text.startswith("anchor_jax.tiny_world")]
+
+    assert not any(name.startswith("tiny_world") for name in own_imports(path))
+    assert named == (["anchor_jax.tiny_world"] if name_of(path) == "plugins" else [])
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_only_a_stage_and_the_table_know_its_name(path):
+    folder, _, file = name_of(path).rpartition("/")
+    if folder == "training/stages" and file.startswith((*STAGES, "registry")):
+        return
+    known = {name.upper() for name in STAGES}
+    known |= {f"Compiled{name.title()}" for name in STAGES}
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    # The default of `TrainConfig.stage` is part of the config.
+    defaults = {
+        id(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "stage"
+    }
+    constants = [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and id(node) not in defaults
+    ]
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+
+    assert not [x for x in constants if isinstance(x, str) and x in STAGES]
+    assert not names & known
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_networks_and_maths_know_nothing_of_streams(path):
     part = name_of(path).split("/")[0]
-    if part in ("wan", "flow", "world"):
+    if part in ("wan", "flow"):
         parts = {name.split(".")[0] for name in own_imports(path)}
         assert parts <= {part, "errors", "sharding"}
     if part == "cache":

@@ -10,8 +10,8 @@ import sys
 import pytest
 from absl import flags
 
-from anchor_jax import experiment
 from anchor_jax.cli import main, score, train
+from anchor_jax.sampling.config import read_config as read_sampling
 from anchor_jax.training import run
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -96,7 +96,7 @@ def test_each_stage_begins_with_an_earlier_one(ladder, tmp_path):
 def test_the_commands_are_ones_that_train_and_score_read(ladder, monkeypatch):
     monkeypatch.chdir(ROOT)
     read = []
-    for module, reader in ((train, run.read_config), (score, experiment.read_config)):
+    for module, reader in ((train, run.read_config), (score, read_sampling)):
 
         def keep(argv, reader=reader):
             read.append(reader(flags.FLAGS.config))

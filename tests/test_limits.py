@@ -13,9 +13,11 @@ import safetensors
 import safetensors.numpy
 import tiny
 
-from anchor_jax import experiment, limits
+from anchor_jax import limits
 from anchor_jax.config import load_config
 from anchor_jax.errors import UserError
+from anchor_jax.sampling.config import read_config
+from anchor_jax.sampling.resolve import resolve
 from anchor_jax.wan.spec import LatentGrid
 from anchor_jax.weights import checkpoint
 from anchor_jax.weights.lineage import RUN
@@ -157,8 +159,8 @@ def test_a_version_is_a_whole_number(tmp_path, version):
 
 
 def method_of(training):
-    config = experiment.read_config(load_config("interactive"))
-    return experiment.resolve(config, {"training": training})
+    config = read_config(load_config("interactive"))
+    return resolve(config, {"training": training})
 
 
 TRAINING = {

@@ -78,29 +78,30 @@ def main(argv) -> None:
     del argv
     _prepare_environment()
     from anchor_jax import io
-    from anchor_jax.perf import aot
 
     path = FLAGS.json and io.expand(FLAGS.json)
     if FLAGS.config:
-        summaries = _plan_training(aot)
+        summaries = _plan_training()
     else:
-        summaries = _plan_stream(aot)
+        summaries = _plan_stream()
     if path:
         io.write_json(path, summaries)
         print(f"Wrote {path}")
 
 
-def _plan_stream(aot) -> dict:
+def _plan_stream() -> dict:
+    from anchor_jax.perf import aot
+
     setup, text, vae = _sizes()
     summaries = {}
-    for name in _targets(aot):
+    for name in _targets():
         report = aot.plan(name, setup, text, vae, _say(name))
         summaries[name] = report.summary()
         print("\n".join(table(name, summaries[name])), flush=True)
     return summaries
 
 
-def _plan_training(aot) -> dict:
+def _plan_training() -> dict:
     from anchor_jax.perf import train_plan as plan
     from anchor_jax.training.run import read_config
     from anchor_jax.wan.text import TextConfig
@@ -111,10 +112,10 @@ def _plan_training(aot) -> dict:
     report = functools.partial(
         plan.plan,
         chips=FLAGS.chips,
-        networks=plan.Networks(*models, VaeConfig(**_HELD), TextConfig(**_HELD)),
+        networks=plan.NetworkSizes(*models, VaeConfig(**_HELD), TextConfig(**_HELD)),
     )
     summaries = {}
-    for name in _targets(aot):
+    for name in _targets():
         for remat in FLAGS.remat or [config.remat]:
             chosen = dataclasses.replace(config, remat=_remat(remat))
             title = f"{name}, remat {remat}"
@@ -131,7 +132,7 @@ def _remat(name: str) -> str:
 
 
 def training_table(title: str, summary: dict) -> list[str]:
-    """Returns the lines that show a `training.plan.Report.summary()`."""
+    """Returns the lines that show a `TrainingReport.summary()`."""
     mesh = ", ".join(f"{axis} {n}" for axis, n in summary["mesh"].items() if n > 1)
     chip, memory = summary["chip"], summary["memory"] / _GB
     is_refused = any("reason" in made for made in summary["programs"].values())
@@ -230,8 +231,10 @@ def _one_of(flag: str, known) -> str:
     return value
 
 
-def _targets(aot) -> list[str]:
+def _targets() -> list[str]:
     """Returns the requested targets; for "all", those with an installed compiler."""
+    from anchor_jax.perf import aot
+
     if FLAGS.target != "all":
         aot.find_target(FLAGS.target)
         return [FLAGS.target]

@@ -13,12 +13,14 @@ anchor-jax score --config=configs/tiny.py:longlive --count=240
 anchor-jax score --config=configs/tiny.py --out=score.json
 anchor-jax score --config=configs/tiny.py --trial=events --count=200
 anchor-jax score --config=configs/tiny.py --trial=minute --count=40
+anchor-jax score --config=configs/tiny.py --metrics=temporal_flickering
 The rates are shares of videos:
 shape_iou: the outline has an IoU above 0.7. motion: the direction is right.
 smooth: no step across a latent border is longer than 2.3 times the commanded step.
 steady: there is no seam at all. adopted_soon: an event is visible within two blocks.
 on_its_way: the motion continues. recalled: the object that returns is the hidden one.
-persists: the first object is still visible."""
+persists: the first object is still visible.
+temporal_flickering: 1 minus the mean difference of neighbouring frames."""
 
 TRIALS = ("switch", "events", "minute")
 
@@ -40,6 +42,11 @@ def define_flags() -> None:
     flags.DEFINE_integer("batch", 40, "Videos generated together.", lower_bound=1)
     flags.DEFINE_integer("blocks", 5, "Blocks per segment. Not used by minute.", 1)
     flags.DEFINE_integer("seed", 1, "Random seed of captions and noise.", lower_bound=0)
+    flags.DEFINE_list(
+        "metrics",
+        [],
+        "Metrics of all generated videos, such as temporal_flickering. Default: none.",
+    )
     flags.DEFINE_string("out", None, "JSON file for the rates. Default: no file.")
 
 
@@ -51,50 +58,46 @@ def main(argv) -> None:
     """
     del argv
     compile_cache.enable()
-    from anchor_jax import experiment, io
+    from anchor_jax import io
+    from anchor_jax.cache.catalog import TEACHER
+    from anchor_jax.evaluation import registry
+    from anchor_jax.evaluation.protocol import TrialSizes
     from anchor_jax.prompts import Script, Segment, Timing
-    from anchor_jax.tiny_world import evaluate as world
+    from anchor_jax.sampling.config import negative_prompt, read_config
+    from anchor_jax.sampling.resolve import load_weights, make_setup, resolve
 
     out = FLAGS.out and io.expand(FLAGS.out)
-    given = experiment.read_config(FLAGS.config)
-    model = experiment.load_weights(given)
-    config = experiment.resolve(given, model.metadata)
-    whole = config.policy == experiment.TEACHER
-    if whole and FLAGS.trial != TRIALS[0]:
+    trial, metrics = registry.TRIALS[FLAGS.trial], registry.Collector(FLAGS.metrics)
+    given = read_config(FLAGS.config)
+    model = load_weights(given)
+    config = resolve(given, model.metadata)
+    is_clip = config.policy == TEACHER
+    if is_clip and not trial.takes_clips:
         raise UserError(
             f"--trial={FLAGS.trial} needs a streaming policy, but {config.policy} makes"
-            " whole clips; choose another policy, or --trial=switch"
+            f" whole clips; choose another policy, or --trial={TRIALS[0]}"
         )
-    frames = world.CLIP_FRAMES if config.frames is None else config.frames
+    frames = trial.clip_frames if config.frames is None else config.frames
     Timing(block=1, frames=frames)
-    negative = experiment.negative_prompt(config)
-    starts = (0,) if whole else (0, 3)
+    starts = (0,) if is_clip else (0, 3)
     script = Script(tuple(Segment("", start) for start in starts), frames)
-    setup = experiment.make_setup(config, model, script)
-    batch = min(FLAGS.batch, FLAGS.count)
-    run, show, trial = _trial(whole, batch, negative)
-    _check_policy(config.policy, setup.policy, trial.segments)
-    result = run(model, setup, trial)
-    print(show(result))
+    setup = make_setup(config, model, script)
+    _check_policy(config.policy, setup.policy, trial.segments(FLAGS.blocks, is_clip))
+    sizes = TrialSizes(
+        FLAGS.count,
+        min(FLAGS.batch, FLAGS.count),
+        FLAGS.blocks,
+        FLAGS.seed,
+        negative_prompt(config),
+    )
+    result = trial.run(model, setup, sizes, is_clip, metrics)
+    print(trial.table(result))
+    if FLAGS.metrics:
+        result = {**result, "metrics": metrics.summary()}
+        print(registry.table(result["metrics"]))
     if out:
         io.write_json(out, result)
         print(f"Wrote {out}")
-
-
-def _trial(whole: bool, batch: int, negative: str):
-    """Returns the scoring function, the function that formats scores, and the trial."""
-    from anchor_jax.tiny_world import evaluate as world
-    from anchor_jax.tiny_world import event_streams as events
-
-    if FLAGS.trial == TRIALS[0]:
-        run = world.score_clips if whole else world.score_switches
-        blocks = (1,) if whole else (FLAGS.blocks,) * 2
-        trial = world.Trial(FLAGS.count, batch, blocks, FLAGS.seed, negative)
-        return run, world.table, trial
-    run = events.score_long if FLAGS.trial == "minute" else events.score_events
-    blocks = events.MINUTE if FLAGS.trial == "minute" else (FLAGS.blocks,) * 3
-    trial = world.Trial(FLAGS.count, batch, blocks, FLAGS.seed, negative)
-    return run, events.table, trial
 
 
 def _check_policy(name: str, policy, segments: tuple[int, ...]) -> None:

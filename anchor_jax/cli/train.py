@@ -59,7 +59,7 @@ def main(argv) -> None:
         run.dry_run(config, tell=print)
         return
     job = run.open_job(config, tell=print)
-    print(job.plan())
+    print(job.describe())
     step = job.run()
     _report(job)
     if step < config.steps:

@@ -1,1 +1,1 @@
-"""Measuring what a model generates."""
+"""Metrics of generated videos, and trials that generate videos to score."""

@@ -10,17 +10,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from anchor_jax.errors import UserError
 from anchor_jax.perf import aot
 from anchor_jax.perf.aot import Compiled, Program, Refused, Target
 from anchor_jax.sampling.config import parse_size
 from anchor_jax.training import placement
 from anchor_jax.training.stages import build
-from anchor_jax.training.stages.build import Prepared, TrainConfig
+from anchor_jax.training.stages.base import Prepared
+from anchor_jax.training.stages.build import TrainConfig
 from anchor_jax.wan import dit
 from anchor_jax.wan.spec import ModelConfig
 from anchor_jax.wan.text import TextConfig
@@ -34,7 +33,7 @@ _MACHINE = 8  # chips of a process, the first of which encodes its prompts
 
 
 @dataclasses.dataclass(frozen=True)
-class Networks:
+class NetworkSizes:
     """Sizes of the networks of a training; the critic's are the generator's."""
 
     generator: ModelConfig
@@ -44,7 +43,7 @@ class Networks:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class TrainingReport:
     """The programs of a training on one of the chips of a mesh; sizes in bytes.
 
     Attributes:
@@ -104,9 +103,9 @@ def plan(
     name: str,
     chips: int,
     config: TrainConfig,
-    networks: Networks,
+    networks: NetworkSizes,
     progress: Callable[[str], None] = lambda _: None,
-) -> Report:
+) -> TrainingReport:
     """Returns what the compiler of a target makes of a training's programs.
 
     Args:
@@ -136,7 +135,7 @@ def plan(
     encoder, resident[aot.ENCODER] = aot.text_program(networks.text, prompts)
     (device,) = aot.devices_of(target, 1)
     made[aot.ENCODER] = aot.compile_program(aot.on_device(encoder, device))
-    return Report(target, dict(mesh.shape), made, resident, gradient)
+    return TrainingReport(target, dict(mesh.shape), made, resident, gradient)
 
 
 def _resident(prepared: Prepared) -> tuple[dict[str, int], int]:
@@ -146,24 +145,20 @@ def _resident(prepared: Prepared) -> tuple[dict[str, int], int]:
     held = {
         **trained,
         "optimizers": (state.opt_generator, state.opt_fake_score, state.ema),
-        "frozen weights": prepared.stage.frozen,
+        "frozen weights": prepared.compiled.frozen,
         "rollout": state.rollout,
     }
     sizes = {name: bytes_on_one(tree) for name, tree in held.items()}
     return sizes, max(sizes[name] for name in trained)
 
 
-def on_paper(config: TrainConfig, networks: Networks, mesh: Mesh) -> Prepared:
+def on_paper(config: TrainConfig, networks: NetworkSizes, mesh: Mesh) -> Prepared:
     """Returns a stage whose weights and state are shapes.
 
     Raises:
       UserError: The text encoder would be trained along.
     """
-    if config.stage == "regression" and config.regression.text:
-        raise UserError(
-            "config.regression.text=True: a plan takes prompts that are encoded; add"
-            " --config.regression.text=False"
-        )
+    build.find_stage(config).check_plan(config)
     grid, vae = parse_size(config.size or _SIZE), VaeCodec(networks.vae)
     generator = _bundle(networks.generator, vae, grid)
     teacher = _bundle(networks.teacher, vae, grid)
@@ -199,11 +194,11 @@ def _bundle(model: ModelConfig, vae: VaeCodec, grid) -> Bundle:
 
 
 def programs(
-    prepared: Prepared, config: TrainConfig, networks: Networks
+    prepared: Prepared, config: TrainConfig, networks: NetworkSizes
 ) -> dict[str, Program]:
     """Returns a step's programs by name."""
-    stage, bundle = prepared.stage, prepared.bundle
-    batch = _batch(config, bundle)
+    stage, bundle = prepared.compiled, prepared.bundle
+    batch = build.find_stage(config).batch_shapes(config, bundle)
     batch = placement.Shapes(stage.mesh).put(
         batch, placement.of_batch(batch, stage.mesh)
     )
@@ -225,27 +220,6 @@ def programs(
         )
         for name, (function, args) in stage.programs(prepared.state, batch).items()
     }
-
-
-def _batch(config: TrainConfig, bundle: Bundle) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes of a batch whose prompts are encoded."""
-    model, grid, section = bundle.model, bundle.grid, config.regression
-    prompt = (config.batch, model.text_len, model.text_dim)
-    shape = jax.ShapeDtypeStruct
-    if config.stage == "distillation":
-        names = ("prompt", "switch", "negative")
-        prompts = dict.fromkeys(names, shape(prompt, model.dtype))
-        return {**prompts, "requested": shape((), jnp.int32)}
-    frames = section.block * section.blocks
-    video = (config.batch, frames, grid.height, grid.width, model.latent_channels)
-    batch = {"embedding": shape((config.batch, 1, *prompt[1:]), model.dtype)}
-    if section.guidance is not None:
-        batch["negative"] = shape(prompt, model.dtype)
-    clip = shape(video, jnp.float32)
-    if not section.endpoints:
-        return {**batch, "latents": clip}
-    levels = shape((config.batch, section.blocks), jnp.float32)
-    return {**batch, "noisy": clip, "target": clip, "sigma": levels}
 
 
 def bytes_on_one(tree) -> int:

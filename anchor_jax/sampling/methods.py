@@ -12,6 +12,7 @@ from anchor_jax.cache.catalog import TEACHER
 from anchor_jax.config import from_config
 from anchor_jax.errors import UserError, shown, suggest
 from anchor_jax.sampling.config import EVEN, WAN_NEGATIVE_PROMPT
+from anchor_jax.training.stages.registry import STAGES
 
 _NOT_READ = (AttributeError, LookupError, RecursionError, TypeError)
 
@@ -82,29 +83,15 @@ def trained_method(training: Mapping[str, Any], base: Method = SAVED) -> Method:
       training: the training's config, as plain values.
       base: the settings of the initial weights. If these are bidirectional, the trained
         weights are too.
+
+    Raises:
+      UserError: The stage is unknown.
     """
-    section, regression = training["distillation"], training["regression"]
-    samples, rules = training["samples"], training["rules"]
-    distills = training["stage"] == "distillation"
-    is_causal = distills or regression["forcing"] != "none"
-    policy = section["policy"] if is_causal else TEACHER
-    # Older trainings have no grid; they were sampled at even noise levels.
-    grid = samples["grid"] if "grid" in samples else None
-    if policy == base.policy == TEACHER:
-        return base if grid else dataclasses.replace(base, grid=EVEN)
-    if distills or regression["endpoints"]:
-        shift = (section if distills else regression)["shift"]
-        return Method(policy, rules, steps=tuple(section["steps"]), shift=shift)
-    return Method(
-        policy,
-        rules,
-        solver="euler",
-        num_steps=samples["steps"],
-        grid=grid or EVEN,
-        shift=regression["shift"],
-        guidance=samples["guidance"],
-        negative_prompt=section["negative_prompt"],
-    )
+    name = training["stage"]
+    if name not in STAGES:
+        known = suggest(str(name), STAGES, "stages")
+        raise UserError(f"unknown stage {shown(name)}{known}")
+    return STAGES[name].method(training, base)
 
 
 def method_of(metadata: Mapping[str, Any]) -> Method:

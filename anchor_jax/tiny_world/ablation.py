@@ -19,7 +19,7 @@ from anchor_jax.tiny_world import evaluate as world
 from anchor_jax.tiny_world import event_scores, events
 from anchor_jax.tiny_world import event_streams as trials
 from anchor_jax.tiny_world import windows as world_windows
-from anchor_jax.training.stages.regress import Regression
+from anchor_jax.training.stages.regression_step import RegressionSpec
 
 BASELINE = "baseline"
 
@@ -280,7 +280,7 @@ def probe(bundle, setup: StreamSetup, count: int = 96, seed: int = 9) -> dict:
     is what swapped RoPE rules can act through: where moving the past changes nothing,
     no rule can.
     """
-    stage = Regression(
+    spec = RegressionSpec(
         model=setup.model, blocks=(3,) * 5, forcing="teacher", kernel=setup.kernel
     )
     batch = _probe_batch(bundle, count, seed)
@@ -302,7 +302,7 @@ def probe(bundle, setup: StreamSetup, count: int = 96, seed: int = 9) -> dict:
         noise = jax.random.normal(jax.random.key(seed), shape)
         levels = jnp.full(shape[:2], sigma)
         noisy = flow.add_noise(clean, noise, levels)
-        predicted = stage.predict(variables, batch, noisy, levels)
+        predicted = spec.predict(variables, batch, noisy, levels)
         error = jnp.square(predicted - (noise - clean))[:, last:]
         return jnp.mean(error, axis=(1, 2, 3, 4))
 

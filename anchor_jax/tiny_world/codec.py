@@ -141,6 +141,17 @@ class LinearCodec:
         """Returns the latents of a video's pixels [B, 1 + 4k, H, W, 3]."""
         return encode(params, pixels)
 
+    def shapes(self, channels: int) -> dict[str, tuple[int, ...]]:
+        """Returns the shape of each parameter, for latents of `channels`."""
+        return {
+            "mean": (BLOCK_VALUES,),
+            "encode": (BLOCK_VALUES, channels),
+            "decode": (channels, BLOCK_VALUES),
+        }
+
+
+LINEAR = LinearCodec()
+
 
 def _check(shape: tuple[int, ...], remainder: int) -> None:
     _, frames, height, width, _ = shape

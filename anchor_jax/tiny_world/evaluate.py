@@ -9,6 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from anchor_jax import interrupts
+from anchor_jax.evaluation.protocol import Observe
 from anchor_jax.streaming import stream
 from anchor_jax.streaming.types import PromptChange, StreamSetup
 from anchor_jax.tiny_world import codec as codecs
@@ -25,7 +26,8 @@ CRITERIA = ("color", "background", "shape", "shape_iou", "motion", "steady", "sm
 class Trial:
     """How many videos are scored and how long their segments are, in blocks.
 
-    `negative_prompt` is what guidance leads away from, if the setup has any.
+    `negative_prompt` is what guidance leads away from, if the setup has any. `observe`
+    is given every generated video with its prompts.
     """
 
     count: int = 240
@@ -33,6 +35,7 @@ class Trial:
     segments: tuple[int, ...] = (5, 5)
     seed: int = 1
     negative_prompt: str = ""
+    observe: Observe = lambda pixels, prompts: None
 
 
 def generate(
@@ -80,7 +83,14 @@ def _generate(bundle, setup: StreamSetup, trial: Trial, texts, number: int):
     """
     seed, negative = trial.seed + number, trial.negative_prompt
     videos = generate(bundle, setup, texts, trial.segments, seed, negative)
-    return videos[: trial.count - number]
+    videos = videos[: trial.count - number]
+    trial.observe(videos, joined(texts)[: len(videos)])
+    return videos
+
+
+def joined(texts) -> list[str]:
+    """Returns the prompts of each video, of a list of prompts for each segment."""
+    return [" | ".join(prompts) for prompts in zip(*texts, strict=True)]
 
 
 def score_clips(bundle, setup: StreamSetup, trial: Trial) -> dict:

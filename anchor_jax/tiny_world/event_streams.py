@@ -84,6 +84,7 @@ def watch(
         blocks = trial.segments[: len(texts)]
         seed, negative = trial.seed + rows[0], trial.negative_prompt
         videos = world.generate(bundle, setup, texts, blocks, seed, negative)
+        trial.observe(videos[: len(rows)], world.joined(texts)[: len(rows)])
         parts = [_segments(scripts[row], blocks, setup) for row in rows]
         pairs = zip(videos[: len(rows)], parts, strict=True)
         yield rows, [event_scores.measure(*pair) for pair in pairs]

@@ -24,7 +24,7 @@ from anchor_jax.cache import memory
 from anchor_jax.errors import UserError
 from anchor_jax.io import unfinished, write_json
 from anchor_jax.training.files import SKIPPED, read_skipped
-from anchor_jax.training.stages.programs import Cursor
+from anchor_jax.training.stages.base import Cursor
 from anchor_jax.training.state import TrainState
 from anchor_jax.weights.checkpoint import FORMAT_VERSION, ITEMS, shapes
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from anchor_jax.errors import UserError
 from anchor_jax.training.checkpoints import Checkpoints, present
-from anchor_jax.training.stages.programs import Cursor, Stage
+from anchor_jax.training.stages.base import CompiledStage, Cursor
 from anchor_jax.training.state import TrainState
 
 _TRIED = 3  # batches before and after the one that failed
@@ -48,7 +48,10 @@ def _are_finite(trees):
 
 
 def try_others(
-    stage: Stage, state: TrainState, taken: Sequence[int], skipped: Iterable[int]
+    stage: CompiledStage,
+    state: TrainState,
+    taken: Sequence[int],
+    skipped: Iterable[int],
 ) -> tuple[TrainState, bool]:
     """Returns the state, and whether most neighbouring batches give finite values.
 
@@ -69,8 +72,8 @@ def try_others(
     unsound = jax.device_put(np.array(False), stage.places.sound)
     state, step, finite = state.replace(sound=unsound), int(state.step), 0
     for number in numbers:
-        state, _, watch = stage.advance(state, Cursor(number), step)
-        finite += all(np.isfinite(np.asarray(one)) for one in watch.values())
+        state, _, metrics = stage.advance(state, Cursor(number), step)
+        finite += all(np.isfinite(np.asarray(one)) for one in metrics.values())
     return state, 2 * finite >= len(numbers)
 
 
@@ -89,7 +92,9 @@ class WayBack:
     unread: tuple[int, ...]
 
 
-def go_back(stage: Stage, state: TrainState, checkpoints: Checkpoints) -> WayBack:
+def go_back(
+    stage: CompiledStage, state: TrainState, checkpoints: Checkpoints
+) -> WayBack:
     """Moves ruined checkpoints aside, newest first, until one is good.
 
     A checkpoint is good if its weights are finite and most batches give finite values
@@ -115,7 +120,7 @@ def go_back(stage: Stage, state: TrainState, checkpoints: Checkpoints) -> WayBac
     return WayBack(good, tuple(ruined), tuple(unread))
 
 
-def _is_good(stage: Stage, state: TrainState, cursor: Cursor, skipped) -> bool:
+def _is_good(stage: CompiledStage, state: TrainState, cursor: Cursor, skipped) -> bool:
     """Returns whether a training can resume from a state; frees its memory."""
     good = not wrong_networks(state)
     if good:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from anchor_jax.errors import UserError, shown
-from anchor_jax.io import read_json
+from anchor_jax.io import expand, read_json
 
 CONFIG, INPUTS = "config.json", "inputs.json"
 LOG, SKIPPED = "log.jsonl", "skipped.json"
@@ -27,6 +27,23 @@ _LOG_REMEDY = (
 )
 _OF_STEPS = ("_CHECKPOINT_METADATA", METRICS)
 _MOST_NUMBER = 2**63
+
+
+def make_folder(path: str) -> pathlib.Path:
+    """Returns the folder of `config.out`, which is made if it is not there.
+
+    Raises:
+      UserError: It cannot be written to.
+    """
+    folder = expand(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"config.out={path!r}: cannot be written to ({error.strerror}); choose"
+            " another folder"
+        ) from error
+    return folder
 
 
 def check(folder: pathlib.Path) -> None:

@@ -17,7 +17,7 @@ from anchor_jax.io import replacing
 from anchor_jax.training import divergence
 from anchor_jax.training.checkpoints import Checkpoints, NotSaved
 from anchor_jax.training.monitor import Monitor
-from anchor_jax.training.stages.programs import Cursor, Stage
+from anchor_jax.training.stages.base import CompiledStage, Cursor
 from anchor_jax.training.state import TrainState
 
 _LAG = 2
@@ -50,7 +50,7 @@ class Loop:
 
 
 def train(
-    stage: Stage,
+    stage: CompiledStage,
     state: TrainState,
     cursor: Cursor,
     loop: Loop,
@@ -91,9 +91,9 @@ def train(
                 if interrupts.asked():
                     break
                 before = cursor
-                state, cursor, watch = stage.advance(state, cursor, step)
+                state, cursor, metrics = stage.advance(state, cursor, step)
                 work.go_on()
-                waiting.append((step, _taken(before, cursor), watch))
+                waiting.append((step, _taken(before, cursor), metrics))
                 if len(waiting) > _LAG:
                     _note(waiting.popleft(), state, stage, checkpoints, monitor)
                 done = step + 1
@@ -193,8 +193,8 @@ def _drain(waiting, *others) -> None:
 
 def _note(entry, state: TrainState, stage, checkpoints, monitor: Monitor) -> None:
     """Fetches and logs the metrics of a step; stops if one is not finite."""
-    step, taken, watch = entry
-    numbers = {name: float(np.asarray(value)) for name, value in watch.items()}
+    step, taken, metrics = entry
+    numbers = {name: float(np.asarray(value)) for name, value in metrics.items()}
     bad = {name: value for name, value in numbers.items() if not np.isfinite(value)}
     if not bad:
         monitor.note(step, numbers)

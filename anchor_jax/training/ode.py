@@ -18,8 +18,10 @@ from anchor_jax.io import expand
 from anchor_jax.streaming import stream
 from anchor_jax.streaming.loop import Euler
 from anchor_jax.streaming.types import BlockNoise, StreamSetup
+from anchor_jax.training import files
 from anchor_jax.training.data import sources
-from anchor_jax.training.data.sources import DataConfig
+from anchor_jax.training.data.digests import digest
+from anchor_jax.training.data.kinds import DataConfig
 from anchor_jax.training.data.trajectories import TrajectoryWriter
 from anchor_jax.wan import kernels
 from anchor_jax.weights.bundle import Bundle
@@ -155,7 +157,7 @@ def write(
     Raises:
       UserError: The folder holds trajectories of another kind, or a file is wrong.
     """
-    folder = sources.check_folder(config.out)
+    folder = files.make_folder(config.out)
     setup = make_setup(config, bundle)
     grid, channels = bundle.grid, bundle.model.latent_channels
     shape = (STORED + 1, config.frames, grid.height, grid.width, channels)
@@ -210,10 +212,7 @@ def _inputs(config: TrajectoryConfig, bundle: Bundle, setup: StreamSetup) -> dic
 
 def _prompts_of(data: DataConfig) -> dict:
     """Returns what the prompts depend on: of files their content, not their place."""
-    from anchor_jax.training.data import datasets
-
-    files = [path for path in (data.path, data.switch_path) if path is not None]
-    hashes = [datasets.digest(expand(path)) for path in files]
+    hashes = [digest(expand(path)) for path in data.paths]
     return {"kind": data.kind, "seed": data.seed, "files": hashes}
 
 

@@ -3,17 +3,15 @@
 import itertools
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any
 
-from anchor_jax.errors import UserError
-from anchor_jax.io import expand
-from anchor_jax.prompt_files import PromptFile, decode, watched
-from anchor_jax.training.data.sources import DataConfig
+from anchor_jax.prompt_files import PromptFile, watched
+from anchor_jax.training.data import kinds
+from anchor_jax.training.data.kinds import DataConfig
+from anchor_jax.training.data.pairs import texts_in
 from anchor_jax.wan.tokenizer import Tokenizer, report_cuts
 
 LOOKED_AT = 100_000  # texts
 _DURATION = re.compile(r"\[[\d.]+[sf]#?\]")
-_FIELDS = ("prompt", "prompt_en", "switch", "caption")
 
 
 def report_texts(
@@ -28,7 +26,7 @@ def report_texts(
       tokenizer: of the text encoder.
       others: further texts, each after where it stands.
     """
-    files = _files(data)
+    files = kinds.find_kind(data).text_files(data)
     named = itertools.chain(others, *map(named_texts, files))
     looked = list(itertools.islice(named, LOOKED_AT))
     cuts = report_cuts(tokenizer, watched(looked, "looks at lengths"))
@@ -52,31 +50,3 @@ def named_texts(file: PromptFile) -> Iterator[tuple[str, str]]:
     for number, value in file:
         for text in texts_in(value, file.kind):
             yield file.place(number), text
-
-
-def texts_in(value: Any, kind: str) -> tuple[str, ...]:
-    """Returns the prompts or the caption of one line or entry; none if it is wrong."""
-    if kind == "text":
-        return (value,) * bool(value)
-    if isinstance(value, str):
-        try:
-            value = decode(value)
-        except UserError:
-            return ()
-    if not isinstance(value, dict):
-        return ()
-    found = value.get("prompts") or [value[name] for name in _FIELDS if name in value]
-    if not isinstance(found, list):
-        return ()
-    return tuple(text for text in found if isinstance(text, str) and text.strip())[:2]
-
-
-def _files(data: DataConfig) -> list[PromptFile]:
-    """Returns the files of texts that a section `data` names."""
-    from anchor_jax.training.data import pairs
-
-    if data.path is None or data.kind not in ("prompts", "videos"):
-        return []
-    columns = ("video", "caption") if data.kind == "videos" else ("prompt",)
-    paths = [path for path in (data.path, data.switch_path) if path is not None]
-    return [pairs.open_file(expand(path), columns) for path in paths]

@@ -35,7 +35,7 @@ class Rollout:
 
 
 @dataclasses.dataclass(frozen=True)
-class Turn:
+class ChunkSwitch:
     """A prompt switch within a chunk; static.
 
     Attributes:
@@ -90,7 +90,7 @@ def roll(
     leave: jax.Array,
     *,
     setup: StreamSetup,
-    turn: Turn | None = None,
+    switch: ChunkSwitch | None = None,
     requested=0,
 ) -> tuple[Rollout, Chunk]:
     """Returns a sequence one chunk later, and the chunk. Nothing has a gradient.
@@ -98,33 +98,33 @@ def roll(
     Args:
       variables: the generator's collections.
       rollout: the sequence.
-      prompts: embeddings [batch, text, text_dim]: the chunk's, and with a turn the
+      prompts: embeddings [batch, text, text_dim]: the chunk's, and with a switch the
         new one's after it.
       noise: its arrays have a leading axis, the chunk's blocks.
       leave: number of the noise level whose estimate is a block; traced.
       setup: static.
-      turn: static.
-      requested: latent frame of the sequence at which the turn was asked for, traced.
+      switch: static.
+      requested: latent frame of the sequence at which the switch was asked for, traced.
     """
     variables, rollout = jax.lax.stop_gradient((variables, rollout))
     state = StreamState(rollout.cache, _project(variables, prompts[0], setup), None)
     state = state.replace(recent=rollout.recent)
     parts, recache = [], None
-    first = turn.block if turn else 0
+    first = switch.block if switch else 0
     captures = bool(first) and setup.policy.captures_from_chunk
     if captures:
         state = _capturing(state, True)
     if first:
         state, part = _blocks(variables, state, _cut(noise, 0, first), leave, setup)
         parts.append(part)
-    if turn:
+    if switch:
         state, block = stream.switch(
             variables,
             state,
             _project(variables, prompts[1], setup),
             requested,
             setup=setup,
-            rerun=turn.rerun,
+            rerun=switch.rerun,
         )
         recache = block.plan if block else None
     if captures:

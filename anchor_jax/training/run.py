@@ -16,38 +16,34 @@ from anchor_jax import ownership
 from anchor_jax.config import from_config
 from anchor_jax.errors import UserError, naming, shown, suggest
 from anchor_jax.io import expand, scratch_folder, write_json
+from anchor_jax.plugins import Registry
 from anchor_jax.sampling.config import parse_size
-from anchor_jax.tiny_world import data as world_data
-from anchor_jax.tiny_world import fresh
 from anchor_jax.training import files, placement, reports, samples
 from anchor_jax.training.checkpoints import Checkpoints
-from anchor_jax.training.data import sources
+from anchor_jax.training.data import kinds, sources
 from anchor_jax.training.data.order import Share
 from anchor_jax.training.loop import Loop, train
 from anchor_jax.training.monitor import Monitor, memory_gb
 from anchor_jax.training.samples import Sampler
 from anchor_jax.training.stages import build
-from anchor_jax.training.stages.build import Prepared, TrainConfig
-from anchor_jax.training.stages.programs import Cursor, DistillStage
+from anchor_jax.training.stages.base import Cursor, Prepared
+from anchor_jax.training.stages.build import TrainConfig
+from anchor_jax.training.stages.registry import STAGES
 from anchor_jax.weights.bundle import Bundle
 from anchor_jax.weights.lineage import write_run
 from anchor_jax.weights.load import load_bundle
 from anchor_jax.weights.trained import CRITIC
 
-FRESH = "fresh"
+INITIAL: Registry[Callable[[pathlib.Path, int, int], None]] = Registry(
+    "initial weights"
+)
+"""Functions (folder, seed, data seed) that write random weights, by name."""
 # Fields that may change when a run is resumed.
 _FREE = (
     *("save_every", "keep", "keep_best", "best_of", "log_every", "sample_every"),
     *("samples", "mesh", "remat", "out", "data.cache"),
 )
 _TOLD = ("optimizer", "critic_optimizer")
-_BEST = {
-    "regression": ("loss", "gradient_norm"),
-    "distillation": (
-        *("critic_loss", "generator_loss", "score_gap"),
-        *("critic_gradient_norm", "generator_gradient_norm"),
-    ),
-}
 _STEPS, _LAST = 10, 5
 
 
@@ -60,20 +56,23 @@ def read_config(config) -> TrainConfig:
     read = from_config(TrainConfig, config, "config")
     least = {"steps": 1, "batch": 1, "keep": 1, "save_every": 1, "log_every": 1}
     least |= {"keep_best": 0, "sample_every": 0, "lora.rank": 0, "data.size": 1}
-    least |= {"regression.block": 1, "regression.blocks": 1, "distillation.every": 1}
+    for stage in STAGES.values():
+        least |= stage.least
     for name, smallest in least.items():
         value = operator.attrgetter(name)(read)
         if value < smallest:
             raise UserError(f"config.{name}={value}: must be at least {smallest}")
-    known = _BEST.get(read.stage, (read.best_of,))
-    if read.keep_best and read.best_of not in known:
+    if not read.keep_best or read.stage not in STAGES:
+        return read
+    known = STAGES[read.stage].numbers
+    if read.best_of not in known:
         found = suggest(read.best_of, known, f"numbers of {read.stage}")
         raise UserError(f"config.best_of={read.best_of!r}{found}")
     return read
 
 
 @dataclasses.dataclass(eq=False)
-class Job:
+class TrainingRun:
     """A stage that is ready to run.
 
     Attributes:
@@ -94,29 +93,22 @@ class Job:
     sampler: Sampler | None = None
     lease: ownership.Lease | None = None
 
-    def plan(self) -> str:
+    def describe(self) -> str:
         """Returns a description of the training, as text."""
         config, counts = self.config, self.prepared.counts
-        mesh = dict(self.prepared.stage.mesh.shape)
+        length = build.find_stage(config).describe_frames(config)
+        mesh = dict(self.prepared.compiled.mesh.shape)
         lines = [
             f"stage {config.stage}, {config.steps} steps of {config.batch} videos,"
-            f" {self._frames()}, rules {config.rules}, mesh {mesh}",
+            f" {length}, rules {config.rules}, mesh {mesh}",
             "parameters: "
             + ", ".join(f"{name} {count:,}" for name, count in counts.items()),
             f"on each device: state {_gigabytes(self.prepared.state):.2f} GB, frozen"
-            f" weights {_gigabytes(self.prepared.stage.frozen):.2f} GB, plus"
+            f" weights {_gigabytes(self.prepared.compiled.frozen):.2f} GB, plus"
             " activations",
             f"sample videos: {self._shown()}",
         ]
         return "\n".join(lines)
-
-    def _frames(self) -> str:
-        """Describes the length of the videos."""
-        section, distillation = self.config.regression, self.config.distillation
-        if self.config.stage == "regression":
-            return f"{section.block * section.blocks} latent frames"
-        sequence = f"sequences of {distillation.length}"
-        return f"{distillation.frames} latent frames per update of {sequence}"
 
     def _shown(self) -> str:
         if self.sampler is None:
@@ -139,7 +131,7 @@ class Job:
             return self._run()
 
     def _run(self) -> int:
-        stage, state = self.prepared.stage, self.prepared.state
+        stage, state = self.prepared.compiled, self.prepared.state
         found = self.checkpoints.restore(state, stage.places)
         state, cursor = found or (state, Cursor())
         first = int(state.step)
@@ -184,22 +176,18 @@ class Job:
 
     def seconds_per_step(self) -> float:
         """Returns the measured seconds per step; the measured steps are discarded."""
-        stage, state, cursor = self.prepared.stage, self.prepared.state, Cursor()
-        kinds, shares = [0], [1.0]
-        if isinstance(stage, DistillStage):
-            if stage.every > 1:
-                kinds, shares = [0, 1], [1 / stage.every, 1 - 1 / stage.every]
-            # In a long sequence nearly all chunks come after the first.
-            state, cursor, _ = stage.advance(state, cursor, 1)
-        seconds = []
-        for kind in (*kinds, *kinds):
+        stage, state = self.prepared.compiled, self.prepared.state
+        state, cursor = stage.settle(state, Cursor())
+        first_of = {stage.updates(step): step for step in reversed(range(stage.cycle))}
+        made = [stage.updates(step) for step in range(stage.cycle)]
+        seconds = {}
+        for updates, step in (*first_of.items(), *first_of.items()):
             began = time.monotonic()
             # The same chunks each time, so that nothing is compiled the second time.
-            state, _, watch = stage.advance(state, cursor, kind)
-            jax.block_until_ready((state, watch))
-            seconds.append(time.monotonic() - began)
-        timed = seconds[len(kinds) :]
-        return sum(one * share for one, share in zip(timed, shares, strict=True))
+            state, _, metrics = stage.advance(state, cursor, step)
+            jax.block_until_ready((state, metrics))
+            seconds[updates] = time.monotonic() - began
+        return sum(seconds[updates] for updates in made) / len(made)
 
 
 def open_job(
@@ -207,7 +195,7 @@ def open_job(
     tell: Callable[[str], None],
     most: int | None = None,
     patience: float = 0.0,
-) -> Job:
+) -> TrainingRun:
     """Returns a stage with its weights and data, and a lease on its folder.
 
     Args:
@@ -222,7 +210,7 @@ def open_job(
     """
     place = expand(config.out)
     missing = [one for one in (place / "data", place) if not one.exists()]
-    folder = sources.check_folder(config.out)
+    folder = files.make_folder(config.out)
     # The processes of one training share its folder; each has its own number.
     lease = ownership.own(
         folder,
@@ -245,11 +233,14 @@ def open_job(
     return job
 
 
-def _open_job(config: TrainConfig, folder: pathlib.Path, tell, most: int | None) -> Job:
+def _open_job(
+    config: TrainConfig, folder: pathlib.Path, tell, most: int | None
+) -> TrainingRun:
     files.check(folder)
     compare_config(config, folder, tell)
+    stage = build.find_stage(config)
     base = _base(config, folder)
-    begun = base if base != f"./{FRESH}" else str(folder / FRESH)
+    begun = str(folder / base) if config.weights in INITIAL else base
     with naming("config.weights"):
         generator = _load(config, begun, trained=True)
     with naming("config.teacher"):
@@ -259,7 +250,7 @@ def _open_job(config: TrainConfig, folder: pathlib.Path, tell, most: int | None)
     rows = placement.rows_of_process(build.make_mesh(config), config.batch)
     share = Share(config.batch, rows)
     with naming("config.data"):
-        batches = sources.open_source(config, generator, folder, share, most)
+        batches = build.open_source(config, generator, folder, share, most)
     with _on_host():
         prepared = build.prepare(config, generator, batches, teacher, critic)
     for bundle in (generator, teacher, critic):
@@ -270,41 +261,27 @@ def _open_job(config: TrainConfig, folder: pathlib.Path, tell, most: int | None)
     write_run(folder, base)
     write_config(config, folder)
     write_json(folder / files.INPUTS, read)
-    _warn_of_chunks(prepared.stage, tell)
+    for line in stage.warnings(prepared):
+        tell(line)
     _warn_of_words(config, generator, folder, tell)
     own = _own_texts(config, sampler)
     for line in reports.report_texts(config.data, generator.tokenizer, own):
         tell(line)
     meta = {"training": _json(config)}
-    if config.stage == "distillation":
+    if stage.has_critic:
         sizes = dataclasses.asdict((critic or teacher).model)
         meta[CRITIC] = json.loads(json.dumps(sizes))
     checkpoints = Checkpoints(
         folder, meta, config.keep, tell, config.keep_best, config.best_of
     )
-    return Job(config, folder, prepared, checkpoints, tell, sampler)
-
-
-def _warn_of_chunks(stage, tell: Callable[[str], None]) -> None:
-    """Warns of chunks on which the generator is never updated."""
-    if not isinstance(stage, DistillStage):
-        return
-    plan = stage.stage.plan
-    visited = plan.visited(stage.every)
-    others = [one.start for one in plan.pieces(None) if one.start not in visited]
-    if others:
-        tell(
-            "warning: the generator is updated only on the chunks that start at frames"
-            f" {', '.join(map(str, visited))}, never on those that start at"
-            f" {', '.join(map(str, others))}; choose a distillation.length whose number"
-            " of chunks has no common divisor with distillation.every + 1 ="
-            f" {stage.every + 1}"
-        )
+    return TrainingRun(config, folder, prepared, checkpoints, tell, sampler)
 
 
 def _warn_of_words(config: TrainConfig, bundle: Bundle, folder, tell) -> None:
     """Warns of words in prompt files that the text encoder does not know."""
-    if config.data.kind != "prompts" or not hasattr(bundle.tokenizer, "unknown_words"):
+    kind = kinds.find_kind(config.data)
+    is_free_text = isinstance(kind, kinds.PromptKind) and kind.is_free_text
+    if not is_free_text or not hasattr(bundle.tokenizer, "unknown_words"):
         return
     texts = sources.open_texts(config.data, folder)
     prompts = (text for n in range(sources.LOOKED_AT) for text in texts(n))
@@ -315,11 +292,7 @@ def _warn_of_words(config: TrainConfig, bundle: Bundle, folder, tell) -> None:
 
 def _own_texts(config: TrainConfig, sampler) -> Iterator[tuple[str, str]]:
     """Yields (field, text) for the texts in the config itself."""
-    if config.stage == "distillation":
-        section = config.distillation
-        yield "config.distillation.negative_prompt", section.negative_prompt
-    elif config.regression.guidance is not None:
-        yield "config.regression.negative_prompt", config.regression.negative_prompt
+    yield from build.find_stage(config).texts(config)
     for video in sampler.videos if sampler else ():
         for prompt in video.script.prompts:
             yield "config.samples", prompt
@@ -339,7 +312,7 @@ def dry_run(config: TrainConfig, tell: Callable[[str], None]) -> None:
         data = dataclasses.replace(config.data, cache=None)
         trial = dataclasses.replace(config, out=str(scratch), data=data)
         job = open_job(trial, tell, most=config.batch)
-        tell(job.plan())
+        tell(job.describe())
         where, logged = f"(from {folder / files.LOG})", _logged(folder)
         if logged is None:
             tell("timing a few steps; the first ones compile")
@@ -371,12 +344,16 @@ def _logged(folder: pathlib.Path) -> tuple[float, float] | None:
 
 
 def _base(config: TrainConfig, folder: pathlib.Path) -> str:
-    """Returns the name of a run's initial weights; makes fresh ones if needed."""
-    if config.weights != FRESH:
+    """Returns the name of a run's initial weights; makes random ones if needed.
+
+    Random weights are in the run's folder, and their name begins with "./".
+    """
+    if config.weights not in INITIAL:
         inside = expand(config.weights)
         return str(inside.resolve()) if inside.exists() else config.weights
-    fresh.save_fresh(folder / FRESH, config.seed, config.data.seed)
-    return f"./{FRESH}"
+    save = INITIAL[config.weights]
+    save(folder / config.weights, config.seed, config.data.seed)
+    return f"./{config.weights}"
 
 
 def _load(
@@ -401,7 +378,8 @@ def _load_critic(config: TrainConfig) -> Bundle | None:
     """Returns the initial fake score; None means the loaded teacher."""
     if config.critic:
         return _load(config, config.critic, trained=True, network="critic")
-    if config.stage == "distillation" and config.teacher and not config.lora.rank:
+    has_critic = build.find_stage(config).has_critic
+    if has_critic and config.teacher and not config.lora.rank:
         return _load(config, config.teacher, trained=True)
     return None
 
@@ -476,8 +454,9 @@ def inputs(config: TrainConfig, generator: Bundle, teacher, critic) -> dict[str,
         found["teacher"] = teacher.digest
     if config.lora.rank:
         found["critic"] = (critic or teacher or generator).digest
-    if config.data.kind.startswith("world_"):
-        found["data.kind"] = world_data.VERSION
+    version = kinds.find_kind(config.data).version
+    if version is not None:
+        found["data.kind"] = version
     return json.loads(json.dumps(found))
 
 

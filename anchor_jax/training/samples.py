@@ -14,20 +14,20 @@ import numpy as np
 from jax.sharding import NamedSharding
 from PIL import Image
 
-from anchor_jax import experiment, flow, media, prompts
+from anchor_jax import flow, media, prompts
+from anchor_jax.cache.catalog import TEACHER
 from anchor_jax.cache.policies import Policy
 from anchor_jax.errors import UserError, suggest
-from anchor_jax.experiment import Method
-from anchor_jax.io import expand
 from anchor_jax.prompts import LATENT_FRAMES_PER_SECOND, Script, Segment, Timing
+from anchor_jax.sampling.methods import Method, trained_method
+from anchor_jax.sampling.resolve import make_policy
 from anchor_jax.streaming.session import Session
 from anchor_jax.streaming.types import StreamSetup
-from anchor_jax.tiny_world import clips as world_clips
-from anchor_jax.tiny_world import events
-from anchor_jax.training import placement, reports
-from anchor_jax.training.data import pairs
-from anchor_jax.training.stages.build import Prepared, TrainConfig
-from anchor_jax.training.stages.programs import DistillStage
+from anchor_jax.training import placement
+from anchor_jax.training.data import kinds
+from anchor_jax.training.stages import build
+from anchor_jax.training.stages.base import Prepared
+from anchor_jax.training.stages.build import TrainConfig
 from anchor_jax.training.state import TrainState
 from anchor_jax.weights.bundle import Bundle
 
@@ -148,12 +148,12 @@ def make_sampler(
     # A video's arrays would have to be gathered from other processes.
     if not scripts or not config.sample_every or jax.process_count() > 1:
         return None
-    negative = config.distillation.negative_prompt
+    negative = build.find_stage(config).sample_negative(config)
     with _naming():
         videos = [Video(one, _setup(config, prepared, one)) for one in scripts]
         for video in videos:
             _session(prepared.bundle, video, config.seed, negative)
-    mesh, frozen = prepared.stage.mesh, prepared.stage.frozen
+    mesh, frozen = prepared.compiled.mesh, prepared.compiled.frozen
     codec = frozen.get("codec")
     if codec is None:
         codec = {"codec": prepared.bundle.codec_params}
@@ -211,24 +211,13 @@ def _check(config: TrainConfig) -> None:
 
 def _setup(config: TrainConfig, prepared: Prepared, script: Script) -> StreamSetup:
     """Returns what is static about a video's stream: as its weights are sampled."""
-    stage, method = prepared.stage.stage, _method(config)
+    method = _method(config)
     policy = _policy(method, script)
-    if isinstance(prepared.stage, DistillStage):
-        # Only training has noise in the clean pass (training/README.md, "D11").
-        return dataclasses.replace(stage.setup, policy=policy, floor=0.0)
-    return StreamSetup(
-        model=stage.model,
-        grid=prepared.bundle.grid,
-        policy=policy,
-        levels=experiment.noise_levels(method),
-        solver=experiment.SOLVERS[method.solver],
-        guidance=float(method.guidance),
-        kernel=stage.kernel,
-    )
+    return build.find_stage(config).sample_setup(prepared, method, policy)
 
 
 def _method(config: TrainConfig) -> Method:
-    method = experiment.trained_method(dataclasses.asdict(config))
+    method = trained_method(dataclasses.asdict(config))
     if config.samples.policy is None:
         return method
     return dataclasses.replace(method, policy=config.samples.policy)
@@ -236,13 +225,13 @@ def _method(config: TrainConfig) -> Method:
 
 def _policy(method: Method, script: Script) -> Policy:
     choice = types.SimpleNamespace(policy=method.policy, rules=method.rules, **_OWN)
-    return experiment.make_policy(choice, script)
+    return make_policy(choice, script)
 
 
 def _block(config: TrainConfig) -> int:
     """Returns the latent frames of the streams' blocks."""
     method = _method(config)
-    if method.policy == experiment.TEACHER:
+    if method.policy == TEACHER:
         return 1
     whole = Script((Segment("", 0),), config.samples.frames)
     return _policy(method, whole).block
@@ -250,19 +239,19 @@ def _block(config: TrainConfig) -> int:
 
 def _scripts(config: TrainConfig, block: int) -> tuple[Script, ...]:
     """Returns what the videos show, all of one length."""
-    samples, frames = config.samples, config.samples.frames
-    if _method(config).policy == experiment.TEACHER:
-        section = config.regression
-        frames = min(frames, section.block * section.blocks)
+    stage, samples = build.find_stage(config), config.samples
+    frames = samples.frames
+    if _method(config).policy == TEACHER:
+        frames = min(frames, stage.sample_frames(config))
     frames = max(1, round(frames / block)) * block
     if samples.prompts:
         return tuple(_parse(text, block, frames) for text in samples.prompts)
-    distills = config.stage == "distillation"
     middle = frames // 2 // block * block
-    is_switched = distills and bool(config.distillation.switches) and middle > 0
+    is_switched = stage.sample_switches(config) and middle > 0
+    texts = kinds.find_kind(config.data).first_texts(config.data, samples.num)
     return tuple(
         Script((Segment(first, 0), Segment(second, middle))[: 1 + is_switched], frames)
-        for first, second in _texts(config, samples.num)
+        for first, second in texts
     )
 
 
@@ -273,40 +262,3 @@ def _parse(text: str, block: int, frames: int) -> Script:
         return prompts.parse_inline(text, Timing(block, frames, seconds))
     except UserError as error:
         raise UserError(f"config.samples.prompts, {text!r}: {error}") from error
-
-
-def _texts(config: TrainConfig, num: int) -> list[tuple[str, str]]:
-    """Returns prompts, each with one to switch to: the world's, or the data's."""
-    if config.data.kind.startswith("world_"):
-        rng = np.random.default_rng(config.samples.num)
-        return [
-            tuple(events.caption(one) for one in world_clips.stream_scenes(rng))
-            for _ in range(num)
-        ]
-    if config.data.path is None:
-        return []
-    if config.data.kind == "trajectories":
-        from anchor_jax.training.data.trajectories import Trajectories
-
-        if not expand(config.data.path).is_dir():
-            return []
-        stored = Trajectories(config.data.path)
-        texts = [stored[place]["prompt"] for place in range(min(num, len(stored)))]
-        return [(text, text) for text in texts]
-    first = _first_lines(config, config.data.path, num)
-    second = first[1:] + first[:1]
-    if config.data.switch_path is not None:
-        second = _first_lines(config, config.data.switch_path, num)
-    return [((*a, b[0])[0], (*a, b[0])[1]) for a, b in zip(first, second, strict=False)]
-
-
-def _first_lines(config: TrainConfig, path: str, num: int) -> list[tuple[str, ...]]:
-    """Returns the prompts in the first lines of a file."""
-    place = expand(path)
-    if not place.is_file():
-        return []
-    columns = ("caption",) if config.data.kind == "videos" else ("prompt",)
-    file = pairs.open_file(place, columns)
-    values = itertools.islice(file, num)
-    found = [reports.texts_in(value, file.kind) for _, value in values]
-    return [one for one in found if one]

@@ -10,19 +10,19 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class ChunkSpan:
     """One chunk of a sequence.
 
     Attributes:
       start: its first new latent frame.
       new: its new frames.
-      turn: latent frame of the first block under the new prompt, if it holds that.
+      switch_at: latent frame of the first block under the new prompt, if it holds that.
       prompt: the prompt that it begins with, 0 or 1.
     """
 
     start: int
     new: int
-    turn: int | None
+    switch_at: int | None
     prompt: int
 
     @property
@@ -32,11 +32,11 @@ class Piece:
     @property
     def last_prompt(self) -> int:
         """The prompt of its last block, under which its loss is taken."""
-        return self.prompt if self.turn is None else 1
+        return self.prompt if self.switch_at is None else 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class SequencePlan:
     """How sequences are cut into chunks.
 
     Attributes:
@@ -81,36 +81,36 @@ class Plan:
         rng = np.random.default_rng((seed, number, 1))
         return int(rng.choice(self.switches))
 
-    def piece(self, start: int, switch: int | None) -> Piece | None:
+    def chunk(self, start: int, switch: int | None) -> ChunkSpan | None:
         """Returns the chunk that begins at a frame, None where the sequence ends."""
         new = self.frames if start == 0 else self.frames - self.block
         if start + new > self.length:
             return None
-        turn, prompt = None, 0
+        switch_at, prompt = None, 0
         if switch is not None:
             first = -(-switch // self.block) * self.block
             prompt = int(first < start)
             if start <= first < start + new:
-                turn = first
-        return Piece(start, new, turn, prompt)
+                switch_at = first
+        return ChunkSpan(start, new, switch_at, prompt)
 
-    def pieces(self, switch: int | None) -> tuple[Piece, ...]:
+    def chunks(self, switch: int | None) -> tuple[ChunkSpan, ...]:
         """Returns all chunks of a sequence with a switch at that frame, if any."""
         found, start = [], 0
-        while piece := self.piece(start, switch):
-            found.append(piece)
-            start = piece.end
+        while span := self.chunk(start, switch):
+            found.append(span)
+            start = span.end
         return tuple(found)
 
     def visited(self, every: int) -> tuple[int, ...]:
         """Returns the first frames of the chunks that generator updates fall on.
 
         A generator update takes a chunk of its own, after every few of the critic's;
-        all chunks have their turn where the two numbers have no divisor in common
+        all chunks are visited where the two numbers have no divisor in common
         (training/README.md, "Steps").
 
         Args:
           every: chunks of the critic to one of the generator.
         """
-        starts = [piece.start for piece in self.pieces(None)]
+        starts = [span.start for span in self.chunks(None)]
         return tuple(starts[:: math.gcd(every + 1, len(starts))])

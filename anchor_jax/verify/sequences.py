@@ -12,8 +12,8 @@ from einops import rearrange
 from anchor_jax.cache.types import EMPTY
 from anchor_jax.errors import shown
 from anchor_jax.training import rollout
-from anchor_jax.training.rollout import Chunk, Rollout, Turn
-from anchor_jax.training.schedule import Piece, Plan
+from anchor_jax.training.rollout import Chunk, ChunkSwitch, Rollout
+from anchor_jax.training.schedule import ChunkSpan, SequencePlan
 from anchor_jax.verify.case import TIME, Case, CaseError, Checks, whole
 from anchor_jax.verify.networks import CLOSE, vae_params, vae_sizes
 from anchor_jax.verify.streaming import (
@@ -53,7 +53,7 @@ def verify_streaming_training(case: Case, checks: Checks) -> None:
         codec,
         codec=vae.VaeCodec(sizes),
     )
-    plan = Plan(
+    plan = SequencePlan(
         frames=case.size("num_training_frames"),
         block=networks.setup.policy.block,
         length=case.size("max_length"),
@@ -63,10 +63,10 @@ def verify_streaming_training(case: Case, checks: Checks) -> None:
     switch = None
     if case.setting("switch_frame_index", default=None) is not None:
         switch = case.size("switch_frame_index", low=0) or None
-    pieces = plan.pieces(switch)
-    if len(pieces) < len(chunks):
-        raise CaseError(f"trace.json: {len(chunks)} chunks, expected {len(pieces)}")
-    checks.equal("trace.more can be generated", len(pieces) > len(chunks), more)
+    spans = plan.chunks(switch)
+    if len(spans) < len(chunks):
+        raise CaseError(f"trace.json: {len(chunks)} chunks, expected {len(spans)}")
+    checks.equal("trace.more can be generated", len(spans) > len(chunks), more)
     second = "cond" if switch is None else "switch"
     batch = len(case.inputs["draw.0000.randn"])
     run = _Sequence(
@@ -78,8 +78,8 @@ def verify_streaming_training(case: Case, checks: Checks) -> None:
         load_prompts(case, networks.setup.model, "cond", second, "uncond"),
         switch,
     )
-    for record, piece in zip(chunks, pieces, strict=False):
-        run.chunk(record, piece)
+    for record, span in zip(chunks, spans, strict=False):
+        run.chunk(record, span)
 
 
 def _recorded_chunks(case: Case) -> tuple[list[dict], bool]:
@@ -102,7 +102,7 @@ class _Sequence:
     prompts: tuple[np.ndarray, ...]
     switch: int | None
 
-    def chunk(self, record: dict, piece: Piece) -> None:
+    def chunk(self, record: dict, span: ChunkSpan) -> None:
         """Makes the next chunk, and compares all that was recorded of it."""
         checks, setup = self.checks, self.networks.setup
         name = f"chunk{whole(record.get('index'), 'trace: index', 0, LONGEST)}"
@@ -114,22 +114,22 @@ class _Sequence:
         leave = int(draws.take("randint")[0])
         previous = self.state.previous
         noise = block_noise(draws, noise, leave, setup)
-        prompts = self.prompts[piece.prompt : piece.last_prompt + 1]
-        turn = None
-        if piece.turn is not None:
-            block = (piece.turn - piece.start) // setup.policy.block
-            turn = Turn(block, setup.policy.rerun(piece.turn))
+        prompts = self.prompts[span.prompt : span.last_prompt + 1]
+        switch = None
+        if span.switch_at is not None:
+            block = (span.switch_at - span.start) // setup.policy.block
+            switch = ChunkSwitch(block, setup.policy.rerun(span.switch_at))
         given = (self.networks.generator, self.state, prompts, noise, leave)
         self.state, chunk = roll(
-            *given, setup=setup, turn=turn, requested=self.switch or 0
+            *given, setup=setup, switch=switch, requested=self.switch or 0
         )
         clip, mask = rollout.window(previous, chunk.latents, self.renew)
         for what, value in (("new_frames", chunk.latents), ("loss_chunk", clip)):
             checks.compare(f"{name}.{what}", frames_first(value), absolute=CLOSE)
-        self._compare_plan(f"trace.{name}", record, piece, mask, leave)
-        self._compare_calls(f"trace.{name}", record, chunk, piece)
+        self._compare_plan(f"trace.{name}", record, span, mask, leave)
+        self._compare_calls(f"trace.{name}", record, chunk, span)
         self._compare_cache(name)
-        prompt = self.prompts[piece.last_prompt]
+        prompt = self.prompts[span.last_prompt]
         loss = loss_draws(draws, self.case)
         role = record.get("role")
         if role == "critic":
@@ -164,34 +164,36 @@ class _Sequence:
         self.checks.compare(f"{name}.critic_loss", loss, relative=LOSS)
         compare_gradients(self.checks, f"{name}.critic_grad.", gradient)
 
-    def _compare_plan(self, name: str, record, piece: Piece, mask, leave: int) -> None:
+    def _compare_plan(
+        self, name: str, record, span: ChunkSpan, mask, leave: int
+    ) -> None:
         """Compares the integers of a chunk."""
         previous = self.state.previous.shape[1]
         steps = [*self.case.sizes("denoising_step_list"), 0]
         ours = {
-            "chunk_start_frame": piece.start,
+            "chunk_start_frame": span.start,
             "chunk_frames": len(mask),
-            "new_frames": piece.new,
-            "overlap_frames": previous - piece.new,
-            "current_length_after": piece.end,
+            "new_frames": span.new,
+            "overlap_frames": previous - span.new,
+            "current_length_after": span.end,
             "gradient_mask_per_frame": mask.astype(int).tolist(),
             "denoised_timestep_from": steps[leave],
             "denoised_timestep_to": steps[leave + 1],
-            "has_switched_after": piece.last_prompt == 1,
+            "has_switched_after": span.last_prompt == 1,
             "previous_frames_kept": previous,
-            "loss_prompt": ("cond", "switch")[piece.last_prompt],
+            "loss_prompt": ("cond", "switch")[span.last_prompt],
         }
         for what, value in ours.items():
             if what in record:
                 self.checks.equal(f"{name}.{what}", value, record[what])
 
-    def _compare_calls(self, name: str, record, chunk: Chunk, piece: Piece) -> None:
+    def _compare_calls(self, name: str, record, chunk: Chunk, span: ChunkSpan) -> None:
         """Compares what every call of the generator saw."""
         size = self.networks.setup.policy.block
         blocks = {
-            piece.start + size * number: jax.tree.map(lambda x, n=number: x[n], plans)
+            span.start + size * number: jax.tree.map(lambda x, n=number: x[n], plans)
             for plans in (jax.device_get(chunk.plans),)
-            for number in range(piece.new // size)
+            for number in range(span.new // size)
         }
         for number, call in enumerate(record.get("generator_calls", ())):
             recaching = call["kind"] == "recache"
@@ -203,8 +205,9 @@ class _Sequence:
             frames = call["kv_frames_attended"]
             self.checks.equal(f"{label}.frames", int(plan.frames), frames)
             self._compare_positions(label, call, plan, recaching)
-            turned = piece.prompt == 1 or (
-                piece.turn is not None and (recaching or plan.start >= piece.turn)
+            turned = span.prompt == 1 or (
+                span.switch_at is not None
+                and (recaching or plan.start >= span.switch_at)
             )
             prompt = ("cond", "switch")[int(turned)]
             self.checks.equal(f"{label}.prompt", prompt, call["prompt"])

@@ -89,7 +89,7 @@ def _criticise(variables, *given, score: Score):
     return jax.value_and_grad(losses.score_flow)(variables, score, *given)
 
 
-roll = jax.jit(rollout.roll, static_argnames=("setup", "turn"))
+roll = jax.jit(rollout.roll, static_argnames=("setup", "switch"))
 pull_back = jax.jit(rollout.pull_back, static_argnames="setup")
 
 

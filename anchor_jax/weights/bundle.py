@@ -13,13 +13,12 @@ import numpy as np
 
 from anchor_jax import sharding
 from anchor_jax.errors import UserError, shown
-from anchor_jax.tiny_world.codec import LinearCodec
 from anchor_jax.wan.spec import LatentGrid, ModelConfig
 from anchor_jax.wan.text import TextConfig, Umt5Encoder
 from anchor_jax.wan.tokenizer import Tokenizer
-from anchor_jax.wan.vae import VaeCodec
+from anchor_jax.weights.codecs import Codec
 
-_REMEMBERED = 8 * 2**30  # bytes of trimmed prompts  # bytes of trimmed prompts
+_REMEMBERED = 8 * 2**30  # bytes of trimmed prompts
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -146,7 +145,7 @@ class Bundle:
 
     model: ModelConfig
     text: TextConfig
-    codec: LinearCodec | VaeCodec
+    codec: Codec
     grid: LatentGrid
     tokenizer: Tokenizer
     encode_prompts: PromptEncoder

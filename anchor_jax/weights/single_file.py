@@ -25,11 +25,11 @@ from anchor_jax.errors import UserError, shown, suggest
 from anchor_jax.filetypes import check_start
 from anchor_jax.io import expand, parse_json, replacing
 from anchor_jax.limits import check_sizes
-from anchor_jax.tiny_world.codec import LinearCodec
 from anchor_jax.wan.spec import TINY, LatentGrid, ModelConfig
 from anchor_jax.wan.text import TextConfig
 from anchor_jax.wan.tokenizer import SentencePieceTokenizer
 from anchor_jax.weights.bundle import Bundle
+from anchor_jax.weights.codecs import CODECS, STORED
 from anchor_jax.weights.options import Options
 from anchor_jax.weights.tensors import (
     check_tensors,
@@ -52,7 +52,6 @@ TINY_TEXT = TextConfig(
 TINY_GRID = LatentGrid(8, 8)
 
 _HEADER = "anchor_jax"
-_CODECS = {"linear": LinearCodec()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +78,7 @@ def load_saved(weights: str, options: Options) -> Bundle:
             f"{tokenizer_file} is not the tokenizer that {model_file} was saved with;"
             " take both files from the same place"
         )
-    codec = _CODECS[header.codec]
+    codec = CODECS[header.codec]
     tokenizer = _tokenizer(tokenizer_file, pieces, header.text)
     model = options.mastered(options.typed(header.model))
     text = options.typed(header.text)
@@ -149,12 +148,12 @@ def save_bundle(
         "model": dataclasses.asdict(model),
         "text": dataclasses.asdict(text),
         "grid": dataclasses.asdict(grid),
-        "codec": "linear",
+        "codec": STORED,
         "tokenizer": hashlib.sha256(tokenizer).hexdigest(),
         "metadata": dict(metadata),
     }
     flat = traverse_util.flatten_dict(params, sep="/")
-    check_tensors(model_file, flat, expected_tensors(model, text, _CODECS["linear"]))
+    check_tensors(model_file, flat, expected_tensors(model, text, CODECS[STORED]))
     halves = {name: _half(name, value) for name, value in sorted(flat.items())}
     content = safetensors.numpy.save(halves, {_HEADER: json.dumps(header)})
     with replacing(tokenizer_file) as part:
@@ -173,7 +172,7 @@ def save_loaded(bundle: Bundle, path: str | pathlib.Path) -> None:
     Raises:
       UserError: The bundle is not of the kind that has this layout.
     """
-    if not isinstance(bundle.codec, LinearCodec):
+    if not bundle.codec == CODECS[STORED]:
         raise UserError(
             "layout=bundle holds models with the linear codec only, such as the tiny"
             f" one; got {type(bundle.codec).__name__}: choose layout wan or diffusers"
@@ -268,8 +267,8 @@ def _header(path: pathlib.Path) -> _Header:
 
 def _check_header(header: _Header) -> None:
     """Raises unless the sizes are ones that networks can have, and fit together."""
-    if header.codec not in _CODECS:
-        known = suggest(header.codec, _CODECS, "codecs")
+    if header.codec not in CODECS:
+        known = suggest(header.codec, CODECS, "codecs")
         raise UserError(f"unknown codec {shown(header.codec)}{known}")
     for name in ("model", "text", "grid"):
         check_sizes(name, getattr(header, name))

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from anchor_jax.errors import UserError, damaged, shown, some
-from anchor_jax.tiny_world.codec import BLOCK_VALUES, LinearCodec
 from anchor_jax.wan import dit, lora
 from anchor_jax.wan.spec import ModelConfig
 from anchor_jax.wan.text import TextConfig, Umt5Encoder
+from anchor_jax.weights import codecs
+from anchor_jax.weights.codecs import StoredCodec
 
 damaged_weights = functools.partial(
     damaged,
@@ -25,7 +26,7 @@ damaged_weights = functools.partial(
 
 
 def expected_tensors(
-    model: ModelConfig, text: TextConfig, codec: LinearCodec | None
+    model: ModelConfig, text: TextConfig, codec: StoredCodec | None
 ) -> dict[str, Any]:
     """Returns shape and type of every tensor, by name, without making any."""
     key = jax.random.key(0)
@@ -34,18 +35,9 @@ def expected_tensors(
     tree = {
         "generator": jax.eval_shape(functools.partial(dit.init_params, model), key),
         "text": encoder["params"],
-        "codec": _codec_shapes(model.latent_channels) if codec else {},
+        "codec": codecs.parameters(codec, model.latent_channels) if codec else {},
     }
     return traverse_util.flatten_dict(tree, sep="/")
-
-
-def _codec_shapes(channels: int) -> dict[str, Any]:
-    shapes = {
-        "mean": (BLOCK_VALUES,),
-        "encode": (BLOCK_VALUES, channels),
-        "decode": (channels, BLOCK_VALUES),
-    }
-    return {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in shapes.items()}
 
 
 def expected_lora(params, stored) -> dict[str, Any]:

@@ -20,10 +20,11 @@ from anchor_jax.cli.main import main
 from anchor_jax.config import load_config
 from anchor_jax.errors import UserError
 from anchor_jax.io import write_json
+from anchor_jax.tiny_world.prompts import WorldPromptKind
 from anchor_jax.training import run
-from anchor_jax.training.data import sources
+from anchor_jax.training.data.kinds import DataConfig
 from anchor_jax.training.stages.build import LoraConfig, RegressionConfig, TrainConfig
-from anchor_jax.training.stages.programs import RegressionStage
+from anchor_jax.training.stages.regression import CompiledRegression
 from anchor_jax.wan import dit
 from anchor_jax.weights import checkpoint
 from anchor_jax.weights.lineage import write_run
@@ -190,7 +191,7 @@ def test_the_last_steps_are_logged_too(weights, tmp_path):
 def test_a_training_that_is_stopped_has_the_status_of_an_interrupt(
     weights, tmp_path, capsys, monkeypatch
 ):
-    advance = RegressionStage.advance
+    advance = CompiledRegression.advance
 
     def ask(self, state, cursor, step):
         if step == 1:
@@ -198,7 +199,7 @@ def test_a_training_that_is_stopped_has_the_status_of_an_interrupt(
         return advance(self, state, cursor, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RegressionStage, "advance", ask)
+        patch.setattr(CompiledRegression, "advance", ask)
         assert train(weights, tmp_path / "run") == 130
     assert "Stopped at 2/4. Rerun this command to resume." in capsys.readouterr().err
     assert train(weights, tmp_path / "run") == 0
@@ -271,9 +272,10 @@ def test_weights_that_are_not_there_are_named_by_their_field(weights, capsys):
 
 
 def test_a_missing_extra_is_named(monkeypatch, tmp_path, capsys):
-    for name in ("datasets", "trajectories", "videos"):
-        monkeypatch.delitem(sys.modules, f"anchor_jax.training.{name}", raising=False)
-        monkeypatch.delattr(f"anchor_jax.training.{name}", raising=False)
+    for name in ("datasets", "prompts", "states", "trajectories", "videos"):
+        module = f"anchor_jax.training.data.{name}"
+        monkeypatch.delitem(sys.modules, module, raising=False)
+        monkeypatch.delattr(module, raising=False)
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     (tmp_path / "a.txt").write_text("a\nb\n")
     given = ["train", "--config=train_dmd:tiny", "--config.data.kind=prompts"]
@@ -307,7 +309,7 @@ def test_a_folder_that_another_job_owns_is_left_alone(weights, tmp_path, capsys)
 def test_data_that_changed_are_not_gone_on_with(tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a\nb\n")
-    data = sources.DataConfig("prompts", str(prompts))
+    data = DataConfig("prompts", str(prompts))
     config = TrainConfig(out=str(tmp_path), data=data)
     bundle = types.SimpleNamespace(digest="x")
     first = run.inputs(config, bundle, bundle, None)
@@ -326,11 +328,11 @@ def test_data_that_changed_are_not_gone_on_with(tmp_path):
 
 
 def test_a_world_that_changed_is_not_gone_on_with(tmp_path, monkeypatch):
-    config = TrainConfig(out=str(tmp_path), data=sources.DataConfig("world_prompts"))
+    config = TrainConfig(out=str(tmp_path), data=DataConfig("world_prompts"))
     bundle = types.SimpleNamespace(digest="x")
     write_json(tmp_path / "inputs.json", run.inputs(config, bundle, bundle, None))
 
-    monkeypatch.setattr(run.world_data, "VERSION", run.world_data.VERSION + 1)
+    monkeypatch.setattr(WorldPromptKind, "version", WorldPromptKind.version + 1)
     with pytest.raises(UserError, match=r"config.data.kind changed since"):
         run.compare_inputs(tmp_path, run.inputs(config, bundle, bundle, None))
 
@@ -341,7 +343,7 @@ def test_whole_weights_are_not_held_beside_those_on_the_mesh(weights, tmp_path):
         weights=str(weights),
         batch=4,
         regression=RegressionConfig(blocks=1),
-        data=sources.DataConfig("world_clips", size=8),
+        data=DataConfig("world_clips", size=8),
         sample_every=0,
         out=str(tmp_path),
     )

@@ -10,10 +10,11 @@ from anchor_jax.cache.policies import POLICIES
 from anchor_jax.errors import UserError
 from anchor_jax.perf import roofline
 from anchor_jax.perf import train_bench as bench
-from anchor_jax.training.data.sources import DataConfig
+from anchor_jax.training.data.kinds import DataConfig
 from anchor_jax.training.placement import Arrays
-from anchor_jax.training.stages import build
+from anchor_jax.training.stages import build, distillation
 from anchor_jax.training.stages.build import DistillationConfig, TrainConfig
+from anchor_jax.training.stages.distillation_flops import step_flops
 
 CONFIG = TrainConfig(
     batch=4,
@@ -27,20 +28,20 @@ CONFIG = TrainConfig(
 def test_operations_are_those_of_the_passes_that_ran():
     model = bundles.load()
     on = Arrays(build.make_mesh(CONFIG))
-    stage = build.make_distill(CONFIG, model, model, model, on)
+    stage = distillation.make_spec(CONFIG, model, model, model, on)
     pass_flops = roofline.pass_flops
     block = sum(pass_flops(tiny.MODEL, tiny.GRID, 3, keys).total for keys in (3, 6))
     clip = pass_flops(tiny.MODEL, tiny.GRID, 6, 6).total
 
-    critic = bench.step_flops(stage, {"critic_exit_level": 1})
-    both = bench.step_flops(stage, {"critic_exit_level": 1, "exit_level": 0})
+    critic = step_flops(stage, {"critic_exit_level": 1})
+    both = step_flops(stage, {"critic_exit_level": 1, "exit_level": 0})
 
     assert critic == pytest.approx(4 * (3 * block + 3 * clip))
     assert both - critic == pytest.approx(4 * (2 * block + 3 * clip + 2 * block))
     long = dataclasses.replace(
         stage, plan=dataclasses.replace(stage.plan, frames=21, length=21)
     )
-    seen = bench.step_flops(long, {"critic_exit_level": 0})
+    seen = step_flops(long, {"critic_exit_level": 0})
     keys = [3, 6, 9, *[POLICIES["longlive"].window] * 4]
     blocks = sum(pass_flops(tiny.MODEL, tiny.GRID, 3, n).total for n in keys)
     clip = pass_flops(tiny.MODEL, tiny.GRID, 21, 21).total

@@ -27,7 +27,7 @@ SMALL = ModelConfig(
     dim=64, ffn_dim=256, num_heads=2, num_layers=8, freq_dim=32, text_dim=32,
     text_len=16, param_dtype="bfloat16",
 )  # fmt: skip
-NETWORKS = plan.Networks(
+NETWORKS = plan.NetworkSizes(
     SMALL,
     dataclasses.replace(SMALL, dim=128),
     VaeConfig(base_dim=8),
@@ -56,7 +56,7 @@ def on_paper(config):
 def compiled(config, name):
     prepared = on_paper(config)
     program = plan.programs(prepared, config, NETWORKS)[name]
-    with jax.set_mesh(prepared.stage.mesh):
+    with jax.set_mesh(prepared.compiled.mesh):
         return aot.compile_program(program)
 
 
@@ -110,7 +110,8 @@ def test_weights_are_split_and_low_rank_updates_are_few():
     by_four = plan.bytes_on_one(whole.state.generator) / 4
     assert plan.bytes_on_one(split.state.generator) == pytest.approx(by_four, rel=0.05)
     assert plan.bytes_on_one(low.state.generator) < by_four / 4
-    assert plan.bytes_on_one(low.stage.frozen) > plan.bytes_on_one(split.stage.frozen)
+    frozen = (low.compiled.frozen, split.compiled.frozen)
+    assert plan.bytes_on_one(frozen[0]) > plan.bytes_on_one(frozen[1])
 
 
 def test_recomputing_activations_takes_less_memory():
@@ -161,7 +162,9 @@ def made(temporaries, **changes):
 def report(**programs):
     resident = {"generator": 10 * GB, "optimizers": 20 * GB}
     programs = {name.replace("_", " "): one for name, one in programs.items()}
-    return plan.Report(aot.TARGETS["h100"], {"fsdp": 8}, programs, resident, 5 * GB)
+    return plan.TrainingReport(
+        aot.TARGETS["h100"], {"fsdp": 8}, programs, resident, 5 * GB
+    )
 
 
 def test_memory_is_what_stays_and_the_largest_program():
@@ -248,7 +251,7 @@ def test_the_command_refuses_what_it_does_not_know(
     monkeypatch, capsys, arguments, message
 ):
     monkeypatch.setattr(command, "_prepare_environment", lambda: None)
-    monkeypatch.setattr(command, "_targets", lambda aot: ["v5p"])
+    monkeypatch.setattr(command, "_targets", lambda: ["v5p"])
 
     given = ["plan", "--config=configs/train_dmd.py", *arguments]
     assert main.main(given) == 2

@@ -10,13 +10,13 @@ import safetensors.numpy
 import tiny
 from bundles import BLUE, GREEN, RED
 
-from anchor_jax import experiment, flow
+from anchor_jax import flow
 from anchor_jax.cache import policies, positions
 from anchor_jax.cache.policies import POLICIES, single_prompt
 from anchor_jax.config import load_config
 from anchor_jax.errors import UserError
 from anchor_jax.prompts import Script, Segment
-from anchor_jax.sampling.resolve import make_policy
+from anchor_jax.sampling.resolve import SOLVERS, make_policy
 from anchor_jax.streaming import stream
 from anchor_jax.streaming.recipe import (
     Switch,
@@ -495,7 +495,7 @@ def test_a_setup_is_rebuilt_from_plain_values(name):
 
 
 @pytest.mark.parametrize("grid", flow.GRIDS)
-@pytest.mark.parametrize("solver", experiment.SOLVERS.values())
+@pytest.mark.parametrize("solver", SOLVERS.values())
 def test_any_solver_and_noise_levels_are_rebuilt(grid, solver):
     levels = flow.GRIDS[grid](1000, 1.0)
     setup = tiny.setup(POLICIES["longlive"], levels=levels, solver=solver)
@@ -517,8 +517,8 @@ def test_recipes_from_before_noise_levels_had_names_stay_as_they_were():
 
     assert rebuild(levels, "levels") == begun
     assert describe(begun) == levels
-    assert describe(experiment.SOLVERS["unipc"]) == {"kind": "UniPC", "floor": 0.001}
-    assert describe(experiment.SOLVERS["euler"]) == {"kind": "Euler"}
+    assert describe(SOLVERS["unipc"]) == {"kind": "UniPC", "floor": 0.001}
+    assert describe(SOLVERS["euler"]) == {"kind": "Euler"}
 
 
 @pytest.fixture(scope="module")

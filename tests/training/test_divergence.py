@@ -13,7 +13,7 @@ from anchor_jax.errors import UserError
 from anchor_jax.training.checkpoints import Checkpoints, NotSaved
 from anchor_jax.training.loop import Loop, train
 from anchor_jax.training.monitor import Monitor
-from anchor_jax.training.stages.programs import Cursor
+from anchor_jax.training.stages.base import Cursor
 from anchor_jax.training.state import (
     Ema,
     Optimizer,

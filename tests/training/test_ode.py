@@ -15,12 +15,12 @@ from anchor_jax.config import load_config
 from anchor_jax.errors import UserError
 from anchor_jax.training import ode, run
 from anchor_jax.training.data import sources
-from anchor_jax.training.data.sources import DataConfig
+from anchor_jax.training.data.kinds import DataConfig
 from anchor_jax.training.data.trajectories import Trajectories
 from anchor_jax.training.ode import TrajectoryConfig
 from anchor_jax.training.stages import build
 from anchor_jax.training.stages.build import RegressionConfig, TrainConfig
-from anchor_jax.training.stages.regress import Regression
+from anchor_jax.training.stages.regression_step import RegressionSpec
 
 CONFIG = TrajectoryConfig(
     count=5, batch=2, frames=6, steps=8, guidance=2.0, data=DataConfig("world_prompts")
@@ -78,7 +78,7 @@ def test_states_are_those_of_the_guided_flow(model, written):
     example = states(written)[3]
     setup = ode.make_setup(CONFIG, model)
     embedding = model.encode_prompts([example["prompt"], ""])
-    stage = Regression(model=model.model)
+    stage = RegressionSpec(model=model.model)
     x = jnp.asarray(example["states"][0], jnp.float32)[None]
     sigma = [*setup.levels.sigma, 0.0]
     for number, (now, after) in enumerate(zip(sigma, sigma[1:], strict=False)):
@@ -155,7 +155,7 @@ def test_a_stopped_command_has_the_status_of_an_interrupt(
     command = ["trajectories", f"--config.weights={tmp_path / 'weights'}"]
 
     assert main(command) == 130
-    assert "stopped; 2 are missing" in capsys.readouterr().err
+    assert "Stopped; 2 are missing" in capsys.readouterr().err
 
 
 def regression(folder, **changes):
@@ -166,7 +166,7 @@ def regression(folder, **changes):
 
 
 def test_batches_hold_each_block_at_a_stored_level(model, written, tmp_path):
-    draw = sources.open_source(regression(written), model, tmp_path)
+    draw = build.open_source(regression(written), model, tmp_path)
     batch, again = draw(4), draw(4)
 
     sigma = [1, 0.9375, 5 / 6, 0.625, 0]
@@ -191,7 +191,7 @@ def test_processes_share_a_batch(model, written, tmp_path):
     config = regression(written, batch=4)
 
     shares.assert_shared(
-        lambda share: sources.open_source(config, model, tmp_path, share)(4)
+        lambda share: build.open_source(config, model, tmp_path, share)(4)
     )
 
 
@@ -200,8 +200,8 @@ def _is(a, b):
 
 
 def test_the_loss_leaves_clean_blocks_out(model, written, tmp_path):
-    batch = sources.open_source(regression(written), model, tmp_path)(4)
-    stage = Regression(
+    batch = build.open_source(regression(written), model, tmp_path)(4)
+    stage = RegressionSpec(
         model=model.model, blocks=(3, 3), forcing="noise", endpoints=True
     )
     sigma = np.repeat(batch["sigma"], 3, axis=1)
@@ -226,7 +226,7 @@ def test_the_loss_leaves_clean_blocks_out(model, written, tmp_path):
 def test_what_does_not_go_together_is_named(model, written, tmp_path, changes, message):
     given = {"data": DataConfig("trajectories", path=str(written))} | changes
     with pytest.raises(UserError, match=message):
-        sources.open_source(regression(written, **given), model, tmp_path)
+        build.open_source(regression(written, **given), model, tmp_path)
 
 
 def test_prompts_come_from_two_files(model, tmp_path):
@@ -236,7 +236,7 @@ def test_prompts_come_from_two_files(model, tmp_path):
     data = DataConfig("prompts", path=str(first), switch_path=str(second))
     config = TrainConfig(batch=2, data=data)
 
-    batch = sources.open_source(config, model, tmp_path / "run")(0)
+    batch = build.open_source(config, model, tmp_path / "run")(0)
 
     pairs = {(bundles.RED, bundles.GREEN), (bundles.BLUE, bundles.RED)}
     found = set()

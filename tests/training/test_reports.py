@@ -6,7 +6,7 @@ import bundles
 import pytest
 
 from anchor_jax.training import reports
-from anchor_jax.training.data.sources import DataConfig
+from anchor_jax.training.data.kinds import DataConfig
 
 LONG = "a blue square moves up a red ring"
 

@@ -12,13 +12,13 @@ from anchor_jax.cache.policies import POLICIES, as_trained
 from anchor_jax.streaming import stream
 from anchor_jax.streaming.types import BlockNoise, StreamState
 from anchor_jax.training import rollout
-from anchor_jax.training.rollout import Turn
+from anchor_jax.training.rollout import ChunkSwitch
 
 BLOCKS = 2
 SETUP = tiny.setup()
 
 
-_roll = jax.jit(rollout.roll, static_argnames=("setup", "turn"))
+_roll = jax.jit(rollout.roll, static_argnames=("setup", "switch"))
 _pull_back = jax.jit(rollout.pull_back, static_argnames="setup")
 
 
@@ -29,9 +29,9 @@ def chunk_noise(first, blocks, setup=SETUP):
 
 
 def roll(state, first, blocks, leave, setup=SETUP, prompts=(0,), at=None):
-    turn = None
+    switch = None
     if at is not None:
-        turn = Turn(at // 3 - first, setup.policy.rerun(at))
+        switch = ChunkSwitch(at // 3 - first, setup.policy.rerun(at))
     prompts = tuple(tiny.embedding(number) for number in prompts)
     noise = chunk_noise(first, blocks, setup)
     return _roll(
@@ -41,7 +41,7 @@ def roll(state, first, blocks, leave, setup=SETUP, prompts=(0,), at=None):
         noise,
         leave,
         setup=setup,
-        turn=turn,
+        switch=switch,
         requested=at or 0,
     )
 

@@ -15,18 +15,18 @@ from anchor_jax.streaming import stream
 from anchor_jax.streaming.loop import Euler, Renoise
 from anchor_jax.training import samples
 from anchor_jax.training.checkpoints import Checkpoints
-from anchor_jax.training.data.sources import DataConfig
+from anchor_jax.training.data.kinds import DataConfig
 from anchor_jax.training.data.trajectories import TrajectoryWriter
 from anchor_jax.training.loop import Loop, train
 from anchor_jax.training.monitor import Monitor
 from anchor_jax.training.stages import build
+from anchor_jax.training.stages.base import Cursor
 from anchor_jax.training.stages.build import (
     DistillationConfig,
     RegressionConfig,
     SamplesConfig,
     TrainConfig,
 )
-from anchor_jax.training.stages.programs import Cursor
 from anchor_jax.training.state import Ema
 
 DISTILL = TrainConfig(
@@ -76,7 +76,7 @@ def test_videos_are_of_the_mean_and_compiled_once(tmp_path):
     sampler(state, 250)
     programs = stream.make_block._cache_size()
     moved = jax.tree.map(lambda x: 1.5 * x, state.generator)
-    moved = jax.device_put(moved, prepared.stage.places.generator)
+    moved = jax.device_put(moved, prepared.compiled.places.generator)
     sampler(state.replace(generator=moved), 500)
     sampler(state.replace(ema=moved), 750)
 
@@ -102,7 +102,7 @@ def test_kernels_know_the_mesh(tmp_path, monkeypatch):
     monkeypatch.setattr(samples.Sampler, "_play", play)
     samples.make_sampler(DISTILL, prepared, tmp_path)(prepared.state, 1)
 
-    assert seen == [prepared.stage.mesh.abstract_mesh] * 3
+    assert seen == [prepared.compiled.mesh.abstract_mesh] * 3
 
 
 def test_videos_switch_where_training_does():
@@ -111,7 +111,7 @@ def test_videos_switch_where_training_does():
     scripts = [video.script for video in videos]
     assert [one.switch_frames for one in scripts] == [(3,)] * 3
     assert len({one.prompts for one in scripts}) == 3
-    assert videos[0].setup == prepare(DISTILL).stage.stage.setup
+    assert videos[0].setup == prepare(DISTILL).compiled.spec.setup
 
 
 def test_each_stage_has_the_sampler_of_its_network():
@@ -143,7 +143,7 @@ def test_the_release_is_sampled_as_it_streams_not_as_it_trains(policy, tmp_path)
 
     sampler(prepared.state, 250)
 
-    assert prepared.stage.stage.setup.floor > 0
+    assert prepared.compiled.spec.setup.floor > 0
     (setup,) = {video.setup for video in sampler.videos}
     assert not setup.floor and not setup.policy.zeroes_sink
     assert setup.policy.keeps_prior == (policy == "anchor_forcing")
@@ -158,7 +158,7 @@ def test_sampling_changes_nothing_of_a_training(tmp_path):
         monitor = Monitor(folder, 3, 0, 1, quiet=True)
         loop = Loop(3, save_every=3, log_every=1, sample_every=every)
         state = train(
-            prepared.stage,
+            prepared.compiled,
             prepared.state,
             Cursor(),
             loop,

@@ -2,24 +2,24 @@
 
 import pytest
 
-from anchor_jax.training.schedule import Plan
+from anchor_jax.training.schedule import SequencePlan
 
 
 def test_chunks_are_those_of_the_release():
-    pieces = Plan().pieces(None)
+    spans = SequencePlan().chunks(None)
 
-    assert [piece.start for piece in pieces] == [0, *range(21, 220, 18)]
-    assert len(pieces) == 13 and pieces[-1].end == 237
-    assert [piece.new for piece in pieces] == [21, *[18] * 12]
-    assert all(piece.turn is None and piece.last_prompt == 0 for piece in pieces)
+    assert [span.start for span in spans] == [0, *range(21, 220, 18)]
+    assert len(spans) == 13 and spans[-1].end == 237
+    assert [span.new for span in spans] == [21, *[18] * 12]
+    assert all(span.switch_at is None and span.last_prompt == 0 for span in spans)
 
 
 def test_a_switch_belongs_to_one_chunk():
-    pieces = Plan().pieces(39)
+    spans = SequencePlan().chunks(39)
 
-    assert [piece.turn for piece in pieces[:4]] == [None, None, 39, None]
-    assert [piece.prompt for piece in pieces[:4]] == [0, 0, 0, 1]
-    assert [piece.last_prompt for piece in pieces[:4]] == [0, 0, 1, 1]
+    assert [span.switch_at for span in spans[:4]] == [None, None, 39, None]
+    assert [span.prompt for span in spans[:4]] == [0, 0, 0, 1]
+    assert [span.last_prompt for span in spans[:4]] == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -27,27 +27,27 @@ def test_a_switch_belongs_to_one_chunk():
     [(40, 39, 42), (20, 21, 21), (1, 0, 3), (56, 57, 57)],
 )
 def test_a_switch_takes_effect_at_the_next_block(requested, start, frame):
-    pieces = Plan().pieces(requested)
+    spans = SequencePlan().chunks(requested)
 
-    turns = {piece.start: piece.turn for piece in pieces if piece.turn}
+    turns = {span.start: span.switch_at for span in spans if span.switch_at}
     assert turns == {start: frame}
 
 
 def test_switches_are_drawn_from_the_choices_and_from_the_seed_alone():
-    plan = Plan()
+    plan = SequencePlan()
 
     drawn = [plan.switch(seed=0, number=number) for number in range(200)]
 
     assert set(drawn) == set(range(21, 202, 18))
     assert drawn == [plan.switch(0, number) for number in range(200)]
     assert drawn != [plan.switch(1, number) for number in range(200)]
-    assert Plan(switches=()).switch(0, 0) is None
+    assert SequencePlan(switches=()).switch(0, 0) is None
 
 
 def test_a_short_plan_is_one_chunk_a_sequence():
-    (piece,) = Plan(length=21, switches=()).pieces(None)
+    (span,) = SequencePlan(length=21, switches=()).chunks(None)
 
-    assert (piece.start, piece.new) == (0, 21)
+    assert (span.start, span.new) == (0, 21)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_a_short_plan_is_one_chunk_a_sequence():
     ],
 )
 def test_generator_updates_visit_chunks_whose_number_fits_theirs(length, visited):
-    assert Plan(length=length, switches=()).visited(every=5) == visited
+    assert SequencePlan(length=length, switches=()).visited(every=5) == visited
 
 
 @pytest.mark.parametrize(
@@ -77,4 +77,4 @@ def test_generator_updates_visit_chunks_whose_number_fits_theirs(length, visited
 )
 def test_plans_that_make_no_sense_are_refused(wrong):
     with pytest.raises(ValueError, match="plan"):
-        Plan(**wrong)
+        SequencePlan(**wrong)

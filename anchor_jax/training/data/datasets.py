@@ -13,7 +13,7 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from anchor_jax.errors import UserError, damaged
 from anchor_jax.io import expand, making_folder
 from anchor_jax.prompt_files import watched
 from anchor_jax.training.data import pairs
+from anchor_jax.training.data.digests import digest
 
 SPLIT = "train"
 _READY = "ready.json"
@@ -289,28 +290,3 @@ def _check_array(where: str, value: np.ndarray, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{where}: shape {value.shape}, expected {shape}")
     if value.dtype.kind == "f" and not np.isfinite(value).all():
         raise ValueError(f"{where}: not finite in {value.dtype}")
-
-
-def digest(path: pathlib.Path) -> list[Any]:
-    """Returns a file's SHA-256 and its size in bytes; read again if it changes."""
-    with _opened(path) as file:
-        status = os.fstat(file.fileno())
-        return list(_digest(path, status.st_size, status.st_mtime_ns))
-
-
-@functools.cache
-def _digest(path: pathlib.Path, size: int, changed: int) -> tuple[str, int]:
-    del size, changed  # Parts of the cache's key.
-    with _opened(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
-
-
-@contextlib.contextmanager
-def _opened(path: pathlib.Path) -> Iterator[Any]:
-    try:
-        with path.open("rb") as file:
-            yield file
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; give the path of one") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error

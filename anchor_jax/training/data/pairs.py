@@ -12,6 +12,7 @@ from anchor_jax.prompts import MAX_PROMPT_CHARACTERS
 from anchor_jax.text import check_text
 
 Pair = tuple[str, str]
+_FIELDS = ("prompt", "prompt_en", "switch", "caption")
 _KINDS = {"text": False, "lines": True}
 _EXPECTED = (
     'expected {"prompt": TEXT, "switch": TEXT}, {"prompts": [TEXT, TEXT]}, or'
@@ -83,6 +84,23 @@ def entries(file: PromptFile) -> Iterator[tuple[str, ...]]:
         yield tuple(text.strip() for text in texts)
     if not count:
         raise UserError(f"{file.path}: no lines; expected a prompt, or JSON, a line")
+
+
+def texts_in(value: Any, kind: str) -> tuple[str, ...]:
+    """Returns the prompts or the caption of one line or entry; none if it is wrong."""
+    if kind == "text":
+        return (value,) * bool(value)
+    if isinstance(value, str):
+        try:
+            value = decode(value)
+        except UserError:
+            return ()
+    if not isinstance(value, dict):
+        return ()
+    found = value.get("prompts") or [value[name] for name in _FIELDS if name in value]
+    if not isinstance(found, list):
+        return ()
+    return tuple(text for text in found if isinstance(text, str) and text.strip())[:2]
 
 
 def check_length(where: str, text: str, limit: int) -> None:

@@ -19,12 +19,15 @@ from anchor_jax.io import expand, inside
 from anchor_jax.prompt_files import decode
 from anchor_jax.prompts import MAX_PROMPT_CHARACTERS
 from anchor_jax.text import check_text
-from anchor_jax.tiny_world.scene import latent_to_pixel_frames
 from anchor_jax.training.data import datasets, pairs
-from anchor_jax.training.data.order import Order, Share
+from anchor_jax.training.data.digests import digest
+from anchor_jax.training.data.kinds import ClipKind, ClipRequest, DataConfig, path_of
+from anchor_jax.training.data.order import Order
 
 _CELL = 8  # pixels of a latent's side
+_STRIDE = 4  # pixel frames of a latent frame
 _SHOWN = 10  # videos in a message
+_READS = 'a file of JSON lines {"video": NAME, "caption": TEXT}'
 _EXPECTED = 'expected {"video": NAME, "caption": TEXT}'
 
 
@@ -66,7 +69,7 @@ def _entry(value: Any, where: str) -> tuple[str, str]:
 
 def identity(path: str) -> str:
     """Returns a hash of a list's videos and captions; their names do not count."""
-    found = [[datasets.digest(video), text] for video, text in read_list(path)]
+    found = [[digest(video), text] for video, text in read_list(path)]
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
@@ -105,38 +108,31 @@ def _check(videos: Iterable[pathlib.Path], count: int, size: tuple[int, int]) ->
 class Videos:
     """Batches of clips, pure functions of their number; encoded once, then kept."""
 
-    def __init__(self, data, bundle, share: Share, section, folder, most=None):
+    def __init__(self, request: ClipRequest):
         """Reads the list, and encodes the videos unless that is done.
-
-        Args:
-          data: `DataConfig`; `path` is the list.
-          bundle: with the codec, the tokenizer and the size.
-          share: clips of a batch that this process makes.
-          section: `RegressionConfig`, with the clips' length.
-          folder: where the encoded clips are kept.
-          most: videos of the list that are read; None: all.
 
         Raises:
           UserError: The list or a video is wrong.
         """
-        self._tokenizer, self._share, self._data = bundle.tokenizer, share, data
-        self._frames = section.block * section.blocks
-        listed, grid = read_list(data.path)[:most], bundle.grid
-        hashes = [[datasets.digest(video), caption] for video, caption in listed]
+        bundle, grid = request.bundle, request.bundle.grid
+        self._tokenizer, self._share = bundle.tokenizer, request.share
+        self._data, self._frames = request.data, request.frames
+        listed = read_list(request.data.path)[: request.most]
+        hashes = [[digest(video), caption] for video, caption in listed]
         self._clips = datasets.prepare(
             datasets.Clips,
-            folder,
+            request.cache,
             examples=lambda: self._encode(listed, bundle),
             size=len(listed),
             shape=(self._frames, grid.height, grid.width, bundle.model.latent_channels),
             made_from={"videos": hashes, "weights": bundle.digest},
         )
-        self._order = Order(len(self._clips), data.seed)
+        self._order = Order(len(self._clips), request.data.seed)
 
     def _encode(self, listed, bundle) -> Iterator[dict[str, Any]]:
         grid = bundle.grid
         size = grid.height * _CELL, grid.width * _CELL
-        count = latent_to_pixel_frames(self._frames)
+        count = 1 + _STRIDE * (self._frames - 1)
         _check((video for video, _ in listed), count, size)
         encode = jax.jit(functools.partial(bundle.codec.encode, bundle.codec_params))
         for video, caption in listed:
@@ -158,3 +154,21 @@ class Videos:
         ids, mask = self._tokenizer.encode(texts)
         latents = np.stack([one["latents"] for one in found]).astype(np.float32)
         return {"latents": latents, "ids": ids[:, None], "mask": mask[:, None]}
+
+
+class VideoKind(ClipKind):
+    """The kind `videos`: a user's own files with captions."""
+
+    columns = ("video", "caption")
+
+    def open_clips(self, request: ClipRequest) -> Videos:
+        """Returns the batches of the listed videos, encoded at the first call."""
+        path_of(request.data, _READS)
+        return Videos(request)
+
+    def identity(self, data: DataConfig) -> dict[str, Any]:
+        """Returns the hash of the videos and their captions."""
+        return {} if data.path is None else {"videos": identity(data.path)}
+
+
+VIDEOS = VideoKind()

@@ -268,7 +268,7 @@ def test_a_half_built_folder_is_built_again(tmp_path):
 KILLED_BUILD = """
 import os, signal, sys
 import numpy as np
-from anchor_jax.training import datasets
+from anchor_jax.training.data import datasets
 
 def examples():
     yield {"latents": np.zeros((2, 3, 3, 4)), "captions": ["a"]}
@@ -543,9 +543,9 @@ def test_impossible_orders_are_refused(arguments):
 WITHOUT_TENSORFLOW = """
 import pathlib, sys
 import anchor_jax
-from anchor_jax.training import order
+from anchor_jax.training.data import order
 assert "tensorflow_datasets" not in sys.modules
-from anchor_jax.training import datasets, trajectories
+from anchor_jax.training.data import datasets, trajectories
 import numpy as np
 root = pathlib.Path(sys.argv[1])
 (root / "a.txt").write_text("a\\nb\\n")

@@ -14,8 +14,8 @@ import tensorflow_datasets as tfds
 from anchor_jax.errors import UserError
 from anchor_jax.tiny_world import clips as world_clips
 from anchor_jax.tiny_world import windows as world_windows
-from anchor_jax.training.data import sources
-from anchor_jax.training.data.sources import DataConfig
+from anchor_jax.training.data.kinds import DataConfig
+from anchor_jax.training.stages import build
 from anchor_jax.training.stages.build import (
     DistillationConfig,
     RegressionConfig,
@@ -33,7 +33,7 @@ def test_prompts_are_embedded_unless_the_text_encoder_is_trained(
         section = RegressionConfig(blocks=blocks, text=text)
         data = DataConfig(kind, size=6)
         config = TrainConfig("regression", batch=2, regression=section, data=data)
-        return sources.open_source(config, model, tmp_path)(3)
+        return build.open_source(config, model, tmp_path)(3)
 
     given, embedded = draw(True), draw(False)
 
@@ -54,13 +54,13 @@ def test_guidance_leads_away_from_the_negative_prompt(tmp_path):
     data = DataConfig("world_clips", size=6)
     config = TrainConfig("regression", batch=4, regression=section, data=data)
 
-    draw = sources.open_source(config, model, tmp_path)
+    draw = build.open_source(config, model, tmp_path)
 
     expected = np.asarray(model.encode_prompts([bundles.BLUE] * 4))
     for number in (0, 3):
         np.testing.assert_array_equal(draw(number)["negative"], expected)
     shares.assert_shared(
-        lambda share: sources.open_source(config, model, tmp_path, share)(4)
+        lambda share: build.open_source(config, model, tmp_path, share)(4)
     )
 
 
@@ -79,7 +79,7 @@ def test_processes_share_a_batch(stage, kind, blocks, tmp_path):
     config = TrainConfig(stage, batch=4, regression=section, data=data)
 
     shares.assert_shared(
-        lambda share: sources.open_source(config, model, tmp_path, share)(4)
+        lambda share: build.open_source(config, model, tmp_path, share)(4)
     )
 
 
@@ -97,7 +97,7 @@ def test_a_world_is_made_once(kind, blocks, module, make, tmp_path, monkeypatch)
     def draw(seed):
         data = DataConfig(kind, size=9, seed=seed)
         config = TrainConfig("regression", batch=4, regression=section, data=data)
-        return sources.open_source(config, model, tmp_path)(5)
+        return build.open_source(config, model, tmp_path)(5)
 
     first, other = draw(0), draw(1)
     monkeypatch.setattr(module, make, lambda *given: pytest.fail("made again"))
@@ -124,7 +124,7 @@ def test_a_seed_makes_the_same_world_in_every_version(
     section = RegressionConfig(blocks=frames // 3, text=True)
     data = DataConfig(kind, size=6 if kind == "world_clips" else 9)
     config = TrainConfig("regression", batch=4, regression=section, data=data)
-    sources.open_source(config, model, tmp_path)
+    build.open_source(config, model, tmp_path)
     (folder,) = (tmp_path / "data").glob("clips-*")
     (place,) = (folder / "clips").iterdir()
     kept = list(tfds.builder_from_directory(str(place)).as_data_source("train"))
@@ -146,6 +146,6 @@ def test_switches_need_prompts_that_change(tmp_path):
     )
 
     with pytest.raises(UserError, match="each prompt is the same text as its switch"):
-        sources.open_source(config, bundles.load(), tmp_path)
+        build.open_source(config, bundles.load(), tmp_path)
     without = dataclasses.replace(config, distillation=DistillationConfig())
-    assert sources.open_source(without, bundles.load(), tmp_path)(0)["prompt"].any()
+    assert build.open_source(without, bundles.load(), tmp_path)(0)["prompt"].any()

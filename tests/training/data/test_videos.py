@@ -11,7 +11,8 @@ import shares
 from anchor_jax import media
 from anchor_jax.errors import UserError
 from anchor_jax.training.data import sources, videos
-from anchor_jax.training.data.sources import DataConfig
+from anchor_jax.training.data.kinds import DataConfig
+from anchor_jax.training.stages import build
 from anchor_jax.training.stages.build import RegressionConfig, TrainConfig
 
 SIDE, FRAMES = 32, 5  # pixels; two latent frames
@@ -63,7 +64,7 @@ def config(path, **changes):
 
 def test_batches_hold_the_encoded_videos_with_their_captions(listed, tmp_path):
     bundle = bundles.load()
-    draw = sources.open_source(config(listed), bundle, tmp_path / "run")
+    draw = build.open_source(config(listed), bundle, tmp_path / "run")
 
     batch = draw(0)
 
@@ -84,16 +85,16 @@ def test_processes_share_a_batch(listed, tmp_path):
     wanted = config(listed, batch=4)
 
     shares.assert_shared(
-        lambda share: sources.open_source(wanted, bundles.load(), tmp_path, share)(4)
+        lambda share: build.open_source(wanted, bundles.load(), tmp_path, share)(4)
     )
 
 
 def test_videos_are_encoded_once(listed, tmp_path, monkeypatch):
     bundle = bundles.load()
-    sources.open_source(config(listed), bundle, tmp_path / "run")
+    build.open_source(config(listed), bundle, tmp_path / "run")
     monkeypatch.setattr(media, "read_video", None)
 
-    again = sources.open_source(config(listed), bundle, tmp_path / "run")
+    again = build.open_source(config(listed), bundle, tmp_path / "run")
 
     assert again(3)["latents"].shape[0] == 2
 
@@ -112,7 +113,7 @@ def test_a_run_knows_its_videos_by_what_they_hold(listed, tmp_path):
 def test_some_captions_are_left_out_for_guidance(listed, tmp_path):
     bundle = bundles.load()
     data = DataConfig("videos", str(listed), dropout=0.5)
-    draw = sources.open_source(config(listed, data=data), bundle, tmp_path)
+    draw = build.open_source(config(listed, data=data), bundle, tmp_path)
     empty = np.asarray(bundle.encode_prompts([""]))[0]
 
     rows = np.concatenate([draw(n)["embedding"][:, 0] for n in range(20)])
@@ -185,7 +186,7 @@ def test_all_videos_that_are_wrong_are_named_before_any_is_encoded(tmp_path):
     bundle = dataclasses.replace(bundles.load(), codec=None)
 
     with pytest.raises(UserError, match="2 videos .*b.mp4: 2 frames.*c.mp4: 1 frames"):
-        sources.open_source(config(write_list(tmp_path, *rows)), bundle, tmp_path)
+        build.open_source(config(write_list(tmp_path, *rows)), bundle, tmp_path)
 
 
 def test_pictures_that_are_used_more_than_once_are_reported(tmp_path, capfd):
@@ -193,7 +194,7 @@ def test_pictures_that_are_used_more_than_once_are_reported(tmp_path, capfd):
         write_video(tmp_path / name, fps=fps)
     rows = [{"video": f"{name}.mp4", "caption": name} for name in "abc"]
 
-    sources.open_source(config(write_list(tmp_path, *rows)), bundles.load(), tmp_path)
+    build.open_source(config(write_list(tmp_path, *rows)), bundles.load(), tmp_path)
 
     lines = [line for line in capfd.readouterr().err.splitlines() if "warn" in line]
     (line,) = lines
@@ -226,6 +227,6 @@ def test_videos_need_a_list(tmp_path):
     wanted = config("x", data=DataConfig("videos"))
 
     with pytest.raises(UserError, match="config.data.path is missing"):
-        sources.open_source(wanted, bundles.load(), tmp_path)
+        build.open_source(wanted, bundles.load(), tmp_path)
     with pytest.raises(UserError, match="none.jsonl: no such file"):
         videos.read_list(str(tmp_path / "none.jsonl"))

@@ -1,6 +1,6 @@
 """Steps of distillation: generator and critic, on rollouts of the generator.
 
-Pure functions of state, frozen weights and batch; `anchor_jax.training.stages.programs`
+Pure functions of state, frozen weights and batch; `CompiledDistillation`
 compiles them for a mesh.
 """
 
@@ -14,8 +14,8 @@ from anchor_jax import flow
 from anchor_jax.streaming.types import BlockNoise, StreamSetup
 from anchor_jax.training import losses, rollout
 from anchor_jax.training.losses import Score
-from anchor_jax.training.rollout import Turn
-from anchor_jax.training.schedule import Piece, Plan
+from anchor_jax.training.rollout import ChunkSwitch
+from anchor_jax.training.schedule import ChunkSpan, SequencePlan
 from anchor_jax.training.state import (
     Ema,
     TrainState,
@@ -29,7 +29,7 @@ GENERATOR, CRITIC = 1, 2
 
 
 @dataclasses.dataclass(frozen=True)
-class Distill:
+class DistillationSpec:
     """What is static about distillation.
 
     Attributes:
@@ -49,36 +49,36 @@ class Distill:
     critic: Score
     teacher: Score
     codec: Any
-    plan: Plan
+    plan: SequencePlan
     guidance: float = 3.0
     shift: float = 5.0
     batch: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class ChunkShape:
     """What is static about a chunk: few, so that few programs are compiled."""
 
     blocks: int
     is_first: bool
     prompt: int
-    turn: Turn | None
+    switch: ChunkSwitch | None
 
 
-def shape_of(stage: Distill, piece: Piece) -> Shape:
+def shape_of(spec: DistillationSpec, span: ChunkSpan) -> ChunkShape:
     """Returns the shape of a chunk."""
-    block = stage.setup.policy.block
-    turn = None
-    if piece.turn is not None:
-        number = (piece.turn - piece.start) // block
-        turn = Turn(number, stage.setup.policy.rerun(piece.turn))
-    return Shape(piece.new // block, piece.start == 0, piece.prompt, turn)
+    block = spec.setup.policy.block
+    switch = None
+    if span.switch_at is not None:
+        number = (span.switch_at - span.start) // block
+        switch = ChunkSwitch(number, spec.setup.policy.rerun(span.switch_at))
+    return ChunkShape(span.new // block, span.start == 0, span.prompt, switch)
 
 
 def generator_gradient(
-    state: TrainState, frozen, batch, *, stage: Distill, shape: Shape
+    state: TrainState, frozen, batch, *, spec: DistillationSpec, shape: ChunkShape
 ):
-    """Returns the state a chunk later, the generator's gradient, and what to watch.
+    """Returns the state a chunk later, the generator's gradient, and metrics.
 
     Args:
       state: `rollout` goes on, and `sound` is that of the loss and gradient too, so
@@ -87,22 +87,22 @@ def generator_gradient(
         `real_score`, and the parameters of `codec`.
       batch: embeddings `prompt`, `switch` and `negative` [batch, text, text_dim], and
         `requested`, the latent frame of the sequence's prompt switch.
-      stage: static.
+      spec: static.
       shape: static.
     """
     state, clip, mask, chunk, prompts, leave = _next_chunk(
-        state, frozen, batch, stage, shape, GENERATOR
+        state, frozen, batch, spec, shape, GENERATOR
     )
-    timestep, noise = _loss_noise(state.key(GENERATOR, 1), clip, stage)
+    timestep, noise = _loss_noise(state.key(GENERATOR, 1), clip, spec)
     fake = {**frozen["fake_score"], **state.fake_score}
     found = losses.distribution_matching(
         clip,
         noise,
         timestep,
         mask,
-        fake=(stage.critic, fake, prompts[-1]),
-        real=(stage.teacher, frozen["real_score"], prompts[-1], batch["negative"]),
-        guidance=stage.guidance,
+        fake=(spec.critic, fake, prompts[-1]),
+        real=(spec.teacher, frozen["real_score"], prompts[-1], batch["negative"]),
+        guidance=spec.guidance,
     )
     frames = chunk.noisy.shape[0] * chunk.noisy.shape[2]
     gradient = rollout.pull_back(
@@ -112,52 +112,54 @@ def generator_gradient(
         prompts[-1],
         leave,
         found.gradient[:, clip.shape[1] - frames :],
-        setup=stage.setup,
+        setup=spec.setup,
     )
-    watch = {
+    metrics = {
         "generator_loss": found.loss,
         "score_gap": found.gap,
         "exit_level": leave,
         "loss_timestep": jnp.mean(timestep),
     }
     # Where scores are not finite the gap says so: the direction counts them as 0.
-    return checked(state, gradient, found.loss + found.gap), gradient, watch
+    return checked(state, gradient, found.loss + found.gap), gradient, metrics
 
 
-def critic_gradient(state: TrainState, frozen, batch, *, stage: Distill, shape: Shape):
-    """Returns the state a chunk later, the critic's gradient, and what to watch.
+def critic_gradient(
+    state: TrainState, frozen, batch, *, spec: DistillationSpec, shape: ChunkShape
+):
+    """Returns the state a chunk later, the critic's gradient, and metrics.
 
     Args:
       state: as for `generator_gradient`.
       frozen: likewise.
       batch: likewise.
-      stage: static.
+      spec: static.
       shape: static.
     """
     state, clip, mask, _, prompts, leave = _next_chunk(
-        state, frozen, batch, stage, shape, CRITIC
+        state, frozen, batch, spec, shape, CRITIC
     )
-    timestep, noise = _loss_noise(state.key(CRITIC, 1), clip, stage)
+    timestep, noise = _loss_noise(state.key(CRITIC, 1), clip, spec)
 
     def loss(trainable):
         variables = {**frozen["fake_score"], **trainable}
         return losses.score_flow(
-            variables, stage.critic, clip, noise, timestep, prompts[-1], mask
+            variables, spec.critic, clip, noise, timestep, prompts[-1], mask
         )
 
     value, gradient = jax.value_and_grad(loss)(state.fake_score)
-    watch = {"critic_loss": value, "critic_exit_level": leave}
-    return checked(state, gradient, value), gradient, watch
+    metrics = {"critic_loss": value, "critic_exit_level": leave}
+    return checked(state, gradient, value), gradient, metrics
 
 
 def update_generator(state: TrainState, gradient, loss, *, tx, ema: Ema | None):
-    """Returns the state with the generator and its mean moved, and what to watch."""
+    """Returns the state with the generator and its mean moved, and metrics."""
     state, norm = move_generator(state, gradient, loss, tx, ema)
     return state, {"generator_gradient_norm": norm}
 
 
 def update_critic(state: TrainState, gradient, loss, *, tx):
-    """Returns the state with the critic moved, one step later, and what to watch."""
+    """Returns the state with the critic moved, one step later, and metrics."""
     fake_score, opt_state, norm, sound = moved(
         tx, gradient, state.opt_fake_score, state.fake_score, loss, state.sound
     )
@@ -170,17 +172,19 @@ def update_critic(state: TrainState, gradient, loss, *, tx):
     return state, {"critic_gradient_norm": norm}
 
 
-def _next_chunk(state: TrainState, frozen, batch, stage: Distill, shape, role: int):
+def _next_chunk(
+    state: TrainState, frozen, batch, spec: DistillationSpec, shape, role: int
+):
     """Returns the state a chunk of its sequence later, the loss's clip, and more."""
-    setup = stage.setup
+    setup = spec.setup
     sequence = state.rollout
     if shape.is_first:
-        sequence = rollout.begin(setup, stage.batch, stage.plan.frames)
+        sequence = rollout.begin(setup, spec.batch, spec.plan.frames)
     key = state.key(role, 0)
     leave = jax.random.randint(key, (), 0, len(setup.levels))
-    noise = draw_chunk_noise(jax.random.fold_in(key, 1), shape.blocks, stage)
+    noise = draw_chunk_noise(jax.random.fold_in(key, 1), shape.blocks, spec)
     both = (batch["prompt"], batch["switch"])
-    prompts = both if shape.turn else both[shape.prompt : shape.prompt + 1]
+    prompts = both if shape.switch else both[shape.prompt : shape.prompt + 1]
     variables = {**frozen["generator"], **state.generator}
     after, chunk = rollout.roll(
         variables,
@@ -189,22 +193,22 @@ def _next_chunk(state: TrainState, frozen, batch, stage: Distill, shape, role: i
         noise,
         leave,
         setup=setup,
-        turn=shape.turn,
+        switch=shape.switch,
         requested=batch["requested"],
     )
     clip, mask = rollout.window(
         sequence.previous,
         chunk.latents,
-        lambda x: rollout.renew_last(frozen["codec"], x, codec=stage.codec),
+        lambda x: rollout.renew_last(frozen["codec"], x, codec=spec.codec),
     )
     state = state.replace(rollout=after)
     return state, jax.lax.stop_gradient(clip), mask, chunk, prompts, leave
 
 
-def draw_chunk_noise(key: jax.Array, blocks: int, stage: Distill) -> BlockNoise:
+def draw_chunk_noise(key: jax.Array, blocks: int, spec: DistillationSpec) -> BlockNoise:
     """Returns the noise of a chunk's blocks, with a leading axis of blocks."""
-    setup, grid = stage.setup, stage.setup.grid
-    shape = (stage.batch, setup.policy.block, grid.height, grid.width)
+    setup, grid = spec.setup, spec.setup.grid
+    shape = (spec.batch, setup.policy.block, grid.height, grid.width)
     shape = (*shape, setup.model.latent_channels)
     passes = len(setup.levels) + bool(setup.floor)
     draw = jax.random.normal(key, (blocks, passes, *shape), setup.model.dtype)
@@ -216,9 +220,9 @@ def draw_chunk_noise(key: jax.Array, blocks: int, stage: Distill) -> BlockNoise:
     )
 
 
-def _loss_noise(key: jax.Array, clip: jax.Array, stage: Distill):
+def _loss_noise(key: jax.Array, clip: jax.Array, spec: DistillationSpec):
     """Returns the timesteps [batch] and the noise at which a loss compares."""
     first, second = jax.random.split(key)
     drawn = jax.random.randint(first, (clip.shape[0],), 0, flow.TRAIN_STEPS)
-    timestep = flow.dmd_timestep(drawn.astype(jnp.float32), stage.shift)
+    timestep = flow.dmd_timestep(drawn.astype(jnp.float32), spec.shift)
     return timestep, jax.random.normal(second, clip.shape, clip.dtype)

@@ -26,7 +26,7 @@ FORCINGS = ("none", "noise", "teacher")
 
 
 @dataclasses.dataclass(frozen=True)
-class Regression:
+class RegressionSpec:
     """What is static about a regression.
 
     A batch holds `latents` [batch, frame, height, width, channel], prompts (either
@@ -209,22 +209,22 @@ def _of_network(variables):
 
 
 def regression_step(
-    state: TrainState, frozen, batch, *, stage: Regression, tx, ema: Ema | None
+    state: TrainState, frozen, batch, *, spec: RegressionSpec, tx, ema: Ema | None
 ):
-    """Returns the state a step later, and what to watch.
+    """Returns the state a step later, and its metrics.
 
     Args:
       state: donated by what compiles this.
       frozen: collections of `generator` without a gradient, and of a `teacher`.
-      batch: as in `Regression`.
-      stage: static.
+      batch: as in `RegressionSpec`.
+      spec: static.
       tx: of the optimizer.
       ema: static.
     """
 
     def loss(trainable):
         variables = {**frozen["generator"], **trainable}
-        return stage.loss(variables, batch, state.key(0), frozen.get("teacher"))
+        return spec.loss(variables, batch, state.key(0), frozen.get("teacher"))
 
     value, gradient = jax.value_and_grad(loss)(state.generator)
     state, norm = move_generator(state, gradient, value, tx, ema)

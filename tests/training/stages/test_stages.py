@@ -18,19 +18,19 @@ from anchor_jax.config import load_config
 from anchor_jax.errors import UserError
 from anchor_jax.training import run as run_command
 from anchor_jax.training.checkpoints import Checkpoints
-from anchor_jax.training.data import sources
+from anchor_jax.training.data.kinds import DataConfig
 from anchor_jax.training.loop import Loop, train
 from anchor_jax.training.monitor import Monitor
 from anchor_jax.training.run import read_config
-from anchor_jax.training.schedule import Plan
-from anchor_jax.training.stages import build, distill
+from anchor_jax.training.schedule import SequencePlan
+from anchor_jax.training.stages import build, distillation_step
+from anchor_jax.training.stages.base import Cursor
 from anchor_jax.training.stages.build import (
     DistillationConfig,
     LoraConfig,
     RegressionConfig,
     TrainConfig,
 )
-from anchor_jax.training.stages.programs import Cursor
 from anchor_jax.training.state import (
     Ema,
     Optimizer,
@@ -103,7 +103,7 @@ def steps(prepared, count, state=None, cursor=None):
     state, cursor = state or prepared.state, cursor or Cursor()
     watched = []
     for step in range(int(state.step), count):
-        state, cursor, watch = prepared.stage.advance(state, cursor, step)
+        state, cursor, watch = prepared.compiled.advance(state, cursor, step)
         watched.append({name: float(value) for name, value in watch.items()})
     return state, cursor, watched
 
@@ -129,7 +129,7 @@ def within_a_sequence(prepared, other=None):
       prepared: a stage.
       other: field of the rollout that holds other numbers.
     """
-    state, policy = prepared.state, prepared.stage.stage.setup.policy
+    state, policy = prepared.state, prepared.compiled.spec.setup.policy
 
     def draw(x, rng):
         if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -217,15 +217,15 @@ def test_the_generator_moves_every_few_steps_of_the_critic(monkeypatch):
     on_one_device(monkeypatch)
     section = dataclasses.replace(DISTILL.distillation, length=FRAMES, switches=())
     prepared, taken = make(dataclasses.replace(DISTILL, distillation=section)), []
-    stage, state, cursor = prepared.stage, prepared.state, Cursor()
+    stage, state, cursor = prepared.compiled, prepared.state, Cursor()
     stage.batches = lambda number: taken.append(number) or embeddings(number)
 
     def networks(state):
         return jax.device_get((state.generator, state.fake_score, state.updates))
 
     states = [networks(state)]
-    piece, batch, _ = stage._take(cursor)
-    critic = stage._gradient("critic", distill.shape_of(stage.stage, piece))
+    span, batch, _ = stage._take(cursor)
+    critic = stage._gradient("critic", distillation_step.shape_of(stage.spec, span))
     _, _, before = critic(jax.tree.map(jnp.copy, state), stage.frozen, batch)
     watched = []
     for step in range(3):
@@ -254,7 +254,7 @@ def test_blocks_are_given_the_gradient_of_their_own_frames(start, switch, monkey
         DISTILL.distillation, frames=9, length=15, switches=(switch,) if switch else ()
     )
     prepared = make(dataclasses.replace(DISTILL, distillation=section))
-    stage, given = prepared.stage.stage, {}
+    stage, given = prepared.compiled.spec, {}
     state, _ = within_a_sequence(prepared)
 
     def loss(clip, *others, **networks):
@@ -266,16 +266,16 @@ def test_blocks_are_given_the_gradient_of_their_own_frames(start, switch, monkey
         given.update(chunk=chunk, ours=gradient, pulled=prompt)
         return trained
 
-    monkeypatch.setattr(distill.losses, "distribution_matching", loss)
-    monkeypatch.setattr(distill.rollout, "pull_back", pull_back)
+    monkeypatch.setattr(distillation_step.losses, "distribution_matching", loss)
+    monkeypatch.setattr(distillation_step.rollout, "pull_back", pull_back)
     batch = {**embeddings(0), "requested": jnp.int32(switch or 0)}
-    piece = stage.plan.piece(start, switch)
-    shape = distill.shape_of(stage, piece)
-    distill.generator_gradient(
-        state, prepared.stage.frozen, batch, stage=stage, shape=shape
+    span = stage.plan.chunk(start, switch)
+    shape = distillation_step.shape_of(stage, span)
+    distillation_step.generator_gradient(
+        state, prepared.compiled.frozen, batch, spec=stage, shape=shape
     )
 
-    frames = 3 if switch else piece.new
+    frames = 3 if switch else span.new
     assert given["ours"].shape[1] == frames
     np.testing.assert_array_equal(given["ours"], given["chunk"].latents[:, -frames:])
     for name in ("prompt", "pulled"):
@@ -285,7 +285,7 @@ def test_blocks_are_given_the_gradient_of_their_own_frames(start, switch, monkey
 
 def test_unknown_words_and_cut_prompts_are_told(tmp_path, monkeypatch):
     on_one_device(monkeypatch)
-    monkeypatch.setattr(sources, "open_source", lambda *given: embeddings)
+    monkeypatch.setattr(build, "open_source", lambda *given: embeddings)
     weights, told = tmp_path / "weights", []
     bundles.save(weights)
     lines = f"{bundles.RED} xyzzy\n{bundles.BLUE}\n{bundles.BLUE} {bundles.RED}\n"
@@ -293,7 +293,7 @@ def test_unknown_words_and_cut_prompts_are_told(tmp_path, monkeypatch):
     config = dataclasses.replace(
         DISTILL,
         **dict.fromkeys(("weights", "teacher"), str(weights)),
-        data=sources.DataConfig("prompts", str(tmp_path / "a.txt")),
+        data=DataConfig("prompts", str(tmp_path / "a.txt")),
         out=str(tmp_path / "run"),
         sample_every=0,
     )
@@ -310,7 +310,7 @@ def test_chunks_that_the_generator_never_learns_from_are_told(
     every, is_told, tmp_path, monkeypatch
 ):
     on_one_device(monkeypatch)
-    monkeypatch.setattr(sources, "open_source", lambda *given: embeddings)
+    monkeypatch.setattr(build, "open_source", lambda *given: embeddings)
     weights, told = tmp_path / "weights", []
     bundles.save(weights)
     section = dataclasses.replace(DISTILL.distillation, every=every)
@@ -335,20 +335,20 @@ def test_chunks_that_the_generator_never_learns_from_are_told(
 @pytest.mark.parametrize("scale", ["paper", "tiny"])
 def test_shipped_configs_learn_from_every_chunk(name, scale):
     section = read_config(load_config(f"{name}:{scale}")).distillation
-    plan = Plan(section.frames, 3, section.length, section.switches)
-    assert len(plan.visited(section.every)) == len(plan.pieces(None))
+    plan = SequencePlan(section.frames, 3, section.length, section.switches)
+    assert len(plan.visited(section.every)) == len(plan.chunks(None))
 
 
 def test_low_rank_updates_move_and_nothing_else(monkeypatch):
     on_one_device(monkeypatch)
     prepared = make(dataclasses.replace(DISTILL, lora=LoraConfig(rank=2)))
-    before = leaves(prepared.stage.frozen)
+    before = leaves(prepared.compiled.frozen)
 
     state, _, _ = steps(prepared, 1)
 
     assert state.generator.keys() == state.fake_score.keys() == {"lora"}
     assert all(np.any(x) for x in leaves(state.generator))
-    for ours, theirs in zip(leaves(prepared.stage.frozen), before, strict=True):
+    for ours, theirs in zip(leaves(prepared.compiled.frozen), before, strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
@@ -357,12 +357,12 @@ def run(config, folder, until, tell=lambda line: None):
     prepared = make(config)
     checkpoints = Checkpoints(folder, {"training": {}}, 2, tell)
     state, cursor = prepared.state, Cursor()
-    found = checkpoints.restore(state, prepared.stage.places)
+    found = checkpoints.restore(state, prepared.compiled.places)
     state, cursor = found or (state, cursor)
     monitor = Monitor(folder, until, int(state.step), 1, quiet=True)
     loop = Loop(until, save_every=2, log_every=1)
     try:
-        return train(prepared.stage, state, cursor, loop, checkpoints, monitor)
+        return train(prepared.compiled, state, cursor, loop, checkpoints, monitor)
     finally:
         monitor.close()
         checkpoints.close()
@@ -396,7 +396,7 @@ def test_the_best_checkpoints_stay_beside_the_last(tmp_path, monkeypatch):
     again = opened()
     assert sorted(again.manager.all_steps()) == [2, 4]
     assert again.best() == (2, 1.0)
-    state, cursor = again.restore(prepared.state, prepared.stage.places)
+    state, cursor = again.restore(prepared.state, prepared.compiled.places)
     assert (int(state.step), cursor) == (4, Cursor(4))
     last = prepared.state.replace(step=jax.numpy.int32(5))
     again.save(last, Cursor(5), {"loss": 5.0})
@@ -443,12 +443,12 @@ def test_a_loss_that_is_not_finite_stops_with_state_and_batch(tmp_path, monkeypa
         batch["latents"][0, 0] = np.nan if number == 2 else batch["latents"][0, 0]
         return batch
 
-    prepared.stage.batches = broken
+    prepared.compiled.batches = broken
     checkpoints = Checkpoints(tmp_path, {}, 2)
     monitor = Monitor(tmp_path, 9, 0, 1, quiet=True)
     with pytest.raises(UserError, match="step 2: .*loss=nan.*failed-2.npz"):
         train(
-            prepared.stage,
+            prepared.compiled,
             prepared.state,
             Cursor(),
             Loop(9, save_every=5),
@@ -460,7 +460,7 @@ def test_a_loss_that_is_not_finite_stops_with_state_and_batch(tmp_path, monkeypa
     assert np.isnan(np.load(tmp_path / "failed-2.npz")["latents"]).any()
     again = make(REGRESS)
     state, cursor = Checkpoints(tmp_path, {}, 2).restore(
-        again.state, again.stage.places
+        again.state, again.compiled.places
     )
     assert (int(state.step), cursor) == (2, Cursor(3))
     for ours, theirs in zip(
@@ -472,8 +472,8 @@ def test_a_loss_that_is_not_finite_stops_with_state_and_batch(tmp_path, monkeypa
 def test_scores_that_are_not_finite_move_nothing(monkeypatch):
     on_one_device(monkeypatch)
     prepared = make(DISTILL)
-    real = jax.tree.map(lambda x: x * jnp.nan, prepared.stage.frozen["real_score"])
-    prepared.stage.frozen = {**prepared.stage.frozen, "real_score": real}
+    real = jax.tree.map(lambda x: x * jnp.nan, prepared.compiled.frozen["real_score"])
+    prepared.compiled.frozen = {**prepared.compiled.frozen, "real_score": real}
     before = leaves((prepared.state.generator, prepared.state.fake_score))
 
     state, _, (watch,) = steps(prepared, 1)
@@ -497,12 +497,12 @@ def test_a_step_between_two_sequences_leaves_out_both(tmp_path, monkeypatch):
             for name, value in embeddings(number).items()
         }
 
-    prepared.stage.batches = broken
+    prepared.compiled.batches = broken
     checkpoints = Checkpoints(tmp_path, {}, 2)
     monitor = Monitor(tmp_path, 9, 0, 1, quiet=True)
     with pytest.raises(UserError, match="step 2: critic_loss=nan"):
         loop = Loop(9, save_every=5)
-        train(prepared.stage, prepared.state, Cursor(), loop, checkpoints, monitor)
+        train(prepared.compiled, prepared.state, Cursor(), loop, checkpoints, monitor)
     checkpoints.close()
 
     written = np.load(tmp_path / "failed-2.npz")
@@ -528,14 +528,14 @@ def test_batches_that_are_not_finite_are_left_out(tmp_path, monkeypatch, every, 
             )
             return batch
 
-        prepared.stage.batches = broken
+        prepared.compiled.batches = broken
         checkpoints = Checkpoints(tmp_path, {}, 2)
-        found = checkpoints.restore(prepared.state, prepared.stage.places)
+        found = checkpoints.restore(prepared.state, prepared.compiled.places)
         state, cursor = found or (prepared.state, Cursor())
         monitor = Monitor(tmp_path, 6, int(state.step), 1, quiet=True)
         loop = Loop(6, save_every=every)
         try:
-            state = train(prepared.stage, state, cursor, loop, checkpoints, monitor)
+            state = train(prepared.compiled, state, cursor, loop, checkpoints, monitor)
             break
         except UserError:
             failed += 1
@@ -556,7 +556,7 @@ def test_an_error_between_steps_loses_none(tmp_path, monkeypatch):
 
     with pytest.raises(OSError, match="disk full"):
         train(
-            prepared.stage,
+            prepared.compiled,
             prepared.state,
             Cursor(),
             Loop(9, save_every=9, sample_every=3),
@@ -568,7 +568,7 @@ def test_an_error_between_steps_loses_none(tmp_path, monkeypatch):
 
     again = make(REGRESS)
     state, cursor = Checkpoints(tmp_path, {}, 2).restore(
-        again.state, again.stage.places
+        again.state, again.compiled.places
     )
     assert (int(state.step), cursor) == (3, Cursor(3))
 
@@ -608,11 +608,11 @@ def test_nothing_is_set_aside_where_nothing_can_be_restored(tmp_path, monkeypatc
         for _ in range(2):
             with pytest.raises(UserError, match="none can be.*RESOURCE_EXHAUSTED"):
                 Checkpoints(tmp_path, {}, 2).restore(
-                    prepared.state, prepared.stage.places
+                    prepared.state, prepared.compiled.places
                 )
 
     state, _ = Checkpoints(tmp_path, {}, 2).restore(
-        prepared.state, prepared.stage.places
+        prepared.state, prepared.compiled.places
     )
     assert int(state.step) == 4
 

@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from anchor_jax import flow
-from anchor_jax.training.stages.regress import Regression
+from anchor_jax.training.stages.regression_step import RegressionSpec
 
 BLOCKS = (3, 3)
 LAYOUTS = {
@@ -21,7 +21,7 @@ LAYOUTS = {
 @pytest.fixture(params=LAYOUTS)
 def plain(request):
     """A regression without a teacher."""
-    return Regression(model=tiny.MODEL, **LAYOUTS[request.param])
+    return RegressionSpec(model=tiny.MODEL, **LAYOUTS[request.param])
 
 
 def guided(plain, guidance, **changes):

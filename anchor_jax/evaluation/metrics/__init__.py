@@ -1,0 +1,1 @@
+"""Metrics of any video. Each module is one metric: its name, and its `METRIC`."""

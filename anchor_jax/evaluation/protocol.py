@@ -1,0 +1,112 @@
+"""What a metric and a trial are, to the commands that run them."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from anchor_jax.streaming.types import StreamSetup
+from anchor_jax.weights.bundle import Bundle
+
+Row = dict[str, float]
+"""The numbers of one video, by name; a number that does not apply is left out."""
+Observe = Callable[[np.ndarray, Sequence[str]], None]
+"""Is given generated videos and their prompts, as a `Metric` is."""
+
+
+class Metric(Protocol):
+    """Measures videos; needs no model that made them."""
+
+    def __call__(self, pixels: np.ndarray, prompts: Sequence[str]) -> list[Row]:
+        """Returns a row of numbers for each video.
+
+        Args:
+          pixels: uint8 [video, frame, height, width, 3].
+          prompts: the prompt of each video; prompts that follow each other in a video
+            are joined by " | ".
+
+        Raises:
+          UserError: The videos cannot be measured.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class TrialSizes:
+    """How many videos a trial generates.
+
+    Attributes:
+      count: videos.
+      batch: videos that are generated together.
+      blocks: blocks per segment.
+      seed: random seed of prompts and noise.
+      negative_prompt: negative prompt of guidance.
+    """
+
+    count: int
+    batch: int
+    blocks: int
+    seed: int
+    negative_prompt: str = ""
+
+
+class Trial(Protocol):
+    """Generates videos of its own prompts, and scores them.
+
+    Attributes:
+      takes_clips: whether a policy that denoises whole clips can make its videos.
+      clip_frames: latent frames of such a clip.
+    """
+
+    takes_clips: bool
+    clip_frames: int
+
+    def segments(self, blocks: int, is_clip: bool) -> tuple[int, ...]:
+        """Returns the length of each segment of the longest video, in blocks."""
+
+    def run(
+        self,
+        bundle: Bundle,
+        setup: StreamSetup,
+        sizes: TrialSizes,
+        is_clip: bool,
+        observe: Observe,
+    ) -> Mapping[str, Any]:
+        """Returns the scores as JSON values.
+
+        Args:
+          bundle: the weights.
+          setup: the static setup of the streams.
+          sizes: how many videos.
+          is_clip: whether the policy denoises whole clips.
+          observe: is given every generated video.
+        """
+
+    def table(self, result: Mapping[str, Any]) -> str:
+        """Returns the scores as text."""
+
+
+class Comparison(Protocol):
+    """An ablation that is about to run."""
+
+    def identity(self) -> Mapping[str, Any]:
+        """Returns the sizes on which the numbers of an arm depend."""
+
+    def arms(self, names: Sequence[str]) -> list[str]:
+        """Returns the arms to measure: those named, or all. Raises UserError."""
+
+    def run(self, names: Sequence[str]) -> None:
+        """Measures arms, and writes their table."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ablation:
+    """Arms that differ in one part of a method.
+
+    Attributes:
+      make_trial: makes the sizes of a comparison.
+      make_comparison: makes a comparison.
+    """
+
+    make_trial: Callable[..., Any]
+    make_comparison: Callable[..., Comparison]

@@ -1,0 +1,294 @@
+"""What a stage of training is, to the loop, the planner, the samples and the command.
+
+A stage's module has three parts side by side: its config section, its compiled steps
+(`CompiledStage`), and its kind (`StageKind`), which `stages.registry` names.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from anchor_jax.cache.policies import Policy
+from anchor_jax.errors import UserError
+from anchor_jax.sampling.methods import SAVED, Method
+from anchor_jax.streaming.types import StreamSetup
+from anchor_jax.training import placement
+from anchor_jax.training.data.kinds import Batches
+from anchor_jax.training.data.order import Share
+from anchor_jax.training.placement import Arrays
+from anchor_jax.training.state import Ema, TrainState
+from anchor_jax.wan import lora
+from anchor_jax.wan.spec import ModelConfig
+from anchor_jax.weights.bundle import Bundle
+
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cursor:
+    """Where the data and the sequences stand: the integers of the next step.
+
+    Attributes:
+      number: batches, or sequences, that were taken.
+      start: first latent frame of the sequence's next chunk; 0: a new one begins.
+    """
+
+    number: int = 0
+    start: int = 0
+
+
+class CompiledStage(Protocol):
+    """The compiled steps of a stage, with their frozen weights and their data.
+
+    Attributes:
+      spec: what is static about the stage.
+      frozen: weights without a gradient, on the mesh, by network.
+      mesh: the mesh.
+      places: the state's shardings.
+      batches: number -> batch of numpy arrays.
+      cycle: steps after which the updates of a step repeat.
+    """
+
+    spec: Any
+    frozen: Any
+    mesh: Mesh
+    places: TrainState
+    batches: Batches
+    cycle: int
+
+    def advance(self, state: TrainState, cursor: Cursor, step: int):
+        """Returns state, cursor and metrics, one step later. The state is donated."""
+
+    def programs(self, state: TrainState, batch) -> dict[str, tuple[Callable, tuple]]:
+        """Returns a step's jitted functions and their arguments, by name."""
+
+    def updates(self, step: int) -> str:
+        """Returns which networks a step updates, as text."""
+
+    def settle(self, state: TrainState, cursor: Cursor) -> tuple[TrainState, Cursor]:
+        """Returns a state and cursor after which steps take their typical time."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class InitialNetworks:
+    """The networks that a training begins with.
+
+    Attributes:
+      generator: the network that is trained, with text encoder and codec.
+      teacher: a frozen network, or None.
+      critic: the initial fake score. None: the teacher's weights.
+    """
+
+    generator: Bundle
+    teacher: Bundle | None = None
+    critic: Bundle | None = None
+
+
+@dataclasses.dataclass(eq=False)
+class Prepared:
+    """A stage that is ready to run.
+
+    Attributes:
+      compiled: its steps, with weights on the mesh and with data.
+      state: the state before the first step, on the mesh.
+      bundle: the generator's bundle, with text encoder and codec.
+      counts: number of parameters by network.
+      frames: mean number of latent frames that a step reads or makes.
+    """
+
+    compiled: CompiledStage
+    state: TrainState
+    bundle: Bundle
+    counts: Mapping[str, int]
+    frames: float
+
+
+class StageKind:
+    """A stage as the rest of the package sees it; stateless.
+
+    `config` is a `TrainConfig` of this stage, in which the stage reads its own section.
+
+    Attributes:
+      numbers: names of the metrics of a step, of which `best_of` is one.
+      least: smallest value of config fields, by dotted name.
+      has_critic: whether it trains a fake score beside the generator.
+    """
+
+    numbers: tuple[str, ...] = ()
+    least: Mapping[str, int] = {}
+    has_critic = False
+
+    def open_source(
+        self,
+        config,
+        bundle: Bundle,
+        folder: pathlib.Path,
+        share: Share,
+        most: int | None = None,
+    ) -> Batches:
+        """Returns the stage's batches.
+
+        Args:
+          config: of the training.
+          bundle: weights with the tokenizer, the text encoder and the codec.
+          folder: the training's folder.
+          share: the videos of a batch that this process makes.
+          most: number of examples to prepare. None: all.
+
+        Raises:
+          UserError: The data do not suit the stage, or a file is wrong.
+        """
+        raise NotImplementedError
+
+    def prepare(
+        self, config, networks: InitialNetworks, batches: Batches | None, on: Arrays
+    ) -> Prepared:
+        """Returns the stage with its first state.
+
+        Args:
+          config: of the training.
+          networks: the initial networks.
+          batches: number -> batch. None: nothing will run.
+          on: makes and places arrays.
+
+        Raises:
+          UserError: Parts of the config are incompatible.
+        """
+        raise NotImplementedError
+
+    def texts(self, config) -> Iterator[tuple[str, str]]:
+        """Yields each text in the config that is encoded, after its field's name."""
+        yield from ()
+
+    def describe_frames(self, config) -> str:
+        """Returns how many latent frames a video has, as text."""
+        raise NotImplementedError
+
+    def warnings(self, prepared: Prepared) -> list[str]:
+        """Returns warnings about the stage as it is configured."""
+        del prepared
+        return []
+
+    def check_plan(self, config) -> None:
+        """Raises UserError if `batch_shapes` cannot describe the stage's batches."""
+
+    def batch_shapes(self, config, bundle: Bundle) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns the shapes of a batch whose prompts are encoded, by name."""
+        raise NotImplementedError
+
+    def bench_cycle(self, config) -> int:
+        """Returns the steps after which updates repeat, if `flops` can count them.
+
+        Raises:
+          UserError: The operations of such a stage are not counted.
+        """
+        raise UserError(
+            f"config.stage={config.stage!r}: bench measures distillations whose"
+            " sequences are one chunk, such as configs/train_dmd.py:tiny"
+        )
+
+    def flops(self, compiled: CompiledStage, metrics) -> float:
+        """Returns the operations of a step, from its metrics."""
+        raise NotImplementedError
+
+    def method(self, training: Mapping[str, Any], base: Method = SAVED) -> Method:
+        """Returns the sampling settings of weights that the stage trained.
+
+        Args:
+          training: the training's config as plain values, perhaps of an older version.
+          base: the settings of the initial weights. If these are bidirectional, the
+            trained weights are too.
+        """
+        raise NotImplementedError
+
+    def sample_setup(
+        self, prepared: Prepared, method: Method, policy: Policy
+    ) -> StreamSetup:
+        """Returns the static setup of sample videos."""
+        raise NotImplementedError
+
+    def sample_frames(self, config) -> int:
+        """Returns the latent frames of a clip that is denoised as a whole."""
+        raise NotImplementedError
+
+    def sample_switches(self, config) -> bool:
+        """Returns whether sample videos switch prompts unless the config says how."""
+        del config
+        return False
+
+    def sample_negative(self, config) -> str:
+        """Returns the negative prompt of sample videos."""
+        raise NotImplementedError
+
+
+def training_sizes(config, model: ModelConfig) -> ModelConfig:
+    """Returns a network's sizes for training, with parameters in float32."""
+    return dataclasses.replace(model, remat=config.remat, param_dtype="float32")
+
+
+def used_ema(config) -> Ema | None:
+    """Returns the running mean that a training keeps, or None."""
+    return config.ema if config.ema.decay else None
+
+
+def split_collections(config, variables, number: int, on: Arrays):
+    """Returns the collections that are trained, and those that are not.
+
+    Args:
+      config: of the training.
+      variables: the network's collections.
+      number: number of the network, for the random numbers of its first updates.
+      on: makes arrays.
+
+    Raises:
+      UserError: The weights have low-rank updates of another rank.
+    """
+    rank = config.lora.rank
+    if not rank:
+        return {"params": variables["params"]}, {}
+    given = variables.get("lora")
+    if given is None:
+        key = jax.random.fold_in(jax.random.key(config.seed), number)
+        begin = functools.partial(lora.init, rank=rank, rng=key)
+        given = on.make(begin, variables["params"])
+    if lora.ranks(given) != {rank}:
+        has = ", ".join(map(str, sorted(lora.ranks(given))))
+        raise UserError(
+            f"config.lora.rank={rank}: the weights have updates of rank {has}; choose"
+            " that, or export the weights merged"
+        )
+    return {"lora": given}, {"params": variables["params"]}
+
+
+def place(config, state: TrainState, frozen, on: Arrays):
+    """Returns the fields that every `CompiledStage` has, and the placed state."""
+    mesh = on.mesh
+    places = placement.of_state(state, mesh)
+    placed = {
+        "frozen": on.put(frozen, placement.of_frozen(frozen, mesh)),
+        "mesh": mesh,
+        "places": places,
+        "ema": used_ema(config),
+    }
+    return placed, on.put(state, places)
+
+
+@contextlib.contextmanager
+def naming_section(section: str) -> Iterator[None]:
+    """Turns the ValueError of a dataclass into a UserError that names the section."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{section}: {error}") from error
+
+
+def count(tree) -> int:
+    """Returns the number of values in a tree of arrays."""
+    return sum(np.size(leaf) for leaf in jax.tree.leaves(dict(tree)))

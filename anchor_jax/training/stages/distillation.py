@@ -1,0 +1,462 @@
+"""The stage `distillation`: distribution matching, on rollouts of the generator."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from anchor_jax import flow
+from anchor_jax.cache import policies
+from anchor_jax.cache.policies import POLICIES, Policy
+from anchor_jax.errors import UserError, suggest
+from anchor_jax.sampling.methods import SAVED, Method
+from anchor_jax.streaming.types import StreamSetup
+from anchor_jax.training import placement, rollout
+from anchor_jax.training.data import sources
+from anchor_jax.training.data.kinds import PROMPTS, Batches
+from anchor_jax.training.data.order import Share
+from anchor_jax.training.losses import ReleaseTables, Score, Tables
+from anchor_jax.training.placement import Arrays
+from anchor_jax.training.schedule import ChunkSpan, SequencePlan
+from anchor_jax.training.stages import base, distillation_step
+from anchor_jax.training.stages.base import Cursor, InitialNetworks, Prepared, StageKind
+from anchor_jax.training.stages.distillation_flops import step_flops
+from anchor_jax.training.stages.distillation_step import ChunkShape, DistillationSpec
+from anchor_jax.training.state import Ema, TrainState, init_state
+from anchor_jax.weights.bundle import Bundle
+
+RULES = ("paper", "release")
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillationConfig:
+    """The section `distillation`.
+
+    Attributes:
+      policy: `anchor-jax policies` lists them.
+      steps: the generator's noise levels, of a grid of 1000 before the shift.
+      shift: moves noise levels towards noise.
+      guidance: real = with + guidance (with - without).
+      frames: latent frames that the loss sees; a sequence's first chunk.
+      length: latent frames of a sequence; as `frames`: one chunk.
+      switches: latent frames, one of which is each sequence's prompt switch.
+      every: steps to a generator update.
+      negative_prompt: what guidance leads away from.
+    """
+
+    policy: str = "anchor_forcing"
+    steps: tuple[int, ...] = (1000, 750, 500, 250)
+    shift: float = 5.0
+    guidance: float = 3.0
+    frames: int = 21
+    length: int = 21
+    switches: tuple[int, ...] = ()
+    every: int = 5
+    negative_prompt: str = ""
+
+
+@dataclasses.dataclass(eq=False)
+class CompiledDistillation:
+    """A critic update a step, a generator update every few; as `CompiledStage`.
+
+    Attributes:
+      spec: static.
+      frozen: on the mesh.
+      mesh: of all.
+      places: the state's shardings.
+      tx: the generator's optimizer.
+      critic_tx: the critic's.
+      ema: static.
+      batches: number of a sequence -> its embeddings `prompt`, `switch`, `negative`.
+      seed: of the sequences' switches.
+      every: steps to a generator update.
+    """
+
+    spec: DistillationSpec
+    frozen: Any
+    mesh: Mesh
+    places: TrainState
+    tx: Any
+    critic_tx: Any
+    ema: Ema | None
+    batches: Callable[[int], Mapping[str, Any]]
+    seed: int = 0
+    every: int = 5
+    _gradients: dict[tuple[str, ChunkShape], Callable] = dataclasses.field(
+        default_factory=dict, init=False
+    )
+
+    @property
+    def cycle(self) -> int:
+        """Steps to a generator update."""
+        return self.every
+
+    def advance(self, state: TrainState, cursor: Cursor, step: int):
+        """Returns state, cursor and metrics, one step later.
+
+        Both gradients are of the parameters before the step (training/README.md,
+        "Steps").
+        """
+        metrics, gradient = {}, None
+        with jax.set_mesh(self.mesh):
+            if step % self.every == 0:
+                span, batch, after = self._take(cursor)
+                run = self._gradient(
+                    "generator", distillation_step.shape_of(self.spec, span)
+                )
+                state, gradient, metrics = run(state, self.frozen, batch)
+                # A sequence of one chunk: the critic sees the same prompts.
+                cursor = cursor if self._is_short else after
+            span, batch, cursor = self._take(cursor)
+            run = self._gradient("critic", distillation_step.shape_of(self.spec, span))
+            state, by_critic, more = run(state, self.frozen, batch)
+            metrics |= more
+            if gradient is not None:
+                loss = metrics["generator_loss"]
+                state, more = self._update_generator(state, gradient, loss)
+                metrics |= more
+            loss = metrics["critic_loss"]
+            state, more = self._update_critic(state, by_critic, loss)
+        return state, cursor, metrics | more
+
+    def updates(self, step: int) -> str:
+        """Returns which networks a step updates, as text."""
+        return "critic" if step % self.every else "generator and critic"
+
+    def settle(self, state: TrainState, cursor: Cursor) -> tuple[TrainState, Cursor]:
+        """Returns the state after a chunk: most chunks of a sequence are not first."""
+        state, cursor, _ = self.advance(state, cursor, 1)
+        return state, cursor
+
+    def programs(self, state: TrainState, batch) -> dict[str, tuple[Callable, tuple]]:
+        """Returns the jitted functions of steps and their arguments, by name.
+
+        A gradient has a program for each shape of a chunk; here is one of each kind.
+        """
+        found, args = {}, (state, self.frozen, batch)
+        for name, shape in self._kinds().items():
+            for role in ("generator", "critic"):
+                found[f"{role}, {name}"] = self._gradient(role, shape), args
+        loss = jax.ShapeDtypeStruct((), "float32")
+        args = state, state.generator, loss
+        found["generator update"] = self._update_generator, args
+        args = state, state.fake_score, loss
+        found["critic update"] = self._update_critic, args
+        return found
+
+    def _kinds(self) -> dict[str, ChunkShape]:
+        """Returns the shape of the last chunk of each kind, a late switch's."""
+        plan, kinds = self.spec.plan, {}
+        for span in plan.chunks(max(plan.switches, default=None)):
+            shape = distillation_step.shape_of(self.spec, span)
+            kind = "switch" if shape.switch else "later chunk"
+            kinds["first chunk" if shape.is_first else kind] = shape
+        return kinds
+
+    @property
+    def _is_short(self) -> bool:
+        plan = self.spec.plan
+        return plan.chunk(plan.frames, None) is None
+
+    def _take(self, cursor: Cursor) -> tuple[ChunkSpan, Any, Cursor]:
+        """Returns a chunk, its sequence's batch on the mesh, and the next cursor."""
+        plan = self.spec.plan
+        switch = plan.switch(self.seed, cursor.number)
+        span = plan.chunk(cursor.start, switch)
+        after = Cursor(cursor.number, span.end)
+        if plan.chunk(span.end, switch) is None:
+            after = Cursor(cursor.number + 1)
+        return span, self._batch(cursor.number, switch or 0), after
+
+    @functools.cached_property
+    def _batch(self):
+        """The batch of a sequence, made once for all of its chunks."""
+        batches, mesh = self.batches, self.mesh
+
+        @functools.lru_cache(maxsize=1)
+        def make(number: int, requested: int):
+            batch = placement.put_batch(batches(number), mesh)
+            return {**batch, "requested": jax.numpy.int32(requested)}
+
+        return make
+
+    def _gradient(self, role: str, shape: ChunkShape) -> Callable:
+        """Returns a compiled gradient, one for each shape of a chunk."""
+        if (role, shape) not in self._gradients:
+            self._gradients[role, shape] = self._make_gradient(role, shape)
+        return self._gradients[role, shape]
+
+    def _make_gradient(self, role: str, shape: ChunkShape) -> Callable:
+        functions = {
+            "generator": (distillation_step.generator_gradient, self.places.generator),
+            "critic": (distillation_step.critic_gradient, self.places.fake_score),
+        }
+        function, gradient = functions[role]
+        everywhere = placement.everywhere(self.mesh)
+        return jax.jit(
+            functools.partial(function, spec=self.spec, shape=shape),
+            donate_argnums=0,
+            # A sequence's first chunk reads no rollout, and takes the old one's room.
+            keep_unused=True,
+            out_shardings=(self.places, gradient, everywhere),
+        )
+
+    @functools.cached_property
+    def _update_generator(self):
+        update = functools.partial(
+            distillation_step.update_generator, tx=self.tx, ema=self.ema
+        )
+        return self._updating(update)
+
+    @functools.cached_property
+    def _update_critic(self):
+        return self._updating(
+            functools.partial(distillation_step.update_critic, tx=self.critic_tx)
+        )
+
+    def _updating(self, update):
+        everywhere = placement.everywhere(self.mesh)
+        return jax.jit(
+            update,
+            donate_argnums=0,
+            out_shardings=(self.places, everywhere),
+        )
+
+
+class DistillationKind(StageKind):
+    """A generator and a critic, which follow each other."""
+
+    numbers = (
+        *("critic_loss", "generator_loss", "score_gap"),
+        *("critic_gradient_norm", "generator_gradient_norm"),
+    )
+    least = {"distillation.every": 1}
+    has_critic = True
+
+    def open_source(
+        self,
+        config,
+        bundle: Bundle,
+        folder: pathlib.Path,
+        share: Share,
+        most: int | None = None,
+    ) -> Batches:
+        """Returns batches of prompts and of the prompts that they switch to."""
+        del most
+        sources.check_kind(config.data, PROMPTS, config.stage)
+        texts = sources.open_texts(config.data, folder)
+        if config.distillation.switches:
+            sources.check_switching(texts)
+        negative = config.distillation.negative_prompt
+        return sources.open_prompts(texts, bundle, share, negative)
+
+    def prepare(
+        self, config, networks: InitialNetworks, batches: Batches | None, on: Arrays
+    ) -> Prepared:
+        """Returns the stage with its first state."""
+        bundle, teacher = networks.generator, networks.teacher
+        if teacher is None:
+            raise UserError("config.teacher is missing; distillation needs a teacher")
+        critic = networks.critic or teacher
+        section = config.distillation
+        spec = make_spec(config, bundle, teacher, critic, on)
+        trained, frozen = base.split_collections(config, bundle.variables, 0, on)
+        fake, fake_frozen = base.split_collections(config, critic.variables, 1, on)
+        tx = config.optimizer.transform(-(-config.steps // section.every))
+        critic_tx = config.critic_optimizer.transform(config.steps)
+
+        def begin(trained, fake):
+            return init_state(
+                config.seed,
+                trained,
+                tx,
+                has_ema=base.used_ema(config) is not None,
+                fake_score=fake,
+                fake_score_tx=critic_tx,
+                rollout=rollout.begin(spec.setup, config.batch, section.frames),
+            )
+
+        state = on.make(begin, trained, fake)
+        weights = {
+            "generator": frozen,
+            "fake_score": fake_frozen,
+            "real_score": dict(teacher.variables),
+            "codec": bundle.codec_params,
+        }
+        placed, state = base.place(config, state, weights, on)
+        compiled = CompiledDistillation(
+            spec=spec,
+            tx=tx,
+            critic_tx=critic_tx,
+            batches=batches,
+            seed=config.seed,
+            every=section.every,
+            **placed,
+        )
+        counts = {
+            "generator": base.count(bundle.variables),
+            "trained": base.count(trained),
+            "critic": base.count(critic.variables),
+            "teacher": base.count(teacher.variables),
+        }
+        rollouts = 1 + 1 / section.every
+        frames = config.batch * rollouts * _mean_chunk(spec.plan)
+        return Prepared(compiled, state, bundle, counts, frames)
+
+    def texts(self, config) -> Iterator[tuple[str, str]]:
+        """Yields the negative prompt of the teacher's guidance."""
+        text = config.distillation.negative_prompt
+        yield "config.distillation.negative_prompt", text
+
+    def describe_frames(self, config) -> str:
+        """Returns the length of the loss's clip and of a sequence."""
+        section = config.distillation
+        sequence = f"sequences of {section.length}"
+        return f"{section.frames} latent frames per update of {sequence}"
+
+    def warnings(self, prepared: Prepared) -> list[str]:
+        """Returns a warning if some chunks never update the generator."""
+        compiled = prepared.compiled
+        plan, every = compiled.spec.plan, compiled.every
+        visited = plan.visited(every)
+        others = [one.start for one in plan.chunks(None) if one.start not in visited]
+        if not others:
+            return []
+        return [
+            "warning: the generator is updated only on the chunks that start at frames"
+            f" {', '.join(map(str, visited))}, never on those that start at"
+            f" {', '.join(map(str, others))}; choose a distillation.length whose number"
+            " of chunks has no common divisor with distillation.every + 1 ="
+            f" {every + 1}"
+        ]
+
+    def batch_shapes(self, config, bundle: Bundle) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns the shapes of a batch of prompts."""
+        model, shape = bundle.model, jax.ShapeDtypeStruct
+        prompt = shape((config.batch, model.text_len, model.text_dim), model.dtype)
+        prompts = dict.fromkeys(("prompt", "switch", "negative"), prompt)
+        return {**prompts, "requested": shape((), jnp.int32)}
+
+    def bench_cycle(self, config) -> int:
+        """Returns the steps to a generator update, if sequences are one chunk."""
+        section = config.distillation
+        is_short = section.length == section.frames
+        return section.every if is_short else super().bench_cycle(config)
+
+    def flops(self, compiled: CompiledDistillation, metrics) -> float:
+        """Returns the operations of a step."""
+        return step_flops(compiled.spec, metrics)
+
+    def method(self, training: Mapping[str, Any], base: Method = SAVED) -> Method:
+        """Returns the settings of a few-step generator."""
+        del base
+        section = training["distillation"]
+        return Method(
+            section["policy"],
+            training["rules"],
+            steps=tuple(section["steps"]),
+            shift=section["shift"],
+        )
+
+    def sample_setup(
+        self, prepared: Prepared, method: Method, policy: Policy
+    ) -> StreamSetup:
+        """Returns the setup of the rollouts, without noise in the clean pass.
+
+        Only training has that noise (training/README.md, "D11").
+        """
+        del method
+        setup = prepared.compiled.spec.setup
+        return dataclasses.replace(setup, policy=policy, floor=0.0)
+
+    def sample_frames(self, config) -> int:
+        """Returns the length of the loss's clip."""
+        return config.distillation.frames
+
+    def sample_switches(self, config) -> bool:
+        """Returns whether sequences switch prompts."""
+        return bool(config.distillation.switches)
+
+    def sample_negative(self, config) -> str:
+        """Returns the negative prompt of the training."""
+        return config.distillation.negative_prompt
+
+
+DISTILLATION = DistillationKind()
+
+
+def make_spec(
+    config, bundle: Bundle, teacher: Bundle, critic: Bundle, on: Arrays
+) -> DistillationSpec:
+    """Returns what is static about a distillation.
+
+    Raises:
+      UserError: A field of `distillation` is wrong.
+    """
+    section = config.distillation
+    is_release = config.rules == "release"
+    tables = ReleaseTables(shift=section.shift) if is_release else Tables()
+    with base.naming_section("config.distillation"):
+        policy = _policy(config)
+        _check_length(policy, section)
+        setup = StreamSetup(
+            model=base.training_sizes(config, bundle.model),
+            grid=bundle.grid,
+            policy=policy,
+            levels=flow.few_step_levels(section.steps, section.shift, table=is_release),
+            kernel=on.kernel(config.attention, bundle.model),
+            floor=float(flow.sigma_table(section.shift)[-1]) if is_release else 0.0,
+        )
+        fake, real = (
+            Score(base.training_sizes(config, one.model), tables, setup.kernel)
+            for one in (critic, teacher)
+        )
+        return DistillationSpec(
+            setup=setup,
+            critic=fake,
+            teacher=real,
+            codec=bundle.codec,
+            plan=SequencePlan(
+                frames=section.frames,
+                block=setup.policy.block,
+                length=section.length,
+                switches=section.switches,
+            ),
+            guidance=section.guidance,
+            shift=section.shift,
+            batch=config.batch,
+        )
+
+
+def _mean_chunk(plan: SequencePlan) -> float:
+    """Returns how many latent frames a chunk makes, in the mean of a sequence."""
+    made = [span.new for span in plan.chunks(None)]
+    return sum(made) / len(made)
+
+
+def _check_length(policy: Policy, section: DistillationConfig) -> None:
+    """Raises unless a sequence can be made without an end or a restart in it."""
+    most = policy.limit if policy.restart is None else policy.restart.every
+    if most is not None and section.length > most:
+        raise ValueError(
+            f"frames={section.frames}, length={section.length}: the policy ends or"
+            f" restarts after {most} latent frames; choose at most as many for both, or"
+            " another policy, such as longlive"
+        )
+
+
+def _policy(config) -> Policy:
+    name = config.distillation.policy
+    if name not in POLICIES:
+        known = suggest(name, POLICIES, "policies")
+        raise UserError(f"config.distillation.policy={name!r}{known}")
+    if config.rules not in RULES:
+        known = suggest(config.rules, RULES, "rules")
+        raise UserError(f"config.rules={config.rules!r}{known}")
+    policy = POLICIES[name]
+    return policies.as_trained(policy) if config.rules == "release" else policy
