@@ -17,10 +17,12 @@ import safetensors.numpy
 import tiny
 import torch_files
 
-from anchor_jax import experiment, io, media, prompts
+from anchor_jax import io, media, prompts
 from anchor_jax.cache.policies import POLICIES
 from anchor_jax.config import load_config
 from anchor_jax.porting import sources
+from anchor_jax.sampling import resolve
+from anchor_jax.sampling.config import read_config
 from anchor_jax.streaming.recipe import load_recipe
 from anchor_jax.streaming.session import Session
 from anchor_jax.streaming.snapshot import check_bundle, read_moment
@@ -217,11 +219,11 @@ def _json(path: pathlib.Path):
 
 def _read_bundle(path, seeds):
     bundle = load_bundle(str(path))
-    given = experiment.read_config(_config())
-    config = experiment.resolve(given, bundle.metadata)
-    for script in experiment.load_scripts(config):
-        experiment.make_setup(config, bundle, script)
-    experiment.told_choices(given, config, bundle.metadata)
+    given = read_config(_config())
+    config = resolve.resolve(given, bundle.metadata)
+    for script in resolve.load_scripts(config):
+        resolve.make_setup(config, bundle, script)
+    resolve.describe_choices(given, config, bundle.metadata)
 
 
 def _read_manifest(path, seeds):
