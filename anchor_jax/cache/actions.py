@@ -43,8 +43,8 @@ class Flush(SwitchAction):
 class Recache(SwitchAction):
     """The window's clean frames pass through the network again under the new prompt.
 
-    With `rewrite_sink` the oldest of these frames replace the sink. With `zero_sink` the
-    sink is emptied first, and later passes see it as zeros, as in the release's
+    With `rewrite_sink` the oldest of these frames replace the sink. With `zero_sink`
+    the sink is emptied first, and later passes see it as zeros, as in the release's
     training.
 
     Source: cache/README.md, "Re-cache"; training/README.md, "D1".
@@ -73,7 +73,7 @@ class Rerun:
 class Restart:
     """Every `every` frames the stream starts again from its last `overlap` frames.
 
-    A session does this: it decodes the first of these frames and encodes it again alone.
+    A session does this: it decodes the first of them and encodes it again alone.
 
     Source: CausVid (arXiv:2412.07772), long videos.
     """
