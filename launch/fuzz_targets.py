@@ -21,13 +21,8 @@ from anchor_jax import io, media, prompts
 from anchor_jax.cache.policies import POLICIES
 from anchor_jax.config import load_config
 from anchor_jax.porting import sources
+from anchor_jax.sampling import resolve
 from anchor_jax.sampling.config import read_config
-from anchor_jax.sampling.resolve import (
-    describe_choices,
-    load_scripts,
-    make_setup,
-    resolve,
-)
 from anchor_jax.streaming.recipe import load_recipe
 from anchor_jax.streaming.session import Session
 from anchor_jax.streaming.snapshot import check_bundle, read_moment
@@ -225,10 +220,10 @@ def _json(path: pathlib.Path):
 def _read_bundle(path, seeds):
     bundle = load_bundle(str(path))
     given = read_config(_config())
-    config = resolve(given, bundle.metadata)
-    for script in load_scripts(config):
-        make_setup(config, bundle, script)
-    describe_choices(given, config, bundle.metadata)
+    config = resolve.resolve(given, bundle.metadata)
+    for script in resolve.load_scripts(config):
+        resolve.make_setup(config, bundle, script)
+    resolve.describe_choices(given, config, bundle.metadata)
 
 
 def _read_manifest(path, seeds):

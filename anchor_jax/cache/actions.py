@@ -25,12 +25,12 @@ class SwitchAction:
 
 @dataclasses.dataclass(frozen=True)
 class Keep(SwitchAction):
-    """Nothing but the prompt changes at a switch."""
+    """Only the prompt changes at a switch."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Flush(SwitchAction):
-    """Sink and the newest `last` frames are kept at a switch, the rest forgotten."""
+    """At a switch only the sink and the newest `last` frames are kept."""
 
     last: int = 2
 
@@ -41,11 +41,11 @@ class Flush(SwitchAction):
 
 @dataclasses.dataclass(frozen=True)
 class Recache(SwitchAction):
-    """The window's clean frames are run again under the new prompt.
+    """The window's clean frames pass through the network again under the new prompt.
 
-    With `rewrite_sink` the sink too is replaced, by the oldest of these frames. With
-    `zero_sink` it is emptied before, and seen as zeros from then on, as in the
-    release's training.
+    With `rewrite_sink` the oldest of these frames replace the sink. With `zero_sink`
+    the sink is emptied first, and later passes see it as zeros, as in the release's
+    training.
 
     Source: cache/README.md, "Re-cache"; training/README.md, "D1".
     """
@@ -60,9 +60,9 @@ class Recache(SwitchAction):
 
 @dataclasses.dataclass(frozen=True)
 class Rerun:
-    """The pass of a re-cache: over the newest `frames` clean ones; static.
+    """The pass of a re-cache over the newest `frames` clean frames; static.
 
-    `sink` tells that its first frames become the sink.
+    `sink` says whether its first frames become the sink.
     """
 
     frames: int
@@ -71,9 +71,9 @@ class Rerun:
 
 @dataclasses.dataclass(frozen=True)
 class Restart:
-    """The stream begins anew every `every` frames from the last `overlap` ones.
+    """Every `every` frames the stream starts again from its last `overlap` frames.
 
-    A session-level action: the first of them is decoded and encoded again alone.
+    A session does this: it decodes the first of them and encodes it again alone.
 
     Source: CausVid (arXiv:2412.07772), long videos.
     """

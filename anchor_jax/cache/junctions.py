@@ -48,10 +48,10 @@ class Junction:
 
 @dataclasses.dataclass(frozen=True)
 class ReleaseJunction(Junction):
-    """As the released code has it, for weights that were trained so.
+    """The junction of the released code, for weights that were trained with it.
 
-    Counts from the frame at which the switch was asked for, with a strict comparison,
-    captures in every pass, and shows the prior junction from the third switch on.
+    It counts from the requested switch frame, with a strict comparison. It captures in
+    every pass, and shows the prior junction from the third switch on.
 
     Source: cache/README.md, "Junction"; rules `release`.
     """
@@ -76,9 +76,9 @@ class ReleaseJunction(Junction):
 
 @dataclasses.dataclass(frozen=True)
 class TrainedJunction(ReleaseJunction):
-    """As in the release's training: no prior junction, the clean pass captures.
+    """The junction of the release's training: no prior one, the clean pass captures.
 
-    In a chunk that holds a switch its first block is captured, wherever the switch is.
+    In a chunk with a switch, the first block is captured, wherever the switch is.
 
     Source: cache/README.md, "D3", "D4", "D7", "D8"; rules `release`.
     """
@@ -92,7 +92,9 @@ class TrainedJunction(ReleaseJunction):
 
 @dataclasses.dataclass(frozen=True)
 class PeriodicJunction(ReleaseJunction):
-    """The release's single-prompt pipeline: captured anew every `every` blocks.
+    """The junction of the release's single-prompt pipeline.
+
+    It is captured again every `every` blocks.
 
     Source: cache/README.md, "Single prompt", "D6".
     """
