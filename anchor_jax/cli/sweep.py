@@ -227,10 +227,10 @@ def _part(config, field: str, name: str) -> Any:
 
 def run_point(point: Point) -> str:
     """Trains in a new process unless already finished; returns the status."""
-    from anchor_jax.training import run
+    from anchor_jax.training import resume
 
     try:
-        run.compare_config(point.config, point.folder, print)
+        resume.compare_config(point.config, point.folder, print)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return "another config"

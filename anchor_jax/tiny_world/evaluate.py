@@ -35,7 +35,9 @@ class Trial:
     segments: tuple[int, ...] = (5, 5)
     seed: int = 1
     negative_prompt: str = ""
-    observe: Observe = lambda pixels, prompts: None
+    observe: Observe = dataclasses.field(
+        default=lambda pixels, prompts: None, compare=False
+    )
 
 
 def generate(

@@ -7,18 +7,17 @@ import operator
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import jax
 
 from anchor_jax import ownership
 from anchor_jax.config import from_config
-from anchor_jax.errors import UserError, naming, shown, suggest
+from anchor_jax.errors import UserError, naming, suggest
 from anchor_jax.io import expand, scratch_folder, write_json
 from anchor_jax.plugins import Registry
 from anchor_jax.sampling.config import parse_size
-from anchor_jax.training import files, placement, reports, samples
+from anchor_jax.training import files, placement, reports, resume, samples
 from anchor_jax.training.checkpoints import Checkpoints
 from anchor_jax.training.data import kinds, sources
 from anchor_jax.training.data.order import Share
@@ -38,12 +37,6 @@ INITIAL: Registry[Callable[[pathlib.Path, int, int], None]] = Registry(
     "initial weights"
 )
 """Functions (folder, seed, data seed) that write random weights, by name."""
-# Fields that may change when a run is resumed.
-_FREE = (
-    *("save_every", "keep", "keep_best", "best_of", "log_every", "sample_every"),
-    *("samples", "mesh", "remat", "out", "data.cache"),
-)
-_TOLD = ("optimizer", "critic_optimizer")
 _STEPS, _LAST = 10, 5
 
 
@@ -214,7 +207,9 @@ def open_job(
     # The processes of one training share its folder; each has its own number.
     lease = ownership.own(
         folder,
-        ownership.job_id("train", jax.process_count(), {**_json(config), "out": ""}),
+        ownership.job_id(
+            "train", jax.process_count(), {**resume.as_json(config), "out": ""}
+        ),
         (str(jax.process_index()),),
         patience,
         tell,
@@ -237,7 +232,7 @@ def _open_job(
     config: TrainConfig, folder: pathlib.Path, tell, most: int | None
 ) -> TrainingRun:
     files.check(folder)
-    compare_config(config, folder, tell)
+    resume.compare_config(config, folder, tell)
     stage = build.find_stage(config)
     base = _base(config, folder)
     begun = str(folder / base) if config.weights in INITIAL else base
@@ -255,11 +250,11 @@ def _open_job(
         prepared = build.prepare(config, generator, batches, teacher, critic)
     for bundle in (generator, teacher, critic):
         _forget_variables(bundle)
-    read = inputs(config, generator, teacher, critic) if most is None else {}
-    compare_inputs(folder, read)
+    read = resume.inputs(config, generator, teacher, critic) if most is None else {}
+    resume.compare_inputs(folder, read)
     sampler = samples.make_sampler(config, prepared, folder)
     write_run(folder, base)
-    write_config(config, folder)
+    resume.write_config(config, folder)
     write_json(folder / files.INPUTS, read)
     for line in stage.warnings(prepared):
         tell(line)
@@ -267,7 +262,7 @@ def _open_job(
     own = _own_texts(config, sampler)
     for line in reports.report_texts(config.data, generator.tokenizer, own):
         tell(line)
-    meta = {"training": _json(config)}
+    meta = {"training": resume.as_json(config)}
     if stage.has_critic:
         sizes = dataclasses.asdict((critic or teacher).model)
         meta[CRITIC] = json.loads(json.dumps(sizes))
@@ -306,7 +301,7 @@ def dry_run(config: TrainConfig, tell: Callable[[str], None]) -> None:
     """
     folder = expand(config.out)
     files.check(folder)
-    compare_config(config, folder, tell)
+    resume.compare_config(config, folder, tell)
     with scratch_folder() as scratch:
         # Datasets are built in the scratch folder.
         data = dataclasses.replace(config.data, cache=None)
@@ -402,104 +397,6 @@ def _forget_variables(bundle: Bundle | None) -> None:
     """Drops a network's weights in host memory; only those on the mesh are used."""
     if bundle is not None:
         bundle.__dict__.pop("variables", None)
-
-
-def compare_config(
-    config: TrainConfig, folder: pathlib.Path, tell: Callable[[str], None]
-) -> None:
-    """Raises UserError unless a config can resume the run in a folder, if any.
-
-    Fields that an older run did not have yet count as their defaults.
-
-    Raises:
-      UserError: The run in the folder has another config, or its config is damaged.
-    """
-    sections = [name for name, value in _json(config).items() if type(value) is dict]
-    stored = files.read_config(folder, sections)
-    if stored is None:
-        return
-    changed = _changed(stored, _json(config))
-    refused = {
-        name: values
-        for name, values in changed.items()
-        if name.split(".")[0] not in _TOLD
-    }
-    if refused:
-        fields = (
-            f"{name} (was {shown(old, 200)}, got {shown(new, 200)})"
-            for name, (old, new) in refused.items()
-        )
-        raise UserError(
-            f"{folder} holds a run with another config: {', '.join(fields)}; give the"
-            " old values to resume it, or choose another --config.out; a new run can"
-            f" start from its weights with --config.weights={folder}"
-        )
-    if changed:
-        tell(f"changed since this run started: {', '.join(changed)}")
-
-
-def write_config(config: TrainConfig, folder: pathlib.Path) -> None:
-    """Writes the config of a run, against which a resumed run is checked."""
-    write_json(folder / files.CONFIG, _json(config))
-
-
-def inputs(config: TrainConfig, generator: Bundle, teacher, critic) -> dict[str, Any]:
-    """Returns hashes of the inputs that every step reads and no checkpoint contains.
-
-    These are the data, the teacher, and the untrained parts of the initial weights,
-    such as the text encoder and the codec.
-    """
-    found = {"data": sources.identity(config.data), "weights": generator.digest}
-    if teacher is not None:
-        found["teacher"] = teacher.digest
-    if config.lora.rank:
-        found["critic"] = (critic or teacher or generator).digest
-    version = kinds.find_kind(config.data).version
-    if version is not None:
-        found["data.kind"] = version
-    return json.loads(json.dumps(found))
-
-
-def compare_inputs(folder: pathlib.Path, given: Mapping[str, Any]) -> None:
-    """Checks that a run's inputs are unchanged since it started.
-
-    Raises:
-      UserError: An input changed.
-    """
-    stored = files.read_inputs(folder)
-    changed = [
-        name for name, value in given.items() if stored.get(name, value) != value
-    ]
-    if changed:
-        raise UserError(
-            f"{folder}: the files named by config.{', config.'.join(changed)} changed"
-            " since this run started; restore them, or choose another --config.out"
-        )
-
-
-def _changed(
-    stored: Mapping[str, Any], given: Mapping[str, Any]
-) -> dict[str, tuple[Any, Any]]:
-    """Returns old and new values of changed fields, except freely changeable ones."""
-    found, defaults = {}, _json(TrainConfig())
-    for name, value in given.items():
-        old = stored.get(name, defaults[name])
-        if name in _FREE or old == value:
-            continue
-        if isinstance(value, dict):
-            old = {**defaults[name], **old}
-            found |= {
-                f"{name}.{inner}": (old[inner], value[inner])
-                for inner in value
-                if old[inner] != value[inner] and f"{name}.{inner}" not in _FREE
-            }
-        else:
-            found[name] = old, value
-    return found
-
-
-def _json(config: TrainConfig) -> dict[str, Any]:
-    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def _gigabytes(tree) -> float:

@@ -119,7 +119,7 @@ def test_a_training_that_was_ended_has_stopped(tmp_path, monkeypatch, asked):
     context = types.SimpleNamespace(Process=lambda **_: process)
     monkeypatch.setattr(sweep.multiprocessing, "get_context", lambda kind: context)
     config = types.SimpleNamespace(out=str(tmp_path), steps=1)
-    monkeypatch.setattr("anchor_jax.training.run.compare_config", lambda *_: None)
+    monkeypatch.setattr("anchor_jax.training.resume.compare_config", lambda *_: None)
 
     with interrupts.listening():
         assert sweep.run_point(sweep.Point({"seed": 1}, config)) == "stopped"

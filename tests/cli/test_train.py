@@ -21,7 +21,7 @@ from anchor_jax.config import load_config
 from anchor_jax.errors import UserError
 from anchor_jax.io import write_json
 from anchor_jax.tiny_world.prompts import WorldPromptKind
-from anchor_jax.training import run
+from anchor_jax.training import resume, run
 from anchor_jax.training.data.kinds import DataConfig
 from anchor_jax.training.stages.build import LoraConfig, RegressionConfig, TrainConfig
 from anchor_jax.training.stages.regression import CompiledRegression
@@ -312,29 +312,29 @@ def test_data_that_changed_are_not_gone_on_with(tmp_path):
     data = DataConfig("prompts", str(prompts))
     config = TrainConfig(out=str(tmp_path), data=data)
     bundle = types.SimpleNamespace(digest="x")
-    first = run.inputs(config, bundle, bundle, None)
+    first = resume.inputs(config, bundle, bundle, None)
     write_json(tmp_path / "inputs.json", first)
-    run.compare_inputs(tmp_path, run.inputs(config, bundle, bundle, None))
+    resume.compare_inputs(tmp_path, resume.inputs(config, bundle, bundle, None))
 
     prompts.write_text("b\na\n")
     with pytest.raises(UserError, match="config.data changed since"):
-        run.compare_inputs(tmp_path, run.inputs(config, bundle, bundle, None))
+        resume.compare_inputs(tmp_path, resume.inputs(config, bundle, bundle, None))
     prompts.write_text("a\nb\n")
     other = types.SimpleNamespace(digest="y")
     with pytest.raises(UserError, match="config.weights changed since"):
-        run.compare_inputs(tmp_path, run.inputs(config, other, bundle, None))
+        resume.compare_inputs(tmp_path, resume.inputs(config, other, bundle, None))
     with pytest.raises(UserError, match="config.teacher changed since"):
-        run.compare_inputs(tmp_path, run.inputs(config, bundle, other, None))
+        resume.compare_inputs(tmp_path, resume.inputs(config, bundle, other, None))
 
 
 def test_a_world_that_changed_is_not_gone_on_with(tmp_path, monkeypatch):
     config = TrainConfig(out=str(tmp_path), data=DataConfig("world_prompts"))
     bundle = types.SimpleNamespace(digest="x")
-    write_json(tmp_path / "inputs.json", run.inputs(config, bundle, bundle, None))
+    write_json(tmp_path / "inputs.json", resume.inputs(config, bundle, bundle, None))
 
     monkeypatch.setattr(WorldPromptKind, "version", WorldPromptKind.version + 1)
     with pytest.raises(UserError, match=r"config.data.kind changed since"):
-        run.compare_inputs(tmp_path, run.inputs(config, bundle, bundle, None))
+        resume.compare_inputs(tmp_path, resume.inputs(config, bundle, bundle, None))
 
 
 def test_whole_weights_are_not_held_beside_those_on_the_mesh(weights, tmp_path):
@@ -365,18 +365,18 @@ def test_a_run_that_has_ended_tells_where_things_are(trained, weights, capsys):
 
 def test_fields_that_an_older_run_did_not_have_are_its_defaults(tmp_path):
     config = TrainConfig(out=str(tmp_path))
-    run.write_config(config, tmp_path)
+    resume.write_config(config, tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
     for name in ("samples", "lora", "keep_best"):
         del stored[name]
     del stored["data"]["dropout"]
     (tmp_path / "config.json").write_text(json.dumps(stored))
 
-    run.compare_config(config, tmp_path, print)
+    resume.compare_config(config, tmp_path, print)
 
     other = dataclasses.replace(config, lora=LoraConfig(rank=2))
     with pytest.raises(UserError, match=r"lora.rank \(was 0, got 2\)"):
-        run.compare_config(other, tmp_path, print)
+        resume.compare_config(other, tmp_path, print)
 
 
 def test_a_training_without_a_checkpoint_has_no_weights(weights, tmp_path):

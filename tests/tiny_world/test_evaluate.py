@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import bundles
 import numpy as np
@@ -11,6 +12,7 @@ from anchor_jax.cli import main
 from anchor_jax.streaming.types import StreamSetup
 from anchor_jax.tiny_world import evaluate as world
 from anchor_jax.tiny_world import scene
+from anchor_jax.tiny_world import trials as world_trials
 
 SETUP = StreamSetup(
     tiny.MODEL, tiny.GRID, POLICIES["anchor_forcing"],
@@ -144,8 +146,12 @@ def test_what_cannot_be_scored_is_refused(score, policy, argv, parts):
 
 def test_the_command_takes_count_and_negative_prompt_to_the_trial(score, monkeypatch):
     trials = []
-    monkeypatch.setattr(world, "score_switches", lambda *given: trials.append(given[2]))
-    monkeypatch.setattr(world, "table", lambda result: "")
+    switch = dataclasses.replace(
+        world_trials.SWITCH,
+        score=lambda *given: trials.append(given[2]),
+        table=lambda result: "",
+    )
+    monkeypatch.setattr(world_trials, "SWITCH", switch)
 
     status, _ = score(
         "self_forcing", "--blocks=3", "--config.sampler.negative_prompt=ugly"
@@ -153,3 +159,48 @@ def test_the_command_takes_count_and_negative_prompt_to_the_trial(score, monkeyp
 
     assert status == 0
     assert trials == [world.Trial(240, 40, (3, 3), 1, "ugly")]
+
+
+def test_named_metrics_measure_every_video_and_are_written(
+    score, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(world, "generate", rendered)
+    out = tmp_path / "score.json"
+
+    plain = score("self_forcing", "--blocks=2", "--count=3", f"--out={out}")
+    without = json.loads(out.read_text())
+    named = "--metrics=temporal_flickering,world_match"
+    measured = score("self_forcing", "--blocks=2", "--count=3", f"--out={out}", named)
+    found = json.loads(out.read_text())
+
+    assert (plain[0], measured[0]) == (0, 0)
+    metrics = found.pop("metrics")
+    assert found == without
+    cell = metrics["temporal_flickering"]["temporal_flickering"]
+    assert cell["n"] == 3 and 0.5 < cell["mean"] < 1
+    # A video that switches prompts has no single caption.
+    assert metrics["world_match"] == {}
+
+
+def test_an_unknown_metric_is_refused_before_anything_is_loaded(score):
+    status, err = score("self_forcing", "--metrics=flickering")
+
+    assert status == 2
+    assert "unknown metric 'flickering'" in err and "temporal_flickering" in err
+
+
+def test_observers_see_videos_with_their_prompts(monkeypatch):
+    monkeypatch.setattr(world, "generate", rendered)
+    seen = []
+    trial = dataclasses.replace(
+        TRIAL, count=13, observe=lambda *given: seen.append(given)
+    )
+
+    world.score_switches(None, SETUP, trial)
+
+    assert [len(videos) for videos, _ in seen] == [10, 3]
+    for videos, prompts in seen:
+        assert len(prompts) == len(videos)
+        for prompt in prompts:
+            before, after = prompt.split(" | ")
+            assert scene.parse_caption(before) != scene.parse_caption(after)

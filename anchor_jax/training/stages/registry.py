@@ -4,19 +4,17 @@ A stage is added here, as a section of `TrainConfig`, and nowhere else. The modu
 imported when a stage is asked for: sampling reads this table too.
 """
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from anchor_jax.plugins import Registry
 
-if TYPE_CHECKING:
-    from anchor_jax.training.stages.base import StageKind
-
 _HERE = "anchor_jax.training.stages"
 
-STAGES: "Registry[StageKind]" = Registry(
+STAGES: Registry[Any] = Registry(
     "stages",
     {
         "regression": f"{_HERE}.regression:REGRESSION",
         "distillation": f"{_HERE}.distillation:DISTILLATION",
     },
 )
+"""Each is a `stages.base.StageKind`, which this module cannot import."""

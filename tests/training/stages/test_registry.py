@@ -1,0 +1,66 @@
+"""The table of stages: what each one promises to the rest of the package."""
+
+import dataclasses
+import types
+
+import jax
+import pytest
+
+from anchor_jax import experiment
+from anchor_jax.errors import UserError
+from anchor_jax.training import run
+from anchor_jax.training.stages.build import TrainConfig
+from anchor_jax.training.stages.registry import STAGES
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_has_a_section_and_describes_itself(name):
+    kind, config = STAGES[name], TrainConfig(stage=name)
+    model = types.SimpleNamespace(
+        latent_channels=16, text_len=8, text_dim=4, dtype="float32"
+    )
+    grid = types.SimpleNamespace(height=2, width=3)
+
+    shapes = kind.batch_shapes(config, types.SimpleNamespace(model=model, grid=grid))
+
+    assert name in {field.name for field in dataclasses.fields(TrainConfig)}
+    assert kind.numbers and all(field.startswith(f"{name}.") for field in kind.least)
+    assert "latent frames" in kind.describe_frames(config)
+    assert all(isinstance(one, jax.ShapeDtypeStruct) for one in shapes.values())
+    method = kind.method(dataclasses.asdict(config))
+    assert method == experiment.trained_method(dataclasses.asdict(config))
+
+
+def test_weights_of_an_unknown_stage_name_the_known_ones():
+    training = {**dataclasses.asdict(TrainConfig()), "stage": "distilation"}
+
+    with pytest.raises(UserError, match="did you mean 'distillation'"):
+        experiment.trained_method(training)
+
+
+def test_a_steps_time_is_the_mean_over_a_cycle(monkeypatch):
+    seconds, now, advanced = {"both": 7.0, "critic": 1.0}, [0.0], []
+
+    class Compiled:
+        cycle = 4
+
+        def updates(self, step):
+            return "critic" if step % 4 else "both"
+
+        def settle(self, state, cursor):
+            return "settled", cursor
+
+        def advance(self, state, cursor, step):
+            advanced.append((state, step))
+            # The first step of each kind compiles.
+            now[0] += seconds[self.updates(step)] + 100 * (len(advanced) <= 2)
+            return state, cursor, ()
+
+    prepared = types.SimpleNamespace(compiled=Compiled(), state="begun")
+    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(jax, "block_until_ready", lambda x: x)
+    training = run.TrainingRun(TrainConfig(), None, prepared, None, print)
+
+    assert training.seconds_per_step() == pytest.approx((7 + 3 * 1) / 4)
+    assert {state for state, _ in advanced} == {"settled"}
+    assert sorted(step for _, step in advanced) == [0, 0, 1, 1]
