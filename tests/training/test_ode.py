@@ -153,7 +153,7 @@ def test_a_stopped_command_has_the_status_of_an_interrupt(
     command = ["trajectories", f"--config.weights={tmp_path / 'weights'}"]
 
     assert main(command) == 130
-    assert "stopped; 2 are missing" in capsys.readouterr().err
+    assert "Stopped; 2 are missing" in capsys.readouterr().err
 
 
 def regression(folder, **changes):
