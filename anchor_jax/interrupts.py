@@ -1,10 +1,10 @@
-"""Requests to stop: Ctrl-C (SIGINT) and SIGTERM.
+"""Handles requests to stop: Ctrl-C (SIGINT) and SIGTERM.
 
-A handler only sets a flag, since an exception that it raised could be swallowed in a
-library's callback. Long work calls `check` wherever it can stop. In a process of the
-command line a thread watches besides: it learns of a request even while the main
-thread loads or compiles, where no Python handler can run. It ends the process when the
-main thread does not stop within `GRACE` seconds, and at once at a second Ctrl-C.
+The signal handler only sets a flag, because a library's callback could swallow an
+exception. Long work calls `check` wherever it can stop. In a command-line process a
+thread also watches for requests. It notices them even while the main thread loads or
+compiles, when no Python handler can run. The thread ends the process if the main thread
+does not stop within `GRACE` seconds, and immediately after a second Ctrl-C.
 """
 
 import atexit
@@ -24,13 +24,13 @@ from anchor_jax import io
 from anchor_jax.errors import Stopped
 
 GRACE = 1.5
-"""Seconds in which work stops that has declared nothing else."""
+"""Default number of seconds that work may take to stop."""
 
 STATUS = 130
-"""Exit status of a command that was asked to stop."""
+"""Exit status of a command that stopped on request."""
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_REBOUND = 0.2  # seconds; some programs that start others pass Ctrl-C on to them twice
+_REBOUND = 0.2  # seconds; some launchers pass a single Ctrl-C to their children twice
 _POLL = 0.05  # seconds
 
 _asked = threading.Event()
@@ -40,15 +40,15 @@ _brief = threading.RLock()
 
 @dataclasses.dataclass(eq=False)
 class _Process:
-    """How this process reacts.
+    """How this process reacts to requests.
 
     Attributes:
-      is_watched: whether a thread ends it, as in processes of the command line.
-      is_listening: whether the handlers are installed.
+      is_watched: whether a thread watches, as in command-line processes.
+      is_listening: whether the signal handlers are installed.
       stopping: whether the main thread has seen the request.
-      calm: when the main thread last reached a place where it could stop.
-      sections: that are waited for; the innermost last.
-      status: of the command, once it has ended.
+      calm: time at which the main thread last reached a point where it could stop.
+      sections: active sections that must finish; the innermost is last.
+      status: the command's exit status after it has ended.
     """
 
     is_watched: bool = False
@@ -61,13 +61,13 @@ class _Process:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Section:
-    """Work that is waited for.
+    """Work that may finish after a request.
 
     Attributes:
-      message: shown at the request.
-      since: returns when the work began that would be lost; None: it is waited for
-        without an end.
-      least: seconds that are waited in any case.
+      message: the line shown at the request.
+      since: returns the start time of the work that would be lost. None waits without
+        a limit.
+      least: minimum number of seconds to wait.
     """
 
     message: str
@@ -75,12 +75,12 @@ class _Section:
     least: float
 
     def patience(self, asked: float) -> float:
-        """Returns the seconds to wait: as long as what would be lost took."""
+        """Returns the seconds to wait: the time that the work has taken so far."""
         if self.since is None:
             return math.inf
         try:
             return max(self.least, asked - self.since())
-        except Exception:  # noqa: BLE001 - the thread that watches must go on.
+        except Exception:  # noqa: BLE001 - the watching thread must not die.
             return self.least
 
 
@@ -93,12 +93,12 @@ def asked() -> bool:
 
 
 def check() -> None:
-    """Ends long work here, if the process was asked to stop.
+    """Raises Stopped if the process was asked to stop.
 
-    Does nothing outside the main thread, where libraries would swallow what is raised.
+    Does nothing outside the main thread, where libraries would swallow the exception.
 
     Raises:
-      Stopped: It was.
+      Stopped: The process was asked to stop.
     """
     is_main = threading.current_thread() is threading.main_thread()
     if not _asked.is_set() or not is_main:
@@ -109,7 +109,7 @@ def check() -> None:
 
 
 def checking(progress: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a function that is called while work goes on, with a `check` before."""
+    """Wraps a progress function such that it calls `check` first."""
 
     def check_and_go_on(*arguments):
         check()
@@ -124,16 +124,16 @@ def patient(
     since: Callable[[], float] | None = None,
     least: float = GRACE,
 ) -> Iterator[None]:
-    """A section that ends soon after a request, and whose end is waited for.
+    """A section that may finish after a request, because it will end soon.
 
-    A second Ctrl-C does not wait.
+    A second Ctrl-C does not wait for it.
 
     Args:
-      message: shown at the request: what is waited for.
-      since: returns `time.monotonic()` of when the work began that would be lost. The
-        section is waited for as long as that work took. None: it is waited for
-        without an end.
-      least: seconds that it is waited for in any case.
+      message: the line shown at the request; it names what is waited for.
+      since: returns the `time.monotonic()` at which the work that would be lost
+        started. The wait is limited to the duration of that work. None waits without a
+        limit.
+      least: minimum number of seconds to wait.
     """
     section = _Section(message, since, least)
     _process.sections.append(section)
@@ -145,19 +145,19 @@ def patient(
 
 
 def uninterrupted() -> contextlib.AbstractContextManager:
-    """A brief section, such as some renames, in which the process is not ended."""
+    """A brief section, such as a few renames, which ending the process waits for."""
     return _brief
 
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """Holds requests back, here and in processes that are started meanwhile.
+    """Blocks requests, here and in processes that are started inside.
 
-    Such a process gets them when it calls `install`.
+    Such a process receives them when it calls `install`.
     """
     from multiprocessing import resource_tracker
 
-    # It would let them through again when it starts, with the first process.
+    # Started now, because its start unblocks the signals.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
@@ -168,16 +168,17 @@ def held_back() -> Iterator[None]:
 
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
-    """Listens to requests, in a process that is not the command line's own.
+    """Handles requests in a process that is not a command-line process.
 
-    The first one is for `check` and `asked`; a second Ctrl-C is a `KeyboardInterrupt`.
-    Does nothing within itself, after `install`, and outside the main thread.
+    The first request is seen by `check` and `asked`. A second Ctrl-C raises
+    `KeyboardInterrupt`. Does nothing if nested, after `install`, or outside the main
+    thread.
     """
     is_main = threading.current_thread() is threading.main_thread()
     if _process.is_listening or not is_main:
         yield
         return
-    # A handler that is not Python's could not be put back.
+    # A handler that was not installed from Python could not be restored.
     ours = [one for one in _SIGNALS if signal.getsignal(one) is not None]
     before = {one: signal.signal(one, _note) for one in ours}
     _process.is_listening = True
@@ -191,7 +192,7 @@ def listening() -> Iterator[None]:
 
 
 def install() -> None:
-    """Makes this process the command line's own: a thread watches for requests."""
+    """Makes this a command-line process, in which a thread watches for requests."""
     if _process.is_watched:
         return
     _process.is_watched = _process.is_listening = True
@@ -201,16 +202,17 @@ def install() -> None:
     threading.Thread(target=_watch, args=(source,), daemon=True).start()
     for one in _SIGNALS:
         signal.signal(one, _note)
-    # A parent may have held them back until now.
+    # A parent process may have blocked the signals.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-    # Registered first and hence run last, when libraries have ended their work.
+    # Registered first, so that it runs last, after the libraries' own handlers.
     atexit.register(_leave)
 
 
 def leave_with(status: int) -> int:
-    """Returns the process's exit status, which a request that is too late changes too.
+    """Returns the process's exit status, which a late request still changes.
 
-    After a request nothing more is shown: what libraries say then is of no use.
+    After a request nothing more is printed, because messages of libraries would only
+    confuse.
     """
     _process.status = status
     if _asked.is_set():
@@ -232,9 +234,9 @@ def _note(number: int, frame) -> None:
 
 
 def _watch(source: int) -> None:
-    """Reads the numbers of signals, and ends the process if the main thread does not.
+    """Reads signal numbers, and ends the process if the main thread does not stop.
 
-    Runs in a thread of its own.
+    Runs in its own thread.
     """
     first = None
     while True:
@@ -259,7 +261,7 @@ def _announce() -> None:
 
 
 def _deadline(first: float) -> float:
-    """Returns when a process that was asked to stop is ended."""
+    """Returns the time at which the process is ended after a request."""
     waits = [section.patience(first) for section in _process.sections]
     if waits:
         return first + max(waits)
@@ -267,11 +269,11 @@ def _deadline(first: float) -> float:
 
 
 def _end() -> NoReturn:
-    """Ends the process, without what is half made."""
+    """Ends the process and removes incomplete files."""
     try:
         _brief.acquire(timeout=1)
         _ending.set()
-        # The main thread must write nothing more: its handler does not return now.
+        # The main thread must not write any more: its handler never returns now.
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         if not _process.stopping and _process.status is None:
             _show("interrupted")
@@ -283,7 +285,7 @@ def _end() -> NoReturn:
 
 
 def _leave() -> None:
-    """Ends the process, before the interpreter's own end, where a request is lost."""
+    """Ends the process before the interpreter's own exit, which loses requests."""
     if _ending.is_set():
         _halt()
     if _process.status is None and not _asked.is_set():
@@ -299,14 +301,14 @@ def _halt() -> NoReturn:
 
 
 def _show(line: str) -> None:
-    """Writes a line to standard error, whose lock another thread may hold."""
+    """Writes a line to standard error without Python's lock on the stream."""
     with contextlib.suppress(OSError):
         start = "\n" if os.isatty(2) else ""
         os.write(2, f"{start}{line}\n".encode())
 
 
 def _within(seconds: float, work: Callable[[], None]) -> None:
-    """Works at most so long: the main thread, which stands still, may hold a lock."""
+    """Runs `work` with a time limit, because the halted main thread may hold a lock."""
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(seconds)
@@ -319,7 +321,7 @@ def _flush_streams() -> None:
 
 
 def _forget() -> None:
-    """Gives a forked child the usual handlers: its signals are not its parent's."""
+    """Restores the default handlers in a forked child."""
     global _process, _asked, _ending, _brief
     if _process.is_watched:
         signal.set_wakeup_fd(-1)
@@ -335,7 +337,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _silence() -> None:
-    """Shows nothing more, not even what libraries say as they end."""
+    """Discards all further output, including that of libraries at exit."""
     with contextlib.suppress(OSError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and read with errors that name them."""
+"""Writes files atomically, and reads files with errors that name them."""
 
 import contextlib
 import errno
@@ -22,13 +22,13 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REMEDIES = {
     errno.EACCES: "choose a folder you may write to",
     errno.EPERM: "choose a folder you may write to",
-    errno.EROFS: "choose a folder that can be written to",
+    errno.EROFS: "choose a writable folder",
     errno.ENOTDIR: "part of the path is a file; choose another path",
     errno.EEXIST: "part of the path is a file; choose another path",
     errno.EISDIR: "it is a folder; choose a file name",
     errno.ENAMETOOLONG: "choose a shorter name",
 }
-# What file systems without hard links say.
+# Errors of file systems without hard links.
 _NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
 _SHOWN = 200  # characters of a name in a message
 _TRIES = 10
@@ -38,9 +38,9 @@ _DEEPEST_JSON = 64
 _HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
 
 at_exit: list[Callable[[], None]] = []
-"""What `remove_unfinished` calls besides."""
+"""Functions that `remove_unfinished` also calls."""
 before_replacing: list[Callable[[pathlib.Path], None]] = []
-"""Called with a path before it gets its new content; may raise."""
+"""Functions that are called with a path before it is replaced; they may raise."""
 
 _unfinished: dict[pathlib.Path, bool] = {}  # to whether only we rename it
 _turn = threading.Lock()
@@ -49,15 +49,17 @@ _process = secrets.token_hex(6)
 
 
 def expand(path: str | os.PathLike) -> pathlib.Path:
-    """Returns a path whose `~` is replaced by the home folder.
+    """Returns a path with `~` replaced by the home folder.
 
     Raises:
-      UserError: The path begins with `~` and there is no home folder, or it has a NUL,
-        which no path can have.
+      UserError: The path begins with `~` and there is no home folder, or the path has a
+        NUL character.
     """
     path = pathlib.Path(path)
     if "\0" in str(path):
-        raise UserError(f"{str(path)!r:.200}: no path has a NUL; remove it")
+        raise UserError(
+            f"{str(path)!r:.200}: a path cannot contain a NUL character; remove it"
+        )
     try:
         return path.expanduser()
     except RuntimeError as error:
@@ -68,29 +70,30 @@ def expand(path: str | os.PathLike) -> pathlib.Path:
 
 
 def resolved(path: str | os.PathLike) -> pathlib.Path:
-    """Returns the path that `path` leads to, without links, `~` and `..`.
+    """Returns the absolute path, with links, `~` and `..` resolved.
 
     Raises:
-      UserError: There is no home folder, links lead in a circle, or the path is
-        relative and the current folder is gone.
+      UserError: There is no home folder, links form a loop, or the path is relative and
+        the current folder was removed.
     """
     try:
         return expand(path).resolve()
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:_SHOWN]
         raise UserError(
-            f"{path} leads nowhere ({reason}); choose another path"
+            f"{path} cannot be resolved ({reason}); choose another path"
         ) from error
 
 
 def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
-    """Returns the place of a file that a list in a folder names.
+    """Returns the path of a file whose name was read from a list in a folder.
 
-    It lies in the folder or below it. A link may lead to elsewhere only where a hub's
-    download keeps its files: from `snapshots/REVISION` to `blobs` beside `snapshots`.
+    The file must be in the folder or below it. A link to another place is allowed only
+    in the layout of hub downloads: from `snapshots/REVISION` to `blobs` beside
+    `snapshots`.
 
     Raises:
-      UserError: The name leads elsewhere, or there is no such file.
+      UserError: The name denotes another place, or there is no such file.
     """
     shown = repr(name if len(name) <= _SHOWN else f"{name[:_SHOWN]}...")
     try:
@@ -98,7 +101,7 @@ def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
         place = base / name
         end = place.resolve()
         is_file, is_link = end.is_file(), place.is_symlink()
-    # A loop of links, a name that is too long, or one with a NUL or a surrogate.
+    # A loop of links, too long a name, or a name with a NUL or a surrogate.
     except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:_SHOWN]
         raise UserError(f"{shown} is no file in {folder} ({reason})") from error
@@ -119,7 +122,7 @@ def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def _blobs(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Returns where a hub's download keeps the files that its snapshots link to."""
+    """Returns the folders of a hub download to which its snapshots link."""
     return [
         above.parent.parent / "blobs"
         for above in (folder, *folder.parents)
@@ -128,27 +131,27 @@ def _blobs(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def temporary_name(path: pathlib.Path) -> pathlib.Path:
-    """Returns a name beside `path` that no other process or thread chooses.
+    """Returns a unique temporary name beside `path`.
 
-    The name is hidden and keeps the suffix: `.video.0f3a9c21b4d5-1.part.mp4`.
+    The name is hidden and has the same suffix: `.video.0f3a9c21b4d5-1.part.mp4`.
     """
     own = f"{_process}-{next(_numbers)}"
     return path.with_name(f".{path.stem}.{own}.part{path.suffix}")
 
 
 def process_id() -> str:
-    """Returns what the temporary names of this process, and of no other, hold."""
+    """Returns the identifier of this process in its temporary names."""
     return _process
 
 
 def process_of(name: str) -> str | None:
-    """Returns the `process_id` in a temporary name; None if it is no such name."""
+    """Returns the `process_id` in a temporary name, or None for other names."""
     found = re.fullmatch(r".+\.([0-9a-f]{12})-\d+\.part(\..*)?", name, re.DOTALL)
     return found and found[1]
 
 
 def _renew() -> None:
-    """Gives a forked child names of its own."""
+    """Gives a forked child its own temporary names."""
     global _process, _turn
     _process, _turn = secrets.token_hex(6), threading.Lock()
     _unfinished.clear()
@@ -160,13 +163,13 @@ if hasattr(os, "register_at_fork"):
 
 @contextlib.contextmanager
 def unfinished(part: pathlib.Path, is_ours: bool = True) -> Iterator[pathlib.Path]:
-    """Removes a temporary file or folder on exit, if it still has its name.
+    """Removes a temporary file or folder on exit, unless it was renamed.
 
-    `remove_unfinished` removes it earlier, where a process ends at once.
+    If the process ends at once, `remove_unfinished` removes it earlier.
 
     Args:
       part: the file or folder.
-      is_ours: whether no thread of a library gives it another name.
+      is_ours: whether only this package, and no library's thread, renames it.
     """
     with removed_at_end(part, is_ours):
         try:
@@ -177,11 +180,11 @@ def unfinished(part: pathlib.Path, is_ours: bool = True) -> Iterator[pathlib.Pat
 
 @contextlib.contextmanager
 def removed_at_end(part: pathlib.Path, is_ours: bool = False) -> Iterator[pathlib.Path]:
-    """Has `remove_unfinished` remove a file or folder; leaves it there on exit.
+    """Registers a file or folder for `remove_unfinished`; keeps it on exit.
 
     Args:
       part: the file or folder.
-      is_ours: whether no thread of a library gives it another name.
+      is_ours: whether only this package, and no library's thread, renames it.
     """
     with _turn:
         _unfinished[part] = is_ours
@@ -194,26 +197,26 @@ def removed_at_end(part: pathlib.Path, is_ours: bool = False) -> Iterator[pathli
 
 @contextlib.contextmanager
 def scratch_folder() -> Iterator[pathlib.Path]:
-    """Yields a new folder among the system's temporary ones, which is then removed.
+    """Yields a new temporary folder, which is removed on exit.
 
     Raises:
-      UserError: There is no folder for temporary files.
+      UserError: The system has no writable folder for temporary files.
     """
     try:
         made = pathlib.Path(tempfile.mkdtemp())
     except OSError as error:
         raise UserError(
-            f"no folder for temporary files can be written to ({error.strerror}); set"
-            " TMPDIR to one"
+            f"no folder for temporary files is writable ({error.strerror}); set TMPDIR"
+            " to a writable folder"
         ) from error
     with unfinished(made):
         yield made
 
 
 def remove_unfinished() -> None:
-    """Removes the temporary files and folders that this process is making.
+    """Removes the unfinished temporary files and folders of this process.
 
-    Threads that still write to them do not get far.
+    Threads that still write to them soon fail.
     """
     parts = dict(_unfinished)
     for part, is_ours in parts.items():
@@ -225,10 +228,10 @@ def remove_unfinished() -> None:
 
 
 def _stop_writing(part: pathlib.Path, is_ours: bool) -> None:
-    """Removes what is half made, which a thread may still write.
+    """Removes an unfinished file or folder to which a thread may still write.
 
-    It is renamed first: the thread could give it its final name. A file takes the
-    place of a folder that is ours: the thread could make it again.
+    It is renamed first, because the thread could rename it to its final name. A file
+    then takes the place of a folder of ours, so that the thread cannot make it again.
     """
     for _ in range(_TRIES):
         aside = temporary_name(part)
@@ -245,9 +248,9 @@ def _stop_writing(part: pathlib.Path, is_ours: bool) -> None:
 
 
 def remove(part: pathlib.Path) -> None:
-    """Removes a file, or a folder with what is in it, if that is possible.
+    """Removes a file, or a folder with its content, if possible.
 
-    A library's thread may still write into the folder: then it is tried again.
+    Tries again if a thread of a library still writes into the folder.
     """
     for seconds in (0, *_PAUSES):
         time.sleep(seconds)
@@ -264,17 +267,17 @@ def remove(part: pathlib.Path) -> None:
 def replacing(
     path: str | os.PathLike, keep_new: bool = False
 ) -> Iterator[pathlib.Path]:
-    """Yields a temporary path that becomes `path` on a clean exit.
+    """Yields a temporary path that is renamed to `path` on a clean exit.
 
-    On an error the temporary file is removed and `path` keeps what it had.
+    After an error the temporary file is removed and `path` is unchanged.
 
     Args:
-      path: of the file.
-      keep_new: whether a file stays that another program makes there meanwhile.
+      path: the final path.
+      keep_new: whether to keep a file that another program makes there meanwhile.
 
     Raises:
-      UserError: The folder cannot be written to, the disk is full, or a file that
-        appeared meanwhile stays.
+      UserError: The folder is not writable, the disk is full, or another program made
+        the file meanwhile and `keep_new` is set.
     """
     path = pathlib.Path(path)
     with explained(path):
@@ -290,11 +293,11 @@ def publish(part: pathlib.Path, path: pathlib.Path, is_new: bool = False) -> Non
 
     Args:
       part: the temporary file.
-      path: its name from now on.
-      is_new: whether a file that has this name stays.
+      path: the final path.
+      is_new: whether to keep an existing file of this name and raise.
 
     Raises:
-      UserError: There is such a file.
+      UserError: The file exists, and `is_new` is set.
     """
     for call in before_replacing:
         call(path)
@@ -305,7 +308,7 @@ def publish(part: pathlib.Path, path: pathlib.Path, is_new: bool = False) -> Non
         _link(part, path)
     except FileExistsError as error:
         raise UserError(
-            f"{path} was made by another program meanwhile, and is not replaced; choose"
+            f"{path} was made by another program meanwhile and is not replaced; choose"
             " another folder"
         ) from error
 
@@ -323,12 +326,12 @@ def _link(part: pathlib.Path, path: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def making_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a new temporary folder that becomes `path` on a clean exit.
+    """Yields a new temporary folder that is renamed to `path` on a clean exit.
 
-    `path` must be absent or an empty folder then. On an error nothing is left.
+    `path` must then be absent or an empty folder. After an error nothing is left.
 
     Raises:
-      UserError: The folder cannot be made, or `path` has been filled meanwhile.
+      UserError: The folder cannot be made, or `path` is no longer empty.
     """
     try:
         with unfinished(temporary_name(path)) as part:
@@ -341,12 +344,13 @@ def making_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
             part.rename(path)
     except OSError as error:
         raise UserError(
-            f"{path} cannot be written: {error}; choose another folder or make room"
+            f"{path} cannot be written: {error}; choose another folder or free disk"
+            " space"
         ) from error
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Writes `value` as indented JSON, numpy and JAX numbers and arrays included."""
+    """Writes `value` as indented JSON; numpy and JAX values are allowed."""
     text = json.dumps(value, indent=2, ensure_ascii=False, default=_plain)
     write_text(path, text + "\n")
 
@@ -361,26 +365,26 @@ def read_json(path: str | os.PathLike, kind: type = dict, remedy: str = "") -> A
     """Returns the JSON document in a file.
 
     Args:
-      path: the file, at most 256 MiB.
-      kind: type that the document must have: `dict` or `list`.
-      remedy: what the user can do, put at the end of the message.
+      path: the path of the file, which may have at most 256 MiB.
+      kind: the required type of the document: `dict` or `list`.
+      remedy: the end of the message: what the user can do.
 
     Raises:
       FileNotFoundError: There is no such file.
-      UserError: The file is damaged, too large or holds another type.
+      UserError: The file is damaged or too large, or has another type.
     """
     path = pathlib.Path(path)
     end = f"; {remedy}" if remedy else ""
     try:
         size = path.stat().st_size
         if size > _MOST_JSON:
-            raise ValueError(f"{size} bytes, at most {_MOST_JSON} are read")
+            raise ValueError(f"{size} bytes; at most {_MOST_JSON} are allowed")
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise
     except (OSError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is damaged or no JSON ({reason}){end}") from error
+        raise UserError(f"{path} is damaged or not JSON ({reason}){end}") from error
     if not isinstance(value, kind):
         expected = {dict: "an object", list: "a list"}.get(kind, kind.__name__)
         raise UserError(
@@ -390,18 +394,18 @@ def read_json(path: str | os.PathLike, kind: type = dict, remedy: str = "") -> A
 
 
 def parse_json(content: bytes | str, where: str, remedy: str = "") -> dict[str, Any]:
-    """Returns the JSON object in a text of others, which may hold anything.
+    """Returns the JSON object in untrusted text.
 
-    Stricter than `read_json`: NaN, numbers beyond floats, a name twice in one object,
-    halves of characters and values nested more than 64 deep are refused.
+    It is stricter than `read_json`. It refuses NaN, numbers beyond the range of floats,
+    duplicate names in an object, lone surrogates, and more than 64 levels of nesting.
 
     Args:
-      content: UTF-8.
-      where: what the message calls it.
-      remedy: what the user can do, put at the end of the message.
+      content: text, or UTF-8 bytes.
+      where: the name of the source in messages.
+      remedy: the end of the message: what the user can do.
 
     Raises:
-      UserError: It is no JSON object, or one of these.
+      UserError: The text is not a JSON object, or has one of these faults.
     """
     end = f"; {remedy}" if remedy else ""
     try:
@@ -422,12 +426,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{shown(twice)} is twice in one object")
+        raise ValueError(f"duplicate name {shown(twice)} in an object")
     return found
 
 
 def _check_json(value: Any) -> None:
-    """Raises ValueError if a value is nested too deep, no number or no text."""
+    """Raises ValueError on too much nesting, non-finite numbers or invalid text."""
     level = [("", value)]
     for _ in range(_DEEPEST_JSON):
         inner: list[tuple[str, Any]] = []
@@ -439,20 +443,20 @@ def _check_json(value: Any) -> None:
                 inner += [(name, value) for value in one]
             elif isinstance(one, str) and (half := _HALF.search(one)):
                 raise ValueError(
-                    f"{name[1:] or 'the text'} has U+{ord(half[0]):04X}, half of a"
-                    " surrogate pair"
+                    f"{name[1:] or 'the text'} has U+{ord(half[0]):04X}, a lone"
+                    " surrogate"
                 )
             elif isinstance(one, float) and not math.isfinite(one):
                 text = {math.inf: "Infinity", -math.inf: "-Infinity"}.get(one, "NaN")
-                raise ValueError(f"{name[1:]}={text} is no number that JSON knows")
+                raise ValueError(f"{name[1:]}={text} is not a number in JSON")
         if not inner:
             return
         level = inner
-    raise ValueError(f"values are nested more than {_DEEPEST_JSON} deep")
+    raise ValueError(f"values are nested more than {_DEEPEST_JSON} levels deep")
 
 
 def _plain(value: Any) -> Any:
-    """Returns a number or list for what JSON does not know."""
+    """Converts a value that JSON does not support to a number, list or string."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if hasattr(value, "tolist"):
@@ -462,9 +466,9 @@ def _plain(value: Any) -> Any:
 
 @contextlib.contextmanager
 def explained(path: pathlib.Path) -> Iterator[None]:
-    """Turns a failure to write into a message that says what to do.
+    """Converts an OSError on writing `path` into a UserError with a remedy.
 
-    What fails elsewhere meanwhile, at another file, is not said of this one.
+    Errors that concern other files are raised unchanged.
     """
     try:
         yield
@@ -481,7 +485,7 @@ def explained(path: pathlib.Path) -> Iterator[None]:
 
 
 def _concerns(error: OSError, path: pathlib.Path) -> bool:
-    """Returns whether an error may be of a file, of one beside it, or of a folder."""
+    """Returns whether an error may concern a path, its siblings or its folders."""
     if not isinstance(error.filename, str | os.PathLike):
         return True
     place, wrong = (

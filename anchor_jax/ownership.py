@@ -1,10 +1,10 @@
-"""One job at a time writes into a folder: a job of one process or of several.
+"""Ensures that only one job at a time, of one or several processes, writes to a folder.
 
-The lease is a folder `.owner` inside. It holds a file for each process of the job, and
-a thread counts in that file every few seconds. The folder is moved into place whole,
-which fails where another one lies, so that one job gets it. A dead process's file,
-whose name nobody else has, is removed before: two that take over at once cannot remove
-one another's.
+The lease is a subfolder `.owner`. It has one file per process of the job, and a thread
+updates a counter in that file every few seconds. The subfolder is renamed into place as
+a whole. The rename fails if another lease exists, so that exactly one job succeeds.
+Files of dead processes are removed first. File names are unique, so two jobs that take
+over at the same time cannot remove each other's files.
 """
 
 import atexit
@@ -32,9 +32,9 @@ from anchor_jax import io
 from anchor_jax.errors import UserError
 
 BEAT, LEASE = 3.0, 30.0
-"""Seconds between signs of life, and without one until an owner counts as dead."""
+"""Heartbeat interval, and seconds without a heartbeat after which an owner is dead."""
 
-REMEDY = "wait for it, end it, or choose another folder"
+REMEDY = "wait until it ends, stop it, or choose another folder"
 
 _NAME = ".owner"
 _MOST = 65536  # bytes of a member's file
@@ -61,7 +61,7 @@ class Lease:
         self.release()
 
     def release(self) -> None:
-        """Lets others write into the folder."""
+        """Gives up the right to write into the folder."""
         self._end()
 
     def check(self) -> None:
@@ -77,21 +77,21 @@ def own(
     tell: Callable[[str], None] = lambda line: None,
     remedy: str = REMEDY,
 ) -> Lease:
-    """Returns the right to write into a folder, which is made if it is not there.
+    """Returns a lease on a folder, which is made if it does not exist.
 
-    Temporary files of owners that died are removed. A process may own a folder more
-    than once, for the same job and seats.
+    Temporary files of dead owners are removed. A process may own a folder several
+    times, for the same job and seats.
 
     Args:
-      folder: to write into.
-      job: what is done there. Processes that name the same job share the folder.
-      seats: parts of the job that this process does and no other one may do.
-      patience: seconds to wait for an owner that lives.
-      tell: is given a line before an owner is watched for a sign of life.
-      remedy: what the user can do, put at the end of the message.
+      folder: the folder to write into.
+      job: identifier of the job. Processes with the same job share the folder.
+      seats: parts of the job that only this process may do.
+      patience: seconds to wait for a living owner.
+      tell: a function that prints a line before an owner's heartbeat is awaited.
+      remedy: the end of the message: what the user can do.
 
     Raises:
-      UserError: Another job owns the folder, or it cannot be written to.
+      UserError: Another job owns the folder, or the folder is not writable.
     """
     folder = io.resolved(folder)
     claim = _Claim(folder / _NAME, folder, job, tuple(seats))
@@ -103,22 +103,22 @@ def own_target(
     patience: float = 0.0,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Lease:
-    """Returns the right to make a folder that appears when it is whole.
+    """Returns a lease on a folder that will be created under its name when complete.
 
-    The lease lies beside it. For the rest it is as `own`.
+    The lease is beside the folder. Otherwise it is like `own`.
 
     Raises:
-      UserError: Another process makes the folder, or none can be made there.
+      UserError: Another process makes the folder, or it cannot be made.
     """
     path = io.resolved(path)
     if not path.name:
-        raise UserError(f"{path} is no folder to make; choose one below it")
+        raise UserError(f"{path} cannot be created; choose a folder below it")
     claim = _Claim(path.with_name(f".{path.name}{_NAME}"), path)
     return _take(claim, patience, tell, REMEDY)
 
 
 def job_id(*about: Any) -> str:
-    """Returns a name of a job for `own`: a hash of JSON values that say what it is."""
+    """Returns an identifier of a job for `own`: a hash of JSON values."""
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
 
@@ -132,14 +132,14 @@ def check(path: str | os.PathLike) -> None:
 
 
 def release_all() -> None:
-    """Lets others write into every folder that this process owns."""
+    """Releases every folder that this process owns."""
     for hold in list(_held.values()):
         hold.leave()
 
 
 @dataclasses.dataclass(frozen=True)
 class _Claim:
-    """Who wants to own what: the lease's place, the folder, the job and its parts."""
+    """A request for a lease: its place, the folder, the job and its seats."""
 
     place: pathlib.Path
     folder: pathlib.Path
@@ -149,7 +149,7 @@ class _Claim:
 
 @dataclasses.dataclass(frozen=True)
 class _Member:
-    """A process of the job that owns a folder, as its file tells of it."""
+    """A process of the job that owns a folder, as described by its file."""
 
     path: pathlib.Path
     content: bytes
@@ -167,14 +167,14 @@ class _Member:
         return found if isinstance(found, dict) else {}
 
     def rivals(self, claim: _Claim) -> bool:
-        """Returns whether it and another process cannot both own the folder."""
+        """Returns whether this process and a claim cannot both own the folder."""
         seats = self.facts.get("seats")
         if self.facts.get("job") != claim.job or not isinstance(seats, list):
             return True
         return any(seat in claim.seats for seat in seats)
 
     def is_alive(self) -> bool | None:
-        """Returns whether the process lives; None where this machine cannot know."""
+        """Returns whether the process lives, or None if this machine cannot know."""
         pid, where = self.facts.get("pid"), self.facts.get("where")
         if where is None or where != _where() or type(pid) is not int or pid < 1:
             return None
@@ -218,19 +218,19 @@ class _Hold:
         return self.claim.place / f"{self.id}.json"
 
     def content(self) -> bytes:
-        """Returns what the file holds, of a length that does not change."""
+        """Returns the content of the file; its length is constant."""
         return json.dumps({**self.facts, "beat": f"{self.beats:012d}"}).encode()
 
     def beat(self) -> None:
-        """Gives a sign of life."""
+        """Writes a heartbeat."""
         self.beats += 1
-        # The file is not made again where it was taken away.
+        # A file that was removed must not be created again.
         with contextlib.suppress(OSError), self.file.open("r+b") as file:
             file.write(self.content())
 
     def check(self) -> None:
         try:
-            # Opening, unlike a look, asks the server of a network's disk.
+            # On a network file system, unlike stat, opening a file asks the server.
             os.close(os.open(self.file, os.O_RDONLY))
         except OSError as error:
             if error.errno not in _GONE:
@@ -238,9 +238,9 @@ class _Hold:
             others = [str(one) for one in _members(self.claim.place)]
             by = f" by {others[0]}" if others else ""
             raise UserError(
-                f"{self.claim.folder} was taken over{by}: this process had given no"
-                f" sign of life for {LEASE:g} s, or its lease was removed; nothing more"
-                " is written"
+                f"{self.claim.folder} was taken over{by}: this process had written no"
+                f" heartbeat for {LEASE:g} s, or its lease was removed; it will write"
+                " nothing more"
             ) from error
 
     def leave(self) -> None:
@@ -252,7 +252,7 @@ class _Hold:
             self.claim.place.rmdir()
 
     def enter(self, living: Sequence[_Member]) -> bool:
-        """Moves in, perhaps beside members of its job; returns whether it could."""
+        """Tries to take the lease, possibly beside members of the same job."""
         place = self.claim.place
         with io.unfinished(io.temporary_name(place)) as staged:
             staged.mkdir(parents=True)
@@ -276,13 +276,13 @@ class _Hold:
 
 
 class _Watch:
-    """Tells by this machine's own clock whether owners give signs of life."""
+    """Observes owners' heartbeats with this machine's own clock."""
 
     def __init__(self):
         self._seen: dict[str, tuple[bytes, float, bool]] = {}
 
     def is_alive(self, member: _Member) -> bool | None:
-        """Returns whether a process lives; None as long as that is not known."""
+        """Returns whether a process lives, or None while that is unknown."""
         known = member.is_alive()
         if known is not None:
             return known
@@ -297,7 +297,7 @@ class _Watch:
 
 
 def _take(claim: _Claim, patience: float, tell, remedy: str) -> Lease:
-    """Returns the lease of a claim, once it is this process's."""
+    """Waits for a claim to succeed and returns its lease."""
     with _turn:
         if claim in _held:
             return Lease(_held[claim])
@@ -310,7 +310,7 @@ def _take(claim: _Claim, patience: float, tell, remedy: str) -> Lease:
 
 
 def _claim(claim: _Claim, patience: float, tell, remedy: str) -> _Hold:
-    """Moves in, or raises UserError where another job is."""
+    """Takes the lease, or raises UserError if another job has it."""
     watch, began = _Watch(), time.monotonic()
     while True:
         claim.place.parent.mkdir(parents=True, exist_ok=True)
@@ -328,7 +328,7 @@ def _claim(claim: _Claim, patience: float, tell, remedy: str) -> _Hold:
             raise UserError(f"{claim.folder} is in use by {sure}; {remedy}")
         if rivals and not sure and tell:
             tell(
-                f"{claim.folder}: waiting up to {LEASE:g} s for a sign of life of"
+                f"{claim.folder}: waiting up to {LEASE:g} s for a heartbeat of"
                 f" {rivals[0]}"
             )
             tell = None
@@ -340,19 +340,19 @@ def _members(place: pathlib.Path) -> list[_Member]:
     found = []
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISDIR(os.lstat(place).st_mode):
-            raise UserError(f"{place} is no folder; remove it")
+            raise UserError(f"{place} must be a folder; remove it")
         for path in sorted(place.iterdir()):
             if path.is_dir():
-                raise UserError(f"{path} is no lease, but a folder; remove it")
+                raise UserError(f"{path} must be a file, but is a folder; remove it")
             with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
                 found.append(_Member(path, file.read(_MOST)))
     return found
 
 
 def _bury(claim: _Claim, dead: _Member) -> None:
-    """Removes what a dead owner left: temporary files of its number, then its lease.
+    """Removes a dead owner's temporary files, then its file in the lease.
 
-    They lie beside the lease, or a folder deeper.
+    The temporary files are beside the lease, or one folder deeper.
     """
     process = dead.id.partition("-")[0]
     entries = _entries(claim.place.parent)
@@ -366,7 +366,7 @@ def _bury(claim: _Claim, dead: _Member) -> None:
 
 
 def _entries(folder: str | os.PathLike) -> list[os.DirEntry]:
-    """Returns what is in a folder, which another process may remove meanwhile."""
+    """Returns a folder's entries, or [] if another process removed it meanwhile."""
     try:
         with os.scandir(folder) as found:
             return list(found)
@@ -413,13 +413,13 @@ def _program() -> str:
 
 
 def _where() -> list[str] | None:
-    """Returns what tells this machine's processes from all others, or None.
+    """Returns an identifier of this machine, boot and container, or None.
 
-    Process numbers mean the same only within one boot and one container.
+    Process ids are unique only within one boot and one container.
     """
     try:
         if os.readlink("/proc/self") != str(os.getpid()):
-            return None  # The processes that are shown here are of another container.
+            return None  # /proc shows the processes of another container.
         boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text("ascii")
         return [boot.strip(), os.readlink("/proc/self/ns/pid"), socket.gethostname()]
     except (OSError, ValueError):
@@ -427,7 +427,7 @@ def _where() -> list[str] | None:
 
 
 def _began(pid: int) -> str | None:
-    """Returns when a process began, in ticks; "ended" before its parent knows it."""
+    """Returns a process's start time in ticks, or "ended" for a zombie."""
     try:
         status = pathlib.Path(f"/proc/{pid}/stat").read_text("utf-8", "replace")
         state, *numbers = status.rpartition(")")[2].split()
@@ -442,7 +442,7 @@ def _short(value: Any) -> str:
 
 
 def _forget() -> None:
-    """Leaves a forked child without what its parent owns."""
+    """Clears the parent's leases in a forked child."""
     global _turn
     _turn = threading.RLock()
     _held.clear()

@@ -121,7 +121,7 @@ COMMANDS = {
         "0 trajectories written",
     ),
     "port": Command(
-        ("port", "--wan={scratch}/wan", "--out={out}"), checkpoints, "is there already"
+        ("port", "--wan={scratch}/wan", "--out={out}"), checkpoints, "already exists"
     ),
     "export": Command(
         (
@@ -129,7 +129,7 @@ COMMANDS = {
             "--layout=diffusers",
         ),
         files,
-        "is there already",
+        "already exists",
     ),
 }
 

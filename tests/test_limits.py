@@ -194,7 +194,9 @@ def test_a_training_that_can_be_read_is_followed():
 def test_a_training_of_other_types_is_refused(field, value):
     section = TRAINING["distillation"] | {field: value}
 
-    with pytest.raises(UserError, match="training has a config that cannot be read"):
+    with pytest.raises(
+        UserError, match="config of the weights' training cannot be read"
+    ):
         method_of(TRAINING | {"distillation": section})
 
 

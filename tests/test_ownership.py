@@ -178,7 +178,7 @@ def test_a_process_that_cannot_be_seen_is_watched_until_its_lease_ends(tmp_path)
         began = time.monotonic()
         with job(tmp_path, lease=1.0) as second:
             line = second.stdout.readline()
-            assert "waiting up to 1 s for a sign of life of process" in line
+            assert "waiting up to 1 s for a heartbeat of process" in line
             assert second.stdout.readline().startswith("owns")
             assert time.monotonic() - began >= 1.0
             assert end(second)[1] == 0
@@ -204,7 +204,7 @@ def test_what_was_lost_is_reported_with_the_new_owner(tmp_path, monkeypatch):
     file.unlink()
 
     with owner(tmp_path) as second:
-        message = f"taken over by process {second.pid} .*nothing more is written"
+        message = f"taken over by process {second.pid} .*it will write nothing more"
         with pytest.raises(UserError, match=message):
             io.write_text(tmp_path / "b.txt", "whole")
         lease.release()
@@ -289,13 +289,15 @@ def test_what_a_lease_says_is_shown_without_control_characters(tmp_path):
 def test_a_lease_that_leads_elsewhere_is_not_followed(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / ".owner").symlink_to(tmp_path / "other")
-    with pytest.raises(UserError, match=r"\.owner is no folder"):
+    with pytest.raises(UserError, match=r"\.owner must be a folder"):
         ownership.own(tmp_path)
 
 
 def test_a_folder_in_a_lease_is_named(tmp_path):
     (tmp_path / ".owner" / "a").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"\.owner/a is no lease, but a folder; remove"):
+    with pytest.raises(
+        UserError, match=r"\.owner/a must be a file, but is a folder; remove"
+    ):
         ownership.own(tmp_path)
 
 
@@ -368,10 +370,10 @@ def test_a_link_is_followed_and_one_to_itself_refused(tmp_path):
     with ownership.own(tmp_path / "link"):
         assert hidden(tmp_path / "real") == [".owner"]
     for own in (ownership.own, ownership.own_target):
-        with pytest.raises(UserError, match="loop leads nowhere"):
+        with pytest.raises(UserError, match="loop cannot be resolved"):
             own(tmp_path / "loop")
 
 
 def test_the_root_is_no_folder_to_make():
-    with pytest.raises(UserError, match="/ is no folder to make"):
+    with pytest.raises(UserError, match="/ cannot be created"):
         ownership.own_target("/")

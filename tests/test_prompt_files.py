@@ -223,7 +223,7 @@ def test_marks_and_line_ends_of_all_systems_are_read(write, content):
             "UTF-16 text without a byte order mark",
         ),
         ("a.txt", b"\xff\xfea\0b", "not utf-16-le text"),
-        ("a.txt", gzip.compress(b"a ring"), "compressed by gzip"),
+        ("a.txt", gzip.compress(b"a ring", mtime=0), "compressed by gzip"),
         ("a.csv", b"PK\x03\x04xl/workbook", "a spreadsheet"),
         ("a.txt", b"PAR1\x15\x04", "Parquet"),
         ("a.txt", b"\0\0\0\x20ftypisom", "a video"),
@@ -238,7 +238,7 @@ def test_what_holds_no_prompts_is_refused_once(write, name, content, part):
 
 
 def test_a_path_that_is_no_text_is_refused(tmp_path):
-    refused(tmp_path / "a\0b", "no path has a NUL")
+    refused(tmp_path / "a\0b", "cannot contain a NUL")
     refused(tmp_path / "a\ud800", "U+D800")
     refused(tmp_path / ("a" * 5000), "cannot be read")
 

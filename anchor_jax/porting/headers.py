@@ -51,5 +51,5 @@ def with_header(
         f"of the header: {name}={value!r:.60} is used" for name, value in known.items()
     ]
     if rest:
-        notes.append(f"of the header, not used: {', '.join(sorted(rest)[:6])}")
+        notes.append(f"unused header entries: {', '.join(sorted(rest)[:6])}")
     return {**settings, **known}, tuple(notes)

@@ -1,4 +1,4 @@
-"""Published weights into a checkpoint of ours; all is checked before it is written."""
+"""Converts published weights into a checkpoint; all checks come before writing."""
 
 import dataclasses
 import functools
@@ -41,7 +41,7 @@ from anchor_jax.weights import checkpoint
 from anchor_jax.weights.checkpoint import Lazy
 
 _NOT_SIZES = ("dtype", "param_dtype", "remat", "unroll", "conv")
-# The first that there is counts.
+# The first existing file is used.
 _TOKENIZERS = {
     "tokenizer/tokenizer.json": FastTokenizer,
     "tokenizer/spiece.model": SentencePieceTokenizer,
@@ -56,14 +56,14 @@ _MISSING = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-    """What is to be written, checked.
+    """A checked plan of the checkpoint to write.
 
     Attributes:
-      items: Trees of `Lazy` by the item's name.
-      meta: What the item `meta` will say, but for the digests of the sources.
-      sources: Where it comes from.
-      files: Small files by their place in the checkpoint.
-      notes: What the user should know: settings used, guessed, or not used.
+      items: Trees of `Lazy` by item name.
+      meta: The item `meta`, without the digests of the sources.
+      sources: The sources of the weights.
+      files: Small files by their path in the checkpoint.
+      notes: Notes for the user: settings that were used, guessed, or ignored.
     """
 
     items: Mapping[str, Any]
@@ -74,7 +74,7 @@ class Plan:
 
     @property
     def read_bytes(self) -> int:
-        """Bytes of the source files, each read once for its digest."""
+        """Bytes of the source files; each is read once for its digest."""
         return sum(path.stat().st_size for path in self.paths())
 
     @property
@@ -84,17 +84,17 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """Bytes in memory at once: the largest leaf, and as much to encode it."""
+        """Peak memory in bytes: the largest leaf, twice because it is encoded."""
         leaves = jax.tree.leaves(dict(self.items))
         return 2 * max((leaf.nbytes for leaf in leaves), default=0)
 
     def missing(self) -> dict[str, str]:
-        """Returns what sampling needs beyond this, and how to add it."""
+        """Returns the missing parts that sampling needs, and how to add each."""
         present = {*self.items, *(name.split("/")[0] for name in self.files)}
         return {name: how for name, how in _MISSING.items() if name not in present}
 
     def paths(self) -> list[pathlib.Path]:
-        """Returns the source files, each once."""
+        """Returns the source files without duplicates."""
         return list(dict.fromkeys(path for one in self.sources for path in one.files))
 
 
@@ -108,19 +108,19 @@ def plan(
     alpha: float | None = None,
     method: str | None = None,
 ) -> Plan:
-    """Returns what porting would write, after all checks; nothing is written.
+    """Returns the plan of a conversion after all checks; writes nothing.
 
     Args:
-      wan: A folder of Wan2.1, official or of diffusers.
-      generator: A checkpoint whose generator takes the place of that folder's.
+      wan: A folder of Wan2.1, official or diffusers layout.
+      generator: A checkpoint whose generator replaces the folder's.
       lora: Adapters for the generator.
-      key: The entry of the checkpoint that holds the generator.
-      critic: Port the checkpoint's critic too, as `fake_score`.
-      alpha: Of the adapters, in place of what their files say.
-      method: One of `METHODS`, how the generator was trained.
+      key: The entry of the checkpoint with the generator.
+      critic: Whether to convert the checkpoint's critic too, as `fake_score`.
+      alpha: Alpha of the adapters, which overrides the value in their files.
+      method: One of `METHODS`: how the generator was trained.
 
     Raises:
-      UserError: Files are broken, or do not fit their networks or one another.
+      UserError: Files are damaged, or do not fit their networks or each other.
     """
     method = _method(method, generator or lora)
     found = _gather(wan, generator, lora, key, critic)
@@ -158,15 +158,15 @@ def run(
     """Writes the checkpoint and returns its manifest, the item `meta`.
 
     Args:
-      plan: Of `plan`.
-      out: The folder; it appears when whole.
-      progress: Called with bytes as they are read for digests, and then written; in
-        all `read_bytes` + `write_bytes`.
-      overwrite: Replace a checkpoint that is there.
-      watch: Counts values that are not finite; unless it keeps them, they are refused.
+      plan: The result of `plan`.
+      out: The folder. It is created under its name when complete.
+      progress: Called with numbers of bytes that were read for digests, and then
+        written; in total `read_bytes` + `write_bytes`.
+      overwrite: Whether to replace an existing checkpoint.
+      watch: Counts non-finite values, and refuses them unless it allows them.
 
     Raises:
-      UserError: The folder is taken, or cannot be written, or weights are not finite.
+      UserError: The folder exists or is not writable, or weights are not finite.
     """
     if not overwrite:
         check_free(out)
@@ -181,7 +181,7 @@ def run(
     try:
         checkpoint.write(out, items, meta, plan.files, progress, overwrite)
     except Exception:
-        # The writer's own error may have been put around it.
+        # The writer may have wrapped the refusal in its own error.
         if watch.refusal is not None:
             raise watch.refusal from None
         raise
@@ -189,7 +189,7 @@ def run(
 
 
 def _watched(plan: Plan, item: str, watch: Watch) -> Any:
-    """Returns an item's tree, looked at as it is written."""
+    """Returns an item's tree, whose values are checked while it is written."""
     layouts = {source.item: source.layout for source in plan.sources}
     tables = {"": table_of(item, layouts[item])}
     if item in ("generator", "fake_score"):
@@ -202,10 +202,10 @@ def _watched(plan: Plan, item: str, watch: Watch) -> Any:
 def check_free(
     out: str | pathlib.Path, remedy: str = "choose another folder, or remove it"
 ) -> None:
-    """Raises `UserError` if a folder holds anything."""
+    """Raises `UserError` if a folder exists and is not empty."""
     out = expand(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"out={str(out)!r} is there already; {remedy}")
+        raise UserError(f"--out={str(out)!r} already exists; {remedy}")
 
 
 def _file(path: pathlib.Path, progress) -> dict[str, Any]:
@@ -217,10 +217,10 @@ def _file(path: pathlib.Path, progress) -> dict[str, Any]:
 
 
 def _method(method: str | None, trained: Any) -> str:
-    """Returns the method, which a generator or LoRA needs to be named."""
+    """Returns the method, which is required with a generator or LoRA."""
     if method is None and trained:
         raise UserError(
-            "method is missing: --generator and --lora need --method, one of"
+            "--method is missing; --generator and --lora need it; choose one of"
             f" {', '.join(METHODS)}"
         )
     method = method or "wan"
@@ -235,7 +235,7 @@ def _gather(wan, generator, lora, key, critic) -> dict[str, Source]:
     """Returns the sources by item; a checkpoint's generator replaces the folder's."""
     found = {source.item: source for source in sources.open_wan(wan)} if wan else {}
     if (key or critic) and not generator:
-        raise UserError("--key and --critic need --generator=FILE to take them from")
+        raise UserError("--key and --critic need --generator=FILE")
     if generator:
         source = sources.open_generator(generator, key)
         base = found.get("generator")
@@ -248,8 +248,8 @@ def _gather(wan, generator, lora, key, critic) -> dict[str, Source]:
     if lora:
         if "generator" not in found:
             raise UserError(
-                f"lora={str(lora)!r} needs the generator that it was trained on; give"
-                " it with --generator or --wan"
+                f"--lora={str(lora)!r} needs the generator on which it was trained;"
+                " give it with --generator or --wan"
             )
         found["lora"] = sources.open_lora(lora)
     return found
@@ -261,7 +261,7 @@ def _width(source: Source) -> tuple[int, ...] | None:
 
 
 def _configs(found: Mapping[str, Source], problems: list[str]) -> dict[str, Any]:
-    """Returns the networks' configs by item; adds to `problems` what does not fit."""
+    """Returns the networks' configs by item; appends mismatches to `problems`."""
     read = {"generator": model_config, "text_encoder": text_config, "vae": vae_config}
     configs = {}
     for item, of in read.items():
@@ -277,12 +277,16 @@ def _configs(found: Mapping[str, Source], problems: list[str]) -> dict[str, Any]
             problems.append(f"{item}: {error}")
     model, text, vae = (configs.get(item) for item in read)
     if model and text and text.dim != model.text_dim:
-        problems.append(f"text encoder of width {text.dim}, expected {model.text_dim}")
+        problems.append(
+            f"the text encoder has width {text.dim}, but the generator expects"
+            f" {model.text_dim}"
+        )
     if model and text:
         configs["text_encoder"] = dataclasses.replace(text, text_len=model.text_len)
     if model and vae and vae.z_dim != model.latent_channels:
         problems.append(
-            f"VAE of {vae.z_dim} channels, expected {model.latent_channels}"
+            f"the VAE has {vae.z_dim} channels, but the generator expects"
+            f" {model.latent_channels}"
         )
     return configs
 
@@ -290,14 +294,14 @@ def _configs(found: Mapping[str, Source], problems: list[str]) -> dict[str, Any]
 def _scales(
     source: Source | None, alpha: float | None, problems: list[str]
 ) -> Scales | None:
-    """Returns how adapters are scaled; adds to `problems` what cannot be used.
+    """Returns the scales of adapters; appends mismatches to `problems`.
 
     Raises:
-      UserError: Nothing says it, or `alpha` is none.
+      UserError: The scale is unknown, or `alpha` is invalid.
     """
     if source is None:
         if alpha is not None:
-            raise UserError("--alpha needs the adapters that it is of: give --lora")
+            raise UserError("--alpha needs adapters; give them with --lora")
         return None
     default = None
     if source.key == "generator_lora":
@@ -316,10 +320,10 @@ def _scales(
 
 
 def _tree(source: Source, configs: Mapping[str, Any], scales: Scales | None) -> Any:
-    """Returns a network's tree of `Lazy`; of lone names if its config is not known.
+    """Returns a network's tree of `Lazy`; without a config only names are checked.
 
     Raises:
-      Mismatch: Names, shapes or types are not right.
+      Mismatch: Names, shapes or types are wrong.
     """
     table = table_of(source.item, source.layout)
     item = "generator" if source.item in ("fake_score", "lora") else source.item
@@ -335,7 +339,7 @@ def _tree(source: Source, configs: Mapping[str, Any], scales: Scales | None) -> 
 
 
 def _expected_adapters(params: Any, arrays: Mapping[str, Any], table, source) -> Any:
-    """Returns the shapes of adapters for those layers that have some."""
+    """Returns the shapes of adapters for the layers that have adapters."""
     rank = max(source.adapters.ranks.values(), default=1)
     start = functools.partial(lora.init, rank=rank, rng=jax.random.key(0))
     every = traverse_util.flatten_dict(jax.eval_shape(start, params), sep="/")
@@ -349,15 +353,15 @@ def _expected_adapters(params: Any, arrays: Mapping[str, Any], table, source) ->
 
 
 def _notes(found, networks, scales: Scales | None, files) -> tuple[str, ...]:
-    """Returns what the user should know of each source, with its name before it."""
+    """Returns the notes on each source, prefixed with its item."""
     notes = [f"{item}: {note}" for item, one in found.items() for note in one.notes]
     model = networks.get("generator")
     heads = ("num_heads", "num_attention_heads")
     if model and not any(name in found["generator"].settings for name in heads):
         if published_heads(model.dim, model.ffn_dim):
             notes.append(
-                f"generator: {model.num_heads} heads, as the published model of its"
-                " width has; no config.json says it"
+                f"generator: {model.num_heads} heads are assumed, as in the published"
+                " model of this width, because no config.json gives their number"
             )
     if scales:
         notes += [f"lora: {note}" for note in scales.notes]
@@ -382,7 +386,7 @@ def _expected(config: Any) -> Any:
 
 
 def _items(trees: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the trees as the checkpoint's items have them."""
+    """Returns the trees in the layout of the checkpoint's items."""
     items = dict(trees)
     adapters = items.pop("lora", None)
     for name in ("generator", "fake_score"):
@@ -426,7 +430,7 @@ def _meta(method, found, configs, trees, scales) -> dict[str, Any]:
 
 
 def sizes_of(config: Any) -> dict[str, Any] | None:
-    """Returns the fields of a config that its weights fix, for JSON."""
+    """Returns the fields of a config that the weights determine, for JSON."""
     if config is None:
         return None
     fields = dataclasses.asdict(config)
@@ -439,10 +443,10 @@ def _parameters(tree: Any) -> int:
 
 
 def _companions(wan: Any, text: TextConfig | None) -> dict[str, pathlib.Path]:
-    """Returns the small files by their place in the checkpoint.
+    """Returns the small files by their path in the checkpoint.
 
     Raises:
-      UserError: The tokenizer that will be used is damaged, or not the text encoder's.
+      UserError: The tokenizer is damaged, or does not fit the text encoder.
     """
     found = companions.find(wan) if wan else {}
     for name, kind in _TOKENIZERS.items():
@@ -453,13 +457,15 @@ def _companions(wan: Any, text: TextConfig | None) -> dict[str, pathlib.Path]:
 
 
 def _check_tokenizer(kind, path: pathlib.Path, text: TextConfig | None) -> None:
-    remedy = "take the tokenizer of google/umt5-xxl"
+    remedy = "use the tokenizer of google/umt5-xxl"
     try:
         tokenizer = kind(path, 512)
     except (OSError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is no tokenizer of UMT5: {error}; {remedy}") from error
+        raise UserError(
+            f"{path} is not a tokenizer of UMT5: {error}; {remedy}"
+        ) from error
     if text is not None and tokenizer.vocab > text.vocab:
         raise UserError(
-            f"{path} has {tokenizer.vocab} pieces, the text encoder {text.vocab};"
-            f" {remedy}"
+            f"{path} has {tokenizer.vocab} pieces, but the text encoder has"
+            f" {text.vocab}; {remedy}"
         )

@@ -1,4 +1,4 @@
-"""Published weights as files hold them: what they are, found without reading them."""
+"""Opens published weights and identifies their kind, without reading the arrays."""
 
 import dataclasses
 import pathlib
@@ -32,7 +32,7 @@ VAE_FILE = "Wan2.1_VAE"
 _FRAGMENTS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 _PREFIXES = ("module.", "model.", "diffusion_model.")
 _LORA_PREFIXES = (PEFT, "transformer.", "pipe.dit.", *_PREFIXES)
-# One file for all networks has the transformer's below the first.
+# Prefix of the transformer in files that contain all networks.
 _WITHIN = "model.diffusion_model."
 _BESIDE = ("first_stage_model.", "cond_stage_model.", "text_encoders.", "vae.")
 _CHUNK = 2**24
@@ -43,17 +43,17 @@ class Source:
     """One network's weights, with the names of one layout.
 
     Attributes:
-      item: What they become: generator, lora, fake_score, text_encoder or vae.
-      layout: Whose names they have: "wan" or "diffusers".
-      arrays: Arrays by plain name, on mapped files.
-      files: What was read.
-      settings: What a config file beside them says, or empty.
-      key: The entry of a checkpoint that they were taken from, if any.
-      prefixes: What was removed from names to make them plain.
-      aliases: Further names in the file for arrays that are in `arrays`.
-      adapters: What `arrays` are, if they are adapters.
-      statements: What the files say about the adapters' scale.
-      notes: What the user should know of what was read, and what was not.
+      item: Target item: generator, lora, fake_score, text_encoder or vae.
+      layout: Naming scheme: "wan" or "diffusers".
+      arrays: Arrays by plain name, memory-mapped.
+      files: The files.
+      settings: Settings from a config file beside them, or empty.
+      key: Entry of the checkpoint from which they were taken, or None.
+      prefixes: Parts that were removed from the names.
+      aliases: Additional names in the file for arrays in `arrays`.
+      adapters: The form of `arrays`, if they are adapters.
+      statements: Statements of the files on the adapters' scale.
+      notes: Notes for the user on what was read and what was not.
     """
 
     item: str
@@ -70,14 +70,14 @@ class Source:
 
 
 def open_wan(folder: str | pathlib.Path) -> list[Source]:
-    """Returns what a folder of Wan2.1 has, in the official or the diffusers layout.
+    """Returns the networks in a folder of Wan2.1, official or diffusers layout.
 
     Raises:
-      UserError: It is no such folder, or one of its files is broken or missing.
+      UserError: It is not such a folder, or a file is damaged or missing.
     """
     folder = expand(folder)
     if not folder.is_dir():
-        raise UserError(f"wan={str(folder)!r} is no folder; {_WANTED}")
+        raise UserError(f"--wan={str(folder)!r} is not a folder; {_WANTED}")
     recognise.check_folder(folder)
     parts = (
         ("generator", folder / "transformer", DIFFUSION),
@@ -101,16 +101,18 @@ def open_wan(folder: str | pathlib.Path) -> list[Source]:
         recognise.explain(folder)
     if not found:
         recognise.explain_nothing(folder)
-        raise UserError(f"wan={str(folder)!r} holds no weights of Wan2.1; {_WANTED}")
+        raise UserError(f"--wan={str(folder)!r} has no weights of Wan2.1; {_WANTED}")
     if len(set(items)) < len(items):
-        raise UserError(f"wan={str(folder)!r} holds two layouts at once; {_WANTED}")
+        raise UserError(
+            f"--wan={str(folder)!r} has a network in two layouts; {_WANTED}"
+        )
     return [_without_alias(source) for source in found]
 
 
 def _open_network(
     item: str, folder: pathlib.Path, stem: str, files: tuple[pathlib.Path, ...]
 ) -> Source:
-    """Returns a network that has a file, or shards, and perhaps a config.json."""
+    """Returns a network from its file or shards, and an optional config.json."""
     arrays, header = open_files(folder, files, stem)
     recognise.check_network(files[-1], item, arrays)
     settings, notes = with_header(read_settings(folder / "config.json"), header)
@@ -118,7 +120,7 @@ def _open_network(
     return Source(item, layout, arrays, files, settings, notes=notes)
 
 
-# Names of single files, as repackaged for ComfyUI, and the folders that it has.
+# Names of single files as repackaged for ComfyUI, and its folders.
 _SINGLE = {
     "generator": ("wan2.1_t2v*.safetensors", "Wan2_1-T2V*.safetensors"),
     "text_encoder": ("umt5_xxl*.safetensors", "umt5-xxl*.safetensors"),
@@ -128,7 +130,7 @@ _SINGLE_FOLDERS = (".", "diffusion_models", "text_encoders", "vae", "split_files
 
 
 def _single(folder: pathlib.Path, patterns: Sequence[str]) -> pathlib.Path | None:
-    """Returns the one file of a network under a name of others, or None.
+    """Returns the single file of a network with a repackaged name, or None.
 
     Raises:
       UserError: There are several.
@@ -141,21 +143,24 @@ def _single(folder: pathlib.Path, patterns: Sequence[str]) -> pathlib.Path | Non
     }
     if len(found) > 1:
         names = ", ".join(sorted(path.name for path in found)[:4])
-        raise UserError(f"{folder} holds {names}; keep one of them there")
+        raise UserError(f"{folder} has several files, {names}; keep only one of them")
     return found.pop() if found else None
 
 
 def _open_single(path: pathlib.Path, item: str) -> Source:
-    """Returns a network that is one file, of whatever layout its names are."""
+    """Returns a network from a single file with either layout of names."""
     recognise.check_name(path)
     content = open_weights(path)
     arrays, removed = plain_names(tensors_of(path, content.values), _PREFIXES)
     notes = [] if path.name.startswith((TEXT_FILE, VAE_FILE)) else [f"{path.name} read"]
     if item == "text_encoder" and arrays.pop("spiece_model", None) is not None:
-        notes.append("the tokenizer inside is not used; --wan needs google/umt5-xxl/")
+        notes.append(
+            "the tokenizer in the file is not used; put google/umt5-xxl/ into the"
+            " folder of --wan"
+        )
     recognise.check_network(path, item, arrays)
     layout = _layout(arrays, _MARKS[item])
-    # Beside single files of all networks, config.json is the transformer's.
+    # A config.json beside single files of all networks is the transformer's.
     beside, unused = _own_settings(path) if item == "generator" else ({}, ())
     settings, more = with_header(beside, content.header)
     notes = (*notes, *unused, *more)
@@ -181,16 +186,16 @@ _WANTED = (
 def open_generator(
     path: str | pathlib.Path, key: str | None = None, item: str = "generator"
 ) -> Source:
-    """Returns a transformer from a checkpoint of a trainer.
+    """Returns a transformer from a training checkpoint.
 
     Args:
-      path: A .pt or .safetensors.
-      key: The entry to take; if None the first of `KEYS` that is there, or else the
-        file itself.
-      item: What it is to become.
+      path: A .pt or .safetensors file.
+      key: The entry to use. None takes the first of `KEYS` that exists, or else the
+        whole file.
+      item: The target item.
 
     Raises:
-      UserError: The file is broken, or has no such entry.
+      UserError: The file is damaged, or has no such entry.
     """
     path = expand(path)
     if path.is_dir():
@@ -204,7 +209,7 @@ def open_generator(
         present = [name for name, value in values.items() if isinstance(value, dict)]
         raise UserError(f"{path} has no key {key!r}{suggest(key, present, 'keys')}")
     if key is None and "generator_lora" in values:
-        raise UserError(f"{path} holds a LoRA, expected a generator; give it as --lora")
+        raise UserError(f"{path} is a LoRA, not a generator; give it with --lora")
     if key is not None:
         notes.append(f"its entry {key!r} is used" + _others(values, key))
     arrays = tensors_of(path, values if key is None else values[key])
@@ -227,28 +232,28 @@ def open_generator(
 
 
 def _open_folder(folder: pathlib.Path, key: str | None, item: str) -> Source:
-    """Returns the transformer in a folder of its own."""
+    """Returns the transformer in its own folder."""
     recognise.check_folder(folder)
     files = shards_of(folder, DIFFUSION)
     if not files or key is not None:
         recognise.explain_nothing(folder)
         raise UserError(
-            f"{folder} is a folder without {DIFFUSION}.safetensors; give a file, or the"
-            " folder of a whole model with --wan"
+            f"{folder} is a folder without {DIFFUSION}.safetensors; give a file, or"
+            " give the folder of a complete model with --wan"
         )
     network = _open_network("generator", folder, DIFFUSION, files)
     return dataclasses.replace(network, item=item)
 
 
 def _others(content: Mapping[str, Any], key: str) -> str:
-    """Says which entries of a checkpoint are not used."""
+    """Names the entries of a checkpoint that are not used."""
     names = [str(name)[:40] for name in content if name != key]
     more = f" and {len(names) - 6} more" if len(names) > 6 else ""
     return f", not {', '.join(names[:6])}{more}" if names else ""
 
 
 def _within(arrays: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Returns the transformer of a file that holds all networks, and what is left."""
+    """Returns the transformer of a file with all networks, and notes on the rest."""
     own = {name: part for name, part in arrays.items() if name.startswith(_WITHIN)}
     rest = [name for name in arrays if name not in own]
     if not own or not all(name.startswith(_BESIDE) for name in rest) or not rest:
@@ -257,24 +262,24 @@ def _within(arrays: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]
 
 
 def _own_settings(path: pathlib.Path) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Returns the settings of a transformer beside its file, and notes.
+    """Returns the settings in config.json beside a transformer's file, and notes.
 
-    A file that names none of them is of something else.
+    A config.json without any known setting belongs to something else.
     """
     settings = read_settings(path.with_name("config.json"))
     if not settings or any(name in settings for name in HEADER_SETTINGS):
         return settings, ()
-    return {}, ("config.json beside the file names no setting of it, and is not used",)
+    return {}, ("config.json beside the file has no known setting, so it is not used",)
 
 
 def open_lora(path: str | pathlib.Path) -> Source:
-    """Returns adapters from a checkpoint of a trainer, or a file or folder of others.
+    """Returns adapters from a training checkpoint, or from an adapter file or folder.
 
-    Names are `base_model.model.MODULE.lora_A.weight`, whatever they were before.
-    `anchor_jax.porting.adapters` says which forms are known.
+    All names are converted to `base_model.model.MODULE.lora_A.weight`.
+    `anchor_jax.porting.adapters` lists the known forms.
 
     Raises:
-      UserError: The file is broken, or holds no adapters.
+      UserError: The file is damaged, or has no adapters.
     """
     path = expand(path)
     if path.is_dir():
@@ -293,7 +298,7 @@ def open_lora(path: str | pathlib.Path) -> Source:
         kind = recognise.kind_of(plain)
         what = "a whole transformer" if kind == "generator" else "no adapters"
         raise UserError(
-            f"{path} holds {what}; expected names such as"
+            f"{path} holds {what}; expected LoRA tensors with names such as"
             f" {PEFT}blocks.0.ffn.0.lora_A.weight"
         )
     said = content.header or {
@@ -309,7 +314,7 @@ def open_lora(path: str | pathlib.Path) -> Source:
         statements.append(lora_settings.of_peft("adapter_config.json", settings))
     unused = [name for name in unused if content.header and name != "format"]
     if unused:
-        notes.append(f"of the header, not used: {', '.join(sorted(unused)[:6])}")
+        notes.append(f"unused header entries: {', '.join(sorted(unused)[:6])}")
     return Source(
         item="lora",
         layout=_layout(found.arrays, ".attn1.", ".attn2.", ".ffn.net."),
@@ -325,23 +330,23 @@ def open_lora(path: str | pathlib.Path) -> Source:
 
 
 def _only(folder: pathlib.Path) -> pathlib.Path:
-    """Returns the one file of safetensors in a folder of adapters."""
+    """Returns the only safetensors file in a folder of adapters."""
     found = sorted(folder.glob("*.safetensors"))
     if len(found) == 1:
         return found[0]
     recognise.explain(folder)
     names = ", ".join(path.name for path in found[:5]) or "none"
     raise UserError(
-        f"{folder} holds no {' or '.join(recognise.ADAPTER_FILES[:2])}; its"
-        f" safetensors: {names}; give the file itself"
+        f"{folder} has no {' or '.join(recognise.ADAPTER_FILES[:2])}; its safetensors"
+        f" files: {names}; give the file itself"
     )
 
 
 def _lora_key(path: pathlib.Path, values: Mapping[str, Any]) -> str | None:
-    """Returns the entry of a checkpoint that holds its adapters, None: it is all.
+    """Returns the entry of a checkpoint with the adapters; None is the whole file.
 
     Raises:
-      UserError: Several entries hold some.
+      UserError: Several entries have adapters.
     """
     if isinstance(values.get("generator_lora"), dict):
         return "generator_lora"
@@ -355,14 +360,14 @@ def _lora_key(path: pathlib.Path, values: Mapping[str, Any]) -> str | None:
     if alone and len(with_adapters) > 1:
         names = ", ".join(str(name)[:40] for name in with_adapters[:6])
         raise UserError(
-            f"{path} holds several adapters, {names}; save the one that you want in a"
-            " file of its own"
+            f"{path} holds several adapters, {names}; save the one that you want in its"
+            " own file"
         )
     return with_adapters[0] if alone and with_adapters else None
 
 
 def _own_tensors(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns a checkpoint without its settings, where tensors are beside them."""
+    """Returns only the tensors of a checkpoint that mixes tensors and settings."""
     own = {k: v for k, v in values.items() if isinstance(v, np.ndarray)}
     return own or values
 
@@ -370,13 +375,15 @@ def _own_tensors(values: Mapping[str, Any]) -> Mapping[str, Any]:
 def plain_names(
     arrays: Mapping[str, np.ndarray], starts: Sequence[str]
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """Returns arrays named without what wrappers add, and what was removed.
+    """Removes from names the parts that wrappers add; returns arrays and the parts.
 
-    Fragments of sharding and compiling go wherever they are; a start goes if all names
-    have it. Source: porting/README.md, "Names".
+    Fragments of sharding and compiling are removed everywhere. A prefix is removed if
+    all names have it.
+
+    Source: porting/README.md, "Names".
 
     Raises:
-      UserError: Two names become one.
+      UserError: Two names become equal.
     """
     removed = [part for part in _FRAGMENTS if any(part in name for name in arrays)]
     plain: dict[str, np.ndarray] = {}
@@ -385,7 +392,10 @@ def plain_names(
         for part in removed:
             short = short.replace(part, "")
         if short in plain:
-            raise UserError(f"{name}: another name is {short} too; expected one")
+            raise UserError(
+                f"{name}: without wrapper parts this is {short}, but another tensor has"
+                " the same name; remove one of them"
+            )
         plain[short] = array
     while plain and (start := _common(plain, starts)):
         plain = {name.removeprefix(start): array for name, array in plain.items()}
@@ -406,7 +416,7 @@ def _layout(names: Mapping[str, Any], *marks: str) -> str:
 
 
 def _without_alias(source: Source) -> Source:
-    """Returns the source without the second name of the token embedding.
+    """Removes the duplicate name of the token embedding.
 
     Raises:
       UserError: The two arrays differ.
@@ -419,12 +429,12 @@ def _without_alias(source: Source) -> Source:
     if name not in arrays:
         return dataclasses.replace(source, arrays={**arrays, name: again})
     if not _equal(arrays[name], again):
-        raise UserError(f"{alias}: differs from {name}, expected the same values")
+        raise UserError(f"{alias} must equal {name}, but the values differ")
     return dataclasses.replace(source, arrays=arrays, aliases=(alias,))
 
 
 def _equal(one: np.ndarray, other: np.ndarray) -> bool:
-    """Returns whether two arrays have the same bits, read some rows at a time."""
+    """Returns whether two arrays are bit-identical; reads a few rows at a time."""
     if one.shape != other.shape or one.dtype != other.dtype or one.ndim == 0:
         return False
     step = max(1, _CHUNK // max(1, one[:1].nbytes))

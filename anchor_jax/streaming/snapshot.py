@@ -1,4 +1,4 @@
-"""Moments of a session: kept on the host within a budget, or in a file."""
+"""Moments of a session, stored in host memory within a budget, or in a file."""
 
 import dataclasses
 import hashlib
@@ -37,16 +37,16 @@ _SHOWN = 3
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Moment:
-    """A session as it stands before a block.
+    """The state of a session before a block.
 
     Attributes:
       frame: the block's first latent frame.
-      origin: latent frame at which the stream began, or began anew.
+      origin: latent frame of the stream's start or last restart.
       segments: the prompts so far.
-      pending: the switches asked for that have not taken effect.
-      state: the stream.
+      pending: requested switches that have not taken effect yet.
+      state: the stream's state.
       decoder: the decoder's state.
-      tail: (decoder's state before, latents) of the last blocks, for a restart.
+      tail: (previous decoder state, latents) of the last blocks, for a restart.
     """
 
     frame: int
@@ -59,7 +59,7 @@ class Moment:
 
     @property
     def arrays(self) -> tuple[Any, ...]:
-        """All that is on the device."""
+        """All arrays on the device."""
         return self.state, self.decoder, self.tail
 
     @property
@@ -71,13 +71,13 @@ class Moment:
         return dataclasses.replace(self, state=state, decoder=decoder, tail=tail)
 
     def on_host(self) -> "Moment":
-        """Returns a copy of its own in host memory; waits for the device."""
+        """Returns a copy in host memory; waits for the device."""
         # On a CPU device_get may return a view of a buffer that is donated next.
         copied = jax.tree.map(np.array, jax.device_get(self.arrays))
         return self.with_arrays(copied)
 
     def on_device(self) -> "Moment":
-        """Returns a copy that may be donated."""
+        """Returns a copy on the device, which may be donated."""
         return self.with_arrays(jax.tree.map(jnp.array, self.arrays))
 
     def belongs_to(self, history: tuple[Switch, ...]) -> bool:
@@ -87,19 +87,19 @@ class Moment:
 
 
 class Moments:
-    """Moments of one video, in host memory, within a budget.
+    """A store of moments of one video in host memory, within a budget.
 
-    Automatic ones make room for new ones and for pins, so that those left are about
-    evenly spaced; a pin is never dropped. Sessions that fork from one another share a
-    store: each goes by the moments of its own past.
+    Automatic moments are dropped to make room for new moments and for pins, such that
+    the remaining ones are about evenly spaced. A pin is never dropped. Sessions that
+    were forked from each other share a store; each uses the moments of its own past.
     """
 
     def __init__(self, budget: int, every: int = 0):
         """Makes an empty store.
 
         Args:
-          budget: bytes that all moments together may take.
-          every: blocks from one automatic moment to the next; 0 for pins only.
+          budget: maximum bytes of all moments together.
+          every: blocks between automatic moments; 0 stores only pins.
 
         Raises:
           UserError: A number is negative.
@@ -120,14 +120,14 @@ class Moments:
 
     @property
     def frames(self) -> tuple[int, ...]:
-        """Latent frames of the moments, rising."""
+        """Latent frames of the moments in increasing order."""
         return tuple(sorted(moment.frame for moment, _ in self._kept.values()))
 
     def bind(self, video: Any) -> None:
-        """Ties the store to what defines a video; it takes moments of no other.
+        """Binds the store to one video; moments of other videos are refused.
 
         Raises:
-          ValueError: It is tied to another one.
+          ValueError: The store is bound to another video.
         """
         if self._video not in (None, video):
             raise ValueError("these Moments hold another video; make a store for each")
@@ -138,11 +138,11 @@ class Moments:
         return bool(self.every and frame and frame // block % self.every == 0)
 
     def add(self, moment: Moment, pin: bool = False) -> None:
-        """Keeps a copy of a moment; an automatic one only if there is room.
+        """Stores a copy of a moment; an automatic one only if there is room.
 
         Args:
-          moment: on the device, or on the host.
-          pin: whether it stays for good.
+          moment: a moment on the device or on the host.
+          pin: whether it is never dropped.
 
         Raises:
           UserError: A pin does not fit beside the other pins.
@@ -166,13 +166,13 @@ class Moments:
         self._kept[key] = moment.on_host(), pin
 
     def unpin(self, frame: int) -> None:
-        """Makes the pins at a latent frame automatic moments."""
+        """Turns the pins at a latent frame into automatic moments."""
         for key, (moment, _) in self._kept.items():
             if moment.frame == frame:
                 self._kept[key] = moment, False
 
     def newest(self, frame: int, history: tuple[Switch, ...]) -> Moment | None:
-        """Returns the newest moment, at or before a frame, of a session's past."""
+        """Returns the newest moment of a session's past, at or before a frame."""
         fit = [
             moment
             for moment, _ in self._kept.values()
@@ -196,12 +196,12 @@ class Moments:
 def write_moment(
     path: str | os.PathLike, moment: Moment, recipe: Mapping[str, Any]
 ) -> None:
-    """Writes a moment as safetensors; the file appears under its name when whole.
+    """Writes a moment atomically as safetensors.
 
     Args:
-      path: of the file.
-      moment: of a session that has begun.
-      recipe: `Session.recipe()`, kept in the header.
+      path: the path of the file.
+      moment: a moment of a session that has made a block.
+      recipe: `Session.recipe()`, which is stored in the header.
 
     Raises:
       UserError: The file cannot be written.
@@ -211,7 +211,7 @@ def write_moment(
         "pending": describe_switches(moment.pending),
         "cache_layout": memory.LAYOUT,
     }
-    # The prompt's keys and values lie as one machine's kernel reads them.
+    # The layout of the prompt's keys and values depends on the machine's kernel.
     state = moment.state.replace(context=None)
     arrays = dataclasses.replace(moment, state=state).on_host().arrays
     tensors = {name: _carried(leaf) for name, leaf in _named(arrays).items()}
@@ -223,15 +223,15 @@ def write_moment(
 
 
 def read_moment(path: str | os.PathLike, bundle: Bundle) -> tuple[Recipe, Moment]:
-    """Returns the moment in a file that may hold anything, and its recipe.
+    """Returns the recipe and the moment in an untrusted file.
 
-    Its state has no context: the prompt is projected anew where it is restored.
-    Its tensors are read only once all are known to have the shapes and types that the
-    setup gives them. Files of earlier versions have no checksum, and are read without.
+    The state has no context; the prompt is projected again when it is restored. The
+    tensors are read only after all shapes and types were checked against the setup.
+    Files of earlier versions have no checksum, and are read without it.
 
     Raises:
-      UserError: The file is not whole or no moment, its checksum is another, it was
-        made with other weights, or its tensors are not those of its setup.
+      UserError: The file is incomplete or not a moment, its checksum is wrong, it was
+        made with other weights, or its tensors do not fit its setup.
     """
     path = pathlib.Path(path)
     try:
@@ -263,12 +263,12 @@ def read_moment(path: str | os.PathLike, bundle: Bundle) -> tuple[Recipe, Moment
 
 
 def check_bundle(recipe: Recipe, bundle: Bundle, where: str) -> None:
-    """Raises UserError unless a bundle is the one that a recipe was made with."""
+    """Raises UserError unless a recipe was made with this bundle."""
     made, setup = recipe.fingerprint["weights"], recipe.setup
     if made != bundle.digest:
         raise UserError(
             f"{where} was made with weights of SHA-256 {made[:64]}, got"
-            f" {bundle.digest}; give the weights that it was made with"
+            f" {bundle.digest}; give the weights with which it was made"
         )
     if (setup.model, setup.grid) != (bundle.model, bundle.grid):
         raise UserError(
@@ -298,7 +298,7 @@ def _header(path: pathlib.Path, stored: Mapping[str, str] | None) -> dict[str, A
 
 
 def _sum(header: str, tensors: Mapping[str, np.ndarray]) -> str:
-    """Returns a SHA-256 over a header and tensors as they lie in the file."""
+    """Returns a SHA-256 over a header and the tensors in their stored form."""
     total = hashlib.sha256(header.encode())
     for name, tensor in sorted(tensors.items()):
         total.update(f"\n{name} {tensor.dtype.str} {tensor.shape}\n".encode())
@@ -307,7 +307,7 @@ def _sum(header: str, tensors: Mapping[str, np.ndarray]) -> str:
 
 
 def _check_sum(path, stored: Mapping[str, str], tensors) -> None:
-    """Raises if a file has a checksum that is not the one of what was read."""
+    """Raises UserError if a file's checksum does not match its content."""
     if stored.get(_SUM, "") == _sum(stored[_HEADER], tensors) or _SUM not in stored:
         return
     raise UserError(
@@ -317,7 +317,7 @@ def _check_sum(path, stored: Mapping[str, str], tensors) -> None:
 
 
 def _blank(path, header: Mapping[str, Any], recipe: Recipe, bundle: Bundle) -> Moment:
-    """Returns the moment that a header tells of, with shapes in place of arrays."""
+    """Returns the moment that a header describes, with shapes instead of arrays."""
     policy, origin = recipe.setup.policy, header.get("origin")
     fits = type(origin) is int and 0 <= origin < recipe.frames <= MAX_FRAMES
     every = policy.restart.every + policy.block if policy.restart else MAX_FRAMES
@@ -352,7 +352,7 @@ def _shapes(bundle: Bundle, recipe: Recipe, local: int) -> tuple[Any, ...]:
     setup, text = recipe.setup, bundle.text
     rows = recipe.batch * setup.copies
     embedding = jax.ShapeDtypeStruct((rows, text.text_len, text.dim), text.dtype)
-    # Loaded here: what is loaded while tracing is good for that trace alone.
+    # Loaded here, because arrays that are loaded while tracing exist only in the trace.
     weights = bundle.variables, bundle.codec_params
 
     def fresh(variables, codec_params, embedding):
@@ -371,19 +371,19 @@ def _shapes(bundle: Bundle, recipe: Recipe, local: int) -> tuple[Any, ...]:
 
 
 def tail_blocks(setup: StreamSetup) -> int:
-    """Returns how many of the last blocks a restart needs."""
+    """Returns the number of last blocks that a restart needs."""
     restart = setup.policy.restart
     return restart.overlap // setup.policy.block if restart else 0
 
 
 def _named(arrays: Any) -> dict[str, Any]:
-    """Returns the leaves by their path in the tree."""
+    """Returns the leaves of a tree by their path."""
     leaves = jax.tree_util.tree_leaves_with_path(arrays)
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
 def _carrier(dtype) -> np.dtype:
-    """Returns the type as which values of `dtype` lie in a file: bits are bits."""
+    """Returns the type in which values of `dtype` are stored, with the same bits."""
     dtype = np.dtype(dtype)
     return np.dtype(f"uint{8 * dtype.itemsize}") if dtype.kind == "V" else dtype
 
@@ -393,7 +393,7 @@ def _carried(leaf: np.ndarray) -> np.ndarray:
 
 
 def _check_tensors(path: pathlib.Path, opened, expected: Mapping[str, Any]) -> None:
-    """Raises unless there is every tensor, of its shape and type, and no other."""
+    """Raises UserError unless the file has exactly the expected tensors."""
     stored = set(opened.keys())
     wrong = [f"missing {name}" for name in expected if name not in stored]
     wrong += [

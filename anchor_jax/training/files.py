@@ -1,6 +1,6 @@
-"""The small files in a training's folder, read with errors that name them.
+"""Reads the small files in a training's folder; errors name the file.
 
-Whatever is wrong with one is found before anything else is done with the folder.
+All files are checked before anything else is done with the folder.
 """
 
 import json
@@ -16,14 +16,14 @@ LOG, SKIPPED = "log.jsonl", "skipped.json"
 METRICS = "metrics/metrics"
 
 _REMEDIES = {
-    CONFIG: "put it back, or remove it if the run began with the config that is given",
-    INPUTS: "put it back, or remove it if data and weights are those that the run began"
-    " with",
-    SKIPPED: "put it back, or remove it: the batches that it listed are tried again",
+    CONFIG: "restore it, or remove it if the run started with the given config",
+    INPUTS: "restore it, or remove it if data and weights have not changed since the"
+    " run started",
+    SKIPPED: "restore it, or remove it; the batches in it are then tried again",
 }
 _LOG_REMEDY = (
-    "remove that line, or move the file away; it holds numbers to look at, and no part"
-    " of the training"
+    "remove that line, or move the file away; it has only metrics, and the training"
+    " does not need it"
 )
 _OF_STEPS = ("_CHECKPOINT_METADATA", METRICS)
 _MOST_NUMBER = 2**63
@@ -47,10 +47,10 @@ def make_folder(path: str) -> pathlib.Path:
 
 
 def check(folder: pathlib.Path) -> None:
-    """Raises unless every file that is there can be used.
+    """Checks that every existing file can be used.
 
     Raises:
-      UserError: One is damaged; the message says what to do.
+      UserError: A file is damaged. The message says what to do.
     """
     read_config(folder)
     read_inputs(folder)
@@ -62,11 +62,11 @@ def check(folder: pathlib.Path) -> None:
 def read_config(
     folder: pathlib.Path, sections: Iterable[str] = ()
 ) -> dict[str, Any] | None:
-    """Returns the config that a run began with, or None where there is no run.
+    """Returns the config with which a run started, or None if there is no run.
 
     Args:
-      folder: of the run.
-      sections: names of the fields that are objects, where they are there.
+      folder: the run's folder.
+      sections: names of fields that must be objects if they exist.
 
     Raises:
       UserError: The file is damaged.
@@ -82,7 +82,7 @@ def read_config(
 
 
 def read_inputs(folder: pathlib.Path) -> dict[str, Any]:
-    """Returns what tells whether a run's inputs are still those that it began with.
+    """Returns the hashes of the inputs with which a run started.
 
     Raises:
       UserError: The file is damaged.
@@ -91,7 +91,7 @@ def read_inputs(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def read_skipped(folder: pathlib.Path) -> list[int]:
-    """Returns the numbers of the batches, or sequences, that are left out.
+    """Returns the numbers of the skipped batches, or sequences.
 
     Raises:
       UserError: The file is damaged.
@@ -102,16 +102,16 @@ def read_skipped(folder: pathlib.Path) -> list[int]:
     ]
     if wrong:
         raise UserError(
-            f"{folder / SKIPPED} holds {shown(wrong[0])}, expected numbers of batches,"
-            f" 0 or more; {_REMEDIES[SKIPPED]}"
+            f"{folder / SKIPPED} holds {shown(wrong[0])}, expected batch numbers of at"
+            f" least 0; {_REMEDIES[SKIPPED]}"
         )
     return found
 
 
 def read_log(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns the lines of numbers of a run; none where there is no log.
+    """Returns the metrics in a run's log, or [] if there is no log.
 
-    A last line without an end is left out: a process was killed while it wrote it.
+    A last line without a line end is skipped: the process was killed while writing it.
 
     Raises:
       UserError: Another line is damaged.
@@ -133,18 +133,20 @@ def read_log(folder: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _check_steps(folder: pathlib.Path) -> None:
-    """Raises unless what tells of the checkpoints can be read."""
+    """Raises UserError unless the metadata files of all checkpoints are readable."""
     steps = [x for x in folder.glob("[0-9]*") if x.name.isdecimal()]
     for step in sorted(steps, key=lambda x: int(x.name)):
         for name in _OF_STEPS:
-            remedy = "remove this one file; the checkpoint is whole without it"
+            remedy = "remove only this file; the checkpoint is complete without it"
             try:
                 found = read_json(step / name, remedy=remedy)
             except FileNotFoundError:
                 continue
             numbers = found.values() if name == METRICS else ()
             if not all(type(value) in (int, float) for value in numbers):
-                raise UserError(f"{step / name} holds more than numbers; {remedy}")
+                raise UserError(
+                    f"{step / name} holds values that are not numbers; {remedy}"
+                )
 
 
 def _numbers(path: pathlib.Path, number: int, line: bytes) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What is said of a training's texts: how their files were read, and which are cut."""
+"""Reports on a training's texts: how files were read, and which texts are cut."""
 
 import itertools
 import re
@@ -17,36 +17,37 @@ _DURATION = re.compile(r"\[[\d.]+[sf]#?\]")
 def report_texts(
     data: DataConfig, tokenizer: Tokenizer, others: Iterable[tuple[str, str]] = ()
 ) -> list[str]:
-    """Returns lines about texts that are not read as they stand, and on their files.
+    """Returns log lines on texts that are cut or contain durations, and on files.
 
-    Texts that no file holds, as the world's, are reported when they are encoded.
+    Generated texts, such as those of the tiny world, are reported when they are
+    encoded.
 
     Args:
-      data: whose files are read.
-      tokenizer: of the text encoder.
-      others: further texts, each after where it stands.
+      data: the data section with the files.
+      tokenizer: the text encoder's tokenizer.
+      others: further (location, text) pairs.
     """
     files = kinds.find_kind(data).text_files(data)
     named = itertools.chain(others, *map(named_texts, files))
     looked = list(itertools.islice(named, LOOKED_AT))
-    cuts = report_cuts(tokenizer, watched(looked, "looks at lengths"))
+    cuts = report_cuts(tokenizer, watched(looked, "checking lengths"))
     lines = [f"warning: {line}" for line in (tokenizer.note, *cuts) if line]
     timed = sum(_DURATION.search(text) is not None for _, text in looked)
     if timed:
         lines.append(
-            f"warning: {timed} texts hold a duration such as [5s], which a training"
-            " reads as words; remove it"
+            f"warning: {timed} texts contain a duration such as [5s], which a training"
+            " reads as words of the prompt; remove it"
         )
     if next(named, None) is not None:
         lines.append(
-            f"note: the first {LOOKED_AT} texts were looked at; others that are too"
-            " long are named when they are encoded"
+            f"note: only the first {LOOKED_AT} texts were checked; later texts that are"
+            " too long are reported when they are encoded"
         )
     return [*lines, *(f"note: {one}" for file in files for one in file.notes())]
 
 
 def named_texts(file: PromptFile) -> Iterator[tuple[str, str]]:
-    """Yields where each text of a file stands, and the text."""
+    """Yields the location of each text of a file, and the text."""
     for number, value in file:
         for text in texts_in(value, file.kind):
             yield file.place(number), text

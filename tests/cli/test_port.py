@@ -23,7 +23,7 @@ def test_port_and_export(tmp_path, capsys):
     assert "which sampling needs" not in printed
 
     assert main(["port", *flags, f"--out={out}"]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert main(["port", *flags, f"--out={out}", "--overwrite"]) == 0
 
     export = ["export", f"--weights={out}", f"--out={back}", "--layout=diffusers"]

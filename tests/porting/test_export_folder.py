@@ -103,7 +103,7 @@ def test_a_source_keeps_its_own_scheduler_and_tokenizer(tmp_path):
     "name", ["scheduler__scheduler_config", "tokenizer__tokenizer_config"]
 )
 def test_a_broken_config_is_refused_when_it_is_ported(tmp_path, name):
-    with pytest.raises(UserError, match=r"_config\.json is damaged or no JSON"):
+    with pytest.raises(UserError, match=r"_config\.json is damaged or not JSON"):
         ported(tmp_path, **{name: "{"})
     assert not (tmp_path / "ported").exists()
 
@@ -258,7 +258,7 @@ def test_an_export_that_fails_leaves_nothing(base, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("shutil.copyfile", stop)
-    with pytest.raises(UserError, match="make room"):
+    with pytest.raises(UserError, match="free disk space"):
         export(base, tmp_path / "out" / "back", "wan")
     assert [*(tmp_path / "out").rglob("*")] == []
 

@@ -148,5 +148,8 @@ def test_a_bundle_is_of_what_streams(tmp_path, capsys):
 
     for item in ("generator", "fake_score"):
         assert main(["export", *flags, f"--item={item}"]) == 2
-        assert "layout=bundle holds what streams" in capsys.readouterr().err
+        assert (
+            "--layout=bundle writes only the network that samples"
+            in capsys.readouterr().err
+        )
     assert main(["export", *flags, "--item=ema"]) == 0

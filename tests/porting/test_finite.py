@@ -67,4 +67,7 @@ def test_they_are_ported_and_counted_where_that_is_asked_for(tmp_path, capsys):
     assert "are not finite" in capsys.readouterr().err
     assert not (tmp_path / "again").exists()
     assert main([*flags, "--allow_nonfinite"]) == 0
-    assert "warning: generator params has 6 values" in capsys.readouterr().out
+    assert (
+        "warning: generator params has 6 NaN or infinite values"
+        in capsys.readouterr().out
+    )

@@ -236,7 +236,7 @@ def test_prefixes_and_fragments():
     )
     assert list(plain) == ["a.bias", "b.c"]
     assert removed == ("_fsdp_wrapped_module.", "_orig_mod.", "module.", "model.")
-    with pytest.raises(UserError, match=r"another name is a too"):
+    with pytest.raises(UserError, match=r"this is a, but another tensor"):
         sources.plain_names({"a": value, "_orig_mod.a": value}, ())
 
 
@@ -264,7 +264,7 @@ def test_a_second_name_of_the_embedding_is_kept_apart(tmp_path):
 
     text[alias] = text[name] + 1
     save_file(text, folder / "text_encoder" / "model.safetensors")
-    with pytest.raises(UserError, match=r"embed_tokens\.weight: differs"):
+    with pytest.raises(UserError, match=r"embed_tokens\.weight must equal"):
         port.plan(folder)
 
 
@@ -453,9 +453,9 @@ def test_a_leaf_is_read_when_it_is_loaded(tmp_path, monkeypatch):
     "options, message",
     [
         ({}, "nothing to port"),
-        ({"generator": "x.pt"}, "method is missing.*longlive"),
+        ({"generator": "x.pt"}, "--method is missing.*longlive"),
         ({"generator": "x.pt", "method": "longlife"}, "did you mean 'longlive'"),
-        ({"wan": "nowhere"}, "nowhere.* is no folder"),
+        ({"wan": "nowhere"}, "nowhere.* is not a folder"),
         ({"key": "generator"}, "--key and --critic need --generator"),
         ({"lora": "x.pt", "method": "longlive"}, "needs the generator"),
     ],

@@ -51,9 +51,9 @@ def test_a_model_alone_is_reported(tmp_path, capsys):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("tokenizer.json", b"{", "tokenizer.json is no tokenizer of UMT5.*damaged"),
+        ("tokenizer.json", b"{", "tokenizer.json is not a tokenizer of UMT5.*damaged"),
         ("tokenizer.json", layouts.tokenizer_json(["x"] * 9), "has 4 pieces|12 pieces"),
-        ("spiece.model", b"pieces", "spiece.model is no tokenizer of UMT5"),
+        ("spiece.model", b"pieces", "spiece.model is not a tokenizer of UMT5"),
     ],
 )
 def test_a_tokenizer_that_cannot_be_used_is_refused_first(

@@ -182,7 +182,7 @@ def touch(folder, *names):
         (["snapshots/abc/config.json", "blobs/0"], "snapshots/REVISION"),
         (
             ["readme.md"],
-            "holds no weights of Wan2.1|without diffusion|no adapter_model",
+            "has no weights of Wan2.1|without diffusion|no adapter_model",
         ),
         (
             [
@@ -254,7 +254,7 @@ def test_names_of_comfyui_are_read(tmp_path, below):
 
     assert {*plan.items} == {"generator", "text_encoder", "vae"}
     assert any("umt5_xxl_fp16.safetensors read" in note for note in plan.notes)
-    assert any("the tokenizer inside is not used" in note for note in plan.notes)
+    assert any("the tokenizer in the file is not used" in note for note in plan.notes)
 
 
 def test_quantised_files_of_comfyui_are_named(tmp_path):
@@ -269,7 +269,7 @@ def test_quantised_files_of_comfyui_are_named(tmp_path):
         port.plan(folder)
 
     save_file(arrays, folder / "umt5_xxl_fp16.safetensors")
-    with pytest.raises(UserError, match="keep one of them"):
+    with pytest.raises(UserError, match="keep only one of them"):
         port.plan(folder)
 
 

@@ -195,7 +195,7 @@ def test_heads_in_a_files_header_are_used_and_reported(tmp_path):
         plan = port.plan(generator=path, method="causvid")
         assert plan.meta["model"]["num_heads"] == 4
         assert any("num_heads=4 is used" in note for note in plan.notes)
-        assert any("not used: author" in note for note in plan.notes)
+        assert any("unused header entries: author" in note for note in plan.notes)
     save_file(arrays, path, metadata={"num_heads": "4", "qk_norm": "false"})
     with pytest.raises(UserError, match="qk_norm=False"):
         port.plan(generator=path, method="causvid")

@@ -53,7 +53,7 @@ def test_of_a_large_file_the_first_texts_are_looked_at(
 
     assert lines[0].startswith("warning: 50 prompts are longer")
     assert "and 45 more" in lines[-2]
-    assert lines[-1].startswith("note: the first 50 texts were looked at")
+    assert lines[-1].startswith("note: only the first 50 texts were checked")
     assert len(lines) <= 12
 
 
@@ -63,4 +63,4 @@ def test_durations_of_streams_are_no_words_of_a_training(tmp_path, tokenizer):
 
     (line,) = reports.report_texts(DataConfig("prompts", str(path)), tokenizer)
 
-    assert line.startswith("warning: 2 texts hold a duration such as [5s]")
+    assert line.startswith("warning: 2 texts contain a duration such as [5s]")
