@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,7 +33,7 @@ from anchor_jax.streaming.loop import DpmPlusPlus, Euler, Renoise, UniPC
 from anchor_jax.streaming.types import StreamSetup
 from anchor_jax.text import check_text
 from anchor_jax.wan import kernels
-from anchor_jax.wan.spec import GRIDS, LatentGrid
+from anchor_jax.wan.spec import WAN_2_1, Family
 from anchor_jax.weights.bundle import Bundle
 from anchor_jax.weights.load import load_bundle
 
@@ -78,8 +77,6 @@ WAN_NEGATIVE_PROMPT = (
 )
 
 _NOT_READ = (AttributeError, LookupError, RecursionError, TypeError)
-_PIXELS = 8
-_MOST_PIXELS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,28 +207,15 @@ def load_weights(config: SampleConfig) -> Bundle:
     """
     return load_bundle(
         config.weights,
-        grid=None if config.size is None else parse_size(config.size),
+        grid=config.size,
         dtype=config.dtype,
         text_encoder=config.text_encoder,
         lora=config.lora,
     )
 
 
-def parse_size(size: str) -> LatentGrid:
-    """Returns the latent size of videos of `HEIGHTxWIDTH` pixels.
-
-    Raises:
-      UserError: It is not a size, or not a multiple of 8.
-    """
-    match = re.fullmatch(r"(\d{1,4})x(\d{1,4})", size)
-    height, width = map(int, match.groups()) if match else (0, 0)
-    fits = [0 < side <= _MOST_PIXELS and not side % _PIXELS for side in (height, width)]
-    if not all(fits):
-        raise UserError(
-            f"size={shown(size)}: must be HEIGHTxWIDTH in pixels, multiples of 16 of at"
-            f" most {_MOST_PIXELS}, such as {', '.join(GRIDS)}"
-        )
-    return LatentGrid(height // _PIXELS, width // _PIXELS)
+parse_size = WAN_2_1.parse_size
+"""Returns the latent size of `HEIGHTxWIDTH` in pixels, for Wan2.1."""
 
 
 def resolve(config: SampleConfig, metadata: Mapping[str, Any]) -> SampleConfig:
@@ -414,14 +398,17 @@ def load_scripts(config) -> tuple[Script, ...]:
     return read_scripts(config).all
 
 
-def read_scripts(config) -> Scripts:
+def read_scripts(config, family: Family = WAN_2_1) -> Scripts:
     """Returns the scripts of the config's `prompt_file`, or of its `prompt`.
+
+    The family says how many latent frames a second of a script has.
 
     Raises:
       UserError: A line is wrong. The message names every wrong line.
     """
     block = 1 if config.policy == TEACHER else _override(_named(config), config).block
-    timing = Timing(block=block, frames=config.frames)
+    rate = family.latent_frames_per_second
+    timing = Timing(block=block, frames=config.frames, rate=rate)
     if config.prompt_file:
         return prompts.read_scripts(timing, path=config.prompt_file)
     return prompts.read_scripts(timing, inline=config.prompt)

@@ -243,7 +243,8 @@ def _weights(stored: str | None, given: str | None) -> str:
 def _digests(session, recipe, name: str) -> Iterator[str]:
     from anchor_jax.streaming.recipe import digest
 
-    with sample.progress(name, recipe.frames) as bar:
+    pixel_frames = recipe.setup.model.family.pixel_frames(recipe.frames)
+    with sample.progress(name, pixel_frames) as bar:
         for frames, _ in session.blocks(recipe.frames):
             bar.update(len(frames))
             yield digest(frames)

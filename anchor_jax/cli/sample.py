@@ -19,6 +19,7 @@ from anchor_jax.cli import compile_cache
 from anchor_jax.errors import UserError, changes
 from anchor_jax.io import expand
 from anchor_jax.prompt_files import watched
+from anchor_jax.wan.spec import WAN_2_1, Family
 from anchor_jax.wan.tokenizer import listed, report_cuts
 
 SUMMARY = "Make one video per line of prompts, written while it streams."
@@ -56,7 +57,6 @@ anchor-jax sample --config=configs/interactive.py --config.weights=FOLDER \\
 # Ctrl-C or SIGTERM stops the command with status 130 and leaves no incomplete files.
 """
 
-_PIXEL_FRAMES = 4
 _TILES = 8
 _SUFFIXES = (".png", ".json", ".mp4")
 _LOOKED_AT = 10_000  # videos whose prompts are checked before the first is made
@@ -183,7 +183,7 @@ def main(argv: Sequence[str]) -> None:
     given = experiment.read_config(flags.FLAGS.config)
     bundle = experiment.load_weights(given)
     config = experiment.resolve(given, bundle.metadata)
-    scripts = experiment.read_scripts(config)
+    scripts = experiment.read_scripts(config, bundle.model.family)
     negative = experiment.negative_prompt(config)
     for line in scripts.notes:
         print(f"note: {line}", file=sys.stderr)
@@ -492,7 +492,8 @@ def write_video(
     with contextlib.ExitStack() as files:
         sheet_part = files.enter_context(io.replacing(sheet, not overwrite))
         recipe_part = files.enter_context(io.replacing(recipe, not overwrite))
-        writer = media.VideoWriter(job.file(".mp4"), keep_new=not overwrite)
+        rate = job.setup.model.family.frames_per_second
+        writer = media.VideoWriter(job.file(".mp4"), rate, keep_new=not overwrite)
         video = files.enter_context(writer)
         rows, digests = _stream(job, blocks, video)
         content = about | session.recipe() | {"blocks": digests}
@@ -513,9 +514,10 @@ def _stream(job: Job, blocks, video) -> tuple[list[np.ndarray], list[str]]:
 
     script = job.script
     rows: list[list[np.ndarray]] = [[] for _ in script.segments]
-    wanted = tile_frames(script, job.setup.policy.block)
+    family = job.setup.model.family
+    wanted = tile_frames(script, job.setup.policy.block, family)
     digests, start = [], 0
-    with progress(job.stem.name, script.frames) as bar:
+    with progress(job.stem.name, family.pixel_frames(script.frames)) as bar:
         for frames, segment in blocks:
             bar.set_postfix_str(_short(script.prompts[segment]), refresh=False)
             video.append(frames)
@@ -529,9 +531,8 @@ def _stream(job: Job, blocks, video) -> tuple[list[np.ndarray], list[str]]:
 
 
 def progress(name: str, frames: int) -> tqdm:
-    """Returns the progress bar of a video of `frames` latent frames."""
-    total = 1 + _PIXEL_FRAMES * (frames - 1)
-    return tqdm(total=total, unit="frame", disable=None, desc=name)
+    """Returns the progress bar of a video of `frames` pixel frames."""
+    return tqdm(total=frames, unit="frame", disable=None, desc=name)
 
 
 def told_switches(switches) -> list[str]:
@@ -544,13 +545,12 @@ def told_switches(switches) -> list[str]:
     ]
 
 
-def tile_frames(script, block: int) -> list[np.ndarray]:
+def tile_frames(script, block: int, family: Family = WAN_2_1) -> list[np.ndarray]:
     """Returns the pixel frames of each segment to show: at most 8, evenly spaced."""
     from anchor_jax.streaming.clock import landings
 
     starts = (0, *landings(script.switch_frames, block), script.frames)
-    # The first latent frame is one pixel frame; each later one is four.
-    edges = [max(0, _PIXEL_FRAMES * (start - 1) + 1) for start in starts]
+    edges = [family.pixel_frames(start) for start in starts]
     return [
         np.linspace(first, end - 1, min(_TILES, end - first)).round().astype(int)
         for first, end in itertools.pairwise(edges)

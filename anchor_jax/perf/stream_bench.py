@@ -310,7 +310,7 @@ class _Run:
         begin = times["block"].seconds[0] + times.get("first decode", Times([0.0])).of(
             "seconds"
         )
-        pixels = roofline.PIXEL_FRAMES * setup.policy.block
+        pixels = setup.model.family.strides[0] * setup.policy.block
         decoding = times["decode"].of("seconds")
         return {
             "device": jax.devices()[0].device_kind,

@@ -15,7 +15,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from anchor_jax.errors import UserError
-from anchor_jax.experiment import parse_size
 from anchor_jax.perf import aot
 from anchor_jax.perf.aot import Compiled, Program, Refused, Target
 from anchor_jax.training import placement
@@ -29,7 +28,6 @@ from anchor_jax.weights.bundle import Bundle
 
 BLOCK = 3
 """Latent frames; fewer tokens on a side are no score matrix."""
-_SIZE = "480x832"
 _MACHINE = 8  # chips of a process, the first of which encodes its prompts
 
 
@@ -164,7 +162,9 @@ def on_paper(config: TrainConfig, networks: Networks, mesh: Mesh) -> Prepared:
             "config.regression.text=True: a plan takes prompts that are encoded; add"
             " --config.regression.text=False"
         )
-    grid, vae = parse_size(config.size or _SIZE), VaeCodec(networks.vae)
+    family = networks.generator.family
+    grid = family.parse_size(config.size or family.size)
+    vae = VaeCodec(networks.vae)
     generator = _bundle(networks.generator, vae, grid)
     teacher = _bundle(networks.teacher, vae, grid)
     on = placement.Shapes(mesh)

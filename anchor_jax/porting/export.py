@@ -24,6 +24,7 @@ from anchor_jax.porting.port import TABLES, check_free
 from anchor_jax.porting.rules import PEFT, UMT5_ALIAS
 from anchor_jax.porting.safetensors_writer import Read
 from anchor_jax.porting.sources import DIFFUSION, TEXT_FILE, VAE_FILE
+from anchor_jax.wan.spec import WAN_2_1
 from anchor_jax.weights import checkpoint, lineage
 from anchor_jax.weights.trained import CRITIC
 
@@ -310,7 +311,7 @@ class _Job:
                 published.tokenizer(
                     ends=_ends(found.get("tokenizer.json")),
                     extra_ids=_sentinels(found.get("spiece.model"), text.get("vocab")),
-                    text_len=text.get("text_len") or 512,
+                    text_len=text.get("text_len") or WAN_2_1.text_len,
                 ),
             )
 

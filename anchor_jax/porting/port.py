@@ -28,7 +28,7 @@ from anchor_jax.porting.settings import (
 )
 from anchor_jax.porting.sources import Source
 from anchor_jax.wan import dit, lora
-from anchor_jax.wan.spec import ModelConfig
+from anchor_jax.wan.spec import WAN_2_1, ModelConfig
 from anchor_jax.wan.text import TextConfig, Umt5Encoder
 from anchor_jax.wan.tokenizer import (
     SPIECE_NOTE,
@@ -462,7 +462,7 @@ def _companions(wan: Any, text: TextConfig | None) -> dict[str, pathlib.Path]:
 def _check_tokenizer(kind, path: pathlib.Path, text: TextConfig | None) -> None:
     remedy = "take the tokenizer of google/umt5-xxl"
     try:
-        tokenizer = kind(path, 512)
+        tokenizer = kind(path, WAN_2_1.text_len)
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path} is no tokenizer of UMT5: {error}; {remedy}") from error
     if text is not None and tokenizer.vocab > text.vocab:

@@ -18,7 +18,6 @@ MOST_FRAMES = 4096
 MOST_LEVELS = 1024
 """Largest number of noise levels of a sampler."""
 
-_PIXELS = 8 * 8 * 4 * 3  # values of a latent place and frame, decoded
 _CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -73,7 +72,8 @@ def need(setup: StreamSetup, batch: int = 1) -> Need:
         cache=token * rows * tokens * held,
         context=token * rows * model.text_len,
         latents=values * model.latent_channels * (noise + recent),
-        pixels=values * policy.block * _PIXELS,
+        # Three colours of each pixel.
+        pixels=values * policy.block * math.prod(model.family.strides) * 3,
     )
 
 
@@ -86,7 +86,7 @@ def check(setup: StreamSetup, batch: int = 1, where: str = "") -> None:
       where: the name of the setup in messages, such as a file, or "".
     """
     start = f"{where}: " if where else ""
-    policy, grid = setup.policy, setup.grid
+    policy = setup.policy
     needed = need(setup, batch)
     takes = f"at least {needed.total} bytes ({_gigabytes(needed.total)}) of memory"
     for name, value, most in (
@@ -101,7 +101,8 @@ def check(setup: StreamSetup, batch: int = 1, where: str = "") -> None:
             )
     available = available_bytes()
     if needed.total > available:
-        size = f"{8 * grid.height}x{8 * grid.width}"
+        height, width = setup.model.family.pixel_size(setup.grid)
+        size = f"{height}x{width}"
         raise UserError(
             f"{start}window={policy.window}, block={policy.block}, size={size} and"
             f" batch={batch} take {takes}, {_gigabytes(needed.cache)} of it for the"

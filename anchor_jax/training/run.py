@@ -15,7 +15,6 @@ import jax
 from anchor_jax import ownership
 from anchor_jax.config import from_config
 from anchor_jax.errors import UserError, naming, shown, suggest
-from anchor_jax.experiment import parse_size
 from anchor_jax.io import expand, scratch_folder, write_json
 from anchor_jax.tiny_world import data as world_data
 from anchor_jax.tiny_world import fresh
@@ -389,7 +388,7 @@ def _load(
     masters = trained and not config.lora.rank
     return load_bundle(
         name,
-        grid=None if config.size is None else parse_size(config.size),
+        grid=config.size,
         dtype=config.dtype,
         lora="separate" if config.lora.rank else "merged",
         param_dtype="float32" if masters else None,

@@ -23,7 +23,7 @@ from anchor_jax.wan.attention import (
 )
 from anchor_jax.wan.dit import WanDit, init_params
 from anchor_jax.wan.layers import Dense
-from anchor_jax.wan.spec import LatentGrid, ModelConfig
+from anchor_jax.wan.spec import WAN_2_1, LatentGrid, ModelConfig
 
 CLOSE = 1e-4  # absolute: latents, flows and what the transformer makes on the way
 NEAR = 5e-5  # relative: text encoder and VAE
@@ -463,8 +463,8 @@ def _vae_config(case: Case, checks: Checks) -> vae.VaeConfig:
     """Returns the VAE's sizes; 16 channels must have the published mean and spread."""
     names = ("latent_mean", "latent_std")
     scale = {name: np.ravel(case.inputs[name]) for name in names}
-    if case.size("model", "z_dim") == len(vae.LATENT_MEAN):
-        ours = vae.LATENT_MEAN, vae.LATENT_STD
+    if case.size("model", "z_dim") == WAN_2_1.latent_channels:
+        ours = WAN_2_1.latent_mean, WAN_2_1.latent_std
         for name, value in zip(names, ours, strict=True):
             checks.compare(name, np.float32(value), scale[name], absolute=1e-6)
     scale = {name: tuple(map(float, value)) for name, value in scale.items()}

@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 
 from anchor_jax import sharding
 from anchor_jax.config import from_config
-from anchor_jax.errors import UserError, reason, shown
+from anchor_jax.errors import UserError, reason, shown, suggest
 from anchor_jax.limits import check_sizes
-from anchor_jax.wan.spec import LatentGrid, ModelConfig
+from anchor_jax.wan.spec import FAMILIES, WAN_2_1, ModelConfig
 from anchor_jax.wan.text import TextConfig
 from anchor_jax.wan.tokenizer import Tokenizer, load_tokenizer
 from anchor_jax.wan.vae import VaeCodec, VaeConfig, WanVae
@@ -75,7 +75,7 @@ def load_ported(folder: pathlib.Path, options: Options) -> Bundle:
     return Bundle(
         model=model,
         text=text,
-        grid=options.fitting_grid(model, LatentGrid()),
+        grid=options.fitting_grid(model, model.family.default_grid),
         codec=VaeCodec(ported.vae),
         tokenizer=tokenizer,
         encode_prompts=options.encoder(
@@ -116,11 +116,20 @@ def _read_ported(meta: Mapping[str, Any], dtype: str) -> _Ported:
         return from_config(kind, whole, f"meta.{name}")
 
     return _Ported(
-        read(ModelConfig, "model"),
+        read(_model_kind(meta), "model"),
         read(TextConfig, "text"),
         read(VaeConfig, "vae"),
         _source_digest(meta.get("sources")),
     )
+
+
+def _model_kind(meta: Mapping[str, Any]) -> type[ModelConfig]:
+    """Returns the class of the generator's sizes; no family is Wan2.1."""
+    name = meta.get("family", WAN_2_1.name)
+    if name not in FAMILIES:
+        known = suggest(str(name), FAMILIES, "families")
+        raise UserError(f"meta.family={shown(name)}{known}")
+    return FAMILIES[name]
 
 
 def _source_digest(sources: Any) -> str:

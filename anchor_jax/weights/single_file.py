@@ -41,12 +41,12 @@ from anchor_jax.weights.tensors import (
 FORMAT_VERSION = 1
 TINY_TEXT = TextConfig(
     vocab=64,
-    dim=64,
+    dim=TINY.text_dim,
     attention_dim=64,
     ffn_dim=128,
     num_heads=4,
     num_layers=2,
-    text_len=16,
+    text_len=TINY.text_len,
     dtype="float32",
 )
 TINY_GRID = LatentGrid(8, 8)

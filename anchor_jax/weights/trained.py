@@ -100,7 +100,7 @@ def _critic_model(folder: pathlib.Path, generator: ModelConfig) -> ModelConfig:
     types = {name: getattr(generator, name) for name in ("dtype", "param_dtype")}
     with damaged_weights(folder):
         whole = dataclasses.asdict(generator) | dict(sizes) | types
-        model = from_config(ModelConfig, whole, f"meta.{CRITIC}")
+        model = from_config(type(generator), whole, f"meta.{CRITIC}")
         check_sizes(f"meta.{CRITIC}", model)
     return model
 

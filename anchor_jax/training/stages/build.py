@@ -24,7 +24,7 @@ from anchor_jax.training.stages.programs import DistillStage, RegressionStage, S
 from anchor_jax.training.stages.regress import Regression
 from anchor_jax.training.state import Ema, Optimizer, TrainState, init_state
 from anchor_jax.wan import lora
-from anchor_jax.wan.spec import ModelConfig
+from anchor_jax.wan.spec import WAN_2_1, ModelConfig
 from anchor_jax.weights.bundle import Bundle
 
 STAGES = ("regression", "distillation")
@@ -91,8 +91,8 @@ class DistillationConfig:
     steps: tuple[int, ...] = (1000, 750, 500, 250)
     shift: float = 5.0
     guidance: float = 3.0
-    frames: int = 21
-    length: int = 21
+    frames: int = WAN_2_1.clip_frames
+    length: int = WAN_2_1.clip_frames
     switches: tuple[int, ...] = ()
     every: int = 5
     negative_prompt: str = ""
@@ -116,7 +116,7 @@ class SamplesConfig:
 
     prompts: tuple[str, ...] = ()
     num: int = 4
-    frames: int = 21
+    frames: int = WAN_2_1.clip_frames
     policy: str | None = None
     steps: int = 20
     grid: str = "even"
