@@ -13,7 +13,7 @@ PACKAGE = pathlib.Path(anchor_jax.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = [
     {"errors"},
-    {"io", "text"},
+    {"io", "text", "trees"},
     {"interrupts", "ownership", "filetypes"},
     {
         *("cache", "wan", "flow", "media", "prompts"),

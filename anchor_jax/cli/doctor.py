@@ -245,9 +245,9 @@ def _items(weights: str) -> dict:
 
 
 def _bytes(tree) -> int:
-    import jax
+    from anchor_jax import trees
 
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return trees.nbytes(tree)
 
 
 def _advice(report: dict) -> list[str]:

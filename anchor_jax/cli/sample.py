@@ -261,13 +261,10 @@ def prepare_prompts(bundle, texts: Sequence[str]) -> frozenset:
 
 def _size(text) -> str:
     """Returns the size of a text encoder's parameters, as text."""
-    import jax
+    from anchor_jax import trees
+    from anchor_jax.wan import shapes
 
-    from anchor_jax.wan.text import Umt5Encoder
-
-    ids = jax.ShapeDtypeStruct((1, text.text_len), np.int32)
-    shapes = jax.eval_shape(Umt5Encoder(text).init, jax.random.key(0), ids, ids)
-    count = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    count = trees.nbytes(shapes.of(text))
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 

@@ -5,25 +5,24 @@ chip that is counted is the first of its machine, which has the text encoder too
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
+from anchor_jax import trees
 from anchor_jax.errors import UserError
 from anchor_jax.perf import aot
 from anchor_jax.perf.aot import Compiled, Program, Refused, Target
 from anchor_jax.training import placement
 from anchor_jax.training.stages import build
 from anchor_jax.training.stages.build import Prepared, TrainConfig
-from anchor_jax.wan import dit
+from anchor_jax.wan import shapes
 from anchor_jax.wan.spec import ModelConfig
 from anchor_jax.wan.text import TextConfig
-from anchor_jax.wan.vae import VaeCodec, VaeConfig, WanVae
+from anchor_jax.wan.vae import VaeCodec, VaeConfig
 from anchor_jax.weights.bundle import Bundle
 
 BLOCK = 3
@@ -147,7 +146,7 @@ def _resident(prepared: Prepared) -> tuple[dict[str, int], int]:
         "frozen weights": prepared.stage.frozen,
         "rollout": state.rollout,
     }
-    sizes = {name: bytes_on_one(tree) for name, tree in held.items()}
+    sizes = {name: trees.shard_nbytes(tree) for name, tree in held.items()}
     return sizes, max(sizes[name] for name in trained)
 
 
@@ -173,17 +172,6 @@ def on_paper(config: TrainConfig, networks: Networks, mesh: Mesh) -> Prepared:
 
 def _bundle(model: ModelConfig, vae: VaeCodec, grid) -> Bundle:
     """Returns a bundle of shapes, without a tokenizer; weights as they are stored."""
-    key = jax.random.key(0)
-
-    def variables():
-        return {
-            "params": jax.eval_shape(functools.partial(dit.init_params, model), key)
-        }
-
-    def codec():
-        pixels = jax.ShapeDtypeStruct((1, 1, 16, 16, 3), vae.config.dtype)
-        return jax.eval_shape(WanVae(vae.config).init, key, pixels)["params"]
-
     return Bundle(
         model=model,
         text=TextConfig(),
@@ -191,8 +179,8 @@ def _bundle(model: ModelConfig, vae: VaeCodec, grid) -> Bundle:
         grid=grid,
         tokenizer=None,
         encode_prompts=None,
-        load_variables=variables,
-        load_codec=codec,
+        load_variables=lambda: {"params": shapes.of(model)},
+        load_codec=lambda: shapes.of(vae.config),
         metadata={},
         digest="",
     )
@@ -246,11 +234,3 @@ def _batch(config: TrainConfig, bundle: Bundle) -> dict[str, jax.ShapeDtypeStruc
         return {**batch, "latents": clip}
     levels = shape((config.batch, section.blocks), jnp.float32)
     return {**batch, "noisy": clip, "target": clip, "sigma": levels}
-
-
-def bytes_on_one(tree) -> int:
-    """Returns the bytes of a tree of shapes with shardings, on one device."""
-    return sum(
-        int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
-        for x in jax.tree.leaves(tree)
-    )

@@ -7,9 +7,8 @@ import pathlib
 import resource
 
 import jax
-import numpy as np
 
-from anchor_jax import sharding
+from anchor_jax import sharding, trees
 from anchor_jax.errors import UserError
 from anchor_jax.streaming.types import StreamSetup
 
@@ -59,13 +58,15 @@ def need(setup: StreamSetup, batch: int = 1) -> Need:
     tokens = rows_cols[0] * rows_cols[1]
     prior = policy.junction_frames if policy.keeps_prior else 0
     # Keys and values of one token, of all layers.
-    token = 2 * model.num_layers * model.dim * _itemsize(model.dtype)
+    token = 2 * model.num_layers * model.dim * trees.itemsize(model.dtype)
     rows = batch * setup.copies
     values = batch * setup.grid.height * setup.grid.width
     noise = (
-        len(setup.levels) * policy.block * _itemsize(setup.solver.dtype(model.dtype))
+        len(setup.levels)
+        * policy.block
+        * trees.itemsize(setup.solver.dtype(model.dtype))
     )
-    recent = setup.recent * _itemsize(model.dtype)
+    recent = setup.recent * trees.itemsize(model.dtype)
     # Without a cache no block stores the keys and values of all layers.
     held = policy.slots + prior + policy.block if policy.remembers else 0
     return Need(
@@ -154,10 +155,6 @@ def _number(path: str) -> float:
         return int(pathlib.Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return math.inf
-
-
-def _itemsize(dtype: str) -> int:
-    return np.dtype(jax.numpy.dtype(dtype)).itemsize
 
 
 def _gigabytes(size: int) -> str:
