@@ -17,14 +17,15 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from anchor_jax import trees
 from anchor_jax.errors import UserError, suggest
 from anchor_jax.perf import roofline
 from anchor_jax.streaming import stream
 from anchor_jax.streaming.decode import decode, decode_next
 from anchor_jax.streaming.types import StreamSetup
-from anchor_jax.wan import dit, kernels
+from anchor_jax.wan import kernels, shapes
 from anchor_jax.wan.text import TextConfig, Umt5Encoder
-from anchor_jax.wan.vae import VaeCodec, VaeConfig, WanVae
+from anchor_jax.wan.vae import VaeCodec, VaeConfig
 
 ENCODER = "text encoder"
 _ATTENDING = ("step", "switch")
@@ -254,8 +255,7 @@ def _generator(setup: StreamSetup) -> tuple[dict[str, Program], dict[str, int]]:
     """
     model, policy = setup.model, setup.policy
     key = jax.eval_shape(lambda: jax.random.key(0))
-    params = jax.eval_shape(functools.partial(dit.init_params, model), key)
-    variables = {"params": params}
+    variables = {"params": shapes.of(model)}
     shape = (setup.copies, model.text_len, model.text_dim)
     embedding = jax.ShapeDtypeStruct(shape, model.dtype)
     context = jax.eval_shape(
@@ -277,7 +277,7 @@ def _generator(setup: StreamSetup) -> tuple[dict[str, Program], dict[str, int]]:
         switch = (variables, state, context, number, cut)
         static = {"setup": setup, "rerun": rerun}
         found["switch"] = Program(stream.switch, switch, static, **common)
-    return found, {"generator": size_of(variables), "cache": size_of(state)}
+    return found, {"generator": trees.nbytes(variables), "cache": trees.nbytes(state)}
 
 
 def features_of(model, rank: int = 0) -> frozenset[int]:
@@ -298,7 +298,7 @@ def text_program(config: TextConfig, prompts: int) -> tuple[Program, int]:
     """Returns the text encoder's program, and the bytes of its weights."""
     encoder = Umt5Encoder(config)
     ids = jax.ShapeDtypeStruct((prompts, config.text_len), jnp.int32)
-    params = jax.eval_shape(encoder.init, jax.random.key(0), ids, ids)["params"]
+    params = shapes.of(config)
 
     @jax.jit
     def encode(params, ids, mask):
@@ -313,7 +313,7 @@ def text_program(config: TextConfig, prompts: int) -> tuple[Program, int]:
         # Scores of one prompt are small, and are meant to be there.
         tokens=config.text_len + 1,
         features=frozenset(sizes),
-    ), size_of(params)
+    ), trees.nbytes(params)
 
 
 def _decoders(codec: VaeCodec, setup: StreamSetup):
@@ -321,9 +321,7 @@ def _decoders(codec: VaeCodec, setup: StreamSetup):
     config = codec.config
     shape = (1, frames, grid.height, grid.width, config.z_dim)
     latents = jax.ShapeDtypeStruct(shape, setup.model.dtype)
-    pixels = jax.ShapeDtypeStruct((1, 1, 16, 16, 3), config.dtype)
-    init = WanVae(config).init
-    params = jax.eval_shape(init, jax.random.key(0), pixels)["params"]
+    params = shapes.of(config)
     call = functools.partial(decode, codec=codec)
     _, state = jax.eval_shape(call, params, None, latents)
     widths = {config.base_dim * factor for factor in config.dim_mult}
@@ -338,7 +336,10 @@ def _decoders(codec: VaeCodec, setup: StreamSetup):
         "decode first": Program(decode, first, static, reads, **common),
         "decode": Program(decode_next, later, static, reads, **common),
     }
-    return found, {"decoder": size_of(params), "decoder state": size_of(state)}
+    return found, {
+        "decoder": trees.nbytes(params),
+        "decoder state": trees.nbytes(state),
+    }
 
 
 def _reason(message: str) -> str:
@@ -347,13 +348,6 @@ def _reason(message: str) -> str:
         return f"a kernel takes {kernel[1]} of vector memory, {kernel[2]} are there"
     used = re.search(r"Used [\w.]+ of [\w.]+ \w+", message)
     return f"does not fit: {used[0]}" if used else "does not fit in memory"
-
-
-def size_of(tree) -> int:
-    """Returns the bytes of a tree of arrays or shapes."""
-    keys = jax.dtypes.prng_key
-    leaves = [x for x in jax.tree.leaves(tree) if not jnp.issubdtype(x.dtype, keys)]
-    return sum(x.size * x.dtype.itemsize for x in leaves)
 
 
 def on_device(program: Program, device) -> Program:
@@ -386,7 +380,7 @@ def compile_program(program: Program) -> Compiled | Refused:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return Refused(_reason(str(error)), size_of(program.args), program.reads)
+        return Refused(_reason(str(error)), trees.nbytes(program.args), program.reads)
     seconds = time.perf_counter() - began
     memory, text = compiled.memory_analysis(), _text(compiled)
     calls = [f'custom_call_target="{name}' for name in _FUSED]
@@ -529,7 +523,7 @@ def score_shapes(
       features: sizes that are no number of tokens.
     """
     features, inner = set(features), set(_CALLS.findall(text))
-    shapes, fused = {}, False
+    held, fused = {}, False
     for line in text.splitlines():
         start = _COMPUTATION.match(line)
         if start:
@@ -540,5 +534,5 @@ def score_shapes(
                 sizes = [int(size) for size in shape[1].split(",")]
                 long = [n for n in sizes if n >= tokens and n not in features]
                 if len(long) > 1:
-                    shapes[shape[0]] = None
-    return tuple(shapes)
+                    held[shape[0]] = None
+    return tuple(held)

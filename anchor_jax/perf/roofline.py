@@ -19,9 +19,6 @@ from anchor_jax.wan.vae import VaeConfig
 EFFICIENCY = 0.4
 """Share of a chip's peak that a well-made program is assumed to reach."""
 
-PIXEL_FRAMES = 4
-"""Pixel frames of a latent frame, but for the first of a video."""
-
 _GB = 10**9
 
 
@@ -244,7 +241,7 @@ def decoder_layers(config: VaeConfig, grid: LatentGrid) -> Iterator[Conv]:
         if doubles is not None:
             rows, columns, width = 2 * rows, 2 * columns, out // 2
             yield Conv(flat, out, width, frames, rows, columns)
-    yield Conv(whole, width, 3, frames, rows, columns)
+    yield Conv(whole, width, config.pixel_channels, frames, rows, columns)
 
 
 def decode_flops(config: VaeConfig, grid: LatentGrid) -> float:
@@ -285,7 +282,7 @@ class Stream:
     @property
     def pixel_frames(self) -> int:
         """Pixel frames of a block that is not the first."""
-        return PIXEL_FRAMES * self.block
+        return self.model.family.strides[0] * self.block
 
 
 def make_stream(

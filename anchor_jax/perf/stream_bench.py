@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from anchor_jax import flow
-from anchor_jax.config import from_config
+from anchor_jax import flow, trees
+from anchor_jax.config import from_config, with_field
 from anchor_jax.errors import UserError
 from anchor_jax.flow import Levels
 from anchor_jax.perf import roofline
@@ -20,10 +20,10 @@ from anchor_jax.prompts import Script, Segment
 from anchor_jax.sampling.resolve import make_policy
 from anchor_jax.streaming import decode, stream
 from anchor_jax.streaming.types import PromptChange, StreamSetup
-from anchor_jax.wan import dit, kernels
+from anchor_jax.wan import kernels, shapes
 from anchor_jax.wan.spec import LatentGrid, ModelConfig
 from anchor_jax.wan.text import TextConfig, Umt5Encoder
-from anchor_jax.wan.vae import VaeCodec, VaeConfig, WanVae
+from anchor_jax.wan.vae import VaeCodec, VaeConfig
 
 _CPU_MATMUL, _MATMUL = 1024, 8192
 
@@ -80,6 +80,8 @@ def make_workload(config) -> Workload:
     Raises:
       UserError: A field is wrong.
     """
+    # Configs of older versions lack this field.
+    config = with_field(config, "vae", "pixel_patch", VaeConfig.pixel_patch)
     read = from_config(BenchConfig, config, "config")
     model, block = read.model, read.block or 3
     if read.switch_frame % block or not 0 < read.switch_frame < read.frames:
@@ -176,11 +178,11 @@ class _Run:
         self.traces: dict[str, int] = {}
         progress("weights")
         setup, text = self.setup, workload.text
-        self.variables = {"params": _random(dit.init_params, setup.model)}
+        self.variables = {"params": _random(setup.model)}
         ids = jnp.zeros((1, text.text_len), jnp.int32)
         self.ids = ids, jnp.ones_like(ids)
-        self.text_params = _random(_text_params, text)
-        self.codec_params = _random(_vae_params, workload.codec)
+        self.text_params = _random(text)
+        self.codec_params = _random(workload.codec.config)
         size = _CPU_MATMUL if self.on_cpu else _MATMUL
         self.factor = jnp.ones((size, size), setup.model.dtype) / size
         self.matmul = jax.jit(jnp.matmul)
@@ -307,7 +309,7 @@ class _Run:
         begin = times["block"].seconds[0] + times.get("first decode", Times([0.0])).of(
             "seconds"
         )
-        pixels = roofline.PIXEL_FRAMES * setup.policy.block
+        pixels = setup.model.family.strides[0] * setup.policy.block
         decoding = times["decode"].of("seconds")
         return {
             "device": jax.devices()[0].device_kind,
@@ -326,8 +328,8 @@ class _Run:
             "switch_latency_blocks": waits / block["seconds"]["median"],
             "first_call_seconds": self.first,
             "traces": self.traces,
-            "cache_bytes": _bytes(self.state.cache),
-            "weight_bytes": _bytes(self.variables),
+            "cache_bytes": trees.nbytes(self.state.cache),
+            "weight_bytes": trees.nbytes(self.variables),
         }
 
     def _peak(self) -> float:
@@ -397,25 +399,9 @@ def _encode(params, ids, mask, *, config: TextConfig) -> jax.Array:
     return Umt5Encoder(config).apply({"params": params}, ids, mask)
 
 
-def _text_params(config: TextConfig, key):
-    ids = jnp.zeros((1, config.text_len), jnp.int32)
-    return Umt5Encoder(config).init(key, ids, ids)["params"]
-
-
-def _vae_params(codec: VaeCodec, key):
-    config = codec.config
-    latents = jnp.zeros((1, 1, 8, 8, config.z_dim), config.dtype)
-
-    def both(vae, latents):
-        return vae.encode(vae.decode(latents))
-
-    return WanVae(config).init(key, latents, method=both)["params"]
-
-
-def _random(init: Callable, sizes: Any):
+def _random(config: ModelConfig | TextConfig | VaeConfig):
     """Returns random parameters of a network's sizes, made on the device."""
-    shapes = jax.eval_shape(functools.partial(init, sizes), jax.random.key(0))
-    leaves, tree = jax.tree.flatten(shapes)
+    leaves, tree = jax.tree.flatten(shapes.of(config))
 
     @functools.partial(jax.jit, static_argnums=1)
     def draw(key, leaf):
@@ -423,7 +409,3 @@ def _random(init: Callable, sizes: Any):
 
     keys = jax.random.split(jax.random.key(0), len(leaves))
     return tree.unflatten([draw(*pair) for pair in zip(keys, leaves, strict=True)])
-
-
-def _bytes(tree: Any) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))

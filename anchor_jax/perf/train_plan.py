@@ -5,30 +5,27 @@ chip that is counted is the first of its machine, which has the text encoder too
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
+from anchor_jax import trees
 from anchor_jax.perf import aot
 from anchor_jax.perf.aot import Compiled, Program, Refused, Target
-from anchor_jax.sampling.config import parse_size
 from anchor_jax.training import placement
 from anchor_jax.training.stages import build
 from anchor_jax.training.stages.base import Prepared
 from anchor_jax.training.stages.build import TrainConfig
-from anchor_jax.wan import dit
+from anchor_jax.wan import shapes
 from anchor_jax.wan.spec import ModelConfig
 from anchor_jax.wan.text import TextConfig
-from anchor_jax.wan.vae import VaeCodec, VaeConfig, WanVae
+from anchor_jax.wan.vae import VaeCodec, VaeConfig
 from anchor_jax.weights.bundle import Bundle
 
 BLOCK = 3
 """Latent frames; fewer tokens on a side are no score matrix."""
-_SIZE = "480x832"
 _MACHINE = 8  # chips of a process, the first of which encodes its prompts
 
 
@@ -148,7 +145,7 @@ def _resident(prepared: Prepared) -> tuple[dict[str, int], int]:
         "frozen weights": prepared.compiled.frozen,
         "rollout": state.rollout,
     }
-    sizes = {name: bytes_on_one(tree) for name, tree in held.items()}
+    sizes = {name: trees.shard_nbytes(tree) for name, tree in held.items()}
     return sizes, max(sizes[name] for name in trained)
 
 
@@ -159,7 +156,9 @@ def on_paper(config: TrainConfig, networks: NetworkSizes, mesh: Mesh) -> Prepare
       UserError: The text encoder would be trained along.
     """
     build.find_stage(config).check_plan(config)
-    grid, vae = parse_size(config.size or _SIZE), VaeCodec(networks.vae)
+    family = networks.generator.family
+    grid = family.parse_size(config.size or family.size)
+    vae = VaeCodec(networks.vae)
     generator = _bundle(networks.generator, vae, grid)
     teacher = _bundle(networks.teacher, vae, grid)
     on = placement.Shapes(mesh)
@@ -168,17 +167,6 @@ def on_paper(config: TrainConfig, networks: NetworkSizes, mesh: Mesh) -> Prepare
 
 def _bundle(model: ModelConfig, vae: VaeCodec, grid) -> Bundle:
     """Returns a bundle of shapes, without a tokenizer; weights as they are stored."""
-    key = jax.random.key(0)
-
-    def variables():
-        return {
-            "params": jax.eval_shape(functools.partial(dit.init_params, model), key)
-        }
-
-    def codec():
-        pixels = jax.ShapeDtypeStruct((1, 1, 16, 16, 3), vae.config.dtype)
-        return jax.eval_shape(WanVae(vae.config).init, key, pixels)["params"]
-
     return Bundle(
         model=model,
         text=TextConfig(),
@@ -186,8 +174,8 @@ def _bundle(model: ModelConfig, vae: VaeCodec, grid) -> Bundle:
         grid=grid,
         tokenizer=None,
         encode_prompts=None,
-        load_variables=variables,
-        load_codec=codec,
+        load_variables=lambda: {"params": shapes.of(model)},
+        load_codec=lambda: shapes.of(vae.config),
         metadata={},
         digest="",
     )
@@ -220,11 +208,3 @@ def programs(
         )
         for name, (function, args) in stage.programs(prepared.state, batch).items()
     }
-
-
-def bytes_on_one(tree) -> int:
-    """Returns the bytes of a tree of shapes with shardings, on one device."""
-    return sum(
-        int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
-        for x in jax.tree.leaves(tree)
-    )

@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 from flax import traverse_util
 
+from anchor_jax import trees
 from anchor_jax.errors import UserError
 from anchor_jax.porting.torch_file import release
 from anchor_jax.weights.checkpoint import Lazy
@@ -197,7 +198,7 @@ def convert_lazily(
     claimed = _claim(source, rules, problems)
     shapes = None
     if expected is not None:
-        leaves = traverse_util.flatten_dict(expected, sep="/")
+        leaves = trees.flatten(expected)
         shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
         problems += _absent(shapes, claimed, rules)
     depth = len({layer for item in claimed.values() for layer in item.parts})
@@ -213,7 +214,7 @@ def convert_lazily(
         ported[path] = _assemble(path, item, depth, shape, problems)
     if problems:
         raise Mismatch(problems)
-    return traverse_util.unflatten_dict(ported, sep="/")
+    return trees.unflatten(ported)
 
 
 def shape_of(source: Weights, rules: tuple[Rule, ...], path: str) -> tuple[int, ...]:
@@ -394,7 +395,7 @@ def places(params: Tree, rules: tuple[Rule, ...]) -> list[Place]:
       UserError: A path is claimed by no rule or by several; all are listed.
     """
     found, problems = [], []
-    for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
+    for path, leaf in trees.flatten(params).items():
         claims = [(rule, rule.match_target(path)) for rule in rules]
         claims = [(rule, fields) for rule, fields in claims if fields is not None]
         if len(claims) != 1:
@@ -418,7 +419,7 @@ def export(params: Tree, rules: tuple[Rule, ...]) -> dict[str, np.ndarray]:
     Raises:
       UserError: A path is claimed by no rule or by several; all are listed.
     """
-    leaves = traverse_util.flatten_dict(params, sep="/")
+    leaves = trees.flatten(params)
     return {
         place.name: place.take(np.asarray(leaves[place.path]))
         for place in places(params, rules)

@@ -11,11 +11,9 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
-from flax import traverse_util
 
-from anchor_jax import io, ownership
+from anchor_jax import io, ownership, trees
 from anchor_jax.errors import UserError, suggest
 from anchor_jax.io import expand
 from anchor_jax.porting import companions, published
@@ -24,6 +22,7 @@ from anchor_jax.porting.port import TABLES, check_free
 from anchor_jax.porting.rules import PEFT, UMT5_ALIAS
 from anchor_jax.porting.safetensors_writer import Read
 from anchor_jax.porting.sources import DIFFUSION, TEXT_FILE, VAE_FILE
+from anchor_jax.wan.spec import WAN_2_1
 from anchor_jax.weights import checkpoint, lineage
 from anchor_jax.weights.trained import CRITIC
 
@@ -220,13 +219,13 @@ class _Job:
 
     def transformer(self, folder: pathlib.Path, item: str, merged: bool) -> None:
         """Writes the transformer, its config, and its adapters if it has some."""
-        trees, read = self._trees(item)
-        adapters = trees.get("lora")
+        held, read = self._trees(item)
+        adapters = held.get("lora")
         base = _below("params", read)
         if merged and adapters:
-            base = _merged(read, traverse_util.flatten_dict(adapters, sep="/"))
+            base = _merged(read, trees.flatten(adapters))
         table = TABLES["generator", self.style]
-        tensors = writer.tensors_of(trees["params"], table)
+        tensors = writer.tensors_of(held["params"], table)
         place, stem = folder, DIFFUSION
         if self.layout == "generator":
             stem = item
@@ -246,9 +245,9 @@ class _Job:
 
         A training of low-rank updates has them alone; the rest is what it began with.
         """
-        trees, read = checkpoint.shapes(self.line[0], item), self._reader(item)
-        if "params" in trees:
-            return trees, read
+        held, read = checkpoint.shapes(self.line[0], item), self._reader(item)
+        if "params" in held:
+            return held, read
         if item == "fake_score":
             raise UserError(
                 f"{self.line[0]}: fake_score holds low-rank updates alone, of another"
@@ -261,7 +260,7 @@ class _Job:
         def both(path: str) -> np.ndarray:
             return (read_base if path.startswith("params/") else read)(path)
 
-        return {**trees, "params": params}, both
+        return {**held, "params": params}, both
 
     def others(self, folder: pathlib.Path, item: str) -> None:
         """Writes text encoder, VAE and tokenizer, as far as there are some."""
@@ -310,7 +309,7 @@ class _Job:
                 published.tokenizer(
                     ends=_ends(found.get("tokenizer.json")),
                     extra_ids=_sentinels(found.get("spiece.model"), text.get("vocab")),
-                    text_len=text.get("text_len") or 512,
+                    text_len=text.get("text_len") or WAN_2_1.text_len,
                 ),
             )
 
@@ -347,11 +346,10 @@ class _Job:
     def _reader(self, item: str, folder: pathlib.Path | None = None) -> Read:
         """Returns how to read leaves; those of a small item are read at once."""
         folder = folder or self.line[0]
-        leaves = jax.tree.leaves(checkpoint.shapes(folder, item))
-        if sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) > _SMALL:
+        if trees.nbytes(checkpoint.shapes(folder, item)) > _SMALL:
             return functools.partial(checkpoint.leaf, folder, item)
         tree = checkpoint.restore(folder, item)
-        found = traverse_util.flatten_dict(tree, sep="/")
+        found = trees.flatten(tree)
         return lambda path: np.asarray(found[path])
 
     def _adapters(self, folder: pathlib.Path, tree: Any, read: Read) -> None:
@@ -488,10 +486,8 @@ def total_bytes(weights: str | pathlib.Path, layout: str, item: str) -> int:
     places = [(line[0], item)]
     if layout != "generator":
         places += [(line[-1], "text_encoder"), (line[-1], "vae")]
-    leaves = [
-        leaf
+    return sum(
+        trees.nbytes(checkpoint.shapes(folder, name))
         for folder, name in places
         if checkpoint.is_checkpoint(folder) and name in checkpoint.items(folder)
-        for leaf in jax.tree.leaves(checkpoint.shapes(folder, name))
-    ]
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    )

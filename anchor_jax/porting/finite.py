@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from flax import traverse_util
 
+from anchor_jax import trees
 from anchor_jax.errors import UserError
 from anchor_jax.finite import count
 from anchor_jax.porting.convert import STACKED, Rule, fill
@@ -35,7 +35,7 @@ class Watch:
           tree: Its leaves.
           tables: The table by collection ("params", "lora", or "" for the tree itself).
         """
-        flat = traverse_util.flatten_dict(tree, sep="/")
+        flat = trees.flatten(tree)
         for path, leaf in flat.items():
             first, _, rest = path.partition("/")
             part, inner = (first, rest) if first in tables else ("", path)
@@ -43,7 +43,7 @@ class Watch:
                 self._load, leaf, f"{item} {part}".strip(), inner, tables[part]
             )
             flat[path] = dataclasses.replace(leaf, load=load)
-        return traverse_util.unflatten_dict(flat, sep="/")
+        return trees.unflatten(flat)
 
     def _load(self, leaf: Lazy, network: str, path: str, table) -> np.ndarray:
         array = leaf.load()

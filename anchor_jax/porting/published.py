@@ -6,10 +6,12 @@ A key that a class does not know is reported by diffusers as a mistake, so none 
 from collections.abc import Mapping
 from typing import Any
 
+from anchor_jax.wan.spec import WAN_2_1
+
 # The version whose folders these are: that of the published Wan2.1 folders.
 _DIFFUSERS = {"_diffusers_version": "0.33.0"}
 _FAST = "PreTrainedTokenizerFast"
-TEXT_LEN = 512
+TEXT_LEN = WAN_2_1.text_len
 """Tokens to which `WanPipeline` pads a prompt unless it is given another length."""
 LORA_FILE = "pytorch_lora_weights.safetensors"
 LORA_PREFIX = "transformer."

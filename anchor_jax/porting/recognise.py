@@ -1,5 +1,6 @@
 """Weights that are not read, recognised by their names, with what to do instead."""
 
+import math
 import pathlib
 import re
 from collections.abc import Iterable, Mapping
@@ -9,6 +10,7 @@ import numpy as np
 
 from anchor_jax.errors import UserError
 from anchor_jax.filetypes import unfinished_in
+from anchor_jax.wan.spec import WAN_2_1
 
 _ADAPTERS = (
     r"\.lora_[AB]\b|\.lora_(down|up)\.|^lora_|\.lora\.(down|up)\.|lora_linear_layer"
@@ -132,7 +134,7 @@ def _check_channels(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> Non
     head = arrays.get("head.head.bias", arrays.get("proj_out.bias"))
     if patch is None or head is None or patch.ndim != 5 or head.ndim != 1:
         return
-    taken, given = patch.shape[1], head.shape[0] // 4
+    taken, given = patch.shape[1], head.shape[0] // math.prod(WAN_2_1.patch)
     if taken != given:
         raise UserError(
             f"{path} takes {taken} channels and gives {given}: a transformer for image"

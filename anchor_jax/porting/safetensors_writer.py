@@ -9,9 +9,8 @@ from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
-from flax import traverse_util
 
-from anchor_jax import io
+from anchor_jax import io, trees
 from anchor_jax.errors import UserError
 from anchor_jax.porting.convert import Place, places
 from anchor_jax.porting.rules import UMT5_ALIAS
@@ -47,7 +46,7 @@ def tensors_of(tree: Any, table: tuple) -> list[Tensor]:
 
     The widest types come first, so that every tensor starts at a multiple of its width.
     """
-    leaves = traverse_util.flatten_dict(tree, sep="/")
+    leaves = trees.flatten(tree)
     wrong = sorted({str(leaf.dtype) for leaf in leaves.values()} - _names())
     if wrong:
         raise UserError(f"types {', '.join(wrong)}, expected {', '.join(_names())}")

@@ -13,7 +13,7 @@ from typing import Any
 from anchor_jax.porting.convert import Mismatch, num_layers, shape_of
 from anchor_jax.porting.rules import table_of
 from anchor_jax.porting.sources import Source
-from anchor_jax.wan.spec import PRESETS, ModelConfig
+from anchor_jax.wan.spec import PRESETS, WAN_2_1, ModelConfig
 from anchor_jax.wan.text import TextConfig
 from anchor_jax.wan.vae import VaeConfig
 
@@ -59,7 +59,7 @@ _MODEL = Known(
     fixed={
         "_class_name": ("WanModel", "CausalWanModel", "WanTransformer3DModel"),
         "model_type": ("t2v",),
-        "patch_size": ([1, 2, 2],),
+        "patch_size": (list(WAN_2_1.patch),),
         "window_size": ([-1, -1],),
         "qk_norm": (True, "rms_norm_across_heads"),
         "cross_attn_norm": (True,),
@@ -116,8 +116,8 @@ _VAE = Known(
         "in_channels": (3,),
         "out_channels": (3,),
         "patch_size": (1,),
-        "scale_factor_temporal": (4,),
-        "scale_factor_spatial": (8,),
+        "scale_factor_temporal": (WAN_2_1.strides[0],),
+        "scale_factor_spatial": (WAN_2_1.strides[1],),
         "quantization_config": (),
     },
     inert=("dropout", "torch_dtype", "dtype", "clip_output"),
@@ -155,7 +155,7 @@ def model_config(source: Source) -> ModelConfig:
         "num_layers": num_layers(source.arrays, table),
         "freq_dim": shape("time_in/kernel")[0],
         "text_dim": shape("text_in/kernel")[0],
-        "latent_channels": features // 4,
+        "latent_channels": features // math.prod(WAN_2_1.patch),
     }
     _check_sizes(source, sizes)
     heads = _heads(source, sizes)
@@ -168,7 +168,7 @@ def model_config(source: Source) -> ModelConfig:
     return ModelConfig(
         **sizes,
         num_heads=heads,
-        text_len=_whole(settings, "text_len", 512),
+        text_len=_whole(settings, "text_len", WAN_2_1.text_len),
         eps=_positive(settings, "eps", 1e-6),
     )
 

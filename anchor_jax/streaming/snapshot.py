@@ -14,6 +14,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from anchor_jax import trees
 from anchor_jax.cache import memory
 from anchor_jax.errors import UserError, shown, some
 from anchor_jax.io import parse_json, replacing
@@ -64,7 +65,7 @@ class Moment:
 
     @property
     def nbytes(self) -> int:
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.arrays))
+        return trees.nbytes(self.arrays)
 
     def with_arrays(self, arrays: tuple[Any, ...]) -> "Moment":
         state, decoder, tail = arrays

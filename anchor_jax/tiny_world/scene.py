@@ -12,11 +12,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from anchor_jax.wan.spec import WAN_2_1
+
 SIZE = 64
-FPS = 16
+FPS = WAN_2_1.frames_per_second
 SPEED = 4.0
-PIXEL_FRAMES_PER_LATENT = 4
-CELL = 8
+PIXEL_FRAMES_PER_LATENT, CELL, _ = WAN_2_1.strides
 LATTICE = 16
 """Pixels between the places where objects can be at the start of a latent frame."""
 RADIUS = 13.0
@@ -168,7 +169,7 @@ def _is_switch(kinds: tuple[str, ...], kind: str) -> bool:
 
 def latent_to_pixel_frames(latent_frames: int) -> int:
     """Returns how many pixel frames a video of `latent_frames` (at least 1) has."""
-    return 1 + PIXEL_FRAMES_PER_LATENT * (latent_frames - 1)
+    return WAN_2_1.pixel_frames(latent_frames)
 
 
 def segment_pixel_frames(latent_lengths: Sequence[int]) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ from anchor_jax.training.data.digests import digest
 from anchor_jax.training.data.kinds import DataConfig
 from anchor_jax.training.data.trajectories import TrajectoryWriter
 from anchor_jax.wan import kernels
+from anchor_jax.wan.spec import WAN_2_1
 from anchor_jax.weights.bundle import Bundle
 
 STORED = 4
@@ -57,7 +58,7 @@ class TrajectoryConfig:
     data: DataConfig = DataConfig()
     count: int = 1000
     batch: int = 8
-    frames: int = 21
+    frames: int = WAN_2_1.clip_frames
     steps: int = 48
     shift: float = 5.0
     guidance: float = 6.0

@@ -18,7 +18,7 @@ from anchor_jax import flow, media, prompts
 from anchor_jax.cache.catalog import TEACHER
 from anchor_jax.cache.policies import Policy
 from anchor_jax.errors import UserError, suggest
-from anchor_jax.prompts import LATENT_FRAMES_PER_SECOND, Script, Segment, Timing
+from anchor_jax.prompts import Script, Segment, Timing
 from anchor_jax.sampling.methods import Method, trained_method
 from anchor_jax.sampling.resolve import make_policy
 from anchor_jax.streaming.session import Session
@@ -87,8 +87,9 @@ class Sampler:
                 for number, video in enumerate(self.videos)
             ]
         stem = self.folder / f"step-{step:06d}"
+        rate = bundle.model.family.frames_per_second
         labels = [" | ".join(video.script.prompts) for video in self.videos]
-        with media.VideoWriter(stem.with_suffix(".mp4")) as video:
+        with media.VideoWriter(stem.with_suffix(".mp4"), rate) as video:
             video.append(side_by_side(made))
             media.contact_sheet(made, labels, stem.with_suffix(".png"))
         with Image.open(stem.with_suffix(".png")) as sheet:
@@ -144,7 +145,8 @@ def make_sampler(
     _check(config)
     with _naming():
         block = _block(config)
-    scripts = _scripts(config, block)
+    rate = prepared.bundle.model.family.latent_frames_per_second
+    scripts = _scripts(config, block, rate)
     # A video's arrays would have to be gathered from other processes.
     if not scripts or not config.sample_every or jax.process_count() > 1:
         return None
@@ -237,7 +239,7 @@ def _block(config: TrainConfig) -> int:
     return _policy(method, whole).block
 
 
-def _scripts(config: TrainConfig, block: int) -> tuple[Script, ...]:
+def _scripts(config: TrainConfig, block: int, rate: float) -> tuple[Script, ...]:
     """Returns what the videos show, all of one length."""
     stage, samples = build.find_stage(config), config.samples
     frames = samples.frames
@@ -245,7 +247,7 @@ def _scripts(config: TrainConfig, block: int) -> tuple[Script, ...]:
         frames = min(frames, stage.sample_frames(config))
     frames = max(1, round(frames / block)) * block
     if samples.prompts:
-        return tuple(_parse(text, block, frames) for text in samples.prompts)
+        return tuple(_parse(text, block, frames, rate) for text in samples.prompts)
     middle = frames // 2 // block * block
     is_switched = stage.sample_switches(config) and middle > 0
     texts = kinds.find_kind(config.data).first_texts(config.data, samples.num)
@@ -255,10 +257,10 @@ def _scripts(config: TrainConfig, block: int) -> tuple[Script, ...]:
     )
 
 
-def _parse(text: str, block: int, frames: int) -> Script:
+def _parse(text: str, block: int, frames: int, rate: float) -> Script:
     """Returns an inline script; segments without a duration share the frames."""
-    seconds = frames / LATENT_FRAMES_PER_SECOND / (text.count("|") + 1)
+    seconds = frames / rate / (text.count("|") + 1)
     try:
-        return prompts.parse_inline(text, Timing(block, frames, seconds))
+        return prompts.parse_inline(text, Timing(block, frames, seconds, rate=rate))
     except UserError as error:
         raise UserError(f"config.samples.prompts, {text!r}: {error}") from error

@@ -8,6 +8,8 @@ import math
 
 import numpy as np
 
+from anchor_jax.wan.spec import WAN_2_1
+
 
 @dataclasses.dataclass(frozen=True)
 class ChunkSpan:
@@ -47,7 +49,7 @@ class SequencePlan:
         sequences have one prompt.
     """
 
-    frames: int = 21
+    frames: int = WAN_2_1.clip_frames
     block: int = 3
     length: int = 240
     switches: tuple[int, ...] = tuple(range(21, 202, 18))

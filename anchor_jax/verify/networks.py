@@ -6,7 +6,6 @@ import math
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import traverse_util
@@ -14,16 +13,16 @@ from flax import traverse_util
 from anchor_jax.porting import rules
 from anchor_jax.porting.convert import Rule, convert, convert_lora, fill
 from anchor_jax.verify.case import Case, CaseError, Checks
-from anchor_jax.wan import lora, text, vae
+from anchor_jax.wan import lora, shapes, text, vae
 from anchor_jax.wan.attention import (
     Spans,
     bidirectional,
     block_causal,
     teacher_forcing,
 )
-from anchor_jax.wan.dit import WanDit, init_params
+from anchor_jax.wan.dit import WanDit
 from anchor_jax.wan.layers import Dense
-from anchor_jax.wan.spec import LatentGrid, ModelConfig
+from anchor_jax.wan.spec import WAN_2_1, LatentGrid, ModelConfig
 
 CLOSE = 1e-4  # absolute: latents, flows and what the transformer makes on the way
 NEAR = 5e-5  # relative: text encoder and VAE
@@ -49,7 +48,7 @@ def model_config(case: Case, *section: str) -> ModelConfig:
             text_dim=read("text_dim"),
             text_len=read("text_len"),
             latent_channels=read("in_dim"),
-            patch=case.sizes(*at, "patch_size", low=1, high=64, default=(1, 2, 2)),
+            patch=case.sizes(*at, "patch_size", low=1, high=64, default=WAN_2_1.patch),
             eps=case.number(*at, "eps", default=1e-6),
             dtype=case.dtype,
         )
@@ -61,8 +60,7 @@ def model_config(case: Case, *section: str) -> ModelConfig:
 
 def dit_params(case: Case, config: ModelConfig, prefix: str = ""):
     """Returns the transformer's parameters, every official name accounted for."""
-    shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
-    return convert(case.weights(prefix), dit_rules(config), shapes)
+    return convert(case.weights(prefix), dit_rules(config), shapes.of(config))
 
 
 def dit_rules(config: ModelConfig) -> tuple[Rule, ...]:
@@ -361,9 +359,7 @@ def verify_umt5(case: Case, checks: Checks) -> None:
     """Compares the text encoder, its layers, and the buckets of distances."""
     config = _text_config(case)
     ids, mask = _token_ids(case, config)
-    shape = functools.partial(text.Umt5Encoder(config).init, jax.random.key(0))
-    shapes = jax.eval_shape(shape, jnp.asarray(ids), jnp.asarray(mask))["params"]
-    params = convert(case.weights(), rules.UMT5, shapes)
+    params = convert(case.weights(), rules.UMT5, shapes.of(config))
     output, inner = _run_text(params, ids, mask, config=config)
     checks.compare("prompt_embeds", output, relative=NEAR)
     checks.compare("encoder", inner["encoded"][0], relative=NEAR)
@@ -463,8 +459,8 @@ def _vae_config(case: Case, checks: Checks) -> vae.VaeConfig:
     """Returns the VAE's sizes; 16 channels must have the published mean and spread."""
     names = ("latent_mean", "latent_std")
     scale = {name: np.ravel(case.inputs[name]) for name in names}
-    if case.size("model", "z_dim") == len(vae.LATENT_MEAN):
-        ours = vae.LATENT_MEAN, vae.LATENT_STD
+    if case.size("model", "z_dim") == WAN_2_1.latent_channels:
+        ours = WAN_2_1.latent_mean, WAN_2_1.latent_std
         for name, value in zip(names, ours, strict=True):
             checks.compare(name, np.float32(value), scale[name], absolute=1e-6)
     scale = {name: tuple(map(float, value)) for name, value in scale.items()}
@@ -490,10 +486,7 @@ def vae_sizes(case: Case, section: str) -> vae.VaeConfig:
 
 def vae_params(case: Case, config: vae.VaeConfig, prefix: str = ""):
     """Returns the VAE's parameters, every official name accounted for."""
-    stride = config.spatial_stride
-    pixels = jnp.zeros((1, 1, stride, stride, 3))
-    shapes = jax.eval_shape(vae.WanVae(config).init, jax.random.key(0), pixels)
-    return convert(case.weights(prefix), rules.VAE, shapes["params"])
+    return convert(case.weights(prefix), rules.VAE, shapes.of(config))
 
 
 def _compare_stream(case: Case, checks: Checks, latent: np.ndarray, run) -> None:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from anchor_jax.wan.spec import WAN_2_1
+
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
@@ -18,14 +20,14 @@ class TextConfig:
     """
 
     vocab: int = 256384
-    dim: int = 4096
+    dim: int = WAN_2_1.text_dim
     attention_dim: int = 4096
     ffn_dim: int = 10240
     num_heads: int = 64
     num_layers: int = 24
     num_buckets: int = 32
     max_distance: int = 128
-    text_len: int = 512
+    text_len: int = WAN_2_1.text_len
     eps: float = 1e-6
     dtype: str = "bfloat16"
     param_dtype: str = "float32"

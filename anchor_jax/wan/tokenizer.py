@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from anchor_jax.wan.spec import WAN_2_1
+
 PAD = 0
 END = 1
 UNKNOWN = 2
@@ -290,7 +292,9 @@ def _open_json(path: pathlib.Path):
         raise ValueError(f"{path} is damaged: {str(error)[:200]}") from error
 
 
-def load_tokenizer(folder: str | pathlib.Path, text_len: int = 512) -> Tokenizer:
+def load_tokenizer(
+    folder: str | pathlib.Path, text_len: int = WAN_2_1.text_len
+) -> Tokenizer:
     """Returns the tokenizer stored in a folder.
 
     `tokenizer.json` is taken where there is one, as transformers does. `spiece.model`

@@ -10,16 +10,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-Past = Any  # nested dicts of the frames that the causal layers look back at
+from anchor_jax.wan.spec import WAN_2_1, pixel_frames
 
-LATENT_MEAN = (
-    *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
-    *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
-)
-LATENT_STD = (
-    *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
-    *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
-)
+Past = Any  # nested dicts of the frames that the causal layers look back at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,15 +24,20 @@ class VaeConfig:
     to rounding. "auto" is the native one where JAX's default backend is a GPU, which
     would write the joined frames to memory, and taps elsewhere; it is settled when a
     program is traced, so name the form to compile for a device that is not there.
+
+    Each level but the last halves height and width, and the frames where
+    `temporal_downsample` says so. Before the first, squares of `pixel_patch` by
+    `pixel_patch` pixels are joined along channels.
     """
 
     base_dim: int = 96
-    z_dim: int = 16
+    z_dim: int = WAN_2_1.latent_channels
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
     temporal_downsample: tuple[bool, ...] = (False, True, True)
-    latent_mean: tuple[float, ...] = LATENT_MEAN
-    latent_std: tuple[float, ...] = LATENT_STD
+    pixel_patch: int = 1
+    latent_mean: tuple[float, ...] = WAN_2_1.latent_mean
+    latent_std: tuple[float, ...] = WAN_2_1.latent_std
     conv: str = "auto"
     dtype: str = "bfloat16"
     param_dtype: str = "float32"
@@ -68,7 +66,17 @@ class VaeConfig:
 
     @property
     def spatial_stride(self) -> int:
-        return 2 ** len(self.temporal_downsample)
+        return self.pixel_patch * 2 ** len(self.temporal_downsample)
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        """Pixel frames, rows and columns of one latent cell."""
+        return self.temporal_stride, self.spatial_stride, self.spatial_stride
+
+    @property
+    def pixel_channels(self) -> int:
+        """Channels that the encoder takes and the decoder makes."""
+        return 3 * self.pixel_patch**2
 
 
 @flax.struct.dataclass
@@ -80,11 +88,6 @@ class VaeState:
     """
 
     past: Past
-
-
-def pixel_frames(latent_frames: int, temporal_stride: int = 4) -> int:
-    """Returns the number of pixel frames of a video: the first latent frame makes 1."""
-    return 1 + temporal_stride * (latent_frames - 1)
 
 
 def _before(past: Past | None, name: str) -> Past | None:
@@ -440,7 +443,7 @@ class Decoder(Trunk):
         self.middle = _middle(config, top)
         self.upsamples = stages
         self.head_0 = ChannelNorm(config)
-        self.head_2 = CausalConv(config, 3)
+        self.head_2 = CausalConv(config, config.pixel_channels)
 
     def layers(self) -> list[tuple[str, nn.Module]]:
         stages = _named("upsamples", self.upsamples)
@@ -448,10 +451,11 @@ class Decoder(Trunk):
 
 
 class WanVae(nn.Module):
-    """The Wan2.1 VAE with the mean as its code; channels last.
+    """The VAE of Wan with the mean as its code; channels last.
 
     Pixels [B, 1 + 4k, H, W, 3] in [-1, 1] and latents [B, 1 + k, H/8, W/8, z_dim] of
-    about unit variance. The first latent frame makes one pixel frame, every other four.
+    about unit variance, for the strides 4 and 8 of Wan2.1. The first latent frame makes
+    one pixel frame, every other as many as the stride in time.
     A stream is decoded in pieces of any length, with the state of one call passed to
     the next; the pieces make the same video as the whole. The first call of a stream
     passes None, and compiles apart from the others. However long the piece, one latent
@@ -499,7 +503,7 @@ class WanVae(nn.Module):
         """Returns the mean of the latents' distribution, not yet normalised."""
         self._check_pixels(pixels, state)
         past = None if state is None else state.past
-        x = pixels.astype(self.config.dtype)
+        x = self._patched(pixels.astype(self.config.dtype))
         x, past = self.encoder.stream(x, past, self.config.temporal_stride)
         mean, _ = jnp.split(self.conv1(x), 2, axis=-1)
         return mean, VaeState(past=past)
@@ -524,7 +528,21 @@ class WanVae(nn.Module):
         past = None if state is None else state.past
         x = self.conv2(latents / inverse + centre)
         pixels, past = self.decoder.stream(x, past, 1)
-        return pixels, VaeState(past=past)
+        return self._unpatched(pixels), VaeState(past=past)
+
+    def _patched(self, pixels: jax.Array) -> jax.Array:
+        """Returns pixels with each patch's rows and columns along channels."""
+        size = self.config.pixel_patch
+        return einops.rearrange(
+            pixels, "b f (h y) (w x) c -> b f h w (c x y)", y=size, x=size
+        )
+
+    def _unpatched(self, patches: jax.Array) -> jax.Array:
+        """Returns the inverse of `_patched`."""
+        size = self.config.pixel_patch
+        return einops.rearrange(
+            patches, "b f h w (c x y) -> b f (h y) (w x) c", y=size, x=size
+        )
 
     def _normal(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
         """Returns the latents' mean and inverse deviation, rounded as the original."""

@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
-from anchor_jax import io, ownership
+from anchor_jax import io, ownership, trees
 from anchor_jax.errors import UserError, damaged, shown, suggest
 from anchor_jax.io import expand
 
@@ -366,7 +366,7 @@ def leaf(path: str | pathlib.Path, item: str, name: str) -> np.ndarray:
     Raises:
       UserError: The item or the leaf is missing or broken.
     """
-    known = traverse_util.flatten_dict(shapes(path, item), sep="/")
+    known = trees.flatten(shapes(path, item))
     if name not in known:
         raise UserError(f"{path}: {item} has no {name!r}{suggest(name, known, 'has')}")
     return _read_leaf(path, item, name, known[name])
@@ -378,7 +378,7 @@ def iterate(path: str | pathlib.Path, item: str) -> Iterator[tuple[str, np.ndarr
     Raises:
       UserError: The item is missing or broken.
     """
-    known = traverse_util.flatten_dict(shapes(path, item), sep="/")
+    known = trees.flatten(shapes(path, item))
     for name, shape in known.items():
         yield name, _read_leaf(path, item, name, shape)
 
@@ -423,7 +423,7 @@ def _inside(folder: pathlib.Path, name: str) -> pathlib.Path:
 
 def _reader(stored: Any = None) -> ocp.PyTreeCheckpointHandler:
     """Returns what reads an item, a few leaves at once or one large one."""
-    sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(stored)]
+    sizes = map(trees.leaf_nbytes, jax.tree.leaves(stored))
     at_once = max([_READ_AT_ONCE, *sizes])
     return ocp.PyTreeCheckpointHandler(restore_concurrent_gb=-(-at_once // 10**9))
 

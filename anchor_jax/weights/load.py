@@ -23,7 +23,7 @@ from anchor_jax.weights.single_file import load_saved
 def load_bundle(
     weights: str,
     *,
-    grid: LatentGrid | None = None,
+    grid: LatentGrid | str | None = None,
     dtype: str | None = None,
     text_encoder: str = "device",
     mesh: Mesh | None = None,
@@ -37,7 +37,8 @@ def load_bundle(
       weights: `tiny`, the path that `save_bundle` wrote to, the folder of a
         checkpoint with ported weights, or that of a training; of a training,
         `FOLDER/400` takes the checkpoint of step 400, not the last one.
-      grid: latent size of the videos; None: as stored, and 60 x 104 for ported ones.
+      grid: latent size of the videos, or their `HEIGHTxWIDTH` in pixels; None: as
+        stored, and the default of their family for ported ones.
       dtype: of weights and activations; None: as stored, and bfloat16 for ported ones.
       text_encoder: "device" keeps it on the device, "free" only while there are new
         prompts, and "sharded" splits it over all devices.

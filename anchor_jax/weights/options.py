@@ -23,7 +23,7 @@ NETWORKS = ("generator", "critic")
 class Options:
     """How `load_bundle` was asked to load."""
 
-    grid: LatentGrid | None
+    grid: LatentGrid | str | None
     dtype: str | None
     text_encoder: str
     mesh: Mesh | None
@@ -84,11 +84,13 @@ class Options:
         """Returns the latent size of the videos.
 
         Raises:
-          UserError: The patch does not divide it.
+          UserError: The patch does not divide it, or the size in pixels is none.
         """
         grid = self.grid or default
+        if isinstance(grid, str):
+            grid = model.family.parse_size(grid)
         try:
-            grid.tokens(model.patch)
+            grid.tokens(model.patch, model.family.strides)
         except ValueError as error:
             raise UserError(f"grid: {error}") from error
         return grid

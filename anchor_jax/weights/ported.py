@@ -8,19 +8,17 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from flax import traverse_util
 from jax.sharding import Mesh
 
-from anchor_jax import sharding
+from anchor_jax import sharding, trees
 from anchor_jax.config import from_config
-from anchor_jax.errors import UserError, reason, shown
+from anchor_jax.errors import UserError, reason, shown, suggest
 from anchor_jax.limits import check_sizes
-from anchor_jax.wan.spec import LatentGrid, ModelConfig
+from anchor_jax.wan import shapes
+from anchor_jax.wan.spec import FAMILIES, WAN_2_1, ModelConfig
 from anchor_jax.wan.text import TextConfig
 from anchor_jax.wan.tokenizer import Tokenizer, load_tokenizer
-from anchor_jax.wan.vae import VaeCodec, VaeConfig, WanVae
+from anchor_jax.wan.vae import VaeCodec, VaeConfig
 from anchor_jax.weights import checkpoint
 from anchor_jax.weights.bundle import Bundle
 from anchor_jax.weights.options import Options
@@ -29,7 +27,6 @@ from anchor_jax.weights.tensors import (
     check_vocab,
     damaged_weights,
     expected_lora,
-    expected_tensors,
     merge_lora,
 )
 
@@ -53,17 +50,17 @@ def load_ported(folder: pathlib.Path, options: Options) -> Bundle:
     with damaged_weights(folder):
         ported = _read_ported(meta, options.dtype or "bfloat16")
         _check_ported(ported)
+        if "family" in meta:
+            _check_strides(ported)
     model, text = options.mastered(ported.model), ported.text
     expected = _expected_ported(folder, ported)
     network = options.item(checkpoint.items(folder))
     if network == "fake_score":
         expected[network] = {"params": expected["generator"]["params"]}
     for item in expected:
-        stored = traverse_util.flatten_dict(checkpoint.shapes(folder, item), sep="/")
+        stored = trees.flatten(checkpoint.shapes(folder, item))
         with damaged_weights(folder):
-            check_tensors(
-                item, stored, traverse_util.flatten_dict(expected[item], sep="/")
-            )
+            check_tensors(item, stored, trees.flatten(expected[item]))
     tokenizer = _ported_tokenizer(folder, text)
 
     def load(item: str, rules, mesh: Mesh | None):
@@ -75,7 +72,7 @@ def load_ported(folder: pathlib.Path, options: Options) -> Bundle:
     return Bundle(
         model=model,
         text=text,
-        grid=options.fitting_grid(model, LatentGrid()),
+        grid=options.fitting_grid(model, model.family.default_grid),
         codec=VaeCodec(ported.vae),
         tokenizer=tokenizer,
         encode_prompts=options.encoder(
@@ -116,11 +113,20 @@ def _read_ported(meta: Mapping[str, Any], dtype: str) -> _Ported:
         return from_config(kind, whole, f"meta.{name}")
 
     return _Ported(
-        read(ModelConfig, "model"),
+        read(_model_kind(meta), "model"),
         read(TextConfig, "text"),
         read(VaeConfig, "vae"),
         _source_digest(meta.get("sources")),
     )
+
+
+def _model_kind(meta: Mapping[str, Any]) -> type[ModelConfig]:
+    """Returns the class of the generator's sizes; no family is Wan2.1."""
+    name = meta.get("family", WAN_2_1.name)
+    if name not in FAMILIES:
+        known = suggest(str(name), FAMILIES, "families")
+        raise UserError(f"meta.family={shown(name)}{known}")
+    return FAMILIES[name]
 
 
 def _source_digest(sources: Any) -> str:
@@ -160,21 +166,25 @@ def _check_ported(ported: _Ported) -> None:
             raise UserError(f"meta.{name}={value}, expected {wanted} as the model")
 
 
+def _check_strides(ported: _Ported) -> None:
+    """Raises UserError unless the VAE has the strides of the stated family."""
+    family, strides = ported.model.family, ported.vae.strides
+    if strides != family.strides:
+        raise UserError(
+            f"meta.vae has strides {strides}, expected {family.strides} of the family"
+            f" {family.name}"
+        )
+
+
 def _expected_ported(folder: pathlib.Path, ported: _Ported) -> dict[str, Any]:
     """Returns the shapes of every item, by its name."""
     stored = checkpoint.shapes(folder, "generator")
-    frame = 2 ** len(ported.vae.temporal_downsample)
-    pixels = jax.ShapeDtypeStruct((1, 1, frame, frame, 3), jnp.float32)
     with damaged_weights(folder):
-        tensors = traverse_util.unflatten_dict(
-            expected_tensors(ported.model, ported.text, None), sep="/"
-        )
-        init = WanVae(ported.vae).init
-        codec = jax.eval_shape(init, jax.random.key(0), pixels)["params"]
-        generator = {"params": tensors["generator"]}
+        text, codec = shapes.of(ported.text), shapes.of(ported.vae)
+        generator = {"params": shapes.of(ported.model)}
         if "lora" in stored:
             generator["lora"] = expected_lora(generator["params"], stored["lora"])
-    return {"generator": generator, "text_encoder": tensors["text"], "vae": codec}
+    return {"generator": generator, "text_encoder": text, "vae": codec}
 
 
 def _load_network(folder: pathlib.Path, item: str, expected, options: Options):
@@ -184,8 +194,8 @@ def _load_network(folder: pathlib.Path, item: str, expected, options: Options):
     if options.mesh is not None:
         tables = {"params": sharding.GENERATOR, "lora": sharding.LORA}
         places = {
-            name: sharding.shardings(shapes, tables[name], options.mesh)
-            for name, shapes in expected.items()
+            name: sharding.shardings(tree, tables[name], options.mesh)
+            for name, tree in expected.items()
         }
     # Merged before they are rounded, where they are stored wider.
     merges = options.lora == "merged" and "lora" in expected

@@ -16,10 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
-from flax import traverse_util
 from jax.sharding import Mesh
 
-from anchor_jax import sharding
+from anchor_jax import sharding, trees
 from anchor_jax.config import from_config
 from anchor_jax.errors import UserError, shown, suggest
 from anchor_jax.filetypes import check_start
@@ -41,12 +40,12 @@ from anchor_jax.weights.tensors import (
 FORMAT_VERSION = 1
 TINY_TEXT = TextConfig(
     vocab=64,
-    dim=64,
+    dim=TINY.text_dim,
     attention_dim=64,
     ffn_dim=128,
     num_heads=4,
     num_layers=2,
-    text_len=16,
+    text_len=TINY.text_len,
     dtype="float32",
 )
 TINY_GRID = LatentGrid(8, 8)
@@ -92,7 +91,7 @@ def load_saved(weights: str, options: Options) -> Bundle:
         leaves = {
             name: jnp.asarray(stored[name], expected[name].dtype) for name in names
         }
-        params = traverse_util.unflatten_dict(leaves, sep="/")[part]
+        params = trees.unflatten(leaves)[part]
         if mesh is None:
             return params
         return jax.device_put(params, sharding.shardings(params, rules, mesh))
@@ -152,7 +151,7 @@ def save_bundle(
         "tokenizer": hashlib.sha256(tokenizer).hexdigest(),
         "metadata": dict(metadata),
     }
-    flat = traverse_util.flatten_dict(params, sep="/")
+    flat = trees.flatten(params)
     check_tensors(model_file, flat, expected_tensors(model, text, CODECS[STORED]))
     halves = {name: _half(name, value) for name, value in sorted(flat.items())}
     content = safetensors.numpy.save(halves, {_HEADER: json.dumps(header)})

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from anchor_jax import trees
 from anchor_jax.errors import UserError, damaged, shown, some
-from anchor_jax.wan import dit, lora
+from anchor_jax.wan import lora, shapes
 from anchor_jax.wan.spec import ModelConfig
-from anchor_jax.wan.text import TextConfig, Umt5Encoder
+from anchor_jax.wan.text import TextConfig
 from anchor_jax.weights import codecs
 from anchor_jax.weights.codecs import StoredCodec
 
@@ -29,15 +30,12 @@ def expected_tensors(
     model: ModelConfig, text: TextConfig, codec: StoredCodec | None
 ) -> dict[str, Any]:
     """Returns shape and type of every tensor, by name, without making any."""
-    key = jax.random.key(0)
-    ids = jax.ShapeDtypeStruct((1, text.text_len), jnp.int32)
-    encoder = jax.eval_shape(Umt5Encoder(text).init, key, ids, ids)
     tree = {
-        "generator": jax.eval_shape(functools.partial(dit.init_params, model), key),
-        "text": encoder["params"],
+        "generator": shapes.of(model),
+        "text": shapes.of(text),
         "codec": codecs.parameters(codec, model.latent_channels) if codec else {},
     }
-    return traverse_util.flatten_dict(tree, sep="/")
+    return trees.flatten(tree)
 
 
 def expected_lora(params, stored) -> dict[str, Any]:
@@ -97,7 +95,6 @@ def merge_lora(params, adapters, dtype: str):
         one = {path[-1]: leaves.pop(path)}
         if path[-1] == "kernel" and names[0] in updates:
             update = {name[-1]: updates.pop(name) for name in names}
-            wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (one, update))
-            one = lora.merge(*wide)
+            one = lora.merge(*trees.cast((one, update), jnp.float32))
         leaves[path] = one[path[-1]].astype(dtype)
     return traverse_util.unflatten_dict(leaves)

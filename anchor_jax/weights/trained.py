@@ -1,20 +1,17 @@
 """The bundle of a training: the one that it began with, its own weights in place."""
 
 import dataclasses
-import functools
 import hashlib
 import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-from flax import traverse_util
-
+from anchor_jax import trees
 from anchor_jax.config import from_config
 from anchor_jax.errors import UserError
 from anchor_jax.limits import check_sizes
-from anchor_jax.wan import dit
+from anchor_jax.wan import shapes
 from anchor_jax.wan.spec import ModelConfig
 from anchor_jax.weights import checkpoint
 from anchor_jax.weights.bundle import Bundle
@@ -100,7 +97,7 @@ def _critic_model(folder: pathlib.Path, generator: ModelConfig) -> ModelConfig:
     types = {name: getattr(generator, name) for name in ("dtype", "param_dtype")}
     with damaged_weights(folder):
         whole = dataclasses.asdict(generator) | dict(sizes) | types
-        model = from_config(ModelConfig, whole, f"meta.{CRITIC}")
+        model = from_config(type(generator), whole, f"meta.{CRITIC}")
         check_sizes(f"meta.{CRITIC}", model)
     return model
 
@@ -122,17 +119,16 @@ def _why_not(folder: pathlib.Path, base: str) -> str:
 
 def _with_variables(folder, item: str, stored, base: Bundle, options: Options):
     """Returns the bundle with the collections of a training's checkpoint."""
-    init = functools.partial(dit.init_params, base.model)
-    shapes = jax.eval_shape(init, jax.random.key(0))
+    params = shapes.of(base.model)
     with damaged_weights(folder):
-        expected = {"params": shapes}
+        expected = {"params": params}
         if "lora" in stored:
-            expected = {"lora": expected_lora(shapes, stored["lora"])}
+            expected = {"lora": expected_lora(params, stored["lora"])}
         found = {name: tree for name, tree in stored.items() if name in expected}
         check_tensors(
             folder / item,
-            traverse_util.flatten_dict(found, sep="/"),
-            traverse_util.flatten_dict(expected, sep="/"),
+            trees.flatten(found),
+            trees.flatten(expected),
         )
     dtype = base.model.param_dtype
 
@@ -142,7 +138,7 @@ def _with_variables(folder, item: str, stored, base: Bundle, options: Options):
         trained = checkpoint.restore(folder, item)
         trained = {name: trained[name] for name in expected}
         if "lora" not in trained:
-            return jax.tree.map(lambda x: x.astype(dtype), trained)
+            return trees.cast(trained, dtype)
         params = base.load_variables()["params"]
         if options.lora == "merged":
             return {"params": merge_lora(params, trained["lora"], dtype)}

@@ -24,8 +24,6 @@ from anchor_jax.training.data.digests import digest
 from anchor_jax.training.data.kinds import ClipKind, ClipRequest, DataConfig, path_of
 from anchor_jax.training.data.order import Order
 
-_CELL = 8  # pixels of a latent's side
-_STRIDE = 4  # pixel frames of a latent frame
 _SHOWN = 10  # videos in a message
 _READS = 'a file of JSON lines {"video": NAME, "caption": TEXT}'
 _EXPECTED = 'expected {"video": NAME, "caption": TEXT}'
@@ -78,7 +76,9 @@ def _beside(file: pathlib.Path, name: str, where: str) -> pathlib.Path:
         return inside(file.parent, name)
 
 
-def _check(videos: Iterable[pathlib.Path], count: int, size: tuple[int, int]) -> None:
+def _check(
+    videos: Iterable[pathlib.Path], count: int, size: tuple[int, int], fps: int
+) -> None:
     """Raises what is wrong with all of the videos, before any is encoded.
 
     Reports those with fewer frames a second than a clip.
@@ -86,7 +86,7 @@ def _check(videos: Iterable[pathlib.Path], count: int, size: tuple[int, int]) ->
     wrong, slow = [], {}
     for video in tqdm(list(videos), desc="checks videos", unit="video"):
         try:
-            repeated = media.read_clip(video, count, size).repeated
+            repeated = media.read_clip(video, count, size, fps).repeated
         except UserError as error:
             wrong.append(str(error))
         else:
@@ -98,7 +98,7 @@ def _check(videos: Iterable[pathlib.Path], count: int, size: tuple[int, int]) ->
         first, repeated = next(iter(slow.items()))
         tqdm.write(
             f"warning: {len(slow)} videos have fewer than"
-            f" {media.PIXEL_FRAMES_PER_SECOND} frames a second, so that some pictures"
+            f" {fps} frames a second, so that some pictures"
             f" are used more than once: {first}, {repeated} of {count} frames are"
             " repeats; motion stutters there. Leave such videos out if that matters",
             file=sys.stderr,
@@ -130,13 +130,13 @@ class Videos:
         self._order = Order(len(self._clips), request.data.seed)
 
     def _encode(self, listed, bundle) -> Iterator[dict[str, Any]]:
-        grid = bundle.grid
-        size = grid.height * _CELL, grid.width * _CELL
-        count = 1 + _STRIDE * (self._frames - 1)
-        _check((video for video, _ in listed), count, size)
+        family = bundle.model.family
+        size, fps = family.pixel_size(bundle.grid), family.frames_per_second
+        count = family.pixel_frames(self._frames)
+        _check((video for video, _ in listed), count, size, fps)
         encode = jax.jit(functools.partial(bundle.codec.encode, bundle.codec_params))
         for video, caption in listed:
-            pixels = media.read_video(video, count, size)
+            pixels = media.read_video(video, count, size, fps)
             unit = jnp.asarray(pixels[None], jnp.float32) / 127.5 - 1
             yield {"latents": np.asarray(encode(unit))[0], "captions": [caption]}
 

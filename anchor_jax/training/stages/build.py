@@ -16,7 +16,7 @@ from anchor_jax.training.stages.distillation import DistillationConfig
 from anchor_jax.training.stages.registry import STAGES
 from anchor_jax.training.stages.regression import RegressionConfig
 from anchor_jax.training.state import Ema, Optimizer
-from anchor_jax.wan.spec import ModelConfig
+from anchor_jax.wan.spec import WAN_2_1, ModelConfig
 from anchor_jax.weights.bundle import Bundle
 
 
@@ -49,7 +49,7 @@ class SamplesConfig:
 
     prompts: tuple[str, ...] = ()
     num: int = 4
-    frames: int = 21
+    frames: int = WAN_2_1.clip_frames
     policy: str | None = None
     steps: int = 20
     grid: str = "even"

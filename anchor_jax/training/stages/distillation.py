@@ -26,6 +26,7 @@ from anchor_jax.training.stages.distillation_flops import step_flops
 from anchor_jax.training.stages.distillation_spec import make_spec, mean_chunk
 from anchor_jax.training.stages.distillation_step import ChunkShape, DistillationSpec
 from anchor_jax.training.state import Ema, TrainState, init_state
+from anchor_jax.wan.spec import WAN_2_1
 from anchor_jax.weights.bundle import Bundle
 
 
@@ -49,8 +50,8 @@ class DistillationConfig:
     steps: tuple[int, ...] = (1000, 750, 500, 250)
     shift: float = 5.0
     guidance: float = 3.0
-    frames: int = 21
-    length: int = 21
+    frames: int = WAN_2_1.clip_frames
+    length: int = WAN_2_1.clip_frames
     switches: tuple[int, ...] = ()
     every: int = 5
     negative_prompt: str = ""
