@@ -19,8 +19,8 @@ _COUNTS = (
 class ModelConfig:
     """Sizes of one Wan2.1 transformer. Hashable, hence a static argument of jit.
 
-    `remat` names a member of `jax.checkpoint_policies`, or "none". `unroll` is how
-    many layers the compiled loop over layers holds side by side.
+    `remat` names a member of `jax.checkpoint_policies`, or is "none". `unroll` is the
+    number of layers per iteration of the compiled loop over layers.
     """
 
     dim: int = 1536

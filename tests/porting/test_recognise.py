@@ -115,7 +115,7 @@ def test_one_of_two_transformers_is_refused(planned, name):
     "content, message",
     [
         (b"", "is empty"),
-        (POINTER, r"pointer of Git LFS.*5,683,456 bytes.*git lfs pull"),
+        (POINTER, r"Git LFS pointer.*5,683,456 bytes.*git lfs pull"),
         (b"<!DOCTYPE html><html>", "is a web page"),
         (b"\n <html>", "is a web page"),
         (b"Entry not found", "failed download"),

@@ -98,7 +98,7 @@ def test_loading_from_a_folder(model, tmp_path):
 
 
 def test_an_empty_folder_says_what_to_fetch(tmp_path):
-    with pytest.raises(FileNotFoundError, match="expected tokenizer.json or spiece"):
+    with pytest.raises(FileNotFoundError, match="needs tokenizer.json or spiece"):
         tokenizer.load_tokenizer(tmp_path)
 
 
