@@ -527,7 +527,7 @@ class WanVae(nn.Module):
         return pixels, VaeState(past=past)
 
     def _normal(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-        """Returns the latents' mean and inverse deviation, rounded like the original."""
+        """Returns the latents' mean and inverse deviation, rounded as originally."""
         config = self.config
         return jnp.asarray(config.latent_mean, dtype), 1 / jnp.asarray(
             config.latent_std, dtype
