@@ -3,7 +3,7 @@
     anchor-jax bench --config=configs/bench_full.py --out=bench.json
     anchor-jax bench --config=configs/bench_full.py --config.text.num_layers=1
 
-Needs about 24 GB with the text encoder's 24 layers; the second line does with 13.
+The first command needs about 24 GB with the text encoder's 24 layers, the second 13 GB.
 """
 
 import dataclasses

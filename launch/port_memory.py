@@ -2,7 +2,7 @@
 
     python launch/port_memory.py --folder=SCRATCH
 
-Needs 12 GB of disk for the first and 23 GB for the second; both are removed again.
+It needs 12 GB of disk for the first and 23 GB for the second, and removes both.
 Prints one JSON: the largest leaf, the peak resident memory, and twice the former plus
 2 GiB.
 """
@@ -78,7 +78,7 @@ def peak_of(command: list[str]) -> int:
 
 
 def measure(name: str, leaf: int, command: list[str]) -> dict[str, float]:
-    """Returns what a process took, in GiB."""
+    """Returns the peak memory of a process in GiB."""
     return {
         "what": name,
         "largest leaf": round(leaf / _GIB, 2),

@@ -19,7 +19,7 @@ class SwitchAction:
 
     @property
     def label(self) -> str:
-        """What a table of policies calls the action."""
+        """Name of the action in tables of policies."""
         return type(self).__name__.lower()
 
 

@@ -1,7 +1,7 @@
-"""Compiling the steps of a training for machines that are not there.
+"""Compiles the steps of a training for absent machines.
 
-Weights are shapes; every array has the sharding that it would have on the mesh. The
-chip that is counted is the first of its machine, which has the text encoder too.
+Weights are shapes, and every array has the sharding that it would have on the mesh.
+Memory is counted for the first chip of a machine, which also has the text encoder.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ _MACHINE = 8  # chips of a process, the first of which encodes its prompts
 
 @dataclasses.dataclass(frozen=True)
 class NetworkSizes:
-    """Sizes of the networks of a training; the critic's are the generator's."""
+    """Sizes of the networks of a training; the critic has those of the generator."""
 
     generator: ModelConfig
     teacher: ModelConfig
@@ -44,11 +44,11 @@ class TrainingReport:
     """The programs of a training on one of the chips of a mesh; sizes in bytes.
 
     Attributes:
-      target: the chip.
-      mesh: devices by axis.
-      programs: by name; the compiler's reason in place of one it refused.
-      resident: what stays in memory from step to step, by name.
-      gradient: the largest, which waits for the next program.
+      target: name of the chip.
+      mesh: number of devices by axis.
+      programs: programs by name, or the compiler's reason for a refusal.
+      resident: bytes of arrays that stay in memory between steps, by name.
+      gradient: bytes of the largest gradient, which waits for the next program.
     """
 
     target: Target
@@ -59,13 +59,13 @@ class TrainingReport:
 
     @property
     def needed(self) -> int:
-        """The most memory in use at once."""
+        """The peak memory."""
         kept = sum(self.resident.values()) + self.gradient
         made = [one for one in self.programs.values() if isinstance(one, Compiled)]
         return kept + max((m.outputs + m.temporaries + m.code for m in made), default=0)
 
     def problems(self) -> tuple[str, ...]:
-        """Returns what is wrong with the programs or the memory, and what to do."""
+        """Returns the problems of the programs and the memory, with remedies."""
         found = []
         for name, made in self.programs.items():
             if isinstance(made, Refused):
@@ -103,18 +103,18 @@ def plan(
     networks: NetworkSizes,
     progress: Callable[[str], None] = lambda _: None,
 ) -> TrainingReport:
-    """Returns what the compiler of a target makes of a training's programs.
+    """Compiles a training's programs for a target.
 
     Args:
-      name: of the target.
-      chips: of the mesh, a power of two.
-      config: of the training; its weights are not read.
-      networks: their sizes.
-      progress: is told each program's name before it is compiled.
+      name: name of the target.
+      chips: number of chips in the mesh, a power of two.
+      config: config of the training. Its weights are not read.
+      networks: sizes of the networks.
+      progress: called with each program's name before it is compiled.
 
     Raises:
       UserError: The target is unknown, its compiler is not installed, or the config
-        does not fit so many chips.
+        does not fit the number of chips.
     """
     target = aot.find_target(name)
     mesh = build.make_mesh(config, aot.devices_of(target, chips))
@@ -136,7 +136,7 @@ def plan(
 
 
 def _resident(prepared: Prepared) -> tuple[dict[str, int], int]:
-    """Returns what stays in a chip's memory, by name, and the largest gradient."""
+    """Returns the bytes of long-lived arrays by name, and of the largest gradient."""
     state = prepared.state
     trained = {"generator": state.generator, "critic": state.fake_score}
     held = {
@@ -153,7 +153,7 @@ def on_paper(config: TrainConfig, networks: NetworkSizes, mesh: Mesh) -> Prepare
     """Returns a stage whose weights and state are shapes.
 
     Raises:
-      UserError: The text encoder would be trained along.
+      UserError: The text encoder would be trained too.
     """
     build.find_stage(config).check_plan(config)
     family = networks.generator.family

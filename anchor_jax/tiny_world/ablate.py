@@ -27,10 +27,10 @@ class Comparison:
       part: "swaps" streams one generator; "trained" tunes one for each arm.
       trial: the streams of an arm.
       config: config of the streams and their weights.
-      train: config of the training of an arm, as `training.run.read_config` takes it.
+      train: config of an arm's training, as `training.run.read_config` takes it.
         It starts from the weights of `config`.
       folder: folder of numbers and tables.
-      tell: a function that prints a line.
+      tell: function that prints a line.
     """
 
     part: str
@@ -41,7 +41,7 @@ class Comparison:
     tell: Callable[[str], None]
 
     def identity(self) -> dict[str, Any]:
-        """Returns the parts of the trial on which the numbers of one start depend."""
+        """Returns the fields of the trial that the numbers of one start depend on."""
         one = dataclasses.replace(self.trial, starts=1, batch=1)
         return dataclasses.asdict(one)
 

@@ -1,4 +1,4 @@
-"""Scores of generated tiny-world streams with events, and of streams of a minute."""
+"""Scores of generated tiny-world streams with events, and of one-minute streams."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -13,9 +13,9 @@ from anchor_jax.tiny_world.event_scores import Segment, Shown
 from anchor_jax.tiny_world.events import Scene
 
 MINUTE = (14, 13, 13, 14, 13, 13)
-"""Blocks of the segments of a minute: five switches."""
+"""Blocks per segment of a one-minute stream with five switches."""
 KINDS = (*scene.KINDS, "enter", "return")
-"""Events whose scripts take turns."""
+"""Events, in the order in which scripts alternate."""
 SHOWN = (
     *("background", "count", "color", "shape", "shape_iou", "direction"),
     *("adopted_soon", "on_its_way", "persists", "recalled", "jumps", "speed"),
@@ -23,10 +23,10 @@ SHOWN = (
 
 
 def score_events(bundle, setup: StreamSetup, trial: world.Trial) -> dict:
-    """Returns scores by event, of held-out scenes, with control and ceiling.
+    """Returns scores by event on held-out scenes, with control and ceiling.
 
-    Each script is the shortest that ends in its event, of at most as many segments as
-    the trial; the kinds take turns.
+    Each script is the shortest that ends in its event, with at most the trial's number
+    of segments. The kinds alternate.
     """
     rng = np.random.default_rng(trial.seed)
     scripts = [
@@ -71,10 +71,10 @@ def _score(bundle, setup, trial: world.Trial, scripts, rng) -> dict:
 def watch(
     bundle, setup: StreamSetup, trial: world.Trial, scripts: Sequence[Sequence[Scene]]
 ) -> Iterator[tuple[list[int], list[list[Shown]]]]:
-    """Yields numbers of scripts, and what their segments show.
+    """Yields numbers of scripts, and the content of their segments.
 
-    Scripts of the same length are generated side by side; every batch is whole, for
-    one program, and cut.
+    Scripts of the same length are generated together. Every batch is full, so that one
+    program serves all, and is then cut.
     """
     rng = np.random.default_rng((trial.seed, 1))
     for rows in tqdm(_batches(scripts, trial.batch), desc="streams"):
@@ -91,7 +91,7 @@ def watch(
 
 
 def _batches(scripts: Sequence[Sequence[Scene]], batch: int) -> list[list[int]]:
-    """Returns numbers of scripts of the same length, so many together."""
+    """Returns numbers of scripts of the same length, in groups of a batch."""
     by_length: dict[int, list[int]] = {}
     for row, script in enumerate(scripts):
         by_length.setdefault(len(script), []).append(row)

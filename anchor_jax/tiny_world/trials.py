@@ -1,4 +1,4 @@
-"""The trials of the tiny world, as `anchor-jax score` names them."""
+"""The trials of the tiny world for `anchor-jax score`."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -17,11 +17,12 @@ class WorldTrial:
     """A trial as `anchor_jax.evaluation.protocol.Trial`.
 
     Attributes:
-      score: scores streams.
-      table: formats the scores.
-      lengths: the length of each segment in blocks. None: as many as asked for.
+      score: function that scores streams.
+      table: function that formats the scores.
+      lengths: length of each segment in blocks. None takes `count` segments of the
+        requested length.
       count: number of segments, where `lengths` is None.
-      score_clips: scores whole clips, or None.
+      score_clips: function that scores whole clips, or None.
     """
 
     score: _Score

@@ -13,7 +13,7 @@ from anchor_jax.training.data import kinds, sources
 from anchor_jax.training.stages.build import TrainConfig
 from anchor_jax.weights.bundle import Bundle
 
-# Fields that may change when a run is resumed.
+# Fields that may differ when a run is resumed.
 _FREE = (
     *("save_every", "keep", "keep_best", "best_of", "log_every", "sample_every"),
     *("samples", "mesh", "remat", "out", "data.cache"),
@@ -26,7 +26,7 @@ def compare_config(
 ) -> None:
     """Raises UserError unless a config can resume the run in a folder, if any.
 
-    Fields that an older run did not have yet count as their defaults.
+    Fields that an older run lacks count as their defaults.
 
     Raises:
       UserError: The run in the folder has another config, or its config is damaged.

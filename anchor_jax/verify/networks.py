@@ -24,7 +24,7 @@ from anchor_jax.wan.dit import WanDit
 from anchor_jax.wan.layers import Dense
 from anchor_jax.wan.spec import WAN_2_1, LatentGrid, ModelConfig
 
-CLOSE = 1e-4  # absolute: latents, flows and what the transformer makes on the way
+CLOSE = 1e-4  # absolute: latents, flows and intermediates of the transformer
 NEAR = 5e-5  # relative: text encoder and VAE
 _MANY = 4096
 
@@ -123,7 +123,7 @@ def run_dit(variables, latents, timestep, text, position, spans: Spans, *, confi
 
 @dataclasses.dataclass(frozen=True)
 class _Pass:
-    """What a whole-sequence pass is given; `clean` frames come before the noisy."""
+    """The inputs of a whole-sequence pass; `clean` frames precede the noisy ones."""
 
     latents: np.ndarray
     timestep: np.ndarray
@@ -152,7 +152,7 @@ class _Pass:
 
 
 def verify_dit_bidirectional(case: Case, checks: Checks) -> None:
-    """Compares a pass of the bidirectional transformer and what it makes on the way."""
+    """Compares a pass of the bidirectional transformer with its intermediates."""
     config = model_config(case)
     latents = video(case.inputs["x"], "x", config.latent_channels)
     batch, frames = latents.shape[:2]
@@ -223,7 +223,7 @@ def block_sizes(case: Case, frames: int) -> tuple[int, ...]:
 
 
 def _causal_spans(case: Case, blocks: tuple[int, ...], frames: int) -> Spans:
-    """Returns the block-causal spans, cut to the frames that there are."""
+    """Returns the block-causal spans, cut to the existing frames."""
     window = case.setting("model", "local_attn_size", default=-1)
     if window != -1:
         window = case.size("model", "local_attn_size")
@@ -237,7 +237,7 @@ def _causal_spans(case: Case, blocks: tuple[int, ...], frames: int) -> Spans:
 
 
 def dense_mask(spans: Spans, tokens: int, like: np.ndarray) -> np.ndarray:
-    """Returns which key token each query token sees, [query, key]."""
+    """Returns the mask of visible key tokens, [query, key]."""
     frames = spans.spans[-1][1]
     if like.shape != (frames * tokens, frames * tokens):
         raise CaseError(f"outputs: mask has shape {like.shape}")
@@ -260,7 +260,7 @@ def _timesteps(case: Case, name: str, shape: tuple[int, ...]) -> np.ndarray:
 def _named_inner(inner) -> dict[str, np.ndarray]:
     """Returns the intermediates under their recorded names.
 
-    A sown name may not be that of a layer, so some of ours end in `_out`.
+    A sown name cannot be that of a layer, so some of ours end in `_out`.
     """
     named = {
         ours.removesuffix("_out"): np.asarray(value[0])
@@ -274,7 +274,7 @@ def _named_inner(inner) -> dict[str, np.ndarray]:
 
 
 def _compare_inner(checks: Checks, inner: dict, config: ModelConfig) -> None:
-    """Compares the recorded intermediates, and demands those of every case."""
+    """Compares the recorded intermediates, and requires those of every case."""
     demanded = {"head", "text_embedding", "time_embedding", "time_projection"}
     demanded |= {f"block.{layer}.out" for layer in range(config.num_layers)}
     for name in sorted(demanded | (set(checks.outputs) & set(inner))):
@@ -283,7 +283,7 @@ def _compare_inner(checks: Checks, inner: dict, config: ModelConfig) -> None:
 
 
 def _merged(ours: np.ndarray, theirs: np.ndarray | None) -> np.ndarray:
-    """Returns `ours` with leading axes merged as recorded, if that is possible."""
+    """Returns `ours` with leading axes merged as recorded, if possible."""
     if theirs is None or not theirs.size or ours.size != theirs.size:
         return ours
     return ours.reshape(theirs.shape) if ours.shape[-1] == theirs.shape[-1] else ours
@@ -351,7 +351,7 @@ def _layer(tree, module: str) -> dict[str, np.ndarray]:
 
 
 def short_name(name: str) -> str:
-    """Returns a name fit for a message."""
+    """Returns a name shortened for a message."""
     return ascii(name)[:80]
 
 
@@ -411,7 +411,7 @@ def _token_ids(case: Case, config: text.TextConfig) -> tuple[np.ndarray, np.ndar
 
 
 def verify_vae(case: Case, checks: Checks) -> None:
-    """Compares encoding, decoding whole and in pieces, and what a stream keeps."""
+    """Compares encoding, decoding whole and in pieces, and the state of a stream."""
     config = _vae_config(case, checks)
     run = functools.partial(_run_vae, vae_params(case, config), config=config)
     movie = video(case.inputs["video"], "video", 3)
@@ -456,7 +456,7 @@ def _first(x: jax.Array) -> np.ndarray:
 
 
 def _vae_config(case: Case, checks: Checks) -> vae.VaeConfig:
-    """Returns the VAE's sizes; 16 channels must have the published mean and spread."""
+    """Returns the VAE's sizes; 16 channels need the published mean and deviation."""
     names = ("latent_mean", "latent_std")
     scale = {name: np.ravel(case.inputs[name]) for name in names}
     if case.size("model", "z_dim") == WAN_2_1.latent_channels:
@@ -490,7 +490,7 @@ def vae_params(case: Case, config: vae.VaeConfig, prefix: str = ""):
 
 
 def _compare_stream(case: Case, checks: Checks, latent: np.ndarray, run) -> None:
-    """Compares a decode in pieces, and the frames that the layers keep at its end."""
+    """Compares a decode in pieces, and the layers' states at its end."""
     pieces = case.setting("stream_blocks", default=[])
     state, reached = None, 0
     for number in range(len(pieces)):
@@ -508,7 +508,7 @@ def _compare_stream(case: Case, checks: Checks, latent: np.ndarray, run) -> None
         if slot >= len(kept):
             raise CaseError(f"{name}: the decoder has {len(kept)} causal convolutions")
         ours, theirs = _first(kept[slot]), checks.outputs.get(name)
-        # Ours start with frames of zeros; the recorded ones may be fewer at first.
+        # Ours start with frames of zeros; fewer may be recorded at first.
         if theirs is not None and theirs.ndim == 5 and 0 < theirs.shape[2] < 2:
             ours = ours[:, :, -theirs.shape[2] :]
         checks.compare(name, ours, relative=NEAR)
@@ -524,7 +524,7 @@ def _piece(case: Case, number: int) -> tuple[int, int]:
 
 
 def kept_frames(state: vae.VaeState) -> list[jax.Array]:
-    """Returns what the decoder's causal convolutions keep, in their order."""
+    """Returns the states of the decoder's causal convolutions, in their order."""
     leaves = traverse_util.flatten_dict(state.past)
     stages = ("conv1", "middle", "upsamples", "head")
 

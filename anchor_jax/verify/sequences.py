@@ -44,7 +44,7 @@ from anchor_jax.wan import vae
 
 
 def verify_streaming_training(case: Case, checks: Checks) -> None:
-    """Compares a long sequence, chunk by chunk: what it sees, losses, gradients."""
+    """Compares a long sequence, chunk by chunk: read plans, losses, gradients."""
     networks = load_networks(case, trained_policy(case))
     sizes = vae_sizes(case, "vae")
     codec = vae_params(case, sizes, "vae.")
@@ -92,7 +92,7 @@ def _recorded_chunks(case: Case) -> tuple[list[dict], bool]:
 
 @dataclasses.dataclass
 class _Sequence:
-    """A long sequence under way beside its recording."""
+    """A running long sequence beside its recording."""
 
     case: Case
     checks: Checks
@@ -103,7 +103,7 @@ class _Sequence:
     switch: int | None
 
     def chunk(self, record: dict, span: ChunkSpan) -> None:
-        """Makes the next chunk, and compares all that was recorded of it."""
+        """Makes the next chunk, and compares all of its recorded values."""
         checks, setup = self.checks, self.networks.setup
         name = f"chunk{whole(record.get('index'), 'trace: index', 0, LONGEST)}"
         first, end = (
@@ -188,7 +188,7 @@ class _Sequence:
                 self.checks.equal(f"{name}.{what}", value, record[what])
 
     def _compare_calls(self, name: str, record, chunk: Chunk, span: ChunkSpan) -> None:
-        """Compares what every call of the generator saw."""
+        """Compares the read plan of every call of the generator."""
         size = self.networks.setup.policy.block
         blocks = {
             span.start + size * number: jax.tree.map(lambda x, n=number: x[n], plans)
@@ -215,7 +215,7 @@ class _Sequence:
     def _compare_positions(self, label: str, call, plan, recaching: bool) -> None:
         """Compares first RoPE positions of local, query, sink and junction frames.
 
-        Where keys are stored rotated, a pass rotates its own frames alone.
+        If keys are stored rotated, a pass rotates only its own frames.
         """
         policy = self.networks.setup.policy
         regions = ("local", "query", "sink", "junction")
@@ -224,7 +224,7 @@ class _Sequence:
         recorded = call["rope_frames_start_calls_in_order"]
         for region, pair in zip(regions, recorded, strict=False):
             size, first = (whole(x, "trace: rope", 0, LONGEST) for x in pair)
-            # A first block's keys are called local, whatever they become.
+            # The keys of a first block are recorded as local.
             early = region == "local" and int(plan.frames) == len(plan.own)
             ours = plan_positions(policy, plan, region)
             ours = np.asarray(plan.own).tolist() if early else ours
@@ -234,7 +234,7 @@ class _Sequence:
             self.checks.equal(f"{label}.{region}", ours, expected)
 
     def _compare_cache(self, name: str) -> None:
-        """Compares keys and values that a later block can read."""
+        """Compares the keys and values that a later block can read."""
         policy, outputs = self.networks.setup.policy, self.checks.outputs
         if policy.junction is None:
             self.checks.leave_out(rf"{name}\.junction\..*", NO_JUNCTION)
@@ -255,8 +255,8 @@ class _Sequence:
     def _readable(self, held: np.ndarray, theirs: np.ndarray, are_keys: bool):
         """Returns a layer's sink and local frames, in order of time, ours and theirs.
 
-        Theirs are the sink and the newest rows that are filled; their keys are rotated
-        where positions are absolute.
+        Theirs are the sink and the newest filled rows. Their keys are rotated if
+        positions are absolute.
         """
         setup, index = self.networks.setup, self.state.cache.index
         policy, end = setup.policy, int(index.start)

@@ -45,18 +45,18 @@ class VaeConfig:
     def __post_init__(self):
         if self.conv not in ("auto", *CONVOLVE):
             raise ValueError(
-                f"conv={self.conv!r}; expected 'auto', 'taps' or 'native'; 'auto' is"
+                f"conv={self.conv!r} must be 'auto', 'taps' or 'native'; 'auto' is"
                 " right unless a program is compiled for another machine"
             )
         if len(self.temporal_downsample) != len(self.dim_mult) - 1:
             raise ValueError(
                 f"{len(self.temporal_downsample)} entries in temporal_downsample,"
-                f" expected one less than the {len(self.dim_mult)} of dim_mult"
+                f" must be one less than the {len(self.dim_mult)} of dim_mult"
             )
         if not len(self.latent_mean) == len(self.latent_std) == self.z_dim:
             raise ValueError(
                 f"latent_mean and latent_std have {len(self.latent_mean)} and"
-                f" {len(self.latent_std)} entries, expected z_dim={self.z_dim};"
+                f" {len(self.latent_std)} entries, but z_dim={self.z_dim};"
                 " give one mean and one deviation per latent channel"
             )
 
@@ -81,7 +81,7 @@ class VaeConfig:
 
 @flax.struct.dataclass
 class VaeState:
-    """What a streamed encode or decode keeps: per causal layer, its last inputs.
+    """The state of a streamed encode or decode: the last inputs of each causal layer.
 
     `past` is nested like the parameters. A convolution keeps 2 frames [B, 2, H, W, C];
     the encoder's temporal downsamplers keep 1. Frames before the stream are zero.
@@ -91,7 +91,7 @@ class VaeState:
 
 
 def _before(past: Past | None, name: str) -> Past | None:
-    """Returns the past of one layer; None, at the start of a stream, has no parts."""
+    """Returns the past of one layer, or None at the start of a stream."""
     return None if past is None else past[name]
 
 
@@ -123,7 +123,7 @@ def _convolve_taps(frames: jax.Array, kernel: jax.Array, stride: int) -> jax.Arr
 
 
 def _convolve_native(frames: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """Returns what `_convolve_taps` does, as a convolution in 3-D."""
+    """Returns the result of `_convolve_taps`, computed as a convolution in 3-D."""
     return jax.lax.conv_general_dilated(
         frames,
         kernel,
@@ -146,7 +146,7 @@ def choose_conv(conv: str, backend: str) -> str:
 class CausalConv(nn.Module):
     """A convolution over time and space that sees no later frame.
 
-    Space is padded to keep its size; in time the frames before are given. Source:
+    Space is padded to keep its size; in time the past frames precede. Source:
     wan/README.md, "VAE layers".
     """
 
@@ -159,7 +159,7 @@ class CausalConv(nn.Module):
     def __call__(
         self, x: jax.Array, past: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns [B, F / stride, H, W, features], and the frames to be kept.
+        """Returns [B, F / stride, H, W, features], and the new past.
 
         Args:
           x: [B, F, H, W, C].
@@ -287,7 +287,7 @@ class Downsample(nn.Module):
         if past is not None:
             y, kept = layer(y, past["time_conv"])
             return y, {"time_conv": kept}
-        # The first frame passes by the convolution, yet is seen by the second.
+        # The first frame skips the convolution, but the second reads it.
         halved, kept = layer(y, y[:, :0])
         return jnp.concatenate([y[:, :1], halved], axis=1), {"time_conv": kept}
 
@@ -335,15 +335,14 @@ class Upsample(nn.Module):
 
 
 class Trunk(nn.Module):
-    """What encoder and decoder share: running named layers one after another."""
+    """Base of encoder and decoder, which runs named layers in sequence."""
 
     config: VaeConfig
 
     def run(self, x: jax.Array, past: Past | None) -> tuple[jax.Array, Past]:
         """Returns the output of the layers and head on x, and the new past.
 
-        All of x is held in memory at once, at every level; `stream` is the same piece
-        by piece.
+        All of x is in memory at once at every level; `stream` does the same in pieces.
         """
         kept = {}
         for name, layer in self.layers():
@@ -355,14 +354,15 @@ class Trunk(nn.Module):
     def stream(
         self, x: jax.Array, past: Past | None, piece: int
     ) -> tuple[jax.Array, Past]:
-        """Returns what `run` does, from a loop over pieces of x.
+        """Returns the result of `run`, computed in a loop over pieces of x.
 
         Only the first frame of a stream, which runs apart, records intermediates.
 
         Args:
           x: [B, k * piece, H, W, C], and one more frame first where past is None.
-          past: of the previous call; None at the start of a stream.
-          piece: frames that run together: those of one latent frame.
+          past: past from the previous call, or None at the start of a stream.
+          piece: number of frames that run together, which are those of one latent
+            frame.
         """
         outputs = []
         if past is None:
@@ -522,7 +522,7 @@ class WanVae(nn.Module):
     def decode_raw(
         self, latents: jax.Array, state: VaeState | None = None
     ) -> tuple[jax.Array, VaeState]:
-        """Returns what `decode_stream` does before it is clipped."""
+        """Returns the result of `decode_stream` before clipping."""
         latents = latents.astype(self.config.dtype)
         centre, inverse = self._normal(latents.dtype)
         past = None if state is None else state.past
@@ -545,14 +545,14 @@ class WanVae(nn.Module):
         )
 
     def _normal(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-        """Returns the latents' mean and inverse deviation, rounded as the original."""
+        """Returns the latents' mean and inverse deviation, rounded as originally."""
         config = self.config
         return jnp.asarray(config.latent_mean, dtype), 1 / jnp.asarray(
             config.latent_std, dtype
         )
 
     def _check_pixels(self, pixels: jax.Array, state: VaeState | None) -> None:
-        """Raises where the number of frames or the size of one cannot be halved."""
+        """Raises ValueError if the number of frames or their size cannot be halved."""
         stride, grid = self.config.temporal_stride, self.config.spatial_stride
         frames, height, width = pixels.shape[1:4]
         first = 1 if state is None else 0

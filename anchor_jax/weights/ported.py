@@ -1,4 +1,4 @@
-"""A bundle in the checkpoint that published weights were ported to."""
+"""The bundle in a checkpoint of ported weights."""
 
 import dataclasses
 import hashlib
@@ -35,7 +35,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 @dataclasses.dataclass(frozen=True)
 class _Ported:
-    """What the item `meta` of ported weights says about them."""
+    """The content of the item `meta` of ported weights."""
 
     model: ModelConfig
     text: TextConfig
@@ -90,11 +90,11 @@ def load_ported(folder: pathlib.Path, options: Options) -> Bundle:
 
 
 def _check_items(folder: pathlib.Path, present: Sequence[str]) -> None:
-    """Raises unless there is every network that a bundle needs."""
+    """Raises UserError unless every network of a bundle exists."""
     for item in ("generator", "text_encoder", "vae"):
         if item not in present:
             raise UserError(
-                f"{folder} has no {item}, it has {', '.join(present)}; port all parts"
+                f"{folder} has no {item}, only {', '.join(present)}; port all parts"
                 " at once into a new folder, with anchor-jax port --wan=FOLDER"
                 " [--generator=FILE --lora=FILE --method=METHOD] --out=NEW; FOLDER is"
                 " one of the published Wan2.1 files"
@@ -106,7 +106,7 @@ def _read_ported(meta: Mapping[str, Any], dtype: str) -> _Ported:
         section = meta.get(name)
         if not isinstance(section, Mapping):
             raise UserError(
-                f"meta.{name} is {shown(section)}, expected an object of sizes"
+                f"meta.{name} is {shown(section)}, which must be an object of sizes"
             )
         types = {"dtype": dtype, "param_dtype": dtype}
         whole = dataclasses.asdict(kind()) | dict(section) | types
@@ -130,12 +130,12 @@ def _model_kind(meta: Mapping[str, Any]) -> type[ModelConfig]:
 
 
 def _source_digest(sources: Any) -> str:
-    """Returns SHA-256 over those of the files that were ported, whatever their names.
+    """Returns a SHA-256 of the ported files' SHA-256, independent of their names.
 
-    What was taken from a file and how it was scaled are part of it.
+    It includes the entry that was taken from a file, and the scale.
     """
     if not isinstance(sources, list) or not sources:
-        raise UserError("meta.sources is missing, expected the files that were ported")
+        raise UserError("meta.sources is missing; it must list the ported files")
     parts = []
     for number, source in enumerate(sources):
         try:
@@ -146,14 +146,14 @@ def _source_digest(sources: Any) -> str:
             raise UserError(f"meta.sources, entry {number}: {reason(error)}") from error
         for one in hashes:
             if not isinstance(one, str) or not _DIGEST.fullmatch(one):
-                raise UserError(f"meta.sources: {shown(one)} is no SHA-256")
+                raise UserError(f"meta.sources: {shown(one)} is not a SHA-256")
         parts.append([*taken, sorted(hashes)])
     ordered = sorted(json.dumps(part) for part in parts)
     return hashlib.sha256("\n".join(ordered).encode()).hexdigest()
 
 
 def _check_ported(ported: _Ported) -> None:
-    """Raises unless the sizes are ones that networks can have, and fit together."""
+    """Raises UserError unless the sizes are possible and fit together."""
     model, text, vae = ported.model, ported.text, ported.vae
     for name in ("model", "text", "vae"):
         check_sizes(f"meta.{name}", getattr(ported, name))
@@ -163,7 +163,7 @@ def _check_ported(ported: _Ported) -> None:
         ("vae.z_dim", vae.z_dim, model.latent_channels),
     ):
         if value != wanted:
-            raise UserError(f"meta.{name}={value}, expected {wanted} as the model")
+            raise UserError(f"meta.{name}={value}, but the model has {wanted}")
 
 
 def _check_strides(ported: _Ported) -> None:
@@ -177,7 +177,7 @@ def _check_strides(ported: _Ported) -> None:
 
 
 def _expected_ported(folder: pathlib.Path, ported: _Ported) -> dict[str, Any]:
-    """Returns the shapes of every item, by its name."""
+    """Returns the shapes of every item by name."""
     stored = checkpoint.shapes(folder, "generator")
     with damaged_weights(folder):
         text, codec = shapes.of(ported.text), shapes.of(ported.vae)
@@ -188,7 +188,7 @@ def _expected_ported(folder: pathlib.Path, ported: _Ported) -> dict[str, Any]:
 
 
 def _load_network(folder: pathlib.Path, item: str, expected, options: Options):
-    """Returns a network's collections, its low-rank updates as asked for."""
+    """Returns a network's collections, with low-rank updates as requested."""
     expected = expected[item]
     places, dtype = None, options.param_dtype or options.dtype or "bfloat16"
     if options.mesh is not None:
@@ -197,7 +197,7 @@ def _load_network(folder: pathlib.Path, item: str, expected, options: Options):
             name: sharding.shardings(tree, tables[name], options.mesh)
             for name, tree in expected.items()
         }
-    # Merged before they are rounded, where they are stored wider.
+    # Merged before rounding if the stored type is wider.
     merges = options.lora == "merged" and "lora" in expected
     kept = None if merges else {"params": dtype}
     variables = checkpoint.restore(folder, item, kept, places)
@@ -211,7 +211,7 @@ def _load_network(folder: pathlib.Path, item: str, expected, options: Options):
 
 
 def _ported_tokenizer(folder: pathlib.Path, text: TextConfig) -> Tokenizer:
-    """Returns the tokenizer that was ported, whose ids the text encoder all knows."""
+    """Returns the ported tokenizer, checked against the text encoder's vocabulary."""
     names = ("tokenizer.json", "spiece.model")
     found = [name for name in names if (folder / "tokenizer" / name).exists()]
     for name in found:
@@ -219,11 +219,10 @@ def _ported_tokenizer(folder: pathlib.Path, text: TextConfig) -> Tokenizer:
     place = folder / "tokenizer"
     try:
         tokenizer = load_tokenizer(place, text.text_len)
-    # The package `tokenizers` raises plain exceptions for files it cannot read.
+    # The package `tokenizers` raises plain exceptions for unreadable files.
     except Exception as error:
         raise UserError(
-            f"{place} holds no tokenizer that can be used: {error}; port the weights"
-            " again"
+            f"{place} holds no usable tokenizer: {error}; port the weights again"
         ) from error
     check_vocab(place, tokenizer, text)
     return tokenizer

@@ -382,7 +382,7 @@ def test_fields_that_an_older_run_did_not_have_are_its_defaults(tmp_path):
 def test_a_training_without_a_checkpoint_has_no_weights(weights, tmp_path):
     write_run(tmp_path, str(weights))
 
-    with pytest.raises(UserError, match="without a checkpoint yet"):
+    with pytest.raises(UserError, match="has no checkpoint yet"):
         load_bundle(str(tmp_path))
 
 

@@ -85,7 +85,7 @@ def test_a_ported_critic_is_one_to_begin_with(tmp_path):
 
 
 def test_updates_of_a_critic_are_no_critic(tuned):
-    with pytest.raises(UserError, match="updates of a critic, not the whole"):
+    with pytest.raises(UserError, match="holds only updates of a critic"):
         load_bundle(str(tuned), network="critic")
 
 

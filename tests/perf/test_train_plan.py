@@ -236,7 +236,7 @@ def test_clusters_are_machines_of_eight(chips, topology):
 
 
 def test_a_number_of_chips_that_no_pod_has_is_refused():
-    with pytest.raises(UserError, match="chips=12: expected a power of two"):
+    with pytest.raises(UserError, match="chips=12: must be a power of two"):
         aot.TARGETS["v5p"].name(12)
 
 

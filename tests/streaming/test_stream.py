@@ -660,7 +660,7 @@ def test_a_policy_without_memory_cannot_continue_a_clip():
     setup = tiny.setup(policy)
     state = stream.start(tiny.context(0, setup), setup=setup)
 
-    with pytest.raises(ValueError, match="remembers nothing"):
+    with pytest.raises(ValueError, match="stores no past frames"):
         latents = jnp.zeros((1, 6, 4, 4, 4))
         stream.resume(tiny.variables(), state, latents, setup=setup)
 

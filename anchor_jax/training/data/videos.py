@@ -48,7 +48,7 @@ def read_list(path: str) -> list[tuple[pathlib.Path, str]]:
         check_text(name, where)
         found.append((_beside(file.path, name, where), caption))
     if not found:
-        raise UserError(f"{file.path}: no lines; {_EXPECTED} a line")
+        raise UserError(f"{file.path}: the file has no lines; {_EXPECTED} in each")
     return found
 
 
@@ -81,7 +81,7 @@ def _check(
 ) -> None:
     """Raises what is wrong with all of the videos, before any is encoded.
 
-    Reports those with fewer frames a second than a clip.
+    Warns about videos with fewer frames per second than a clip.
     """
     wrong, slow = [], {}
     for video in tqdm(list(videos), desc="checks videos", unit="video"):
@@ -106,10 +106,10 @@ def _check(
 
 
 class Videos:
-    """Batches of clips, pure functions of their number; encoded once, then kept."""
+    """Batches of clips as pure functions of their number. Clips are encoded once."""
 
     def __init__(self, request: ClipRequest):
-        """Reads the list, and encodes the videos unless that is done.
+        """Reads the list, and encodes the videos unless they are already encoded.
 
         Raises:
           UserError: The list or a video is wrong.
@@ -141,7 +141,7 @@ class Videos:
             yield {"latents": np.asarray(encode(unit))[0], "captions": [caption]}
 
     def __call__(self, number: int) -> Mapping[str, Any]:
-        """Returns latents and token ids of batch `number`; some have no caption."""
+        """Returns latents and token ids of batch `number`; dropout removes captions."""
         rng, share = np.random.default_rng((self._data.seed, 31, number)), self._share
         found = [
             self._clips[self._order.index(place)] for place in share.places(number)
@@ -162,12 +162,12 @@ class VideoKind(ClipKind):
     columns = ("video", "caption")
 
     def open_clips(self, request: ClipRequest) -> Videos:
-        """Returns the batches of the listed videos, encoded at the first call."""
+        """Returns batches of the listed videos, which the first call encodes."""
         path_of(request.data, _READS)
         return Videos(request)
 
     def identity(self, data: DataConfig) -> dict[str, Any]:
-        """Returns the hash of the videos and their captions."""
+        """Returns a hash of the videos and their captions."""
         return {} if data.path is None else {"videos": identity(data.path)}
 
 

@@ -198,7 +198,7 @@ def test_pictures_that_are_used_more_than_once_are_reported(tmp_path, capfd):
 
     lines = [line for line in capfd.readouterr().err.splitlines() if "warn" in line]
     (line,) = lines
-    assert "2 videos have fewer than 16 frames a second" in line
+    assert "2 videos have fewer than 16 frames per second" in line
     assert f"{tmp_path / 'b.mp4'}, 2 of 5 frames are repeats" in line
 
 

@@ -681,14 +681,14 @@ def test_what_was_logged_beyond_the_checkpoint_is_logged_once(tmp_path):
                 "stage": "regression",
                 "regression": RegressionConfig("noise", True, guidance=2.5),
             },
-            "config.regression: guidance is for a flow",
+            "config.regression: guidance needs a flow target",
         ),
         (
             {
                 "stage": "regression",
                 "regression": RegressionConfig(text=True, guidance=2.5),
             },
-            "config.regression: guidance is for a flow",
+            "config.regression: guidance needs a flow target",
         ),
     ],
 )
