@@ -103,7 +103,7 @@ def run(jobs: Jobs, todo: Sequence[int], overwrite: bool, tell: Tell) -> None:
         warm.add(needed)
         about = {"request": job.request, "config": config}
         blocks = session.play(job.script)
-        write_video(job, session, blocks, about, overwrite)
+        write_video(job, session, blocks, about, overwrite, jobs.config.enlarge)
         for line in describe_switches(session.segments):
             tell(f"{job.stem.name}: {line}")
         del session
@@ -148,7 +148,12 @@ def _size(text) -> str:
 
 
 def write_video(
-    job: Job, session: Session, blocks, about: dict, overwrite: bool = False
+    job: Job,
+    session: Session,
+    blocks,
+    about: dict,
+    overwrite: bool = False,
+    enlarge: int | None = None,
 ) -> list[str]:
     """Makes one video; its files replace older ones only when all are complete.
 
@@ -158,9 +163,10 @@ def write_video(
       blocks: frames and segment of each block, as `Session.play` yields them.
       about: entries written before those of the recipe.
       overwrite: whether to replace files that another program makes in the meantime.
+      enlarge: factor by which the video file is enlarged; see `media.VideoWriter`.
 
     Returns:
-      The digest of each block.
+      The digest of each block, of the pixels before they are enlarged.
 
     Raises:
       UserError: A file cannot be written, or another program has made it meanwhile.
@@ -171,7 +177,9 @@ def write_video(
     with contextlib.ExitStack() as files:
         sheet_part = files.enter_context(io.replacing(sheet, not overwrite))
         recipe_part = files.enter_context(io.replacing(recipe, not overwrite))
-        writer = media.VideoWriter(job.file(".mp4"), keep_new=not overwrite)
+        writer = media.VideoWriter(
+            job.file(".mp4"), keep_new=not overwrite, enlarge=enlarge
+        )
         video = files.enter_context(writer)
         rows, digests = _stream(job, blocks, video)
         content = about | session.recipe() | {"blocks": digests}
