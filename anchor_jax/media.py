@@ -292,6 +292,23 @@ def read_clip(
     return Clip(np.stack(found), repeated)
 
 
+def decoded(path: str | os.PathLike) -> Iterator[np.ndarray]:
+    """Yields the frames of a video that `VideoWriter` wrote, uint8 [height, width, 3].
+
+    Raises:
+      UserError: The file is not a readable video.
+    """
+    path = pathlib.Path(path)
+    try:
+        with path.open("rb") as file, _opened(file) as container:
+            for frame in container.decode(_pictures(path, container)):
+                yield frame.to_ndarray(format="rgb24")
+    except UserError:
+        raise
+    except (av.FFmpegError, OSError, ValueError, ArithmeticError, MemoryError) as error:
+        raise UserError(f"{path}: {_why_no_video(path, error)}") from error
+
+
 def _opened(file: Any) -> Any:
     """Returns the container of an open file; no other file is opened."""
     return av.open(

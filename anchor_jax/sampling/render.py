@@ -6,7 +6,8 @@ A function that takes `tell` calls it with each line for the user.
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -171,6 +172,23 @@ def write_video(
     Raises:
       UserError: A file cannot be written, or another program has made it meanwhile.
     """
+    with replacing_files(job, overwrite, enlarge) as (sheet, recipe, video):
+        rows, digests = _stream(job, blocks, video)
+        content = about | session.recipe() | {"blocks": digests}
+        media.contact_sheet(rows, job.script.prompts, sheet)
+        io.write_json(recipe, content)
+    return digests
+
+
+@contextlib.contextmanager
+def replacing_files(
+    job: Job, overwrite: bool, enlarge: int | None
+) -> Iterator[tuple[pathlib.Path, pathlib.Path, media.VideoWriter]]:
+    """Yields temporary names of a job's sheet and recipe, and the writer of its video.
+
+    At a clean exit they replace older files, all three or none. Arguments and errors
+    are those of `write_video`.
+    """
     sheet, recipe = job.file(".png"), job.file(".json")
     # The innermost file is published first, so that a new recipe never stands beside
     # an old video.
@@ -181,13 +199,9 @@ def write_video(
             job.file(".mp4"), keep_new=not overwrite, enlarge=enlarge
         )
         video = files.enter_context(writer)
-        rows, digests = _stream(job, blocks, video)
-        content = about | session.recipe() | {"blocks": digests}
-        media.contact_sheet(rows, job.script.prompts, sheet_part)
-        io.write_json(recipe_part, content)
+        yield sheet_part, recipe_part, video
         with interrupts.uninterrupted():
             files.close()
-    return digests
 
 
 def _stream(job: Job, blocks, video) -> tuple[list[np.ndarray], list[str]]:

@@ -23,7 +23,7 @@ from anchor_jax import limits, media
 from anchor_jax.cache import catalog
 from anchor_jax.cache.policies import Policy
 from anchor_jax.config import from_config
-from anchor_jax.errors import UserError, shown, suggest
+from anchor_jax.errors import UserError, shown, some, suggest
 from anchor_jax.flow import Levels
 from anchor_jax.io import parse_json
 from anchor_jax.prompts import MAX_FRAMES, MAX_PROMPT_CHARACTERS, MAX_SEED
@@ -232,6 +232,12 @@ def parse_recipe(given: Mapping[str, Any], where: str) -> Recipe:
     Raises:
       UserError: A field is missing or wrong.
     """
+    if isinstance(given.get("recipes"), Mapping):
+        files = ", ".join(some([shown(one) for one in given["recipes"].values()]))
+        raise UserError(
+            f"{where} describes a comparison of several videos; give the recipe of one"
+            f" of them: {files}"
+        )
     version = given.get("format_version")
     if version != FORMAT_VERSION or isinstance(version, bool):
         raise UserError(
