@@ -14,7 +14,7 @@ PACKAGE = pathlib.Path(anchor_jax.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = [
     {"errors"},
-    {"io", "text", "plugins"},
+    {"io", "text", "plugins", "extras", "devices"},
     {"interrupts", "ownership", "filetypes", "compile_cache"},
     {
         *("cache", "wan", "flow", "media", "prompts"),

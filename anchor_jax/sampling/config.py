@@ -109,6 +109,11 @@ def parse_size(size: str) -> LatentGrid:
     return LatentGrid(height // _PIXELS, width // _PIXELS)
 
 
+def describe_size(grid: LatentGrid) -> str:
+    """Returns the size of videos as text, the inverse of `parse_size`."""
+    return f"{_PIXELS * grid.height}x{_PIXELS * grid.width}"
+
+
 def negative_prompt(config) -> str:
     """Returns the negative prompt, from its file or from the config.
 

@@ -11,7 +11,13 @@ from anchor_jax.cache.catalog import CATALOG, POLICIES, ROPES, SWITCHES, TEACHER
 from anchor_jax.cache.policies import Policy
 from anchor_jax.errors import UserError, shown, suggest
 from anchor_jax.prompts import Script, Scripts, Timing
-from anchor_jax.sampling.config import EVEN, SampleConfig, SamplerConfig, parse_size
+from anchor_jax.sampling.config import (
+    EVEN,
+    SampleConfig,
+    SamplerConfig,
+    describe_size,
+    parse_size,
+)
 from anchor_jax.sampling.methods import Method, method_of
 from anchor_jax.streaming import room
 from anchor_jax.streaming.loop import DpmPlusPlus, Euler, Renoise, UniPC
@@ -99,6 +105,23 @@ def describe_choices(
     elif given.policy is None and method_of(metadata).note:
         lines.append(f"note: {method_of(metadata).note}")
     return tuple(lines)
+
+
+def describe_size_change(bundle: Bundle) -> tuple[str, ...]:
+    """Returns a warning if videos are not of the size of the weights' training."""
+    trained, training = bundle.trained_grid, bundle.metadata.get("training")
+    if trained is None:
+        return ()
+    # If the training's config cannot be read, the size of its first weights counts.
+    with contextlib.suppress(UserError, AttributeError, TypeError):
+        trained = parse_size(training["size"])
+    if trained == bundle.grid:
+        return ()
+    size = describe_size(trained)
+    return (
+        f"size={describe_size(bundle.grid)}: the weights were trained at {size};"
+        f" other sizes give broken shapes; leave the size out, or set {size}",
+    )
 
 
 def _shown(sampler: SamplerConfig) -> str:

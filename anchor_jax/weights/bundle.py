@@ -141,6 +141,7 @@ class Bundle:
       load_codec: returns the codec's parameters.
       metadata: what was stored with the weights, such as how they were trained.
       digest: SHA-256 of the weights' file, or over those that were ported.
+      trained_grid: latent size of the videos of the training; None if it is unknown.
     """
 
     model: ModelConfig
@@ -153,6 +154,7 @@ class Bundle:
     load_codec: Callable[[], Mapping[str, Any]]
     metadata: Mapping[str, Any]
     digest: str
+    trained_grid: LatentGrid | None = None
 
     # Loaded at their first use, so that prompts can be encoded before they take room.
     @functools.cached_property

@@ -44,7 +44,7 @@ def test_a_label_is_as_wide_as_its_video(name, width):
     strip = panels.label(name, width)
 
     assert strip.shape[1:] == (width, 3)
-    assert strip.max() == 255 and 10 < len(strip) < 40
+    assert strip.max() > 150 and 10 < len(strip) < 40
 
 
 @pytest.mark.parametrize("other", [{"count": 2}, {"size": (64, 64)}])
