@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = [
     {"errors"},
     {"io", "text", "plugins", "extras", "devices"},
-    {"interrupts", "ownership", "filetypes", "compile_cache"},
+    {"interrupts", "ownership", "filetypes", "compile_cache", "compile_times"},
     {
         *("cache", "wan", "flow", "media", "prompts"),
         *("config", "limits", "sharding", "finite", "prompt_files"),

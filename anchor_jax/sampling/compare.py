@@ -10,6 +10,7 @@ import numpy as np
 
 from anchor_jax import interrupts, io, media
 from anchor_jax.cache.catalog import CATALOG
+from anchor_jax.compile_times import CompileTimes
 from anchor_jax.errors import UserError, naming, shown, suggest
 from anchor_jax.sampling import panels, resolve
 from anchor_jax.sampling.config import SampleConfig, negative_prompt, read_config
@@ -91,7 +92,7 @@ def compare(
             tell(f"preparing the model{kept}")
             with own_folder(folder, tell):
                 for name, jobs in arms.items():
-                    _make_videos(name, jobs, overwrite, tell)
+                    _make_videos(name, jobs, overwrite, CompileTimes(cache), tell)
                 # Another process may have made some videos in the meantime.
                 todo, _ = choose(comparison, overwrite)
                 for number in todo:
@@ -170,13 +171,15 @@ def _check(comparison: Comparison, overwrite: bool, tell: Tell) -> bool:
     return any(needed)
 
 
-def _make_videos(name: str, jobs: Jobs, overwrite: bool, tell: Tell) -> None:
+def _make_videos(
+    name: str, jobs: Jobs, overwrite: bool, times: CompileTimes, tell: Tell
+) -> None:
     """Makes the videos of one policy that are missing."""
     with own_folder(jobs.folder, tell):
         todo, _ = choose(jobs, overwrite)
         if todo:
             tell(f"{name}: {CATALOG[name].about}")
-            run(jobs, todo, overwrite, tell)
+            run(jobs, todo, overwrite, times, tell)
 
 
 def _write(comparison: Comparison, number: int, overwrite: bool) -> None:

@@ -15,8 +15,9 @@ import numpy as np
 from tqdm import tqdm
 
 from anchor_jax import interrupts, io, media
+from anchor_jax.compile_times import CompileTimes
 from anchor_jax.sampling import resolve
-from anchor_jax.sampling.config import negative_prompt, read_config
+from anchor_jax.sampling.config import describe_size, negative_prompt, read_config
 from anchor_jax.sampling.jobs import (
     Job,
     Jobs,
@@ -28,7 +29,7 @@ from anchor_jax.sampling.jobs import (
     warnings,
 )
 from anchor_jax.streaming.clock import landings
-from anchor_jax.streaming.recipe import digest
+from anchor_jax.streaming.recipe import describe, digest
 from anchor_jax.streaming.session import Session
 from anchor_jax.wan.text import Umt5Encoder
 from anchor_jax.wan.tokenizer import report_cuts
@@ -78,11 +79,13 @@ def sample(
                 todo, skipped = choose(jobs, overwrite)
                 kept = f"; compiled programs are cached in {cache}" if cache else ""
                 tell(f"preparing the model{kept}")
-                run(jobs, todo, overwrite, tell)
+                run(jobs, todo, overwrite, CompileTimes(cache), tell)
     return _written(jobs, todo, skipped)
 
 
-def run(jobs: Jobs, todo: Sequence[int], overwrite: bool, tell: Tell) -> None:
+def run(
+    jobs: Jobs, todo: Sequence[int], overwrite: bool, times: CompileTimes, tell: Tell
+) -> None:
     """Makes the videos with these numbers, one after another."""
     warm, encoded, bundle, negative = set(), frozenset(), jobs.bundle, jobs.negative
     config = dataclasses.asdict(jobs.config)
@@ -100,7 +103,8 @@ def run(jobs: Jobs, todo: Sequence[int], overwrite: bool, tell: Tell) -> None:
         session = make_session(bundle, job, negative)
         needed = (job.setup, session.reruns(job.script))
         if needed not in warm:
-            session.warm_up(job.script)
+            with times.told(*_programs(job, session), tell):
+                session.warm_up(job.script)
         warm.add(needed)
         about = {"request": job.request, "config": config}
         blocks = session.play(job.script)
@@ -108,6 +112,17 @@ def run(jobs: Jobs, todo: Sequence[int], overwrite: bool, tell: Tell) -> None:
         for line in describe_switches(session.segments):
             tell(f"{job.stem.name}: {line}")
         del session
+
+
+def _programs(job: Job, session: Session) -> tuple[str, Any]:
+    """Returns a description of a job's programs, and values that determine them."""
+    setup, reruns = job.setup, session.reruns(job.script)
+    model = setup.model
+    what = (
+        f"the block, {len(reruns)} kinds of switches and the decoder for"
+        f" {describe_size(setup.grid)} ({model.num_layers} layers of {model.dim})"
+    )
+    return what, [job.request["setup"], describe(reruns)]
 
 
 def _encode_ahead(
