@@ -45,7 +45,6 @@ from anchor_jax.text import check_text
 from anchor_jax.wan.attention import ContextKV
 from anchor_jax.weights.bundle import Bundle
 
-
 _LOG = logging.getLogger(__name__)
 
 
