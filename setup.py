@@ -2,8 +2,13 @@
 
 import pathlib
 import re
+import sys
 
 import setuptools
+
+if sys.version_info < (3, 11):  # noqa: UP036
+    version = ".".join(str(part) for part in sys.version_info[:3])
+    sys.exit(f"anchor_jax needs Python 3.11 or newer, but this is Python {version}")
 
 HERE = pathlib.Path(__file__).parent
 VERSION = re.search(

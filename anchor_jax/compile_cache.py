@@ -5,6 +5,7 @@ Cached programs run as code. A folder that other users can write to is therefore
 
 import contextlib
 import dataclasses
+import logging
 import os
 import pathlib
 import stat
@@ -17,6 +18,7 @@ from anchor_jax import io
 from anchor_jax.errors import UserError
 
 CACHE_VARIABLE = "ANCHOR_JAX_CACHE"
+_LOG = logging.getLogger(__name__)
 
 _OFF = ("off", "0", "no", "none")
 _ROOT = 0
@@ -26,7 +28,9 @@ _OF_JAX = "persistent compilation cache entry"
 _PROGRAM = "*-cache"  # what jax calls its files
 
 
-def enable(tell: Callable[[str], None]) -> pathlib.Path | None:
+def enable(
+    tell: Callable[[str], None] = _LOG.warning,
+) -> pathlib.Path | None:
     """Turns on the cache of compiled programs and returns its folder, or None.
 
     The folder is jax's own setting if there is one, otherwise `ANCHOR_JAX_CACHE`,
@@ -35,7 +39,7 @@ def enable(tell: Callable[[str], None]) -> pathlib.Path | None:
     leaves jax's own settings unchanged.
 
     Args:
-      tell: called with each warning.
+      tell: called with each warning. Default: it goes to the log.
     """
     given = os.environ.get(CACHE_VARIABLE, "")
     if given.lower() in _OFF:

@@ -10,13 +10,14 @@ import re
 import traceback
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import placeholder
 
+from anchor_jax import extras
 from anchor_jax.errors import UserError, shown, some, suggest
 from anchor_jax.io import expand
 from anchor_jax.text import check_text
@@ -107,6 +108,16 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     overrides = [arg for arg in argv[:end] if _OVERRIDE.match(arg)]
     others = [arg for arg in argv[:end] if not _OVERRIDE.match(arg)]
     return overrides, [*others, *argv[end:]]
+
+
+def paths(config: ConfigDict, above: str = "") -> Iterator[str]:
+    """Yields the dotted path of every field that is not a section."""
+    for name in config:
+        inner = config[name]
+        if isinstance(inner, ConfigDict):
+            yield from paths(inner, f"{above}{name}.")
+        else:
+            yield above + name
 
 
 def check_exclusive(
@@ -296,6 +307,8 @@ def _translate(action: Callable[[], Any], message: Callable[[Exception], str]) -
         return action()
     except UserError:
         raise
+    except ModuleNotFoundError as error:
+        raise UserError(extras.explain(error) or message(error)) from error
     except (SyntaxError, *_FAULTS_OF_A_CONFIG) as error:
         raise UserError(message(error)) from error
 
@@ -337,10 +350,29 @@ def _find_field(config: ConfigDict, path: str) -> tuple[ConfigDict, str]:
                 f"{above} is a value, not a section, so it has no field {shown(name)}"
             )
         if name not in section:
-            known = suggest(name, section, "fields")
+            known = _suggest_fields(config, section, name)
             raise UserError(f"unknown field {shown(name)} in {above}{known}")
         holder, section, above = section, section[name], f"{above}.{name}"
     return holder, last
+
+
+def _suggest_fields(config: ConfigDict, section: ConfigDict, name: str) -> str:
+    """Returns the end of a message on an unknown field of a section.
+
+    If fields of any section have that name, or that of their initials, such as `lr`, it
+    suggests these. Otherwise it suggests the closest field of the section.
+    """
+    found = [shown(path) for path in paths(config) if name in _short_names(path)]
+    if not found:
+        return suggest(name, section, "fields")
+    fields = suggest("", section, "fields").removeprefix(";")
+    return f"; did you mean {' or '.join(found)}?{fields}"
+
+
+def _short_names(path: str) -> tuple[str, str]:
+    """Returns the last part of a dotted path, and its initials."""
+    last = path.rpartition(".")[2]
+    return last, "".join(word[:1] for word in last.split("_"))
 
 
 def _parse_field(config: ConfigDict, path: str, value: str) -> None:

@@ -31,6 +31,9 @@ _FRAGMENTED = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
 _SMPTE_170M = 6  # the matrix that the conversion from RGB uses, so players undo it
 _MARGIN = 6
 _MIN_TILE = 96
+MOST_ENLARGED = 16
+"""Largest factor by which a video is enlarged."""
+_SMALL, _ENLARGED = 128, 4  # pixels, factor
 _LARGEST_SIDE = 8192
 _MOST_PIXELS = 8192 * 4608  # per frame; a decoder may hold 16 frames or more
 _MOST_DECODED = 1024  # decoded frames per frame that is used
@@ -54,6 +57,8 @@ class VideoWriter:
     exception the part is renamed to `NAME.part.mp4` if it has frames, and an existing
     file with the final name stays. A full disk and a request to stop remove the part.
     With `keep_new`, a video that another program makes in the meantime is not replaced.
+    `enlarge` is the factor by which frames are enlarged, without smoothing. None takes
+    4 for frames of less than 128 pixels on both sides, otherwise 1.
     """
 
     def __init__(
@@ -61,13 +66,14 @@ class VideoWriter:
         path: str | os.PathLike,
         fps: int = WAN_2_1.frames_per_second,
         keep_new: bool = False,
+        enlarge: int | None = 1,
     ) -> None:
         self.path = pathlib.Path(path)
         if self.path.suffix != ".mp4":
             raise UserError(f"{path}: videos are written as .mp4; name it NAME.mp4")
         self.part = io.temporary_name(self.path)
         self.frames = 0
-        self._fps, self._is_new = fps, keep_new
+        self._fps, self._is_new, self._enlarge = fps, keep_new, enlarge
         self._file = self._container = self._stream = None
         self._size = (0, 0)
         self._registered = contextlib.ExitStack()
@@ -95,7 +101,8 @@ class VideoWriter:
         """Writes frames of 8-bit RGB, [frame, height, width, 3].
 
         Raises:
-          UserError: The disk is full. The partial file is removed.
+          UserError: The disk is full, and the partial file is removed. Or enlarged
+            frames are too large.
           ValueError: The frames have another type or shape, or their size changes.
         """
         frames = np.asarray(frames)
@@ -109,23 +116,27 @@ class VideoWriter:
         if frames.shape[1:3] != self._size:
             raise ValueError(f"frames: got {frames.shape[1:3]}, expected {self._size}")
         ownership.check(self.path)
+        factor = self._enlarge or enlargement(self._size)
+        if factor > 1:
+            height, width = self._size
+            _check_size(self.path, factor * width, factor * height)
+        frames = _pad_to_even(enlarged(frames, factor))
         with self._writing():
             if self._stream is None:
-                self._open_stream()
-            for frame in _pad_to_even(frames):
+                self._open_stream(*frames.shape[1:3])
+            for frame in frames:
                 picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
                 self._container.mux(self._stream.encode(picture))
                 self.frames += 1
 
-    def _open_stream(self) -> None:
-        height, width = self._size
+    def _open_stream(self, height: int, width: int) -> None:
         self._container = av.open(
             self._file, "w", format="mp4", options=dict(_FRAGMENTED)
         )
         stream = self._container.add_stream(
             "libx264", rate=self._fps, options=dict(_X264)
         )
-        stream.width, stream.height = width + width % 2, height + height % 2
+        stream.width, stream.height = width, height
         stream.pix_fmt = "yuv420p"
         stream.gop_size, stream.max_b_frames = self._fps, 0
         stream.codec_context.colorspace = _SMPTE_170M
@@ -278,6 +289,23 @@ def read_clip(
             " a longer video, or shorter clips"
         )
     return Clip(np.stack(found), repeated)
+
+
+def decoded(path: str | os.PathLike) -> Iterator[np.ndarray]:
+    """Yields the frames of a video that `VideoWriter` wrote, uint8 [height, width, 3].
+
+    Raises:
+      UserError: The file is not a readable video.
+    """
+    path = pathlib.Path(path)
+    try:
+        with path.open("rb") as file, _opened(file) as container:
+            for frame in container.decode(_pictures(path, container)):
+                yield frame.to_ndarray(format="rgb24")
+    except UserError:
+        raise
+    except (av.FFmpegError, OSError, ValueError, ArithmeticError, MemoryError) as error:
+        raise UserError(f"{path}: {_why_no_video(path, error)}") from error
 
 
 def _opened(file: Any) -> Any:
@@ -449,6 +477,24 @@ def contact_sheet(
         sheet.save(part, format="PNG")
 
 
+def enlargement(size: tuple[int, int]) -> int:
+    """Returns the factor by which videos of a height and width are enlarged."""
+    return _ENLARGED if max(size) < _SMALL else 1
+
+
+def check_enlarge(name: str, factor: int) -> None:
+    """Raises UserError unless a video can be enlarged by a factor."""
+    if not 1 <= factor <= MOST_ENLARGED:
+        raise UserError(
+            f"{name}={factor}: must be an integer from 1 (as made) to {MOST_ENLARGED}"
+        )
+
+
+def enlarged(frames: np.ndarray, factor: int) -> np.ndarray:
+    """Returns frames [frame, height, width, 3], enlarged without smoothing."""
+    return frames.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
 def _pad_to_even(frames: np.ndarray) -> np.ndarray:
     """Pads frames to even height and width by repeating the last row or column."""
     height, width = frames.shape[1:3]
@@ -465,8 +511,8 @@ def _strip(frames: np.ndarray, columns: int) -> Image.Image:
         )
     shown = min(columns, len(frames))
     chosen = np.linspace(0, len(frames) - 1, shown).round().astype(int)
-    enlarge = math.ceil(_MIN_TILE / min(frames.shape[1:3]))
-    tiles = frames[chosen].repeat(enlarge, axis=1).repeat(enlarge, axis=2)
+    factor = math.ceil(_MIN_TILE / min(frames.shape[1:3]))
+    tiles = enlarged(frames[chosen], factor)
     tiles = np.pad(tiles, ((0, 0), (0, 0), (0, 2), (0, 0)), constant_values=255)
     return Image.fromarray(np.concatenate(list(tiles), axis=1)[:, :-2])
 

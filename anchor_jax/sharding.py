@@ -108,9 +108,15 @@ def make_mesh(shape: tuple[int, int, int, int] = (1, -1, 1, 1), found=None) -> M
       found: the devices. None takes those of all processes.
 
     Raises:
-      ValueError: The product of the shape is not the number of devices.
+      ValueError: The shape does not have four axes, or its product is not the number of
+        devices.
     """
     found = jax.devices() if found is None else found
+    if len(shape) != len(MESH_AXES):
+        raise ValueError(
+            f"got {tuple(shape)}, expected four integers: the devices along the axes"
+            f" {', '.join(MESH_AXES)}, such as (1, -1, 1, 1)"
+        )
     devices = len(found)
     known = math.prod(size for size in shape if size != -1)
     if known > 0 and shape.count(-1) <= 1:

@@ -65,5 +65,8 @@ def get_config() -> ConfigDict:
     config.sampler.negative_prompt = placeholder(str)
     config.sampler.negative_prompt_file = placeholder(str)
 
+    # Factor by which the video file is enlarged, without smoothing; 1 is as made.
+    # Default: 4 for videos of less than 128 pixels on both sides, otherwise 1.
+    config.enlarge = placeholder(int)
     config.out = placeholder(str)  # default: a new folder out/<time>
     return config

@@ -93,6 +93,16 @@ def test_an_override_is_parsed_as_the_field_s_type(file, override, field, value)
     assert loaded == value and type(loaded) is type(value)
 
 
+def test_a_name_may_be_that_of_a_field_in_a_section_or_its_initials():
+    loaded = config.load_config("train_teacher")
+
+    for name in ("learning_rate", "optimizer.lr"):
+        with pytest.raises(UserError, match="did you mean 'optimizer.learning_rate'"):
+            config.load_config("train_teacher", [f"--config.{name}=1"])
+    assert {"seed", "optimizer.learning_rate"} <= set(config.paths(loaded))
+    assert "optimizer" not in set(config.paths(loaded))
+
+
 def test_the_last_override_of_a_field_wins(file):
     loaded = config.load_config("mine.py", ["--config.seed=1", "--config.seed=2"])
     assert loaded.seed == 2
@@ -108,6 +118,10 @@ def test_the_last_override_of_a_field_wins(file):
         (
             "--config.sampler.stps=1",
             ["unknown field 'stps' in config.sampler", "did you mean 'steps'?"],
+        ),
+        (
+            "--config.steps=1",
+            ["unknown field 'steps' in config; did you mean 'sampler.steps'? fields:"],
         ),
         ("--config.seed.a=1", ["config.seed is a value, not a section"]),
         ("--config.sampler=1", ["config.sampler is a section", "steps"]),

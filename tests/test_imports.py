@@ -14,8 +14,8 @@ PACKAGE = pathlib.Path(anchor_jax.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = [
     {"errors"},
-    {"io", "text", "plugins", "trees"},
-    {"interrupts", "ownership", "filetypes", "compile_cache"},
+    {"io", "text", "plugins", "trees", "extras", "devices"},
+    {"interrupts", "ownership", "filetypes", "compile_cache", "compile_times"},
     {
         *("cache", "wan", "flow", "media", "prompts"),
         *("config", "limits", "sharding", "finite", "prompt_files"),

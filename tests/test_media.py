@@ -66,6 +66,36 @@ def test_odd_sizes_are_padded_to_even_ones(tmp_path):
     assert np.abs(decoded[:, -1].astype(int) - decoded[:, -2]).max() <= 2
 
 
+def test_enlarged_pixels_become_squares(tmp_path):
+    corner = np.zeros((2, 16, 24, 3), np.uint8)
+    corner[:, :8, :8] = 255
+    sizes = {}
+    for enlarge in (1, 3, None):
+        path = tmp_path / f"{enlarge}.mp4"
+        with media.VideoWriter(path, enlarge=enlarge) as video:
+            video.append(corner)
+        sizes[enlarge] = decode(path)[0]
+
+    assert sizes[1].shape == (2, 16, 24, 3)
+    assert sizes[3].shape == (2, 48, 72, 3)
+    assert sizes[None].shape == (2, 64, 96, 3)
+    expected = corner.repeat(4, axis=1).repeat(4, axis=2)
+    assert np.abs(sizes[None].astype(int) - expected).max() <= 24
+
+
+def test_frames_that_players_show_well_are_written_as_made(tmp_path):
+    assert media.enlargement((64, 128)) == 1
+    assert media.enlargement((120, 127)) == 4
+
+
+def test_frames_are_not_enlarged_without_limit(tmp_path):
+    with (
+        pytest.raises(UserError, match="sides must be at most 8192"),
+        media.VideoWriter(tmp_path / "a.mp4", enlarge=16) as video,
+    ):
+        video.append(shades(1, 16, 1024))
+
+
 def test_a_killed_process_leaves_a_part_that_plays(tmp_path):
     code = (
         "import os, signal, sys; import numpy as np; from anchor_jax import media\n"

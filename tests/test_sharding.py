@@ -69,6 +69,11 @@ def test_a_mesh_that_does_not_fit_is_refused():
         sharding.make_mesh((7, 1, 1, 1))
 
 
+def test_a_mesh_of_too_few_axes_names_the_four():
+    with pytest.raises(ValueError, match="four integers.*data, fsdp, context, tensor"):
+        sharding.make_mesh((2, 2))
+
+
 def test_sharded_parameters_give_the_same_flow_as_whole_ones():
     params = dit.init_params(SMALL, jax.random.key(0))
     params["head"]["out"]["kernel"] += 0.1

@@ -21,6 +21,7 @@ Whatever is slow to import (jax) is best imported inside `main`.
 COMMANDS = {
     "sample": "anchor_jax.cli.sample",
     "replay": "anchor_jax.cli.replay",
+    "compare": "anchor_jax.cli.compare",
     "verify": "anchor_jax.cli.verify",
     "trajectories": "anchor_jax.cli.trajectories",
     "train": "anchor_jax.cli.train",

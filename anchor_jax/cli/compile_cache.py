@@ -6,7 +6,14 @@ from anchor_jax.cli.output import to_stderr
 
 
 def enable() -> pathlib.Path | None:
-    """Turns on the cache of compiled programs and returns its folder, or None."""
-    from anchor_jax import compile_cache
+    """Turns on the cache of compiled programs and returns its folder, or None.
 
+    Raises:
+      UserError: The device that `JAX_PLATFORMS` names is missing.
+    """
+    import jax
+
+    from anchor_jax import compile_cache, devices
+
+    devices.check(jax.config.jax_platforms)
     return compile_cache.enable(to_stderr)

@@ -81,7 +81,10 @@ def teach(name: str, module: ModuleType, own: list[str]) -> str:
         *(_describe(flags.FLAGS[flag]) for flag in own),
     ]
     if "config" in own:
-        about = "Set a field of the config. The value must have the field's type."
+        about = (
+            "Set a field of the config. The value must have the field's type."
+            " --FIELD=VALUE does the same unless the command has a flag of that name."
+        )
         parts.append(_entry("--config.FIELD=VALUE", about))
     return "\n".join(parts)
 

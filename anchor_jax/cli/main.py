@@ -10,17 +10,13 @@ from types import ModuleType
 
 from absl import flags
 
-from anchor_jax import interrupts
+from anchor_jax import extras, interrupts
 from anchor_jax.cli import COMMANDS, help_texts
 from anchor_jax.errors import UserError, shown, suggest
 from anchor_jax.text import check_text
 
 FLAGS = flags.FLAGS
 
-# Packages that only some commands need -> the extra that installs them.
-_EXTRAS = dict.fromkeys(
-    ("tensorflow_datasets", "array_record", "importlib_resources"), "train"
-)
 _HELP = ("-h", "-help", "--help", "--helpfull", "--helpshort")
 
 
@@ -52,11 +48,10 @@ def _run(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        package = str(error.name).partition(".")[0]
-        if package not in _EXTRAS:
+        message = extras.explain(error)
+        if message is None:
             raise
-        extra = f"pip install '.[{_EXTRAS[package]}]'"
-        print(f"error: the package {package} is missing: {extra}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         print(str(error) or "interrupted", file=sys.stderr)
@@ -155,8 +150,9 @@ def _parse_flags(
     overrides = []
     if "config" in own:
         from anchor_jax import config
+        from anchor_jax.cli import aliases
 
-        overrides, argv = config.split_overrides(argv)
+        overrides, argv = config.split_overrides(aliases.spell_out(argv))
         config.check_exclusive(overrides, exclusive)
     try:
         arguments = FLAGS([f"anchor-jax {name}", *argv])

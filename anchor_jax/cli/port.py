@@ -99,11 +99,15 @@ def _port() -> None:
     _print_totals(plan)
     if not FLAGS.dry_run:
         _write(plan, port.run, Watch(keeps=FLAGS.allow_nonfinite))
-    for name, how in plan.missing().items():
+    missing = plan.missing()
+    if missing:
+        remedies = dict.fromkeys(missing.values())
         print(
-            f"warning: the checkpoint has no {name}, which sampling needs; port it"
-            f" together with the rest, with {how}"
+            f"warning: the checkpoint has no {', '.join(missing)}, which sampling"
+            f" needs; port again, together with the rest: {'; '.join(remedies)}"
         )
+    elif not FLAGS.dry_run:
+        _print_sampling(plan)
 
 
 def _write(plan, run, watch) -> None:
@@ -116,8 +120,12 @@ def _write(plan, run, watch) -> None:
             print(f"{source['item']}: {file['name']} sha256 {file['sha256'][:16]}...")
     for network, count in watch.found.items():
         print(f"warning: {network} has {count:,} NaN or infinite values")
-    print(f"Wrote {FLAGS.out}. To sample:")
-    whole = meta.get("method") == "wan"
+    print(f"Wrote {FLAGS.out}.")
+
+
+def _print_sampling(plan) -> None:
+    print("To sample:")
+    whole = plan.meta.get("method") == "wan"
     prompt = ' --config.prompt="a red fox in the snow[5s]"' if whole else ""
     print(
         "  anchor-jax sample --config=configs/interactive.py"

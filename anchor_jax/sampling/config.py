@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from anchor_jax import media
 from anchor_jax.config import from_config, with_field
 from anchor_jax.errors import UserError, naming
 from anchor_jax.io import expand
@@ -61,24 +62,28 @@ class SampleConfig:
     frames: int | None
     seed: int
     sampler: SamplerConfig
+    enlarge: int | None
     out: str | None
 
 
 def read_config(config) -> SampleConfig:
     """Returns the config as a dataclass, with the type of every field checked.
 
-    Older configs have no `sampler.grid`; it then is "even".
+    Older configs have no `sampler.grid`; it then is "even". They have no `enlarge`
+    either, which then is None.
 
     Raises:
-      UserError: A field is missing, unknown or of another type, or the seed is out of
-        range.
+      UserError: A field is missing, unknown or of another type, or the seed or
+        `enlarge` is out of range.
     """
-    whole = with_field(config, "sampler", "grid", EVEN)
+    whole = {"enlarge": None, **with_field(config, "sampler", "grid", EVEN)}
     read = from_config(SampleConfig, whole, "config")
     if not 0 <= read.seed <= MAX_SEED:
         raise UserError(
             f"config.seed={read.seed}: must be an integer from 0 to {MAX_SEED}"
         )
+    if read.enlarge is not None:
+        media.check_enlarge("config.enlarge", read.enlarge)
     return read
 
 

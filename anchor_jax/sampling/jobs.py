@@ -246,6 +246,7 @@ def _stored_request(job: Job, overwrite: bool) -> dict | None:
 def warnings(jobs: Jobs, todo: Sequence[int]) -> Iterator[str]:
     """Yields a warning for each input that will not have its apparent effect."""
     tokenizer, looked = jobs.bundle.tokenizer, todo[: jobs.prompts_checked]
+    yield from resolve.describe_size_change(jobs.bundle)
     if tokenizer.note:
         yield tokenizer.note
     texts = [one for number in looked for one in jobs.texts(number)]

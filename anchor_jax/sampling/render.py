@@ -6,7 +6,8 @@ A function that takes `tell` calls it with each line for the user.
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from anchor_jax import interrupts, io, media, trees
+from anchor_jax.compile_times import CompileTimes
 from anchor_jax.sampling import resolve
 from anchor_jax.sampling.config import negative_prompt, read_config
 from anchor_jax.sampling.jobs import (
@@ -27,7 +29,7 @@ from anchor_jax.sampling.jobs import (
     warnings,
 )
 from anchor_jax.streaming.clock import landings
-from anchor_jax.streaming.recipe import digest
+from anchor_jax.streaming.recipe import describe, digest
 from anchor_jax.streaming.session import Session
 from anchor_jax.wan import shapes
 from anchor_jax.wan.spec import WAN_2_1, Family
@@ -77,11 +79,13 @@ def sample(
                 todo, skipped = choose(jobs, overwrite)
                 kept = f"; compiled programs are cached in {cache}" if cache else ""
                 tell(f"preparing the model{kept}")
-                run(jobs, todo, overwrite, tell)
+                run(jobs, todo, overwrite, CompileTimes(cache), tell)
     return _written(jobs, todo, skipped)
 
 
-def run(jobs: Jobs, todo: Sequence[int], overwrite: bool, tell: Tell) -> None:
+def run(
+    jobs: Jobs, todo: Sequence[int], overwrite: bool, times: CompileTimes, tell: Tell
+) -> None:
     """Makes the videos with these numbers, one after another."""
     warm, encoded, bundle, negative = set(), frozenset(), jobs.bundle, jobs.negative
     config = dataclasses.asdict(jobs.config)
@@ -99,14 +103,26 @@ def run(jobs: Jobs, todo: Sequence[int], overwrite: bool, tell: Tell) -> None:
         session = make_session(bundle, job, negative)
         needed = (job.setup, session.reruns(job.script))
         if needed not in warm:
-            session.warm_up(job.script)
+            with times.told(*_programs(job, session), tell):
+                session.warm_up(job.script)
         warm.add(needed)
         about = {"request": job.request, "config": config}
         blocks = session.play(job.script)
-        write_video(job, session, blocks, about, overwrite)
+        write_video(job, session, blocks, about, overwrite, jobs.config.enlarge)
         for line in describe_switches(session.segments):
             tell(f"{job.stem.name}: {line}")
         del session
+
+
+def _programs(job: Job, session: Session) -> tuple[str, Any]:
+    """Returns a description of a job's programs, and values that determine them."""
+    setup, reruns = job.setup, session.reruns(job.script)
+    model = setup.model
+    what = (
+        f"the block, {len(reruns)} kinds of switches and the decoder for"
+        f" {model.family.describe_size(setup.grid)} ({model.num_layers} layers of {model.dim})"
+    )
+    return what, [job.request["setup"], describe(reruns)]
 
 
 def _encode_ahead(
@@ -146,7 +162,12 @@ def _size(text) -> str:
 
 
 def write_video(
-    job: Job, session: Session, blocks, about: dict, overwrite: bool = False
+    job: Job,
+    session: Session,
+    blocks,
+    about: dict,
+    overwrite: bool = False,
+    enlarge: int | None = None,
 ) -> list[str]:
     """Makes one video; its files replace older ones only when all are complete.
 
@@ -156,12 +177,30 @@ def write_video(
       blocks: frames and segment of each block, as `Session.play` yields them.
       about: entries written before those of the recipe.
       overwrite: whether to replace files that another program makes in the meantime.
+      enlarge: factor by which the video file is enlarged; see `media.VideoWriter`.
 
     Returns:
-      The digest of each block.
+      The digest of each block, of the pixels before they are enlarged.
 
     Raises:
       UserError: A file cannot be written, or another program has made it meanwhile.
+    """
+    with replacing_files(job, overwrite, enlarge) as (sheet, recipe, video):
+        rows, digests = _stream(job, blocks, video)
+        content = about | session.recipe() | {"blocks": digests}
+        media.contact_sheet(rows, job.script.prompts, sheet)
+        io.write_json(recipe, content)
+    return digests
+
+
+@contextlib.contextmanager
+def replacing_files(
+    job: Job, overwrite: bool, enlarge: int | None
+) -> Iterator[tuple[pathlib.Path, pathlib.Path, media.VideoWriter]]:
+    """Yields temporary names of a job's sheet and recipe, and the writer of its video.
+
+    At a clean exit they replace older files, all three or none. Arguments and errors
+    are those of `write_video`.
     """
     sheet, recipe = job.file(".png"), job.file(".json")
     # The innermost file is published first, so that a new recipe never stands beside
@@ -169,16 +208,16 @@ def write_video(
     with contextlib.ExitStack() as files:
         sheet_part = files.enter_context(io.replacing(sheet, not overwrite))
         recipe_part = files.enter_context(io.replacing(recipe, not overwrite))
-        rate = job.setup.model.family.frames_per_second
-        writer = media.VideoWriter(job.file(".mp4"), rate, keep_new=not overwrite)
+        writer = media.VideoWriter(
+            job.file(".mp4"),
+            job.setup.model.family.frames_per_second,
+            keep_new=not overwrite,
+            enlarge=enlarge,
+        )
         video = files.enter_context(writer)
-        rows, digests = _stream(job, blocks, video)
-        content = about | session.recipe() | {"blocks": digests}
-        media.contact_sheet(rows, job.script.prompts, sheet_part)
-        io.write_json(recipe_part, content)
+        yield sheet_part, recipe_part, video
         with interrupts.uninterrupted():
             files.close()
-    return digests
 
 
 def _stream(job: Job, blocks, video) -> tuple[list[np.ndarray], list[str]]:

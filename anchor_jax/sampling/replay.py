@@ -93,6 +93,7 @@ def replay(
             "weights": options.weights or stored.weights,
             "lora": stored.lora,
             "text_encoder": stored.text_encoder,
+            "enlarge": stored.enlarge,
         }
         with jobs.open_folder(options.out) as folder:
             job = _job(folder, wanted, path)
@@ -220,6 +221,5 @@ def _write(
         if present:
             raise UserError(f"{present[0]} already exists; choose another --out")
         blocks = session.blocks(recipe.frames)
-        return render.write_video(
-            job, session, blocks, {"request": job.request} | about
-        )
+        about = {"request": job.request} | about
+        return render.write_video(job, session, blocks, about, enlarge=recipe.enlarge)

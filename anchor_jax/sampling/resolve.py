@@ -102,6 +102,24 @@ def describe_choices(
     return tuple(lines)
 
 
+def describe_size_change(bundle: Bundle) -> tuple[str, ...]:
+    """Returns a warning if videos are not of the size of the weights' training."""
+    trained, training = bundle.trained_grid, bundle.metadata.get("training")
+    if trained is None:
+        return ()
+    family = bundle.model.family
+    # If the training's config cannot be read, the size of its first weights counts.
+    with contextlib.suppress(UserError, AttributeError, TypeError):
+        trained = family.parse_size(training["size"])
+    if trained == bundle.grid:
+        return ()
+    size = family.describe_size(trained)
+    return (
+        f"size={family.describe_size(bundle.grid)}: the weights were trained at {size};"
+        f" other sizes give broken shapes; leave the size out, or set {size}",
+    )
+
+
 def _shown(sampler: SamplerConfig) -> str:
     """Returns a log line on a sampler with many steps."""
     return (

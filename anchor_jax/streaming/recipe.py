@@ -19,11 +19,11 @@ import jaxlib
 import numpy as np
 
 import anchor_jax
-from anchor_jax import limits
+from anchor_jax import limits, media
 from anchor_jax.cache import catalog
 from anchor_jax.cache.policies import Policy
 from anchor_jax.config import from_config
-from anchor_jax.errors import UserError, shown, suggest
+from anchor_jax.errors import UserError, shown, some, suggest
 from anchor_jax.flow import Levels
 from anchor_jax.io import parse_json
 from anchor_jax.prompts import MAX_FRAMES, MAX_PROMPT_CHARACTERS, MAX_SEED
@@ -92,6 +92,7 @@ class Recipe:
       weights: name or path of the weights in the config, or None.
       lora: treatment of adapters in the config.
       text_encoder: placement of the text encoder in the config.
+      enlarge: factor by which the config enlarges the video file, or None.
     """
 
     setup: StreamSetup
@@ -105,6 +106,7 @@ class Recipe:
     weights: str | None = None
     lora: str = "separate"
     text_encoder: str = "device"
+    enlarge: int | None = None
 
     def shortened(self, frames: int) -> "Recipe":
         """Returns the recipe of the first `frames` latent frames (whole blocks)."""
@@ -230,6 +232,12 @@ def parse_recipe(given: Mapping[str, Any], where: str) -> Recipe:
     Raises:
       UserError: A field is missing or wrong.
     """
+    if isinstance(given.get("recipes"), Mapping):
+        files = ", ".join(some([shown(one) for one in given["recipes"].values()]))
+        raise UserError(
+            f"{where} describes a comparison of several videos; give the recipe of one"
+            f" of them: {files}"
+        )
     version = given.get("format_version")
     if version != FORMAT_VERSION or isinstance(version, bool):
         raise UserError(
@@ -240,7 +248,7 @@ def parse_recipe(given: Mapping[str, Any], where: str) -> Recipe:
     known = {name: given[name] for name in names & given.keys()}
     config = given.get("config")
     config = config if isinstance(config, Mapping) else {}
-    for name in ("weights", "lora", "text_encoder"):
+    for name in ("weights", "lora", "text_encoder", "enlarge"):
         known.pop(name, None)
         if name in config:
             known[name] = config[name]
@@ -417,6 +425,8 @@ def _check_numbers(recipe: Recipe, where: str) -> None:
             f"{where}: frames={recipe.frames}: must be a multiple of the block size"
             f" {block}"
         )
+    if recipe.enlarge is not None:
+        media.check_enlarge(f"{where}: config.enlarge", recipe.enlarge)
     if len(recipe.negative_prompt) > MAX_PROMPT_CHARACTERS:
         raise UserError(
             f"{where}: negative_prompt has {len(recipe.negative_prompt)} characters,"

@@ -5,8 +5,10 @@ It is the only object with mutable state. The functions that run on the device a
 
 import collections
 import dataclasses
+import logging
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -42,6 +44,8 @@ from anchor_jax.streaming.types import PromptChange, StreamSetup, StreamState
 from anchor_jax.text import check_text
 from anchor_jax.wan.attention import ContextKV
 from anchor_jax.weights.bundle import Bundle
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,6 +330,20 @@ class Session:
                 " make a block first, or save the recipe"
             )
         write_moment(path, self._moment(), self.recipe())
+
+    def prepare(self, tell: Callable[[str], None] = _LOG.info) -> None:
+        """Compiles all programs of this stream, so that no later block waits for it.
+
+        These are the text encoder, the block, the re-caches of switches at any frame,
+        and the decoder. `compile_cache.enable` makes this fast in later processes.
+
+        Args:
+          tell: called with a line before and after. Default: it goes to the log.
+        """
+        tell("compiling (once)")
+        began = time.monotonic()
+        self.warm_up()
+        tell(f"compiled in {time.monotonic() - began:.1f} s")
 
     def warm_up(self, script: Script | None = None) -> None:
         """Compiles all programs for a script, or for any script if None.

@@ -11,6 +11,7 @@ from anchor_jax.io import write_json
 from anchor_jax.training import files
 from anchor_jax.training.data import kinds, sources
 from anchor_jax.training.stages.build import TrainConfig
+from anchor_jax.weights import checkpoint
 from anchor_jax.weights.bundle import Bundle
 
 # Fields that may differ when a run is resumed.
@@ -36,10 +37,12 @@ def compare_config(
     if stored is None:
         return
     changed = _changed(stored, as_json(config))
+    decay = _decay(stored) or _decay(as_json(config))
+    free = _TOLD if decay else (*_TOLD, "steps")
     refused = {
         name: values
         for name, values in changed.items()
-        if name.split(".")[0] not in _TOLD
+        if name.split(".")[0] not in free
     }
     if refused:
         fields = (
@@ -47,17 +50,63 @@ def compare_config(
             for name, (old, new) in refused.items()
         )
         raise UserError(
-            f"{folder} holds a run with another config: {', '.join(fields)}; give the"
+            f"{folder} holds a run with another config: {', '.join(fields)}"
+            f"{_why_not_steps(refused, decay)}; give the"
             " old values to resume it, or choose another --config.out; a new run can"
             f" start from its weights with --config.weights={folder}"
         )
-    if changed:
-        tell(f"changed since this run started: {', '.join(changed)}")
+    _tell_changes(changed, finished_step(config, folder), tell)
+
+
+def _decay(config: Mapping[str, Any]) -> str:
+    """Returns the field by which the learning rate depends on `steps`, or ""."""
+    for section in _TOLD:
+        value = config.get(section, {}).get("decay", 0)
+        if value:
+            return f"{section}.decay={value}"
+    return ""
+
+
+def _why_not_steps(refused: Mapping[str, Any], decay: str) -> str:
+    if "steps" not in refused:
+        return ""
+    return (
+        f"; steps cannot change, because with {decay} the learning rate of every run"
+        " falls towards its own last step"
+    )
+
+
+def _tell_changes(
+    changed: Mapping[str, tuple[Any, Any]],
+    finished: int | None,
+    tell: Callable[[str], None],
+) -> None:
+    """Tells what is different from the start of a run."""
+    others = [name for name in changed if name != "steps"]
+    if others:
+        no_effect = f"; ignored, because the run is already at step {finished}"
+        ignored = no_effect if finished is not None else ""
+        tell(f"changed since this run started: {', '.join(others)}{ignored}")
+    if "steps" in changed:
+        old, new = changed["steps"]
+        how = "extended" if new > old else "shortened"
+        tell(f"The run is {how}: config.steps was {old} and is now {new}.")
+
+
+def finished_step(config: TrainConfig, folder: pathlib.Path) -> int | None:
+    """Returns the last step of a run that needs no more steps; None for other runs."""
+    kept = checkpoint.steps(folder) if checkpoint.is_checkpoint(folder) else []
+    return max(kept) if kept and max(kept) >= config.steps else None
 
 
 def write_config(config: TrainConfig, folder: pathlib.Path) -> None:
-    """Writes the config of a run, against which a resumed run is checked."""
-    write_json(folder / files.CONFIG, as_json(config))
+    """Writes the config of a run, against which a resumed run is checked.
+
+    The config of a finished run stays as it is, because a change has no effect.
+    """
+    path = folder / files.CONFIG
+    if not path.exists() or finished_step(config, folder) is None:
+        write_json(path, as_json(config))
 
 
 def inputs(config: TrainConfig, generator: Bundle, teacher, critic) -> dict[str, Any]:

@@ -110,6 +110,11 @@ class Family:
             )
         return LatentGrid(height // rows, width // columns)
 
+    def describe_size(self, grid: "LatentGrid") -> str:
+        """Returns `HEIGHTxWIDTH` in pixels, the inverse of `parse_size`."""
+        _, rows, columns = self.strides
+        return f"{rows * grid.height}x{columns * grid.width}"
+
     @property
     def token_strides(self) -> tuple[int, int, int]:
         """Pixel frames, rows and columns of one token."""

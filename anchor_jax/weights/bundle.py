@@ -144,6 +144,7 @@ class Bundle:
       load_codec: function that returns the codec's parameters.
       metadata: values stored with the weights, such as the settings of their training.
       digest: SHA-256 of the weights' file, or of the ported files.
+      trained_grid: latent size of the videos of the training. None if it is unknown.
     """
 
     model: ModelConfig
@@ -156,6 +157,7 @@ class Bundle:
     load_codec: Callable[[], Mapping[str, Any]]
     metadata: Mapping[str, Any]
     digest: str
+    trained_grid: LatentGrid | None = None
 
     # Loaded at first use, so that prompts can be encoded before they take memory.
     @functools.cached_property

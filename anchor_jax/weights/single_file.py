@@ -112,6 +112,7 @@ def load_saved(weights: str, options: Options) -> Bundle:
         load_codec=lambda: load("codec", sharding.VAE, options.mesh),
         metadata=header.metadata,
         digest=hashlib.sha256(content).hexdigest(),
+        trained_grid=header.grid,
     )
 
 

@@ -87,6 +87,42 @@ def test_overrides_reach_the_config_wherever_they_stand(say):
     assert out.endswith(" 1 5\n")
 
 
+@pytest.mark.parametrize(
+    "argv", [["--seed=5"], ["--seed", "5"], ["-seed=5"], ["--seed=4", "--seed=5"]]
+)
+def test_a_field_of_the_config_has_a_short_spelling(say, argv):
+    status, out, err = say("sample", *argv, "--config=mine.py", "--prompt=x")
+    assert (status, err) == (0, "") and out.endswith(" x 1 5\n")
+
+
+def test_a_flag_of_the_command_is_not_a_field(say):
+    """The fake command has a flag --prompt, and the shipped config such a field."""
+    out = say("sample", "--config=tiny", "--prompt=x", "--sampler.shift=3")[1]
+    assert out == "RAN anchor-jax sample x 1 0\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--seed=x"], "config.seed: got 'x', expected int"),
+        (["--sampler=1"], "Unknown command line flag 'sampler'"),
+        (["--nothing=1"], "Unknown command line flag 'nothing'"),
+    ],
+)
+def test_a_short_spelling_is_checked_like_a_long_one(say, argv, message):
+    status, _, err = say("sample", "--config=tiny", *argv)
+    assert status == 2 and message in err
+
+
+def test_a_missing_package_in_a_config_is_named_with_its_extra(
+    say, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    (tmp_path / "mine.py").write_text("import tensorflow_datasets")
+    status, _, err = say("sample", "--config=mine.py")
+    assert (status, "anchor_jax[train]" in err) == (2, True)
+
+
 def test_a_command_can_run_twice_in_one_process(say):
     before = set(flags.FLAGS)
     say("sample", "--config=mine.py", "--count=9", "--config.seed=9")
@@ -268,7 +304,8 @@ def test_arguments_that_are_no_text_are_refused(capsys, argv, message):
             ],
             "leave one out",
         ),
-        (["--prompt=a"], "set a config field with --config.FIELD=VALUE; see"),
+        (["--promt=a"], "set a config field with --config.FIELD=VALUE; see"),
+        (["--prompt=a[1s]", "--prompt_file=a.txt"], "are both given"),
     ],
 )
 def test_flags_that_would_be_dropped_are_refused(capsys, flags_given, message):

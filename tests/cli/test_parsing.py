@@ -6,7 +6,7 @@ import importlib
 import pytest
 
 COMMANDS = (
-    *("sample", "replay", "policies", "doctor"),
+    *("sample", "replay", "compare", "policies", "doctor"),
     *("export", "port", "verify", "bench"),
 )
 

@@ -41,10 +41,22 @@ def test_what_is_missing_is_listed(tmp_path, capsys):
     base, _ = write_layout(tmp_path / "base", "generator")
     flags = [f"--generator={base}", "--method=causvid", "--dry_run"]
     assert main(["port", *flags]) == 0
+    printed = capsys.readouterr().out
     assert (
-        "the checkpoint has no text_encoder, which sampling needs"
-        in capsys.readouterr().out
+        "the checkpoint has no text_encoder, vae, tokenizer, which sampling" in printed
     )
+    assert printed.count("sampling needs") == 1
+
+
+def test_weights_that_cannot_sample_are_not_offered_for_sampling(tmp_path, capsys):
+    base, _ = write_layout(tmp_path / "base", "generator")
+    flags = [f"--generator={base}", "--method=causvid", f"--out={tmp_path / 'out'}"]
+
+    assert main(["port", *flags]) == 0
+
+    printed = capsys.readouterr().out
+    assert f"Wrote {tmp_path / 'out'}." in printed
+    assert printed.count("sampling needs") == 1 and "To sample:" not in printed
 
 
 def test_a_folder_must_be_named(capsys):

@@ -1,6 +1,7 @@
 import contextlib
 import json
 
+import av
 import bundles
 import pytest
 
@@ -79,6 +80,29 @@ def test_a_recipe_from_before_noise_levels_had_names_is_replayed(replay):
     assert "identical: 2 of 2 blocks" in printed
 
 
+def test_a_recipe_from_before_videos_were_enlarged_is_replayed(replay):
+    def older(recipe):
+        del recipe["config"]["enlarge"]
+
+    status, printed, _ = replay("--check", "--until=2", change=older)
+
+    assert status == 0
+    assert "identical: 2 of 2 blocks" in printed
+
+
+def test_a_replay_enlarges_as_the_recipe_says(replay, tmp_path):
+    def as_made(recipe):
+        recipe["config"]["enlarge"] = 1
+
+    status, printed, _ = replay("--until=1", "--out=again", change=as_made)
+
+    assert status == 0 and "identical: 1 of 1 blocks" in printed
+    with av.open(str(tmp_path / "again/000.mp4")) as video:
+        assert video.streams.video[0].width == 32
+    again = json.loads((tmp_path / "again/000.json").read_text())
+    assert again["config"]["enlarge"] == 1
+
+
 def test_a_block_that_differs_is_named(replay):
     def other(recipe):
         recipe["blocks"][2] = "0" * 64
@@ -128,6 +152,10 @@ def negative_seed(recipe):
     recipe["seed"] = -1
 
 
+def enlarged_too_much(recipe):
+    recipe["config"]["enlarge"] = 10**6
+
+
 def other_weights(recipe):
     recipe["fingerprint"]["weights"] = "0" * 64
 
@@ -149,6 +177,7 @@ def other_model(recipe):
         (["--frames=9"], None, "--frames needs --at"),
         (["--check"], drop_blocks, "no digests"),
         ([], negative_seed, "seed=-1"),
+        ([], enlarged_too_much, "config.enlarge=1000000: must be an integer"),
         ([], other_weights, "weights of SHA-256 0000"),
         ([], other_model, "are not those of its weights"),
         (["--weights=nowhere"], None, "nowhere"),

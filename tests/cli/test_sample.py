@@ -73,6 +73,28 @@ def test_a_sample_is_a_video_a_sheet_and_a_recipe(sample, tmp_path):
     assert {"jax", "jaxlib", "weights", "machine"} <= recipe["fingerprint"].keys()
 
 
+def size_of(path):
+    with av.open(str(path)) as container:
+        return container.streams.video[0].width, container.streams.video[0].height
+
+
+def test_a_small_video_is_enlarged_and_its_digests_are_those_of_its_own_pixels(
+    sample, tmp_path
+):
+    sample(out="chosen")
+    sample("--config.enlarge=1", out="made")
+
+    assert size_of(tmp_path / "chosen/000.mp4") == (128, 128)
+    assert size_of(tmp_path / "made/000.mp4") == (32, 32)
+    chosen, made = (
+        json.loads((tmp_path / name / "000.json").read_text())
+        for name in ("chosen", "made")
+    )
+    assert chosen["blocks"] == made["blocks"]
+    assert chosen["request"] == made["request"]
+    assert (chosen["config"]["enlarge"], made["config"]["enlarge"]) == (None, 1)
+
+
 def test_the_same_command_makes_the_same_bytes(sample, tmp_path):
     sample(out="a")
     sample(out="b")

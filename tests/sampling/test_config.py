@@ -36,6 +36,7 @@ def test_a_negative_prompt_may_stand_in_a_file(tmp_path):
         ({"rope": []}, ["config.rope", "expected str"]),
         ({"sampler": 3}, ["config.sampler", "expected SamplerConfig"]),
         ({"seed": -1}, ["config.seed=-1", "from 0 to 9223372036854775807"]),
+        ({"enlarge": 0}, ["config.enlarge=0", "from 1 (as made) to 16"]),
         ({"seed": 2**63}, ["config.seed=9223372036854775808"]),
     ],
 )
@@ -48,6 +49,13 @@ def test_a_mistake_in_a_config_file_is_named(fields, parts):
         read_config(given)
 
     assert [part for part in parts if part not in str(caught.value)] == []
+
+
+def test_a_config_from_before_videos_were_enlarged_is_read():
+    given = config().to_dict()
+    del given["enlarge"]
+
+    assert read_config(given).enlarge is None
 
 
 def test_a_missing_field_is_named():

@@ -20,6 +20,7 @@ from anchor_jax.sampling.config import (
     read_config,
 )
 from anchor_jax.sampling.resolve import (
+    describe_size_change,
     load_scripts,
     make_policy,
     make_setup,
@@ -28,6 +29,7 @@ from anchor_jax.sampling.resolve import (
 )
 from anchor_jax.streaming.loop import Euler, UniPC
 from anchor_jax.wan import kernels
+from anchor_jax.wan.spec import LatentGrid
 
 ONE = Script((Segment("a", 0),), 6)
 TWO = Script((Segment("a", 0), Segment("b", 3)), 6)
@@ -176,6 +178,20 @@ def test_the_sampler_section_chooses_levels_and_solver():
     assert (unipc.solver, unipc.copies) == (UniPC(), 2)
     assert few == dataclasses.replace(few)
     assert hash(few) == hash(setup())
+
+
+def test_a_size_that_the_weights_were_not_trained_at_is_said():
+    bundle = bundles.load()
+    assert describe_size_change(bundle) == ()
+
+    other = dataclasses.replace(bundle, grid=LatentGrid(8, 8))
+    (line,) = describe_size_change(other)
+    assert line.startswith("size=64x64: the weights were trained at 32x32; ")
+
+    trained = {**bundle.metadata, "training": {"size": "64x64"}}
+    assert describe_size_change(dataclasses.replace(other, metadata=trained)) == ()
+    ported = dataclasses.replace(other, trained_grid=None)
+    assert describe_size_change(ported) == ()
 
 
 def test_scripts_are_in_the_policys_blocks(tmp_path):

@@ -1,5 +1,7 @@
+import contextlib
 import dataclasses
 import json
+import re
 
 import bundles
 import jax
@@ -153,23 +155,45 @@ def test_a_recipe_can_be_stored_and_replayed():
     np.testing.assert_array_equal(frames, again)
 
 
-def test_playing_compiles_nothing_after_a_warm_up():
+@contextlib.contextmanager
+def compilations():
+    """Yields the list of compilations until the end of the context."""
     compiled = []
 
     def note(event, *_, **__):
         if event.startswith("/jax/core/compile"):
             compiled.append(event)
 
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+
+
+def test_playing_compiles_nothing_after_a_warm_up():
     for policy in ("anchor_forcing", "infinity_rope", "causvid"):
         session, plan = make(policy, levels=ONE), script(36, 4, 20)
         session.warm_up(plan)
-        jax.monitoring.register_event_duration_secs_listener(note)
-        try:
+        with compilations() as compiled:
             play(session, plan)
-        finally:
-            jax.monitoring.unregister_event_duration_listener(note)
 
         assert not compiled, policy
+
+
+def test_a_prepared_session_compiles_nothing_and_says_what_it_does():
+    session, told = make(levels=ONE), []
+    session.prepare(told.append)
+
+    assert told[0] == "compiling (once)"
+    assert re.fullmatch(r"compiled in \d+\.\d s", told[1]) and len(told) == 2
+    assert session.frame == 0
+    with compilations() as compiled:
+        for block in range(6):
+            if block in (1, 4):
+                session.switch(PROMPTS[block % 3])
+            session.step().fetch()
+    assert not compiled
 
 
 def test_any_switch_is_warm_after_a_warm_up_without_a_script():

@@ -1,0 +1,55 @@
+"""Short spellings of config fields: `--seed=1` for `--config.seed=1`."""
+
+import collections
+import re
+from collections.abc import Collection, Iterator, Sequence
+
+from absl import flags
+
+from anchor_jax import config
+
+_FLAG = re.compile(r"--?(?P<name>[a-z_][\w.]*)(?P<value>=.*)?", re.DOTALL)
+
+
+def spell_out(argv: Sequence[str]) -> list[str]:
+    """Returns the arguments with short spellings of config fields written in full.
+
+    A name is short for a field if the config has the field and the command has no flag
+    of that name.
+
+    Raises:
+      UserError: The config cannot be loaded.
+    """
+    end = argv.index("--") if "--" in argv else len(argv)
+    given, rest = argv[:end], argv[end:]
+    matches = filter(None, map(_FLAG.fullmatch, given))
+    names = {match["name"] for match in matches} - set(flags.FLAGS)
+    names = {name for name in names if not name.startswith(("config.", "noconfig."))}
+    spec = _config_of(given)
+    if not names or not spec:
+        return list(argv)
+    known = names & set(config.paths(config.load_config(spec)))
+    return [*_spelled(given, known), *rest]
+
+
+def _spelled(argv: Sequence[str], known: Collection[str]) -> Iterator[str]:
+    waiting = collections.deque(argv)
+    while waiting:
+        argument = waiting.popleft()
+        match = _FLAG.fullmatch(argument)
+        if match is None or match["name"] not in known:
+            yield argument
+            continue
+        value = match["value"] or ""
+        if not value and waiting and not waiting[0].startswith("--"):
+            value = f"={waiting.popleft()}"
+        yield f"--config.{match['name']}{value}"
+
+
+def _config_of(argv: Sequence[str]) -> str | None:
+    """Returns the value of --config in the arguments, or its default."""
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        match = _FLAG.fullmatch(argument)
+        if match and match["name"] == "config":
+            return (match["value"] or f"={following}")[1:]
+    return flags.FLAGS["config"].default

@@ -1,0 +1,40 @@
+"""Whether the device that the user asks for is present."""
+
+import jax
+
+from anchor_jax import extras
+from anchor_jax.errors import UserError, shown
+
+_KNOWN = "give cpu, cuda or tpu"
+_EXTRAS = {"cuda": "gpu", "gpu": "gpu", "tpu": "tpu"}
+
+
+def check(wanted: str | None) -> None:
+    """Raises UserError if a device that the user asks for cannot be used.
+
+    Args:
+      wanted: the value of `JAX_PLATFORMS`. The devices that it names are started. If
+        it is empty, nothing happens.
+    """
+    if not wanted:
+        return
+    try:
+        jax.devices()
+    # Without a GPU some versions fail in an assertion.
+    except (AssertionError, RuntimeError) as error:
+        raise UserError(_explain(wanted, str(error))) from error
+
+
+def _explain(wanted: str, reason: str) -> str:
+    names = [name for name in wanted.split(",") if name != "cpu"]
+    remedies = dict.fromkeys(
+        f"install its extra: {extras.install(_EXTRAS[name])}"
+        for name in names
+        if name in _EXTRAS
+    )
+    reason = " ".join(reason.split())[:300]
+    return (
+        f"JAX_PLATFORMS={shown(wanted)}: JAX can use no such device on this machine"
+        f"{f' ({reason})' if reason else ''}; {', or '.join(remedies) or _KNOWN}; or"
+        " unset JAX_PLATFORMS to use the device that is present"
+    )
