@@ -120,7 +120,8 @@ def _programs(job: Job, session: Session) -> tuple[str, Any]:
     model = setup.model
     what = (
         f"the block, {len(reruns)} kinds of switches and the decoder for"
-        f" {model.family.describe_size(setup.grid)} ({model.num_layers} layers of {model.dim})"
+        f" {model.family.describe_size(setup.grid)} ({model.num_layers} layers of"
+        f" {model.dim})"
     )
     return what, [job.request["setup"], describe(reruns)]
 
