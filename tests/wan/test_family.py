@@ -18,7 +18,7 @@ import tiny
 
 import anchor_jax
 from anchor_jax.cli import main
-from anchor_jax.cli.compile_cache import CACHE_VARIABLE
+from anchor_jax.compile_cache import CACHE_VARIABLE
 from anchor_jax.errors import UserError
 from anchor_jax.prompts import Timing, parse_entry, parse_inline
 from anchor_jax.streaming import recipe, room
@@ -220,6 +220,7 @@ LITERALS = {
     "frames of a latent": r"(?i)1 \+ 4 \*|\b4 \* \(\w+ - 1\)|pixel_frames\w* = 4\b",
     "pixels of a latent": rf"\b8 \* ([\w.]*\.)?{SIDE}|{SIDE} (\*|//|%) 8\b|8 \* 8",
     "frames a second": r"(?i)\b_?\w*(fps|frames_per_second|rate)(: \w+)? = (16|4)\b",
+    "a stride": r"(?i)\b\w*(stride|cell|_pixels)(: int)? = (4|8)\b",
     "channels": r"\b(\w*channels|z_dim)(: int)? = 16\b|shape\[\d\] // 4\b",
     "a prompt": r"(?i)\btext_len(: int)? = 512\b|text_dim(: int)? = 4096\b|path, 512\)",
     "a clip": r"\b(frames|length)(: int)? = (21|81)\b",
@@ -261,6 +262,9 @@ total = 1 + 4 * (frames - 1)
 total = 4 * (start - 1) + 1
 _PIXEL_FRAMES = 4
 size = grid.height * 8, 8 * grid.width
+_CELL = 8
+_STRIDE = 4
+_PIXELS = 8
 PIXEL_FRAMES_PER_SECOND = 16
 latent_channels: int = 16
 text_len: int = 512
