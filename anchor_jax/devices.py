@@ -9,13 +9,17 @@ _KNOWN = "give cpu, cuda or tpu"
 _EXTRAS = {"cuda": "gpu", "gpu": "gpu", "tpu": "tpu"}
 
 
-def check(wanted: str | None) -> None:
-    """Raises UserError if a device that the user asks for cannot be used.
+def check(wanted: str | None = None) -> None:
+    """Checks that the devices that the user asks for can be used.
 
     Args:
-      wanted: the value of `JAX_PLATFORMS`. The devices that it names are started. If
-        it is empty, nothing happens.
+      wanted: the value of `JAX_PLATFORMS`; None takes that of this process. The
+        devices that it names are started. If it is empty, nothing happens.
+
+    Raises:
+      UserError: JAX cannot use such a device. The message names the extra to install.
     """
+    wanted = jax.config.jax_platforms if wanted is None else wanted
     if not wanted:
         return
     try:

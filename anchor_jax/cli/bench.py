@@ -55,9 +55,10 @@ def main(argv: Sequence[str]) -> None:
     import jax
     from tqdm import tqdm
 
-    from anchor_jax import io, ownership
+    from anchor_jax import devices, io, ownership
     from anchor_jax.perf import stream_bench as bench
 
+    devices.check()
     is_training = "stage" in flags.FLAGS.config
     if is_training:
         allocator.keep_freed_memory()

@@ -11,9 +11,7 @@ def enable() -> pathlib.Path | None:
     Raises:
       UserError: The device that `JAX_PLATFORMS` names is missing.
     """
-    import jax
-
     from anchor_jax import compile_cache, devices
 
-    devices.check(jax.config.jax_platforms)
+    devices.check()
     return compile_cache.enable(to_stderr)

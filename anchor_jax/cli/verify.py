@@ -39,8 +39,10 @@ def main(argv: list[str]) -> int:
         raise UserError(
             "verify needs a folder of cases, such as: anchor-jax verify tests/golden"
         )
+    from anchor_jax import devices
     from anchor_jax.verify import run
 
+    devices.check()
     passed = run.verify(
         [expand(path) for path in argv[1:]],
         flags.FLAGS["except"].value,
