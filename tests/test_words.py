@@ -64,7 +64,9 @@ def strings(tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
             inner.update(map(id, ast.walk(node)))
-            parts = [p.value if isinstance(p, ast.Constant) else "{}" for p in node.values]
+            parts = [
+                p.value if isinstance(p, ast.Constant) else "{}" for p in node.values
+            ]
             yield node.lineno, "".join(parts)
     for node in ast.walk(tree):
         is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
