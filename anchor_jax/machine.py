@@ -27,7 +27,7 @@ from anchor_jax.weights.load import load_bundle
 _MODELS = ("1.3B", "14B")
 _POLICY = "anchor_forcing"
 _GB = 10**9
-_REAL_TIME = 16.0  # pixel frames a second
+_REAL_TIME = 16.0  # pixel frames per second
 _VERSIONS = ("jax", "jaxlib", "flax", "numpy", "orbax-checkpoint")
 _PARTS = {
     "av": ("videos", ("av",)),

@@ -15,7 +15,7 @@ from anchor_jax.io import expand
 from anchor_jax.prompt_files import PromptFile, decode, prompt_field, watched
 from anchor_jax.text import check_text
 
-LATENT_FRAMES_PER_SECOND = 4  # 16 pixel frames a second, 4 to a latent frame
+LATENT_FRAMES_PER_SECOND = 4  # 16 pixel frames per second, 4 per latent frame
 DEFAULT_SEGMENT_FRAMES = 40  # so the published lists switch at 40, 80, 120, ...
 MAX_PROMPT_CHARACTERS = 10_000
 MAX_SEGMENT_FRAMES = 1_000_000

@@ -28,12 +28,17 @@ AVOID = {
     r"\bexpected \d+ ?(?:\+|or more\b)": "'must be at least N'",
     r"\bexpected more than\b": "'must be above N'",
     r"\bfill(?:s|ed)? up\b": "'is inferred', 'is padded'",
+    r"\b(?:goes|go|went|gone|going) on\b": "'continues', 'resumes', 'takes place'",
+    r"\b(?:frames|bytes|operations) a second\b": "'per second'",
+    r"\bmended\b": "'repaired'",
+    r"\basked for\b": "'requested'",
+    r"\bwhatever\b": "'every', 'any', 'independent of'",
+    r"\b(?:known|heard|is said) of\b": "'about', or a verb",
     r"\bput (?:it|them|the \w+) back\b": "'restore it'",
     r"\bno number of\b": "'not a number of'",
     r"\b(?:which|it|that|one|guidance|1) is none\b": "'is not one', 'is off'",
     r"\bat hand\b": "'available', 'this machine'",
-    r"\b(?:as it is|as they are|as they lie|as it lies)\b": "'unchanged'",
-    r"\b(?:goes|go|went) on where\b": "'resumes'",
+    r"\bas (?:it is|they are|it lies|they lie)(?= ?[.,;:|])": "'unchanged'",
     r"\bcomes? to that\b": "'in addition', 'the total is'",
     r"\bunder way\b": "'current', 'running', 'unfinished'",
     r"\bmakes? no sense\b": "'cannot be combined', 'is invalid'",
@@ -45,8 +50,7 @@ AVOID = {
     r"\bwhat is wrong with\b": "'the faults of'",
     r"\ball the same[;.]": "'anyway'",
     r"\bfor good\b": "'permanently', 'never evicted'",
-    r"\b(?:is|are) no (?!longer\b|more\b|less\b|such\b)[a-z]": "'is not a'",
-    r"\bside by side\b": "'together', 'adjacent'",
+    r"\b(?<![Tt]here\s)(?:is|are) no (?!longer\b|more\b|less\b)[a-z]": "'is not a'",
 }
 """Regular expressions of phrases, with the words to write instead."""
 
@@ -64,7 +68,9 @@ def strings(tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
             inner.update(map(id, ast.walk(node)))
-            parts = [p.value if isinstance(p, ast.Constant) else "{}" for p in node.values]
+            parts = [
+                p.value if isinstance(p, ast.Constant) else "{}" for p in node.values
+            ]
             yield node.lineno, "".join(parts)
     for node in ast.walk(tree):
         is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)

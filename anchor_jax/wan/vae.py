@@ -28,9 +28,9 @@ class VaeConfig:
 
     `conv` says how a causal convolution is computed: "taps" joins the three frames it
     sees along channels and convolves in 2-D, "native" convolves in 3-D. They agree up
-    to rounding. "auto" is the native one where JAX's default backend is a GPU, which
-    would write the joined frames to memory, and taps elsewhere; it is settled when a
-    program is traced, so name the form to compile for a device that is not there.
+    to rounding. "auto" is "native" if JAX's default backend is a GPU, which would write
+    the joined frames to memory, and otherwise "taps". It is decided when a program is
+    traced, so name the form to compile for an absent device.
     """
 
     base_dim: int = 96
