@@ -138,7 +138,7 @@ def damaged(
     """
     try:
         yield
-    # Libraries raise whatever their parsers do, and sometimes a plain Exception.
+    # Libraries raise all errors of their parsers, and sometimes a plain Exception.
     except Exception as error:
         is_told = isinstance(error, UserError)
         if is_told and not wraps:

@@ -8,7 +8,7 @@ With `train_streaming.py:tiny` it trains the tiny world's model in about 20 minu
 one core, with shorter sequences, no LoRA.
 
 Expected: runs/streaming with checkpoints, log.jsonl and TensorBoard events. Sequences
-of 240 latent frames go on over the steps, in chunks of 21 and then 18 new frames.
+of 240 latent frames extend over many steps, in chunks of 21 and then 18 new frames.
 `anchor_jax.training.stages.build.TrainConfig` explains the fields.
 """
 

@@ -35,7 +35,7 @@ SWITCH_ROWS = {
 }
 EVENT_ROWS = {
     ("motion", "adopted_soon"): "motion changes: seen in 2 blocks",
-    ("motion", "on_its_way"): "motion changes: its way goes on",
+    ("motion", "on_its_way"): "motion changes: its motion continues",
     ("color", "adopted_soon"): "colour changes: seen in 2 blocks",
     ("shape", "adopted_soon"): "shape changes: seen in 2 blocks",
     ("background", "adopted_soon"): "background changes: seen in 2 blocks",

@@ -95,8 +95,8 @@ def run(settings: StreamSetup, blocks: int, switches=(), *, seed: int = 0, state
       settings: the stream.
       blocks: how many to generate.
       switches: requested latent frames, as the user gives them.
-      seed: of the noise.
-      state: where to go on; a fresh stream if None.
+      seed: seed of the noise.
+      state: state to continue from; a new stream if None.
 
     Returns:
       The last state and the blocks.

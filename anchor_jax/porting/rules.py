@@ -176,8 +176,9 @@ def _linear(source: str, target: str) -> tuple[Rule, Rule]:
     return _layer(source, target, _LINEAR)
 
 
-# The linear layers inside the transformer's blocks: those that adapters go on. Keys and
-# values of the prompt do not depend on the video, so ours stand apart from the blocks.
+# The linear layers inside the transformer's blocks: those that adapters change.
+# Keys and values of the prompt do not depend on the video, so ours are
+# outside the blocks.
 _BLOCK_LINEAR = (
     ("blocks.{layer}.self_attn.{part:q|k|v|o}", "blocks/self_attn/{part}"),
     ("blocks.{layer}.cross_attn.{part:q|o}", "blocks/cross_attn/{part}"),

@@ -51,7 +51,7 @@ def sample(
       config: the sampling config, as `read_config` takes it.
       out: folder for the videos; None takes the config's, or a new one.
       overwrite: whether to replace files that another recipe made.
-      cache: the folder of compiled programs that the user is told of, or None.
+      cache: the folder of compiled programs to name to the user, or None.
       tell: see above.
 
     Raises:

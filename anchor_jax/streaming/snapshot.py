@@ -107,8 +107,8 @@ class Moments:
         """
         if budget < 0 or every < 0:
             raise UserError(
-                f"moments: budget={budget} bytes and every={every} blocks: expected 0"
-                " or more"
+                f"moments: budget={budget} bytes and every={every} blocks: must be at"
+                " least 0"
             )
         self.budget, self.every = budget, every
         self._kept: dict[tuple, tuple[Moment, bool]] = {}
@@ -433,6 +433,6 @@ def _check_start(path: pathlib.Path, state: StreamState, moment: Moment) -> None
     ring = int(index.frame.size)
     if not (0 <= int(index.cursor) <= ring and 0 <= int(index.filled) <= ring):
         raise UserError(
-            f"{path}: cursor={int(index.cursor)} and filled={int(index.filled)} are no"
+            f"{path}: cursor={int(index.cursor)} and filled={int(index.filled)} must be"
             f" places among {ring} slots; copy the file again"
         )

@@ -73,7 +73,7 @@ METRICS = {
     "speed": "signed speed / commanded",
     "all": "segments all right",
     "adopted_soon": f"switch seen in {event_scores.SOON} blocks",
-    "on_its_way": "motion goes on",
+    "on_its_way": "motion continues",
     "persists": "first object persists",
     "recalled": "hidden recalled",
     "jumps": "borders with a jump",

@@ -41,7 +41,7 @@ class Measured:
       radius: The best template's radius in pixels.
       displacement: Mean (x, y) displacement in pixels per latent frame.
       border_jumps: Share of the latent borders where the object's step is above `JUMP`
-        pixels or cannot be measured, as it is not visible.
+        pixels or cannot be measured, because it is not visible.
       inner_jumps: The same for the steps inside latent frames.
       seams: Share of the latent borders across which the displacement of a whole
         latent frame departs by more than `SEAM` pixels from the clip's median.

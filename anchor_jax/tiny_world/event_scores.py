@@ -62,8 +62,8 @@ class Shown:
     Attributes:
       begin: Number of the first pixel frame in the video.
       background: Numbers of the background, -1 where there is none, [F].
-      count: Number of object colours with the area of an object, [F]; -1 where there
-        is no background.
+      count: Number of object colours with the area of an object, [F]; -1 without a
+        background.
       objects: Everything that differs from the background, as one object. If two are
         looked for, one object per object colour.
     """
@@ -173,8 +173,8 @@ def _pair(pixels, background, labels, area) -> tuple[Object, ...]:
     """Returns an object for each colour, seen where it is one of a frame's largest two.
 
     A colour's labels say where an object is; its mask is then all that differs from
-    the background and is nearer to it than to the other, whatever its hue, so that
-    what a codec does to hues costs neither of them its outline.
+    the background and is nearer to it than to the other, independent of its hue. So a
+    codec's change of hues does not affect the outlines.
     """
     rank = np.argsort(np.argsort(-area, axis=1, kind="stable"), axis=1)
     seen = (rank < 2) & (area >= detect.MIN_AREA)
@@ -214,9 +214,9 @@ def criteria(shown: Shown, scene: Scene) -> dict[str, bool]:
     the pixel frames; unless hidden also `color`, `shape` and `direction` of the first
     object and with a second one `second_color` and `second_shape`. `shape_iou` and
     `second_shape_iou` ask the shape also for an IoU above 0.6, which an object shown
-    twice in one colour has not; `all` is all of these. Of two objects each has the
-    attributes found where its colour is, so an unseen colour has no shape; a single
-    one is whatever differs from the background.
+    twice in one colour has not; `all` is all of these. Each of two objects has the
+    attributes found at its colour, so an unseen colour has no shape. A single object is
+    everything that differs from the background.
     """
     wanted = 0 if scene.hidden else 1 + (scene.second is not None)
     background = _most(shown.background)

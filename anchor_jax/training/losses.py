@@ -69,7 +69,7 @@ class Score:
           variables: the network's collections.
           noisy: clips at one level each.
           timestep: [batch], 1000 sigma.
-          context: of `project`.
+          context: prompts from `project`.
         """
         frames = noisy.shape[1]
         predicted, _ = WanDit(self.model, self.kernel).apply(

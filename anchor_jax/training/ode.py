@@ -43,7 +43,7 @@ class TrajectoryConfig:
       batch: videos per program. The exact values depend on it.
       frames: latent frames per video.
       steps: number of Euler steps, a multiple of 4. Noise levels are even before the
-        shift, whatever the teacher's own sampler uses.
+        shift, also if the teacher's own sampler uses others.
       shift: shift of the noise levels towards noise.
       guidance: guidance scale in u + guidance (c - u).
       negative_prompt: prompt of u.

@@ -168,5 +168,5 @@ def _changed(
 
 
 def as_json(config: TrainConfig) -> dict[str, Any]:
-    """Returns a config as it is stored: plain values."""
+    """Returns a config in its stored form, as plain values."""
     return json.loads(json.dumps(dataclasses.asdict(config)))

@@ -2,7 +2,8 @@
 
 The sampler's own step makes a chunk without gradient. The gradient of a loss with
 respect to its latents is then pulled back through one pass of each block, one block at
-a time. So memory holds the activations of one block, whatever the length of the chunk.
+a time. So memory holds the activations of one block, independent of the length of the
+chunk.
 """
 
 import dataclasses
@@ -197,7 +198,7 @@ def window(
     """Returns the clip that the loss sees, and the mask of frames with a loss.
 
     The clip is the new frames, with earlier frames before them to fill it. The first of
-    those is encoded anew as a video's first frame, because the scores were trained on
+    those is encoded again as a video's first frame, because the scores were trained on
     clips that begin so.
 
     Args:

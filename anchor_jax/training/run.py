@@ -234,9 +234,9 @@ def _open_job(
     resume.compare_config(config, folder, tell)
     stage = build.find_stage(config)
     base = _base(config, folder)
-    begun = str(folder / base) if config.weights in INITIAL else base
+    initial = str(folder / base) if config.weights in INITIAL else base
     with naming("config.weights"):
-        generator = _load(config, begun, trained=True)
+        generator = _load(config, initial, trained=True)
     with naming("config.teacher"):
         teacher = _load(config, config.teacher) if config.teacher else None
     with naming("config.critic"):

@@ -128,7 +128,7 @@ def whole(value: Any, name: str, low: int, high: int) -> int:
 
 
 def as_float(array: np.ndarray) -> np.ndarray:
-    """Returns floating-point arrays as float32 and others as they are."""
+    """Returns floating-point arrays as float32 and others unchanged."""
     if array.dtype.kind in "iub":
         return array
     return np.asarray(array, np.float32)

@@ -424,7 +424,7 @@ def test_release_leaves_one_block_without_junction_after_an_aligned_switch():
     [
         (8, 9, [*range(9)], [SINK, (3, 8, 3)]),
         (12, 12, [*range(12)], [SINK, (3, 11, 3)]),
-        # Of frames 3 to 14 only the newest 9 are stored, so only they are run.
+        # Only the newest 9 of frames 3 to 14 are stored, so only they are run.
         (15, 15, [*range(6, 15)], [SINK, (6, 14, 6)]),
     ],
 )
@@ -632,7 +632,7 @@ def test_switch_runs_again_the_frames_that_are_kept(policy, start, rerun):
         ({"junction": Junction(4)}, "junction of 4 frames must fit into the block"),
         (
             {"junction": Junction(), "positions": Absolute()},
-            "absolute RoPE with a junction makes no sense",
+            "absolute RoPE cannot be used with a junction",
         ),
         ({"window": 22}, "window=22 must fit into the RoPE range of 21"),
         ({"window": 21, "junction": Junction()}, "choose a window of 15 or less"),

@@ -47,7 +47,7 @@ def test_trainings_that_fail_do_not_stop_the_others(tmp_path, capsys, monkeypatc
     told = capsys.readouterr().out
     assert "| good | finished | 1 |" in told
 
-    # What is finished is not begun again.
+    # Finished members are not started again.
     monkeypatch.setattr(sweep.multiprocessing, "get_context", None)
     assert run("runs", *more[:-1], "--vary=weights=good") == 0
     told = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""`anchor-jax train`: a run begins, goes on, and its weights are sampled from."""
+"""`anchor-jax train`: a run starts and resumes, and its weights are sampled from."""
 
 import dataclasses
 import json
@@ -109,7 +109,7 @@ def test_a_runs_weights_are_a_bundle(trained, weights):
         np.testing.assert_array_equal(ours, theirs)
     assert loaded.digest != base.digest
     assert loaded.metadata["training"]["stage"] == "regression"
-    # The text encoder was trained along, the codec was not.
+    # The text encoder was trained too, the codec was not.
     ours, theirs = (one.encode_prompts(["a red ring"]) for one in (loaded, base))
     assert np.abs(np.asarray(ours) - theirs).max() > 0
     np.testing.assert_array_equal(
@@ -294,7 +294,7 @@ def test_a_critic_goes_on_from_the_stage_before(distilled, weights, tmp_path):
     teacher = load_bundle(config.teacher).variables["params"]
     moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), began, teacher)
     assert any(jax.tree.leaves(moved))
-    # Without being asked for, and where there is none, it is the generator.
+    # By default, and without a mean, it is the generator.
     mean = checkpoint.restore(folder, "ema")["params"]
     generator = load_bundle(str(folder)).variables["params"]
     jax.tree.map(np.testing.assert_array_equal, generator, mean)

@@ -1,4 +1,4 @@
-"""Published weights go on: ported, tuned under the release's rules, sampled from."""
+"""Published weights in training: ported, tuned by the release's rules, sampled."""
 
 import json
 

@@ -154,7 +154,7 @@ def rewrite(tmp_path):
 def test_a_broken_header_names_the_file(rewrite, text):
     message = rewrite(text=text)
 
-    assert "model.safetensors is no bundle that can be used" in message
+    assert "model.safetensors is not a usable bundle" in message
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def prepare(
     """Returns a stage with its first state.
 
     Args:
-      config: of the training.
+      config: config of the training.
       bundle: initial weights of the generator.
       batches: function from a number to the stage's batch. None if no step will run.
       teacher: the real score for distillation, or the network whose guided flow is
@@ -162,7 +162,7 @@ def open_source(
     """Returns the batches of a config's stage.
 
     Args:
-      config: of the training.
+      config: config of the training.
       bundle: weights with the tokenizer, the text encoder and the codec.
       folder: the training's folder.
       share: the rows of each batch that this process makes. None makes all of them.

@@ -36,7 +36,7 @@ class DistillationSpec:
       setup: setup of the generator's stream.
       critic: network of the fake score.
       teacher: network of the real score.
-      codec: VAE that encodes the first frame of the loss's clip anew.
+      codec: VAE that encodes the first frame of the loss's clip again.
       plan: how sequences are cut into chunks.
       guidance: real = with + guidance (with - without).
       shift: shift of the loss's noise levels towards noise.

@@ -133,7 +133,7 @@ def test_some_captions_are_left_out_for_guidance(listed, tmp_path):
             "'../a.mp4' leads to .*outside",
         ),
         ({"video": "/etc/hostname", "caption": "x"}, "leads to /etc/hostname, outside"),
-        ({"video": "none.mp4", "caption": "x"}, "'none.mp4' is no file in"),
+        ({"video": "none.mp4", "caption": "x"}, "'none.mp4' is not a file in"),
         ({"video": "a\0.mp4", "caption": "x"}, r"line 1: U\+0000"),
         ({"video": "a\ud800.mp4", "caption": "x"}, r"line 1: U\+D800"),
         ({"video": "a.mp4", "caption": "\udcff"}, "line 1: byte 0xff"),

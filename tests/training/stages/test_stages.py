@@ -155,7 +155,7 @@ def within_a_sequence(prepared, other=None):
     return state.replace(rollout=past), Cursor(0, FRAMES)
 
 
-# The generator's chunk goes on, or holds the switch; the critic's begins a sequence.
+# The generator's chunk is later or holds the switch; the critic's is the first.
 LATER, SWITCHED = (
     dataclasses.replace(
         DISTILL,
