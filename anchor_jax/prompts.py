@@ -77,7 +77,7 @@ class Timing:
       seconds: Duration of an inline segment without one.
       switch_frames: Switch frames for entries of a file without times. None switches
         every 40 latent frames.
-      rate: Latent frames a second, of the model's family.
+      rate: Latent frames per second, of the model's family.
     """
 
     block: int

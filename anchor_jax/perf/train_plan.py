@@ -25,7 +25,7 @@ from anchor_jax.wan.vae import VaeCodec, VaeConfig
 from anchor_jax.weights.bundle import Bundle
 
 BLOCK = 3
-"""Latent frames; fewer tokens on a side are no score matrix."""
+"""Latent frames of a block. A side with fewer tokens is not that of a score matrix."""
 _MACHINE = 8  # chips of a process, the first of which encodes its prompts
 
 

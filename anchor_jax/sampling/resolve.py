@@ -188,7 +188,7 @@ def load_scripts(config) -> tuple[Script, ...]:
 def read_scripts(config, family: Family = WAN_2_1) -> Scripts:
     """Returns the scripts of the config's `prompt_file`, or of its `prompt`.
 
-    The family says how many latent frames a second of a script has.
+    The family says how many latent frames per second of a script has.
 
     Raises:
       UserError: A line is wrong. The message names every wrong line.

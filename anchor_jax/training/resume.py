@@ -102,7 +102,7 @@ def finished_step(config: TrainConfig, folder: pathlib.Path) -> int | None:
 def write_config(config: TrainConfig, folder: pathlib.Path) -> None:
     """Writes the config of a run, against which a resumed run is checked.
 
-    The config of a finished run stays as it is, because a change has no effect.
+    The config of a finished run stays unchanged, because a change has no effect.
     """
     path = folder / files.CONFIG
     if not path.exists() or finished_step(config, folder) is None:

@@ -22,14 +22,14 @@ _MOST_PIXELS = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What all models of one family share, whatever their size.
+    """What all models of one family share, independent of their size.
 
     Attributes:
       name: name in stored files.
       strides: pixel frames, rows and columns of one latent cell.
       patch: latent frames, rows and columns of one token.
       latent_channels: channels of a latent.
-      frames_per_second: pixel frames a second.
+      frames_per_second: pixel frames per second.
       text_len: tokens of a prompt.
       text_dim: width of the text encoder's output.
       head_dim: width of an attention head.
@@ -59,7 +59,7 @@ class Family:
 
     @property
     def latent_frames_per_second(self) -> float:
-        """Latent frames a second; the first of a video counts as a whole one."""
+        """Latent frames per second; the first of a video counts as a whole one."""
         return self.frames_per_second / self.strides[0]
 
     @property
@@ -82,7 +82,7 @@ class Family:
         return self.grids[self.size]
 
     def pixel_frames(self, latent_frames: int) -> int:
-        """Returns how many pixel frames a video of so many latent frames has."""
+        """Returns the pixel frames of a video with this many latent frames."""
         return pixel_frames(latent_frames, self.strides[0])
 
     def pixel_size(self, grid: "LatentGrid") -> tuple[int, int]:
@@ -154,7 +154,7 @@ WAN_2_1 = Family(
 )
 """Wan2.1; files that name no family are of it, and so is the tiny model.
 
-The tiny model has the strides, channels and frames a second of Wan2.1, but its own
+The tiny model has the strides, channels and frames per second of Wan2.1, but its own
 codec, text encoder and size of video.
 """
 
@@ -199,7 +199,7 @@ class ModelConfig:
     """Sizes of one Wan2.1 transformer. Hashable, hence a static argument of jit.
 
     Models of another family have a subclass with another `family`, listed in
-    `FAMILIES`. The family is no field, so stored sizes do not depend on it; a recipe
+    `FAMILIES`. The family is not a field, so stored sizes do not depend on it; a recipe
     names the class.
 
     `remat` names a member of `jax.checkpoint_policies`, or "none". `unroll` is how

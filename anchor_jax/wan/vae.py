@@ -23,7 +23,7 @@ class VaeConfig:
     sees along channels and convolves in 2-D, "native" convolves in 3-D. They agree up
     to rounding. "auto" is the native one where JAX's default backend is a GPU, which
     would write the joined frames to memory, and taps elsewhere; it is settled when a
-    program is traced, so name the form to compile for a device that is not there.
+    program is traced, so name the form to compile for a device that this machine lacks.
 
     Each level but the last halves height and width, and the frames where
     `temporal_downsample` says so. Before the first, squares of `pixel_patch` by

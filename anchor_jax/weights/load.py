@@ -39,7 +39,8 @@ def load_bundle(
         `FOLDER/400` takes the checkpoint of step 400, not the last one.
       grid: latent size of the videos, or their `HEIGHTxWIDTH` in pixels; None: as
         stored, and the default of their family for ported ones.
-      dtype: of weights and activations; None: as stored, and bfloat16 for ported ones.
+      dtype: type of weights and activations. Default: as stored, and bfloat16 for
+        ported ones.
       text_encoder: "device" keeps it on the device, "free" only while there are new
         prompts, and "sharded" splits it over all devices.
       mesh: mesh that the generator is split over. None uses the default device.

@@ -1,4 +1,4 @@
-"""A made-up family with other strides, channels and frames a second, end to end."""
+"""A made-up family with other strides, channels and frames per second, end to end."""
 
 import dataclasses
 import io
@@ -219,7 +219,7 @@ SIDE = r"\w*(rows|columns|height|width|side)"
 LITERALS = {
     "frames of a latent": r"(?i)1 \+ 4 \*|\b4 \* \(\w+ - 1\)|pixel_frames\w* = 4\b",
     "pixels of a latent": rf"\b8 \* ([\w.]*\.)?{SIDE}|{SIDE} (\*|//|%) 8\b|8 \* 8",
-    "frames a second": r"(?i)\b_?\w*(fps|frames_per_second|rate)(: \w+)? = (16|4)\b",
+    "frames per second": r"(?i)\b_?\w*(fps|frames_per_second|rate)(: \w+)? = (16|4)\b",
     "a stride": r"(?i)\b\w*(stride|cell|_pixels)(: int)? = (4|8)\b",
     "channels": r"\b(\w*channels|z_dim)(: int)? = 16\b|shape\[\d\] // 4\b",
     "a prompt": r"(?i)\btext_len(: int)? = 512\b|text_dim(: int)? = 4096\b|path, 512\)",
@@ -291,4 +291,4 @@ def test_what_a_family_fixes_is_written_in_one_place():
     found = dict(literals())
 
     assert {place: found[place] for place in found.keys() - ALLOWED} == {}
-    assert found.keys() >= ALLOWED.keys(), "the list allows what is not there"
+    assert found.keys() >= ALLOWED.keys(), "the list allows what is absent"

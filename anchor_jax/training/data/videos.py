@@ -79,7 +79,7 @@ def _beside(file: pathlib.Path, name: str, where: str) -> pathlib.Path:
 def _check(
     videos: Iterable[pathlib.Path], count: int, size: tuple[int, int], fps: int
 ) -> None:
-    """Raises what is wrong with all of the videos, before any is encoded.
+    """Raises one error with the faults of all videos, before any is encoded.
 
     Warns about videos with fewer frames per second than a clip.
     """
@@ -98,7 +98,7 @@ def _check(
         first, repeated = next(iter(slow.items()))
         tqdm.write(
             f"warning: {len(slow)} videos have fewer than"
-            f" {fps} frames a second, so that some pictures"
+            f" {fps} frames per second, so that some pictures"
             f" are used more than once: {first}, {repeated} of {count} frames are"
             " repeats; motion stutters there. Leave such videos out if that matters",
             file=sys.stderr,
