@@ -359,14 +359,16 @@ def _find_field(config: ConfigDict, path: str) -> tuple[ConfigDict, str]:
 def _suggest_fields(config: ConfigDict, section: ConfigDict, name: str) -> str:
     """Returns the end of a message on an unknown field of a section.
 
-    If fields of any section have that name, or that of their initials, such as `lr`, it
-    suggests these. Otherwise it suggests the closest field of the section.
+    A field fits if it has that name in another section, or these initials, such as
+    `lr`. If none fits, the closest field of the section is suggested.
     """
-    found = [shown(path) for path in paths(config) if name in _short_names(path)]
-    if not found:
-        return suggest(name, section, "fields")
-    fields = suggest("", section, "fields").removeprefix(";")
-    return f"; did you mean {' or '.join(found)}?{fields}"
+    for searched in (section, config):
+        found = [path for path in paths(searched) if name in _short_names(path)]
+        if found:
+            names = " or ".join(map(shown, sorted(found, key=len)))
+            fields = suggest("", section, "fields").removeprefix(";")
+            return f"; did you mean {names}?{fields}"
+    return suggest(name, section, "fields")
 
 
 def _short_names(path: str) -> tuple[str, str]:

@@ -96,8 +96,12 @@ def test_an_override_is_parsed_as_the_field_s_type(file, override, field, value)
 def test_a_name_may_be_that_of_a_field_in_a_section_or_its_initials():
     loaded = config.load_config("train_teacher")
 
-    for name in ("learning_rate", "optimizer.lr"):
-        with pytest.raises(UserError, match="did you mean 'optimizer.learning_rate'"):
+    for name, meant in {
+        "learning_rate": "'optimizer.learning_rate' or 'critic_optimizer.learning",
+        "lr": "'optimizer.learning_rate' or",
+        "optimizer.lr": "'learning_rate'[?] fields: betas",
+    }.items():
+        with pytest.raises(UserError, match=f"did you mean {meant}"):
             config.load_config("train_teacher", [f"--config.{name}=1"])
     assert {"seed", "optimizer.learning_rate"} <= set(config.paths(loaded))
     assert "optimizer" not in set(config.paths(loaded))
