@@ -110,7 +110,12 @@ def step(
 
 
 def advance(
-    variables, state: StreamState, noise: BlockNoise, leave=None, *, setup: StreamSetup
+    variables,
+    state: StreamState,
+    noise: BlockNoise,
+    exit_level=None,
+    *,
+    setup: StreamSetup,
 ) -> tuple[StreamState, Block, LayersKV | None]:
     """Returns the state after one more block, the block, and its keys and values.
 
@@ -120,8 +125,8 @@ def advance(
       variables: the generator's collections.
       state: as for `step`.
       noise: as for `step`.
-      leave: number of the level whose estimate becomes the block, traced. Later levels
-        are not run. None runs all levels.
+      exit_level: number of the noise level whose estimate becomes the block, traced.
+        Later levels are not run. None runs all levels.
       setup: static.
     """
     policy, index = setup.policy, state.cache.index
@@ -147,10 +152,10 @@ def advance(
         setup.solver,
         noise.fresh,
         memory.carried(),
-        None if leave is None else leave + 1,
+        None if exit_level is None else exit_level + 1,
     )
-    if leave is not None:
-        latents = passes.x0[leave]
+    if exit_level is not None:
+        latents = passes.x0[exit_level]
     if not policy.remembers:
         cache = state.cache.replace(index=done)
         return state.replace(cache=cache), Block(latents, plan, passes, None), None

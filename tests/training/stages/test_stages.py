@@ -262,7 +262,7 @@ def test_blocks_are_given_the_gradient_of_their_own_frames(start, switch, monkey
         zero = jnp.float32(0)
         return types.SimpleNamespace(gradient=clip, loss=zero, gap=zero)
 
-    def pull_back(trained, frozen, chunk, prompt, leave, gradient, *, setup):
+    def pull_back(trained, frozen, chunk, prompt, exit_level, gradient, *, setup):
         given.update(chunk=chunk, ours=gradient, pulled=prompt)
         return trained
 
