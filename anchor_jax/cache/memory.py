@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from anchor_jax.cache import store
-from anchor_jax.cache.policies import Policy, Rerun
+from anchor_jax.cache.policies import Policy, RecachePass
 from anchor_jax.cache.types import KVCache, ReadPlan
 from anchor_jax.wan.attention import LayersKV
 from anchor_jax.wan.rope import Rotary, rotary, rotate
@@ -38,7 +38,7 @@ class Memory:
         tokens: tuple[int, int],
         cache: KVCache,
         plan: ReadPlan,
-        rerun: Rerun | None = None,
+        rerun: RecachePass | None = None,
     ):
         """Rotates and lays out the slots that the passes may see.
 
@@ -48,7 +48,7 @@ class Memory:
           kernel: one of `anchor_jax.wan.kernels`.
           tokens: rows and columns of tokens in a latent frame.
           cache: cache of the stream.
-          plan: read plan of the passes, from `policy.read` or `policy.read_rerun`.
+          plan: read plan of the passes, from `policy.read` or `policy.read_recache`.
           rerun: the re-cache that `plan` belongs to, or None for a block.
         """
         self.plan, self.cache, self.is_carried = plan, cache, policy.keeps_prior
@@ -160,7 +160,7 @@ def from_layout_1(cache: KVCache) -> KVCache:
     return cache.replace(slots=slots, prior=prior)
 
 
-def slots_read(policy: Policy, rerun: Rerun | None) -> tuple[int, ...]:
+def slots_read(policy: Policy, rerun: RecachePass | None) -> tuple[int, ...]:
     """Returns the slots that a pass may read. A re-cache replaces the local ones."""
     sink = policy.sink
     if rerun is None:

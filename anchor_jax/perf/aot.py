@@ -271,7 +271,7 @@ def _generator(setup: StreamSetup) -> tuple[dict[str, Program], dict[str, int]]:
     }
     step = (variables, state, key, number)
     found = {"step": Program(stream.make_block, step, {"setup": setup}, **common)}
-    rerun = policy.rerun(2 * policy.window)
+    rerun = policy.recache(2 * policy.window)
     if rerun:
         cut = jax.ShapeDtypeStruct((), jnp.bool_)
         switch = (variables, state, context, number, cut)

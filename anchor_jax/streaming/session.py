@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from anchor_jax import interrupts
-from anchor_jax.cache.policies import Rerun
+from anchor_jax.cache.policies import RecachePass
 from anchor_jax.cache.types import ReadPlan
 from anchor_jax.errors import UserError
 from anchor_jax.prompts import Script
@@ -347,7 +347,7 @@ class Session:
         )
         trial.rehearse(self.reruns(script))
 
-    def rehearse(self, reruns: Sequence[Rerun | None]) -> None:
+    def rehearse(self, reruns: Sequence[RecachePass | None]) -> None:
         """Runs every program once; the session cannot be used afterwards.
 
         Args:
@@ -381,7 +381,7 @@ class Session:
                 " anchor_forcing, longlive or self_forcing_rolling"
             )
 
-    def reruns(self, script: Script | None) -> tuple[Rerun | None, ...]:
+    def reruns(self, script: Script | None) -> tuple[RecachePass | None, ...]:
         """Returns the re-caches of a script's switches; None: of any script."""
         policy = self.setup.policy
         starts = range(policy.block, policy.window + 2 * policy.block, policy.block)
@@ -389,7 +389,7 @@ class Session:
             starts = landings(script.switch_frames, policy.block)
         elif script and not script.switch_frames:
             starts = ()
-        return tuple(dict.fromkeys(policy.rerun(start) for start in starts))
+        return tuple(dict.fromkeys(policy.recache(start) for start in starts))
 
     def recipe(self) -> dict[str, Any]:
         """Returns the recipe that makes the same video again, as plain values."""

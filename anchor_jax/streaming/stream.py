@@ -14,7 +14,7 @@ import numpy as np
 from anchor_jax import flow
 from anchor_jax.cache import store
 from anchor_jax.cache.memory import Memory
-from anchor_jax.cache.policies import Flush, Rerun
+from anchor_jax.cache.policies import Flush, RecachePass
 from anchor_jax.cache.types import KVCache, ReadPlan
 from anchor_jax.streaming.loop import approach, guide
 from anchor_jax.streaming.types import (
@@ -214,7 +214,7 @@ def switch(
     cut=False,
     *,
     setup: StreamSetup,
-    rerun: Rerun | None,
+    rerun: RecachePass | None,
 ) -> tuple[StreamState, Block | None]:
     """Returns the state under a new prompt, which holds from the next block on.
 
@@ -226,7 +226,7 @@ def switch(
         block's start.
       cut: whether the next block is a scene cut, for policies with scene cuts.
       setup: static.
-      rerun: `setup.policy.rerun(next block's start)`, static.
+      rerun: `setup.policy.recache(next block's start)`, static.
 
     Returns:
       The new state, and the re-cache's pass as a block without latents, or None.
@@ -266,7 +266,7 @@ def switch_slot(
     cut=False,
     *,
     setup: StreamSetup,
-    rerun: Rerun | None,
+    rerun: RecachePass | None,
 ) -> StreamState:
     """Returns stacked sessions with the session at `slot` under a new prompt.
 
@@ -330,7 +330,7 @@ def change_prompt(
         np.int32(requested),
         np.bool_(change.cut),
         setup=setup,
-        rerun=setup.policy.rerun(start),
+        rerun=setup.policy.recache(start),
     )
 
 
@@ -402,15 +402,17 @@ def _resume(variables, state, latents, *, setup: StreamSetup):
     index = state.cache.index.replace(start=jnp.int32(frames))
     recent = _remember(state.recent, latents, jnp.int32(0))
     state = state.replace(cache=state.cache.replace(index=index), recent=recent)
-    cache, _ = _recache(variables, state, state.context, setup, Rerun(frames, True))
+    cache, _ = _recache(
+        variables, state, state.context, setup, RecachePass(frames, True)
+    )
     return state.replace(cache=cache)
 
 
-def _recache(variables, state, context, setup: StreamSetup, rerun: Rerun):
+def _recache(variables, state, context, setup: StreamSetup, rerun: RecachePass):
     """Returns the cache after a re-cache of the newest clean frames, and that pass."""
     policy, cache = setup.policy, state.cache
-    plan = policy.read_rerun(cache.index, rerun)
-    write, index = policy.write_rerun(cache.index, rerun)
+    plan = policy.read_recache(cache.index, rerun)
+    write, index = policy.write_recache(cache.index, rerun)
     picked = (plan.start + jnp.arange(rerun.frames)) % setup.recent
     latents = jnp.take(state.recent, picked, axis=1)
     memory = _memory(setup, cache, plan, rerun)
@@ -440,7 +442,7 @@ def _forward(setup: StreamSetup, variables, context, plan: ReadPlan):
 
 
 def _memory(
-    setup: StreamSetup, cache: KVCache, plan: ReadPlan, rerun: Rerun | None = None
+    setup: StreamSetup, cache: KVCache, plan: ReadPlan, rerun: RecachePass | None = None
 ) -> Memory:
     kernel = setup.network.attention
     return Memory(setup.policy, setup.model, kernel, setup.tokens, cache, plan, rerun)

@@ -101,8 +101,8 @@ class Comparison:
         reached = run.open_job(run.read_config(train), tell=self.tell).run()
         if reached < train.steps:
             raise Stopped(
-                f"{place}: Stopped at {reached}/{train.steps}. Rerun this command to"
-                " resume."
+                f"{place}: Stopped at {reached}/{train.steps}. Rerun this command"
+                " to resume."
             )
         config = self.config.copy_and_resolve_references()
         config.weights = str(place)

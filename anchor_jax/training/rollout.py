@@ -15,7 +15,7 @@ import numpy as np
 from flax import struct
 
 from anchor_jax.cache import store
-from anchor_jax.cache.policies import Rerun
+from anchor_jax.cache.policies import RecachePass
 from anchor_jax.cache.types import KVCache, ReadPlan
 from anchor_jax.streaming import stream
 from anchor_jax.streaming.types import BlockNoise, StreamSetup, StreamState
@@ -41,11 +41,11 @@ class ChunkSwitch:
 
     Attributes:
       block: number of the chunk's first block under the new prompt.
-      rerun: the re-cache before that block, from `Policy.rerun`, or None.
+      rerun: the re-cache before that block, from `Policy.recache`, or None.
     """
 
     block: int
-    rerun: Rerun | None
+    rerun: RecachePass | None
 
 
 @struct.dataclass

@@ -118,7 +118,7 @@ class _Sequence:
         switch = None
         if span.switch_at is not None:
             block = (span.switch_at - span.start) // setup.policy.block
-            switch = ChunkSwitch(block, setup.policy.rerun(span.switch_at))
+            switch = ChunkSwitch(block, setup.policy.recache(span.switch_at))
         given = (self.networks.generator, self.state, prompts, noise, exit_level)
         self.state, chunk = roll(
             *given, setup=setup, switch=switch, requested=self.switch or 0

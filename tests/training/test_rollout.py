@@ -31,7 +31,7 @@ def chunk_noise(first, blocks, setup=SETUP):
 def roll(state, first, blocks, exit_level, setup=SETUP, prompts=(0,), at=None):
     switch = None
     if at is not None:
-        switch = ChunkSwitch(at // 3 - first, setup.policy.rerun(at))
+        switch = ChunkSwitch(at // 3 - first, setup.policy.recache(at))
     prompts = tuple(tiny.embedding(number) for number in prompts)
     noise = chunk_noise(first, blocks, setup)
     return _roll(
@@ -68,7 +68,7 @@ def by_the_chain_rule(params, exit_level, at, setup=SETUP):
         if at == 3 * number:
             prompt, graded = 1, True
             context = stream.project(fixed, tiny.embedding(1), setup=setup)
-            rerun = setup.policy.rerun(at)
+            rerun = setup.policy.recache(at)
             state, _ = stream.switch(
                 fixed, state, context, at, setup=setup, rerun=rerun
             )

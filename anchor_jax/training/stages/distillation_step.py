@@ -71,7 +71,7 @@ def shape_of(spec: DistillationSpec, span: ChunkSpan) -> ChunkShape:
     switch = None
     if span.switch_at is not None:
         number = (span.switch_at - span.start) // block
-        switch = ChunkSwitch(number, spec.setup.policy.rerun(span.switch_at))
+        switch = ChunkSwitch(number, spec.setup.policy.recache(span.switch_at))
     return ChunkShape(span.new // block, span.start == 0, span.prompt, switch)
 
 
