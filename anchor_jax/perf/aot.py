@@ -405,7 +405,7 @@ def compile_program(program: Program) -> Compiled | Refused:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class StreamReport:
     """A stream's programs on one chip; sizes in bytes.
 
     Attributes:
@@ -483,7 +483,7 @@ def plan(
     text: TextConfig | None = None,
     vae: VaeConfig | None = None,
     progress: Callable[[str], None] = lambda _: None,
-) -> Report:
+) -> StreamReport:
     """Compiles a stream's programs for a target.
 
     Args:
@@ -508,7 +508,7 @@ def plan(
     stream = roofline.make_stream(
         setup.model, setup.grid, setup.policy, len(setup.levels), text=text, codec=vae
     )
-    return Report(target, stream, made, resident)
+    return StreamReport(target, stream, made, resident)
 
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")

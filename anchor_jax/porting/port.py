@@ -55,7 +55,7 @@ _MISSING = {
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Plan:
+class PortPlan:
     """A checked plan of the checkpoint to write.
 
     Attributes:
@@ -107,7 +107,7 @@ def plan(
     critic: bool = False,
     alpha: float | None = None,
     method: str | None = None,
-) -> Plan:
+) -> PortPlan:
     """Returns the plan of a conversion after all checks; writes nothing.
 
     Args:
@@ -139,7 +139,7 @@ def plan(
         raise Mismatch(problems)
     files = _companions(wan, networks.get("text_encoder"))
     notes = _notes(found, networks, scales, files)
-    return Plan(
+    return PortPlan(
         items=_items(trees),
         meta={**_meta(method, found, networks, trees, scales), "notes": notes},
         sources=tuple(found.values()),
@@ -149,7 +149,7 @@ def plan(
 
 
 def run(
-    plan: Plan,
+    plan: PortPlan,
     out: str | pathlib.Path,
     progress: Callable[[int], None] | None = None,
     overwrite: bool = False,
@@ -188,7 +188,7 @@ def run(
     return meta
 
 
-def _watched(plan: Plan, item: str, watch: Watch) -> Any:
+def _watched(plan: PortPlan, item: str, watch: Watch) -> Any:
     """Returns an item's tree, whose values are checked while it is written."""
     layouts = {source.item: source.layout for source in plan.sources}
     tables = {"": table_of(item, layouts[item])}

@@ -91,7 +91,7 @@ def test_a_request_to_stop_ends_the_sweep_after_its_training(
     assert run(tmp_path, "--vary=seed=1,2") == 130
 
     assert trained == ["seed=1"]
-    assert "Stopped at seed=1. RecachePass" in capsys.readouterr().err
+    assert "Stopped at seed=1. Rerun" in capsys.readouterr().err
     (result,) = json.loads((tmp_path / "sweep.json").read_text())
     assert result["status"] == "stopped"
 
