@@ -145,10 +145,10 @@ def test_a_recipe_can_be_stored_and_replayed():
 
     recipe = json.loads(json.dumps(session.recipe()))
 
-    told = recipe["prompts"]
-    assert [one["landed"] for one in told] == [0, 6, 9]
+    noted = recipe["prompts"]
+    assert [one["landed"] for one in noted] == [0, 6, 9]
     assert recipe["fingerprint"]["weights"] == bundles.load().digest
-    segments = tuple(Segment(one["prompt"], one["requested"]) for one in told)
+    segments = tuple(Segment(one["prompt"], one["requested"]) for one in noted)
     again, _ = play(make(seed=recipe["seed"]), Script(segments, recipe["frames"]))
     np.testing.assert_array_equal(frames, again)
 
