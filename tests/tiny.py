@@ -117,7 +117,7 @@ def run(settings: StreamSetup, blocks: int, switches=(), *, seed: int = 0, state
 
 def switch(settings: StreamSetup, state, prompt: int, requested: int, rerun=None):
     """Returns the state under another prompt."""
-    rerun = rerun or settings.policy.rerun(int(state.cache.index.start))
+    rerun = rerun or settings.policy.recache(int(state.cache.index.start))
     state, _ = stream.switch(
         variables(),
         state,

@@ -59,7 +59,7 @@ class Recache(SwitchAction):
 
 
 @dataclasses.dataclass(frozen=True)
-class Rerun:
+class RecachePass:
     """The pass of a re-cache over the newest `frames` clean frames; static.
 
     `sink` says whether its first frames become the sink.

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from anchor_jax.cache import store
-from anchor_jax.cache.policies import Policy, Rerun
+from anchor_jax.cache.policies import Policy, RecachePass
 from anchor_jax.cache.types import KVCache, ReadPlan
 from anchor_jax.wan.attention import LayersKV
 from anchor_jax.wan.rope import Rotary, rotary, rotate
@@ -38,7 +38,7 @@ class Memory:
         tokens: tuple[int, int],
         cache: KVCache,
         plan: ReadPlan,
-        rerun: Rerun | None = None,
+        rerun: RecachePass | None = None,
     ):
         """Rotates and lays out the slots that the passes may see.
 
@@ -48,22 +48,22 @@ class Memory:
           kernel: one of `anchor_jax.wan.kernels`.
           tokens: rows and columns of tokens in a latent frame.
           cache: cache of the stream.
-          plan: read plan of the passes, from `policy.read` or `policy.read_rerun`.
+          plan: read plan of the passes, from `policy.read` or `policy.read_recache`.
           rerun: the re-cache that `plan` belongs to, or None for a block.
         """
         self.plan, self.cache, self.is_carried = plan, cache, policy.keeps_prior
         self.kernel, self.head_dim = kernel, model.head_dim
         self.tokens = math.prod(tokens)
         self.junction = policy.sink + policy.local  # first slot of the junction
-        turn = rotary(plan.past, tokens, model.head_dim, model.rope_theta)
-        self.turn = jax.tree.map(lambda x: x[self.junction :], turn)
+        rotation = rotary(plan.past, tokens, model.head_dim, model.rope_theta)
+        self.rotation = jax.tree.map(lambda x: x[self.junction :], rotation)
         own = plan.query.shape[0]
         self.whole = None
         if policy.remembers:
             read = slots_read(policy, rerun)
-            turn = jax.tree.map(lambda x: _taken(x, read, 0), turn)
+            rotation = jax.tree.map(lambda x: _taken(x, read, 0), rotation)
             past = jax.tree.map(lambda x: _taken(x, read, 2), cache.slots)
-            self.whole = lay_out(kernel, model.head_dim, past, own, turn)
+            self.whole = lay_out(kernel, model.head_dim, past, own, rotation)
         # The junction comes last: it starts after all other visible frames.
         seen = plan.frames - own - plan.junction * policy.junction_frames
         self.before_junction = jnp.maximum(seen, 0)
@@ -78,7 +78,7 @@ class Memory:
         """Returns remembered keys and values in reading order, laid out."""
         if carried is None:
             return self.whole
-        shown = store.rotated(store.choose(self.plan, *carried), self.turn)
+        shown = store.rotated(store.choose(self.plan, *carried), self.rotation)
         first = self.before_junction * self.tokens
 
         def put(whole, piece):
@@ -108,7 +108,7 @@ class Memory:
 
 
 def lay_out(
-    kernel, head_dim: int, past: LayersKV, own: int, turn: Rotary | None = None
+    kernel, head_dim: int, past: LayersKV, own: int, rotation: Rotary | None = None
 ) -> LayersKV:
     """Returns past frames in the kernel's layout, with keys rotated to their positions.
 
@@ -120,7 +120,7 @@ def lay_out(
       head_dim: channels of one attention head.
       past: past frames, [layer, batch, frame, token, dim].
       own: number of frames in the passes that will read them.
-      turn: rotation of the keys, or None if they are already rotated.
+      rotation: rotation of the keys, or None if they are already rotated.
     """
     tokens = own * past.k.shape[-2]
 
@@ -128,7 +128,7 @@ def lay_out(
         return kernel.pad(kernel.lay_out(x, head_dim), tokens)
 
     keys = jax.lax.map(
-        lambda k: laid_out(k if turn is None else rotate(k, turn)), past.k
+        lambda k: laid_out(k if rotation is None else rotate(k, rotation)), past.k
     )
     if kernel.in_place:
         return LayersKV(k=keys, v=laid_out(past.v))
@@ -160,7 +160,7 @@ def from_layout_1(cache: KVCache) -> KVCache:
     return cache.replace(slots=slots, prior=prior)
 
 
-def slots_read(policy: Policy, rerun: Rerun | None) -> tuple[int, ...]:
+def slots_read(policy: Policy, rerun: RecachePass | None) -> tuple[int, ...]:
     """Returns the slots that a pass may read. A re-cache replaces the local ones."""
     sink = policy.sink
     if rerun is None:

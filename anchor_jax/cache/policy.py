@@ -12,7 +12,7 @@ from anchor_jax.cache.actions import (
     Flush,
     Keep,
     Recache,
-    Rerun,
+    RecachePass,
     Restart,
     SwitchAction,
 )
@@ -118,7 +118,7 @@ class Policy:
         first = self.junction.first_switch if self.junction else NEVER
         return empty_index(self.slots, first)
 
-    def rerun(self, start: int) -> Rerun | None:
+    def recache(self, start: int) -> RecachePass | None:
         """Returns the re-cache of a switch before block `start`, or None.
 
         Up to the window's size it covers all frames, with the sink. Later it covers
@@ -129,10 +129,13 @@ class Policy:
         if not isinstance(self.on_switch, Recache) or start == 0:
             return None
         if start <= self.window:
-            return Rerun(start, sink=True)
+            return RecachePass(start, sink=True)
         if self.on_switch.rewrite_sink:
-            return Rerun(self.window, sink=True)
-        return Rerun(self.span, sink=False)
+            return RecachePass(self.window, sink=True)
+        return RecachePass(self.span, sink=False)
+
+    # Older name; without an annotation it is not a field.
+    rerun = recache
 
     def read(self, index: CacheIndex) -> ReadPlan:
         """Returns the read plan of the next block."""
@@ -140,7 +143,7 @@ class Policy:
         past = jnp.where(index.start > 0, self.sink + index.filled, 0)
         return self._plan(index, index.start, self.block, past, seen, prior)
 
-    def read_rerun(self, index: CacheIndex, rerun: Rerun) -> ReadPlan:
+    def read_recache(self, index: CacheIndex, rerun: RecachePass) -> ReadPlan:
         """Returns the read plan of a re-cache: its own frames, sink and junction."""
         start = index.start - rerun.frames
         seen, prior = jnp.array(False), jnp.array(False)
@@ -168,7 +171,14 @@ class Policy:
         return active | prior, prior
 
     def _plan(
-        self, index, start, frames: int, past, seen, prior, rerun: Rerun | None = None
+        self,
+        index,
+        start,
+        frames: int,
+        past,
+        seen,
+        prior,
+        rerun: RecachePass | None = None,
     ) -> ReadPlan:
         sink, ring, _ = self._split(index.frame)
         rule = self.positions
@@ -200,7 +210,7 @@ class Policy:
             prior=prior,
         )
 
-    def _in_order(self, own, by_slot, filled, rerun: Rerun | None):
+    def _in_order(self, own, by_slot, filled, rerun: RecachePass | None):
         """Returns a value for every key in reading order, from values by slot."""
         sink, ring, junction = self._split(by_slot)
         read = [own, sink, ring]
@@ -225,8 +235,8 @@ class Policy:
         no = jnp.array(False)
         return plan, done.replace(start=index.start + self.block, capture=no, cut=no)
 
-    def write_rerun(
-        self, index: CacheIndex, rerun: Rerun
+    def write_recache(
+        self, index: CacheIndex, rerun: RecachePass
     ) -> tuple[WritePlan, CacheIndex]:
         """Returns the write plan of a re-cache, and the index after it."""
         fresh = index.replace(filled=jnp.int32(0), cursor=jnp.int32(0))

@@ -153,7 +153,7 @@ def _resident(summary: dict) -> str:
 
 
 def table(name: str, summary: dict) -> list[str]:
-    """Returns the lines that show a `Report.summary()`."""
+    """Returns the lines that show a `StreamReport.summary()`."""
     memory = summary["memory"]
     lines = [
         f"{name}: {summary['chip']}, {memory / _GB:.0f} GB",

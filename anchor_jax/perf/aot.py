@@ -271,7 +271,7 @@ def _generator(setup: StreamSetup) -> tuple[dict[str, Program], dict[str, int]]:
     }
     step = (variables, state, key, number)
     found = {"step": Program(stream.make_block, step, {"setup": setup}, **common)}
-    rerun = policy.rerun(2 * policy.window)
+    rerun = policy.recache(2 * policy.window)
     if rerun:
         cut = jax.ShapeDtypeStruct((), jnp.bool_)
         switch = (variables, state, context, number, cut)
@@ -399,7 +399,7 @@ def compile_program(program: Program) -> Compiled | Refused:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class StreamReport:
     """A stream's programs on one chip; sizes in bytes.
 
     Attributes:
@@ -477,7 +477,7 @@ def plan(
     text: TextConfig | None = None,
     vae: VaeConfig | None = None,
     progress: Callable[[str], None] = lambda _: None,
-) -> Report:
+) -> StreamReport:
     """Compiles a stream's programs for a target.
 
     Args:
@@ -502,7 +502,7 @@ def plan(
     stream = roofline.make_stream(
         setup.model, setup.grid, setup.policy, len(setup.levels), text=text, codec=vae
     )
-    return Report(target, stream, made, resident)
+    return StreamReport(target, stream, made, resident)
 
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")

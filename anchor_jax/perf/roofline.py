@@ -293,7 +293,7 @@ def make_stream(
     A junction counts as visible, which is the slower case.
     """
     junction = policy.junction_frames
-    rerun = policy.rerun(2 * policy.window)
+    rerun = policy.recache(2 * policy.window)
     frames = rerun.frames if rerun else 0
     kept = 0 if rerun and rerun.sink else policy.sink
     return Stream(

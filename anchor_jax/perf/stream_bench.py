@@ -360,7 +360,7 @@ class _Run:
         policy = setup.policy
         keys = min(self.keys[-1], policy.window + policy.junction_frames)
         one = self._flops(policy.block, keys)
-        rerun = policy.rerun(workload.switch_frame)
+        rerun = policy.recache(workload.switch_frame)
         work = {
             "levels": len(setup.levels) * one,
             "clean pass": one,

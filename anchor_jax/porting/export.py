@@ -84,7 +84,7 @@ def _export(weights, out, layout, item, lora, progress, shard_bytes) -> tuple[st
     _check_present(line[0], item)
     checkpoint.shapes(line[0], item)
     meta = _meta(line, layout)
-    job = _Job(line, layout, meta, progress, shard_bytes)
+    job = _Export(line, layout, meta, progress, shard_bytes)
     job.check(item)
     with io.making_folder(io.resolved(out)) as folder:
         job.transformer(folder, item, merged=lora == "merged")
@@ -173,7 +173,7 @@ def _choose(field: str, value: str, known: Sequence[str]) -> None:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Job:
+class _Export:
     """One export: its checkpoint and its layout.
 
     `line` is the checkpoint. For a training, the weights that it started from follow,

@@ -54,7 +54,7 @@ _MISSING = {
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Plan:
+class PortPlan:
     """A checked plan of the checkpoint to write.
 
     Attributes:
@@ -106,7 +106,7 @@ def plan(
     critic: bool = False,
     alpha: float | None = None,
     method: str | None = None,
-) -> Plan:
+) -> PortPlan:
     """Returns the plan of a conversion after all checks; writes nothing.
 
     Args:
@@ -148,7 +148,7 @@ def plan(
 
 
 def run(
-    plan: Plan,
+    plan: PortPlan,
     out: str | pathlib.Path,
     progress: Callable[[int], None] | None = None,
     overwrite: bool = False,
@@ -187,7 +187,7 @@ def run(
     return meta
 
 
-def _watched(plan: Plan, item: str, watch: Watch) -> Any:
+def _watched(plan: PortPlan, item: str, watch: Watch) -> Any:
     """Returns an item's tree, whose values are checked while it is written."""
     layouts = {source.item: source.layout for source in plan.sources}
     tables = {"": table_of(item, layouts[item])}

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from anchor_jax import interrupts
-from anchor_jax.cache.policies import Rerun
+from anchor_jax.cache.policies import RecachePass
 from anchor_jax.cache.types import ReadPlan
 from anchor_jax.errors import UserError
 from anchor_jax.prompts import Script
@@ -399,7 +399,7 @@ class Session:
                 " anchor_forcing, longlive or self_forcing_rolling"
             )
 
-    def reruns(self, script: Script | None) -> tuple[Rerun | None, ...]:
+    def reruns(self, script: Script | None) -> tuple[RecachePass | None, ...]:
         """Returns the re-caches of a script's switches; None: of any script."""
         return tuple(self._switch_starts(script))
 

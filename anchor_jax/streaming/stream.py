@@ -14,7 +14,7 @@ import numpy as np
 from anchor_jax import flow
 from anchor_jax.cache import store
 from anchor_jax.cache.memory import Memory
-from anchor_jax.cache.policies import Flush, Rerun
+from anchor_jax.cache.policies import Flush, RecachePass
 from anchor_jax.cache.types import KVCache, ReadPlan
 from anchor_jax.streaming.loop import approach, guide
 from anchor_jax.streaming.types import (
@@ -110,7 +110,12 @@ def step(
 
 
 def advance(
-    variables, state: StreamState, noise: BlockNoise, leave=None, *, setup: StreamSetup
+    variables,
+    state: StreamState,
+    noise: BlockNoise,
+    exit_level=None,
+    *,
+    setup: StreamSetup,
 ) -> tuple[StreamState, Block, LayersKV | None]:
     """Returns the state after one more block, the block, and its keys and values.
 
@@ -120,8 +125,8 @@ def advance(
       variables: the generator's collections.
       state: as for `step`.
       noise: as for `step`.
-      leave: number of the level whose estimate becomes the block, traced. Later levels
-        are not run. None runs all levels.
+      exit_level: number of the noise level whose estimate becomes the block, traced.
+        Later levels are not run. None runs all levels.
       setup: static.
     """
     policy, index = setup.policy, state.cache.index
@@ -147,10 +152,10 @@ def advance(
         setup.solver,
         noise.fresh,
         memory.carried(),
-        None if leave is None else leave + 1,
+        None if exit_level is None else exit_level + 1,
     )
-    if leave is not None:
-        latents = passes.x0[leave]
+    if exit_level is not None:
+        latents = passes.x0[exit_level]
     if not policy.remembers:
         cache = state.cache.replace(index=done)
         return state.replace(cache=cache), Block(latents, plan, passes, None), None
@@ -209,7 +214,7 @@ def switch(
     cut=False,
     *,
     setup: StreamSetup,
-    rerun: Rerun | None,
+    rerun: RecachePass | None,
 ) -> tuple[StreamState, Block | None]:
     """Returns the state under a new prompt, which holds from the next block on.
 
@@ -221,7 +226,7 @@ def switch(
         block's start.
       cut: whether the next block is a scene cut, for policies with scene cuts.
       setup: static.
-      rerun: `setup.policy.rerun(next block's start)`, static.
+      rerun: `setup.policy.recache(next block's start)`, static.
 
     Returns:
       The new state, and the re-cache's pass as a block without latents, or None.
@@ -261,7 +266,7 @@ def switch_slot(
     cut=False,
     *,
     setup: StreamSetup,
-    rerun: Rerun | None,
+    rerun: RecachePass | None,
 ) -> StreamState:
     """Returns stacked sessions with the session at `slot` under a new prompt.
 
@@ -325,7 +330,7 @@ def change_prompt(
         np.int32(requested),
         np.bool_(change.cut),
         setup=setup,
-        rerun=setup.policy.rerun(start),
+        rerun=setup.policy.recache(start),
     )
 
 
@@ -397,15 +402,17 @@ def _resume(variables, state, latents, *, setup: StreamSetup):
     index = state.cache.index.replace(start=jnp.int32(frames))
     recent = _remember(state.recent, latents, jnp.int32(0))
     state = state.replace(cache=state.cache.replace(index=index), recent=recent)
-    cache, _ = _recache(variables, state, state.context, setup, Rerun(frames, True))
+    cache, _ = _recache(
+        variables, state, state.context, setup, RecachePass(frames, True)
+    )
     return state.replace(cache=cache)
 
 
-def _recache(variables, state, context, setup: StreamSetup, rerun: Rerun):
+def _recache(variables, state, context, setup: StreamSetup, rerun: RecachePass):
     """Returns the cache after a re-cache of the newest clean frames, and that pass."""
     policy, cache = setup.policy, state.cache
-    plan = policy.read_rerun(cache.index, rerun)
-    write, index = policy.write_rerun(cache.index, rerun)
+    plan = policy.read_recache(cache.index, rerun)
+    write, index = policy.write_recache(cache.index, rerun)
     picked = (plan.start + jnp.arange(rerun.frames)) % setup.recent
     latents = jnp.take(state.recent, picked, axis=1)
     memory = _memory(setup, cache, plan, rerun)
@@ -435,7 +442,7 @@ def _forward(setup: StreamSetup, variables, context, plan: ReadPlan):
 
 
 def _memory(
-    setup: StreamSetup, cache: KVCache, plan: ReadPlan, rerun: Rerun | None = None
+    setup: StreamSetup, cache: KVCache, plan: ReadPlan, rerun: RecachePass | None = None
 ) -> Memory:
     kernel = setup.network.attention
     return Memory(setup.policy, setup.model, kernel, setup.tokens, cache, plan, rerun)

@@ -12,7 +12,7 @@ from anchor_jax.prompts import Script, Segment
 from anchor_jax.sampling.config import read_config
 from anchor_jax.sampling.resolve import load_weights, make_setup, resolve
 from anchor_jax.tiny_world import ablation
-from anchor_jax.tiny_world.ablation import Trial
+from anchor_jax.tiny_world.ablation import AblationTrial
 from anchor_jax.training import run
 
 PARTS = {"swaps": ablation.ARMS, "trained": ablation.TRAINED}
@@ -34,7 +34,7 @@ class Comparison:
     """
 
     part: str
-    trial: Trial
+    trial: AblationTrial
     config: Any
     train: Any
     folder: pathlib.Path
@@ -101,8 +101,8 @@ class Comparison:
         reached = run.open_job(run.read_config(train), tell=self.tell).run()
         if reached < train.steps:
             raise Stopped(
-                f"{place}: Stopped at {reached}/{train.steps}. Rerun this command to"
-                " resume."
+                f"{place}: Stopped at {reached}/{train.steps}. Rerun this command"
+                " to resume."
             )
         config = self.config.copy_and_resolve_references()
         config.weights = str(place)
@@ -129,7 +129,7 @@ class Comparison:
         return ablation.measure_once(path, about, measure)
 
 
-PAPER = Ablation(Trial, Comparison)
+PAPER = Ablation(AblationTrial, Comparison)
 
 
 def _model(config):

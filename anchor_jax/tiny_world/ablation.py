@@ -82,7 +82,7 @@ METRICS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Trial:
+class AblationTrial:
     """Streams of an arm.
 
     Attributes:
@@ -108,11 +108,15 @@ class Trial:
 
 
 def measure(
-    bundle, setup: StreamSetup, trial: Trial, start: int, negative_prompt: str = ""
+    bundle,
+    setup: StreamSetup,
+    trial: AblationTrial,
+    start: int,
+    negative_prompt: str = "",
 ) -> list[dict[str, float]]:
     """Returns the metrics of each script's stream that apply to it."""
     scripts = trial.draw()
-    watched = world.Trial(
+    watched = world.MatchTrial(
         count=trial.scripts,
         batch=min(trial.batch, trial.scripts),
         segments=(trial.blocks,) * trial.segments,

@@ -171,8 +171,8 @@ def track(mask: np.ndarray) -> np.ndarray:
     grid = np.arange(scene.SIZE) + 0.5
     profiles = np.stack([mask.sum(axis=1), mask.sum(axis=2)], axis=1)
     weights = profiles / np.maximum(profiles.sum(axis=-1, keepdims=True), 1)
-    turn = np.exp(2j * np.pi * grid / scene.SIZE)
-    around = np.angle(weights @ turn) * scene.SIZE / (2 * np.pi)
+    wave = np.exp(2j * np.pi * grid / scene.SIZE)
+    around = np.angle(weights @ wave) * scene.SIZE / (2 * np.pi)
     offset = scene.wrap(grid - around[..., None])
     return (around + (weights * offset).sum(axis=-1)) % scene.SIZE
 

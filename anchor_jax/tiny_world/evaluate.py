@@ -23,7 +23,7 @@ CRITERIA = ("color", "background", "shape", "shape_iou", "motion", "steady", "sm
 
 
 @dataclasses.dataclass(frozen=True)
-class Trial:
+class MatchTrial:
     """The number of videos to score, and the length of their segments in blocks.
 
     `negative_prompt` is the prompt that guidance leads away from, if the setup has
@@ -78,7 +78,7 @@ def _project(bundle, setup: StreamSetup, texts, negative_prompt: str):
     return stream.project(bundle.variables, bundle.encode_prompts(texts), setup=setup)
 
 
-def _generate(bundle, setup: StreamSetup, trial: Trial, texts, number: int):
+def _generate(bundle, setup: StreamSetup, trial: MatchTrial, texts, number: int):
     """Returns the videos from `number` on, up to the trial's count.
 
     The last batch is also full, so that one program serves all, and is then cut.
@@ -95,7 +95,7 @@ def joined(texts) -> list[str]:
     return [" | ".join(prompts) for prompts in zip(*texts, strict=True)]
 
 
-def score_clips(bundle, setup: StreamSetup, trial: Trial) -> dict:
+def score_clips(bundle, setup: StreamSetup, trial: MatchTrial) -> dict:
     """Returns match rates of single-prompt clips on held-out captions.
 
     They come with a ceiling, from real clips through the codec, and with a control,
@@ -118,7 +118,7 @@ def score_clips(bundle, setup: StreamSetup, trial: Trial) -> dict:
     }
 
 
-def score_switches(bundle, setup: StreamSetup, trial: Trial) -> dict:
+def score_switches(bundle, setup: StreamSetup, trial: MatchTrial) -> dict:
     """Returns match rates before and after one switch to a held-out caption.
 
     Switches of one attribute and of several alternate.
@@ -159,7 +159,7 @@ def score_switches(bundle, setup: StreamSetup, trial: Trial) -> dict:
     return result
 
 
-def ceiling(bundle, trial: Trial, pixel_frames: int) -> dict:
+def ceiling(bundle, trial: MatchTrial, pixel_frames: int) -> dict:
     """Returns the rates of real clips after the codec."""
     rng = np.random.default_rng(trial.seed + 1)
     coded = functools.partial(roundtrip, bundle)

@@ -22,7 +22,7 @@ SHOWN = (
 )
 
 
-def score_events(bundle, setup: StreamSetup, trial: world.Trial) -> dict:
+def score_events(bundle, setup: StreamSetup, trial: world.MatchTrial) -> dict:
     """Returns scores by event on held-out scenes, with control and ceiling.
 
     Each script is the shortest that ends in its event, with at most the trial's number
@@ -36,7 +36,7 @@ def score_events(bundle, setup: StreamSetup, trial: world.Trial) -> dict:
     return _score(bundle, setup, trial, scripts, rng)
 
 
-def score_long(bundle, setup: StreamSetup, trial: world.Trial) -> dict:
+def score_long(bundle, setup: StreamSetup, trial: world.MatchTrial) -> dict:
     """Returns scores by segment of streams with as many segments as the trial."""
     rng = np.random.default_rng(trial.seed)
     scripts = [
@@ -45,7 +45,7 @@ def score_long(bundle, setup: StreamSetup, trial: world.Trial) -> dict:
     return _score(bundle, setup, trial, scripts, rng)
 
 
-def _score(bundle, setup, trial: world.Trial, scripts, rng) -> dict:
+def _score(bundle, setup, trial: world.MatchTrial, scripts, rng) -> dict:
     order, measured = [], []
     for rows, seen in watch(bundle, setup, trial, scripts):
         order += rows
@@ -69,7 +69,10 @@ def _score(bundle, setup, trial: world.Trial, scripts, rng) -> dict:
 
 
 def watch(
-    bundle, setup: StreamSetup, trial: world.Trial, scripts: Sequence[Sequence[Scene]]
+    bundle,
+    setup: StreamSetup,
+    trial: world.MatchTrial,
+    scripts: Sequence[Sequence[Scene]],
 ) -> Iterator[tuple[list[int], list[list[Shown]]]]:
     """Yields numbers of scripts, and the content of their segments.
 

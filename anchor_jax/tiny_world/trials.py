@@ -9,7 +9,7 @@ from anchor_jax.streaming.types import StreamSetup
 from anchor_jax.tiny_world import evaluate, event_streams
 from anchor_jax.weights.bundle import Bundle
 
-_Score = Callable[[Bundle, StreamSetup, evaluate.Trial], dict]
+_Score = Callable[[Bundle, StreamSetup, evaluate.MatchTrial], dict]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class WorldTrial:
     ) -> dict[str, Any]:
         """Returns the scores."""
         segments = self.segments(sizes.blocks, is_clip)
-        trial = evaluate.Trial(
+        trial = evaluate.MatchTrial(
             sizes.count,
             sizes.batch,
             segments,

@@ -15,7 +15,7 @@ import numpy as np
 from flax import struct
 
 from anchor_jax.cache import store
-from anchor_jax.cache.policies import Rerun
+from anchor_jax.cache.policies import RecachePass
 from anchor_jax.cache.types import KVCache, ReadPlan
 from anchor_jax.streaming import stream
 from anchor_jax.streaming.types import BlockNoise, StreamSetup, StreamState
@@ -41,11 +41,11 @@ class ChunkSwitch:
 
     Attributes:
       block: number of the chunk's first block under the new prompt.
-      rerun: the re-cache before that block, from `Policy.rerun`, or None.
+      rerun: the re-cache before that block, from `Policy.recache`, or None.
     """
 
     block: int
-    rerun: Rerun | None
+    rerun: RecachePass | None
 
 
 @struct.dataclass
@@ -88,7 +88,7 @@ def roll(
     rollout: Rollout,
     prompts: tuple[jax.Array, ...],
     noise: BlockNoise,
-    leave: jax.Array,
+    exit_level: jax.Array,
     *,
     setup: StreamSetup,
     switch: ChunkSwitch | None = None,
@@ -102,7 +102,7 @@ def roll(
       prompts: embeddings [batch, text, text_dim] of the chunk's prompt and, if it has a
         switch, of the new prompt.
       noise: noise of all blocks, along a leading axis.
-      leave: number of the noise level whose estimate becomes the block; traced.
+      exit_level: number of the noise level whose estimate becomes the block; traced.
       setup: static.
       switch: the prompt switch within the chunk, or None; static.
       requested: latent frame of the sequence at which the switch was requested, traced.
@@ -116,7 +116,9 @@ def roll(
     if captures:
         state = _capturing(state, True)
     if first:
-        state, part = _blocks(variables, state, _cut(noise, 0, first), leave, setup)
+        state, part = _blocks(
+            variables, state, _cut(noise, 0, first), exit_level, setup
+        )
         parts.append(part)
     if switch:
         state, block = stream.switch(
@@ -131,7 +133,7 @@ def roll(
     if captures:
         state = _capturing(state, False)
     cache = state.cache
-    state, part = _blocks(variables, state, _cut(noise, first, None), leave, setup)
+    state, part = _blocks(variables, state, _cut(noise, first, None), exit_level, setup)
     parts.append(part)
     latents, plans = (
         jax.tree.map(lambda *x: jnp.concatenate(x), *(one[name] for one in parts))
@@ -149,7 +151,7 @@ def pull_back(
     frozen,
     chunk: Chunk,
     prompt: jax.Array,
-    leave: jax.Array,
+    exit_level: jax.Array,
     cotangent: jax.Array,
     *,
     setup: StreamSetup,
@@ -163,7 +165,7 @@ def pull_back(
       frozen: other collections of the generator.
       chunk: result of `roll` with these collections.
       prompt: embedding of the chunk's last prompt.
-      leave: as for `roll`.
+      exit_level: as for `roll`.
       cotangent: [batch, frame, height, width, channel], gradient of the loss with
         respect to the latents of the blocks with a gradient, which are the chunk's
         last.
@@ -176,7 +178,7 @@ def pull_back(
     def estimate(trainable, cache, noisy):
         variables = {**frozen, **trainable}
         state = StreamState(cache, _project(variables, prompt, setup), None)
-        return stream.estimate(variables, state, noisy, leave, setup=setup)
+        return stream.estimate(variables, state, noisy, exit_level, setup=setup)
 
     def one_block(carry, block):
         cache, total = carry
@@ -231,15 +233,15 @@ def renew_last(params, latents: jax.Array, *, codec) -> jax.Array:
     return jnp.asarray(codec.encode(params, pixels[:, -1:]))
 
 
-def _blocks(variables, state: StreamState, noise: BlockNoise, leave, setup):
+def _blocks(variables, state: StreamState, noise: BlockNoise, exit_level, setup):
     """Returns the stream after some blocks, and the result of each."""
 
     def one(carry, noise):
         now = StreamState(carry[0], state.context, carry[1])
-        now, block, own = stream.advance(variables, now, noise, leave, setup=setup)
+        now, block, own = stream.advance(variables, now, noise, exit_level, setup=setup)
         made = {
             "latents": block.latents,
-            "noisy": block.passes.noisy[leave],
+            "noisy": block.passes.noisy[exit_level],
             "own": own,
             "plans": block.plan,
         }

@@ -111,22 +111,22 @@ class _Sequence:
         )
         draws = Draws(self.case, first, end)
         noise = draws.take("randn")
-        leave = int(draws.take("randint")[0])
+        exit_level = int(draws.take("randint")[0])
         previous = self.state.previous
-        noise = block_noise(draws, noise, leave, setup)
+        noise = block_noise(draws, noise, exit_level, setup)
         prompts = self.prompts[span.prompt : span.last_prompt + 1]
         switch = None
         if span.switch_at is not None:
             block = (span.switch_at - span.start) // setup.policy.block
-            switch = ChunkSwitch(block, setup.policy.rerun(span.switch_at))
-        given = (self.networks.generator, self.state, prompts, noise, leave)
+            switch = ChunkSwitch(block, setup.policy.recache(span.switch_at))
+        given = (self.networks.generator, self.state, prompts, noise, exit_level)
         self.state, chunk = roll(
             *given, setup=setup, switch=switch, requested=self.switch or 0
         )
         clip, mask = rollout.window(previous, chunk.latents, self.renew)
         for what, value in (("new_frames", chunk.latents), ("loss_chunk", clip)):
             checks.compare(f"{name}.{what}", frames_first(value), absolute=CLOSE)
-        self._compare_plan(f"trace.{name}", record, span, mask, leave)
+        self._compare_plan(f"trace.{name}", record, span, mask, exit_level)
         self._compare_calls(f"trace.{name}", record, chunk, span)
         self._compare_cache(name)
         prompt = self.prompts[span.last_prompt]
@@ -135,11 +135,13 @@ class _Sequence:
         if role == "critic":
             self._criticise(name, clip, mask, prompt, loss)
         elif role == "generator":
-            self._distill(name, clip, mask, prompt, loss, chunk, leave)
+            self._distill(name, clip, mask, prompt, loss, chunk, exit_level)
         else:
             raise CaseError(f"trace.json: role {shown(role)} is unknown")
 
-    def _distill(self, name: str, clip, mask, prompt, drawn, chunk: Chunk, leave: int):
+    def _distill(
+        self, name: str, clip, mask, prompt, drawn, chunk: Chunk, exit_level: int
+    ):
         timestep, noise = drawn
         checks, networks = self.checks, self.networks
         prompts = (prompt, self.prompts[2])
@@ -150,7 +152,7 @@ class _Sequence:
         checks.compare(f"{name}.generator_loss", found.loss, relative=LOSS)
         frames = chunk.noisy.shape[0] * chunk.noisy.shape[2]
         cotangent = found.gradient[:, -frames:]
-        given = (networks.generator, {}, chunk, prompt, leave, cotangent)
+        given = (networks.generator, {}, chunk, prompt, exit_level, cotangent)
         gradient = official(pull_back(*given, setup=networks.setup), networks.setup)
         detached = f"{name}.generator_grad_detached_cache."
         compare_gradients(checks, detached, gradient)
@@ -165,7 +167,7 @@ class _Sequence:
         compare_gradients(self.checks, f"{name}.critic_grad.", gradient)
 
     def _compare_plan(
-        self, name: str, record, span: ChunkSpan, mask, leave: int
+        self, name: str, record, span: ChunkSpan, mask, exit_level: int
     ) -> None:
         """Compares the integers of a chunk."""
         previous = self.state.previous.shape[1]
@@ -177,8 +179,8 @@ class _Sequence:
             "overlap_frames": previous - span.new,
             "current_length_after": span.end,
             "gradient_mask_per_frame": mask.astype(int).tolist(),
-            "denoised_timestep_from": steps[leave],
-            "denoised_timestep_to": steps[leave + 1],
+            "denoised_timestep_from": steps[exit_level],
+            "denoised_timestep_to": steps[exit_level + 1],
             "has_switched_after": span.last_prompt == 1,
             "previous_frames_kept": previous,
             "loss_prompt": ("cond", "switch")[span.last_prompt],

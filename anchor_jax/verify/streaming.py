@@ -367,11 +367,11 @@ def as_stored(setup: StreamSetup, keys: np.ndarray, frames: list[int]) -> np.nda
     is_rotated = rule.rotates_stored(position)[:, None, None]
     if not is_rotated.any():
         return keys
-    turn = rotary(position, setup.tokens, config.head_dim, config.rope_theta)
-    cos = jnp.where(is_rotated, turn.cos, 1.0)
-    sin = jnp.where(is_rotated, turn.sin, 0.0)
-    turn = Rotary(cos=cos, sin=sin)
-    return np.asarray(rotate(jnp.asarray(keys), turn))
+    rotation = rotary(position, setup.tokens, config.head_dim, config.rope_theta)
+    cos = jnp.where(is_rotated, rotation.cos, 1.0)
+    sin = jnp.where(is_rotated, rotation.sin, 0.0)
+    rotation = Rotary(cos=cos, sin=sin)
+    return np.asarray(rotate(jnp.asarray(keys), rotation))
 
 
 def frames_first(latents) -> np.ndarray:

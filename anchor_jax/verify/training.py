@@ -319,7 +319,7 @@ class Draws:
         return found
 
 
-def block_noise(draws: Draws, noise, leave: int, setup: StreamSetup) -> BlockNoise:
+def block_noise(draws: Draws, noise, exit_level: int, setup: StreamSetup) -> BlockNoise:
     """Returns the noise of a chunk's blocks."""
     size, levels = setup.policy.block, len(setup.levels)
     batch, frames, *rest = noise.shape
@@ -327,7 +327,7 @@ def block_noise(draws: Draws, noise, leave: int, setup: StreamSetup) -> BlockNoi
     fresh = np.zeros((blocks, levels - 1, batch, size, *rest), np.float32)
     floor = np.zeros((blocks, batch, size, *rest), np.float32)
     for block in range(blocks):
-        for level in range(leave):
+        for level in range(exit_level):
             fresh[block, level] = draws.take("randn_like").reshape(batch, size, *rest)
         floor[block] = draws.take("randn_like").reshape(batch, size, *rest)
     initial = np.moveaxis(noise.reshape(batch, blocks, size, *rest), 1, 0)
@@ -347,11 +347,11 @@ def verify_self_forcing(case: Case, checks: Checks) -> None:
     networks, draws = load_networks(case, trained_policy(case)), Draws(case)
     setup = networks.setup
     noise = draws.take("randn")
-    leave = int(draws.take("randint")[0])
+    exit_level = int(draws.take("randint")[0])
     prompts = load_prompts(case, setup.model, "cond", "uncond")
     before = rollout.begin(setup, len(noise), noise.shape[1])
-    noise = block_noise(draws, noise, leave, setup)
-    given = (networks.generator, before, prompts[:1], noise, leave)
+    noise = block_noise(draws, noise, exit_level, setup)
+    given = (networks.generator, before, prompts[:1], noise, exit_level)
     _, chunk = roll(*given, setup=setup)
     checks.compare("generated_latent", frames_first(chunk.latents), absolute=CLOSE)
     timestep, noise = loss_draws(draws, case)
@@ -362,13 +362,21 @@ def verify_self_forcing(case: Case, checks: Checks) -> None:
     checks.compare("dmd.timestep", per_frame(timestep, frames), relative=TIME)
     checks.compare("generator_loss", found.loss, relative=LOSS)
     gradient = pull_back(
-        networks.generator, {}, chunk, prompts[0], leave, found.gradient, setup=setup
+        networks.generator,
+        {},
+        chunk,
+        prompts[0],
+        exit_level,
+        found.gradient,
+        setup=setup,
     )
     gradient = official(gradient, setup)
     compare_gradients(checks, "grad_detached_cache.", gradient)
     checks.leave_out(r"grad\..*", KEPT_GRADIENTS)
     steps = [*case.sizes("denoising_step_list"), 0]
-    checks.equal("denoised_timestep_from_to", steps[leave : leave + 2])
+    checks.equal("denoised_timestep_from_to", steps[exit_level : exit_level + 2])
     exits = np.asarray([call["grad"] for call in case.setting("_generator_calls")])
-    ours = np.tile(np.arange(leave + 2) == leave, frames // setup.policy.block)
+    ours = np.tile(
+        np.arange(exit_level + 2) == exit_level, frames // setup.policy.block
+    )
     checks.equal("calls with a gradient", ours, exits)

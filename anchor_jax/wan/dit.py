@@ -163,11 +163,11 @@ class WanDit(nn.Module):
         self.sow("intermediates", "patch_embedding", x)
         time, modulation = self._time(timestep)
 
-        def turn(position):
+        def rotation(position):
             return rope.rotary(position, tokens, config.head_dim, config.rope_theta)
 
-        query_rope = turn(query_position)
-        key_rope = query_rope if key_position is None else turn(key_position)
+        query_rope = rotation(query_position)
+        key_rope = query_rope if key_position is None else rotation(key_position)
         numbers = jnp.arange(config.num_layers)
         x, own = self.blocks(
             x, (context, numbers), modulation, query_rope, key_rope, visible, past

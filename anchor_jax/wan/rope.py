@@ -35,7 +35,7 @@ def frequencies(pairs: int, theta: float = 10000.0) -> np.ndarray:
     return theta ** (-np.arange(pairs, dtype=np.float64) / pairs)
 
 
-def turn(position: jax.Array, freq: np.ndarray) -> tuple[jax.Array, jax.Array]:
+def cos_sin(position: jax.Array, freq: np.ndarray) -> tuple[jax.Array, jax.Array]:
     """Returns cos and sin of position * freq, shape [..., pairs], in float32.
 
     `position` is a non-negative int32. It is split as 1024 a + b, both looked up in
@@ -84,7 +84,7 @@ def rotary(
         joined = jnp.concatenate([part.astype(jnp.float32) for part in parts], -1)
         return rearrange(joined, "f h w p -> f (h w) p")
 
-    cos, sin = turn(position, frequencies(time, theta))
+    cos, sin = cos_sin(position, frequencies(time, theta))
     return of_pairs(combine(cos, np.cos), combine(sin, np.sin))
 
 
@@ -122,7 +122,7 @@ def timestep_sinusoid(timestep: jax.Array, dim: int) -> jax.Array:
     """
     freq = frequencies(dim // 2)
     whole = jnp.floor(timestep)
-    cos_n, sin_n = turn(whole.astype(jnp.int32), freq)
+    cos_n, sin_n = cos_sin(whole.astype(jnp.int32), freq)
     rest = (timestep - whole)[..., None] * freq.astype(np.float32)
     cos_r, sin_r = jnp.cos(rest), jnp.sin(rest)
     cos = cos_n * cos_r - sin_n * sin_r

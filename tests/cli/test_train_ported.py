@@ -108,9 +108,10 @@ def test_they_are_sampled_as_they_were_trained(tuned, tmp_path, capsys, monkeypa
 
     assert main.main(["sample", *given]) == 0
 
-    told = capsys.readouterr().err
+    printed = capsys.readouterr().err
     assert (
-        "rules: release, policy: anchor_forcing (as the weights were trained)" in told
+        "rules: release, policy: anchor_forcing (as the weights were trained)"
+        in printed
     )
     recipe = json.loads((tmp_path / "000.json").read_text())
     assert recipe["config"]["sampler"]["steps"] == [1000, 500]

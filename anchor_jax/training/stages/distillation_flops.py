@@ -25,8 +25,8 @@ def step_flops(spec: DistillationSpec, metrics) -> float:
     return spec.batch * total
 
 
-def _rollout(spec: DistillationSpec, leave: int) -> float:
-    return (leave + 2) * _blocks(spec)
+def _rollout(spec: DistillationSpec, exit_level: int) -> float:
+    return (exit_level + 2) * _blocks(spec)
 
 
 def _blocks(spec: DistillationSpec) -> float:

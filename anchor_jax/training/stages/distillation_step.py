@@ -71,7 +71,7 @@ def shape_of(spec: DistillationSpec, span: ChunkSpan) -> ChunkShape:
     switch = None
     if span.switch_at is not None:
         number = (span.switch_at - span.start) // block
-        switch = ChunkSwitch(number, spec.setup.policy.rerun(span.switch_at))
+        switch = ChunkSwitch(number, spec.setup.policy.recache(span.switch_at))
     return ChunkShape(span.new // block, span.start == 0, span.prompt, switch)
 
 
@@ -90,7 +90,7 @@ def generator_gradient(
       spec: static settings.
       shape: static shape of the chunk.
     """
-    state, clip, mask, chunk, prompts, leave = _next_chunk(
+    state, clip, mask, chunk, prompts, exit_level = _next_chunk(
         state, frozen, batch, spec, shape, GENERATOR
     )
     timestep, noise = _loss_noise(state.key(GENERATOR, 1), clip, spec)
@@ -110,14 +110,14 @@ def generator_gradient(
         frozen["generator"],
         chunk,
         prompts[-1],
-        leave,
+        exit_level,
         found.gradient[:, clip.shape[1] - frames :],
         setup=spec.setup,
     )
     metrics = {
         "generator_loss": found.loss,
         "score_gap": found.gap,
-        "exit_level": leave,
+        "exit_level": exit_level,
         "loss_timestep": jnp.mean(timestep),
     }
     # The gap shows scores that are not finite; the direction counts them as 0.
@@ -136,7 +136,7 @@ def critic_gradient(
       spec: static settings.
       shape: static shape of the chunk.
     """
-    state, clip, mask, _, prompts, leave = _next_chunk(
+    state, clip, mask, _, prompts, exit_level = _next_chunk(
         state, frozen, batch, spec, shape, CRITIC
     )
     timestep, noise = _loss_noise(state.key(CRITIC, 1), clip, spec)
@@ -148,7 +148,7 @@ def critic_gradient(
         )
 
     value, gradient = jax.value_and_grad(loss)(state.fake_score)
-    metrics = {"critic_loss": value, "critic_exit_level": leave}
+    metrics = {"critic_loss": value, "critic_exit_level": exit_level}
     return checked(state, gradient, value), gradient, metrics
 
 
@@ -181,7 +181,7 @@ def _next_chunk(
     if shape.is_first:
         sequence = rollout.begin(setup, spec.batch, spec.plan.frames)
     key = state.key(role, 0)
-    leave = jax.random.randint(key, (), 0, len(setup.levels))
+    exit_level = jax.random.randint(key, (), 0, len(setup.levels))
     noise = draw_chunk_noise(jax.random.fold_in(key, 1), shape.blocks, spec)
     both = (batch["prompt"], batch["switch"])
     prompts = both if shape.switch else both[shape.prompt : shape.prompt + 1]
@@ -191,7 +191,7 @@ def _next_chunk(
         sequence,
         prompts,
         noise,
-        leave,
+        exit_level,
         setup=setup,
         switch=shape.switch,
         requested=batch["requested"],
@@ -202,7 +202,7 @@ def _next_chunk(
         lambda x: rollout.renew_last(frozen["codec"], x, codec=spec.codec),
     )
     state = state.replace(rollout=after)
-    return state, jax.lax.stop_gradient(clip), mask, chunk, prompts, leave
+    return state, jax.lax.stop_gradient(clip), mask, chunk, prompts, exit_level
 
 
 def draw_chunk_noise(key: jax.Array, blocks: int, spec: DistillationSpec) -> BlockNoise:
