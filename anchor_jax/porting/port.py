@@ -138,7 +138,7 @@ def plan(
         raise Mismatch(problems)
     files = _companions(wan, networks.get("text_encoder"))
     notes = _notes(found, networks, scales, files)
-    return Plan(
+    return PortPlan(
         items=_items(parts),
         meta={**_meta(method, found, networks, parts, scales), "notes": notes},
         sources=tuple(found.values()),

@@ -403,7 +403,7 @@ class Session:
         """Returns the re-caches of a script's switches; None: of any script."""
         return tuple(self._switch_starts(script))
 
-    def _switch_starts(self, script: Script | None) -> dict[Rerun | None, int]:
+    def _switch_starts(self, script: Script | None) -> dict[RecachePass | None, int]:
         """Returns a start for each re-cache of a script's switches."""
         policy = self.setup.policy
         starts = range(policy.block, policy.window + 2 * policy.block, policy.block)
@@ -411,7 +411,7 @@ class Session:
             starts = landings(script.switch_frames, policy.block)
         elif script and not script.switch_frames:
             starts = ()
-        return {policy.rerun(start): start for start in starts}
+        return {policy.recache(start): start for start in starts}
 
     def recipe(self) -> dict[str, Any]:
         """Returns the recipe that makes the same video again, as plain values."""

@@ -326,7 +326,7 @@ def test_chunks_that_the_generator_never_learns_from_are_told(
     if not is_told:
         assert not printed
         return
-    (line,) = told
+    (line,) = printed
     chunks = "only on the chunks that start at frames 0, never on those that start at"
     assert f"{chunks} 6, 9" in line
     assert "distillation.every + 1 = 3" in line
