@@ -141,7 +141,7 @@ def test_a_transformer_alone_has_a_note_instead_of_a_list(tmp_path):
 
     (note,) = export(tmp_path / "ported", tmp_path / "back", "diffusers")
 
-    assert note.startswith("without text_encoder, vae, tokenizer: ")
+    assert note.startswith("without text_encoder, vae, tokenizer no model_index.json")
     assert [path.name for path in (tmp_path / "back").iterdir()] == ["transformer"]
 
 

@@ -155,7 +155,7 @@ def test_the_digest_tells_what_was_taken_apart(ported_digest, rewrite_ported, fi
 @pytest.mark.parametrize(
     ("section", "field", "value", "part"),
     [
-        (None, "model", None, "meta.model is None, expected an object"),
+        (None, "model", None, "meta.model is None, which must be an object"),
         (None, "vae", [], "meta.vae is []"),
         (None, "sources", None, "meta.sources is missing"),
         (None, "sources", [5], "meta.sources, entry 0"),
@@ -194,7 +194,7 @@ def test_a_wrong_digest_is_refused(rewrite_ported, digest):
     def change(meta):
         meta["sources"][0]["files"][0]["sha256"] = digest
 
-    assert "is no SHA-256" in load_fails(rewrite_ported(change))
+    assert "is not a SHA-256" in load_fails(rewrite_ported(change))
 
 
 @pytest.mark.parametrize("words", [b"", b"no model"])

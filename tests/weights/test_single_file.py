@@ -63,7 +63,7 @@ def test_a_truncated_file_is_told_apart(tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
 
-    with pytest.raises(UserError, match="not a whole safetensors file"):
+    with pytest.raises(UserError, match="not a complete safetensors file"):
         load_bundle(str(tmp_path))
 
 
