@@ -626,10 +626,10 @@ def test_switch_runs_again_the_frames_that_are_kept(policy, start, rerun):
 @pytest.mark.parametrize(
     "changes, reason",
     [
-        ({"block": 0}, "block=0 must be 1 or more"),
+        ({"block": 0}, "block=0 must be at least 1"),
         ({"sink": 4}, "sink=4 must lie between 0 and block=3"),
         ({"sink": -1}, "sink=-1 must lie between"),
-        ({"window": 5}, "choose 6 or more"),
+        ({"window": 5}, "choose at least 6"),
         ({"junction": Junction(4)}, "junction of 4 frames must fit into the block"),
         (
             {"junction": Junction(), "positions": Absolute()},

@@ -194,7 +194,7 @@ def test_a_wrong_digest_is_refused(rewrite_ported, digest):
     def change(meta):
         meta["sources"][0]["files"][0]["sha256"] = digest
 
-    assert "is no SHA-256" in load_fails(rewrite_ported(change))
+    assert "is not a SHA-256" in load_fails(rewrite_ported(change))
 
 
 @pytest.mark.parametrize("words", [b"", b"no model"])

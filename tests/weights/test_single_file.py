@@ -63,7 +63,7 @@ def test_a_truncated_file_is_told_apart(tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
 
-    with pytest.raises(UserError, match="not a whole safetensors file"):
+    with pytest.raises(UserError, match="not a complete safetensors file"):
         load_bundle(str(tmp_path))
 
 
@@ -202,7 +202,7 @@ def test_a_missing_key_is_named(rewrite, key):
 
 @pytest.mark.parametrize(
     ("words", "part"),
-    [(b"", "empty"), (b"no model", "no tokenizer"), (b"\x00" * 64, "no tokenizer")],
+    [(b"", "empty"), (b"no model", "not a usable tokenizer"), (b"\x00" * 64, "no tokenizer")],
 )
 def test_a_broken_tokenizer_is_named(rewrite, words, part):
     assert f"tokenizer.model is {part}" in rewrite(words=words)
