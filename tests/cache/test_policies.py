@@ -638,7 +638,7 @@ def test_switch_runs_again_the_frames_that_are_kept(policy, start, rerun):
         ({"window": 22}, "window=22 must fit into the RoPE range of 21"),
         ({"window": 21, "junction": Junction()}, "choose a window of 15 or less"),
         ({"window": 12, "positions": Relative(range=9)}, "RoPE range of 9"),
-        ({"on_switch": Flush(last=-1)}, "flush must keep 0 or more"),
+        ({"on_switch": Flush(last=-1)}, "flush must keep at least 0"),
         ({"restart": Restart(every=3, overlap=3)}, "must be shorter than"),
     ],
 )
