@@ -47,5 +47,5 @@ def test_a_pointer_in_a_bundle_is_named(tmp_path, name):
     bundles.save(tmp_path)
     (tmp_path / name).write_bytes(POINTER)
 
-    with pytest.raises(UserError, match=f"{name} is a pointer of Git LFS"):
+    with pytest.raises(UserError, match=f"{name} is a Git LFS pointer"):
         load_bundle(str(tmp_path))

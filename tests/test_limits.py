@@ -29,7 +29,7 @@ from anchor_jax.weights.load import load_bundle
     [
         (tiny.MODEL, "num_layers", 10_000, "from 1 to 128"),
         (tiny.MODEL, "ffn_dim", 2**20, "from 1 to 65536"),
-        (tiny.MODEL, "eps", float("inf"), "more than 0"),
+        (tiny.MODEL, "eps", float("inf"), "above 0"),
         (bundles.TEXT, "text_len", 10**6, "from 1 to 4096"),
         (ported.VAE, "num_res_blocks", 10**6, "from 1 to 16"),
         (ported.VAE, "dim_mult", (1, 2, 10**9, 1), "whole numbers from 1 to 64"),

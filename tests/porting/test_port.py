@@ -360,7 +360,7 @@ def wrong_config(folder):
         ),
         (
             change(blocks__0__modulation=lambda a: a.astype(np.int8)),
-            r"blocks\.0\.modulation: type int8, expected one of float32",
+            r"blocks\.0\.modulation: type int8, must be one of float32",
         ),
         (
             change(blocks__1__modulation=lambda a: a.astype(np.float32)),
@@ -373,8 +373,8 @@ def wrong_config(folder):
         ),
         (overlap, r"b starts at byte 0, expected 4"),
         (long_header, r"a header of \d+ bytes"),
-        (escape, r"names '\.\./secret\.safetensors', expected"),
-        (link_outside, r"names 'linked\.safetensors', expected"),
+        (escape, r"names '\.\./secret\.safetensors', which must be"),
+        (link_outside, r"names 'linked\.safetensors', which must be"),
         (hostile, r"Wan2\.1_VAE\.pth.*posix\.system"),
         (wrong_config, r"config\.json: ffn_dim=99, the tensors have 24"),
     ],

@@ -148,7 +148,7 @@ def test_pointers_are_named_wherever_a_file_is_opened(tmp_path, name):
     folder, _ = write_layout(tmp_path / "in", "wan")
     (folder / name).write_bytes(POINTER)
 
-    with pytest.raises(UserError, match=f"{name} is a pointer of Git LFS"):
+    with pytest.raises(UserError, match=f"{name} is a Git LFS pointer"):
         port.plan(folder)
 
 

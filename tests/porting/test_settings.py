@@ -217,7 +217,7 @@ def test_damaged_settings_are_named(tmp_path, text):
     folder, _ = write_layout(tmp_path / "in", "wan")
     (folder / "config.json").write_text(text)
 
-    with pytest.raises(UserError, match=r"config\.json (is no JSON|holds)"):
+    with pytest.raises(UserError, match=r"config\.json (is not valid JSON|holds)"):
         port.plan(folder)
 
 

@@ -202,7 +202,11 @@ def test_a_missing_key_is_named(rewrite, key):
 
 @pytest.mark.parametrize(
     ("words", "part"),
-    [(b"", "empty"), (b"no model", "no tokenizer"), (b"\x00" * 64, "no tokenizer")],
+    [
+        (b"", "empty"),
+        (b"no model", "not a usable tokenizer"),
+        (b"\x00" * 64, "not a usable tokenizer"),
+    ],
 )
 def test_a_broken_tokenizer_is_named(rewrite, words, part):
     assert f"tokenizer.model is {part}" in rewrite(words=words)
