@@ -15,10 +15,10 @@ VERSION = re.search(
     r'__version__ = "(.+)"', (HERE / "anchor_jax" / "__init__.py").read_text()
 )[1]
 
-# tensorflow-datasets needs the last one to write, and does not ask for it.
+# tensorflow-datasets needs the last one to write, but does not require it.
 DATA = ["tensorflow-datasets", "array_record", "importlib_resources"]
 TRAIN = [*DATA, "tensorboardX"]
-# Whose files are ported and exported; `tests/peers` compares with them.
+# Libraries whose files are ported and exported; `tests/peers` compares with them.
 PEERS = ["accelerate", "diffusers", "peft", "torch", "transformers"]
 TEST = ["pytest", "pytest-timeout", "pytest-xdist"]
 

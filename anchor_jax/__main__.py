@@ -7,7 +7,7 @@ from anchor_jax import interrupts
 
 def main() -> int:
     """Runs the command line of this process and returns its exit status."""
-    # Before whatever takes long to import.
+    # Before imports that take long.
     interrupts.install()
     from anchor_jax.cli import main as cli
 

@@ -64,7 +64,7 @@ class CompileTimes:
         known = self.load()
         known.pop(key, None)
         newest = list(known.items())[-(_MOST - 1) :]
-        # A full disk is no reason to stop.
+        # A full disk must not stop the work.
         with contextlib.suppress(UserError, OSError):
             io.write_json(self.folder / FILE, dict([*newest, (key, seconds)]))
 

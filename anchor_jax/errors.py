@@ -138,12 +138,12 @@ def damaged(
     """
     try:
         yield
-    # Libraries raise whatever their parsers do, and sometimes a plain Exception.
+    # Libraries raise all errors of their parsers, and sometimes a plain Exception.
     except Exception as error:
-        is_told = isinstance(error, UserError)
-        if is_told and not wraps:
+        names_place = isinstance(error, UserError)
+        if names_place and not wraps:
             raise
-        said = error if is_told else reason(error)
+        said = error if names_place else reason(error)
         raise UserError(f"{path} {fault}: {said}; {remedy}") from error
 
 

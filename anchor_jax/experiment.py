@@ -8,7 +8,6 @@ from anchor_jax.sampling.config import (
     SampleConfig,
     SamplerConfig,
     negative_prompt,
-    parse_size,
     read_config,
 )
 from anchor_jax.sampling.methods import METHODS, SAVED, Method, trained_method
@@ -25,10 +24,12 @@ from anchor_jax.sampling.resolve import (
     resolve,
     setup_key,
 )
+from anchor_jax.wan.spec import WAN_2_1
 
 ROPES = {name: rope.make for name, rope in catalog.ROPES.items()}
 SWITCHES = {name: switch.action for name, switch in catalog.SWITCHES.items()}
 told_choices = describe_choices
+parse_size = WAN_2_1.parse_size
 
 __all__ = [
     "EVEN",

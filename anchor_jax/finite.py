@@ -1,4 +1,4 @@
-"""Whether numbers are finite: neither NaN nor infinite."""
+"""Checks that numbers are finite: neither NaN nor infinite."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from anchor_jax.errors import UserError
 
-# The bits of a number's exponent, which are all set where it is not finite.
+# Bits of a number's exponent, all set if it is not finite.
 _EXPONENTS = {
     "float32": (np.uint32, 0x7F800000),
     "float16": (np.uint16, 0x7C00),
@@ -18,7 +18,7 @@ _STEP = 2**24  # values
 
 
 def count(array: np.ndarray) -> int:
-    """Returns how many values are not finite, with little memory beside the array."""
+    """Returns the number of non-finite values, with little additional memory."""
     if array.dtype.name not in _EXPONENTS:
         floating = np.issubdtype(array.dtype, np.floating)
         return int(np.count_nonzero(~np.isfinite(array))) if floating else 0
@@ -45,12 +45,12 @@ def _is_on_host(leaf: Any) -> bool:
 def check(tree: Any, what: str, remedy: str) -> None:
     """Raises `UserError` if a tree of arrays holds values that are not finite.
 
-    Arrays on an accelerator are reduced there, those of the host as they lie.
+    Arrays on an accelerator are reduced there, and arrays on the host in place.
 
     Args:
-      tree: Of numpy or JAX arrays.
-      what: Begins the message: whose weights they are.
-      remedy: Ends it.
+      tree: Tree of numpy or JAX arrays.
+      what: Start of the message: the owner of the arrays.
+      remedy: End of the message.
     """
     found = jax.tree_util.tree_leaves_with_path(tree)
     on_host = [_is_on_host(leaf) for _, leaf in found]

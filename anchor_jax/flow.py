@@ -11,7 +11,7 @@ TRAIN_STEPS = 1000
 
 
 def shift_sigma(sigma, shift: float):
-    """Returns shift s / (1 + (shift - 1) s): noise levels moved towards noise."""
+    """Returns shift s / (1 + (shift - 1) s), noise levels shifted towards noise."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
@@ -21,10 +21,10 @@ def sigma_table(
     """Returns a table of float32 noise levels, [steps], falling from 1.
 
     Args:
-      shift: moves the levels towards noise.
-      steps: how many; a training's table has 1000.
-      extra: whether one more step leads to `last`, which the table then leaves out.
-      last: where the levels end, before the shift.
+      shift: shift of the levels towards noise.
+      steps: number of levels; a training's table has 1000.
+      extra: whether one more step leads to `last`, which the table then omits.
+      last: final level before the shift.
 
     Source: wan/README.md, "Noise levels".
     """
@@ -35,25 +35,25 @@ def sigma_table(
 def lookup_sigma(timestep: jax.Array, shift: float) -> jax.Array:
     """Returns the sigma of the table's entry nearest to each timestep.
 
-    So timestep 0 is sigma 0.00498 at shift 5, as in the official code.
+    Timestep 0 therefore has sigma 0.00498 at shift 5, as in the official code.
     """
     table = sigma_table(shift)
     return jnp.asarray(table)[nearest_entry(timestep, table)]
 
 
 def nearest_entry(timestep: jax.Array, table: np.ndarray) -> jax.Array:
-    """Returns the index of the noise level nearest to each timestep; the first of two.
+    """Returns the index of each timestep's nearest noise level, the first of a tie.
 
     Args:
-      timestep: of any shape, 1000 sigma.
-      table: of `sigma_table`.
+      timestep: timesteps of any shape, 1000 sigma.
+      table: result of `sigma_table`.
     """
     times = table * np.float32(TRAIN_STEPS)
     return jnp.argmin(jnp.abs(times - timestep[..., None]), axis=-1)
 
 
 def shift_timestep(timestep: jax.Array, shift: float) -> jax.Array:
-    """Returns timesteps in [0, 1000] moved towards noise, for a shift over 1.
+    """Returns timesteps in [0, 1000], shifted towards noise if the shift is above 1.
 
     Source: training/README.md, "Distribution matching".
     """
@@ -65,12 +65,12 @@ def shift_timestep(timestep: jax.Array, shift: float) -> jax.Array:
 def dmd_timestep(
     timestep: jax.Array, shift: float, low: float = 20.0, high: float = 980.0
 ) -> jax.Array:
-    """Returns timesteps at which distillation compares scores, of uniform ones."""
+    """Returns the timesteps of distillation's scores from uniform timesteps."""
     return jnp.clip(shift_timestep(timestep, shift), low, high)
 
 
 def add_noise(x0: jax.Array, noise: jax.Array, sigma: jax.Array) -> jax.Array:
-    """Returns x0 noised to `sigma`, in float32 and then the noise's dtype.
+    """Returns x0 noised to `sigma`, computed in float32, in the noise's dtype.
 
     `sigma` broadcasts from the left: [], [batch] or [batch, frame].
     """
@@ -80,13 +80,13 @@ def add_noise(x0: jax.Array, noise: jax.Array, sigma: jax.Array) -> jax.Array:
 
 
 def x0_from_flow(flow: jax.Array, noisy: jax.Array, sigma: jax.Array) -> jax.Array:
-    """Returns the clean latents that a predicted flow points to, in noisy's dtype."""
+    """Returns the clean latents of a predicted flow, in the dtype of `noisy`."""
     x0 = noisy.astype(jnp.float32) - spread(sigma, flow) * flow.astype(jnp.float32)
     return x0.astype(noisy.dtype)
 
 
 def flow_from_x0(x0: jax.Array, noisy: jax.Array, sigma: jax.Array) -> jax.Array:
-    """Returns the flow that leads from `noisy` to `x0`, in x0's dtype."""
+    """Returns the flow from `x0` and `noisy`, in the dtype of `x0`."""
     flow = (noisy.astype(jnp.float32) - x0.astype(jnp.float32)) / spread(sigma, x0)
     return flow.astype(x0.dtype)
 
@@ -99,10 +99,10 @@ def spread(sigma: jax.Array, like: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Levels:
-    """Noise levels of a sampler, falling, before the final 0; static.
+    """Noise levels of a sampler in descending order, without the final 0; static.
 
-    A table of two columns, neither of which follows from the other: `timestep` is
-    what the network is given, `sigma` what the solver computes with.
+    The two columns are independent: `timestep` is the input of the network, and `sigma`
+    the level of the solver.
     """
 
     timestep: tuple[float, ...]
@@ -120,11 +120,11 @@ def few_step_levels(
     (1000, 750, 500, 250) at shift 5 are timesteps 1000, 937.5, 833.3 and 625.
 
     Args:
-      steps: entries of a 1000-step grid.
-      shift: moves the grid towards noise.
-      warp: whether `steps` index the shifted grid, or are timesteps themselves.
-      table: whether sigma is looked up in the 1000-entry table, as the official code
-        does, rather than timestep / 1000.
+      steps: entries of a grid of 1000 steps.
+      shift: shift of the grid towards noise.
+      warp: whether `steps` index the shifted grid. If false, they are timesteps.
+      table: whether sigma is looked up in the 1000-entry table, as in the official
+        code. If false, it is timestep / 1000.
 
     Source: wan/README.md, "Noise levels".
     """
@@ -140,32 +140,33 @@ def few_step_levels(
 
 
 def even_levels(num_steps: int, shift: float) -> Levels:
-    """Returns levels that are even before the shift, from 1; timestep = 1000 sigma."""
+    """Returns levels from 1 that are even before the shift; timestep = 1000 sigma."""
     grid = np.linspace(1.0, 0.0, num_steps + 1)[:-1]
     sigma = shift_sigma(grid, shift).astype(np.float32)
     return Levels(tuple(map(float, sigma * TRAIN_STEPS)), tuple(map(float, sigma)))
 
 
 def wan_unipc_levels(num_steps: int, shift: float) -> Levels:
-    """Returns the levels of Wan2.1's own sampler with UniPC, its default.
+    """Returns the levels of Wan2.1's own sampler with UniPC, which is its default.
 
-    They are even before the shift, from 0.999, the first of a table of 1000 without 1.
-    50 steps at shift 5 are timesteps 999, 995, ... and sigmas 0.9998, 0.99573, ...
+    They are even before the shift and start at 0.999, the first of a table of 1000
+    without 1. 50 steps at shift 5 are timesteps 999, 995, ... and sigmas 0.9998,
+    0.99573, ...
     """
     first = float(np.float32(1 - 1 / TRAIN_STEPS))
     return _truncated(shift_sigma(np.linspace(first, 0.0, num_steps + 1)[:-1], shift))
 
 
 def wan_dpmpp_levels(num_steps: int, shift: float) -> Levels:
-    """Returns the levels of Wan2.1's own sampler with DPM++: even, from 1."""
+    """Returns the levels of Wan2.1's own sampler with DPM++, even from 1."""
     return _truncated(shift_sigma(np.linspace(1.0, 0.0, num_steps + 1)[:-1], shift))
 
 
 def diffusers_unipc_levels(num_steps: int, shift: float) -> Levels:
     """Returns the levels of diffusers' UniPCMultistepScheduler with `flow_shift`.
 
-    They are even before the shift, from 1 towards 0.001; a first level of 1 is lowered
-    by 1e-6, as its ratio of signal to noise has no logarithm.
+    They are even before the shift, from 1 towards 0.001. A first level of 1 is lowered
+    by 1e-6, because its signal-to-noise ratio has no logarithm.
     """
     sigma = np.linspace(1.0, 1 / TRAIN_STEPS, num_steps + 1)[:-1]
     sigma = shift_sigma(sigma, shift)
@@ -176,7 +177,7 @@ def diffusers_unipc_levels(num_steps: int, shift: float) -> Levels:
 def diffusers_euler_levels(num_steps: int, shift: float) -> Levels:
     """Returns the levels of diffusers' FlowMatchEulerDiscreteScheduler.
 
-    They are even between the ends of a shifted table of 1000, and shifted again.
+    They are even between the ends of a shifted table of 1000, and then shifted again.
     """
     table = np.asarray([1.0, 1 / TRAIN_STEPS], np.float32)
     first, last = shift_sigma(table, np.float32(shift)) * np.float64(TRAIN_STEPS)
@@ -187,7 +188,7 @@ def diffusers_euler_levels(num_steps: int, shift: float) -> Levels:
 
 
 def _truncated(sigma: np.ndarray) -> Levels:
-    """Returns float64 noise levels as float32, beside whole timesteps cut from them."""
+    """Returns float64 noise levels as float32, with timesteps truncated to integers."""
     time = (sigma * TRAIN_STEPS).astype(np.int64)
     return Levels(tuple(map(float, time)), tuple(map(float, sigma.astype(np.float32))))
 
@@ -199,11 +200,11 @@ GRIDS: dict[str, Callable[[int, float], Levels]] = {
     "diffusers_unipc": diffusers_unipc_levels,
     "diffusers_euler": diffusers_euler_levels,
 }
-"""Noise levels of samplers of many steps, each from the number of steps and a shift."""
+"""Functions from a number of steps and a shift to a sampler's noise levels, by name."""
 
 
 def training_weights(shift: float) -> np.ndarray:
-    """Returns the table's loss weights, a bell around timestep 500; mean 1.
+    """Returns the table's loss weights, a bell around timestep 500 with mean 1.
 
     Source: wan/README.md, "Noise levels". No stage of the method uses them.
     """
@@ -213,8 +214,8 @@ def training_weights(shift: float) -> np.ndarray:
 def table_weights(table: np.ndarray) -> np.ndarray:
     """Returns the loss weights of a table of noise levels, float32, mean 1.
 
-    The bell's middle and width are those of a table of 1000 entries only if there are
-    1000, as in the official code.
+    The bell's centre and width are right only for a table of 1000 entries, as in the
+    official code.
     """
     steps, times = len(table), table.astype(np.float64) * TRAIN_STEPS
     bell = np.exp(-2 * ((times - steps / 2) / steps) ** 2)

@@ -104,7 +104,7 @@ def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
     # A loop of links, too long a name, or a name with a NUL or a surrogate.
     except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:_SHOWN]
-        raise UserError(f"{shown} is no file in {folder} ({reason})") from error
+        raise UserError(f"{shown} is not a file in {folder} ({reason})") from error
     is_named = pathlib.Path(os.path.normpath(place)).is_relative_to(base)
     roots = [base, *(_blobs(base) if is_named else ())]
     if not any(end.is_relative_to(root) for root in roots):
@@ -114,7 +114,7 @@ def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
             " folder, or into a folder below it"
         )
     if not is_file:
-        kind = f"is a link to {end}, which is missing" if is_link else "is no file"
+        kind = f"is a link to {end}, which is missing" if is_link else "is not a file"
         raise UserError(
             f"{shown} {kind} in {base}; put it there, or in a folder below it"
         )

@@ -1,4 +1,4 @@
-"""Sizes that networks of others may state: enough for any, too few to harm."""
+"""Limits of sizes in untrusted files: large enough for networks, too small to harm."""
 
 import dataclasses
 import math
@@ -7,7 +7,7 @@ from typing import Any
 from anchor_jax.errors import UserError, shown, suggest
 
 DTYPES = ("float32", "bfloat16", "float16")
-"""Types of numbers that weights and activations may have."""
+"""Allowed number types of weights and activations."""
 
 _LARGEST = {
     "height": 512,
@@ -27,10 +27,10 @@ _LARGEST_OTHER = 2**16
 
 
 def check_sizes(name: str, config: Any) -> None:
-    """Raises UserError unless every field of a network's config is one it can have.
+    """Raises UserError unless every field of a network's config has a possible value.
 
     Args:
-      name: what messages call the config.
+      name: name of the config in messages.
       config: a frozen dataclass, such as `ModelConfig`, `VaeConfig` or `LatentGrid`.
     """
     for field, value in dataclasses.asdict(config).items():
@@ -41,10 +41,10 @@ def _check_size(name: str, field: str, value: Any) -> None:
     if field in ("dtype", "param_dtype") and value not in DTYPES:
         raise UserError(f"{name}={shown(value)}{suggest(value, DTYPES, 'types')}")
     if isinstance(value, float) and not 0 < value < math.inf:
-        raise UserError(f"{name}={value}: expected more than 0")
+        raise UserError(f"{name}={value}: must be above 0")
     largest = _LARGEST.get(field, _LARGEST_OTHER)
     if type(value) is int and not 1 <= value <= largest:
-        raise UserError(f"{name}={shown(value)}: expected from 1 to {largest}")
+        raise UserError(f"{name}={shown(value)}: must be from 1 to {largest}")
     check = _CHECKS.get(field)
     if check:
         check(name, value)
@@ -53,14 +53,14 @@ def _check_size(name: str, field: str, value: Any) -> None:
 def _check_patch(name: str, value: tuple) -> None:
     if len(value) != 3 or not _are_whole(value):
         raise UserError(
-            f"{name}={shown(value)}: expected three whole numbers from 1 to 64"
+            f"{name}={shown(value)}: must be three whole numbers from 1 to 64"
         )
 
 
 def _check_mult(name: str, value: tuple) -> None:
     if len(value) > 8 or not _are_whole(value):
         raise UserError(
-            f"{name}={shown(value)}: expected at most 8 whole numbers from 1 to 64"
+            f"{name}={shown(value)}: must be at most 8 whole numbers from 1 to 64"
         )
 
 
@@ -70,18 +70,18 @@ def _are_whole(values: tuple) -> bool:
 
 def _check_truths(name: str, value: tuple) -> None:
     if not all(type(one) is bool for one in value):
-        raise UserError(f"{name}: expected true or false each")
+        raise UserError(f"{name}: each must be true or false")
 
 
 def _check_mean(name: str, value: tuple) -> None:
     if not all(type(one) in (int, float) and math.isfinite(one) for one in value):
-        raise UserError(f"{name}: expected finite numbers")
+        raise UserError(f"{name}: must be finite numbers")
 
 
 def _check_std(name: str, value: tuple) -> None:
     _check_mean(name, value)
     if min(value, default=1) <= 0:
-        raise UserError(f"{name}: expected finite numbers, deviations > 0")
+        raise UserError(f"{name}: must be finite numbers, and deviations above 0")
 
 
 _CHECKS = {

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 
 import anchor_jax
-from anchor_jax import compile_cache
+from anchor_jax import compile_cache, trees
 from anchor_jax.cache.policies import POLICIES
 from anchor_jax.errors import UserError
 from anchor_jax.io import expand
 from anchor_jax.perf import roofline
 from anchor_jax.wan import kernels
-from anchor_jax.wan.spec import GRIDS, PRESETS
+from anchor_jax.wan.spec import GRIDS, PRESETS, WAN_2_1
 from anchor_jax.wan.text import TextConfig
 from anchor_jax.wan.vae import VaeConfig
 from anchor_jax.weights import checkpoint
@@ -27,7 +27,7 @@ from anchor_jax.weights.load import load_bundle
 _MODELS = ("1.3B", "14B")
 _POLICY = "anchor_forcing"
 _GB = 10**9
-_REAL_TIME = 16.0  # pixel frames a second
+_REAL_TIME = WAN_2_1.frames_per_second
 _VERSIONS = ("jax", "jaxlib", "flax", "numpy", "orbax-checkpoint")
 _PARTS = {
     "av": ("videos", ("av",)),
@@ -196,9 +196,9 @@ def _items(weights: str) -> dict:
     folder = expand(weights)
     if weights == "tiny" or not checkpoint.is_checkpoint(folder):
         generator = load_bundle(weights).variables
-        return {"folder": weights, "items": {"generator": _bytes(generator)}}
+        return {"folder": weights, "items": {"generator": trees.nbytes(generator)}}
     held = [item for item in checkpoint.items(folder) if item != "meta"]
-    items = {item: _bytes(checkpoint.shapes(folder, item)) for item in held}
+    items = {item: trees.nbytes(checkpoint.shapes(folder, item)) for item in held}
     missing = [item for item in _ITEMS if item not in items]
     found = {"folder": weights, "items": items}
     if missing:
@@ -207,10 +207,6 @@ def _items(weights: str) -> dict:
             " new folder: anchor-jax port --help"
         )
     return found
-
-
-def _bytes(tree) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _advice(report: dict) -> list[str]:
@@ -265,7 +261,9 @@ def _about_sizes(report: dict) -> list[str]:
         found.append("use a device with more memory: no Wan model fits on this one")
     fast = [row for row in report["sizes"] if row["frames_per_second"] >= _REAL_TIME]
     if not fast:
-        found.append("expect less than real time (16 frames/s) at every size")
+        found.append(
+            f"expect less than real time ({_REAL_TIME} frames/s) at every size"
+        )
     return found
 
 

@@ -24,8 +24,7 @@ from anchor_jax.io import (
     temporary_name,
     unfinished,
 )
-
-PIXEL_FRAMES_PER_SECOND = 16
+from anchor_jax.wan.spec import WAN_2_1
 
 _X264 = {"preset": "veryfast", "crf": "18", "tune": "zerolatency"}
 _FRAGMENTED = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
@@ -65,7 +64,7 @@ class VideoWriter:
     def __init__(
         self,
         path: str | os.PathLike,
-        fps: int = PIXEL_FRAMES_PER_SECOND,
+        fps: int = WAN_2_1.frames_per_second,
         keep_new: bool = False,
         enlarge: int | None = 1,
     ) -> None:
@@ -240,7 +239,7 @@ def read_video(
     path: str | os.PathLike,
     count: int,
     size: tuple[int, int],
-    fps: int = PIXEL_FRAMES_PER_SECOND,
+    fps: int = WAN_2_1.frames_per_second,
 ) -> np.ndarray:
     """Returns the frames of `read_clip`, uint8 [count, height, width, 3]."""
     return read_clip(path, count, size, fps).frames
@@ -250,7 +249,7 @@ def read_clip(
     path: str | os.PathLike,
     count: int,
     size: tuple[int, int],
-    fps: int = PIXEL_FRAMES_PER_SECOND,
+    fps: int = WAN_2_1.frames_per_second,
 ) -> Clip:
     """Returns the first frames of a video.
 

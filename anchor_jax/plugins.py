@@ -1,4 +1,4 @@
-"""Parts that packages add to the core, found by role and name, loaded when asked for.
+"""Parts that packages add to the core, found by role and name, and loaded on demand.
 
 A domain is a package that adds parts: data, a codec, metrics. Its `__init__` has
 `PARTS`, role -> name -> "module:attribute", and imports nothing heavy. No module of the
@@ -15,7 +15,7 @@ Part = TypeVar("Part")
 
 
 def load(place: str) -> Any:
-    """Returns the object at a place, "module:attribute"."""
+    """Returns the object named "module:attribute"."""
     module, _, attribute = place.partition(":")
     return getattr(importlib.import_module(module), attribute)
 

@@ -3,6 +3,7 @@
 import array
 import dataclasses
 import difflib
+import functools
 import itertools
 import math
 import os
@@ -14,8 +15,8 @@ from anchor_jax.errors import UserError, shown, suggest
 from anchor_jax.io import expand
 from anchor_jax.prompt_files import PromptFile, decode, prompt_field, watched
 from anchor_jax.text import check_text
+from anchor_jax.wan.spec import WAN_2_1
 
-LATENT_FRAMES_PER_SECOND = 4  # 16 pixel frames a second, 4 to a latent frame
 DEFAULT_SEGMENT_FRAMES = 40  # so the published lists switch at 40, 80, 120, ...
 MAX_PROMPT_CHARACTERS = 10_000
 MAX_SEGMENT_FRAMES = 1_000_000
@@ -25,7 +26,6 @@ MAX_SEED = 2**63 - 1
 _KEYS = ("prompts", "switch_frames", "durations", "seed")
 _DURATION = re.compile(r"(?P<amount>[-+]?\d+(\.\d*)?|\.\d+)(?P<unit>[sf])(?P<cut>#?)")
 _ERRORS_SHOWN = 10
-_SECONDS = f"seconds, at most {MAX_SEGMENT_FRAMES // LATENT_FRAMES_PER_SECOND}"
 _FRAMES = f"whole numbers from 0 to {MAX_FRAMES}"
 
 
@@ -77,21 +77,27 @@ class Timing:
       seconds: Duration of an inline segment without one.
       switch_frames: Switch frames for entries of a file without times. None switches
         every 40 latent frames.
+      rate: Latent frames per second, of the model's family.
     """
 
     block: int
     frames: int | None = None
     seconds: float = 5.0
     switch_frames: tuple[int, ...] | None = None
+    rate: float = WAN_2_1.latent_frames_per_second
+
+    @property
+    def most_seconds(self) -> float:
+        """Largest duration of a segment in seconds."""
+        return MAX_SEGMENT_FRAMES / self.rate
 
     def __post_init__(self):
         if self.block < 1:
             raise UserError(f"block={self.block}: must be at least 1 latent frame")
-        most = MAX_SEGMENT_FRAMES / LATENT_FRAMES_PER_SECOND
-        if not 0 < self.seconds <= most:
+        if not 0 < self.seconds <= self.most_seconds:
             raise UserError(
                 f"seconds={shown(self.seconds)}: must be more than 0 and at most"
-                f" {most:g}"
+                f" {self.most_seconds:g}"
             )
         if self.frames is None:
             return
@@ -193,10 +199,11 @@ def _parse_all(file: PromptFile, timing: Timing) -> tuple[list[Script], array.ar
 def parse_inline(text: str, timing: Timing) -> Script:
     """Returns the script of `PROMPT[5s] | PROMPT[20f] | PROMPT[5s#]`.
 
-    `5s` is seconds, of four latent frames each. `20f` is latent frames. `#` requests a
-    scene cut before the segment. A switch frame is the rounded sum of the durations
-    before it. The length is the sum of all durations, rounded up to whole blocks. It is
-    one block longer if the last prompt would otherwise take effect at the end.
+    `5s` is seconds; a second has `timing.rate` latent frames. `20f` is latent frames.
+    `#` requests a scene cut before the segment. A switch frame is the rounded sum of
+    the durations before it. The length is the sum of all durations, rounded up to whole
+    blocks. It is one block longer if the last prompt would otherwise take effect at the
+    end.
     """
     parts = [
         _split_duration(number, part.strip(), timing)
@@ -227,7 +234,7 @@ def parse_entry(entry: Any, timing: Timing) -> Script:
     Raises:
       UserError: The value is not such an object, or an entry is out of range.
     """
-    entry = _checked_entry(entry)
+    entry = _checked_entry(entry, timing)
     prompts, seed = entry["prompts"], entry.get("seed")
     for number, prompt in enumerate(prompts, start=1):
         if re.search(r"\[[\d.]+[sf]#?\]\s*$", prompt):
@@ -238,9 +245,7 @@ def parse_entry(entry: Any, timing: Timing) -> Script:
             )
     cuts = [False] * len(prompts)
     if "durations" in entry:
-        durations = [
-            seconds * LATENT_FRAMES_PER_SECOND for seconds in entry["durations"]
-        ]
+        durations = [seconds * timing.rate for seconds in entry["durations"]]
         return _from_durations(prompts, durations, cuts, timing, seed)
     if "switch_frames" in entry:
         switches = entry["switch_frames"]
@@ -262,7 +267,7 @@ def _named(where: str, parse: Callable[[], Script]) -> Script:
 
 def _split_duration(number: int, part: str, timing: Timing) -> tuple[str, float, bool]:
     """Returns a prompt, its length in latent frames, and whether a cut precedes it."""
-    default = timing.seconds * LATENT_FRAMES_PER_SECOND
+    default = timing.seconds * timing.rate
     where = f"segment {number}"
     _check_brackets(where, part)
     match = re.fullmatch(r"(?P<prompt>.*)\[(?P<inside>[^\[\]]*)\]", part, re.DOTALL)
@@ -284,7 +289,7 @@ def _split_duration(number: int, part: str, timing: Timing) -> tuple[str, float,
             f"{where}: [{inside}] is not a duration; write [5s] for seconds, [20f] for"
             " latent frames, and # before the ] for a scene cut"
         )
-    scale = LATENT_FRAMES_PER_SECOND if duration["unit"] == "s" else 1
+    scale = timing.rate if duration["unit"] == "s" else 1
     return prompt, float(duration["amount"]) * scale, bool(duration["cut"])
 
 
@@ -302,7 +307,7 @@ def _check_brackets(where: str, part: str) -> None:
         )
 
 
-def _checked_entry(entry: Any) -> dict[str, Any]:
+def _checked_entry(entry: Any, timing: Timing) -> dict[str, Any]:
     """Returns a script's object after checking the type of every value."""
     if not isinstance(entry, dict):
         raise UserError(f'got {shown(entry)}, expected an object {{"prompts": [...]}}')
@@ -327,7 +332,7 @@ def _checked_entry(entry: Any) -> dict[str, Any]:
             f"'seed': got {shown(entry['seed'])}, expected an integer from 0 to"
             f" {MAX_SEED}"
         )
-    _check_times(entry)
+    _check_times(entry, timing)
     return entry
 
 
@@ -339,13 +344,15 @@ def _check_keys(entry: dict[str, Any]) -> None:
             raise UserError(f"unknown key {key!r}{suggest(key, absent, 'keys')}")
 
 
-def _check_times(entry: dict[str, Any]) -> None:
+def _check_times(entry: dict[str, Any], timing: Timing) -> None:
     """Raises UserError unless an entry's times fit its prompts."""
     if "switch_frames" in entry and "durations" in entry:
         raise UserError("give 'switch_frames' or 'durations', not both")
     prompts = len(entry["prompts"])
     if "durations" in entry:
-        _check_list("durations", entry["durations"], _SECONDS, _is_seconds)
+        expected = f"seconds, at most {timing.most_seconds:g}"
+        is_right = functools.partial(_is_seconds, most=timing.most_seconds)
+        _check_list("durations", entry["durations"], expected, is_right)
         _check_count("durations", len(entry["durations"]), prompts, "one per prompt")
     if "switch_frames" in entry:
         switches = entry["switch_frames"]
@@ -383,10 +390,10 @@ def _is_frame(value: Any) -> bool:
     return _is_whole(value, MAX_FRAMES)
 
 
-def _is_seconds(value: Any) -> bool:
+def _is_seconds(value: Any, most: float) -> bool:
     # Compared, not converted: an integer may be too large for a float.
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and abs(value) * LATENT_FRAMES_PER_SECOND <= MAX_SEGMENT_FRAMES
+    return is_number and abs(value) <= most
 
 
 def _default_switches(prompts: int, timing: Timing) -> list[int]:

@@ -1,7 +1,6 @@
-"""Where parameters live: a table of logical axes, and one from these to a mesh.
+"""Sharding of parameters: tables from paths to logical axes, and from these to a mesh.
 
-The mesh has the axes data, fsdp, context and tensor; on one device it is a mesh of
-one.
+The mesh has the axes data, fsdp, context and tensor. On one device all have size 1.
 """
 
 import math
@@ -14,9 +13,9 @@ from jax.sharding import PartitionSpec as P
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 VIDEOS = ("data", "fsdp")
-"""Mesh axes over which videos are split."""
+"""Mesh axes that videos are split over."""
 HEADS = ("tensor",)
-"""Mesh axes over which attention's heads are split."""
+"""Mesh axes that attention heads are split over."""
 
 TO_MESH = {
     "embed": "fsdp",
@@ -24,9 +23,9 @@ TO_MESH = {
     "mlp": "tensor",
     "vocab": "tensor",
 }
-"""Logical axis -> mesh axis; the others are replicated."""
+"""Mesh axis by logical axis. Other axes are replicated."""
 
-# The first expression that matches the whole path wins. A leading `layer` is added
+# The first expression that matches the whole path counts. A leading `layer` is added
 # for parameters of the scanned layers.
 GENERATOR = (
     (r"patch_embed/kernel", ("patch", "embed")),
@@ -68,14 +67,14 @@ TEXT = (
 )
 
 VAE = ((r".*", ()),)
-"""Half a gigabyte in float32: replicated whole."""
+"""Half a gigabyte in float32, which is replicated."""
 
 
 def logical_axes(params, rules):
     """Returns a tree of tuples: a logical axis name for every axis of every array.
 
     Raises:
-      ValueError: No rule matches a path, or one of another rank does.
+      ValueError: No rule matches a path, or the rule has another rank.
     """
 
     def choose(path, leaf):
@@ -97,19 +96,19 @@ def logical_axes(params, rules):
 
 
 def no_mesh():
-    """Returns a context without a mesh, for programs whose arrays are elsewhere."""
+    """Returns a context without a mesh, for programs whose arrays are not on it."""
     return jax.set_mesh(Mesh(np.empty((), object), ()))
 
 
 def make_mesh(shape: tuple[int, int, int, int] = (1, -1, 1, 1), found=None) -> Mesh:
-    """Returns the mesh of all devices; one entry may be -1, which fills up.
+    """Returns the mesh of all devices.
 
     Args:
-      shape: devices along each axis.
-      found: the devices; None: those of all processes.
+      shape: devices along each axis. At most one is -1, which is inferred.
+      found: the devices. None takes those of all processes.
 
     Raises:
-      ValueError: The shape has not four axes, or does not multiply to the number of
+      ValueError: The shape does not have four axes, or its product is not the number of
         devices.
     """
     found = jax.devices() if found is None else found
@@ -126,7 +125,7 @@ def make_mesh(shape: tuple[int, int, int, int] = (1, -1, 1, 1), found=None) -> M
     if needed != devices or min(shape) < 1:
         raise ValueError(
             f"mesh {dict(zip(MESH_AXES, shape, strict=True))} needs {needed} devices,"
-            f" found {devices}; use -1 for one axis to fill up"
+            f" found {devices}; set one axis to -1 to infer its size"
         )
     return jax.make_mesh(
         shape, MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=found
@@ -151,15 +150,15 @@ def shardings(params, rules, mesh: Mesh):
 
 
 def is_on_mesh() -> bool:
-    """Returns whether what is traced will run on several devices, by `jax.set_mesh`."""
+    """Returns whether the traced program runs on several devices of `jax.set_mesh`."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.size > 1
 
 
 def dividing(axes: tuple[str, ...], size: int) -> tuple[str, ...]:
-    """Returns those axes of the mesh over which so many things can be split.
+    """Returns the axes of the mesh that `count` items can be split over.
 
-    Devices along an axis that is left out do the same work.
+    Devices along other axes do the same work.
     """
     mesh = jax.sharding.get_abstract_mesh()
     found = tuple(axis for axis in axes if mesh.shape[axis] > 1)
@@ -169,15 +168,15 @@ def dividing(axes: tuple[str, ...], size: int) -> tuple[str, ...]:
 
 
 def gathered(x: jax.Array, path: tuple[str, ...], rules) -> jax.Array:
-    """Returns a layer's parameter whole, but for the heads that are split.
+    """Returns a layer's parameter gathered on each device, except for split heads.
 
-    Cast it before, so that fewer bytes travel. Left to themselves, compilers cut each
-    product into one for each device, and take minutes for a large mesh.
+    Cast it first, to send fewer bytes. Without this, compilers split each product by
+    device, and take minutes for a large mesh.
 
     Args:
-      x: the parameter, of one layer.
-      path: its name.
-      rules: a table such as `GENERATOR`; if it has no such name, nothing is split.
+      x: parameter of one layer.
+      path: name of the parameter.
+      rules: a table such as `GENERATOR`. A parameter that it lacks is not split.
     """
     if not is_on_mesh():
         return x
@@ -191,9 +190,9 @@ def gathered(x: jax.Array, path: tuple[str, ...], rules) -> jax.Array:
 
 
 def by_video(x: jax.Array) -> jax.Array:
-    """Returns activations [batch, ...] with each device's own videos on it.
+    """Returns activations [batch, ...], with each device's videos on that device.
 
-    Left to themselves, compilers split features as parameters are, and gather videos.
+    Without this, compilers split features like the parameters, and gather videos.
     """
     if not is_on_mesh():
         return x

@@ -3,7 +3,7 @@
     anchor-jax bench --config=configs/bench_full.py --out=bench.json
     anchor-jax bench --config=configs/bench_full.py --config.text.num_layers=1
 
-Needs about 24 GB with the text encoder's 24 layers; the second line does with 13.
+The first command needs about 24 GB with the text encoder's 24 layers, the second 13 GB.
 """
 
 import dataclasses
@@ -12,12 +12,12 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from anchor_jax.errors import UserError, suggest
-from anchor_jax.wan.spec import GRIDS, WAN_1_3B
+from anchor_jax.wan.spec import GRIDS, WAN_1_3B, WAN_2_1
 from anchor_jax.wan.text import TextConfig
 from anchor_jax.wan.vae import VaeConfig
 
 
-def get_config(size: str = "480x832") -> ConfigDict:
+def get_config(size: str = WAN_2_1.size) -> ConfigDict:
     """Returns the config for one of the sizes in pixels."""
     if size not in GRIDS:
         raise UserError(f"{size!r} after the colon{suggest(size, GRIDS, 'sizes')}")

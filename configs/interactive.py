@@ -4,7 +4,7 @@
     anchor-jax sample --config=configs/interactive.py --config.weights=FOLDER \
         --config.prompt_file=interactive_benchmark.jsonl --out=out/benchmark
 
-FOLDER is a folder that `anchor-jax port` wrote. Fields without a value take the values
+FOLDER is a folder that `anchor-jax port` wrote. Fields that are None take the values
 of the weights' method, which are printed. Expected: out/<time>/000.mp4, 30 seconds of
 480 x 832 pixels. This needs a GPU or a TPU.
 

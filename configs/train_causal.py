@@ -5,11 +5,11 @@
     anchor-jax train --config=configs/train_causal.py:guided --config.out=runs/guided \
         --config.weights=runs/causal --config.teacher=runs/causal
 
-Every noisy block of a window sees clean earlier ones, laid out as a stream remembers
-them: sink, junction, local window. With "guided" the network then learns what it says
-with guidance (first stage of arXiv:2210.03142), so that self-forcing begins with a
-generator that keeps to its prompts in one pass. Expected: runs/causal with checkpoints
-and log.jsonl; an hour on one core, and 20 minutes for "guided".
+Every noisy block of a window sees clean earlier blocks in the layout of a stream: sink,
+junction, local window. With "guided" the network learns its own guided output (first
+stage of arXiv:2210.03142), so that self-forcing starts from a generator that follows
+prompts in one pass. Expected: runs/causal with checkpoints and log.jsonl; an hour on
+one core, and 20 minutes for "guided".
 """
 
 from typing import Literal
@@ -21,7 +21,7 @@ from anchor_jax.training.stages.build import TrainConfig
 
 
 def get_config(target: Literal["data", "guided"] = "data") -> ConfigDict:
-    """Returns the config: of the data's flow, or of a network's own, "guided"."""
+    """Returns the config for the data's flow, or for the network's guided flow."""
     config = to_config(TrainConfig())
     config.stage = "regression"
     config.weights = "runs/teacher"

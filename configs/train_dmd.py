@@ -4,7 +4,8 @@
         --config.weights=runs/causal --config.teacher=runs/teacher \
         --config.data.path=prompts.txt
 
-With `train_dmd.py:tiny` the tiny world's, about a quarter of an hour on one core.
+With `train_dmd.py:tiny` it trains the tiny world's model, in about a quarter of an hour
+on one core.
 
 Expected: runs/dmd with checkpoints, log.jsonl and TensorBoard events. Every step makes
 a clip with the generator and moves the critic; every fifth moves the generator.
@@ -34,6 +35,6 @@ def get_config(scale: Literal["paper", "tiny"] = "paper") -> ConfigDict:
         config.ema.decay, config.ema.start, config.ema.warm = 0.98, 0, True
         return config
     config.data.kind = "prompts"
-    config.remat = "nothing_saveable"  # what is kept fits no chip
+    config.remat = "nothing_saveable"  # stored activations fit no chip
     config.distillation.negative_prompt = WAN_NEGATIVE_PROMPT
     return config

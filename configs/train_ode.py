@@ -40,5 +40,5 @@ def get_config(scale: Literal["paper", "tiny"] = "paper") -> ConfigDict:
         config.optimizer.decay = 0.4
         config.ema.decay, config.ema.start, config.ema.warm = 0.998, 0, True
         return config
-    config.remat = "nothing_saveable"  # what is kept fits no chip
+    config.remat = "nothing_saveable"  # stored activations fit no chip
     return config

@@ -4,11 +4,11 @@
         --config.weights=runs/dmd --config.teacher=runs/teacher \
         --config.data.path=prompts.txt --config.data.switch_path=switched.txt
 
-With `train_streaming.py:tiny` the tiny world's, about 20 minutes on one core: shorter
-sequences, no LoRA.
+With `train_streaming.py:tiny` it trains the tiny world's model in about 20 minutes on
+one core, with shorter sequences, no LoRA.
 
 Expected: runs/streaming with checkpoints, log.jsonl and TensorBoard events. Sequences
-of 240 latent frames go on over the steps, in chunks of 21 and then 18 new frames.
+of 240 latent frames extend over many steps, in chunks of 21 and then 18 new frames.
 `anchor_jax.training.stages.build.TrainConfig` explains the fields.
 """
 
@@ -37,13 +37,13 @@ def get_config(scale: Literal["paper", "tiny"] = "paper") -> ConfigDict:
         config.ema.decay, config.ema.start, config.ema.warm = 0.98, 0, True
         return config
     config.data.kind = "prompts"
-    config.remat = "nothing_saveable"  # what is kept fits no chip
+    config.remat = "nothing_saveable"  # stored activations fit no chip
     config.distillation.negative_prompt = WAN_NEGATIVE_PROMPT
     config.steps = 3000
     config.lora.rank = 256
     config.optimizer.learning_rate = 1e-5
     config.critic_optimizer.learning_rate = 2e-6
-    config.ema.decay = 0.0  # the published training has none with LoRA
+    config.ema.decay = 0.0  # the published training with LoRA has no running mean
     config.distillation.length = 240
     config.distillation.switches = tuple(range(21, 202, 18))
     return config

@@ -1,4 +1,4 @@
-"""The tiny world's bidirectional teacher: flow matching on clips, text trained along.
+"""The tiny world's bidirectional teacher: flow matching on clips.
 
     anchor-jax train --config=configs/train_teacher.py --config.out=runs/teacher6
     anchor-jax train --config=configs/train_teacher.py:21 --config.out=runs/teacher21 \
@@ -6,8 +6,8 @@
     anchor-jax train --config=configs/train_teacher.py:more --config.out=runs/teacher \
         --config.weights=runs/teacher21
 
-The argument is the clip's length in latent frames: short clips first, then the 21 that
-distillation scores, then, as "more", such clips that it has not seen, at a lower rate.
+The argument is the clip's length in latent frames: first short clips, then the 21
+frames that distillation scores. "more" continues with new clips at a lower rate.
 Expected: runs/teacher with checkpoints and log.jsonl; on two cores about a quarter of
 an hour for the first and the last stage, and an hour for the second.
 """
@@ -20,7 +20,7 @@ from anchor_jax.training.stages.build import TrainConfig
 
 
 def get_config(frames: str = "6") -> ConfigDict:
-    """Returns the config for clips of so many latent frames, or of the last stage."""
+    """Returns the config for clips of `frames` latent frames, or of the last stage."""
     if frames == "more":
         return _more(get_config("21"))
     if not frames.isdecimal() or not int(frames) or int(frames) % 3:

@@ -1,4 +1,4 @@
-"""Streams 2,000 blocks of a small random model and reports what grew: nothing should.
+"""Streams 2,000 blocks of a small random model and reports growth, which is a fault.
 
     python launch/endurance.py [--blocks=2000]
 
@@ -38,7 +38,7 @@ SWITCH_EVERY = 40
 
 
 def resident_bytes() -> int:
-    """Returns the memory that the process holds now."""
+    """Returns the present memory of the process."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
 

@@ -1,4 +1,4 @@
-"""Gives changed files of every kind to the functions that read files of others.
+"""Tests the functions that read untrusted files with changed files of every kind.
 
     python launch/fuzz.py [--count=10000] [--seed=0] [--kinds recipe pt ...]
     python launch/fuzz.py --seed=0 --only=4711
@@ -30,10 +30,10 @@ import time
 import traceback
 
 HERE = pathlib.Path(__file__).resolve().parent
-SECONDS = 10  # of the processor, for one input
-PATIENCE = 90  # seconds after which a process that hangs is ended
+SECONDS = 10  # processor seconds for one input
+PATIENCE = 90  # seconds after which a process that hangs is killed
 MEMORY = 2 * 2**30  # bytes, of the whole process
-ADDRESSES = 4 * 2**30  # bytes that may be asked for beside those of the libraries
+ADDRESSES = 4 * 2**30  # bytes that reading may allocate beside those of the libraries
 KEPT = 20  # inputs of findings
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -47,7 +47,7 @@ _FORBIDDEN = (
 
 
 class Watch:
-    """Notes what a reading function does beside reading, while it is armed."""
+    """Records side effects of a reading function while it is armed."""
 
     def __init__(self):
         self.armed = False
@@ -60,7 +60,7 @@ class Watch:
         writes = event == "open" and _is_write(*args) and args[0] != os.devnull
         if event in _FORBIDDEN or writes:
             self.seen.append(f"{event} {args!r:.200}")
-            raise RuntimeError(f"{event} is no part of reading")
+            raise RuntimeError(f"{event} is not allowed while reading")
 
 
 def _is_write(path, mode, flags) -> bool:
@@ -70,7 +70,7 @@ def _is_write(path, mode, flags) -> bool:
 
 
 def read_one(watch: Watch, kind, path: pathlib.Path, seeds: pathlib.Path) -> str:
-    """Returns "read", "refused", or what is wrong with how an input was read."""
+    """Returns "read", "refused", or the fault in the reading of an input."""
     from anchor_jax.errors import UserError
 
     watch.seen, watch.armed, outcome = [], True, "read"
@@ -93,7 +93,7 @@ def read_one(watch: Watch, kind, path: pathlib.Path, seeds: pathlib.Path) -> str
 
 def _ran_out(error: BaseException | None) -> bool:
     while error is not None:
-        # FFmpeg refuses what is above its own limits without asking for it.
+        # FFmpeg refuses sizes above its own limits before it allocates.
         is_memory = (
             isinstance(error, MemoryError) and type(error).__module__[:2] != "av"
         )
@@ -122,8 +122,8 @@ def targets():
 def work(given) -> None:
     """Reads inputs from `given.first` on, and writes a line for each.
 
-    The line that begins an input is written before it is read, so that the other
-    process knows which one ended this one.
+    A line is written before an input is read, so that the other process knows which
+    input killed this one.
     """
     known = targets().KINDS
     faulthandler.enable()
@@ -154,7 +154,7 @@ def work(given) -> None:
             line = {"outcome": outcome, "seconds": round(seconds, 3)}
             log.write(json.dumps(line) + "\n")
             if peak > MEMORY:
-                # The peak stays; another process goes on.
+                # The peak stays, so another process continues.
                 sys.exit(3)
             if number % 500 == 0:
                 gc.collect()
@@ -194,15 +194,15 @@ def fuzz(
     kept: pathlib.Path,
     progress=lambda done: None,
 ) -> dict:
-    """Returns how many inputs of each kind had which outcome, and all findings.
+    """Returns the number of inputs by kind and outcome, and all findings.
 
     Args:
-      count: of inputs.
-      seed: decides all of them.
-      kinds: their kinds.
+      count: number of inputs.
+      seed: seed of all inputs.
+      kinds: kinds of the inputs.
       base: an empty folder to work in.
-      kept: folder that is made for the inputs of findings.
-      progress: called with the number of inputs that are done.
+      kept: folder for the inputs of findings, which is created.
+      progress: called with the number of finished inputs.
     """
     seeds = base / "seeds"
     targets().make_seeds(seeds)
@@ -256,7 +256,7 @@ def _last(log: pathlib.Path) -> int:
 
 
 def _take(report, lines: list[dict], process, base) -> int:
-    """Adds what a process did to the report, and returns where the next goes on."""
+    """Adds a process's results to the report, and returns the next input's number."""
     number, name = -1, ""
     waiting = False
     for line in lines:
@@ -281,7 +281,7 @@ def _find(report, number: int, name: str, outcome: str) -> None:
 
 
 def _keep(findings: list[dict], case: pathlib.Path, kept: pathlib.Path) -> None:
-    """Copies the input that ended a process; others are made again by --only."""
+    """Copies the input that killed a process; --only makes the others again."""
     if findings and case.exists() and len(findings) <= KEPT:
         last = findings[-1]
         target = kept / f"{last['number']}-{last['kind']}"
@@ -289,7 +289,7 @@ def _keep(findings: list[dict], case: pathlib.Path, kept: pathlib.Path) -> None:
 
 
 def _changed(base: pathlib.Path) -> list[dict]:
-    """Returns a finding for each thing that appeared or changed beside the inputs."""
+    """Returns a finding for each new or changed file beside the inputs."""
     expected = {"seeds", "here", "outside", "case", "errors", "log.jsonl"}
     found = {path.name for path in base.iterdir()} ^ expected
     for name in ("here", "outside"):
@@ -325,7 +325,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--count", type=int, default=10_000, help="inputs to read")
-    parser.add_argument("--seed", type=int, default=0, help="decides all inputs")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all inputs")
     parser.add_argument(
         "--kinds",
         nargs="+",
@@ -339,7 +339,7 @@ def main() -> int:
         "--folder",
         type=pathlib.Path,
         default=pathlib.Path("fuzz_findings"),
-        help="where inputs of findings are kept",
+        help="folder for the inputs of findings",
     )
     parser.add_argument("--work", type=pathlib.Path, help=argparse.SUPPRESS)
     parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
@@ -351,7 +351,7 @@ def main() -> int:
 
 
 def report_all(given) -> int:
-    """Reads all inputs, prints what was found, and returns the exit status."""
+    """Reads all inputs, prints the findings, and returns the exit status."""
     began, last = time.monotonic(), [0]
 
     def progress(done: int) -> None:

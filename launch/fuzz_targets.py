@@ -1,4 +1,4 @@
-"""What `fuzz.py` reads: small valid files of each kind, and how they are changed."""
+"""The inputs of `fuzz.py`: small valid files of each kind, and their changes."""
 
 import dataclasses
 import functools
@@ -38,7 +38,7 @@ PROMPTS = {
     "a.tsv": "uuid\tprompt\n1\ta red ring\n",
 }
 SETUPS = ("anchor_forcing", "causvid", "infinity_rope")
-SAVED = SETUPS[:2]  # those of which snapshots are made
+SAVED = SETUPS[:2]  # policies with snapshots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Kind:
     """One kind of input.
 
     Attributes:
-      share: of all inputs.
-      change: puts a changed copy of a seed into a folder, and returns its path.
-      read: gives that path to the function that reads such inputs.
+      share: fraction of all inputs.
+      change: writes a changed copy of a valid file into a folder, and returns its path.
+      read: calls the function that reads such inputs with that path.
     """
 
     share: int
@@ -75,7 +75,7 @@ def make_seeds(folder: pathlib.Path) -> None:
 
 
 def _make_sessions(folder: pathlib.Path) -> None:
-    """Saves streams, and recipes that tell of a switch."""
+    """Saves streams, and recipes with a switch."""
     (folder / "recipes").mkdir()
     (folder / "snapshots").mkdir()
     bundle = load_bundle(str(folder / "bundle"))
@@ -126,7 +126,7 @@ def _make_videos(folder: pathlib.Path) -> None:
     frames = np.random.default_rng(0).integers(0, 255, (20, 32, 48, 3), np.uint8)
     with media.VideoWriter(folder / "a.mp4") as video:
         video.append(frames)
-    # With a title and an index, as those of cameras and of other programs.
+    # With a title and an index, like files of cameras and other programs.
     with av.open(str(folder / "b.mp4"), "w") as container:
         container.metadata["title"] = "a title"
         stream = container.add_stream("libx264", rate=16)
@@ -200,7 +200,7 @@ def _change_manifest(rng, seeds, folder):
     shutil.copytree(seeds / name, folder / name)
     files = sorted(path for path in (folder / name).rglob("*") if path.is_file())
     described = [path for path in files if _json(path) is not None]
-    # Sizes and the tree of names are where a lie does most harm.
+    # Wrong sizes and name trees do the most harm.
     path = rng.choice(described if rng.random() < 0.8 else files)
     value = _json(path)
     if value is None:

@@ -1,4 +1,4 @@
-"""Presses Ctrl-C at random moments of sample and train, and checks how they end.
+"""Presses Ctrl-C at random moments of sample and train, and checks how they stop.
 
     python launch/interrupts.py [--presses=60] [--seed=0] [--folder=FOLDER]
 
@@ -40,7 +40,7 @@ COMMANDS = {
     "train": ("train", "--config=train_teacher", "--config.out={out}", *SHORT),
 }
 HALF_MADE = ("*.part*", "*orbax-checkpoint-tmp*", ".owner", ".*.owner")
-WHOLE = "_CHECKPOINT_METADATA"  # what Orbax writes last
+WHOLE = "_CHECKPOINT_METADATA"  # the last file that Orbax writes
 TRIES = 20
 
 
@@ -49,9 +49,9 @@ class Case:
     """A command in folders of its own.
 
     Attributes:
-      name: of the command.
-      folder: of what it makes.
-      cache: of compiled programs.
+      name: name of the command.
+      folder: folder of its results.
+      cache: cache of compiled programs.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Case:
         )
 
     def finish(self) -> float:
-        """Runs the command to its end, and returns its seconds."""
+        """Runs the command to the end, and returns the seconds."""
         began = time.monotonic()
         process = self.start()
         output, _ = process.communicate()
@@ -92,7 +92,7 @@ class Case:
         return time.monotonic() - began
 
     def half_made(self) -> list[str]:
-        """Returns what is there and should not be."""
+        """Returns the files that should not exist."""
         found = [
             path
             for pattern in HALF_MADE
@@ -114,7 +114,7 @@ def _is_filled(path: pathlib.Path) -> bool:
 
 
 def press(case: Case, moment: float, limit: float) -> list[str] | None:
-    """Presses once, and returns what is wrong; None if the command had ended."""
+    """Presses once, and returns the faults, or None if the command had ended."""
     process = case.start()
     time.sleep(moment)
     if process.poll() is not None:
@@ -148,7 +148,7 @@ def press(case: Case, moment: float, limit: float) -> list[str] | None:
 
 
 def seconds_of(folder: pathlib.Path) -> dict[tuple[str, str], float]:
-    """Returns how long whole runs take, by command and cache; fills the warm one."""
+    """Returns the seconds of whole runs by command and cache; fills the warm cache."""
     found = {}
     for name in COMMANDS:
         for cache in ("cold", "warm"):
@@ -159,14 +159,14 @@ def seconds_of(folder: pathlib.Path) -> dict[tuple[str, str], float]:
 
 
 def begin_of_python() -> float:
-    """Returns the seconds in which an interpreter starts, which handles no presses."""
+    """Returns the start-up seconds of an interpreter, which handles no presses."""
     began = time.monotonic()
     subprocess.run([sys.executable, "-c", "pass"], check=True)
     return time.monotonic() - began
 
 
 def endure(folder: pathlib.Path, given: argparse.Namespace) -> int:
-    """Presses as often as was asked for, and returns how many presses failed."""
+    """Presses the given number of times, and returns the number of failures."""
     earliest, durations = begin_of_python() + 0.1, seconds_of(folder)
     rounds = [(name, cache) for cache in ("warm", "cold") for name in COMMANDS]
     failed = 0
@@ -183,7 +183,7 @@ def endure(folder: pathlib.Path, given: argparse.Namespace) -> int:
             if wrong is not None:
                 break
         else:
-            raise RuntimeError(f"{name} ends sooner than was measured")
+            raise RuntimeError(f"{name} ends sooner than measured")
         if number % given.again == 0:
             seconds = case.finish()
             sys.stdout.write(f"  the same command again: done in {seconds:.1f} s\n")
@@ -198,10 +198,10 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--presses", type=int, default=60)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     parser.add_argument("--limit", type=float, default=5.0, help="seconds")
     parser.add_argument("--again", type=int, default=10)
-    parser.add_argument("--folder", type=pathlib.Path, help="for what is made")
+    parser.add_argument("--folder", type=pathlib.Path, help="folder for the results")
     given = parser.parse_args()
     random.seed(given.seed)
     if given.folder:

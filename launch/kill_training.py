@@ -1,4 +1,4 @@
-"""Kills trainings at random moments, and checks that they go on bit for bit.
+"""Kills trainings at random moments, and checks that they resume bit for bit.
 
     python launch/kill_training.py [--kills=20] [--folder=FOLDER] [--stages dmd ...]
 
@@ -46,7 +46,7 @@ STAGES = {
         *CLIP,
     ),
 }
-# What other stages begin with, and those that need a teacher.
+# Stages that others start from, and stages that need a teacher.
 FIRST = ("teacher", "trajectories")
 TAUGHT = ("guided", "dmd", "streaming")
 SAVING = ("*orbax-checkpoint-tmp*", ".*.part*")
@@ -74,12 +74,12 @@ def whole(stage: str, folder: pathlib.Path) -> pathlib.Path:
 
 
 def is_saving(out: pathlib.Path) -> bool:
-    """Returns whether something in a run's folder is being written."""
+    """Returns whether a file in a run's folder is being written."""
     return any(path for pattern in SAVING for path in out.glob(pattern))
 
 
 def finish(line: list[str]) -> float:
-    """Runs a command to its end and returns its seconds."""
+    """Runs a command to the end and returns the seconds."""
     began = time.monotonic()
     subprocess.run(line, check=True, capture_output=True, text=True)
     return time.monotonic() - began
@@ -88,7 +88,7 @@ def finish(line: list[str]) -> float:
 def kill(
     line: list[str], out: pathlib.Path, seconds: float, in_save: bool
 ) -> str | None:
-    """Starts a command, kills it, and returns what it was doing; None if it ended."""
+    """Starts a command, kills it, and returns its activity, or None if it had ended."""
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     began = time.monotonic()
     while process.poll() is None:
@@ -109,7 +109,7 @@ def kill(
 
 
 def differing(stage: str, first: pathlib.Path, second: pathlib.Path) -> list[str]:
-    """Returns the arrays that two runs left and that do not have equal bits."""
+    """Returns the arrays of two runs that are not bit-identical."""
     if stage == "trajectories":
         return differing_clips(*map(trajectories.Trajectories, (first, second)))
     found = []
@@ -130,7 +130,7 @@ def differing(stage: str, first: pathlib.Path, second: pathlib.Path) -> list[str
 def differing_clips(
     first: trajectories.Trajectories, second: trajectories.Trajectories
 ) -> list[str]:
-    """Returns the trajectories of two folders that do not have equal bits."""
+    """Returns the trajectories of two folders that are not bit-identical."""
     if first.numbers != second.numbers:
         return [f"numbers {first.numbers}, {second.numbers}"]
     return [
@@ -141,9 +141,9 @@ def differing_clips(
 
 
 def endure(stage: str, folder: pathlib.Path, kills: int) -> dict:
-    """Returns the moments at which a stage was killed, and what differed at its end.
+    """Returns the moments at which a stage was killed, and the final differences.
 
-    A run that ends before it is killed is compared, and begun anew.
+    A run that ends before it is killed is compared and started again.
     """
     killed, timed = folder / f"{stage}-killed", folder / f"{stage}-timed"
     finish(command(stage, whole(stage, folder)))

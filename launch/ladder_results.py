@@ -4,7 +4,7 @@
     python launch/ladder_results.py table FOLDER
 
 `gate` ends with status 1 unless the teacher may be distilled. `table` writes
-results.json and results.md, and says what holds of what a distilled model must.
+results.json and results.md, with the requirements that a distilled model meets.
 """
 
 import json
@@ -15,9 +15,9 @@ from anchor_jax import io
 
 GATE = {"shape": 0.75, "motion": 0.85}
 BORDERS = 20
-"""Latent borders of the teacher's clips."""
+"""Number of latent borders in the teacher's clips."""
 JUMPS = 1 - 0.865 ** (1 / 4)
-"""Of a border: 13.5 % of clips with four."""
+"""Largest rate of jumps per border: 13.5 % of clips with four borders."""
 COLUMNS = {
     "causal20": "causal teacher, 20 steps, guided",
     "causal4": "the same, 4 steps",
@@ -35,7 +35,7 @@ SWITCH_ROWS = {
 }
 EVENT_ROWS = {
     ("motion", "adopted_soon"): "motion changes: seen in 2 blocks",
-    ("motion", "on_its_way"): "motion changes: its way goes on",
+    ("motion", "on_its_way"): "motion changes: its motion continues",
     ("color", "adopted_soon"): "colour changes: seen in 2 blocks",
     ("shape", "adopted_soon"): "shape changes: seen in 2 blocks",
     ("background", "adopted_soon"): "background changes: seen in 2 blocks",
@@ -49,13 +49,13 @@ EVENT_ROWS = {
 
 
 def read(folder: pathlib.Path, name: str) -> dict | None:
-    """Returns scores, None if they are missing."""
+    """Returns scores, or None if they are missing."""
     path = folder / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def gate(folder: pathlib.Path) -> int:
-    """Says whether the teacher passes, and returns the exit status."""
+    """Prints whether the teacher passes, and returns the exit status."""
     rates = read(folder, "teacher_clips")["held_out"]
     failed = [
         f"{name} {rates[name]['rate']:.3f} is below {least}"
@@ -114,7 +114,7 @@ def table(folder: pathlib.Path) -> int:
 
 
 def claims(switch: dict, events: dict) -> dict[str, str]:
-    """Returns what is asked of a distilled model, and what was found."""
+    """Returns the requirements of a distilled model, and the results."""
 
     def rate(name: str, key: str) -> float:
         return switch[name]["after_switch"][key]["rate"]
@@ -127,7 +127,7 @@ def claims(switch: dict, events: dict) -> dict[str, str]:
     adopted = [
         cells["adopted_soon"]
         for kind, cells in events["streaming"]["generated"]["by_event"].items()
-        # To hide all only leads to the event of those streams, its return.
+        # Hiding only leads to the event of these streams, the return.
         if "adopted_soon" in cells and kind != "hide"
     ]
     count = sum(one["n"] for one in adopted)
@@ -145,7 +145,7 @@ def claims(switch: dict, events: dict) -> dict[str, str]:
 
 
 def minute(found: dict | None) -> dict[str, str]:
-    """Returns how the last segment of a minute differs from the first."""
+    """Returns the difference between the last and the first segment of a minute."""
     if found is None:
         return {}
     drift, first = found["generated"]["drift"], found["generated"]["by_segment"]["0"]

@@ -1,4 +1,4 @@
-"""Changes files of known formats so that they may do harm: what `fuzz.py` reads.
+"""Changes files of known formats into harmful inputs for `fuzz.py`.
 
 Every function takes a `random.Random` first and returns a changed copy; the same
 generator gives the same copy.
@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 _MARK = "@raw@"
-# What JSON's own writer would refuse or make shorter.
+# Values that JSON's own writer would refuse or shorten.
 _RAW = (
     *("NaN", "Infinity", "-Infinity", "1e999", "-1e999", "1e-999", "-0.0", "01", "+1"),
     *('"\\ud800"', '"\\udfff x"', '"\\u0000"', '"\\u202e"', "1" + "0" * 400),
@@ -43,7 +43,7 @@ _PICKLE = (
 
 
 def change_bytes(rng: random.Random, data: bytes, most: int = 4) -> bytes:
-    """Returns bytes with some flipped, cut off, put in, said twice or made extreme."""
+    """Returns bytes with some flipped, removed, inserted, repeated or made extreme."""
     for _ in range(rng.randint(1, most)):
         at = rng.randrange(len(data) + 1)
         end = min(len(data), at + rng.choice((1, 2, 4, 8, 64, 1024)))
@@ -88,7 +88,7 @@ def change_json(rng: random.Random, value: Any, most: int = 3) -> str:
         if not places:
             break
         box, key = rng.choice(places)
-        # What an earlier change took away is left alone.
+        # Values that an earlier change removed are skipped.
         with contextlib.suppress(LookupError, TypeError):
             rng.choice(_VALUE_CHANGES)(rng, box, key, raw, places)
     text = json.dumps(holder[""] if "" in holder else None)
@@ -115,7 +115,7 @@ def _replace_raw(rng, box, key, raw, places):
 
 
 def _tweak(rng, box, key, raw, places):
-    """A number is made another, text longer, and a list another list."""
+    """Returns a changed number, a longer text, or another list."""
     value = box[key]
     if isinstance(value, bool | None):
         box[key] = int(bool(value))
@@ -188,7 +188,7 @@ def change_safetensors(
     """Returns a safetensors file with another header, length or content.
 
     Args:
-      rng: decides.
+      rng: random generator of the changes.
       data: a whole file.
       entries: names in its metadata whose values are JSON documents.
     """
@@ -199,7 +199,7 @@ def change_safetensors(
         stored = header["__metadata__"]
         name = rng.choice(entries)
         stored[name] = change_json(rng, json.loads(stored[name]))
-        # Sometimes as the older files are, without a checksum.
+        # Sometimes without a checksum, like older files.
         if rng.random() < 0.8:
             stored.pop("sha256", None)
         text = json.dumps(header)
@@ -216,7 +216,7 @@ def change_safetensors(
 
 
 def change_pickle(rng: random.Random, data: bytes) -> bytes:
-    """Returns a pickle with opcodes left out, said again, moved or put in."""
+    """Returns a pickle with opcodes removed, repeated, moved or inserted."""
     try:
         starts = [at for _, _, at in pickletools.genops(data)] + [len(data)]
     except (ValueError, IndexError):
@@ -242,13 +242,13 @@ def change_pickle(rng: random.Random, data: bytes) -> bytes:
 def change_zip(
     rng: random.Random, data: bytes, change: Callable, suffix: str = "data.pkl"
 ) -> bytes:
-    """Returns an archive one of whose members, or whose own tables, are changed.
+    """Returns an archive with a changed member or changed tables.
 
     Args:
-      rng: decides.
+      rng: random generator of the changes.
       data: the archive.
       change: changes the member whose name ends in `suffix`.
-      suffix: of that name.
+      suffix: end of that name.
     """
     if rng.random() < 0.25:
         return change_bytes(rng, data)
@@ -297,7 +297,7 @@ def change_boxes(rng: random.Random, data: bytes) -> bytes:
 
 
 def _boxes(data: bytes, at: int, end: int):
-    """Yields where every box begins and ends, those inside of others too."""
+    """Yields the start and end of every box, nested boxes included."""
     while at + 8 <= end:
         (size,) = struct.unpack(">I", data[at : at + 4])
         stop = at + size

@@ -2,13 +2,12 @@
 
     python launch/port_memory.py --folder=SCRATCH
 
-Needs 12 GB of disk for the first and 23 GB for the second; both are removed again.
+It needs 12 GB of disk for the first and 23 GB for the second, and removes both.
 Prints one JSON: the largest leaf, the peak resident memory, and twice the former plus
 2 GiB.
 """
 
 import argparse
-import functools
 import json
 import pathlib
 import shutil
@@ -17,12 +16,12 @@ import sys
 
 import jax
 import numpy as np
-from flax import traverse_util
 
+from anchor_jax import trees
 from anchor_jax.porting import convert
 from anchor_jax.porting.rules import DIT
 from anchor_jax.porting.safetensors_file import open_safetensors
-from anchor_jax.wan.dit import init_params
+from anchor_jax.wan import shapes
 from anchor_jax.wan.spec import WAN_1_3B, WAN_14B, ModelConfig
 from anchor_jax.weights import checkpoint
 
@@ -33,15 +32,14 @@ _CHUNK = np.random.default_rng(0).bytes(2**24)
 
 def tree(config: ModelConfig, only: str | None = None):
     """Returns the shapes of the generator, or of one of its leaves."""
-    shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
-    leaves = traverse_util.flatten_dict(shapes, sep="/")
+    leaves = trees.flatten(shapes.of(config))
     kept = {path: leaf for path, leaf in leaves.items() if only in (None, path)}
-    return traverse_util.unflatten_dict(kept, sep="/")
+    return trees.unflatten(kept)
 
 
 def write_file(path: pathlib.Path, params) -> None:
     """Writes a float32 safetensors file with the official names of a tree."""
-    leaves = traverse_util.flatten_dict(params, sep="/")
+    leaves = trees.flatten(params)
     header, end = {}, 0
     for place in convert.places(params, DIT):
         shape = place.shape(leaves[place.path].shape)
@@ -80,7 +78,7 @@ def peak_of(command: list[str]) -> int:
 
 
 def measure(name: str, leaf: int, command: list[str]) -> dict[str, float]:
-    """Returns what a process took, in GiB."""
+    """Returns the peak memory of a process in GiB."""
     return {
         "what": name,
         "largest leaf": round(leaf / _GIB, 2),

@@ -1,4 +1,4 @@
-"""Starts two jobs together on one folder, again and again, and checks who wrote what.
+"""Starts two jobs together on one folder, repeatedly, and checks their results.
 
     python launch/two_jobs.py [--commands=sample,train,...] [--times=20] [--seed=0]
 
@@ -88,8 +88,8 @@ class Command:
     """A command that is raced.
 
     Attributes:
-      line: its flags; `{out}` is the folder, `{scratch}` one with what they read.
-      content: returns what a folder holds.
+      line: its flags; `{out}` is the folder, and `{scratch}` a folder with its inputs.
+      content: function that returns a folder's content.
       late: a line that a job prints if the work is already done.
     """
 
@@ -135,7 +135,7 @@ COMMANDS = {
 
 
 def fork(log: pathlib.Path, run: Callable[[], int]) -> int:
-    """Runs a function in a process of its own, and returns its number.
+    """Runs a function in a new process, and returns the process's number.
 
     This program itself must not begin threads, which a forked process would miss.
     """
@@ -157,14 +157,14 @@ def fork(log: pathlib.Path, run: Callable[[], int]) -> int:
 
 
 def start(line: list[str], log: pathlib.Path) -> int:
-    """Starts a command in a process of its own and returns its number."""
+    """Starts a command in a new process and returns the process's number."""
     from anchor_jax.cli.main import main
 
     return fork(log, lambda: main(line))
 
 
 def content(command: "Command", out: pathlib.Path) -> dict:
-    """Returns what a folder holds, as a process of its own reads it."""
+    """Returns a folder's content, read by a new process."""
     found = out.with_name(f"{out.name}.json")
 
     def read() -> int:
@@ -189,7 +189,7 @@ def left_over(out: pathlib.Path) -> list[str]:
 
 
 def compete(name: str, out: pathlib.Path, scratch, most: float, expected) -> list[str]:
-    """Starts two jobs on a folder and returns what went wrong."""
+    """Starts two jobs on a folder and returns the faults."""
     command = COMMANDS[name]
     line = [one.format(out=out, scratch=scratch) for one in command.line]
     logs = [out.with_name(f"{out.name}.{number}.log") for number in (1, 2)]
@@ -210,7 +210,7 @@ def compete(name: str, out: pathlib.Path, scratch, most: float, expected) -> lis
 
 
 def role(command: Command, status: int, said: str) -> str:
-    """Returns what a job did: "worked", "refused", "late", or else how it failed."""
+    """Returns a job's role, "worked", "refused" or "late", or its failure."""
     errors = [line for line in said.splitlines() if line.startswith("error:")]
     if status == 2 and len(errors) == 1 and REFUSED.search(said):
         return "refused"
@@ -220,11 +220,11 @@ def role(command: Command, status: int, said: str) -> str:
 
 
 def race(name: str, folder: pathlib.Path, scratch: pathlib.Path, times: int) -> dict:
-    """Returns how many jobs had which role, and what went wrong."""
+    """Returns the number of jobs by role, and the faults."""
     command, alone = COMMANDS[name], folder / f"{name}-alone"
     line = [one.format(out=alone, scratch=scratch) for one in command.line]
     log = folder / f"{name}-alone.log"
-    for _ in range(2):  # The first time programs are compiled, and kept.
+    for _ in range(2):  # The first time compiles programs and stores them.
         shutil.rmtree(alone, ignore_errors=True)
         began = time.monotonic()
         if wait(start(line, log)):
@@ -246,7 +246,7 @@ def race(name: str, folder: pathlib.Path, scratch: pathlib.Path, times: int) -> 
 
 
 def prepare(scratch: pathlib.Path) -> None:
-    """Makes the published weights that are ported, and ported ones to export."""
+    """Makes published weights to port, and ported weights to export."""
     sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
     import layouts
 
@@ -265,12 +265,14 @@ def main() -> int:
         "--commands", default=",".join(COMMANDS), help="some of these, with commas"
     )
     parser.add_argument("--times", type=int, default=20, help="races of a command")
-    parser.add_argument("--seed", type=int, default=0, help="of the delays")
-    parser.add_argument("--folder", type=pathlib.Path, help="for the jobs; else new")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the delays")
+    parser.add_argument(
+        "--folder", type=pathlib.Path, help="folder for the jobs; default: a new one"
+    )
     given = parser.parse_args()
     names = given.commands.split(",")
     if unknown := set(names) - set(COMMANDS):
-        parser.error(f"--commands: {', '.join(unknown)}; choose of {list(COMMANDS)}")
+        parser.error(f"--commands: {', '.join(unknown)}; choose from {list(COMMANDS)}")
     folder = (given.folder or pathlib.Path(tempfile.mkdtemp())).resolve()
     scratch = folder / "scratch"
     scratch.mkdir(parents=True)
@@ -286,7 +288,7 @@ def main() -> int:
 
 
 def load_modules() -> None:
-    """Imports what the jobs need; nothing that starts a thread."""
+    """Imports the jobs' modules, none of which starts a thread."""
     with contextlib.suppress(ModuleNotFoundError):
         import anchor_jax.training.data.trajectories
     import anchor_jax.porting.export

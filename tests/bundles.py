@@ -9,7 +9,8 @@ import tiny
 
 from anchor_jax.tiny_world.codec import BLOCK_VALUES
 from anchor_jax.tiny_world.words import train_tokenizer
-from anchor_jax.wan.text import TextConfig, Umt5Encoder
+from anchor_jax.wan import shapes
+from anchor_jax.wan.text import TextConfig
 from anchor_jax.weights.bundle import Bundle
 from anchor_jax.weights.load import load_bundle
 from anchor_jax.weights.single_file import save_bundle
@@ -35,8 +36,6 @@ def words() -> bytes:
 @functools.cache
 def params():
     """Returns the parameters of a bundle, filled by numpy."""
-    ids = jax.ShapeDtypeStruct((1, TEXT.text_len), np.int32)
-    shapes = jax.eval_shape(Umt5Encoder(TEXT).init, jax.random.key(0), ids, ids)
     rng = np.random.default_rng(5)
 
     def normal(*shape):
@@ -45,7 +44,7 @@ def params():
     decode = 0.2 * normal(tiny.MODEL.latent_channels, BLOCK_VALUES)
     return {
         "generator": jax.tree.map(np.asarray, tiny.params()),
-        "text": jax.tree.map(lambda x: normal(*x.shape), shapes["params"]),
+        "text": jax.tree.map(lambda x: normal(*x.shape), shapes.of(TEXT)),
         "codec": {
             "mean": np.zeros(BLOCK_VALUES, np.float32),
             "encode": np.linalg.pinv(decode).astype(np.float32),

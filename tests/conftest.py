@@ -31,7 +31,7 @@ jax.config.update("jax_disable_most_optimizations", True)
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """A process may map only so many pieces of compiled code at once."""
+    """A process may map only a limited number of compiled programs at once."""
     yield
     jax.clear_caches()
 

@@ -23,7 +23,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz.,!"
 
 
 def randomized(module, seed=0, scale=0.2):
-    """Returns the module with every parameter drawn anew: no zeros, no ones."""
+    """Returns the module with random parameters: no zeros, no ones."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():

@@ -8,9 +8,8 @@ import jax
 import numpy as np
 import tiny
 
-from anchor_jax.wan import dit, lora
-from anchor_jax.wan.text import Umt5Encoder
-from anchor_jax.wan.vae import VaeConfig, WanVae
+from anchor_jax.wan import lora, shapes
+from anchor_jax.wan.vae import VaeConfig
 from anchor_jax.weights import checkpoint
 
 MODEL = dataclasses.replace(tiny.MODEL, dim=32, ffn_dim=32, latent_channels=16)
@@ -25,7 +24,7 @@ def save(folder, method: str, critic: bool = False) -> None:
     """Writes a checkpoint of weights that were ported as a method."""
     items = draw_items()
     if critic:
-        items = items | {"fake_score": {"params": _draw(_params(), 5)}}
+        items = items | {"fake_score": {"params": _draw(shapes.of(MODEL), 5)}}
     write(folder, items, method)
 
 
@@ -48,27 +47,19 @@ def write(folder, items, method: str = "", vae: VaeConfig = VAE) -> None:
 def draw_items(vae: VaeConfig = VAE):
     """Returns the networks of a checkpoint, filled by numpy."""
     key = jax.random.key(0)
-    ids = jax.ShapeDtypeStruct((1, bundles.TEXT.text_len), np.int32)
-    pixels = jax.ShapeDtypeStruct((1, 1, 8, 8, 3), np.float32)
-    params = _params()
+    params = shapes.of(MODEL)
     adapters = jax.eval_shape(lambda tree: lora.init(tree, 3, key), params)
-    text = jax.eval_shape(Umt5Encoder(bundles.TEXT).init, key, ids, ids)["params"]
-    shapes = jax.eval_shape(WanVae(vae).init, key, pixels)["params"]
     return {
         "generator": {"params": _draw(params, 1), "lora": _draw(adapters, 2)},
-        "text_encoder": _draw(text, 3),
-        "vae": _draw(shapes, 4),
+        "text_encoder": _draw(shapes.of(bundles.TEXT), 3),
+        "vae": _draw(shapes.of(vae), 4),
     }
 
 
-def _params():
-    return jax.eval_shape(lambda: dit.init_params(MODEL, jax.random.key(0)))
-
-
-def _draw(shapes, seed):
+def _draw(tree, seed):
     rng = np.random.default_rng(seed)
     return jax.tree.map(
-        lambda leaf: (0.3 * rng.standard_normal(leaf.shape)).astype(np.float32), shapes
+        lambda leaf: (0.3 * rng.standard_normal(leaf.shape)).astype(np.float32), tree
     )
 
 

@@ -117,7 +117,7 @@ def test_a_message_is_passed_on_or_gets_the_name_of_the_file():
 
     with (
         pytest.raises(UserError) as caught,
-        damaged("a/b", "copy it", "is no dog", wraps=True),
+        damaged("a/b", "copy it", "is not a dog", wraps=True),
     ):
         raise UserError("c=3, expected 4")
-    assert str(caught.value) == "a/b is no dog: c=3, expected 4; copy it"
+    assert str(caught.value) == "a/b is not a dog: c=3, expected 4; copy it"

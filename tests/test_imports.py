@@ -14,7 +14,7 @@ PACKAGE = pathlib.Path(anchor_jax.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = [
     {"errors"},
-    {"io", "text", "plugins", "extras", "devices"},
+    {"io", "text", "plugins", "trees", "extras", "devices"},
     {"interrupts", "ownership", "filetypes", "compile_cache", "compile_times"},
     {
         *("cache", "wan", "flow", "media", "prompts"),

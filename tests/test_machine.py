@@ -1,7 +1,7 @@
 import pytest
 
 from anchor_jax import machine
-from anchor_jax.perf import roofline
+from anchor_jax.wan.spec import WAN_2_1
 
 GB = 10**9
 
@@ -43,7 +43,7 @@ def test_a_known_chip_is_judged_by_its_data_sheet(on_chip):
     assert report["kernels"]["tiny"] == "plain"
     assert first["fits"] == "yes"
     assert first["frames_per_second"] == pytest.approx(
-        roofline.PIXEL_FRAMES * 3 * 989e12 * 0.4 / (5 * 32.331e12 + 40.65e12), rel=1e-3
+        WAN_2_1.strides[0] * 3 * 989e12 * 0.4 / (5 * 32.331e12 + 40.65e12), rel=1e-3
     )
     assert report["do"] == []
     assert "do: nothing; no problems" in machine.lines(report)

@@ -15,7 +15,7 @@ import pytest
 from anchor_jax import io, ownership
 from anchor_jax.errors import UserError
 
-# Owns a folder, writes into it, and ends when told to. `where` "elsewhere": what this
+# Owns a folder, writes into it, and ends on request. `where` "elsewhere": what this
 # process says of itself can be checked by nobody, as in another container.
 PROGRAM = """
 import json, os, sys, time

@@ -1,4 +1,4 @@
-"""Files of prompts as they are found: tables, JSON documents, encodings, mistakes."""
+"""Files of prompts from many sources: tables, JSON documents, encodings, mistakes."""
 
 import gzip
 import json

@@ -51,7 +51,7 @@ def references(text):
 
 
 def problems(text):
-    """Returns what is wrong with the references in a file of code."""
+    """Returns the faults of the references in a file of code."""
     found = [f"names {name}" for name in GONE if name in text]
     found += [f"names {page} without a heading" for page in MENTION.findall(flat(text))]
     for page, heading in references(text):

@@ -15,7 +15,9 @@ def test_the_shipped_model_follows_a_switch_in_four_steps_without_guidance():
     policy = POLICIES["anchor_forcing"]
     setup = StreamSetup(model.model, model.grid, policy, levels)
 
-    result = world.score_switches(model, setup, world.Trial(30, 30, (3, 3), seed=5))
+    result = world.score_switches(
+        model, setup, world.MatchTrial(30, 30, (3, 3), seed=5)
+    )
 
     after = {name: row["rate"] for name, row in result["after_switch"].items()}
     assert after["color"] >= 0.8 and after["background"] >= 0.9

@@ -10,7 +10,7 @@ from anchor_jax.cache.policies import POLICIES
 from anchor_jax.flow import few_step_levels
 from anchor_jax.streaming import stream
 from anchor_jax.streaming.types import BlockNoise, StreamSetup
-from anchor_jax.wan import dit
+from anchor_jax.wan import shapes
 from anchor_jax.wan.spec import LatentGrid, ModelConfig
 
 MODEL = ModelConfig(
@@ -39,7 +39,6 @@ def setup(policy="anchor_forcing", **changes) -> StreamSetup:
 
 def params(config: ModelConfig = MODEL, seed: int = 0):
     """Returns parameters of plausible size, filled by numpy: no initialiser runs."""
-    shapes = jax.eval_shape(lambda: dit.init_params(config, jax.random.key(0)))
     rng = np.random.default_rng(seed)
 
     def fill(path, leaf):
@@ -49,7 +48,7 @@ def params(config: ModelConfig = MODEL, seed: int = 0):
             return values / np.sqrt(leaf.shape[-2])
         return 1 + 0.1 * values if name == "scale" else 0.3 * values
 
-    filled = jax.tree_util.tree_map_with_path(fill, shapes)
+    filled = jax.tree_util.tree_map_with_path(fill, shapes.of(config))
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), filled)
 
 
@@ -96,8 +95,8 @@ def run(settings: StreamSetup, blocks: int, switches=(), *, seed: int = 0, state
       settings: the stream.
       blocks: how many to generate.
       switches: requested latent frames, as the user gives them.
-      seed: of the noise.
-      state: where to go on; a fresh stream if None.
+      seed: seed of the noise.
+      state: state to continue from; a new stream if None.
 
     Returns:
       The last state and the blocks.
@@ -118,7 +117,7 @@ def run(settings: StreamSetup, blocks: int, switches=(), *, seed: int = 0, state
 
 def switch(settings: StreamSetup, state, prompt: int, requested: int, rerun=None):
     """Returns the state under another prompt."""
-    rerun = rerun or settings.policy.rerun(int(state.cache.index.start))
+    rerun = rerun or settings.policy.recache(int(state.cache.index.start))
     state, _ = stream.switch(
         variables(),
         state,

@@ -33,7 +33,7 @@ FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A global ("module name") called with arguments, whatever it is."""
+    """A global ("module name") called with arguments."""
 
     function: str
     args: tuple = ()

@@ -1,1 +1,1 @@
-"""What a stream remembers, and where it seems to be."""
+"""The cache of past frames, and the RoPE positions of its keys."""

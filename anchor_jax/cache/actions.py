@@ -19,7 +19,7 @@ class SwitchAction:
 
     @property
     def label(self) -> str:
-        """What a table of policies calls the action."""
+        """Name of the action in tables of policies."""
         return type(self).__name__.lower()
 
 
@@ -59,7 +59,7 @@ class Recache(SwitchAction):
 
 
 @dataclasses.dataclass(frozen=True)
-class Rerun:
+class RecachePass:
     """The pass of a re-cache over the newest `frames` clean frames; static.
 
     `sink` says whether its first frames become the sink.

@@ -64,7 +64,7 @@ class Rope:
 
     @property
     def ends_at_window(self) -> bool:
-        """Whether no position is left for a junction."""
+        """Whether the range has no position left for a junction."""
         return self._has_range and self.range is None
 
     @property

@@ -7,10 +7,10 @@ from anchor_jax.cache.types import NEVER, CacheIndex
 
 @dataclasses.dataclass(frozen=True)
 class Junction:
-    """The block after a switch, seen once it has left the local window.
+    """The block after a switch, visible once it has left the local window.
 
-    `frames` are kept, from the clean pass. It is seen from block `c + span` on,
-    where `c` is the first block under the new prompt.
+    `frames` frames of the clean pass are kept. They are visible from block `c + span`
+    on, where `c` is the first block under the new prompt.
 
     Source: cache/README.md, "Junction", "D3", "D4", "D7"; rules `paper`.
     """

@@ -1,4 +1,4 @@
-"""What a pass reads of the past: which slots, at which positions, in which layout.
+"""The past as a pass reads it: which slots, at which positions, in which layout.
 
 The cache stores keys and values token-major, [layer, batch, slot, token, dim], keys
 before rotation. Before the passes of a block, the slots that it may see are rotated to
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from anchor_jax.cache import store
-from anchor_jax.cache.policies import Policy, Rerun
+from anchor_jax.cache.policies import Policy, RecachePass
 from anchor_jax.cache.types import KVCache, ReadPlan
 from anchor_jax.wan.attention import LayersKV
 from anchor_jax.wan.rope import Rotary, rotary, rotate
@@ -24,7 +24,7 @@ from anchor_jax.wan.spec import ModelConfig
 
 
 class Memory:
-    """What the passes of one block read besides their own keys and values.
+    """The past keys and values that the passes of one block read.
 
     Under the release's rules the junction changes from pass to pass of one block. It
     is then carried from pass to pass as (junction, prior), and rotated in each pass.
@@ -38,32 +38,32 @@ class Memory:
         tokens: tuple[int, int],
         cache: KVCache,
         plan: ReadPlan,
-        rerun: Rerun | None = None,
+        rerun: RecachePass | None = None,
     ):
         """Rotates and lays out the slots that the passes may see.
 
         Args:
-          policy: whose plan it is.
-          model: of the generator.
+          policy: cache policy of the stream.
+          model: sizes of the generator.
           kernel: one of `anchor_jax.wan.kernels`.
           tokens: rows and columns of tokens in a latent frame.
-          cache: the stream's.
-          plan: what the passes see, of `policy.read` or `policy.read_rerun`.
-          rerun: the re-cache of which `plan` is, or None for a block.
+          cache: cache of the stream.
+          plan: read plan of the passes, from `policy.read` or `policy.read_recache`.
+          rerun: the re-cache that `plan` belongs to, or None for a block.
         """
         self.plan, self.cache, self.is_carried = plan, cache, policy.keeps_prior
         self.kernel, self.head_dim = kernel, model.head_dim
         self.tokens = math.prod(tokens)
         self.junction = policy.sink + policy.local  # first slot of the junction
-        turn = rotary(plan.past, tokens, model.head_dim, model.rope_theta)
-        self.turn = jax.tree.map(lambda x: x[self.junction :], turn)
+        rotation = rotary(plan.past, tokens, model.head_dim, model.rope_theta)
+        self.rotation = jax.tree.map(lambda x: x[self.junction :], rotation)
         own = plan.query.shape[0]
         self.whole = None
         if policy.remembers:
             read = slots_read(policy, rerun)
-            turn = jax.tree.map(lambda x: _taken(x, read, 0), turn)
+            rotation = jax.tree.map(lambda x: _taken(x, read, 0), rotation)
             past = jax.tree.map(lambda x: _taken(x, read, 2), cache.slots)
-            self.whole = lay_out(kernel, model.head_dim, past, own, turn)
+            self.whole = lay_out(kernel, model.head_dim, past, own, rotation)
         # The junction comes last: it starts after all other visible frames.
         seen = plan.frames - own - plan.junction * policy.junction_frames
         self.before_junction = jnp.maximum(seen, 0)
@@ -78,7 +78,7 @@ class Memory:
         """Returns remembered keys and values in reading order, laid out."""
         if carried is None:
             return self.whole
-        shown = store.rotated(store.choose(self.plan, *carried), self.turn)
+        shown = store.rotated(store.choose(self.plan, *carried), self.rotation)
         first = self.before_junction * self.tokens
 
         def put(whole, piece):
@@ -108,19 +108,19 @@ class Memory:
 
 
 def lay_out(
-    kernel, head_dim: int, past: LayersKV, own: int, turn: Rotary | None = None
+    kernel, head_dim: int, past: LayersKV, own: int, rotation: Rotary | None = None
 ) -> LayersKV:
-    """Returns remembered frames as the kernel reads them, keys at their positions.
+    """Returns past frames in the kernel's layout, with keys rotated to their positions.
 
-    Layer by layer: with all layers at once there would be a second and a third copy
-    of the cache.
+    It loops over the layers: all layers at once would need two more copies of the
+    cache.
 
     Args:
       kernel: one of `anchor_jax.wan.kernels`.
       head_dim: channels of one attention head.
-      past: remembered frames, [layer, batch, frame, token, dim].
-      own: frames of the passes that will see them.
-      turn: rotation of the keys; None if they are rotated.
+      past: past frames, [layer, batch, frame, token, dim].
+      own: number of frames in the passes that will read them.
+      rotation: rotation of the keys, or None if they are already rotated.
     """
     tokens = own * past.k.shape[-2]
 
@@ -128,7 +128,7 @@ def lay_out(
         return kernel.pad(kernel.lay_out(x, head_dim), tokens)
 
     keys = jax.lax.map(
-        lambda k: laid_out(k if turn is None else rotate(k, turn)), past.k
+        lambda k: laid_out(k if rotation is None else rotate(k, rotation)), past.k
     )
     if kernel.in_place:
         return LayersKV(k=keys, v=laid_out(past.v))
@@ -136,11 +136,11 @@ def lay_out(
 
 
 LAYOUT = 2
-"""Version of the cache's layout in files. In 1 the heads had an axis of their own."""
+"""Version of the cache's layout in files. In version 1 the heads had an axis."""
 
 
 def shapes_in_layout_1(cache: KVCache, head_dim: int) -> KVCache:
-    """Returns the shapes of a cache, [..., token, dim], as layout 1 has them."""
+    """Returns the shapes in layout 1 of a cache [..., token, dim]."""
 
     def split(x):
         shape = (*x.shape[:-1], x.shape[-1] // head_dim, head_dim)
@@ -151,7 +151,7 @@ def shapes_in_layout_1(cache: KVCache, head_dim: int) -> KVCache:
 
 
 def from_layout_1(cache: KVCache) -> KVCache:
-    """Returns a cache of layout 1, [..., token, head, head dim], in today's layout."""
+    """Returns a cache of layout 1, [..., token, head, head dim], in this layout."""
 
     def merge(x):
         return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
@@ -160,8 +160,8 @@ def from_layout_1(cache: KVCache) -> KVCache:
     return cache.replace(slots=slots, prior=prior)
 
 
-def slots_read(policy: Policy, rerun: Rerun | None) -> tuple[int, ...]:
-    """Returns the slots that a pass may see: a re-cache makes the local ones anew."""
+def slots_read(policy: Policy, rerun: RecachePass | None) -> tuple[int, ...]:
+    """Returns the slots that a pass may read. A re-cache replaces the local ones."""
     sink = policy.sink
     if rerun is None:
         return tuple(range(policy.slots))
@@ -170,7 +170,7 @@ def slots_read(policy: Policy, rerun: Rerun | None) -> tuple[int, ...]:
 
 
 def _taken(x: jax.Array, picked: tuple[int, ...], axis: int) -> jax.Array:
-    """Returns static places of an axis; all of them cost nothing."""
+    """Returns static indices of an axis; taking all of them is free."""
     if len(picked) == x.shape[axis]:
         return x
     return jnp.take(x, np.asarray(picked, np.int32), axis=axis)

@@ -4,7 +4,7 @@ from anchor_jax.cache.actions import (
     Flush,
     Keep,
     Recache,
-    Rerun,
+    RecachePass,
     Restart,
     SwitchAction,
 )
@@ -24,6 +24,9 @@ from anchor_jax.cache.policy import (
 )
 from anchor_jax.cache.types import EMPTY
 
+Rerun = RecachePass
+"""Older name of `RecachePass`."""
+
 __all__ = [
     "EMPTY",
     "POLICIES",
@@ -34,6 +37,7 @@ __all__ = [
     "Policy",
     "Recache",
     "ReleaseJunction",
+    "RecachePass",
     "Rerun",
     "Restart",
     "SwitchAction",

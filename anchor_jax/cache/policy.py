@@ -1,6 +1,6 @@
-"""A cache policy: what a stream remembers, at which positions, what a switch does.
+"""A cache policy: which frames are kept, at which positions, what a switch does.
 
-A policy is a composition of frozen parts and makes plans from integers alone.
+A policy is composed of frozen parts, and makes plans from integers only.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from anchor_jax.cache.actions import (
     Flush,
     Keep,
     Recache,
-    Rerun,
+    RecachePass,
     Restart,
     SwitchAction,
 )
@@ -41,8 +41,8 @@ class Policy:
 
     Attributes:
       block: latent frames denoised together.
-      sink: first frames, kept for good.
-      window: frames seen at once, sink and block included, the junction not.
+      sink: number of first frames, which are never evicted.
+      window: frames visible at once, with the sink and the block, without the junction.
       junction: the region of the block after a switch, or None.
       positions: the RoPE rule.
       on_switch: what happens when the prompt changes.
@@ -99,7 +99,7 @@ class Policy:
 
     @property
     def captures_from_chunk(self) -> bool:
-        """Whether training captures a chunk's first block, not the switch's."""
+        """Whether training captures a chunk's first block instead of the switch's."""
         return bool(self.junction and self.junction.from_chunk)
 
     @property
@@ -108,7 +108,7 @@ class Policy:
 
     @property
     def junction_start(self) -> int:
-        """RoPE position of the junction: before a full window and a junction."""
+        """First RoPE position of the junction, directly before a full local window."""
         given = self.positions.junction_start
         if given is not None:
             return given
@@ -118,30 +118,33 @@ class Policy:
         first = self.junction.first_switch if self.junction else NEVER
         return empty_index(self.slots, first)
 
-    def rerun(self, start: int) -> Rerun | None:
-        """Returns what a switch before block `start` runs again, None if nothing.
+    def recache(self, start: int) -> RecachePass | None:
+        """Returns the re-cache of a switch before block `start`, or None.
 
-        Up to the window's size it is everything, sink included. Beyond, the frames
-        that fall on the protected sink would write nothing: only the local window.
+        Up to the window's size it covers all frames, with the sink. Later it covers
+        only the local window, because frames of the protected sink would write nothing.
 
         Source: cache/README.md, "Re-cache", "D10", "D15".
         """
         if not isinstance(self.on_switch, Recache) or start == 0:
             return None
         if start <= self.window:
-            return Rerun(start, sink=True)
+            return RecachePass(start, sink=True)
         if self.on_switch.rewrite_sink:
-            return Rerun(self.window, sink=True)
-        return Rerun(self.span, sink=False)
+            return RecachePass(self.window, sink=True)
+        return RecachePass(self.span, sink=False)
+
+    # Older name; without an annotation it is not a field.
+    rerun = recache
 
     def read(self, index: CacheIndex) -> ReadPlan:
-        """Returns what the next block sees."""
+        """Returns the read plan of the next block."""
         seen, prior = self._junction(index, index.start)
         past = jnp.where(index.start > 0, self.sink + index.filled, 0)
         return self._plan(index, index.start, self.block, past, seen, prior)
 
-    def read_rerun(self, index: CacheIndex, rerun: Rerun) -> ReadPlan:
-        """Returns what a re-cache sees: itself, sink and junction, nothing local."""
+    def read_recache(self, index: CacheIndex, rerun: RecachePass) -> ReadPlan:
+        """Returns the read plan of a re-cache: its own frames, sink and junction."""
         start = index.start - rerun.frames
         seen, prior = jnp.array(False), jnp.array(False)
         if self.junction:
@@ -168,7 +171,14 @@ class Policy:
         return active | prior, prior
 
     def _plan(
-        self, index, start, frames: int, past, seen, prior, rerun: Rerun | None = None
+        self,
+        index,
+        start,
+        frames: int,
+        past,
+        seen,
+        prior,
+        rerun: RecachePass | None = None,
     ) -> ReadPlan:
         sink, ring, _ = self._split(index.frame)
         rule = self.positions
@@ -200,14 +210,14 @@ class Policy:
             prior=prior,
         )
 
-    def _in_order(self, own, by_slot, filled, rerun: Rerun | None):
-        """Returns what belongs to every key, by slot, in reading order."""
+    def _in_order(self, own, by_slot, filled, rerun: RecachePass | None):
+        """Returns a value for every key in reading order, from values by slot."""
         sink, ring, junction = self._split(by_slot)
         read = [own, sink, ring]
         if rerun:
             read = [own] if rerun.sink else [own, sink]
         read.append(jnp.full_like(junction, EMPTY))
-        # The junction comes right after what is filled.
+        # The junction directly follows the filled local slots.
         return jax.lax.dynamic_update_slice(jnp.concatenate(read), junction, (filled,))
 
     def _split(self, by_slot):
@@ -215,7 +225,7 @@ class Policy:
         return by_slot[: self.sink], by_slot[self.sink : ring], by_slot[ring:]
 
     def write(self, index: CacheIndex) -> tuple[WritePlan, CacheIndex]:
-        """Returns where the next block goes, and the index after it."""
+        """Returns the write plan of the next block, and the index after it."""
         capture = jnp.array(False)
         if self.junction:
             capture = self.junction.captures(index, self.block)
@@ -225,10 +235,10 @@ class Policy:
         no = jnp.array(False)
         return plan, done.replace(start=index.start + self.block, capture=no, cut=no)
 
-    def write_rerun(
-        self, index: CacheIndex, rerun: Rerun
+    def write_recache(
+        self, index: CacheIndex, rerun: RecachePass
     ) -> tuple[WritePlan, CacheIndex]:
-        """Returns where a re-cache goes, and the index after it."""
+        """Returns the write plan of a re-cache, and the index after it."""
         fresh = index.replace(filled=jnp.int32(0), cursor=jnp.int32(0))
         start, no = index.start - rerun.frames, jnp.array(False)
         return self._place(fresh, start, rerun.frames, jnp.array(rerun.sink), no)
@@ -257,10 +267,10 @@ class Policy:
         return WritePlan(slot=slot, junction=copy), done
 
     def flush(self, index: CacheIndex) -> tuple[jnp.ndarray, CacheIndex]:
-        """Returns the slot from which each slot is refilled, and the index then.
+        """Returns the source slot of each slot after a flush, and the index after it.
 
-        The newest frames move to the front of the ring, so that what is visible
-        stays a prefix.
+        The newest frames move to the front of the ring, so that visible slots stay a
+        prefix.
         """
         last = min(self.on_switch.last, self.local)
         kept = jnp.minimum(index.filled, last)
@@ -278,7 +288,7 @@ class Policy:
         return source, done
 
     def switched(self, index: CacheIndex, requested, cut) -> CacheIndex:
-        """Returns the index with a switch noted, after any re-cache."""
+        """Returns the index after a switch; a re-cache comes before."""
         if not self.junction:
             return index.replace(switches=index.switches + 1, cut=cut)
         frame = self.junction.takes_effect(requested, index.start)
@@ -306,7 +316,7 @@ class Policy:
 
     def _check_regions(self) -> str | None:
         if self.block < 1:
-            return f"block={self.block} must be 1 or more"
+            return f"block={self.block} must be at least 1"
         if self.sink < 0 or self.sink > self.block:
             return (
                 f"sink={self.sink} must lie between 0 and block={self.block}: the first"
@@ -315,7 +325,7 @@ class Policy:
         if self.local < 0:
             return (
                 f"window={self.window} must hold sink={self.sink} and"
-                f" block={self.block}; choose {self.sink + self.block} or more"
+                f" block={self.block}; choose at least {self.sink + self.block}"
             )
         if self.junction_frames > self.block:
             return (
@@ -329,7 +339,7 @@ class Policy:
 
     def _check_rest(self) -> str | None:
         if isinstance(self.on_switch, Flush) and self.on_switch.last < 0:
-            return f"flush must keep 0 or more frames, got {self.on_switch.last}"
+            return f"flush must keep at least 0 frames, got {self.on_switch.last}"
         if self.restart and self.restart.overlap >= self.restart.every:
             return (
                 f"restart overlap={self.restart.overlap} must be shorter than"
@@ -339,7 +349,7 @@ class Policy:
 
 
 def whole_clip(frames: int) -> Policy:
-    """Returns the policy of a model that denoises a whole clip at once."""
+    """Returns the policy for a model that denoises a whole clip at once."""
     return Policy(
         block=frames,
         sink=0,
@@ -351,7 +361,7 @@ def whole_clip(frames: int) -> Policy:
 
 
 def as_released(policy: Policy) -> Policy:
-    """Returns the policy as the published sampling code of its method has it.
+    """Returns the policy as the published sampling code implements it.
 
     Source: cache/README.md, "Rules".
     """
@@ -369,7 +379,7 @@ def single_prompt(policy: Policy) -> Policy:
 
 
 def as_trained(policy: Policy) -> Policy:
-    """Returns the policy as the release's training has it.
+    """Returns the policy as the release's training implements it.
 
     Source: cache/README.md, "Rules".
     """

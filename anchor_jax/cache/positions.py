@@ -1,4 +1,4 @@
-"""RoPE rules: which temporal position a latent frame takes when it is read.
+"""RoPE rules: the temporal position that a latent frame has when it is read.
 
 A rule is a frozen dataclass with four functions over traced integers. `start` is the
 first latent frame of the pass and `frames` its length. `catalog.ROPES` names the rules.
@@ -14,7 +14,7 @@ class RopeRule:
 
     Attributes:
       range: number of positions in use, or None for no bound.
-      junction_start: first position of the junction; None is the usual place.
+      junction_start: first position of the junction. None takes the policy's default.
       cut: first position of a scene cut; None if the rule has no scene cuts.
     """
 
@@ -45,24 +45,24 @@ class RopeRule:
         """Returns why the rule cannot be combined with a policy's parts, or None."""
         if policy.junction:
             return (
-                f"{type(self).__name__.lower()} RoPE with a junction makes no sense:"
-                " the junction's band is a place in a bounded range; choose relative"
+                f"{type(self).__name__.lower()} RoPE cannot be used with a junction:"
+                " the junction needs a bounded range of positions; choose relative"
                 " positions"
             )
         return None
 
     def released(self) -> "RopeRule":
-        """Returns the rule that the method's published code has in its place."""
+        """Returns the rule that the method's published code uses instead."""
         return self
 
     def rotates_stored(self, frame):
-        """Returns a bool for each frame: the published code stores its key rotated."""
+        """Returns whether the published code stores each frame's key rotated."""
         return jnp.zeros_like(frame, bool)
 
 
 @dataclasses.dataclass(frozen=True)
 class Absolute(RopeRule):
-    """Every frame at its own number, without end (LongLive, Self-Forcing)."""
+    """Every frame at its own number, without a bound (LongLive, Self-Forcing)."""
 
     junction_start: None = None
     cut: None = None
@@ -73,12 +73,12 @@ class Absolute(RopeRule):
 
 @dataclasses.dataclass(frozen=True)
 class Relative(RopeRule):
-    """Positions counted from the pass, which never goes past `range` - 1.
+    """Positions relative to the pass, whose own positions end at `range` - 1 at most.
 
     While the stream is shorter than `range` a position is the frame's number;
-    afterwards the window stands still at the end of the range. The sink stays at 0.
-    With `junction_start` this is tri-region RoPE; `cut` moves a scene cut's block to
-    that position.
+    later the window stays at the end of the range. The sink stays at 0.
+    With `junction_start` this is tri-region RoPE. `cut` moves the block of a scene cut
+    to that position.
 
     Source: cache/README.md, "Tri-region RoPE"; Anchor Forcing, Infinity-RoPE.
     """
@@ -141,10 +141,10 @@ class Bounded(Relative):
 
 @dataclasses.dataclass(frozen=True)
 class Ranked(Relative):
-    """As `Relative`, keys numbered in the order in which they are remembered.
+    """As `Relative`, with keys numbered in the order in which they are stored.
 
-    Differs only after a flush with a window above the block's reach: queries then
-    keep the window's end while keys close up, as in the official Infinity-RoPE.
+    It differs from `Relative` only after a flush: queries then stay at the end of the
+    window while keys move together, as in the official Infinity-RoPE.
     """
 
     def own(self, index, start, frames: int, sink: int):

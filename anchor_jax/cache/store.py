@@ -1,4 +1,4 @@
-"""The cache's tensors: made, read, committed to, flushed."""
+"""Operations on the cache's tensors: make, read, commit, flush."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def init_cache(policy: Policy, config: ModelConfig, batch: int, tokens: int) -> 
 
 
 def rotated(stored: LayersKV, by: Rotary) -> LayersKV:
-    """Returns the stored keys at their positions, values as they are."""
+    """Returns the stored keys rotated to their positions, and the values."""
     return LayersKV(k=rotate(stored.k, by), v=stored.v)
 
 
@@ -41,9 +41,9 @@ def choose(plan: ReadPlan, junction: LayersKV, prior: LayersKV) -> LayersKV:
 
 
 def commit(stored: LayersKV, own: LayersKV, plan: WritePlan) -> LayersKV:
-    """Returns the cache with a pass's keys and values in the slots of the plan.
+    """Returns the cache with a pass's keys and values written to the plan's slots.
 
-    No gradient flows through what is stored (training/README.md, "D5").
+    No gradient flows through the cache (training/README.md, "D5").
     """
     own = jax.lax.stop_gradient(own)
 
@@ -58,9 +58,9 @@ def commit(stored: LayersKV, own: LayersKV, plan: WritePlan) -> LayersKV:
 
 
 def _put(slots: jax.Array, piece: jax.Array, place: jax.Array) -> jax.Array:
-    """Returns the slots with one of them replaced; none if there is no such slot.
+    """Returns the slots with one replaced; unchanged if `place` is past the last.
 
-    Slices instead of a scatter: accelerators would copy all for that, CPUs loop.
+    It uses slices: a scatter would copy the cache on accelerators and loop on CPUs.
     """
     old = jax.lax.dynamic_slice_in_dim(slots, place, 1, axis=2)
     piece = jnp.where(place < slots.shape[2], piece, old)
@@ -68,7 +68,7 @@ def _put(slots: jax.Array, piece: jax.Array, place: jax.Array) -> jax.Array:
 
 
 def emptied(stored: LayersKV, slots: int) -> LayersKV:
-    """Returns the cache with its first slots zero."""
+    """Returns the cache with its first slots set to zero."""
     return jax.tree.map(lambda x: x.at[:, :, :slots].set(0), stored)
 
 

@@ -52,7 +52,7 @@ def markdown(columns: Sequence[str]) -> list[str]:
 
 
 def updated(page: str) -> str:
-    """Returns a page of Markdown with its tables of policies made anew.
+    """Returns a page of Markdown with its tables of policies generated again.
 
     A table follows a comment that names its columns:
     `<!-- anchor-jax policies: policy, what it is -->`.

@@ -1,4 +1,4 @@
-"""The cache of past keys and values, its index, and plans made from the index."""
+"""The cache of past keys and values, its index, and the plans made from the index."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ NEVER = 100_000_000
 
 @struct.dataclass
 class CacheIndex:
-    """What each slot holds and what the stream is about to do: integers only.
+    """The content of each slot and the state of the stream, as integers.
 
     Slots come in the order sink | local ring | junction.
     """
@@ -32,7 +32,7 @@ class KVCache:
     """Keys and values of past latent frames, keys before rotation.
 
     `slots` is [layer, batch, slot, token, dim]; `prior` holds the junction
-    before last, only under the release's rules, None otherwise.
+    before last under the release's rules, and None otherwise.
     """
 
     slots: LayersKV
@@ -42,10 +42,10 @@ class KVCache:
 
 @struct.dataclass
 class ReadPlan:
-    """What a pass sees: its own frames, then sink | local | junction.
+    """The frames that a pass reads: its own, then sink | local | junction.
 
-    What is visible is always the first `frames` of these, so no mask is needed. A
-    re-cache reads no local frames, and no sink if it makes one. Positions are temporal
+    Visible are always the first `frames` of these, so no mask is needed. A re-cache
+    reads no local frames, and no sink if it writes the sink. Positions are temporal
     RoPE indices; those of `past` go by slot. `frame` and `position` go by reading
     order, for tests, `verify` and pictures of the memory.
     """
@@ -58,22 +58,22 @@ class ReadPlan:
     frame: jax.Array  # [key] latent frame of each key, EMPTY where there is none
     position: jax.Array  # [key] position of each key
     junction: jax.Array  # whether a junction is seen
-    prior: jax.Array  # whether that is the one before last
+    prior: jax.Array  # whether it is the junction before last
 
 
 @struct.dataclass
 class WritePlan:
-    """Slots that take a pass's frames; the number of slots means nowhere."""
+    """Slots that a pass's frames are written to; the number of slots means nowhere."""
 
     slot: jax.Array  # [own]
-    junction: jax.Array  # [own] slots of the junction's copy
+    junction: jax.Array  # [own] slots of their copy in the junction
 
 
 def empty_index(slots: int, switch_frame: int = NEVER) -> CacheIndex:
-    """Returns the index of a stream that has not begun."""
+    """Returns the index at the start of a stream."""
 
     def number(value: int):
-        # Each field has a buffer of its own: one given twice could not be donated.
+        # Each field has its own buffer: a shared buffer could not be donated.
         return jnp.full((), value, jnp.int32)
 
     return CacheIndex(

@@ -1,6 +1,7 @@
 """Short spellings of config fields: `--seed=1` for `--config.seed=1`."""
 
 import collections
+import itertools
 import re
 from collections.abc import Collection, Iterator, Sequence
 
@@ -48,7 +49,7 @@ def _spelled(argv: Sequence[str], known: Collection[str]) -> Iterator[str]:
 
 def _config_of(argv: Sequence[str]) -> str | None:
     """Returns the value of --config in the arguments, or its default."""
-    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+    for argument, following in itertools.pairwise([*argv, ""]):
         match = _FLAG.fullmatch(argument)
         if match and match["name"] == "config":
             return (match["value"] or f"={following}")[1:]

@@ -2,7 +2,7 @@
 
 import ctypes
 
-# Of malloc.h in the GNU C library.
+# Options in malloc.h of the GNU C library.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 _SETTINGS = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_TOP_PAD, 2**28), (_ARENA_MAX, 1))
 
@@ -10,7 +10,7 @@ _SETTINGS = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_TOP_PAD, 2**28), (_ARENA_M
 def keep_freed_memory() -> bool:
     """Lets the process keep what it frees, and returns whether it can.
 
-    A program that jax compiled for a CPU takes its working memory anew for each call;
+    A program that jax compiled for a CPU takes new working memory for each call;
     getting gigabytes from the system costs a tenth of a training step. Call it before
     threads start.
     """

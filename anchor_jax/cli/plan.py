@@ -10,7 +10,7 @@ from absl import flags
 from anchor_jax import interrupts
 from anchor_jax.config import define_config_flag
 from anchor_jax.errors import UserError, suggest
-from anchor_jax.wan.spec import GRIDS, PRESETS, REMAT
+from anchor_jax.wan.spec import GRIDS, PRESETS, REMAT, WAN_2_1
 
 SUMMARY = "Estimate memory and time for chips you don't have, by compiling for them."
 USAGE = """\
@@ -52,7 +52,7 @@ def define_flags() -> None:
     flags.DEFINE_string("target", "all", "Chip: h100, h200, v5e, v5p, v6e, or all.")
     flags.DEFINE_string("model", "1.3B", f"Generator: {' or '.join(_MODELS)}.")
     flags.DEFINE_string(
-        "size", "480x832", f"Size of a stream in pixels: {', '.join(GRIDS)}."
+        "size", WAN_2_1.size, f"Size of a stream in pixels: {', '.join(GRIDS)}."
     )
     flags.DEFINE_string("policy", "anchor_forcing", "Cache policy of a stream.")
     define_config_flag("")
@@ -153,7 +153,7 @@ def _resident(summary: dict) -> str:
 
 
 def table(name: str, summary: dict) -> list[str]:
-    """Returns the lines that show a `Report.summary()`."""
+    """Returns the lines that show a `StreamReport.summary()`."""
     memory = summary["memory"]
     lines = [
         f"{name}: {summary['chip']}, {memory / _GB:.0f} GB",

@@ -27,7 +27,7 @@ anchor-jax policies --update=README.md   # after a change of the catalog
 def define_flags() -> None:
     """Defines the command's flags."""
     flags.DEFINE_string(
-        "update", None, "Page of Markdown in which to make the tables of policies anew."
+        "update", None, "Page of Markdown whose tables of policies to generate again."
     )
 
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _update(page: str) -> None:
-    """Makes the tables of a page anew."""
+    """Generates the tables of a page again."""
     from anchor_jax.cache import tables
 
     path = io.expand(page)

@@ -47,13 +47,11 @@ def main(argv) -> None:
     compile_cache.enable()
     import jax
 
-    from anchor_jax.sampling.config import parse_size
     from anchor_jax.training import ode, reports
     from anchor_jax.weights.load import load_bundle
 
     config = ode.read_config(FLAGS.config)
-    size = None if config.size is None else parse_size(config.size)
-    bundle = load_bundle(config.weights, grid=size, dtype=config.dtype)
+    bundle = load_bundle(config.weights, grid=config.size, dtype=config.dtype)
     if not FLAGS.process:
         own = [("config.negative_prompt", config.negative_prompt)]
         for line in reports.report_texts(config.data, bundle.tokenizer, own):

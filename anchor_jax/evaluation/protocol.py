@@ -1,4 +1,4 @@
-"""What a metric and a trial are, to the commands that run them."""
+"""The interfaces of metrics, trials and ablations."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -12,11 +12,11 @@ from anchor_jax.weights.bundle import Bundle
 Row = dict[str, float]
 """The numbers of one video, by name; a number that does not apply is left out."""
 Observe = Callable[[np.ndarray, Sequence[str]], None]
-"""Is given generated videos and their prompts, as a `Metric` is."""
+"""A function of generated videos and their prompts, called like a `Metric`."""
 
 
 class Metric(Protocol):
-    """Measures videos; needs no model that made them."""
+    """Measures videos without the model that made them."""
 
     def __call__(self, pixels: np.ndarray, prompts: Sequence[str]) -> list[Row]:
         """Returns a row of numbers for each video.
@@ -33,11 +33,11 @@ class Metric(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class TrialSizes:
-    """How many videos a trial generates.
+    """The number of videos that a trial generates.
 
     Attributes:
-      count: videos.
-      batch: videos that are generated together.
+      count: number of videos.
+      batch: number of videos that are generated together.
       blocks: blocks per segment.
       seed: random seed of prompts and noise.
       negative_prompt: negative prompt of guidance.
@@ -77,9 +77,9 @@ class Trial(Protocol):
         Args:
           bundle: the weights.
           setup: the static setup of the streams.
-          sizes: how many videos.
+          sizes: number of videos.
           is_clip: whether the policy denoises whole clips.
-          observe: is given every generated video.
+          observe: called with every generated video.
         """
 
     def table(self, result: Mapping[str, Any]) -> str:
@@ -87,13 +87,13 @@ class Trial(Protocol):
 
 
 class Comparison(Protocol):
-    """An ablation that is about to run."""
+    """An ablation that is ready to run."""
 
     def identity(self) -> Mapping[str, Any]:
-        """Returns the sizes on which the numbers of an arm depend."""
+        """Returns the sizes that an arm's numbers depend on."""
 
     def arms(self, names: Sequence[str]) -> list[str]:
-        """Returns the arms to measure: those named, or all. Raises UserError."""
+        """Returns the named arms, or all. Raises UserError if a name is unknown."""
 
     def run(self, names: Sequence[str]) -> None:
         """Measures arms, and writes their table."""
@@ -104,8 +104,8 @@ class Ablation:
     """Arms that differ in one part of a method.
 
     Attributes:
-      make_trial: makes the sizes of a comparison.
-      make_comparison: makes a comparison.
+      make_trial: function that makes the sizes of a comparison.
+      make_comparison: function that makes a comparison.
     """
 
     make_trial: Callable[..., Any]

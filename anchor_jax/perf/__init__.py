@@ -1,1 +1,1 @@
-"""What a machine does and costs: benchmarks, rooflines, programs compiled ahead."""
+"""Speed and memory: benchmarks, rooflines, and programs compiled for other chips."""

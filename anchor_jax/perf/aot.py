@@ -1,7 +1,7 @@
-"""Compiling the stream's programs for a chip that is not there.
+"""Compiles the stream's programs for an absent chip.
 
-No device is touched: the plug-in's compiler gets shapes and the description of a
-chip, and says how much memory each program takes and what it was made of.
+No device is used. The compiler of a plug-in gets shapes and the description of a chip,
+and reports the memory and the operations of each program.
 """
 
 import dataclasses
@@ -17,14 +17,15 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from anchor_jax import trees
 from anchor_jax.errors import UserError, suggest
 from anchor_jax.perf import roofline
 from anchor_jax.streaming import stream
 from anchor_jax.streaming.decode import decode, decode_next
 from anchor_jax.streaming.types import StreamSetup
-from anchor_jax.wan import dit, kernels
+from anchor_jax.wan import kernels, shapes
 from anchor_jax.wan.text import TextConfig, Umt5Encoder
-from anchor_jax.wan.vae import VaeCodec, VaeConfig, WanVae
+from anchor_jax.wan.vae import VaeCodec, VaeConfig
 
 ENCODER = "text encoder"
 _ATTENDING = ("step", "switch")
@@ -53,11 +54,11 @@ class Target:
 
     Attributes:
       platform: `tpu` or `cuda`.
-      kind: how the compiler names the chip.
+      kind: the compiler's name of the chip.
       chip: its data sheet.
-      axes: of a pod's network; 0: machines of 8.
-      description: of a GPU, for its compiler.
-      conv: how the VAE's convolutions are best computed there.
+      axes: number of axes of a pod's network; 0 means machines of 8 chips.
+      description: description of a GPU for its compiler.
+      conv: the fastest form of the VAE's convolutions on the chip.
     """
 
     platform: str
@@ -68,13 +69,13 @@ class Target:
     conv: str = "taps"
 
     def name(self, count: int) -> tuple[str, dict[str, Any]]:
-        """Returns how the compiler names so many chips, and further options.
+        """Returns the compiler's name of `count` chips, and further options.
 
         Raises:
-          UserError: There is no machine with so many.
+          UserError: No machine has this number of chips.
         """
         if count < 1 or count & (count - 1):
-            raise UserError(f"chips={count}: expected a power of two")
+            raise UserError(f"chips={count}: must be a power of two")
         if not self.axes:
             machines, each = max(1, count // 8), min(count, 8)
             shape = f"{machines}x1x{each}"
@@ -111,9 +112,9 @@ TARGETS = {
 class Program:
     """A jitted function and the shapes of its arguments.
 
-    `reads` names the long-lived arrays among arguments and results. `tokens` is how
-    many tokens a score matrix would have on a side, at least, and `features` are sizes
-    that are no number of tokens.
+    `reads` names the long-lived arrays among arguments and results. `tokens` is the
+    least number of tokens per side of a score matrix, and `features` are dimensions
+    that are not token axes.
     """
 
     function: Any
@@ -126,18 +127,18 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What a compiler made of a program; sizes in bytes on one device.
+    """A compiled program; sizes in bytes on one device.
 
     Attributes:
-      seconds: that lowering and compiling took.
-      arguments: inputs, weights included.
-      outputs: those that do not take an input's place.
-      temporaries: working memory.
-      code: of the program itself.
-      fused: calls of a fused attention kernel; None if the compiler could not
+      seconds: time of lowering and compiling.
+      arguments: size of the inputs, weights included.
+      outputs: size of outputs that do not reuse an input.
+      temporaries: size of the working memory.
+      code: size of the program itself.
+      fused: number of calls of a fused attention kernel. None if the compiler could not
         print the program.
-      scores: shapes of tokens by tokens that lie in memory; there should be none.
-      reads: long-lived arrays among arguments and results.
+      scores: shapes of score matrices (tokens by tokens) in memory. It should be empty.
+      reads: names of long-lived arrays among arguments and results.
     """
 
     seconds: float
@@ -154,22 +155,22 @@ class Compiled:
         return self.arguments + self.outputs + self.temporaries + self.code
 
     def problems(self) -> tuple[str, ...]:
-        """Returns what is wrong with its attention over tokens."""
+        """Returns the faults of its attention over tokens."""
         if self.fused is None:
-            return ("the compiler cannot print it: attention was not looked at",)
+            return ("the compiler cannot print it, so its attention was not checked",)
         found = () if self.fused else ("no fused attention kernel",)
         scores = (f"score matrices {', '.join(self.scores)}",) if self.scores else ()
         return found + scores
 
     def summary(self) -> dict[str, Any]:
-        """Returns the numbers as plain values."""
+        """Returns the fields as plain values."""
         values = dataclasses.asdict(self) | {"peak": self.peak}
         return values | {"reads": sorted(self.reads), "scores": list(self.scores)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Refused:
-    """What a compiler said of a program that does not fit; `peak` is a lower bound."""
+    """The compiler's reason for a program that does not fit; `peak` is a bound."""
 
     reason: str
     peak: int
@@ -183,7 +184,7 @@ def find_target(name: str) -> Target:
     """Returns the target of a name.
 
     Raises:
-      UserError: There is none, or its compiler is not installed.
+      UserError: The target is unknown, or its compiler is not installed.
     """
     if name not in TARGETS:
         raise UserError(f"target={name!r}{suggest(name, [*TARGETS, 'all'], 'targets')}")
@@ -201,13 +202,13 @@ def find_target(name: str) -> Target:
 
 
 def devices_of(target: Target, count: int = 1):
-    """Returns the descriptions of so many devices of the target.
+    """Returns the descriptions of a number of devices of the target.
 
     Raises:
-      UserError: The installed compiler does not take it, or there is no machine with
-        so many.
+      UserError: The installed compiler does not support it, or no machine has this
+        number.
     """
-    jax.devices()  # Plug-ins are discovered when the first backend starts.
+    jax.devices()  # Plug-ins are found when the first backend starts.
     name, options = target.name(count)
     try:
         found = topologies.get_topology_desc(name, platform=target.platform, **options)
@@ -229,7 +230,7 @@ def programs(
     """Returns a stream's programs by name, and its long-lived arrays' bytes by name.
 
     Args:
-      target: whose attention kernel is taken.
+      target: chip, which determines the attention kernel.
       setup: the stream; its `kernel` is replaced.
       text: the text encoder, or None to leave it out.
       codec: the codec, or None to leave it out.
@@ -248,14 +249,13 @@ def programs(
 
 
 def _generator(setup: StreamSetup) -> tuple[dict[str, Program], dict[str, int]]:
-    """Returns the generator's programs, and its arrays' bytes.
+    """Returns the generator's programs, and the bytes of its arrays.
 
-    A switch is among them if it has a re-cache: that of mid-stream.
+    They include the switch in mid-stream if it has a re-cache.
     """
     model, policy = setup.model, setup.policy
     key = jax.eval_shape(lambda: jax.random.key(0))
-    params = jax.eval_shape(functools.partial(dit.init_params, model), key)
-    variables = {"params": params}
+    variables = {"params": shapes.of(model)}
     shape = (setup.copies, model.text_len, model.text_dim)
     embedding = jax.ShapeDtypeStruct(shape, model.dtype)
     context = jax.eval_shape(
@@ -271,23 +271,23 @@ def _generator(setup: StreamSetup) -> tuple[dict[str, Program], dict[str, int]]:
     }
     step = (variables, state, key, number)
     found = {"step": Program(stream.make_block, step, {"setup": setup}, **common)}
-    rerun = policy.rerun(2 * policy.window)
+    rerun = policy.recache(2 * policy.window)
     if rerun:
         cut = jax.ShapeDtypeStruct((), jnp.bool_)
         switch = (variables, state, context, number, cut)
         static = {"setup": setup, "rerun": rerun}
         found["switch"] = Program(stream.switch, switch, static, **common)
-    return found, {"generator": size_of(variables), "cache": size_of(state)}
+    return found, {"generator": trees.nbytes(variables), "cache": trees.nbytes(state)}
 
 
 def features_of(model, rank: int = 0) -> frozenset[int]:
-    """Returns sizes of a generator that are no number of tokens.
+    """Returns dimensions of a generator that are not token axes.
 
     Args:
-      model: of the generator.
-      rank: of its low-rank updates.
+      model: sizes of the generator.
+      rank: rank of its low-rank updates.
     """
-    # Layers of one input may run side by side, their updates too.
+    # Layers with one input may run together, and their updates too.
     widths = (model.dim, model.dim + rank)
     joined = {count * width for count in range(1, 7) for width in widths}
     wide = {model.ffn_dim, model.ffn_dim + rank}
@@ -298,7 +298,7 @@ def text_program(config: TextConfig, prompts: int) -> tuple[Program, int]:
     """Returns the text encoder's program, and the bytes of its weights."""
     encoder = Umt5Encoder(config)
     ids = jax.ShapeDtypeStruct((prompts, config.text_len), jnp.int32)
-    params = jax.eval_shape(encoder.init, jax.random.key(0), ids, ids)["params"]
+    params = shapes.of(config)
 
     @jax.jit
     def encode(params, ids, mask):
@@ -310,10 +310,10 @@ def text_program(config: TextConfig, prompts: int) -> tuple[Program, int]:
         (params, ids, ids),
         {},
         reads=frozenset({ENCODER}),
-        # Scores of one prompt are small, and are meant to be there.
+        # Score matrices of one prompt are small and intended.
         tokens=config.text_len + 1,
         features=frozenset(sizes),
-    ), size_of(params)
+    ), trees.nbytes(params)
 
 
 def _decoders(codec: VaeCodec, setup: StreamSetup):
@@ -321,9 +321,7 @@ def _decoders(codec: VaeCodec, setup: StreamSetup):
     config = codec.config
     shape = (1, frames, grid.height, grid.width, config.z_dim)
     latents = jax.ShapeDtypeStruct(shape, setup.model.dtype)
-    pixels = jax.ShapeDtypeStruct((1, 1, 16, 16, 3), config.dtype)
-    init = WanVae(config).init
-    params = jax.eval_shape(init, jax.random.key(0), pixels)["params"]
+    params = shapes.of(config)
     call = functools.partial(decode, codec=codec)
     _, state = jax.eval_shape(call, params, None, latents)
     widths = {config.base_dim * factor for factor in config.dim_mult}
@@ -338,22 +336,18 @@ def _decoders(codec: VaeCodec, setup: StreamSetup):
         "decode first": Program(decode, first, static, reads, **common),
         "decode": Program(decode_next, later, static, reads, **common),
     }
-    return found, {"decoder": size_of(params), "decoder state": size_of(state)}
+    return found, {
+        "decoder": trees.nbytes(params),
+        "decoder state": trees.nbytes(state),
+    }
 
 
 def _reason(message: str) -> str:
-    """Returns the part of a compiler's message that says how much is too much."""
+    """Returns the part of a compiler's message with the excess memory."""
     if kernel := re.search(r"size ([\d.]+\w) and limit ([\d.]+\w).*vmem", message):
-        return f"a kernel takes {kernel[1]} of vector memory, {kernel[2]} are there"
+        return f"a kernel takes {kernel[1]} of vector memory, {kernel[2]} are available"
     used = re.search(r"Used [\w.]+ of [\w.]+ \w+", message)
     return f"does not fit: {used[0]}" if used else "does not fit in memory"
-
-
-def size_of(tree) -> int:
-    """Returns the bytes of a tree of arrays or shapes."""
-    keys = jax.dtypes.prng_key
-    leaves = [x for x in jax.tree.leaves(tree) if not jnp.issubdtype(x.dtype, keys)]
-    return sum(x.size * x.dtype.itemsize for x in leaves)
 
 
 def on_device(program: Program, device) -> Program:
@@ -367,7 +361,7 @@ def on_device(program: Program, device) -> Program:
 
 
 def _text(compiled) -> str | None:
-    """Returns a compiled program as text; not all that TPUs run can be printed."""
+    """Returns a compiled program as text; some TPU programs cannot be printed."""
     try:
         return compiled.as_text()
     except jax.errors.JaxRuntimeError:
@@ -375,9 +369,9 @@ def _text(compiled) -> str | None:
 
 
 def compile_program(program: Program) -> Compiled | Refused:
-    """Returns what the compiler of a described device makes of a program.
+    """Compiles a program for a described device.
 
-    Its arguments say where they are.
+    The arguments carry their shardings.
     """
     began = time.perf_counter()
     lowered = program.function.lower(*program.args, **program.kwargs)
@@ -386,7 +380,7 @@ def compile_program(program: Program) -> Compiled | Refused:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return Refused(_reason(str(error)), size_of(program.args), program.reads)
+        return Refused(_reason(str(error)), trees.nbytes(program.args), program.reads)
     seconds = time.perf_counter() - began
     memory, text = compiled.memory_analysis(), _text(compiled)
     calls = [f'custom_call_target="{name}' for name in _FUSED]
@@ -405,14 +399,14 @@ def compile_program(program: Program) -> Compiled | Refused:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class StreamReport:
     """A stream's programs on one chip; sizes in bytes.
 
     Attributes:
-      target: the chip.
+      target: name of the chip.
       stream: its sizes, for the roofline.
-      programs: by name; the compiler's reason in place of one it refused.
-      resident: long-lived arrays, by name.
+      programs: programs by name, or the compiler's reason for a refusal.
+      resident: bytes of long-lived arrays by name.
     """
 
     target: Target
@@ -421,10 +415,10 @@ class Report:
     resident: Mapping[str, int]
 
     def needed(self, keep_encoder: bool) -> int:
-        """Returns the most memory in use at once.
+        """Returns the peak memory.
 
         Args:
-          keep_encoder: whether the text encoder stays beside the generator; if not,
+          keep_encoder: whether the text encoder stays beside the generator. If false,
             it encodes first and is then freed.
         """
         away = set() if keep_encoder else {ENCODER}
@@ -437,7 +431,7 @@ class Report:
         return max(totals)
 
     def problems(self) -> tuple[str, ...]:
-        """Returns what is wrong with the programs or the memory, and what to do."""
+        """Returns the problems of the programs and the memory, with remedies."""
         found = []
         memory, chip = self.target.chip.memory, self.target.chip.name
         for name, made in self.programs.items():
@@ -453,7 +447,7 @@ class Report:
         elif self.needed(keep_encoder=True) > memory:
             found.append(
                 f"the text encoder does not fit beside the rest on {chip}; use"
-                " text_encoder=free, which drops it after encoding, or sharded"
+                " text_encoder=free, which frees it after encoding, or sharded"
             )
         return tuple(found)
 
@@ -483,15 +477,15 @@ def plan(
     text: TextConfig | None = None,
     vae: VaeConfig | None = None,
     progress: Callable[[str], None] = lambda _: None,
-) -> Report:
-    """Returns what the compiler of a target makes of a stream's programs.
+) -> StreamReport:
+    """Compiles a stream's programs for a target.
 
     Args:
-      name: of the target.
+      name: name of the target.
       setup: the stream.
       text: sizes of the text encoder, or None to leave it out.
       vae: sizes of the VAE, or None to leave it out.
-      progress: is told each program's name before it is compiled.
+      progress: called with each program's name before it is compiled.
 
     Raises:
       UserError: The target is unknown, or its compiler is not installed.
@@ -508,7 +502,7 @@ def plan(
     stream = roofline.make_stream(
         setup.model, setup.grid, setup.policy, len(setup.levels), text=text, codec=vae
     )
-    return Report(target, stream, made, resident)
+    return StreamReport(target, stream, made, resident)
 
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -519,17 +513,17 @@ _CALLS = re.compile(r" fusion\(.*\bcalls=%?([\w.\-]+)")
 def score_shapes(
     text: str, tokens: int, features: Iterable[int] = ()
 ) -> tuple[str, ...]:
-    """Returns the shapes of tokens by tokens that a compiled program holds in memory.
+    """Returns the shapes of score matrices in the memory of a compiled program.
 
-    What only exists inside a fusion is not in memory.
+    Arrays inside a fusion are not in memory.
 
     Args:
-      text: of `compiled.as_text()`.
-      tokens: fewer on a side are no score matrix.
-      features: sizes that are no number of tokens.
+      text: text of `compiled.as_text()`.
+      tokens: least number of tokens per side of a score matrix.
+      features: dimensions that are not token axes.
     """
     features, inner = set(features), set(_CALLS.findall(text))
-    shapes, fused = {}, False
+    held, fused = {}, False
     for line in text.splitlines():
         start = _COMPUTATION.match(line)
         if start:
@@ -540,5 +534,5 @@ def score_shapes(
                 sizes = [int(size) for size in shape[1].split(",")]
                 long = [n for n in sizes if n >= tokens and n not in features]
                 if len(long) > 1:
-                    shapes[shape[0]] = None
-    return tuple(shapes)
+                    held[shape[0]] = None
+    return tuple(held)

@@ -1,7 +1,7 @@
-"""How fast and how big a stream can be on a chip, by arithmetic alone.
+"""Speed and memory of a stream on a chip, by arithmetic only.
 
-Counts are those of multiply and add as two operations, of matrix products and
-convolutions; norms, activations and the loop's arithmetic are left out.
+A multiply-add counts as two operations. Only matrix products and convolutions are
+counted; norms, activations and the arithmetic of the loop are left out.
 
 Source: the chips' data sheets, dense bfloat16 with float32 sums.
 """
@@ -17,26 +17,23 @@ from anchor_jax.wan.text import TextConfig
 from anchor_jax.wan.vae import VaeConfig
 
 EFFICIENCY = 0.4
-"""Share of a chip's peak that a well-made program is assumed to reach."""
-
-PIXEL_FRAMES = 4
-"""Pixel frames of a latent frame, but for the first of a video."""
+"""Fraction of a chip's peak that an efficient program is assumed to reach."""
 
 _GB = 10**9
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What a data sheet says about an accelerator.
+    """The data sheet of an accelerator.
 
     Attributes:
-      name: as in our tables.
-      kinds: regular expressions for jax's `device_kind`, without regard to case.
+      name: name in our tables.
+      kinds: regular expressions for jax's `device_kind`, ignoring case.
       vendor: `nvidia`, `google` or `other`.
-      flops: dense bfloat16 operations a second.
-      memory: bytes.
-      bandwidth: of the memory, bytes a second.
-      devices: how many devices jax shows for one chip.
+      flops: dense bfloat16 operations per second.
+      memory: size of the memory in bytes.
+      bandwidth: bandwidth of the memory in bytes per second.
+      devices: number of jax devices per chip.
     """
 
     name: str
@@ -81,17 +78,17 @@ def find(device_kind: str) -> Chip | None:
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """Operations of the generator over some frames that see some key frames."""
+    """Operations of the generator for query frames over key frames."""
 
     projections: float  # q, k, v and o of self-attention
     self_attention: float
-    cross_attention: float  # with q and o; a prompt's keys and values are kept
+    cross_attention: float  # with q and o; a prompt's keys and values are stored
     feed_forward: float
     rest: float  # patches, timestep, head
 
     @property
     def main(self) -> float:
-        """The operations without the rest."""
+        """The operations without `rest`."""
         parts = (self.projections, self.self_attention, self.cross_attention)
         return sum(parts) + self.feed_forward
 
@@ -104,10 +101,10 @@ def pass_flops(config: ModelConfig, grid: LatentGrid, frames: int, keys: int) ->
     """Returns the operations of one forward of the generator.
 
     Args:
-      config: its sizes.
+      config: sizes of the generator.
       grid: latent size.
-      frames: latent frames of the pass.
-      keys: latent frames that they see, their own included.
+      frames: number of latent frames in the pass.
+      keys: number of latent frames that they read, their own included.
     """
     tokens = _tokens(config, grid)
     queries, dim, layers = frames * tokens, config.dim, config.num_layers
@@ -130,7 +127,7 @@ def context_flops(config: ModelConfig) -> float:
 
 
 def text_flops(config: TextConfig, length: int | None = None) -> float:
-    """Returns the operations of encoding one prompt of so many tokens."""
+    """Returns the operations of encoding one prompt of `tokens` tokens."""
     length = config.text_len if length is None else length
     inner = config.attention_dim
     layer = 8.0 * config.dim * inner + 4.0 * length * inner
@@ -160,7 +157,7 @@ def model_params(config: ModelConfig) -> int:
 def cache_bytes(
     config: ModelConfig, grid: LatentGrid, slots: int, width: int = 2
 ) -> float:
-    """Returns the bytes of keys and values of so many latent frames."""
+    """Returns the bytes of keys and values of `frames` latent frames."""
     frame = _tokens(config, grid) * config.dim * width
     return 2.0 * config.num_layers * slots * frame
 
@@ -168,7 +165,7 @@ def cache_bytes(
 def pass_bytes(
     config: ModelConfig, grid: LatentGrid, keys: int, width: int = 2
 ) -> float:
-    """Returns the bytes that one pass must read: weights, keys and values."""
+    """Returns the bytes of weights, keys and values that one pass must read."""
     weights = width * config.num_layers * _layer_weights(config)
     return weights + cache_bytes(config, grid, keys, width)
 
@@ -185,9 +182,9 @@ def _tokens(config: ModelConfig, grid: LatentGrid) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Conv:
-    """One layer of the decoder at work on one latent frame; 1 x 1 x 1 mixes channels.
+    """One layer of the decoder on one latent frame; 1 x 1 x 1 mixes channels.
 
-    `rows`, `columns` and `frames` are those of its output.
+    `rows`, `columns` and `frames` describe the output.
     """
 
     window: tuple[int, int, int]
@@ -204,7 +201,7 @@ class Conv:
 
     @property
     def kept(self) -> int:
-        """Values that a stream keeps: the last inputs, two frames of them."""
+        """Number of values that a stream stores: the last two input frames."""
         held = self.window[0] - 1
         return held * self.rows * self.columns * self.inputs
 
@@ -214,7 +211,7 @@ class Conv:
 
 
 def decoder_layers(config: VaeConfig, grid: LatentGrid) -> Iterator[Conv]:
-    """Yields the decoder's layers, for a latent frame that is not the first.
+    """Yields the decoder's layers for a latent frame after the first.
 
     Source: wan/README.md, "VAE decoder".
     """
@@ -244,7 +241,7 @@ def decoder_layers(config: VaeConfig, grid: LatentGrid) -> Iterator[Conv]:
         if doubles is not None:
             rows, columns, width = 2 * rows, 2 * columns, out // 2
             yield Conv(flat, out, width, frames, rows, columns)
-    yield Conv(whole, width, 3, frames, rows, columns)
+    yield Conv(whole, width, config.pixel_channels, frames, rows, columns)
 
 
 def decode_flops(config: VaeConfig, grid: LatentGrid) -> float:
@@ -256,17 +253,17 @@ def decode_flops(config: VaeConfig, grid: LatentGrid) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """What decides a stream's speed and size.
+    """The sizes that determine a stream's speed and memory.
 
     Attributes:
       model: sizes of the generator.
       grid: latent size.
-      keys: latent frames that a block sees, itself included.
-      slots: latent frames that the cache holds.
-      rerun: latent frames that a switch runs again, 0 for none.
-      rerun_keys: latent frames that they see, themselves included.
+      keys: latent frames that a block reads, its own included.
+      slots: latent frames in the cache.
+      rerun: latent frames in the re-cache of a switch, or 0.
+      rerun_keys: latent frames that the re-cache reads, its own included.
       block: latent frames denoised together.
-      levels: noise levels; one clean pass follows them.
+      levels: number of noise levels; a clean pass follows.
       text: sizes of the text encoder, or None.
       codec: sizes of the VAE, or None.
     """
@@ -285,18 +282,18 @@ class Stream:
     @property
     def pixel_frames(self) -> int:
         """Pixel frames of a block that is not the first."""
-        return PIXEL_FRAMES * self.block
+        return self.model.family.strides[0] * self.block
 
 
 def make_stream(
     model: ModelConfig, grid: LatentGrid, policy: Policy, levels: int = 4, **parts
 ) -> Stream:
-    """Returns the stream of a policy; `parts` are `text` and `codec`.
+    """Returns the sizes of a policy's stream; `parts` are `text` and `codec`.
 
-    Its junction, where it has one, is counted as seen: the slower case.
+    A junction counts as visible, which is the slower case.
     """
     junction = policy.junction_frames
-    rerun = policy.rerun(2 * policy.window)
+    rerun = policy.recache(2 * policy.window)
     frames = rerun.frames if rerun else 0
     kept = 0 if rerun and rerun.sink else policy.sink
     return Stream(
@@ -313,7 +310,7 @@ def make_stream(
 
 
 def block_seconds(stream: Stream, chip: Chip, efficiency: float = 1.0) -> float:
-    """Returns how long a block takes, decoding included if there is a codec."""
+    """Returns the seconds of a block, with decoding if there is a codec."""
     count = stream.levels + 1
     work = pass_flops(stream.model, stream.grid, stream.block, stream.keys).main
     moved = pass_bytes(stream.model, stream.grid, stream.keys)
@@ -322,14 +319,14 @@ def block_seconds(stream: Stream, chip: Chip, efficiency: float = 1.0) -> float:
 
 
 def frames_per_second(stream: Stream, chip: Chip, efficiency: float = 1.0) -> float:
-    """Returns pixel frames a second in a long stream."""
+    """Returns pixel frames per second in a long stream."""
     return stream.pixel_frames / block_seconds(stream, chip, efficiency)
 
 
 def switch_seconds(stream: Stream, chip: Chip, efficiency: float = EFFICIENCY) -> float:
-    """Returns the time from a new prompt to its first pixels, an idle chip given.
+    """Returns the time from a new prompt to its first pixels on an idle chip.
 
-    Encoding the prompt, the re-cache, and the block itself.
+    It covers encoding the prompt, the re-cache, and the block.
     """
     rerun = 0.0
     if stream.rerun:
@@ -340,7 +337,7 @@ def switch_seconds(stream: Stream, chip: Chip, efficiency: float = EFFICIENCY) -
 
 
 def first_seconds(stream: Stream, chip: Chip, efficiency: float = EFFICIENCY) -> float:
-    """Returns the time from the first prompt to the first pixels, once compiled."""
+    """Returns the time from the first prompt to the first pixels once compiled."""
     first = dataclasses.replace(stream, keys=stream.block)
     prompt = _prompt_seconds(stream, chip, efficiency)
     return prompt + block_seconds(first, chip, efficiency)
@@ -363,7 +360,7 @@ def _decode_seconds(stream: Stream, chip: Chip, efficiency: float) -> float:
 
 
 def resident_bytes(stream: Stream, width: int = 2) -> dict[str, float]:
-    """Returns the bytes of what stays in memory, by part; `width` bytes a number."""
+    """Returns the bytes of long-lived arrays by part, with `width` bytes per number."""
     parts = {
         "generator": float(width * model_params(stream.model)),
         "cache": cache_bytes(stream.model, stream.grid, stream.slots, width),
@@ -378,11 +375,11 @@ def resident_bytes(stream: Stream, width: int = 2) -> dict[str, float]:
 
 
 def working_bytes(stream: Stream, width: int = 2) -> float:
-    """Returns about how much memory the largest program needs while it runs.
+    """Returns an estimate of the largest program's working memory.
 
-    The generator's is what a pass made itself and what it reads, rotated and in the
-    kernel's order; the decoder's are those of one latent frame at its widest, as often
-    as compilers were seen to need it (3 to 9 times).
+    For the generator it is a pass's own arrays, and the keys and values that it reads,
+    rotated and in the kernel's order. For the decoder it is one latent frame at the
+    widest layer, times a factor measured with compilers (3 to 9).
     """
     frames = stream.block + stream.slots
     generator = cache_bytes(stream.model, stream.grid, frames, width)

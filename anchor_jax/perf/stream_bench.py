@@ -1,4 +1,4 @@
-"""Measures a stream, phase by phase, against the same run's matmul."""
+"""Measures the phases of a stream against a matmul in the same run."""
 
 import dataclasses
 import functools
@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from anchor_jax import flow
-from anchor_jax.config import from_config
+from anchor_jax import flow, trees
+from anchor_jax.config import from_config, with_field
 from anchor_jax.errors import UserError
 from anchor_jax.flow import Levels
 from anchor_jax.perf import roofline
@@ -20,10 +20,10 @@ from anchor_jax.prompts import Script, Segment
 from anchor_jax.sampling.resolve import make_policy
 from anchor_jax.streaming import decode, stream
 from anchor_jax.streaming.types import PromptChange, StreamSetup
-from anchor_jax.wan import dit, kernels
+from anchor_jax.wan import kernels, shapes
 from anchor_jax.wan.spec import LatentGrid, ModelConfig
 from anchor_jax.wan.text import TextConfig, Umt5Encoder
-from anchor_jax.wan.vae import VaeCodec, VaeConfig, WanVae
+from anchor_jax.wan.vae import VaeCodec, VaeConfig
 
 _CPU_MATMUL, _MATMUL = 1024, 8192
 
@@ -55,15 +55,15 @@ class BenchConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What is measured, on random weights.
+    """The workload of a benchmark, with random weights.
 
     Attributes:
-      setup: of the stream.
+      setup: static setup of the stream.
       text: sizes of the text encoder.
       codec: the VAE.
       frames: latent frames of the stream.
-      switch_frame: latent frame at which the prompt changes, a block's start.
-      repeats: how often the phases that are not in the stream are measured.
+      switch_frame: latent frame of the prompt switch, at a block's start.
+      repeats: number of measurements of phases outside the stream.
     """
 
     setup: StreamSetup
@@ -75,22 +75,24 @@ class Workload:
 
 
 def make_workload(config) -> Workload:
-    """Returns what a config asks to measure.
+    """Returns the workload of a config.
 
     Raises:
       UserError: A field is wrong.
     """
+    # Configs of older versions lack this field.
+    config = with_field(config, "vae", "pixel_patch", VaeConfig.pixel_patch)
     read = from_config(BenchConfig, config, "config")
     model, block = read.model, read.block or 3
     if read.switch_frame % block or not 0 < read.switch_frame < read.frames:
         raise UserError(
-            f"config.switch_frame={read.switch_frame}: expected a multiple of the block"
+            f"config.switch_frame={read.switch_frame}: must be a multiple of the block"
             f" of {block} between 0 and frames={read.frames}"
         )
     if read.repeats < 1 or len(read.steps) < 2:
         raise UserError(
-            f"config.repeats={read.repeats}, config.steps={read.steps}: expected at"
-            " least 1 repeat, and 2 steps to tell a level from the clean pass"
+            f"config.repeats={read.repeats}, config.steps={read.steps}: needs at"
+            " least 1 repeat, and 2 steps to separate a level from the clean pass"
         )
     if read.frames % block:
         raise UserError(
@@ -100,8 +102,8 @@ def make_workload(config) -> Workload:
     policy = make_policy(read, Script(segments, read.frames))
     if policy.restart or (policy.limit is not None and read.frames > policy.limit):
         raise UserError(
-            f"config.policy={read.policy!r} cannot go on for frames={read.frames} in"
-            " one stream; choose one without restarts, or frames up to its limit of"
+            f"config.policy={read.policy!r} cannot make frames={read.frames} in one"
+            " stream; choose a policy without restarts, or frames up to its limit of"
             f" {policy.limit}"
         )
     grid = LatentGrid(read.height, read.width)
@@ -124,13 +126,13 @@ def make_workload(config) -> Workload:
 
 @dataclasses.dataclass
 class Times:
-    """Wall and CPU seconds of one thing, done again and again."""
+    """Wall and CPU seconds of repeated calls."""
 
     seconds: list[float] = dataclasses.field(default_factory=list)
     cpu_seconds: list[float] = dataclasses.field(default_factory=list)
 
     def of(self, clock: str) -> float:
-        """Returns the median by one of the two clocks."""
+        """Returns the median on one of the two clocks."""
         return statistics.median(getattr(self, clock))
 
     def summary(self) -> dict[str, Any]:
@@ -146,15 +148,15 @@ class Times:
 
 
 def measure(workload: Workload, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Returns what one stream took, as plain values.
+    """Returns the measurements of one stream as plain values.
 
-    Efficiency is a phase's model FLOP/s over those of a matmul taken in the same run,
-    by CPU-seconds on a CPU and by wall seconds elsewhere. FLOPs count products of
-    matrices and convolutions over the keys that are visible.
+    Efficiency is a phase's model FLOP/s divided by those of a matmul in the same run,
+    by CPU seconds on a CPU and by wall seconds elsewhere. FLOPs count matrix products
+    and convolutions over the visible keys.
 
     Args:
-      workload: what to measure.
-      progress: called with the name of each part before it.
+      workload: the workload.
+      progress: called with the name of each part before it starts.
     """
     run = _Run(workload, progress)
     run.stream()
@@ -163,7 +165,7 @@ def measure(workload: Workload, progress: Callable[[str], None]) -> dict[str, An
 
 
 class _Run:
-    """One run: its arrays, and the times of its phases."""
+    """The arrays and phase times of one run."""
 
     def __init__(self, workload: Workload, progress: Callable[[str], None]):
         self.workload, self.progress = workload, progress
@@ -176,17 +178,17 @@ class _Run:
         self.traces: dict[str, int] = {}
         progress("weights")
         setup, text = self.setup, workload.text
-        self.variables = {"params": _random(dit.init_params, setup.model)}
+        self.variables = {"params": _random(setup.model)}
         ids = jnp.zeros((1, text.text_len), jnp.int32)
         self.ids = ids, jnp.ones_like(ids)
-        self.text_params = _random(_text_params, text)
-        self.codec_params = _random(_vae_params, workload.codec)
+        self.text_params = _random(text)
+        self.codec_params = _random(workload.codec.config)
         size = _CPU_MATMUL if self.on_cpu else _MATMUL
         self.factor = jnp.ones((size, size), setup.model.dtype) / size
         self.matmul = jax.jit(jnp.matmul)
 
     def time(self, phase: str, run: Callable[[], Any]) -> Any:
-        """Returns what `run` does; the first time, compilation included, is apart."""
+        """Returns the result of `run`; the first call, which compiles, counts apart."""
         cpu, wall = time.process_time(), time.perf_counter()
         result = jax.block_until_ready(run())
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
@@ -199,7 +201,7 @@ class _Run:
         return result
 
     def stream(self) -> None:
-        """Runs the stream twice, a switch on the way; the first time compiles."""
+        """Runs the stream twice, with a switch; the first run compiles."""
         workload, setup = self.workload, self.setup
         key = jax.random.key(0)
         before = _traces()
@@ -226,7 +228,7 @@ class _Run:
         self.traces = {k: n - before[k] for k, n in _traces().items()}
 
     def others(self) -> None:
-        """Measures what the stream does not show by itself: a level alone."""
+        """Measures a noise level alone, which the stream cannot show."""
         self.progress("phases")
         setup = self.setup
         levels = setup.levels
@@ -245,7 +247,7 @@ class _Run:
                 )
 
     def _begin(self):
-        """Returns a fresh stream; a prompt is encoded as often as is measured."""
+        """Returns a new stream; a prompt is encoded once per measurement."""
         for _ in range(1 + self.workload.repeats):
             context = self._context()
         return stream.start(context, setup=self.setup), None
@@ -307,7 +309,7 @@ class _Run:
         begin = times["block"].seconds[0] + times.get("first decode", Times([0.0])).of(
             "seconds"
         )
-        pixels = roofline.PIXEL_FRAMES * setup.policy.block
+        pixels = setup.model.family.strides[0] * setup.policy.block
         decoding = times["decode"].of("seconds")
         return {
             "device": jax.devices()[0].device_kind,
@@ -326,8 +328,8 @@ class _Run:
             "switch_latency_blocks": waits / block["seconds"]["median"],
             "first_call_seconds": self.first,
             "traces": self.traces,
-            "cache_bytes": _bytes(self.state.cache),
-            "weight_bytes": _bytes(self.variables),
+            "cache_bytes": trees.nbytes(self.state.cache),
+            "weight_bytes": trees.nbytes(self.variables),
         }
 
     def _peak(self) -> float:
@@ -341,7 +343,7 @@ class _Run:
         return setup.copies * one.total
 
     def _blocks(self) -> dict[str, Any]:
-        """Returns the blocks of the stream, each with its own FLOPs."""
+        """Returns the blocks of the stream, each with its FLOPs."""
         setup, times = self.setup, self.times["block"]
         passes = len(setup.levels) + 1
         flops = [passes * self._flops(setup.policy.block, keys) for keys in self.keys]
@@ -358,7 +360,7 @@ class _Run:
         policy = setup.policy
         keys = min(self.keys[-1], policy.window + policy.junction_frames)
         one = self._flops(policy.block, keys)
-        rerun = policy.rerun(workload.switch_frame)
+        rerun = policy.recache(workload.switch_frame)
         work = {
             "levels": len(setup.levels) * one,
             "clean pass": one,
@@ -383,7 +385,7 @@ def _phase(times: Times) -> dict[str, Any]:
 
 
 def _traces() -> dict[str, int]:
-    """Returns how often each program of a stream has been traced so far."""
+    """Returns the number of traces of each program of a stream so far."""
     programs = {
         "advance": stream.make_block,
         "switch": stream.switch,
@@ -397,25 +399,9 @@ def _encode(params, ids, mask, *, config: TextConfig) -> jax.Array:
     return Umt5Encoder(config).apply({"params": params}, ids, mask)
 
 
-def _text_params(config: TextConfig, key):
-    ids = jnp.zeros((1, config.text_len), jnp.int32)
-    return Umt5Encoder(config).init(key, ids, ids)["params"]
-
-
-def _vae_params(codec: VaeCodec, key):
-    config = codec.config
-    latents = jnp.zeros((1, 1, 8, 8, config.z_dim), config.dtype)
-
-    def both(vae, latents):
-        return vae.encode(vae.decode(latents))
-
-    return WanVae(config).init(key, latents, method=both)["params"]
-
-
-def _random(init: Callable, sizes: Any):
+def _random(config: ModelConfig | TextConfig | VaeConfig):
     """Returns random parameters of a network's sizes, made on the device."""
-    shapes = jax.eval_shape(functools.partial(init, sizes), jax.random.key(0))
-    leaves, tree = jax.tree.flatten(shapes)
+    leaves, tree = jax.tree.flatten(shapes.of(config))
 
     @functools.partial(jax.jit, static_argnums=1)
     def draw(key, leaf):
@@ -423,7 +409,3 @@ def _random(init: Callable, sizes: Any):
 
     keys = jax.random.split(jax.random.key(0), len(leaves))
     return tree.unflatten([draw(*pair) for pair in zip(keys, leaves, strict=True)])
-
-
-def _bytes(tree: Any) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))

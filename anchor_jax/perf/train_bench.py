@@ -1,4 +1,4 @@
-"""Measures the steps of a training against the same run's matmul."""
+"""Measures the steps of a training against a matmul in the same run."""
 
 import dataclasses
 import statistics
@@ -17,25 +17,25 @@ from anchor_jax.training.stages.base import Cursor, Prepared, StageKind
 from anchor_jax.training.stages.build import TrainConfig
 
 SIZE = 1024
-"""Of the matmul's sides, in float32."""
+"""Side of the matmul, in float32."""
 
 
 def measure(
     config: TrainConfig, progress: Callable[[str], None], repeats: int = 3
 ) -> dict[str, Any]:
-    """Returns what the steps take, as plain values.
+    """Returns the measurements of the steps as plain values.
 
-    A step's efficiency is its model FLOP/s over those of a matmul taken in the same
-    run, by CPU-seconds on a CPU and by the clock elsewhere. The stage says which
-    operations count.
+    A step's efficiency is its model FLOP/s divided by those of a matmul in the same
+    run, by CPU seconds on a CPU and by wall seconds elsewhere. The stage defines the
+    counted operations.
 
     Args:
-      config: of a stage whose operations are counted.
+      config: config of a stage whose operations are counted.
       progress: called with a line before each part.
-      repeats: steps of each kind, after those that compile.
+      repeats: number of steps of each kind, after the compiling steps.
 
     Raises:
-      UserError: The config is wrong, or not of such a stage.
+      UserError: The config is wrong, or its stage does not count operations.
     """
     stage = build.find_stage(config)
     steps = (1 + repeats) * stage.bench_cycle(config)
@@ -98,7 +98,7 @@ def _some(matmul, factor):
 
 
 def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
-    """Returns what is called, and its seconds: of the CPU where that computes."""
+    """Returns the result of a call and its seconds, which are CPU seconds on a CPU."""
     on_cpu = jax.default_backend() == "cpu"
     clock = time.process_time if on_cpu else time.perf_counter
     began = clock()

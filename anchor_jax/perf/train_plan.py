@@ -1,40 +1,37 @@
-"""Compiling the steps of a training for machines that are not there.
+"""Compiles the steps of a training for absent machines.
 
-Weights are shapes; every array has the sharding that it would have on the mesh. The
-chip that is counted is the first of its machine, which has the text encoder too.
+Weights are shapes, and every array has the sharding that it would have on the mesh.
+Memory is counted for the first chip of a machine, which also has the text encoder.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
+from anchor_jax import trees
 from anchor_jax.perf import aot
 from anchor_jax.perf.aot import Compiled, Program, Refused, Target
-from anchor_jax.sampling.config import parse_size
 from anchor_jax.training import placement
 from anchor_jax.training.stages import build
 from anchor_jax.training.stages.base import Prepared
 from anchor_jax.training.stages.build import TrainConfig
-from anchor_jax.wan import dit
+from anchor_jax.wan import shapes
 from anchor_jax.wan.spec import ModelConfig
 from anchor_jax.wan.text import TextConfig
-from anchor_jax.wan.vae import VaeCodec, VaeConfig, WanVae
+from anchor_jax.wan.vae import VaeCodec, VaeConfig
 from anchor_jax.weights.bundle import Bundle
 
 BLOCK = 3
-"""Latent frames; fewer tokens on a side are no score matrix."""
-_SIZE = "480x832"
+"""Latent frames of a block. A side with fewer tokens is not that of a score matrix."""
 _MACHINE = 8  # chips of a process, the first of which encodes its prompts
 
 
 @dataclasses.dataclass(frozen=True)
 class NetworkSizes:
-    """Sizes of the networks of a training; the critic's are the generator's."""
+    """Sizes of the networks of a training; the critic has those of the generator."""
 
     generator: ModelConfig
     teacher: ModelConfig
@@ -47,11 +44,11 @@ class TrainingReport:
     """The programs of a training on one of the chips of a mesh; sizes in bytes.
 
     Attributes:
-      target: the chip.
-      mesh: devices by axis.
-      programs: by name; the compiler's reason in place of one it refused.
-      resident: what stays in memory from step to step, by name.
-      gradient: the largest, which waits for the next program.
+      target: name of the chip.
+      mesh: number of devices by axis.
+      programs: programs by name, or the compiler's reason for a refusal.
+      resident: bytes of arrays that stay in memory between steps, by name.
+      gradient: bytes of the largest gradient, which waits for the next program.
     """
 
     target: Target
@@ -62,13 +59,13 @@ class TrainingReport:
 
     @property
     def needed(self) -> int:
-        """The most memory in use at once."""
+        """The peak memory."""
         kept = sum(self.resident.values()) + self.gradient
         made = [one for one in self.programs.values() if isinstance(one, Compiled)]
         return kept + max((m.outputs + m.temporaries + m.code for m in made), default=0)
 
     def problems(self) -> tuple[str, ...]:
-        """Returns what is wrong with the programs or the memory, and what to do."""
+        """Returns the problems of the programs and the memory, with remedies."""
         found = []
         for name, made in self.programs.items():
             if isinstance(made, Refused):
@@ -106,18 +103,18 @@ def plan(
     networks: NetworkSizes,
     progress: Callable[[str], None] = lambda _: None,
 ) -> TrainingReport:
-    """Returns what the compiler of a target makes of a training's programs.
+    """Compiles a training's programs for a target.
 
     Args:
-      name: of the target.
-      chips: of the mesh, a power of two.
-      config: of the training; its weights are not read.
-      networks: their sizes.
-      progress: is told each program's name before it is compiled.
+      name: name of the target.
+      chips: number of chips in the mesh, a power of two.
+      config: config of the training. Its weights are not read.
+      networks: sizes of the networks.
+      progress: called with each program's name before it is compiled.
 
     Raises:
       UserError: The target is unknown, its compiler is not installed, or the config
-        does not fit so many chips.
+        does not fit the number of chips.
     """
     target = aot.find_target(name)
     mesh = build.make_mesh(config, aot.devices_of(target, chips))
@@ -139,7 +136,7 @@ def plan(
 
 
 def _resident(prepared: Prepared) -> tuple[dict[str, int], int]:
-    """Returns what stays in a chip's memory, by name, and the largest gradient."""
+    """Returns the bytes of long-lived arrays by name, and of the largest gradient."""
     state = prepared.state
     trained = {"generator": state.generator, "critic": state.fake_score}
     held = {
@@ -148,7 +145,7 @@ def _resident(prepared: Prepared) -> tuple[dict[str, int], int]:
         "frozen weights": prepared.compiled.frozen,
         "rollout": state.rollout,
     }
-    sizes = {name: bytes_on_one(tree) for name, tree in held.items()}
+    sizes = {name: trees.shard_nbytes(tree) for name, tree in held.items()}
     return sizes, max(sizes[name] for name in trained)
 
 
@@ -156,10 +153,12 @@ def on_paper(config: TrainConfig, networks: NetworkSizes, mesh: Mesh) -> Prepare
     """Returns a stage whose weights and state are shapes.
 
     Raises:
-      UserError: The text encoder would be trained along.
+      UserError: The text encoder would be trained too.
     """
     build.find_stage(config).check_plan(config)
-    grid, vae = parse_size(config.size or _SIZE), VaeCodec(networks.vae)
+    family = networks.generator.family
+    grid = family.parse_size(config.size or family.size)
+    vae = VaeCodec(networks.vae)
     generator = _bundle(networks.generator, vae, grid)
     teacher = _bundle(networks.teacher, vae, grid)
     on = placement.Shapes(mesh)
@@ -168,17 +167,6 @@ def on_paper(config: TrainConfig, networks: NetworkSizes, mesh: Mesh) -> Prepare
 
 def _bundle(model: ModelConfig, vae: VaeCodec, grid) -> Bundle:
     """Returns a bundle of shapes, without a tokenizer; weights as they are stored."""
-    key = jax.random.key(0)
-
-    def variables():
-        return {
-            "params": jax.eval_shape(functools.partial(dit.init_params, model), key)
-        }
-
-    def codec():
-        pixels = jax.ShapeDtypeStruct((1, 1, 16, 16, 3), vae.config.dtype)
-        return jax.eval_shape(WanVae(vae.config).init, key, pixels)["params"]
-
     return Bundle(
         model=model,
         text=TextConfig(),
@@ -186,8 +174,8 @@ def _bundle(model: ModelConfig, vae: VaeCodec, grid) -> Bundle:
         grid=grid,
         tokenizer=None,
         encode_prompts=None,
-        load_variables=variables,
-        load_codec=codec,
+        load_variables=lambda: {"params": shapes.of(model)},
+        load_codec=lambda: shapes.of(vae.config),
         metadata={},
         digest="",
     )
@@ -220,11 +208,3 @@ def programs(
         )
         for name, (function, args) in stage.programs(prepared.state, batch).items()
     }
-
-
-def bytes_on_one(tree) -> int:
-    """Returns the bytes of a tree of shapes with shardings, on one device."""
-    return sum(
-        int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
-        for x in jax.tree.leaves(tree)
-    )

@@ -1,9 +1,10 @@
-"""Adapters (LoRA) of every trainer under the names of PEFT.
+"""Adapters (LoRA) of all known trainers, converted to the names of PEFT.
 
-Known forms of a module's two matrices, with any prefix of a trainer before them:
+Known names of a module's two matrices, after any prefix of a trainer:
 `blocks.0.self_attn.q.lora_A.weight` (PEFT, diffusers), `.lora_down.weight` (ComfyUI),
 `lora_unet_blocks_0_self_attn_q.lora_down.weight` (kohya, musubi-tuner), and
-`.lora.down.weight` (older diffusers). `.alpha` beside them is a module's alpha.
+`.lora.down.weight` (older diffusers). A tensor `.alpha` beside them is the module's
+alpha.
 """
 
 import dataclasses
@@ -47,14 +48,14 @@ _MERGE = (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Adapters:
-    """Matrices of a file by module, and the alphas among its tensors.
+    """The matrices of a file by module, and the alphas among its tensors.
 
     Attributes:
       arrays: `base_model.model.MODULE.lora_A.weight` [rank, in] and `lora_B` [out,
         rank] by name.
-      alphas: By module, for those that have a tensor of it.
-      form: "peft", or "other" for names whose readers scale by one without an alpha.
-      prefixes: What was removed from names.
+      alphas: Alpha by module, for modules with a tensor of it.
+      form: "peft", or "other" for names whose readers take factor 1 without an alpha.
+      prefixes: Parts that were removed from the names.
     """
 
     arrays: Mapping[str, np.ndarray]
@@ -74,15 +75,15 @@ class Adapters:
 
 
 def read(plain: Mapping[str, np.ndarray], removed: tuple[str, ...]) -> Adapters | None:
-    """Returns the adapters among arrays, None if there are none.
+    """Returns the adapters among arrays, or None if there are none.
 
     Args:
       plain: Arrays by name, without the prefix that all names share.
-      removed: That prefix, part by part.
+      removed: The parts of that prefix.
 
     Raises:
-      Mismatch: Some arrays are of another kind than low-rank matrices, or do not come
-        in pairs; all are listed.
+      Mismatch: Some arrays are not low-rank matrices, or lack their counterpart. All
+        are listed.
     """
     refused = dict(_refuse(plain))
     problems = list(refused.values())
@@ -96,12 +97,12 @@ def read(plain: Mapping[str, np.ndarray], removed: tuple[str, ...]) -> Adapters 
             forms.add("peft" if match["ab"] else "other")
             target = f"{PEFT}{_module(match['module'])}.lora_{_SIDE[side]}.weight"
             if target in found:
-                problems.append(f"{name}: another name is {target} too")
+                problems.append(f"{name}: another name also means {target}")
             found[target] = array
         elif match := _ALPHA.fullmatch(name):
             alphas[_module(match["module"])] = _number(name, array, problems)
         elif name not in refused:
-            found[PEFT + name] = array  # The table says what is wrong with it.
+            found[PEFT + name] = array  # The table reports the fault.
     if not forms and kind_of(plain) != "adapters":
         return None
     if len(named) > 1:
@@ -117,11 +118,11 @@ _OTHERS = ("updown", "older", "oldest")
 
 
 def _refuse(names: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yields names of what is not read, and why."""
+    """Yields the names of tensors that cannot be read, with the reason."""
     for name in names:
         for pattern, kind in _REFUSED:
             if re.search(pattern, name) and not _MATRIX.fullmatch(name):
-                yield name, f"{name}: {kind} is not read; {_MERGE}"
+                yield name, f"{name}: {kind} is not supported; {_MERGE}"
                 break
 
 
@@ -134,7 +135,7 @@ def _module(name: str) -> str:
 
 
 def _dotted(flat: str) -> str:
-    # Some write an underscore more after the prefix.
+    # Some trainers write one more underscore after the prefix.
     for source in BLOCK_MODULES:
         fields = Rule(source.replace(".", "_"), source).match_source(flat.lstrip("_"))
         if fields is not None:
@@ -143,11 +144,11 @@ def _dotted(flat: str) -> str:
 
 
 def _number(name: str, array: np.ndarray, problems: list[str]) -> float:
-    """Returns the one number in a tensor, or 1 with a line in `problems`."""
+    """Returns the number in a one-element tensor, or 1 with a line in `problems`."""
     value = float(array.reshape(-1)[0]) if array.size == 1 else float("nan")
     if not 0 < value < float("inf"):
         problems.append(
-            f"{name}: {value if array.size == 1 else array.shape}, expected one number"
+            f"{name}: {value if array.size == 1 else array.shape}, must be one number"
             " above 0"
         )
         return 1.0
@@ -166,12 +167,12 @@ def _unpaired(arrays: Mapping[str, Any], alphas: Mapping[str, float]) -> Iterato
     for module in modules:
         a, b = (arrays.get(module + end) for end in ends)
         if a is None or b is None:
-            yield f"{module}{ends[a is not None]}: missing, its counterpart is there"
+            yield f"{module}{ends[a is not None]}: missing, but its counterpart exists"
         elif a.ndim == b.ndim == 2 and not a.shape[0] == b.shape[1] > 0:
             yield f"{module}: lora_A has rank {a.shape[0]}, lora_B {b.shape[1]}"
     for module in alphas:
         if PEFT + module not in modules:
-            yield f"{module}.alpha: there are no adapters of that name"
+            yield f"{module}.alpha: the file has no adapters of that name"
 
 
 def filled(
@@ -180,16 +181,16 @@ def filled(
     rules: tuple[Rule, ...],
     layers: int | None,
 ) -> dict[str, Any]:
-    """Returns arrays that are alike in all layers: scaled, of one rank, none missing.
+    """Returns arrays that are complete: scaled, of one rank, and in every layer.
 
-    Lower ranks are filled up with zeros to the largest one, and layers without
-    adapters of a module that others have get zeros: neither changes any result.
+    Lower ranks are padded with zeros to the largest. Layers without adapters get zeros
+    if other layers have them. Neither changes a result.
 
     Args:
-      arrays: Of `Adapters`.
-      factors: By module, what its `lora_B` is multiplied by.
-      rules: The table of the names.
-      layers: How many the transformer has; None: those that are there.
+      arrays: The arrays of `Adapters`.
+      factors: Factor of `lora_B` by module.
+      rules: The table of names.
+      layers: Number of layers of the transformer. None takes the layers in the file.
     """
     downs = (array for name, array in arrays.items() if ".lora_A." in name)
     rank = max((array.shape[0] for array in downs if array.ndim == 2), default=0)
@@ -225,7 +226,7 @@ def _filled(name: str, array: np.ndarray, rank: int, factor: float) -> Any:
         whole = np.zeros(shape, array.dtype)
         # Rounded once: the factor itself need not be exact in a narrow type.
         part = array.astype(np.float32) * np.float32(factor) if factor != 1 else array
-        # What overflows is found, and named, where weights are looked at.
+        # Overflow is found and reported by the check for finite weights.
         with np.errstate(over="ignore"):
             whole[tuple(map(slice, array.shape))] = part.astype(array.dtype)
         release(array)

@@ -1,4 +1,4 @@
-"""Small files of a Wan2.1 folder that are kept as they are: tokenizer, scheduler."""
+"""Small files of a Wan2.1 folder that are copied unchanged: tokenizer, scheduler."""
 
 import pathlib
 
@@ -18,10 +18,10 @@ SCHEDULER = "scheduler/scheduler_config.json"
 
 
 def find(folder: str | pathlib.Path) -> dict[str, pathlib.Path]:
-    """Returns the small files of a Wan2.1 folder by their place in a checkpoint.
+    """Returns the small files of a Wan2.1 folder by their path in a checkpoint.
 
     Raises:
-      UserError: One of them is a Git LFS pointer or the like, or a config no JSON
+      UserError: A file is a Git LFS pointer or similar, or a config is not a JSON
         object.
     """
     folder = expand(folder)

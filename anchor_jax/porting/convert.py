@@ -16,15 +16,16 @@ import ml_dtypes
 import numpy as np
 from flax import traverse_util
 
+from anchor_jax import trees
 from anchor_jax.errors import UserError
 from anchor_jax.porting.torch_file import release
 from anchor_jax.weights.checkpoint import Lazy
 
-Weights = Mapping[str, Any]  # arrays, or what stands for them until they are read
+Weights = Mapping[str, Any]  # arrays, or `Lazy` placeholders
 Tree = dict[str, Any]
 
 _FIELD = re.compile(r"\{(\w+)(?::([^}]*))?\}")
-_LINES = 10  # of an error, beside its first and last
+_LINES = 10  # lines of an error message, besides its first and last
 _WIDTH = 160  # characters of such a line
 STACKED = "layer"
 DTYPES = tuple(np.dtype(kind) for kind in (np.float32, ml_dtypes.bfloat16, np.float16))
@@ -32,7 +33,7 @@ DTYPES = tuple(np.dtype(kind) for kind in (np.float32, ml_dtypes.bfloat16, np.fl
 
 @functools.cache
 def _expression(source: str, template: str) -> re.Pattern[str]:
-    """Returns what a template matches, its fields' patterns taken from `source`."""
+    """Returns the pattern of a template, with its fields' patterns from `source`."""
     patterns = {key: found for key, found in _FIELD.findall(source) if found}
     patterns.setdefault(STACKED, r"0|[1-9]\d*")
     expression, end = "", 0
@@ -47,13 +48,13 @@ def _expression(source: str, template: str) -> re.Pattern[str]:
 class Rule:
     r"""One kind of parameter: its official name, ours, and the order of axes.
 
-    Names are templates that hold for both directions. `{name:pattern}` in the source
-    stands for what the pattern matches, and `{name}` in the target for the same text.
-    The field `{layer}` is a number that the target does not name: those arrays are
-    stacked along a new leading axis.
+    Names are templates for both directions. `{name:pattern}` in the source matches the
+    pattern, and `{name}` in the target is the matched text. The field `{layer}` is a
+    number that the target does not contain: those arrays are stacked along a new
+    leading axis.
 
-    `layout` is an einops pattern from official axes to ours (None: as they are), and
-    `sizes` gives those axes that the inverse could not otherwise tell apart.
+    `layout` is an einops pattern from official axes to ours (None: unchanged), and
+    `sizes` gives the axes that the inverse needs.
     """
 
     source: str
@@ -66,11 +67,11 @@ class Rule:
         return f"{{{STACKED}}}" in self.source
 
     def match_source(self, name: str) -> dict[str, str] | None:
-        """Returns the fields of an official name, None if this is not its rule."""
+        """Returns the fields of an official name, or None if it does not match."""
         return self._match(self.source, name)
 
     def match_target(self, path: str) -> dict[str, str] | None:
-        """Returns the fields of one of our paths, None if this is not its rule."""
+        """Returns the fields of one of our paths, or None if it does not match."""
         return self._match(self.target, path)
 
     def _match(self, template: str, name: str) -> dict[str, str] | None:
@@ -98,7 +99,7 @@ def fill(template: str, fields: Mapping[str, Any]) -> str:
 
 @dataclasses.dataclass
 class _Claimed:
-    """The arrays that one target is made of, by layer (0 where it is not stacked)."""
+    """The arrays of one target by layer (0 if it is not stacked)."""
 
     rule: Rule
     fields: dict[str, str]
@@ -109,9 +110,9 @@ class _Claimed:
 
 
 class Mismatch(UserError):
-    """Weights that are not those of a table and network; `problems` lists each.
+    """Weights that do not fit a table and a network; `problems` lists each fault.
 
-    The message has at most 12 lines: problems that differ in numbers alone share one.
+    The message has at most 12 lines: problems that differ only in numbers share a line.
     """
 
     def __init__(self, problems: Sequence[str]):
@@ -125,7 +126,7 @@ def _message(problems: Sequence[str]) -> Iterator[str]:
         return
     yield (
         f"{len(problems)} problems; check that the weights, their prefix and the"
-        " configuration belong together:"
+        " configuration fit together:"
     )
     groups: dict[str, list[str]] = {}
     for problem in problems:
@@ -142,7 +143,7 @@ _NUMBER = re.compile(r"\d+")
 
 
 def _cut(text: str, width: int) -> str:
-    """Returns a line of printable characters, shortened in its middle."""
+    """Returns a line of printable characters, shortened in the middle."""
     text = "".join(one if one.isprintable() else "?" for one in text)
     half = width // 2 - 2
     return text if len(text) <= width else f"{text[:half]} ... {text[-half:]}"
@@ -150,12 +151,12 @@ def _cut(text: str, width: int) -> str:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Deferred:
-    """An array of a source that is made when it is read.
+    """An array of a source that is read only when needed.
 
     Attributes:
-      shape: Of the array, in its official order.
-      dtype: Its type.
-      make: Returns it.
+      shape: Shape of the array, with its official order of axes.
+      dtype: Type of the array.
+      make: Function that returns the array.
     """
 
     shape: tuple[int, ...]
@@ -168,7 +169,7 @@ def convert(
 ) -> Tree:
     """Returns the arrays as a nested dict under our names, layers stacked.
 
-    Args, Raises: as `convert_lazily`.
+    Args and Raises are those of `convert_lazily`.
     """
     lazy = convert_lazily(source, rules, expected)
     return jax.tree.map(lambda leaf: leaf.load(), lazy)
@@ -179,25 +180,24 @@ def convert_lazily(
 ) -> Tree:
     """Returns leaves of type `Lazy` as a nested dict under our names, layers stacked.
 
-    All checks are made now, from shapes and types alone. A leaf is read when it is
-    loaded, layer by layer into one array, and what was read of a mapped file is then
-    released.
+    All checks are made now, from shapes and types only. A leaf is read when it is
+    loaded, layer by layer into one array. Pages of a mapped file are then released.
 
     Args:
-      source: Official names to arrays, best those of a mapped file.
-      rules: A table; every name must be claimed by exactly one rule.
-      expected: The tree to arrive at, of anything with a shape; types are not
-        compared. Without it only gaps between layers are found missing.
+      source: Arrays by official name, preferably of a mapped file.
+      rules: A table. Exactly one rule must claim each name.
+      expected: The resulting tree, of objects with a shape; types are not compared. If
+        None, only gaps between layers are reported as missing.
 
     Raises:
-      Mismatch: Names are extra, missing, claimed twice, or of a wrong shape or type;
-        all of them are listed.
+      Mismatch: Names are extra, missing or claimed twice, or arrays have a wrong shape
+        or type. All are listed.
     """
     problems: list[str] = []
     claimed = _claim(source, rules, problems)
     shapes = None
     if expected is not None:
-        leaves = traverse_util.flatten_dict(expected, sep="/")
+        leaves = trees.flatten(expected)
         shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
         problems += _absent(shapes, claimed, rules)
     depth = len({layer for item in claimed.values() for layer in item.parts})
@@ -206,21 +206,21 @@ def convert_lazily(
         shape = shapes.get(path) if shapes is not None else None
         if shapes is not None and shape is None:
             problems += [
-                f"{name}: extra, {path} is not expected"
+                f"{name}: extra, the network has no {path}"
                 for name, _ in item.parts.values()
             ]
             continue
         ported[path] = _assemble(path, item, depth, shape, problems)
     if problems:
         raise Mismatch(problems)
-    return traverse_util.unflatten_dict(ported, sep="/")
+    return trees.unflatten(ported)
 
 
 def shape_of(source: Weights, rules: tuple[Rule, ...], path: str) -> tuple[int, ...]:
-    """Returns the shape of one of our paths in our order of axes, of a single layer.
+    """Returns the shape of one layer at one of our paths, in our order of axes.
 
     Raises:
-      Mismatch: Its array is missing, or has not the axes that it should have.
+      Mismatch: Its array is missing or has the wrong axes.
     """
     name = path
     for rule in rules:
@@ -233,14 +233,14 @@ def shape_of(source: Weights, rules: tuple[Rule, ...], path: str) -> tuple[int, 
 
 
 def num_layers(source: Weights, rules: tuple[Rule, ...]) -> int:
-    """Returns the number of layers that the names of a table count."""
+    """Returns the number of layers among the names that a table claims."""
     stacked = [rule for rule in rules if rule.is_stacked]
     found = (rule.match_source(name) for name in source for rule in stacked)
     return len({fields[STACKED] for fields in found if fields is not None})
 
 
 def _lay_out(name: str, array: np.ndarray | Deferred, rule: Rule) -> np.ndarray:
-    """Returns an array in our order; of one that is not made yet, a blank for it."""
+    """Returns an array in our order of axes, or the shape of one not yet read."""
     if isinstance(array, Deferred):
         array = np.broadcast_to(np.zeros((), array.dtype), array.shape)
     try:
@@ -254,7 +254,7 @@ def _lay_out(name: str, array: np.ndarray | Deferred, rule: Rule) -> np.ndarray:
 def _claim(
     source: Weights, rules: tuple[Rule, ...], problems: list[str]
 ) -> dict[str, _Claimed]:
-    """Returns the arrays by target path; adds to `problems` names not claimed once."""
+    """Returns arrays by target path; adds names not claimed once to `problems`."""
     claimed: dict[str, _Claimed] = {}
     for name, array in source.items():
         matches = [(rule, rule.match_source(name)) for rule in rules]
@@ -284,7 +284,7 @@ def _absent(
     claimed: Mapping[str, _Claimed],
     rules: tuple[Rule, ...],
 ) -> Iterator[str]:
-    """Yields a line for each expected path that no array was found for."""
+    """Yields a line for each expected path without an array."""
     for path in shapes.keys() - claimed.keys():
         names = [
             fill(rule.source, {STACKED: "*", **fields})
@@ -335,10 +335,10 @@ def _assemble(
 
 
 def _check_dtype(name: str, dtype: np.dtype, other: np.dtype) -> Iterator[str]:
-    """Yields a line unless the type is one of weights, and that of the other layers."""
+    """Yields a line unless the type is one of weights and equal in all layers."""
     if dtype not in DTYPES:
         names = ", ".join(known.name for known in DTYPES)
-        yield f"{name}: type {dtype.name}, expected one of {names}"
+        yield f"{name}: type {dtype.name}, must be one of {names}"
     elif dtype != other:
         yield f"{name}: type {dtype.name}, but {other.name} in other layers"
 
@@ -346,7 +346,7 @@ def _check_dtype(name: str, dtype: np.dtype, other: np.dtype) -> Iterator[str]:
 def _read(
     rule: Rule, parts: Sequence[np.ndarray], shape: tuple[int, ...]
 ) -> np.ndarray:
-    """Returns the parts in our order of axes, stacked if the rule says so."""
+    """Returns the parts in our order of axes, stacked if the rule is by layer."""
     whole = np.empty(shape, parts[0].dtype)
     places = whole if rule.is_stacked else whole[None]
     for place, part in zip(places, parts, strict=True):
@@ -358,13 +358,13 @@ def _read(
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where an official array is in our tree.
+    """The place of an official array in our tree.
 
     Attributes:
       name: The official name.
-      rule: The rule that gives it.
-      path: Our path.
-      layer: Its place along the first axis, or None where layers are not stacked.
+      rule: The rule that maps it.
+      path: Path in our tree.
+      layer: Index along the first axis, or None if layers are not stacked.
     """
 
     name: str
@@ -373,7 +373,7 @@ class Place:
     layer: int | None
 
     def shape(self, leaf: tuple[int, ...]) -> tuple[int, ...]:
-        """Returns the official array's shape from that of the whole leaf."""
+        """Returns the official array's shape from the shape of the whole leaf."""
         part = leaf if self.layer is None else leaf[1:]
         return self.rule.lay_back(np.broadcast_to(np.zeros((), np.int8), part)).shape
 
@@ -384,17 +384,17 @@ class Place:
 
 
 def places(params: Tree, rules: tuple[Rule, ...]) -> list[Place]:
-    """Returns the place of every official array, leaf after leaf.
+    """Returns the places of all official arrays, leaf by leaf.
 
     Args:
-      params: The tree, of anything with a shape.
+      params: The tree, of objects with a shape.
       rules: The table.
 
     Raises:
       UserError: A path is claimed by no rule or by several; all are listed.
     """
     found, problems = [], []
-    for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
+    for path, leaf in trees.flatten(params).items():
         claims = [(rule, rule.match_target(path)) for rule in rules]
         claims = [(rule, fields) for rule, fields in claims if fields is not None]
         if len(claims) != 1:
@@ -406,7 +406,7 @@ def places(params: Tree, rules: tuple[Rule, ...]) -> list[Place]:
             found.append(Place(name, rule, path, layer))
     if problems:
         raise UserError(
-            "each parameter must be claimed by exactly one rule; is this the table of"
+            "exactly one rule must claim each parameter; is this the table of"
             " this network?\n" + "\n".join(problems)
         )
     return found
@@ -418,7 +418,7 @@ def export(params: Tree, rules: tuple[Rule, ...]) -> dict[str, np.ndarray]:
     Raises:
       UserError: A path is claimed by no rule or by several; all are listed.
     """
-    leaves = traverse_util.flatten_dict(params, sep="/")
+    leaves = trees.flatten(params)
     return {
         place.name: place.take(np.asarray(leaves[place.path]))
         for place in places(params, rules)
@@ -426,9 +426,9 @@ def export(params: Tree, rules: tuple[Rule, ...]) -> dict[str, np.ndarray]:
 
 
 def load_safetensors(path: str | pathlib.Path, prefix: str = "") -> Weights:
-    """Returns the arrays of a file whose names start with a prefix, without it.
+    """Returns the arrays whose names start with a prefix, without the prefix.
 
-    bfloat16 arrays come in the type of `ml_dtypes`.
+    bfloat16 arrays have the type of `ml_dtypes`.
     """
     from safetensors import safe_open
 
@@ -442,7 +442,7 @@ def convert_lora(
 ) -> Tree:
     """Returns the adapters under our names, with alpha / rank multiplied into `b`.
 
-    So an adapted layer adds x a b, without a factor. Source: LoRA (arXiv:2106.09685),
+    An adapted layer then adds x a b without a factor. Source: LoRA (arXiv:2106.09685),
     section 4.1; wan/README.md, "LoRA".
     """
     lazy = convert_lora_lazily(source, rules, alpha, expected)
@@ -452,7 +452,7 @@ def convert_lora(
 def convert_lora_lazily(
     source: Weights, rules: tuple[Rule, ...], alpha: float, expected: Tree | None = None
 ) -> Tree:
-    """Returns what `convert_lora` does, with leaves of type `Lazy`."""
+    """Returns the result of `convert_lora` with leaves of type `Lazy`."""
     leaves = traverse_util.flatten_dict(convert_lazily(source, rules, expected))
     for path, leaf in leaves.items():
         if path[-1] == "b" and alpha != leaf.shape[-2]:

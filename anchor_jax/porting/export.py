@@ -1,4 +1,4 @@
-"""Checkpoints back into published layouts, as safetensors, leaf after leaf."""
+"""Writes checkpoints in published layouts, as safetensors, leaf by leaf."""
 
 import collections
 import contextlib
@@ -11,11 +11,9 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
-from flax import traverse_util
 
-from anchor_jax import io, ownership
+from anchor_jax import io, ownership, trees
 from anchor_jax.errors import UserError, suggest
 from anchor_jax.io import expand
 from anchor_jax.porting import companions, published
@@ -24,6 +22,7 @@ from anchor_jax.porting.port import TABLES, check_free
 from anchor_jax.porting.rules import PEFT, UMT5_ALIAS
 from anchor_jax.porting.safetensors_writer import Read
 from anchor_jax.porting.sources import DIFFUSION, TEXT_FILE, VAE_FILE
+from anchor_jax.wan.spec import WAN_2_1
 from anchor_jax.weights import checkpoint, lineage
 from anchor_jax.weights.trained import CRITIC
 
@@ -34,7 +33,7 @@ SHARD_BYTES = 5 * 10**9
 
 _SMALL = 2**29  # bytes
 _TOKENIZER = {"wan": "google/umt5-xxl", "diffusers": "tokenizer"}
-_SENTINELS = 300  # `<extra_id_0>` and so on: those of umT5
+_SENTINELS = 300  # sentinels `<extra_id_0>` and so on of umT5
 _PARTS = ("text_encoder", "vae", "tokenizer")
 
 
@@ -49,28 +48,28 @@ def export(
 ) -> tuple[str, ...]:
     """Writes a checkpoint's networks under their published names.
 
-    Bit for bit what was ported, unless adapters are merged, or alpha over their rank
-    is no power of two: scaling them then rounds. Text encoder and VAE are safetensors
-    in every layout: pickles are not written. The layout of diffusers is a folder for
-    `WanPipeline.from_pretrained`, and `lora/` in it one for `load_lora_weights` and
-    for `PeftModel.from_pretrained`.
+    The values are bit-identical to the ported ones. Exceptions are merged adapters and
+    adapters whose alpha / rank is not a power of two, which are rounded. Text encoder
+    and VAE are safetensors in every layout: pickles are not written. The layout of
+    diffusers is a folder for `WanPipeline.from_pretrained`, with a folder `lora/` for
+    `load_lora_weights` and `PeftModel.from_pretrained`.
 
     Args:
-      weights: The checkpoint, a training that began with one, or a step of it.
-      out: The folder, which appears when whole.
-      layout: One of `LAYOUTS`; "generator" is the transformer alone, with names as
-        checkpoints of trainers have them.
-      item: One of `ITEMS`, which of them is written as the transformer.
-      lora: One of `LORA`; merged are adapters added to the weights, in float32.
-      progress: Called with bytes written.
-      shard_bytes: A file that would be larger is written in shards.
+      weights: A checkpoint, a training that started from one, or a step of a training.
+      out: The folder. It appears under its name when complete.
+      layout: One of `LAYOUTS`. "generator" is only the transformer, with the names of
+        trainers' checkpoints.
+      item: One of `ITEMS`, the item to write as the transformer.
+      lora: One of `LORA`. "merged" adds the adapters to the weights in float32.
+      progress: Called with the number of bytes written.
+      shard_bytes: Largest size of a file; larger ones are written as shards.
 
     Returns:
-      Notes for the user on what the folder lacks or needs.
+      Notes for the user on parts that the folder lacks or needs.
 
     Raises:
-      UserError: The checkpoint lacks the item or says too little about it, or the
-        folder is taken or in use.
+      UserError: The checkpoint lacks the item or its settings, or the folder exists or
+        is in use.
     """
     _choose("layout", layout, LAYOUTS)
     _choose("item", item, ITEMS)
@@ -85,7 +84,7 @@ def _export(weights, out, layout, item, lora, progress, shard_bytes) -> tuple[st
     _check_present(line[0], item)
     checkpoint.shapes(line[0], item)
     meta = _meta(line, layout)
-    job = _Job(line, layout, meta, progress, shard_bytes)
+    job = _Export(line, layout, meta, progress, shard_bytes)
     job.check(item)
     with io.making_folder(io.resolved(out)) as folder:
         job.transformer(folder, item, merged=lora == "merged")
@@ -97,17 +96,17 @@ def _export(weights, out, layout, item, lora, progress, shard_bytes) -> tuple[st
 
 
 def default_item(weights: str | pathlib.Path) -> str:
-    """Returns what is exported: of a training its running mean if there is one."""
+    """Returns the item to export: a training's running mean if it has one."""
     folder = expand(weights)
     is_run = lineage.run_folder(folder) is not None
     return "ema" if is_run and "ema" in checkpoint.items(folder) else "generator"
 
 
 def _lineage(weights: str | pathlib.Path) -> list[pathlib.Path]:
-    """Returns a checkpoint, what it began with if it is a training's, and so on.
+    """Returns a checkpoint, the weights that its training started from, and so on.
 
     Raises:
-      UserError: There is no such checkpoint.
+      UserError: The checkpoint does not exist.
     """
     line = [expand(weights)]
     while (run := lineage.run_folder(line[-1])) is not None:
@@ -115,19 +114,19 @@ def _lineage(weights: str | pathlib.Path) -> list[pathlib.Path]:
     if not checkpoint.is_checkpoint(line[0]):
         tiny = line[0].suffix == ".safetensors" or str(line[0]) == "tiny"
         remedy = (
-            "a tiny model has one layout, --layout=bundle"
+            "a tiny model can only be exported with --layout=bundle"
             if tiny
             else "give the folder that anchor-jax port or train wrote"
         )
-        raise UserError(f"weights={line[0]} is no checkpoint; {remedy}")
+        raise UserError(f"weights={line[0]} is not a checkpoint; {remedy}")
     return line
 
 
 def _with_params(line: Sequence[pathlib.Path]) -> tuple[pathlib.Path, str]:
-    """Returns the first checkpoint after a training that holds whole weights.
+    """Returns the nearest checkpoint behind a training that holds whole weights.
 
     Args:
-      line: the training, and what it began with as `_lineage` gives it.
+      line: the training and its initial weights, from `_lineage`.
 
     Returns:
       The checkpoint and its item.
@@ -138,11 +137,13 @@ def _with_params(line: Sequence[pathlib.Path]) -> tuple[pathlib.Path, str]:
         item = default_item(folder)
         if "params" in checkpoint.shapes(folder, item):
             return folder, item
-    raise _unpublished(line, "updates alone are not exported")
+    raise _unpublished(
+        line, "low-rank updates cannot be exported without their base weights"
+    )
 
 
 def _meta(line: Sequence[pathlib.Path], layout: str) -> dict[str, Any]:
-    """Returns what is known of ported weights; only some layouts need it."""
+    """Returns the manifest of ported weights, which only some layouts need."""
     if checkpoint.is_checkpoint(line[-1]):
         return checkpoint.read_meta(line[-1])
     if layout == "generator":
@@ -151,13 +152,13 @@ def _meta(line: Sequence[pathlib.Path], layout: str) -> dict[str, Any]:
 
 
 def _unpublished(line: Sequence[pathlib.Path], why: str) -> UserError:
-    """Returns the error for a training whose first weights were not ported."""
+    """Returns the error for a training whose initial weights were not ported."""
     given, origin = line[0], line[-1]
     if origin.exists() or str(origin) == "tiny":
-        remedy = "write this model whole with --layout=bundle"
+        remedy = "export this model with --layout=bundle"
     else:
-        remedy = "that is missing: put it back where it was"
-    return UserError(f"weights={given}: began with {origin}, and {why}; {remedy}")
+        remedy = "that is missing: restore it"
+    return UserError(f"weights={given}: started from {origin}, and {why}; {remedy}")
 
 
 def _check_present(folder: pathlib.Path, item: str) -> None:
@@ -172,11 +173,11 @@ def _choose(field: str, value: str, known: Sequence[str]) -> None:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Job:
-    """One export: from which checkpoint, in which layout.
+class _Export:
+    """One export: its checkpoint and its layout.
 
-    `line` is the checkpoint, and if that is a training's what it began with, what that
-    began with, and so on to one that was ported.
+    `line` is the checkpoint. For a training, the weights that it started from follow,
+    back to ported weights.
     """
 
     line: Sequence[pathlib.Path]
@@ -195,7 +196,7 @@ class _Job:
         return "diffusers" if self.layout == "diffusers" else "wan"
 
     def check(self, item: str) -> None:
-        """Raises unless the manifest says all that is written beside the tensors."""
+        """Raises UserError unless the manifest holds all settings that are written."""
         needed = {"generator": functools.partial(self._transformer_config, item)}
         if self.layout == "diffusers":
             needed |= {
@@ -214,19 +215,19 @@ class _Job:
                 needed[item]()
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
-                f"{self.origin}: its meta cannot be exported ({error!r}); expected the"
-                " sizes and sources that anchor-jax port writes"
+                f"{self.origin}: its meta cannot be exported ({error!r}); it must hold"
+                " the sizes and sources that anchor-jax port writes"
             ) from error
 
     def transformer(self, folder: pathlib.Path, item: str, merged: bool) -> None:
         """Writes the transformer, its config, and its adapters if it has some."""
-        trees, read = self._trees(item)
-        adapters = trees.get("lora")
+        held, read = self._trees(item)
+        adapters = held.get("lora")
         base = _below("params", read)
         if merged and adapters:
-            base = _merged(read, traverse_util.flatten_dict(adapters, sep="/"))
+            base = _merged(read, trees.flatten(adapters))
         table = TABLES["generator", self.style]
-        tensors = writer.tensors_of(trees["params"], table)
+        tensors = writer.tensors_of(held["params"], table)
         place, stem = folder, DIFFUSION
         if self.layout == "generator":
             stem = item
@@ -242,16 +243,17 @@ class _Job:
             self._adapters(folder, adapters, _below("lora", read))
 
     def _trees(self, item: str) -> tuple[dict[str, Any], Read]:
-        """Returns the transformer's collections as shapes, and how to read leaves.
+        """Returns the shapes of the transformer's collections, and a reader of leaves.
 
-        A training of low-rank updates has them alone; the rest is what it began with.
+        A training of low-rank updates holds only these; the rest are its initial
+        weights.
         """
-        trees, read = checkpoint.shapes(self.line[0], item), self._reader(item)
-        if "params" in trees:
-            return trees, read
+        held, read = checkpoint.shapes(self.line[0], item), self._reader(item)
+        if "params" in held:
+            return held, read
         if item == "fake_score":
             raise UserError(
-                f"{self.line[0]}: fake_score holds low-rank updates alone, of another"
+                f"{self.line[0]}: fake_score holds only low-rank updates of another"
                 " network's weights; choose --item=generator or ema"
             )
         base, name = _with_params(self.line)
@@ -261,10 +263,10 @@ class _Job:
         def both(path: str) -> np.ndarray:
             return (read_base if path.startswith("params/") else read)(path)
 
-        return {**trees, "params": params}, both
+        return {**held, "params": params}, both
 
     def others(self, folder: pathlib.Path, item: str) -> None:
-        """Writes text encoder, VAE and tokenizer, as far as there are some."""
+        """Writes those of text encoder, VAE and tokenizer that exist."""
         official = self.layout == "wan"
         homes = {
             "text_encoder": (folder, TEXT_FILE)
@@ -294,7 +296,7 @@ class _Job:
         self._tokenizer(folder / _TOKENIZER[self.layout])
 
     def _tokenizer(self, home: pathlib.Path) -> None:
-        """Writes the tokenizer that was ported, with a config for transformers."""
+        """Writes the ported tokenizer with a config for the library transformers."""
         found = {name: self._file(f"tokenizer/{name}") for name in companions.TOKENIZER}
         found = {name: path for name, path in found.items() if path is not None}
         if not found.keys() & {*companions.VOCABULARY}:
@@ -310,16 +312,16 @@ class _Job:
                 published.tokenizer(
                     ends=_ends(found.get("tokenizer.json")),
                     extra_ids=_sentinels(found.get("spiece.model"), text.get("vocab")),
-                    text_len=text.get("text_len") or 512,
+                    text_len=text.get("text_len") or WAN_2_1.text_len,
                 ),
             )
 
     def pipeline(self, folder: pathlib.Path) -> tuple[str, ...]:
-        """Writes scheduler and list of parts, if all are there; returns notes."""
+        """Writes the scheduler and the list of parts if all exist; returns notes."""
         missing = [name for name in _PARTS if not (folder / name).is_dir()]
         if missing:
             return (
-                f"without {', '.join(missing)}: there is no model_index.json, so load"
+                f"without {', '.join(missing)} no model_index.json is written, so load"
                 " transformer/ by itself; port --wan=FOLDER along for a whole pipeline",
             )
         kept = self._file(companions.SCHEDULER)
@@ -339,25 +341,24 @@ class _Job:
         )
 
     def _file(self, name: str) -> pathlib.Path | None:
-        """Returns the path of a small file of the origin, None if there is none."""
+        """Returns the path of a small file of the origin, or None."""
         with contextlib.suppress(UserError):
             return checkpoint.file(self.origin, name)
         return None
 
     def _reader(self, item: str, folder: pathlib.Path | None = None) -> Read:
-        """Returns how to read leaves; those of a small item are read at once."""
+        """Returns a reader of leaves; a small item is read at once."""
         folder = folder or self.line[0]
-        leaves = jax.tree.leaves(checkpoint.shapes(folder, item))
-        if sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) > _SMALL:
+        if trees.nbytes(checkpoint.shapes(folder, item)) > _SMALL:
             return functools.partial(checkpoint.leaf, folder, item)
         tree = checkpoint.restore(folder, item)
-        found = traverse_util.flatten_dict(tree, sep="/")
+        found = trees.flatten(tree)
         return lambda path: np.asarray(found[path])
 
     def _adapters(self, folder: pathlib.Path, tree: Any, read: Read) -> None:
-        """Writes adapters for PEFT and, in its layout, for diffusers.
+        """Writes adapters for PEFT, and for diffusers in its layout.
 
-        Their scale is taken out of `b`, and is in the config as alpha over the rank.
+        Their scale is divided out of `b`, and the config holds it as alpha / rank.
         """
         tensors = writer.tensors_of(tree, TABLES["lora", self.style])
         config, factor = _lora_config(tensors, self._source("lora"))
@@ -411,7 +412,7 @@ def _lora_config(
 ) -> tuple[dict[str, Any], float]:
     """Returns the settings of adapters for PEFT, and the factor of their `b`.
 
-    Alpha is that of the source, if all adapters have its rank. Otherwise it is each
+    Alpha is the source's if all adapters have its rank. Otherwise alpha is each
     adapter's rank, and the scale stays in `b`.
     """
     ranks = {}
@@ -441,19 +442,19 @@ def _lora_config(
 
 
 def _ends(path: pathlib.Path | None) -> bool:
-    """Returns whether there is a `tokenizer.json` that adds tokens such as `</s>`."""
+    """Returns whether a `tokenizer.json` exists that adds tokens such as `</s>`."""
     with contextlib.suppress(UserError):
         return path is not None and bool(io.read_json(path).get("post_processor"))
     return False
 
 
 def _sentinels(path: pathlib.Path | None, vocab: Any) -> int:
-    """Returns how many sentinels an encoder of `vocab` ids has after a model's own."""
+    """Returns the number of sentinels of an encoder with `vocab` ids."""
     if path is None or type(vocab) is not int:
         return 0
     import sentencepiece
 
-    # A model that cannot be read is exported as it was ported.
+    # A model that cannot be read is exported unchanged.
     with contextlib.suppress(OSError, RuntimeError):
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
         return max(0, min(_SENTINELS, vocab - pieces.get_piece_size()))
@@ -465,7 +466,7 @@ def _below(name: str, read: Read) -> Read:
 
 
 def _merged(read: Read, adapters: Mapping[str, Any]) -> Read:
-    """Returns how to read a leaf with its adapter's product added, rounded once."""
+    """Returns a reader of leaves that adds their adapters' products, rounded once."""
 
     def leaf(path: str) -> np.ndarray:
         kernel = read(f"params/{path}")
@@ -483,15 +484,13 @@ def _merged(read: Read, adapters: Mapping[str, Any]) -> Read:
 
 
 def total_bytes(weights: str | pathlib.Path, layout: str, item: str) -> int:
-    """Returns about how many bytes an export writes."""
+    """Returns the approximate number of bytes that an export writes."""
     line = _lineage(weights)
     places = [(line[0], item)]
     if layout != "generator":
         places += [(line[-1], "text_encoder"), (line[-1], "vae")]
-    leaves = [
-        leaf
+    return sum(
+        trees.nbytes(checkpoint.shapes(folder, name))
         for folder, name in places
         if checkpoint.is_checkpoint(folder) and name in checkpoint.items(folder)
-        for leaf in jax.tree.leaves(checkpoint.shapes(folder, name))
-    ]
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    )

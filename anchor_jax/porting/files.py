@@ -1,4 +1,4 @@
-"""Files of weights and settings, opened by what they are and checked."""
+"""Files of weights and settings, opened by content and checked."""
 
 import dataclasses
 import hashlib
@@ -22,23 +22,23 @@ _MOST_LEVELS = 32
 
 @dataclasses.dataclass(frozen=True)
 class Content:
-    """What a file of weights holds by name, and its header's texts if it has them."""
+    """The content of a file of weights by name, and the texts in its header, if any."""
 
     values: Mapping[str, Any]
     header: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def open_weights(path: pathlib.Path) -> Content:
-    """Returns what a .pt, .pth or .safetensors holds; nothing is executed.
+    """Returns the content of a .pt, .pth or .safetensors; nothing is executed.
 
-    What the file is, its first bytes say, not its name.
+    The format is found from the first bytes, not from the name.
 
     Raises:
-      UserError: There is no such file, or it is broken or holds no names.
+      UserError: The file is missing or damaged, or holds no names.
     """
     if not path.is_file():
         check_finished(path)
-        raise UserError(f"{path}: no such file; expected a .pt, .pth or .safetensors")
+        raise UserError(f"{path}: no such file; give a .pt, .pth or .safetensors")
     start = check_start(path)
     is_archive = start.startswith(b"PK")
     if not is_archive and (path.suffix == ".safetensors" or start[8:9] == b"{"):
@@ -46,7 +46,9 @@ def open_weights(path: pathlib.Path) -> Content:
     content = open_torch(path)
     if not isinstance(content, dict):
         kind = type(content).__name__
-        raise UserError(f"{path} holds a {kind}, expected a dict of names to tensors")
+        raise UserError(
+            f"{path} holds a {kind}, which must be a dict of names to tensors"
+        )
     return Content(content)
 
 
@@ -54,7 +56,9 @@ def tensors_of(path: pathlib.Path, content: Any) -> dict[str, np.ndarray]:
     """Returns the content if it is a dict of arrays."""
     if not isinstance(content, Mapping):
         kind = type(content).__name__
-        raise UserError(f"{path}: got a {kind}, expected a dict of names to tensors")
+        raise UserError(
+            f"{path}: got a {kind}, which must be a dict of names to tensors"
+        )
     problems = [
         f"{name!r:.120}: {type(value).__name__}, expected a tensor"
         for name, value in content.items()
@@ -71,10 +75,10 @@ def tensors_of(path: pathlib.Path, content: Any) -> dict[str, np.ndarray]:
 def open_files(
     folder: pathlib.Path, files: Sequence[pathlib.Path], stem: str
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Returns the arrays of one file, or of shards as their index says, and headers.
+    """Returns the arrays of one file, or of the shards of an index, and headers.
 
     Raises:
-      UserError: A file is broken, or holds other names than the index says.
+      UserError: A file is damaged, or its names differ from the index.
     """
     shards = [file for file in files if file.suffix == ".safetensors"]
     index = _index(folder, stem)
@@ -90,7 +94,7 @@ def open_files(
             own = {name for name, file in index.items() if file == shard.name}
             for name in sorted(own ^ found.keys()):
                 which = "lacks it" if name in own else "holds it"
-                problems.append(f"{name}: {shard.name} {which}, unlike the index says")
+                problems.append(f"{name}: {shard.name} {which}, but the index differs")
         arrays.update(found)
     if problems:
         raise Mismatch(problems)
@@ -98,7 +102,7 @@ def open_files(
 
 
 def shards_of(folder: pathlib.Path, stem: str) -> tuple[pathlib.Path, ...]:
-    """Returns the files of a network: one, or an index and its shards, or none."""
+    """Returns the files of a network: one file, an index and its shards, or none."""
     single = folder / f"{stem}.safetensors"
     if single.is_file():
         return (single,)
@@ -115,13 +119,13 @@ def shards_of(folder: pathlib.Path, stem: str) -> tuple[pathlib.Path, ...]:
     for shard in shards:
         if not shard.is_file():
             raise UserError(
-                f"{shard} is missing, and the index names it; download it too"
+                f"{shard} is missing, but the index names it; download it too"
             )
     return (folder / f"{stem}.safetensors.index.json", *shards)
 
 
 def _index(folder: pathlib.Path, stem: str) -> dict[str, str] | None:
-    """Returns the file of each name, or None where there are no shards."""
+    """Returns the file of each name, or None if there are no shards."""
     path = folder / f"{stem}.safetensors.index.json"
     if (folder / f"{stem}.safetensors").is_file() or not path.is_file():
         return None
@@ -129,15 +133,15 @@ def _index(folder: pathlib.Path, stem: str) -> dict[str, str] | None:
     if not isinstance(index, dict) or not all(
         isinstance(file, str) for file in index.values()
     ):
-        raise UserError(f"{path}: weight_map is no object of names to file names")
+        raise UserError(f"{path}: weight_map must be an object of names to file names")
     return index
 
 
 def _inside(folder: pathlib.Path, name: str) -> pathlib.Path:
-    """Returns the place of a shard, which must be in the folder.
+    """Returns the path of a shard, which must lie in the folder.
 
-    A link may lead to elsewhere in the same download, as those of the cache of
-    huggingface_hub do (snapshots/REVISION/... to blobs/).
+    A link may lead to another folder of the same download, as in the cache of
+    huggingface_hub (snapshots/REVISION/... to blobs/).
     """
     base = folder.resolve()
     for above in (base, *base.parents):
@@ -148,8 +152,8 @@ def _inside(folder: pathlib.Path, name: str) -> pathlib.Path:
     usable = plain and name.endswith(".safetensors")
     if not usable or not (folder / name).resolve().is_relative_to(base):
         raise UserError(
-            f"the index in {folder} names {name!r}, expected a .safetensors inside the"
-            " folder; do not trust this download"
+            f"the index in {folder} names {name!r}, which must be a .safetensors inside"
+            " the folder; do not trust this download"
         )
     return folder / name
 
@@ -166,10 +170,10 @@ def digest(path: pathlib.Path, progress: Callable[[int], None] | None = None) ->
 
 
 def read_settings(path: pathlib.Path) -> dict[str, Any]:
-    """Returns the object in a file of JSON, empty if there is no such file.
+    """Returns the object in a JSON file, empty if the file does not exist.
 
     Raises:
-      UserError: It is damaged, too large, or holds something else.
+      UserError: The file is damaged, too large, or does not hold an object.
     """
     return _json(path) if path.is_file() else {}
 
@@ -183,9 +187,11 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
         value = parsed(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is no JSON: {reason}; download it again") from error
+        raise UserError(
+            f"{path} is not valid JSON: {reason}; download it again"
+        ) from error
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds {type(value).__name__}, expected an object")
+        raise UserError(f"{path} holds {type(value).__name__}, which must be an object")
     return value
 
 
@@ -193,8 +199,8 @@ def parsed(text: str) -> Any:
     """Returns the JSON document in a text.
 
     Raises:
-      ValueError: It is none, or nested deeper than settings are.
-      RecursionError: It is nested deeper than Python can read.
+      ValueError: The text is not JSON, or is nested deeper than settings are.
+      RecursionError: The text is nested deeper than Python can read.
     """
     value = json.loads(text)
     level, parts = 0, [value]
@@ -211,5 +217,5 @@ def parsed(text: str) -> Any:
 
 
 def first_of(folder: pathlib.Path, names: Sequence[str]) -> pathlib.Path | None:
-    """Returns the first of some files that a folder has, None if it has none."""
+    """Returns the first of some files that exists in a folder, or None."""
     return next((folder / name for name in names if (folder / name).is_file()), None)

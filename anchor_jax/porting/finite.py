@@ -1,4 +1,4 @@
-"""Whether weights are finite, looked at while they are written."""
+"""Checks that weights are finite while they are written."""
 
 import dataclasses
 import functools
@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from flax import traverse_util
 
+from anchor_jax import trees
 from anchor_jax.errors import UserError
 from anchor_jax.finite import count
 from anchor_jax.porting.convert import STACKED, Rule, fill
@@ -19,8 +19,8 @@ class Watch:
     """Counts values that are not finite as leaves are read.
 
     Attributes:
-      keeps: Whether such weights are written all the same.
-      found: How many there are, by the network's item and collection.
+      keeps: Whether weights that are not finite are written anyway.
+      found: Their number, by item and collection of the network.
     """
 
     keeps: bool = False
@@ -28,14 +28,14 @@ class Watch:
     refusal: UserError | None = None
 
     def over(self, item: str, tree: Any, tables: Mapping[str, tuple[Rule, ...]]) -> Any:
-        """Returns a tree of `Lazy` that are counted when they are loaded.
+        """Returns a tree of `Lazy` whose values are checked when they are loaded.
 
         Args:
-          item: The network.
-          tree: Its leaves.
+          item: Name of the network's item.
+          tree: Leaves of the network.
           tables: The table by collection ("params", "lora", or "" for the tree itself).
         """
-        flat = traverse_util.flatten_dict(tree, sep="/")
+        flat = trees.flatten(tree)
         for path, leaf in flat.items():
             first, _, rest = path.partition("/")
             part, inner = (first, rest) if first in tables else ("", path)
@@ -43,7 +43,7 @@ class Watch:
                 self._load, leaf, f"{item} {part}".strip(), inner, tables[part]
             )
             flat[path] = dataclasses.replace(leaf, load=load)
-        return traverse_util.unflatten_dict(flat, sep="/")
+        return trees.unflatten(flat)
 
     def _load(self, leaf: Lazy, network: str, path: str, table) -> np.ndarray:
         array = leaf.load()
@@ -54,16 +54,16 @@ class Watch:
                 self.refusal = UserError(
                     f"{network}: {name} has values that are not finite (NaN or"
                     f" infinite), {wrong:,} of {array.size:,} in its kind of layer; a"
-                    " training that diverged writes such weights: take an earlier"
+                    " training that diverged writes such weights: use an earlier"
                     " checkpoint of it, or download the file again;"
-                    " --allow_nonfinite ports it all the same"
+                    " --allow_nonfinite ports it anyway"
                 )
                 raise self.refusal
         return array
 
 
 def _official(array: np.ndarray, path: str, table: tuple[Rule, ...]) -> str:
-    """Returns the official name of the first part of a leaf that is not finite."""
+    """Returns the official name of a leaf's first part that is not finite."""
     for rule in table:
         if (fields := rule.match_target(path)) is not None:
             layer = 0

@@ -1,4 +1,4 @@
-"""Settings of networks in the header of a file of safetensors."""
+"""Settings of networks in the header of a safetensors file."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,17 +17,17 @@ HEADER_SETTINGS = (
     *("d_ff", "feed_forward_proj", "layer_norm_epsilon"),
     *("relative_attention_num_buckets", "relative_attention_max_distance"),
 )
-"""Settings of networks that are looked for in the header of a file."""
+"""Names of network settings that are read from a file's header."""
 _SECTIONS = ("config", "model_config", "transformer_config")
 
 
 def with_header(
     settings: Mapping[str, Any], header: Mapping[str, str]
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Returns settings with those that a file's header says, and notes of the rest.
+    """Returns settings completed from a file's header, and notes on unused entries.
 
     Raises:
-      Mismatch: Both say different things.
+      Mismatch: A setting differs between the two.
     """
     said = dict(header)
     for name, text in header.items():

@@ -1,6 +1,6 @@
-"""What a file of adapters says about their scale, wherever it says it.
+"""The scale of adapters, from all places where files may state it.
 
-Every setting is used, known not to change what tensors mean, or refused by name.
+Every setting is used, known not to change the meaning of tensors, or refused by name.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from anchor_jax.porting.convert import Mismatch
 from anchor_jax.porting.files import parsed
 
 _USED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
-# Settings of PEFT that change what tensors mean, where they do not.
+# Settings of PEFT that change the meaning of tensors, with their neutral values.
 _NEUTRAL = {
     "peft_type": "LORA",
     "use_dora": False,
@@ -34,7 +34,7 @@ _NEUTRAL = {
     "kasa_config": None,
     "megatron_config": None,
 }
-# Settings of training, of where adapters are (which tensors say), and descriptions.
+# Settings of training, places of adapters (which tensors show), and descriptions.
 _INERT = (
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
     *("revision", "inference_mode", "target_modules", "exclude_modules"),
@@ -64,30 +64,32 @@ _COMPONENTS = ("transformer", "generator")
 _OF_KOHYA = tuple(f"ss_network_{name}" for name in ("module", "args", "alpha", "dim"))
 _PATTERN = re.compile(r"\^?(?:\w|\\?\.)+\$?")
 _DIGITS = re.compile(r"-?\d{1,12}(?:\.\d{0,12})?")
-# Names of scales; those of the second kind mean it only beside the tensors themselves.
+# Names of scales; those of the second kind count only beside the tensors themselves.
 _SCALE = re.compile(
     r"(?:(?:lora|network|adapter|linear|peft)_?(?:alphas?|scale|scaling|multiplier"
     r"|strength)|alpha_pattern|(?:use_)?rslora)"
 )
 _SCALE_BESIDE = re.compile(r"alphas?|scales?|scaling|multiplier|strength")
-# In a config of a whole training these can be of anything else.
+# In the config of a whole training these can belong to other things.
 _ANYTHING = re.compile(rf"r|rank|{_SCALE_BESIDE.pattern}")
 _MERGE = "merge the adapters with the library that wrote them first"
 
 
 @dataclasses.dataclass(frozen=True)
 class Statement:
-    """One place that says how adapters are scaled.
+    """One statement about the scale of adapters.
 
     Attributes:
-      origin: Where it stands, for messages.
-      alpha: Of modules that no pattern names; None: it does not say.
-      rank: Likewise.
-      alphas: By pattern of a module's name, the first that fits.
-      ranks: Likewise.
-      rslora: Alpha is divided by the rank's square root (rsLoRA, arXiv:2312.03732).
-      is_whole: It is a whole config of PEFT, whose alpha is not the rank where missing.
-      unclear: Names of settings that may be a scale, and are not known.
+      origin: Its place, for messages.
+      alpha: Alpha of modules that no pattern names. None if not stated.
+      rank: Rank of modules that no pattern names. None if not stated.
+      alphas: Alpha by pattern of a module's name; the first match counts.
+      ranks: Rank by pattern of a module's name; the first match counts.
+      rslora: Whether alpha is divided by the rank's square root (rsLoRA,
+        arXiv:2312.03732).
+      is_whole: Whether it is a whole config of PEFT, where a missing alpha is not the
+        rank.
+      unclear: Names of unknown settings that may be a scale.
     """
 
     origin: str
@@ -106,13 +108,13 @@ class Statement:
         return _first(self.ranks, module, self.rank)
 
     def factor(self, module: str, rank: int, alpha: float | None = None):
-        """Returns what a module's update is multiplied by; None: it does not say."""
+        """Returns the factor of a module's update, or None if not stated."""
         alpha = self.alpha_of(module) if alpha is None else alpha
         return None if alpha is None else scale(alpha, rank, self.rslora)
 
 
 def scale(alpha: float, rank: int, rslora: bool) -> float:
-    """Returns what an update of this alpha and rank is multiplied by."""
+    """Returns the factor of an update of this alpha and rank."""
     return alpha / (math.sqrt(rank) if rslora else rank)
 
 
@@ -126,7 +128,7 @@ def _first(pairs, module: str, default):
 
 
 def of_tensors(alphas: Mapping[str, float]) -> Statement:
-    """Returns what the tensors `.alpha` of a file say."""
+    """Returns the statement of a file's `.alpha` tensors."""
     pairs = tuple((f"^{module}$", alpha) for module, alpha in alphas.items())
     return Statement("the file's alpha tensors", alphas=pairs)
 
@@ -134,16 +136,16 @@ def of_tensors(alphas: Mapping[str, float]) -> Statement:
 def of_peft(
     origin: str, settings: Mapping[str, Any], is_whole: bool = True
 ) -> Statement:
-    """Returns what settings of PEFT say.
+    """Returns the statement of settings of PEFT.
 
     Args:
-      origin: Where they stand, for messages.
-      settings: By name.
+      origin: Their place, for messages.
+      settings: Settings by name.
       is_whole: Whether they are a whole config of PEFT.
 
     Raises:
-      Mismatch: A setting is of a wrong type, or changes what tensors mean in a way that
-        is not read; all are listed.
+      Mismatch: A setting has a wrong type, or changes the meaning of tensors in an
+        unsupported way. All are listed.
     """
     settings = {name: _number_of(name, value) for name, value in settings.items()}
     problems = [f"{origin}: {line}" for line in _check(settings)]
@@ -161,7 +163,7 @@ def of_peft(
 
 
 def _number_of(name: str, value: Any) -> Any:
-    """Returns a setting, of text the number that it is, and ranks as integers."""
+    """Returns a setting: text as its number, and ranks as integers."""
     if isinstance(value, str) and _DIGITS.fullmatch(value):
         value = float(value)
     is_whole = isinstance(value, float) and value.is_integer()
@@ -169,40 +171,40 @@ def _number_of(name: str, value: Any) -> Any:
 
 
 def _check(settings: Mapping[str, Any]) -> Iterator[str]:
-    """Yields a line for each setting that cannot be used."""
+    """Yields a line for each unusable setting."""
     for name, value in settings.items():
         if name in _NEUTRAL and value not in (_NEUTRAL[name], None, [], {}):
             yield (
-                f"{name}={shown(value, 60)} changes what tensors mean, expected"
+                f"{name}={shown(value, 60)} changes the meaning of tensors; it must be"
                 f" {_NEUTRAL[name]!r}; {_MERGE}"
             )
         if name not in _KNOWN and value not in (None, False, [], {}, ""):
-            yield f"{shown(name, 60)}={shown(value, 60)} is not known; {_MERGE}"
+            yield f"{shown(name, 60)}={shown(value, 60)} is unknown; {_MERGE}"
     start = settings.get("init_lora_weights")
     if not any(start is one or start == one for one in _PLAIN_STARTS):
         yield (
             f"init_lora_weights={shown(start, 60)} changed the weights below the"
-            " adapters;"
-            " convert them with PEFT (path_initial_model_for_weight_conversion) first"
+            " adapters; convert them with PEFT"
+            " (path_initial_model_for_weight_conversion) first"
         )
     yield from _check_number("lora_alpha", settings.get("lora_alpha"), float)
     yield from _check_number("r", settings.get("r"), int)
     rslora = settings.get("use_rslora")
     if rslora not in (None, True, False):
-        yield f"use_rslora={shown(rslora, 60)}, expected true or false"
+        yield f"use_rslora={shown(rslora, 60)}, must be true or false"
     for name, kind in (("alpha_pattern", float), ("rank_pattern", int)):
         yield from _check_pattern(name, settings.get(name), kind)
 
 
 def _check_pattern(name: str, found: Any, kind: type) -> Iterator[str]:
     if found is not None and not isinstance(found, Mapping):
-        yield f"{name}={shown(found, 60)}, expected an object"
+        yield f"{name}={shown(found, 60)}, must be an object"
         return
     for pattern, value in (found or {}).items():
         if not _PATTERN.fullmatch(pattern):
             yield (
-                f"{name}: {shown(pattern, 60)} is a regular expression, expected names"
-                f" of modules; {_MERGE}"
+                f"{name}: {shown(pattern, 60)} is a regular expression, but must be"
+                f" names of modules; {_MERGE}"
             )
         yield from _check_number(f"{name}, {shown(pattern, 60)}", value, kind)
 
@@ -212,21 +214,21 @@ def _check_number(name: str, value: Any, kind: type) -> Iterator[str]:
     if value is None:
         return
     if type(value) not in kinds or not 0 < value < 2**31:
-        yield f"{name}={shown(value, 60)}, expected a number above 0"
+        yield f"{name}={shown(value, 60)}, must be a number above 0"
 
 
 def of_sections(
     origin: str, content: Mapping[str, Any]
 ) -> tuple[list[Statement], list[str]]:
-    """Returns what a header or a checkpoint's entries say, and what is not used.
+    """Returns the statement of a header or checkpoint, and its unused entries.
 
-    Settings stand at the top, in a section for adapters, or there as JSON; those of
+    Settings are at the top, in a section for adapters, or in JSON there. Those of
     kohya's trainers begin with `ss_`.
 
     Raises:
       Mismatch: As `of_peft`.
     """
-    # Those who write headers put names in any order.
+    # Names in headers come in any order.
     named = sorted(content.items(), key=lambda pair: str(pair[0]))
     pairs = [(_plain_name(name), _parsed(value)) for name, value in named]
     content, statements, unused = dict(pairs), [], []
@@ -239,7 +241,7 @@ def of_sections(
             inner = _component(f"{origin}, {name}", value)
             statements.append(of_peft(f"{origin}, {name}", inner))
         elif name in ("config", "args") and isinstance(value, Mapping):
-            # There `rank` can be a process, and `alpha` anything.
+            # There `rank` can be a process index, and `alpha` anything.
             plain = {k: v for k, v in value.items() if not _ANYTHING.fullmatch(k)}
             statements += of_sections(f"{origin}, {name}", plain)[0]
             unused.append(name)
@@ -258,7 +260,7 @@ def of_sections(
 
 
 def _plain_name(name: Any) -> str:
-    """Returns the name of a setting in small letters, without its component."""
+    """Returns the name of a setting in lower case, without its component."""
     start, dot, rest = str(name).partition(".")
     return (rest if dot and start in _COMPONENTS else str(name)).lower()
 
@@ -266,7 +268,7 @@ def _plain_name(name: Any) -> str:
 def _scales_in(
     name: str, value: Any, beside: re.Pattern | None = None
 ) -> Iterator[str]:
-    """Yields the names in a setting, or within it, that may be those of a scale."""
+    """Yields names, of or within a setting, that may be a scale."""
     if value in (None, False, "", [], {}):
         return
     if any(one and one.fullmatch(name) for one in (_SCALE, beside)):
@@ -278,9 +280,9 @@ def _scales_in(
 
 
 def _parsed(value: Any) -> Any:
-    """Returns a plain value: of a header's text the JSON in it, of a tensor its number.
+    """Returns a plain value: the JSON in a header's text, or the number in a tensor.
 
-    Names are text: a checkpoint may have others.
+    Names that are not text, which a checkpoint may have, are dropped.
     """
     if isinstance(value, Mapping):
         return {str(name): _parsed_within(one) for name, one in value.items()}
@@ -306,10 +308,10 @@ def _parsed_within(value: Any) -> Any:
 
 
 def _component(origin: str, section: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a section's settings of PEFT; diffusers puts a component before each.
+    """Returns a section's settings of PEFT, without the component that diffusers adds.
 
     Raises:
-      Mismatch: They are of another component than the transformer.
+      Mismatch: A setting belongs to another component than the transformer.
     """
     found, problems = {}, []
     for name, value in section.items():
@@ -320,7 +322,7 @@ def _component(origin: str, section: Mapping[str, Any]) -> dict[str, Any]:
         plain = rest if dot else name
         if plain == "type" and str(value).lower() != "lora":
             kind = shown(value, 60)
-            problems.append(f"{origin}: type={kind}, expected 'lora'; {_MERGE}")
+            problems.append(f"{origin}: type={kind}, must be 'lora'; {_MERGE}")
         if plain not in _OF_TRAINERS:
             found[_NAMES.get(plain, plain)] = value
     if problems:
@@ -329,28 +331,28 @@ def _component(origin: str, section: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_kohya(origin: str, header: Mapping[str, Any]) -> Statement:
-    """Returns what the header of kohya's trainers says; alpha 0 or none is the rank."""
+    """Returns the statement of kohya's header; a missing or 0 alpha is the rank."""
     module = header.get("ss_network_module") or "networks.lora"
     args = header.get("ss_network_args") or {}
     problems = []
     last = str(module).rpartition(".")[2]
     algorithm = args.get("algo", "lora") if isinstance(args, Mapping) else args
     if not last.startswith("lora") and last != "kohya":
-        problems.append(f"ss_network_module={shown(module, 60)}, expected one of LoRA")
+        problems.append(f"ss_network_module={shown(module, 60)}, must be a LoRA module")
     if algorithm not in ("lora", "locon"):
         found = shown(algorithm, 60)
-        problems.append(f"ss_network_args: algo={found}, expected 'lora'")
+        problems.append(f"ss_network_args: algo={found}, must be 'lora'")
     for name in ("dora_wd", "rs_lora", "use_tucker", "use_scalar", "wd_on_output"):
         if isinstance(args, Mapping) and args.get(name) not in (None, False, "False"):
             found = shown(args[name], 60)
-            problems.append(f"ss_network_args: {name}={found} is not read")
+            problems.append(f"ss_network_args: {name}={found} is not supported")
     numbers = {"lora_alpha": "ss_network_alpha", "r": "ss_network_dim"}
     said = {}
     for ours, name in numbers.items():
         value = header.get(name)
         if isinstance(value, float) and value.is_integer() and ours == "r":
             value = int(value)
-        # Files that a tool resized say "Dynamic": their tensors have the numbers.
+        # Files of resizing tools hold "Dynamic": their tensors have the numbers.
         if value not in (None, 0, "Dynamic"):
             said[ours] = value
             problems += _check_number(name, value, int if ours == "r" else float)
@@ -361,14 +363,14 @@ def _of_kohya(origin: str, header: Mapping[str, Any]) -> Statement:
 
 @dataclasses.dataclass(frozen=True)
 class Scales:
-    """How adapters are scaled.
+    """The scale of adapters.
 
     Attributes:
-      factors: By module, what its `lora_B` is multiplied by.
-      alpha: So that alpha / rank is the factor of all modules; where they differ, the
-        rank: the factors are then in the tensors alone.
-      rank: The largest.
-      notes: What was used, and from where.
+      factors: Factor of `lora_B` by module.
+      alpha: Alpha, where alpha / rank is the factor of all modules. If factors differ,
+        alpha is the rank, and only the tensors hold the factors.
+      rank: The largest rank.
+      notes: Notes on the values used and their origin.
     """
 
     factors: Mapping[str, float]
@@ -378,7 +380,7 @@ class Scales:
 
     @property
     def different(self) -> list[float]:
-        """The factors where modules differ, else nothing."""
+        """The factors if modules differ, else an empty dict."""
         values = sorted(set(self.factors.values()))
         return values if len(values) > 1 else []
 
@@ -389,28 +391,27 @@ def settle(
     given: float | None,
     default: str | None,
 ) -> Scales:
-    """Returns the scale of each module, of all that is said about it.
+    """Returns the scale of each module from all statements.
 
     Args:
-      ranks: By module, of its tensors.
-      statements: What the files say.
-      given: Alpha as the user gave it: it wins over all statements, and is reported.
-      default: Why alpha may be taken to be the rank where nothing says it; None: it may
-        not.
+      ranks: Rank of the tensors by module.
+      statements: The statements of the files.
+      given: Alpha from the user. It overrides all statements, and is reported.
+      default: Reason why a missing alpha means the rank. None if it does not.
 
     Raises:
       Mismatch: The tensors have other ranks than stated, or statements disagree.
-      UserError: Nothing says alpha, or what the user gave is no alpha.
+      UserError: Alpha is not stated, or the user's alpha is invalid.
     """
     if given is not None and (type(given) not in (int, float) or not 0 < given < 2**31):
-        raise UserError(f"alpha={given!r}: expected a number above 0")
+        raise UserError(f"alpha={given!r}: must be a number above 0")
     problems, factors, silent = [], {}, []
     for one in statements if given is None else ():
         if one.unclear:
             names = ", ".join(one.unclear[:6])
             problems.append(
-                f"{one.origin}: {names:.200} may scale the adapters, and is not read;"
-                " give what they are scaled by with --alpha"
+                f"{one.origin}: {names:.200} may scale the adapters but is not"
+                " supported; give their alpha with --alpha"
             )
     rslora = any(one.rslora for one in statements)
     for module, rank in ranks.items():
@@ -432,9 +433,9 @@ def settle(
         raise Mismatch(problems)
     if silent and (default is None or len(silent) < len(ranks)):
         raise UserError(
-            f"nothing says alpha of {len(silent)} of {len(ranks)} adapted modules, such"
-            f" as {silent[0]}; give --alpha=NUMBER as in the settings of the training"
-            f" (their rank is {ranks[silent[0]]})"
+            f"alpha is not stated for {len(silent)} of {len(ranks)} adapted modules,"
+            f" such as {silent[0]}; give --alpha=NUMBER as in the settings of the"
+            f" training (their rank is {ranks[silent[0]]})"
         )
     return _scales(ranks, factors, statements, given, default if silent else None)
 
@@ -453,7 +454,7 @@ def _scales(ranks, factors, statements, given, default) -> Scales:
     if len(values) == 1:
         alpha = values.pop() * largest
         alpha = round(alpha) if math.isclose(alpha, round(alpha)) else alpha
-        # As it is written, since the weights' digest takes it so.
+        # Exactly as written, because the weights' digest includes it.
         said = (given, *(one.alpha for one in statements))
         alpha = next((one for one in said if one == alpha), alpha)
     notes = list(_notes(ranks, factors, statements, given, default))
@@ -472,14 +473,14 @@ def _notes(ranks, factors, statements, given, default) -> Iterator[str]:
                 found = ", ".join(f"{alpha:g}" for alpha in sorted(alphas)[:4])
                 yield f"--alpha replaces alpha {found} of {one.origin}"
     elif default:
-        yield f"alpha is taken to be the rank, factor 1: {default}"
+        yield f"alpha is assumed to be the rank, so the factor is 1: {default}"
     for one in speaking if given is None else ():
         alphas = sorted({one.alpha_of(module) for module in ranks} - {None})
         found = ", ".join(f"{alpha:g}" for alpha in alphas[:4])
         yield f"alpha {found} of {one.origin} is used{root}"
     if len(set(ranks.values())) > 1:
         lowest, highest = min(ranks.values()), max(ranks.values())
-        yield f"ranks from {lowest} to {highest}: filled up with zeros to {highest}"
+        yield f"ranks from {lowest} to {highest}: padded with zeros to {highest}"
     if len(set(factors.values())) > 1:
         low, high = min(factors.values()), max(factors.values())
         yield f"modules have different factors, from {low:g} to {high:g}"

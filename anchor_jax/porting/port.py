@@ -2,15 +2,13 @@
 
 import dataclasses
 import functools
-import math
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from flax import traverse_util
 
+from anchor_jax import trees
 from anchor_jax.errors import UserError, suggest
 from anchor_jax.io import expand
 from anchor_jax.porting import adapters, companions, lora_settings, sources
@@ -28,19 +26,20 @@ from anchor_jax.porting.settings import (
 )
 from anchor_jax.porting.sources import Source
 from anchor_jax.sampling.methods import METHODS
-from anchor_jax.wan import dit, lora
-from anchor_jax.wan.spec import ModelConfig
-from anchor_jax.wan.text import TextConfig, Umt5Encoder
+from anchor_jax.wan import lora, shapes
+from anchor_jax.wan.spec import WAN_2_1
+from anchor_jax.wan.text import TextConfig
 from anchor_jax.wan.tokenizer import (
     SPIECE_NOTE,
     FastTokenizer,
     SentencePieceTokenizer,
 )
-from anchor_jax.wan.vae import WanVae
+from anchor_jax.wan.vae import VaeConfig
 from anchor_jax.weights import checkpoint
-from anchor_jax.weights.checkpoint import Lazy
 
 _NOT_SIZES = ("dtype", "param_dtype", "remat", "unroll", "conv")
+# Sizes that older versions do not know, with the value that they take.
+_ADDED = {"pixel_patch": VaeConfig.pixel_patch}
 # The first existing file is used.
 _TOKENIZERS = {
     "tokenizer/tokenizer.json": FastTokenizer,
@@ -55,7 +54,7 @@ _MISSING = {
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Plan:
+class PortPlan:
     """A checked plan of the checkpoint to write.
 
     Attributes:
@@ -80,13 +79,13 @@ class Plan:
     @property
     def write_bytes(self) -> int:
         """Bytes of the arrays."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(dict(self.items)))
+        return trees.nbytes(dict(self.items))
 
     @property
     def peak_bytes(self) -> int:
         """Peak memory in bytes: the largest leaf, twice because it is encoded."""
         leaves = jax.tree.leaves(dict(self.items))
-        return 2 * max((leaf.nbytes for leaf in leaves), default=0)
+        return 2 * max(map(trees.leaf_nbytes, leaves), default=0)
 
     def missing(self) -> dict[str, str]:
         """Returns the missing parts that sampling needs, and how to add each."""
@@ -107,7 +106,7 @@ def plan(
     critic: bool = False,
     alpha: float | None = None,
     method: str | None = None,
-) -> Plan:
+) -> PortPlan:
     """Returns the plan of a conversion after all checks; writes nothing.
 
     Args:
@@ -129,19 +128,19 @@ def plan(
     problems: list[str] = []
     networks = _configs(found, problems)
     scales = _scales(found.get("lora"), alpha, problems)
-    trees = {}
+    parts = {}
     for item, source in found.items():
         try:
-            trees[item] = _tree(source, networks, scales)
+            parts[item] = _tree(source, networks, scales)
         except Mismatch as mismatch:
             problems += mismatch.problems
     if problems:
         raise Mismatch(problems)
     files = _companions(wan, networks.get("text_encoder"))
     notes = _notes(found, networks, scales, files)
-    return Plan(
-        items=_items(trees),
-        meta={**_meta(method, found, networks, trees, scales), "notes": notes},
+    return PortPlan(
+        items=_items(parts),
+        meta={**_meta(method, found, networks, parts, scales), "notes": notes},
         sources=tuple(found.values()),
         files=files,
         notes=notes,
@@ -149,7 +148,7 @@ def plan(
 
 
 def run(
-    plan: Plan,
+    plan: PortPlan,
     out: str | pathlib.Path,
     progress: Callable[[int], None] | None = None,
     overwrite: bool = False,
@@ -188,7 +187,7 @@ def run(
     return meta
 
 
-def _watched(plan: Plan, item: str, watch: Watch) -> Any:
+def _watched(plan: PortPlan, item: str, watch: Watch) -> Any:
     """Returns an item's tree, whose values are checked while it is written."""
     layouts = {source.item: source.layout for source in plan.sources}
     tables = {"": table_of(item, layouts[item])}
@@ -327,7 +326,7 @@ def _tree(source: Source, configs: Mapping[str, Any], scales: Scales | None) -> 
     """
     table = table_of(source.item, source.layout)
     item = "generator" if source.item in ("fake_score", "lora") else source.item
-    expected = _expected(configs[item]) if item in configs else None
+    expected = shapes.of(configs[item]) if item in configs else None
     if source.item != "lora":
         return convert_lazily(source.arrays, table, expected)
     layers = configs[item].num_layers if item in configs else None
@@ -342,14 +341,14 @@ def _expected_adapters(params: Any, arrays: Mapping[str, Any], table, source) ->
     """Returns the shapes of adapters for the layers that have adapters."""
     rank = max(source.adapters.ranks.values(), default=1)
     start = functools.partial(lora.init, rank=rank, rng=jax.random.key(0))
-    every = traverse_util.flatten_dict(jax.eval_shape(start, params), sep="/")
+    every = trees.flatten(jax.eval_shape(start, params))
     present = set()
     for name in arrays:
         for rule in table:
             if (fields := rule.match_source(name)) is not None:
                 present.add(fill(rule.target, fields))
     found = {path: leaf for path, leaf in every.items() if path in present}
-    return traverse_util.unflatten_dict(found, sep="/")
+    return trees.unflatten(found)
 
 
 def _notes(found, networks, scales: Scales | None, files) -> tuple[str, ...]:
@@ -371,23 +370,9 @@ def _notes(found, networks, scales: Scales | None, files) -> tuple[str, ...]:
     return tuple(notes)
 
 
-@functools.cache
-def _expected(config: Any) -> Any:
-    """Returns the shapes of a network's parameters."""
-    rng = jax.random.key(0)
-    if isinstance(config, ModelConfig):
-        return jax.eval_shape(functools.partial(dit.init_params, config), rng)
-    if isinstance(config, TextConfig):
-        ids = jnp.zeros((1, 2), jnp.int32)
-        return jax.eval_shape(Umt5Encoder(config).init, rng, ids, ids)["params"]
-    size = 2 * config.spatial_stride
-    pixels = jnp.zeros((1, 1 + config.temporal_stride, size, size, 3))
-    return jax.eval_shape(WanVae(config).init, rng, pixels)["params"]
-
-
-def _items(trees: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the trees in the layout of the checkpoint's items."""
-    items = dict(trees)
+def _items(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the networks' trees in the layout of the checkpoint's items."""
+    items = dict(parts)
     adapters = items.pop("lora", None)
     for name in ("generator", "fake_score"):
         if name in items:
@@ -397,7 +382,7 @@ def _items(trees: Mapping[str, Any]) -> dict[str, Any]:
     return items
 
 
-def _meta(method, found, configs, trees, scales) -> dict[str, Any]:
+def _meta(method, found, configs, parts, scales) -> dict[str, Any]:
     entries = [
         {
             "item": item,
@@ -414,9 +399,9 @@ def _meta(method, found, configs, trees, scales) -> dict[str, Any]:
     totals = {
         item: {
             "tensors": len(found[item].arrays),
-            "parameters": _parameters(tree),
+            "parameters": trees.count(tree),
         }
-        for item, tree in trees.items()
+        for item, tree in parts.items()
     }
     return {
         "format_version": checkpoint.FORMAT_VERSION,
@@ -434,12 +419,9 @@ def sizes_of(config: Any) -> dict[str, Any] | None:
     if config is None:
         return None
     fields = dataclasses.asdict(config)
-    return {name: value for name, value in fields.items() if name not in _NOT_SIZES}
-
-
-def _parameters(tree: Any) -> int:
-    leaves: list[Lazy] = jax.tree.leaves(tree)
-    return sum(math.prod(leaf.shape) for leaf in leaves)
+    unknown = {name for name, value in _ADDED.items() if fields.get(name) == value}
+    left_out = unknown.union(_NOT_SIZES)
+    return {name: value for name, value in fields.items() if name not in left_out}
 
 
 def _companions(wan: Any, text: TextConfig | None) -> dict[str, pathlib.Path]:
@@ -459,7 +441,7 @@ def _companions(wan: Any, text: TextConfig | None) -> dict[str, pathlib.Path]:
 def _check_tokenizer(kind, path: pathlib.Path, text: TextConfig | None) -> None:
     remedy = "use the tokenizer of google/umt5-xxl"
     try:
-        tokenizer = kind(path, 512)
+        tokenizer = kind(path, WAN_2_1.text_len)
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} is not a tokenizer of UMT5: {error}; {remedy}"

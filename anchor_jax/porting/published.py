@@ -1,20 +1,22 @@
-"""Config files of published folders, with the keys that their libraries know.
+"""Config files of published folders, with keys that their libraries know.
 
-A key that a class does not know is reported by diffusers as a mistake, so none is here.
+diffusers warns about keys that a class does not know, so there are none.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
+from anchor_jax.wan.spec import WAN_2_1
+
 # The version whose folders these are: that of the published Wan2.1 folders.
 _DIFFUSERS = {"_diffusers_version": "0.33.0"}
 _FAST = "PreTrainedTokenizerFast"
-TEXT_LEN = 512
+TEXT_LEN = WAN_2_1.text_len
 """Tokens to which `WanPipeline` pads a prompt unless it is given another length."""
 LORA_FILE = "pytorch_lora_weights.safetensors"
 LORA_PREFIX = "transformer."
 LORA_METADATA = "lora_adapter_metadata"
-"""Where the header of diffusers' LoRA files has their settings, as JSON."""
+"""Name of the header entry with the settings of diffusers' LoRA files, as JSON."""
 
 SCHEDULER = {
     "_class_name": "UniPCMultistepScheduler",
@@ -44,7 +46,7 @@ SCHEDULER = {
     "use_flow_sigmas": True,
     "use_karras_sigmas": False,
 }
-"""The scheduler of the published folder for 480 x 832."""
+"""Scheduler of the published folder for 480 x 832."""
 
 
 def transformer(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,13 +129,13 @@ def vae(sizes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tokenizer(ends: bool, extra_ids: int, text_len: int) -> dict[str, Any]:
-    """Returns a tokenizer's config, for a source that has none.
+    """Returns a tokenizer's config for a source without one.
 
     Args:
-      ends: whether there is a `tokenizer.json` that appends `</s>`; it is then used as
-        it is. Otherwise transformers builds a T5 tokenizer.
-      extra_ids: how many sentinels follow the vocabulary of a `spiece.model`.
-      text_len: tokens that the text encoder keeps.
+      ends: whether a `tokenizer.json` exists that appends `</s>`, which is then used
+        unchanged. Otherwise transformers builds a T5 tokenizer.
+      extra_ids: number of sentinels after the vocabulary of a `spiece.model`.
+      text_len: number of tokens that the text encoder takes.
     """
     special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     shared = {**special, "model_max_length": text_len}
@@ -146,14 +148,14 @@ def model_index(tokenizer: Any, scheduler: Any) -> dict[str, Any]:
     """Returns the list of a pipeline's parts.
 
     Args:
-      tokenizer: class that its config names, of whatever type that is.
-      scheduler: likewise.
+      tokenizer: class named in its config.
+      scheduler: class named in its config.
     """
     tokenizer, scheduler = (
         name if isinstance(name, str) and name.isidentifier() else None
         for name in (tokenizer, scheduler)
     )
-    # Names that both transformers 4 and 5 have.
+    # Names that exist in both transformers 4 and 5.
     names = {"T5Tokenizer": "T5TokenizerFast", "TokenizersBackend": _FAST}
     tokenizer = tokenizer or "T5TokenizerFast"
     return {

@@ -1,5 +1,6 @@
-"""Weights that are not read, recognised by their names, with what to do instead."""
+"""Recognises unsupported weights by their names, and tells what to do instead."""
 
+import math
 import pathlib
 import re
 from collections.abc import Iterable, Mapping
@@ -9,12 +10,13 @@ import numpy as np
 
 from anchor_jax.errors import UserError
 from anchor_jax.filetypes import unfinished_in
+from anchor_jax.wan.spec import WAN_2_1
 
 _ADAPTERS = (
     r"\.lora_[AB]\b|\.lora_(down|up)\.|^lora_|\.lora\.(down|up)\.|lora_linear_layer"
     r"|\.hada_w|\.lokr_w"
 )
-# In this order: what a network has beyond another one comes first.
+# In this order: networks with additional parts come first.
 _KINDS = tuple(
     (kind, re.compile(pattern))
     for kind, pattern in {
@@ -62,14 +64,14 @@ _REMEDIES = {
     "text_encoder": "put it into the folder of --wan",
     "vae": "put it into the folder of --wan",
 }
-_OTHERWISE = "expected a file of Wan2.1 text to video (T2V), 1.3B or 14B"
+_OTHERWISE = "give a file of Wan2.1 text to video (T2V), 1.3B or 14B"
 
 _QUANTISED = re.compile(
     r"(^|\.)scaled_fp8$|\.scale_(weight|input)$|\.(weight|input)_scale(_inv|_2)?$"
     r"|\.comfy_quant$|\.(absmax|quant_map|quant_state.*|SCB|qweight|qzeros)$"
 )
 _TAKE_WIDE = (
-    "quantised weights are not read; take the file of the same weights in bfloat16,"
+    "quantised weights are not supported; use the file of the same weights in bfloat16,"
     " float16 or float32"
 )
 ADAPTER_FILES = (
@@ -80,7 +82,7 @@ _PARTS = ("mp_rank_*_model_states.pt", "zero_pp_rank_*", "*_optim_states.pt")
 
 
 def kind_of(names: Iterable[str]) -> str | None:
-    """Returns what the names of weights are: a network's item, or another kind."""
+    """Returns the kind of weights by their names: a network's item, or another kind."""
     names = list(names)
     for kind, pattern in _KINDS:
         if any(pattern.search(name) for name in names):
@@ -91,12 +93,12 @@ def kind_of(names: Iterable[str]) -> str | None:
 def check_network(
     path: pathlib.Path, item: str, arrays: Mapping[str, np.ndarray]
 ) -> None:
-    """Raises `UserError` if plain names are known to be of something else.
+    """Raises `UserError` if plain names are those of other known weights.
 
     Args:
-      path: What messages name.
-      item: What they should be: generator, text_encoder or vae.
-      arrays: By plain name.
+      path: The file, for messages.
+      item: The expected item: generator, text_encoder or vae.
+      arrays: Arrays by plain name.
     """
     check_values(path, arrays)
     kind = kind_of(arrays)
@@ -108,11 +110,11 @@ def check_network(
 
 
 def check_values(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
-    """Raises `UserError` if weights are quantised, or parts of sharded ones."""
+    """Raises `UserError` if weights are quantised, or parts of sharded weights."""
     flat = [name for name in arrays if name.endswith("_flat_param")]
     if flat:
         raise UserError(
-            f"{path} holds flat parameters of FSDP ({flat[0]!r:.120}), of one process"
+            f"{path} holds flat parameters of FSDP ({flat[0]!r:.120})of one process"
             " each; save them again with StateDictType.FULL_STATE_DICT"
         )
     marks = [name for name in arrays if _QUANTISED.search(name)]
@@ -127,12 +129,12 @@ def check_values(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
 
 
 def _check_channels(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Raises `UserError` if a transformer takes other channels than it gives."""
+    """Raises `UserError` if a transformer's input and output channels differ."""
     patch = arrays.get("patch_embedding.weight")
     head = arrays.get("head.head.bias", arrays.get("proj_out.bias"))
     if patch is None or head is None or patch.ndim != 5 or head.ndim != 1:
         return
-    taken, given = patch.shape[1], head.shape[0] // 4
+    taken, given = patch.shape[1], head.shape[0] // math.prod(WAN_2_1.patch)
     if taken != given:
         raise UserError(
             f"{path} takes {taken} channels and gives {given}: a transformer for image"
@@ -145,7 +147,7 @@ def _check_channels(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> Non
 
 
 def check_name(path: pathlib.Path) -> None:
-    """Raises `UserError` if a file's name says that it is one part of something."""
+    """Raises `UserError` if a file's name shows that it is only one part."""
     name = path.name
     if re.search(r"(high|low)[_-]?noise", name, re.IGNORECASE):
         raise UserError(
@@ -161,7 +163,7 @@ def check_name(path: pathlib.Path) -> None:
 
 
 def check_folder(folder: pathlib.Path) -> None:
-    """Raises `UserError` if a folder is of a known kind that is not read."""
+    """Raises `UserError` if a folder is of a known but unsupported kind."""
     if (folder / ".metadata").is_file() or any(folder.glob("*.distcp")):
         raise UserError(_distributed(folder))
     parts = [*_PARTS, "zero_to_fp32.py"]
@@ -181,36 +183,36 @@ def check_folder(folder: pathlib.Path) -> None:
 
 
 def explain(folder: pathlib.Path) -> None:
-    """Raises `UserError` if it is known why a folder lacks a network."""
+    """Raises `UserError` if the reason for a missing network is known."""
     if unfinished := unfinished_in(folder):
         raise UserError(
-            f"{folder}: a download is unfinished ({', '.join(unfinished)}); let it end,"
-            " or start it again"
+            f"{folder}: a download is unfinished ({', '.join(unfinished)}); let it"
+            " finish, or start it again"
         )
     if packed := sorted(place.name for place in folder.glob("*.gguf")):
         raise UserError(f"{folder / packed[0]} is in the GGUF format; {_TAKE_WIDE}")
 
 
 def explain_nothing(folder: pathlib.Path) -> None:
-    """Raises `UserError` if it is known what a folder without networks is."""
+    """Raises `UserError` if a folder without networks is of a known kind."""
     explain(folder)
     if any((folder / name).is_file() for name in ADAPTER_FILES):
         raise UserError(
-            f"{folder} holds {_WORDS['adapters']} alone; {_REMEDIES['adapters']}"
+            f"{folder} holds only {_WORDS['adapters']}; {_REMEDIES['adapters']}"
         )
 
 
 def _distributed(folder: pathlib.Path) -> str:
     return (
-        f"{folder} is a checkpoint of torch.distributed.checkpoint, in parts; make one"
-        " file of it where PyTorch is installed, and give that: python -m"
+        f"{folder} is a checkpoint of torch.distributed.checkpoint, in parts; convert"
+        " it to one file where PyTorch is installed, and give that file: python -m"
         f" torch.distributed.checkpoint.format_utils dcp_to_torch {folder} OUT.pt"
     )
 
 
 def _deepspeed(folder: pathlib.Path) -> str:
     return (
-        f"{folder} is a checkpoint of DeepSpeed, in parts; make one file of it with the"
-        " script that DeepSpeed puts beside it, and give that: python zero_to_fp32.py"
-        f" {folder} OUT"
+        f"{folder} is a checkpoint of DeepSpeed, in parts; convert it to one file with"
+        " the script that DeepSpeed writes beside it, and give that file: python"
+        f" zero_to_fp32.py {folder} OUT"
     )

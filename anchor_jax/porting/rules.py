@@ -1,7 +1,7 @@
 """The tables: official parameter names and ours, network by network.
 
-Source of the official names: porting/README.md, "Names"; those ending
-in `_DIFFUSERS` and `_TRANSFORMERS` are of these libraries.
+Source of the official names: porting/README.md, "Names". Tables ending in `_DIFFUSERS`
+and `_TRANSFORMERS` have the names of these libraries.
 """
 
 from anchor_jax.porting.convert import Rule
@@ -33,7 +33,7 @@ _T5_LAYER = "encoder.block.{layer}.layer"
 _T5_ATTENTION = _T5_LAYER + ".0.SelfAttention"
 _T5_FFN = _T5_LAYER + ".1.DenseReluDense"
 
-# What a file may hold beside its table: the same array under another name.
+# Second names that a file may hold for arrays of its table.
 UMT5_ALIAS = ("encoder.embed_tokens.weight", "shared.weight")
 
 UMT5_TRANSFORMERS = (
@@ -176,8 +176,9 @@ def _linear(source: str, target: str) -> tuple[Rule, Rule]:
     return _layer(source, target, _LINEAR)
 
 
-# The linear layers inside the transformer's blocks: those that adapters go on. Keys and
-# values of the prompt do not depend on the video, so ours stand apart from the blocks.
+# The linear layers inside the transformer's blocks: those that adapters change.
+# Keys and values of the prompt do not depend on the video, so ours are
+# outside the blocks.
 _BLOCK_LINEAR = (
     ("blocks.{layer}.self_attn.{part:q|k|v|o}", "blocks/self_attn/{part}"),
     ("blocks.{layer}.cross_attn.{part:q|o}", "blocks/cross_attn/{part}"),
@@ -229,12 +230,12 @@ def _dit(
     """Returns the transformer's table for one way of naming.
 
     Args:
-      linear: Pairs of names of the linear layers.
-      own: The self-attention.
-      cross: The attention to the prompt.
-      norm: The norm before it.
-      block_table: The modulation of a block.
-      head_table: The modulation of the head.
+      linear: Pairs of names for the linear layers.
+      own: Name of the self-attention.
+      cross: Name of the attention to the prompt.
+      norm: Name of the norm before `cross`.
+      block_table: Name of a block's modulation.
+      head_table: Name of the head's modulation.
     """
     block = "blocks.{layer}."
     return (
@@ -280,7 +281,7 @@ PEFT = "base_model.model."
 
 
 def _adapters(linear: tuple[tuple[str, str], ...]) -> tuple[Rule, ...]:
-    """Returns the table of the adapters on some linear layers."""
+    """Returns the table of adapters on some linear layers."""
     return tuple(
         rule
         for source, target in linear

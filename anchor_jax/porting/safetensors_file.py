@@ -1,4 +1,4 @@
-"""Files of safetensors: their arrays as views of a map, and what their header says."""
+"""Safetensors files: arrays as views of a mapping, and the texts of the header."""
 
 import json
 import math
@@ -35,10 +35,10 @@ _SAFETENSORS_DTYPES = {
 
 
 def open_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Returns the arrays of a file by name, read-only views of a mapping of it.
+    """Returns the arrays of a file by name, as read-only views of a mapping.
 
     Raises:
-      UserError: There is no such file, or its header is not right.
+      UserError: The file does not exist, or its header is damaged.
     """
     return open_with_header(path)[0]
 
@@ -48,7 +48,7 @@ def open_with_header(
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Returns the arrays of a file, and the texts in its header's `__metadata__`.
 
-    Raises: as `open_safetensors`.
+    Raises is that of `open_safetensors`.
     """
     check_start(path)
     try:
@@ -63,22 +63,22 @@ def open_with_header(
         if not isinstance(said, dict) or not all(
             isinstance(value, str) for value in said.values()
         ):
-            raise ValueError("its __metadata__ is no object of texts")
+            raise ValueError("its __metadata__ is not an object of texts")
         return dict(_views(header, data, start, length)), said
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{path} is no whole safetensors file: {error}; download it again"
+            f"{path} is not a complete safetensors file: {error}; download it again"
         ) from error
 
 
 def _header(data: mmap.mmap, length: int) -> tuple[dict[str, Any], int]:
-    """Returns the header of a file, and where its data starts."""
+    """Returns the header of a file, and the offset of its data."""
     size = int.from_bytes(data[:8], "little")
     if length < 8 or size > min(length - 8, _MAX_HEADER):
         raise ValueError(f"a header of {size} bytes in a file of {length}")
     header = json.loads(data[8 : 8 + size].decode("utf-8"))
     if not isinstance(header, dict):
-        raise ValueError("its header is no object")
+        raise ValueError("its header is not an object")
     return header, 8 + size
 
 
@@ -102,7 +102,7 @@ def _views(
 
 
 def _entry(name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], tuple[int, int]]:
-    """Returns type, shape and span in bytes of a tensor, or raises."""
+    """Returns type, shape and span in bytes of a tensor."""
     if len(name) > _MAX_NAME:
         raise ValueError(f"a name of {len(name)} characters")
     try:

@@ -1,4 +1,4 @@
-"""Safetensors files, written tensor after tensor, whole or in shards."""
+"""Writes safetensors files tensor by tensor, whole or in shards."""
 
 import dataclasses
 import itertools
@@ -9,9 +9,8 @@ from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
-from flax import traverse_util
 
-from anchor_jax import io
+from anchor_jax import io, trees
 from anchor_jax.errors import UserError
 from anchor_jax.porting.convert import Place, places
 from anchor_jax.porting.rules import UMT5_ALIAS
@@ -23,14 +22,14 @@ _WRITTEN = {
 }
 
 Read = Callable[[str], np.ndarray]
-"""Returns a leaf by its path."""
+"""A function from a path to a leaf."""
 Progress = Callable[[int], None] | None
-"""Called with bytes written."""
+"""A function that is called with the number of bytes written."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One tensor to be written: where it comes from, and how it is described."""
+    """One tensor to write: its place in the tree and its description."""
 
     name: str
     place: Place
@@ -43,11 +42,11 @@ class Tensor:
 
 
 def tensors_of(tree: Any, table: tuple) -> list[Tensor]:
-    """Returns the tensors of a tree of shapes, those of one leaf side by side.
+    """Returns the tensors of a tree of shapes, those of one leaf together.
 
-    The widest types come first, so that every tensor starts at a multiple of its width.
+    The widest types come first, so that each tensor starts at a multiple of its width.
     """
-    leaves = traverse_util.flatten_dict(tree, sep="/")
+    leaves = trees.flatten(tree)
     wrong = sorted({str(leaf.dtype) for leaf in leaves.values()} - _names())
     if wrong:
         raise UserError(f"types {', '.join(wrong)}, expected {', '.join(_names())}")
@@ -64,7 +63,7 @@ def _names() -> set[str]:
 
 
 def with_alias(tensors: list[Tensor]) -> list[Tensor]:
-    """Returns the tensors of a text encoder with its embedding under both its names."""
+    """Returns the tensors of a text encoder, its embedding under both names."""
     alias, name = UMT5_ALIAS
     at = next(at for at, one in enumerate(tensors) if one.name == name)
     again = dataclasses.replace(tensors[at], name=alias)
@@ -79,15 +78,15 @@ def write(
     limit: int | None = None,
     progress: Progress = None,
 ) -> None:
-    """Writes tensors as one file, or as shards and their index.
+    """Writes tensors to one file, or to shards and their index.
 
     Args:
-      folder: Is made if need be.
-      stem: The file's name before `.safetensors`.
-      tensors: Those of one leaf side by side.
-      read: Returns a leaf by its path.
-      limit: Bytes in a file, None for no limit.
-      progress: Called with bytes written.
+      folder: The folder, which is created if missing.
+      stem: Name of the file before `.safetensors`.
+      tensors: The tensors, those of one leaf together.
+      read: Function from a path to a leaf.
+      limit: Largest number of bytes in a file, or None.
+      progress: Called with the number of bytes written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shards = _split(tensors, limit)
@@ -106,7 +105,7 @@ def write(
 
 
 def _split(tensors: Sequence[Tensor], limit: int | None) -> list[list[Tensor]]:
-    """Returns the tensors in runs of at most `limit` bytes, or one tensor."""
+    """Returns the tensors in groups of at most `limit` bytes, or of one tensor."""
     runs: list[list[Tensor]] = [[]]
     size = 0
     for one in tensors:
@@ -125,7 +124,7 @@ def write_file(
     progress: Progress,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a safetensors file: its header, then tensor after tensor."""
+    """Writes a safetensors file: the header, then the tensors one by one."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for one in tensors:
@@ -146,5 +145,5 @@ def write_file(
             file.write(part.reshape(-1).view(np.uint8).data)
             if progress:
                 progress(one.nbytes)
-        # Or else two leaves would be in memory while the next one is read.
+        # Otherwise two leaves would be in memory while the next leaf is read.
         del leaf, part

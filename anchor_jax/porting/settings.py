@@ -1,7 +1,7 @@
-"""Sizes of the networks, from their tensors and from the settings beside them.
+"""Sizes of the networks, from their tensors and their settings files.
 
-Every setting of a `config.json` is used, has the one value that the network here has,
-is known not to change what the network computes, or is refused by name.
+Every setting of a `config.json` is used, has the only supported value, is known not to
+change the network's results, or is refused by name.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any
 from anchor_jax.porting.convert import Mismatch, num_layers, shape_of
 from anchor_jax.porting.rules import table_of
 from anchor_jax.porting.sources import Source
-from anchor_jax.wan.spec import PRESETS, ModelConfig
+from anchor_jax.wan.spec import PRESETS, WAN_2_1, ModelConfig
 from anchor_jax.wan.text import TextConfig
 from anchor_jax.wan.vae import VaeConfig
 
@@ -26,9 +26,9 @@ class Known:
     """The settings of one network's `config.json`.
 
     Attributes:
-      used: Names that are read.
-      fixed: Values that the network here has; None and a missing one are right too.
-      inert: Names that do not change what the network computes.
+      used: Names of settings that are read.
+      fixed: The only supported values; null and a missing setting are allowed too.
+      inert: Names of settings that do not change the network's results.
     """
 
     used: tuple[str, ...]
@@ -36,7 +36,7 @@ class Known:
     inert: tuple[str, ...]
 
     def problems(self, settings: Mapping[str, Any]) -> Iterator[str]:
-        """Yields a line for each setting that cannot be used."""
+        """Yields a line for each unusable setting."""
         for name, value in settings.items():
             right = self.fixed.get(name)
             if right is not None and value is not None and value not in right:
@@ -59,7 +59,7 @@ _MODEL = Known(
     fixed={
         "_class_name": ("WanModel", "CausalWanModel", "WanTransformer3DModel"),
         "model_type": ("t2v",),
-        "patch_size": ([1, 2, 2],),
+        "patch_size": (list(WAN_2_1.patch),),
         "window_size": ([-1, -1],),
         "qk_norm": (True, "rms_norm_across_heads"),
         "cross_attn_norm": (True,),
@@ -68,7 +68,7 @@ _MODEL = Known(
         "pos_embed_seq_len": (),
         "quantization_config": (),
     },
-    # The first sets how far positions may go; the others are the method's.
+    # The first limits positions; the cache policy replaces the others.
     inert=(
         *("rope_max_seq_len", "local_attn_size", "sink_size", "max_attention_size"),
         *("torch_dtype", "dtype", "num_frame_per_block", "independent_first_frame"),
@@ -116,8 +116,8 @@ _VAE = Known(
         "in_channels": (3,),
         "out_channels": (3,),
         "patch_size": (1,),
-        "scale_factor_temporal": (4,),
-        "scale_factor_spatial": (8,),
+        "scale_factor_temporal": (WAN_2_1.strides[0],),
+        "scale_factor_spatial": (WAN_2_1.strides[1],),
         "quantization_config": (),
     },
     inert=("dropout", "torch_dtype", "dtype", "clip_output"),
@@ -129,7 +129,7 @@ _HEADS = {
 
 
 def check(source: Source, known: Known) -> None:
-    """Raises `Mismatch` if settings say what the network here is not."""
+    """Raises `Mismatch` if settings describe an unsupported network."""
     problems = [
         f"{source.item}, config.json: {line}"
         for line in known.problems(source.settings)
@@ -139,10 +139,11 @@ def check(source: Source, known: Known) -> None:
 
 
 def model_config(source: Source) -> ModelConfig:
-    """Returns a transformer's sizes, of its tensors and its file of settings.
+    """Returns a transformer's sizes from its tensors and settings file.
 
     Raises:
-      Mismatch: A tensor that tells a size is missing, or the settings say otherwise.
+      Mismatch: A tensor that determines a size is missing, or the settings contradict
+        it.
       ValueError: The sizes are not those of a transformer.
     """
     check(source, _MODEL)
@@ -155,7 +156,7 @@ def model_config(source: Source) -> ModelConfig:
         "num_layers": num_layers(source.arrays, table),
         "freq_dim": shape("time_in/kernel")[0],
         "text_dim": shape("text_in/kernel")[0],
-        "latent_channels": features // 4,
+        "latent_channels": features // math.prod(WAN_2_1.patch),
     }
     _check_sizes(source, sizes)
     heads = _heads(source, sizes)
@@ -168,7 +169,7 @@ def model_config(source: Source) -> ModelConfig:
     return ModelConfig(
         **sizes,
         num_heads=heads,
-        text_len=_whole(settings, "text_len", 512),
+        text_len=_whole(settings, "text_len", WAN_2_1.text_len),
         eps=_positive(settings, "eps", 1e-6),
     )
 
@@ -211,7 +212,7 @@ def text_config(source: Source) -> TextConfig:
 def vae_config(source: Source) -> VaeConfig:
     """Returns a VAE's sizes; raises as `model_config`.
 
-    Its stages are those of Wan2.1: only widths differ.
+    Its stages are those of Wan2.1; only widths may differ.
     """
     check(source, _VAE)
     table = table_of(source.item, source.layout)
@@ -226,7 +227,7 @@ def vae_config(source: Source) -> VaeConfig:
         **{name: source.settings.get(name) for name in ("base_dim", "z_dim")},
         "dim_mult": source.settings.get("dim_mult"),
         "num_res_blocks": source.settings.get("num_res_blocks"),
-        # Spelt so in the files of diffusers.
+        # This misspelling is the name in diffusers' files.
         "temporal_downsample": source.settings.get("temperal_downsample"),
     }
     stages = {
@@ -253,7 +254,7 @@ def vae_config(source: Source) -> VaeConfig:
 
 
 def _check_sizes(source: Source, sizes: Mapping[str, int]) -> None:
-    """Raises `Mismatch` if tensors have sizes that no network has."""
+    """Raises `Mismatch` if tensors have impossible sizes."""
     problems = [
         f"{source.item}: {name}={size} by its tensors, expected from 1 to {_LARGEST}"
         for name, size in sizes.items()
@@ -264,7 +265,7 @@ def _check_sizes(source: Source, sizes: Mapping[str, int]) -> None:
 
 
 def _agree(source: Source, sizes: Mapping[str, Any], said: Mapping[str, Any]) -> None:
-    """Raises `Mismatch` where settings say something else than the tensors."""
+    """Raises `Mismatch` if settings contradict the tensors."""
     problems = [
         f"{source.item}, config.json: {name}={value!r:.60}, the tensors have"
         f" {sizes[name]}"
@@ -276,10 +277,10 @@ def _agree(source: Source, sizes: Mapping[str, Any], said: Mapping[str, Any]) ->
 
 
 def _heads(source: Source, sizes: Mapping[str, int]) -> int:
-    """Returns the number of heads, which no tensor tells.
+    """Returns the number of heads, which tensors do not determine.
 
     Raises:
-      Mismatch: The settings do not say it, and the sizes are not published ones.
+      Mismatch: The settings lack it, and the sizes are not published ones.
     """
     names = ("num_heads", "num_attention_heads")
     said = [source.settings[name] for name in names if name in source.settings]
@@ -290,8 +291,9 @@ def _heads(source: Source, sizes: Mapping[str, int]) -> int:
     if heads is None:
         raise Mismatch(
             [
-                f"{source.item}: nothing says its number of heads, and width"
-                f" {sizes['dim']} with ffn_dim {sizes['ffn_dim']} is no size of Wan2.1;"
+                f"{source.item}: its number of heads is unknown, and width"
+                f" {sizes['dim']} with ffn_dim {sizes['ffn_dim']} is not a size of"
+                " Wan2.1;"
                 f' write {{"num_heads": NUMBER}} into config.json beside'
                 f" {source.files[-1].name}"
             ]
@@ -308,7 +310,7 @@ def _heads(source: Source, sizes: Mapping[str, int]) -> int:
 
 
 def published_heads(dim: int, ffn_dim: int) -> int | None:
-    """Returns the number of heads of a published size of Wan2.1, None for others."""
+    """Returns the number of heads of a published size of Wan2.1, or None."""
     return _HEADS.get((dim, ffn_dim))
 
 

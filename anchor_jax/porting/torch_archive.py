@@ -1,4 +1,4 @@
-"""The zip archive of a file of `torch.save`: its members, found but never unpacked."""
+"""The zip archive of a `torch.save` file, whose members are located, not unpacked."""
 
 import dataclasses
 import mmap
@@ -16,36 +16,39 @@ ADVICE = (
     "nothing was run. Save only the tensors, where it was made:"
     " torch.save(model.state_dict(), 'OUT')"
 )
-_LEGACY = bytes.fromhex("6cfc9c46f9206aa85019")  # the number older files start with
-_LOCAL = struct.Struct("<4s5H3I2H")  # a member's own header in a zip archive
+_LEGACY = bytes.fromhex(
+    "6cfc9c46f9206aa85019"
+)  # the number at the start of older files
+_LOCAL = struct.Struct("<4s5H3I2H")  # bytes of a member's own header
 _FLAG_ENCRYPTED, _FLAG_SIZES_FOLLOW, _FLAG_UTF8 = 0x1, 0x8, 0x800
 
 
 class Unreadable(Exception):
-    """What is wrong with a file, without its name."""
+    """The fault of a file, without the file's name."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Archive:
-    """A zip archive on a memory map, whose members are found but never unpacked."""
+    """A zip archive on a memory map, whose members are located but never unpacked."""
 
     data: mmap.mmap
-    members: dict[str, zipfile.ZipInfo]  # by name, without the common first folder
+    members: dict[
+        str, zipfile.ZipInfo
+    ]  # members by name, without the common first folder
     folder: str
-    end: int  # of all members, in bytes: where the archive's directory starts
+    end: int  # bytes of all members: the start of the archive's directory
 
     @classmethod
     def open(cls, file) -> "Archive":
         """Returns the archive in an open file.
 
         Raises:
-          Unreadable: It is not a complete archive, or its names are not those of one
-            saved object.
+          Unreadable: The file is not a complete archive of one saved object.
         """
         head = file.read(64)
         if _LEGACY in head:
             raise Unreadable(
-                "in the format of PyTorch before 1.6, expected a zip archive; convert"
+                "in the format of PyTorch before 1.6, not a zip archive; convert"
                 f" it where PyTorch is installed: {CONVERT}"
             )
         if not head.startswith(b"PK\x03\x04"):
@@ -65,21 +68,21 @@ class Archive:
         return cls(data, members, folder, end)
 
     def span(self, name: str) -> tuple[int, int]:
-        """Returns where a member's bytes start and stop, from its own header.
+        """Returns the start and end of a member's bytes, from its own header.
 
         Raises:
-          Unreadable: It is missing, packed, or not inside the archive.
+          Unreadable: The member is missing, compressed, or outside the archive.
         """
         if name not in self.members:
             raise Unreadable(
                 f"it has no member {show(name)} in its folder {show(self.folder)};"
-                " expected a file of torch.save, complete"
+                " the file must be a complete file of torch.save"
             )
         info = self.members[name]
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & _FLAG_ENCRYPTED:
             raise Unreadable(
-                f"its member {show(name)} is compressed or encrypted, expected plain"
-                " bytes; take the file as torch.save wrote it, not packed again"
+                f"its member {show(name)} is compressed or encrypted, not plain"
+                " bytes; use the file as torch.save wrote it"
             )
         header = info.header_offset
         if not 0 <= header <= self.end - _LOCAL.size:
@@ -94,7 +97,7 @@ class Archive:
         stop = start + info.file_size
         encoding = "utf-8" if flags & _FLAG_UTF8 else "cp437"
         own_name = self.data[begin : begin + name_size].decode(encoding, "replace")
-        # A size of all ones stands in the extra field; flagged ones follow the data.
+        # All ones: the size is in the extra field. Flagged: it follows the data.
         has_sizes = not flags & _FLAG_SIZES_FOLLOW and size != 2**32 - 1
         agrees = (
             magic == b"PK\x03\x04"
@@ -106,27 +109,28 @@ class Archive:
         )
         if not agrees or stop > self.end:
             raise Unreadable(
-                f"its member {show(name)} is not as the archive's directory says;"
+                f"its member {show(name)} differs from the archive's directory;"
                 " download or copy it again"
             )
         return start, stop
 
     def read(self, name: str, limit: int) -> bytes:
-        """Returns a member's bytes; it may have `limit` of them."""
+        """Returns a member's bytes, at most `limit`."""
         start, stop = self.span(name)
         if stop - start > limit:
             raise Unreadable(
-                f"its member {show(name)} has {stop - start} bytes, expected at most"
+                f"its member {show(name)} has {stop - start} bytes, the limit is"
                 f" {limit}; {ADVICE}"
             )
         return self.data[start:stop]
 
 
 def _names(infos: list[zipfile.ZipInfo]) -> tuple[str, dict[str, zipfile.ZipInfo]]:
-    """Returns the one folder that all members lie in, and them by name without it.
+    """Returns the common folder of all members, and the members by name within it.
 
     Raises:
-      Unreadable: There are several folders, a name twice, or one that leads outside.
+      Unreadable: There are several folders, a repeated name, or a name that leads
+        outside.
     """
     folder, members = "", {}
     for info in infos:
@@ -135,15 +139,15 @@ def _names(infos: list[zipfile.ZipInfo]) -> tuple[str, dict[str, zipfile.ZipInfo
         parts = [top, *name.split("/")]
         if top != folder or not {"", ".", ".."}.isdisjoint(parts) or name in members:
             raise Unreadable(
-                f"its member {show(info.orig_filename)} is there twice or not under"
-                f" the one folder {show(folder)}; expected a file of torch.save"
+                f"its member {show(info.orig_filename)} is repeated or not under"
+                f" the folder {show(folder)}; the file must be one of torch.save"
             )
         members[name] = info
     return folder, members
 
 
 def show(value: Any) -> str:
-    """Returns a short text of a value from the file, without control characters."""
+    """Returns a short text for a value of the file, without control characters."""
     short = reprlib.Repr()
     short.maxlevel, short.maxtuple, short.maxlist, short.maxdict = 2, 8, 8, 4
     short.maxstring = short.maxother = 100

@@ -1,9 +1,8 @@
-"""Files of `torch.save`, read without PyTorch and without running what they name.
+"""Reads files of `torch.save` without PyTorch and without running their code.
 
-A file is a zip archive: one pickle says how the object is built, and every storage is
-a member of its own, not compressed. The pickle is interpreted here, opcode by opcode;
-it can build plain values and views of storages, and there is nothing else it could
-reach.
+A file is a zip archive: one pickle describes the object, and every storage is an
+uncompressed member. This module interprets the pickle opcode by opcode. It can build
+only plain values and views of storages.
 """
 
 import mmap
@@ -25,30 +24,30 @@ from anchor_jax.porting.torch_values import (
     storage_of,
 )
 
-# Limits far above what weights need, so that a small file cannot ask for much.
+# Limits far above the needs of weights, so that a small file cannot use much memory.
 MAX_PICKLE = 2**22  # bytes
 MAX_OPCODES = 2**20
 MAX_DEPTH = 64
-MAX_VALUES = 10_000_000  # with shared ones counted every time
+MAX_VALUES = 10_000_000  # with shared values counted every time
 MAX_BITS = 1024  # of an integer
 MAX_KEY = 2**60  # of an integer that is a key
 
 
 def open_torch(path: str | pathlib.Path) -> Any:
-    """Returns the object in a file of `torch.save`, tensors as views of the file.
+    """Returns the object in a file of `torch.save`, with tensors as views of the file.
 
-    Nothing is copied: tensors are read-only arrays over one memory map, which lives as
-    long as any of them, and whose pages are read when first touched. The file must not
-    change meanwhile. bfloat16 and float8 come in the types of `ml_dtypes`; parameters
-    come as their tensors, sizes as tuples, types as numpy's, devices as text.
+    Nothing is copied: tensors are read-only arrays on one memory map, which lives as
+    long as any of them. Its pages are read when first touched, so the file must not
+    change meanwhile. bfloat16 and float8 have the types of `ml_dtypes`. Parameters
+    become tensors, sizes tuples, types numpy types, and devices text.
 
     Raises:
-      UserError: There is no such file, it is not complete, not in the zip format, or
-        holds anything but plain values and tensors.
+      UserError: The file does not exist, is incomplete, is not in the zip format, or
+        holds objects other than plain values and tensors.
     """
     path = pathlib.Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such file; expected a .pt or .pth of torch.save")
+        raise UserError(f"{path}: no such file; give a .pt or .pth of torch.save")
     try:
         with path.open("rb") as file:
             return _read(Archive.open(file))
@@ -59,18 +58,18 @@ def open_torch(path: str | pathlib.Path) -> Any:
 
 
 def release(array: np.ndarray) -> None:
-    """Lets the system take back the memory of an array that `open_torch` returned.
+    """Lets the system reclaim the memory of an array that `open_torch` returned.
 
-    The array stays usable: its pages are read from the file again when touched. Does
-    nothing for arrays that are not on a read-only map of a file, or where the system
-    cannot.
+    The array stays usable: its pages are read from the file again when touched. The
+    call has no effect on arrays outside a read-only map of a file, or on systems
+    without support.
     """
     owner = array
     while isinstance(owner, np.ndarray | memoryview):
         owner = owner.base if isinstance(owner, np.ndarray) else owner.obj
     if not isinstance(owner, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
         return
-    # A writable map may hold changes that the file has not, which would be lost.
+    # A writable map may hold changes that are not in the file and would be lost.
     if not memoryview(owner).readonly or array.size == 0:
         return
     spans = [
@@ -91,8 +90,8 @@ def _read(archive: Archive) -> Any:
         order = archive.read("byteorder", limit=16)
     if order != b"little":
         raise Unreadable(
-            f"its bytes are in the order {show(order)}, expected 'little'; save it"
-            " again on a little-endian machine"
+            f"its byte order is {show(order)}, not 'little'; save it again on a"
+            " little-endian machine"
         )
     value = _Machine(archive).run(archive.read("data.pkl", MAX_PICKLE))
     _measure(value, 0, {})
@@ -102,8 +101,8 @@ def _read(archive: Archive) -> Any:
 class _Machine:
     """An interpreter of the pickles that `torch.save` writes.
 
-    It knows the opcodes that build plain values. The one that calls, REDUCE, calls
-    only what `CALLS` holds.
+    It knows the opcodes that build plain values. The opcode REDUCE, which calls, can
+    call only the functions in `CALLS`.
     """
 
     def __init__(self, archive: Archive):
@@ -113,10 +112,10 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def run(self, program: bytes) -> Any:
-        """Returns the object that a pickle builds.
+        """Returns the object of a pickle.
 
         Raises:
-          Unreadable: It is damaged, or uses what is not known here.
+          Unreadable: The pickle is damaged, or uses an unknown opcode or name.
         """
         try:
             for count, (opcode, arg, _) in enumerate(pickletools.genops(program)):
@@ -145,7 +144,7 @@ class _Machine:
             self.stack.append(self._pop(_TUPLES[name]))
         elif name in _ACTIONS:
             _ACTIONS[name](self, arg)
-        elif name == "INST":  # names what it would call
+        elif name == "INST":  # names a callable
             find(arg)
             raise Unreadable(f"its pickle uses the opcode {name}; {ADVICE}")
         else:
@@ -153,11 +152,11 @@ class _Machine:
 
     def _result(self) -> Any:
         if self.marks or len(self.stack) != 1:
-            raise ValueError(f"{len(self.stack)} values at its end, expected one")
+            raise ValueError(f"{len(self.stack)} values at its end, not one")
         return self.stack[0]
 
     def _pop(self, count: int) -> tuple:
-        """Takes the newest values off the stack, oldest first."""
+        """Removes the newest values from the stack, and returns them oldest first."""
         if count > len(self.stack):
             raise IndexError("the stack is empty")
         taken = tuple(self.stack[len(self.stack) - count :])
@@ -165,7 +164,7 @@ class _Machine:
         return taken
 
     def _pop_mark(self) -> tuple:
-        """Takes all values since the last mark."""
+        """Removes and returns all values since the last mark."""
         return self._pop(max(0, len(self.stack) - self.marks.pop()))
 
     def ignore(self, _):
@@ -205,7 +204,7 @@ class _Machine:
             # dictionary of large integers that all have the same hash.
             if not isinstance(key, str | int | float | None):
                 raise Unreadable(
-                    f"a dictionary's key is a {type(key).__name__}, expected text or a"
+                    f"a dictionary's key is a {type(key).__name__}, must be text or a"
                     f" number; {ADVICE}"
                 )
             if isinstance(key, int) and abs(key) > MAX_KEY:
@@ -216,11 +215,11 @@ class _Machine:
 
     def _target(self, kind: type) -> Any:
         if type(self.stack[-1]) is not kind:
-            raise ValueError(f"expected a {kind.__name__} to add to")
+            raise ValueError(f"only a {kind.__name__} can be added to")
         return self.stack[-1]
 
     def build(self, _):
-        # What a dictionary carries besides its items (`_metadata`) is dropped.
+        # State of a dictionary besides its items (`_metadata`) is dropped.
         self._pop(1)
         self._target(dict)
 
@@ -236,7 +235,7 @@ class _Machine:
     def reduce(self, _):
         function, args = self._pop(2)
         if not isinstance(function, Global) or not isinstance(args, tuple):
-            raise ValueError("a call of what cannot be called")
+            raise ValueError("a call of an object that is not callable")
         if function.name not in CALLS:
             raise Unreadable(f"its pickle calls {function.name!r}; {ADVICE}")
         build, fewest, most = CALLS[function.name]
@@ -288,19 +287,19 @@ def _literal(value: Any) -> Any:
 def _measure(
     value: Any, level: int, known: dict[int, tuple[int, int]]
 ) -> tuple[int, int]:
-    """Returns how deep a value is, and how many it holds, counting all repeats.
+    """Returns a value's depth and its number of values, counting all repeats.
 
     Args:
-      value: Built by the machine.
-      level: How many containers it is in.
-      known: What was found for containers, by id.
+      value: Value that the machine built.
+      level: Number of containers around it.
+      known: Results of containers by id.
 
     Raises:
-      Unreadable: It is too deep (or holds itself), too large, or not a plain value.
+      Unreadable: The value is too deep (or contains itself), too large, or not plain.
     """
     if isinstance(value, Global | Storage):
         name = value.name if isinstance(value, Global) else "a storage"
-        raise Unreadable(f"it holds {name} where a tensor or value is due; {ADVICE}")
+        raise Unreadable(f"it holds {name} in place of a tensor or value; {ADVICE}")
     if not isinstance(value, dict | list | tuple):
         return 0, 1
     depth, count = known.get(id(value), (0, 1))

@@ -1,7 +1,7 @@
-"""The values that a file of `torch.save` may build, and how much of them.
+"""The values that a file of `torch.save` may build, and their limits.
 
-Everything that a call builds is charged to one budget, so that a small file cannot ask
-for much by calling again and again with one large argument.
+Every call counts against one budget, so that a small file cannot use much memory by
+repeating calls with a large argument.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ MAX_EXPANDED = 2**28  # values of a tensor that repeats a smaller storage
 MAX_CALLS = 2**17
 MAX_AXES = 32
 MAX_TEXT = 256  # characters of a storage's name or a device's kind
-_SHARED = 8  # how often the file's bytes may be shown by its tensors, beside 1 GiB
+_SHARED = 8  # bytes of all tensors, as a multiple of the file's, besides 1 GiB
 
 DTYPES = {
     f"torch.{name}": np.dtype(kind)
@@ -60,7 +60,7 @@ STORAGES = {
     "torch.BoolStorage": DTYPES["torch.bool"],
     "torch.ComplexFloatStorage": DTYPES["torch.complex64"],
     "torch.ComplexDoubleStorage": DTYPES["torch.complex128"],
-    # Bytes of any type: the tensors that use it say of which.
+    # Bytes of any type: tensors on it state the type.
     "torch.UntypedStorage": None,
     "torch.storage.UntypedStorage": None,
 }
@@ -68,14 +68,14 @@ STORAGES = {
 
 @dataclasses.dataclass(frozen=True)
 class Global:
-    """A name in a pickle: inert, and one of a few."""
+    """A name in a pickle, which is inert and one of a few."""
 
     name: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """Where a storage lies in the file, in bytes; no type if tensors bring theirs."""
+    """A storage's span in the file, in bytes; no type if its tensors have types."""
 
     dtype: np.dtype | None
     start: int
@@ -84,12 +84,12 @@ class Storage:
 
 @dataclasses.dataclass
 class Builder:
-    """An archive, and what has been built of it so far.
+    """An archive, and the totals of what was built from it.
 
     Attributes:
-      archive: The file.
-      calls: How many calls and references there were.
-      shown: Bytes of all tensors, shared ones counted every time.
+      archive: The archive of the file.
+      calls: Number of calls and references so far.
+      shown: Bytes of all tensors, with shared bytes counted every time.
     """
 
     archive: Archive
@@ -97,27 +97,27 @@ class Builder:
     shown: int = 0
 
     def count_call(self) -> None:
-        """Raises `Unreadable` if a file calls more often than weights need."""
+        """Raises `Unreadable` if a file makes more calls than weights need."""
         self.calls += 1
         if self.calls > MAX_CALLS:
             raise Unreadable(f"its pickle makes more than {MAX_CALLS} calls; {ADVICE}")
 
     def count_bytes(self, size: int) -> None:
-        """Raises `Unreadable` if tensors show the same bytes again and again."""
+        """Raises `Unreadable` if too many tensors view the same bytes."""
         self.shown += size
         most = _SHARED * len(self.archive.data) + 2**30
         if self.shown > most:
             raise Unreadable(
-                f"its tensors show more than {most} bytes in all, many of them the"
+                f"its tensors view more than {most} bytes in all, many of them the"
                 f" same; {ADVICE}"
             )
 
 
 def find(names: str) -> Global | np.dtype:
-    """Returns what stands for a global name, written as "module name".
+    """Returns the object for a global name, written as "module name".
 
     Raises:
-      Unreadable: It is not one of those that weights need.
+      Unreadable: Weights do not need the name.
     """
     name = names.replace(" ", ".")
     if name in DTYPES:
@@ -127,7 +127,7 @@ def find(names: str) -> Global | np.dtype:
     if name.startswith("torch.distributed") or name in _WRAPPED:
         raise Unreadable(
             f"its pickle names {show(name)}: a tensor kept in parts (DTensor,"
-            " ShardedTensor) or with attributes of its own, expected plain tensors."
+            " ShardedTensor) or with additional attributes, not a plain tensor."
             " Gather it with full_tensor() in the code that saved it; for plain"
             f" tensors: {CONVERT}"
         )
@@ -146,7 +146,7 @@ def storage_of(builder: Builder, record: Any) -> Storage:
     """Returns the storage that a pickle refers to.
 
     Args:
-      builder: Holds the file.
+      builder: Builder that holds the file.
       record: ("storage", its type, the member's name, a device, its length in values,
         or in bytes where it has no type).
 
@@ -180,7 +180,7 @@ def _view(builder: Builder, storage, offset, shape, strides, dtype) -> np.ndarra
     """Returns a tensor: values of a storage, at an offset and strides in values.
 
     Raises:
-      Unreadable: It reaches out of its storage, or repeats it without measure.
+      Unreadable: The tensor reaches out of its storage, or repeats it too often.
     """
     sizes = (shape, strides)
     good = isinstance(storage, Storage) and isinstance(dtype, np.dtype)
@@ -203,11 +203,11 @@ def _view(builder: Builder, storage, offset, shape, strides, dtype) -> np.ndarra
         )
     if count > max(length, MAX_EXPANDED):
         raise Unreadable(
-            f"a tensor of shape {shape} repeats a storage of {length} values, expected"
-            f" at most {MAX_EXPANDED}; save it without expand()"
+            f"a tensor of shape {shape} repeats a storage of {length} values, at most"
+            f" {MAX_EXPANDED} are allowed; save it without expand()"
         )
     builder.count_bytes(count * dtype.itemsize)
-    # numpy multiplies even what it does not use.
+    # numpy multiplies even strides that it does not use.
     steps = [
         stride * dtype.itemsize if count and size > 1 else dtype.itemsize
         for size, stride in zip(shape, strides, strict=True)
@@ -217,7 +217,7 @@ def _view(builder: Builder, storage, offset, shape, strides, dtype) -> np.ndarra
 
 
 def _tensor_v2(builder, storage, offset, shape, strides, *more) -> np.ndarray:
-    # More is: whether it takes a gradient, hooks, and how its values are to be read.
+    # Further arguments: whether it takes a gradient, hooks, and how to read its values.
     dtype = storage.dtype if isinstance(storage, Storage) else None
     _refuse_metadata(more[2:])
     return _view(builder, storage, offset, shape, strides, dtype)
@@ -232,8 +232,8 @@ def _tensor_v3(builder, storage, offset, shape, strides, _, hooks, dtype, *more)
 def _refuse_metadata(metadata: tuple) -> None:
     if any(metadata):
         raise Unreadable(
-            f"a tensor is saved as {show(metadata[0])} of its storage, expected its"
-            " values as they are; save it after resolve_conj() and resolve_neg()"
+            f"a tensor is saved as {show(metadata[0])} of its storage, not as its"
+            " plain values; save it after resolve_conj() and resolve_neg()"
         )
 
 
@@ -246,21 +246,19 @@ def _parameter(builder, tensor, *_) -> np.ndarray:
 def _size(builder, values) -> tuple:
     short = isinstance(values, list | tuple) and len(values) <= MAX_AXES
     if not short or not all(map(_is_size, values)):
-        raise ValueError(
-            f"a size that is not a list of integers, at most {MAX_AXES} of them"
-        )
+        raise ValueError(f"a size that is not a list of at most {MAX_AXES} integers")
     return tuple(values)
 
 
 def _device(builder, kind, *index) -> str:
     if not isinstance(kind, str) or len(kind) > MAX_TEXT:
-        raise ValueError("a device that is not named by a short text")
+        raise ValueError("a device whose name is not a short text")
     if not all(one is None or _is_size(one) for one in index):
-        raise ValueError("a device whose number is no integer")
+        raise ValueError("a device whose number is not an integer")
     return ":".join(str(part) for part in (kind, *index) if part is not None)
 
 
-# What may be called, with the fewest and the most arguments it takes.
+# Functions that may be called, with their least and greatest numbers of arguments.
 CALLS: dict[str, tuple[Callable[..., Any], int, int]] = {
     "collections.OrderedDict": (lambda builder: {}, 0, 0),
     "torch._utils._rebuild_tensor": (_tensor_v2, 4, 4),

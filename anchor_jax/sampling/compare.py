@@ -70,7 +70,7 @@ def compare(
       policies: names of the policies, at least two.
       out: folder for the videos; None takes the config's, or a new one.
       overwrite: whether to replace files that another recipe made.
-      cache: the folder of compiled programs that the user is told of, or None.
+      cache: the folder of compiled programs, which is named to the user, or None.
       tell: called with each line for the user.
 
     Returns:

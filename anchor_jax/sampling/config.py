@@ -1,16 +1,14 @@
 """The fields of a sampling config, and their values as text and files."""
 
 import dataclasses
-import re
 
 from anchor_jax import media
 from anchor_jax.config import from_config, with_field
-from anchor_jax.errors import UserError, naming, shown
+from anchor_jax.errors import UserError, naming
 from anchor_jax.io import expand
 from anchor_jax.prompt_files import PromptFile
 from anchor_jax.prompts import MAX_PROMPT_CHARACTERS, MAX_SEED
 from anchor_jax.text import check_text
-from anchor_jax.wan.spec import GRIDS, LatentGrid
 
 EVEN = "even"
 """The default noise levels, by their name for `sampler.grid`."""
@@ -22,9 +20,6 @@ WAN_NEGATIVE_PROMPT = (
     "画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
     "杂乱的背景，三条腿，背景人很多，倒着走"
 )
-
-_PIXELS = 8
-_MOST_PIXELS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,28 +85,6 @@ def read_config(config) -> SampleConfig:
     if read.enlarge is not None:
         media.check_enlarge("config.enlarge", read.enlarge)
     return read
-
-
-def parse_size(size: str) -> LatentGrid:
-    """Returns the latent size of videos of `HEIGHTxWIDTH` pixels.
-
-    Raises:
-      UserError: It is not a size, or not a multiple of 8.
-    """
-    match = re.fullmatch(r"(\d{1,4})x(\d{1,4})", size)
-    height, width = map(int, match.groups()) if match else (0, 0)
-    fits = [0 < side <= _MOST_PIXELS and not side % _PIXELS for side in (height, width)]
-    if not all(fits):
-        raise UserError(
-            f"size={shown(size)}: must be HEIGHTxWIDTH in pixels, multiples of 16 of at"
-            f" most {_MOST_PIXELS}, such as {', '.join(GRIDS)}"
-        )
-    return LatentGrid(height // _PIXELS, width // _PIXELS)
-
-
-def describe_size(grid: LatentGrid) -> str:
-    """Returns the size of videos as text, the inverse of `parse_size`."""
-    return f"{_PIXELS * grid.height}x{_PIXELS * grid.width}"
 
 
 def negative_prompt(config) -> str:

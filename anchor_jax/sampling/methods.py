@@ -102,9 +102,9 @@ def method_of(metadata: Mapping[str, Any]) -> Method:
     """
     training = metadata.get("training")
     if training is not None:
-        begun = method_of({**metadata, "training": None})
+        initial = method_of({**metadata, "training": None})
         try:
-            method = trained_method(training, begun)
+            method = trained_method(training, initial)
             fields = dataclasses.fields(Method)
             values = {field.name: getattr(method, field.name) for field in fields}
             return from_config(Method, values, "training")

@@ -14,10 +14,10 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from anchor_jax import interrupts, io, media
+from anchor_jax import interrupts, io, media, trees
 from anchor_jax.compile_times import CompileTimes
 from anchor_jax.sampling import resolve
-from anchor_jax.sampling.config import describe_size, negative_prompt, read_config
+from anchor_jax.sampling.config import negative_prompt, read_config
 from anchor_jax.sampling.jobs import (
     Job,
     Jobs,
@@ -31,13 +31,13 @@ from anchor_jax.sampling.jobs import (
 from anchor_jax.streaming.clock import landings
 from anchor_jax.streaming.recipe import describe, digest
 from anchor_jax.streaming.session import Session
-from anchor_jax.wan.text import Umt5Encoder
+from anchor_jax.wan import shapes
+from anchor_jax.wan.spec import WAN_2_1, Family
 from anchor_jax.wan.tokenizer import report_cuts
 from anchor_jax.weights.bundle import Bundle
 
 Tell = Callable[[str], None]
 
-_PIXEL_FRAMES = 4
 _TILES = 8
 _ENCODED_AHEAD = 10_000  # videos whose prompts are encoded together
 
@@ -51,7 +51,7 @@ def sample(
       config: the sampling config, as `read_config` takes it.
       out: folder for the videos; None takes the config's, or a new one.
       overwrite: whether to replace files that another recipe made.
-      cache: the folder of compiled programs that the user is told of, or None.
+      cache: the folder of compiled programs to name to the user, or None.
       tell: see above.
 
     Raises:
@@ -61,7 +61,7 @@ def sample(
     given = read_config(config)
     bundle = resolve.load_weights(given)
     resolved = resolve.resolve(given, bundle.metadata)
-    scripts = resolve.read_scripts(resolved)
+    scripts = resolve.read_scripts(resolved, bundle.model.family)
     negative = negative_prompt(resolved)
     for line in scripts.notes:
         tell(f"note: {line}")
@@ -120,7 +120,8 @@ def _programs(job: Job, session: Session) -> tuple[str, Any]:
     model = setup.model
     what = (
         f"the block, {len(reruns)} kinds of switches and the decoder for"
-        f" {describe_size(setup.grid)} ({model.num_layers} layers of {model.dim})"
+        f" {model.family.describe_size(setup.grid)} ({model.num_layers} layers of"
+        f" {model.dim})"
     )
     return what, [job.request["setup"], describe(reruns)]
 
@@ -157,9 +158,7 @@ def prepare_prompts(bundle: Bundle, texts: Sequence[str], tell: Tell) -> frozens
 
 def _size(text) -> str:
     """Returns the size of a text encoder's parameters, as text."""
-    ids = jax.ShapeDtypeStruct((1, text.text_len), np.int32)
-    shapes = jax.eval_shape(Umt5Encoder(text).init, jax.random.key(0), ids, ids)
-    count = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    count = trees.nbytes(shapes.of(text))
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
@@ -211,7 +210,10 @@ def replacing_files(
         sheet_part = files.enter_context(io.replacing(sheet, not overwrite))
         recipe_part = files.enter_context(io.replacing(recipe, not overwrite))
         writer = media.VideoWriter(
-            job.file(".mp4"), keep_new=not overwrite, enlarge=enlarge
+            job.file(".mp4"),
+            job.setup.model.family.frames_per_second,
+            keep_new=not overwrite,
+            enlarge=enlarge,
         )
         video = files.enter_context(writer)
         yield sheet_part, recipe_part, video
@@ -227,9 +229,10 @@ def _stream(job: Job, blocks, video) -> tuple[list[np.ndarray], list[str]]:
     """
     script = job.script
     rows: list[list[np.ndarray]] = [[] for _ in script.segments]
-    wanted = tile_frames(script, job.setup.policy.block)
+    family = job.setup.model.family
+    wanted = tile_frames(script, job.setup.policy.block, family)
     digests, start = [], 0
-    with progress(job.stem.name, script.frames) as bar:
+    with progress(job.stem.name, family.pixel_frames(script.frames)) as bar:
         for frames, segment in blocks:
             bar.set_postfix_str(_short(script.prompts[segment]), refresh=False)
             video.append(frames)
@@ -243,9 +246,8 @@ def _stream(job: Job, blocks, video) -> tuple[list[np.ndarray], list[str]]:
 
 
 def progress(name: str, frames: int) -> tqdm:
-    """Returns the progress bar of a video of `frames` latent frames."""
-    total = 1 + _PIXEL_FRAMES * (frames - 1)
-    return tqdm(total=total, unit="frame", disable=None, desc=name)
+    """Returns the progress bar of a video of `frames` pixel frames."""
+    return tqdm(total=frames, unit="frame", disable=None, desc=name)
 
 
 def describe_switches(switches) -> list[str]:
@@ -258,11 +260,10 @@ def describe_switches(switches) -> list[str]:
     ]
 
 
-def tile_frames(script, block: int) -> list[np.ndarray]:
+def tile_frames(script, block: int, family: Family = WAN_2_1) -> list[np.ndarray]:
     """Returns the pixel frames of each segment to show: at most 8, evenly spaced."""
     starts = (0, *landings(script.switch_frames, block), script.frames)
-    # The first latent frame is one pixel frame; each later one is four.
-    edges = [max(0, _PIXEL_FRAMES * (start - 1) + 1) for start in starts]
+    edges = [family.pixel_frames(start) for start in starts]
     return [
         np.linspace(first, end - 1, min(_TILES, end - first)).round().astype(int)
         for first, end in itertools.pairwise(edges)

@@ -197,7 +197,8 @@ def _weights(stored: str | None, given: str | None) -> str:
 
 
 def _digests(session: Session, recipe: Recipe, name: str) -> Iterator[str]:
-    with render.progress(name, recipe.frames) as bar:
+    pixel_frames = recipe.setup.model.family.pixel_frames(recipe.frames)
+    with render.progress(name, pixel_frames) as bar:
         for frames, _ in session.blocks(recipe.frames):
             bar.update(len(frames))
             yield digest(frames)

@@ -11,18 +11,13 @@ from anchor_jax.cache.catalog import CATALOG, POLICIES, ROPES, SWITCHES, TEACHER
 from anchor_jax.cache.policies import Policy
 from anchor_jax.errors import UserError, shown, suggest
 from anchor_jax.prompts import Script, Scripts, Timing
-from anchor_jax.sampling.config import (
-    EVEN,
-    SampleConfig,
-    SamplerConfig,
-    describe_size,
-    parse_size,
-)
+from anchor_jax.sampling.config import EVEN, SampleConfig, SamplerConfig
 from anchor_jax.sampling.methods import Method, method_of
 from anchor_jax.streaming import room
 from anchor_jax.streaming.loop import DpmPlusPlus, Euler, Renoise, UniPC
 from anchor_jax.streaming.types import StreamSetup
 from anchor_jax.wan import kernels
+from anchor_jax.wan.spec import WAN_2_1, Family
 from anchor_jax.weights.bundle import Bundle
 from anchor_jax.weights.load import load_bundle
 
@@ -47,7 +42,7 @@ def load_weights(config: SampleConfig) -> Bundle:
     """
     return load_bundle(
         config.weights,
-        grid=None if config.size is None else parse_size(config.size),
+        grid=config.size,
         dtype=config.dtype,
         text_encoder=config.text_encoder,
         lora=config.lora,
@@ -112,14 +107,15 @@ def describe_size_change(bundle: Bundle) -> tuple[str, ...]:
     trained, training = bundle.trained_grid, bundle.metadata.get("training")
     if trained is None:
         return ()
+    family = bundle.model.family
     # If the training's config cannot be read, the size of its first weights counts.
     with contextlib.suppress(UserError, AttributeError, TypeError):
-        trained = parse_size(training["size"])
+        trained = family.parse_size(training["size"])
     if trained == bundle.grid:
         return ()
-    size = describe_size(trained)
+    size = family.describe_size(trained)
     return (
-        f"size={describe_size(bundle.grid)}: the weights were trained at {size};"
+        f"size={family.describe_size(bundle.grid)}: the weights were trained at {size};"
         f" other sizes give broken shapes; leave the size out, or set {size}",
     )
 
@@ -189,14 +185,17 @@ def load_scripts(config) -> tuple[Script, ...]:
     return read_scripts(config).all
 
 
-def read_scripts(config) -> Scripts:
+def read_scripts(config, family: Family = WAN_2_1) -> Scripts:
     """Returns the scripts of the config's `prompt_file`, or of its `prompt`.
+
+    The family says how many latent frames per second of a script has.
 
     Raises:
       UserError: A line is wrong. The message names every wrong line.
     """
     block = 1 if config.policy == TEACHER else _override(_named(config), config).block
-    timing = Timing(block=block, frames=config.frames)
+    rate = family.latent_frames_per_second
+    timing = Timing(block=block, frames=config.frames, rate=rate)
     if config.prompt_file:
         return prompts.read_scripts(timing, path=config.prompt_file)
     return prompts.read_scripts(timing, inline=config.prompt)

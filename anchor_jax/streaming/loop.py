@@ -1,4 +1,4 @@
-"""The one loop over noise levels, and the solvers that it takes."""
+"""The only loop over noise levels, and its solvers."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ from anchor_jax.flow import Levels
 
 @struct.dataclass
 class Passes:
-    """What each pass of the loop saw and said, [level, batch, frame, ...]."""
+    """The inputs and outputs of the loop's passes, [level, batch, frame, ...]."""
 
     noisy: jax.Array
     flow: jax.Array
@@ -24,7 +24,7 @@ class Passes:
 
 @dataclasses.dataclass(frozen=True)
 class Renoise:
-    """Estimates x0, then noises it afresh to the next level.
+    """Estimates x0, then adds new noise up to the next level.
 
     Source: Consistency Models (arXiv:2303.01469), algorithm 1.
     """
@@ -46,10 +46,10 @@ class Renoise:
 
 @dataclasses.dataclass(frozen=True)
 class Euler:
-    """Follows the flow in straight steps."""
+    """Euler's method on the flow."""
 
     def dtype(self, model: str) -> str:
-        """Returns float32: many small steps add up."""
+        """Returns float32, because rounding errors of many small steps add up."""
         del model
         return "float32"
 
@@ -76,14 +76,14 @@ class UniPC:
     floor: float = 1e-3
 
     def dtype(self, model: str) -> str:
-        """Returns float32: many small steps add up."""
+        """Returns float32, because rounding errors of many small steps add up."""
         del model
         return "float32"
 
     def coefficients(self, levels: Levels) -> dict[str, np.ndarray]:
         sigma = np.asarray(levels.sigma, np.float64)
         if sigma[0] == 1 and len(sigma) > 1:
-            # At 1 the ratio is infinite; what follows must stay below.
+            # The ratio is infinite at 1. The first level must stay above the second.
             sigma[0] -= min(self.floor, (1 - sigma[1]) / 2)
         sigma = np.minimum(sigma, 1 - 1e-9)
         ratio = [math.log((1 - s) / s) for s in sigma]
@@ -120,7 +120,7 @@ class DpmPlusPlus:
     """
 
     def dtype(self, model: str) -> str:
-        """Returns float32: many small steps add up."""
+        """Returns float32, because rounding errors of many small steps add up."""
         del model
         return "float32"
 
@@ -162,7 +162,7 @@ def _phi(h: float) -> tuple[float, float, float]:
 
 
 def _predictor(sigma, ratio, follow, back) -> tuple[float, float, float]:
-    """Returns weights of the sample, the newest x0 and the one before it."""
+    """Returns weights of the sample, the newest x0 and the x0 before it."""
     keep, signal = follow / sigma, (1 - sigma) * follow / sigma
     if follow == 0 or back is None:
         return keep, 1 - follow - signal, 0.0
@@ -202,23 +202,23 @@ def approach(
     carry=None,
     until=None,
 ) -> tuple[jax.Array, Passes, object]:
-    """Returns the clean latents that the sampler reaches from `noise`.
+    """Returns the clean latents that the sampler makes from `noise`.
 
-    The only loop over noise levels in the code base.
+    It is the only loop over noise levels in the code base.
 
     Args:
       denoise: (noisy, timestep, carry) -> (flow, carry).
       noise: [batch, frame, height, width, channel].
       levels: static noise levels.
       solver: `Renoise`, `Euler`, `UniPC` or `DpmPlusPlus`.
-      fresh: [level - 1, ...] noise for `Renoise`; drawn outside, since it is data.
-      carry: passed from call to call of `denoise`.
-      until: traced number of passes after which the rest are left out, their entries
-        of `Passes` zero; None runs all.
+      fresh: [level - 1, ...], noise for `Renoise`, drawn by the caller.
+      carry: value that each call of `denoise` passes to the next.
+      until: number of passes to run, traced. The entries of `Passes` for the rest are
+        zero. None runs all.
 
     Returns:
-      Clean latents, or what the sampler has after `until` passes; what every pass saw
-      and said; and the last carry.
+      Clean latents, or the sampler's latents after `until` passes; the inputs and
+      outputs of every pass; and the last carry.
     """
     if fresh is None:
         fresh = jnp.zeros((len(levels) - 1, *noise.shape), noise.dtype)
@@ -247,7 +247,7 @@ def approach(
 
 
 def _up_to(until, one_level: Callable) -> Callable:
-    """Returns `one_level`, which from level `until` on changes nothing."""
+    """Returns `one_level` with no effect from level `until` on."""
 
     def leave_out(state, level):
         passes = jax.eval_shape(one_level, state, level)[1]
@@ -261,7 +261,7 @@ def _up_to(until, one_level: Callable) -> Callable:
 
 
 def guide(predicted: jax.Array, scale: float) -> jax.Array:
-    """Returns u + scale (c - u) of predictions whose batch is [c..., u...].
+    """Returns u + scale (c - u) for predictions whose batch is [c..., u...].
 
     Source: classifier-free guidance (arXiv:2207.12598).
     """

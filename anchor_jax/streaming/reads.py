@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
-from anchor_jax.cache.policies import Flush, Policy, Rerun
+from anchor_jax.cache.policies import Flush, Policy, RecachePass
 from anchor_jax.cache.tables import aligned
 from anchor_jax.cache.types import ReadPlan
 from anchor_jax.streaming.clock import Clock, landings
@@ -38,7 +38,7 @@ def _plans(
 
     @functools.partial(jax.jit, static_argnums=1)
     def rerun(index, size):
-        return policy.read_rerun(index, size), policy.write_rerun(index, size)[1]
+        return policy.read_recache(index, size), policy.write_recache(index, size)[1]
 
     index, clock = policy.init_index(), Clock()
     landed = landings([switch], policy.block)[0]
@@ -47,13 +47,13 @@ def _plans(
         if clock.is_restart(policy):
             clock = clock.restarted(policy)
             index = policy.init_index().replace(start=np.int32(clock.local))
-            plan, index = rerun(index, Rerun(clock.local, sink=True))
+            plan, index = rerun(index, RecachePass(clock.local, sink=True))
             yield "restart", clock.origin, plan
         if clock.frame == landed:
             label = f"+{clock.frame}"
             if isinstance(policy.on_switch, Flush):
                 _, index = policy.flush(index)
-            again = policy.rerun(clock.local)
+            again = policy.recache(clock.local)
             if again:
                 plan, index = rerun(index, again)
                 yield "re-cache", clock.origin, plan

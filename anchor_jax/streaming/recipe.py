@@ -32,7 +32,7 @@ from anchor_jax.streaming.loop import DpmPlusPlus, Euler, Renoise, UniPC
 from anchor_jax.streaming.types import StreamSetup
 from anchor_jax.text import check_text
 from anchor_jax.wan.kernels import KERNELS
-from anchor_jax.wan.spec import LatentGrid, ModelConfig
+from anchor_jax.wan.spec import FAMILIES, LatentGrid
 from anchor_jax.weights.bundle import Bundle
 
 FORMAT_VERSION = 1
@@ -43,7 +43,7 @@ REMEDY = "copy it again, or give a file that anchor-jax sample wrote"
 _PARTS = {
     kind.__name__: kind
     for kind in (
-        *(StreamSetup, ModelConfig, LatentGrid, Levels),
+        *(StreamSetup, *FAMILIES.values(), LatentGrid, Levels),
         *(Renoise, Euler, UniPC, DpmPlusPlus),
         *catalog.PARTS,
         *map(type, KERNELS.values()),

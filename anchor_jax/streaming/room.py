@@ -7,9 +7,8 @@ import pathlib
 import resource
 
 import jax
-import numpy as np
 
-from anchor_jax import sharding
+from anchor_jax import sharding, trees
 from anchor_jax.errors import UserError
 from anchor_jax.streaming.types import StreamSetup
 
@@ -18,7 +17,6 @@ MOST_FRAMES = 4096
 MOST_LEVELS = 1024
 """Largest number of noise levels of a sampler."""
 
-_PIXELS = 8 * 8 * 4 * 3  # values of a latent place and frame, decoded
 _CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -60,20 +58,23 @@ def need(setup: StreamSetup, batch: int = 1) -> Need:
     tokens = rows_cols[0] * rows_cols[1]
     prior = policy.junction_frames if policy.keeps_prior else 0
     # Keys and values of one token, of all layers.
-    token = 2 * model.num_layers * model.dim * _itemsize(model.dtype)
+    token = 2 * model.num_layers * model.dim * trees.itemsize(model.dtype)
     rows = batch * setup.copies
     values = batch * setup.grid.height * setup.grid.width
     noise = (
-        len(setup.levels) * policy.block * _itemsize(setup.solver.dtype(model.dtype))
+        len(setup.levels)
+        * policy.block
+        * trees.itemsize(setup.solver.dtype(model.dtype))
     )
-    recent = setup.recent * _itemsize(model.dtype)
+    recent = setup.recent * trees.itemsize(model.dtype)
     # Without a cache no block stores the keys and values of all layers.
     held = policy.slots + prior + policy.block if policy.remembers else 0
     return Need(
         cache=token * rows * tokens * held,
         context=token * rows * model.text_len,
         latents=values * model.latent_channels * (noise + recent),
-        pixels=values * policy.block * _PIXELS,
+        # Three colours of each pixel.
+        pixels=values * policy.block * math.prod(model.family.strides) * 3,
     )
 
 
@@ -86,7 +87,7 @@ def check(setup: StreamSetup, batch: int = 1, where: str = "") -> None:
       where: the name of the setup in messages, such as a file, or "".
     """
     start = f"{where}: " if where else ""
-    policy, grid = setup.policy, setup.grid
+    policy = setup.policy
     needed = need(setup, batch)
     takes = f"at least {needed.total} bytes ({_gigabytes(needed.total)}) of memory"
     for name, value, most in (
@@ -101,7 +102,8 @@ def check(setup: StreamSetup, batch: int = 1, where: str = "") -> None:
             )
     available = available_bytes()
     if needed.total > available:
-        size = f"{8 * grid.height}x{8 * grid.width}"
+        height, width = setup.model.family.pixel_size(setup.grid)
+        size = f"{height}x{width}"
         raise UserError(
             f"{start}window={policy.window}, block={policy.block}, size={size} and"
             f" batch={batch} take {takes}, {_gigabytes(needed.cache)} of it for the"
@@ -153,10 +155,6 @@ def _number(path: str) -> float:
         return int(pathlib.Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return math.inf
-
-
-def _itemsize(dtype: str) -> int:
-    return np.dtype(jax.numpy.dtype(dtype)).itemsize
 
 
 def _gigabytes(size: int) -> str:

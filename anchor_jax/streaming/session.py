@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from anchor_jax import interrupts
-from anchor_jax.cache.policies import Rerun
+from anchor_jax.cache.policies import RecachePass
 from anchor_jax.cache.types import ReadPlan
 from anchor_jax.errors import UserError
 from anchor_jax.prompts import Script
@@ -363,21 +363,21 @@ class Session:
             self.negative_prompt,
             self.batch,
         )
-        trial.rehearse(self.reruns(script))
+        trial.rehearse(self._switch_starts(script).values())
 
-    def rehearse(self, reruns: Sequence[Rerun | None]) -> None:
+    def rehearse(self, starts: Iterable[int]) -> None:
         """Runs every program once; the session cannot be used afterwards.
 
         Args:
-          reruns: the re-caches to run; None is a switch without a re-cache.
+          starts: latent frames at which prompt switches are compiled.
         """
         last = self._advance()
         while self.frame != self.setup.policy.limit:
             last = self._advance()
             if len(self._tail) == self._tail.maxlen:
                 break
-        for rerun in reruns:
-            self._switch(self.segments[0], rerun)
+        for start in starts:
+            self._switch(self.segments[0], start)
             last = self._advance()
         if self.setup.policy.restart:
             self._restart()
@@ -399,15 +399,19 @@ class Session:
                 " anchor_forcing, longlive or self_forcing_rolling"
             )
 
-    def reruns(self, script: Script | None) -> tuple[Rerun | None, ...]:
+    def reruns(self, script: Script | None) -> tuple[RecachePass | None, ...]:
         """Returns the re-caches of a script's switches; None: of any script."""
+        return tuple(self._switch_starts(script))
+
+    def _switch_starts(self, script: Script | None) -> dict[RecachePass | None, int]:
+        """Returns a start for each re-cache of a script's switches."""
         policy = self.setup.policy
         starts = range(policy.block, policy.window + 2 * policy.block, policy.block)
         if script and not policy.restart:
             starts = landings(script.switch_frames, policy.block)
         elif script and not script.switch_frames:
             starts = ()
-        return tuple(dict.fromkeys(policy.rerun(start) for start in starts))
+        return {policy.recache(start): start for start in starts}
 
     def recipe(self) -> dict[str, Any]:
         """Returns the recipe that makes the same video again, as plain values."""
@@ -434,7 +438,7 @@ class Session:
         if self._clock.is_restart(policy):
             self._restart()
         elif due:
-            self._switch(due)
+            self._switch(due, self._clock.local)
         clock = self._clock
         blocks = stream.run(
             self.bundle.variables,
@@ -459,14 +463,14 @@ class Session:
         self._contexts = {k: v for k, v in self._contexts.items() if k in wanted}
         return due
 
-    def _switch(self, due: Switch) -> None:
+    def _switch(self, due: Switch, start: int) -> None:
         requested = max(0, due.requested - self._clock.origin)
         change = PromptChange(self._context(due.prompt), requested, due.cut)
         self._state, _ = stream.change_prompt(
             self.bundle.variables,
             self._state,
             change,
-            self._clock.local,
+            start,
             setup=self.setup,
         )
 

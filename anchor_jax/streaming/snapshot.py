@@ -14,6 +14,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from anchor_jax import trees
 from anchor_jax.cache import memory
 from anchor_jax.errors import UserError, shown, some
 from anchor_jax.io import parse_json, replacing
@@ -64,7 +65,7 @@ class Moment:
 
     @property
     def nbytes(self) -> int:
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.arrays))
+        return trees.nbytes(self.arrays)
 
     def with_arrays(self, arrays: tuple[Any, ...]) -> "Moment":
         state, decoder, tail = arrays
@@ -106,8 +107,8 @@ class Moments:
         """
         if budget < 0 or every < 0:
             raise UserError(
-                f"moments: budget={budget} bytes and every={every} blocks: expected 0"
-                " or more"
+                f"moments: budget={budget} bytes and every={every} blocks: must be at"
+                " least 0"
             )
         self.budget, self.every = budget, every
         self._kept: dict[tuple, tuple[Moment, bool]] = {}
@@ -432,6 +433,6 @@ def _check_start(path: pathlib.Path, state: StreamState, moment: Moment) -> None
     ring = int(index.frame.size)
     if not (0 <= int(index.cursor) <= ring and 0 <= int(index.filled) <= ring):
         raise UserError(
-            f"{path}: cursor={int(index.cursor)} and filled={int(index.filled)} are no"
+            f"{path}: cursor={int(index.cursor)} and filled={int(index.filled)} must be"
             f" places among {ring} slots; copy the file again"
         )

@@ -1,7 +1,7 @@
-"""The stream: `start`, `step`, `switch`, pure functions over `StreamState`.
+"""The stream: `start`, `step` and `switch`, pure functions of `StreamState`.
 
-`setup` is static, everything else is traced: one program per block whatever frame
-it is, and one per length of re-cache.
+`setup` is static and everything else is traced. So one program serves every block, and
+one program each length of a re-cache.
 """
 
 import functools
@@ -14,7 +14,7 @@ import numpy as np
 from anchor_jax import flow
 from anchor_jax.cache import store
 from anchor_jax.cache.memory import Memory
-from anchor_jax.cache.policies import Flush, Rerun
+from anchor_jax.cache.policies import Flush, RecachePass
 from anchor_jax.cache.types import KVCache, ReadPlan
 from anchor_jax.streaming.loop import approach, guide
 from anchor_jax.streaming.types import (
@@ -34,12 +34,12 @@ from anchor_jax.wan.attention import (
 
 @functools.partial(jax.jit, static_argnames="setup")
 def project(variables, embedding: jax.Array, *, setup: StreamSetup) -> ContextKV:
-    """Returns a prompt's keys and values, made once per prompt.
+    """Returns a prompt's keys and values. It runs once per prompt.
 
     Args:
-      variables: the generator's collections, `params` and perhaps `lora`.
-      embedding: [copies x batch, text, text_dim], padded rows zero; under guidance
-        the prompts' rows come first, then the negative prompts'.
+      variables: the generator's collections, `params` and optionally `lora`.
+      embedding: [copies x batch, text, text_dim], zero at padding. Under guidance the
+        prompts' rows come first, then the negative prompts'.
       setup: static.
     """
     return setup.network.apply(variables, embedding, method="project")
@@ -47,10 +47,10 @@ def project(variables, embedding: jax.Array, *, setup: StreamSetup) -> ContextKV
 
 @functools.partial(jax.jit, static_argnames="setup")
 def draw_noise(rng: jax.Array, start, batch_like, *, setup: StreamSetup) -> BlockNoise:
-    """Returns a block's random numbers, a function of key, latent frame and video.
+    """Returns a block's random numbers as a function of key, latent frame and video.
 
     Args:
-      rng: a key of the video.
+      rng: random key of the video.
       start: first latent frame of the block.
       batch_like: an array whose leading axis is the batch.
       setup: static.
@@ -72,14 +72,14 @@ def _latent_shape(setup: StreamSetup) -> tuple[int, int, int]:
 
 
 def start(context: ContextKV, *, setup: StreamSetup) -> StreamState:
-    """Returns a stream that has not begun.
+    """Returns the state at the start of a stream.
 
     Args:
-      context: the first prompt, of `project`; its batch is copies x videos.
+      context: the first prompt, from `project`; its batch is copies x videos.
       setup: static.
 
     Raises:
-      ValueError: The context's batch does not hold `setup.copies` of each video.
+      ValueError: The context's batch is not a multiple of `setup.copies`.
     """
     rows = context.k.shape[1]
     if rows % setup.copies:
@@ -101,27 +101,32 @@ def start(context: ContextKV, *, setup: StreamSetup) -> StreamState:
 def step(
     variables, state: StreamState, noise: BlockNoise, *, setup: StreamSetup
 ) -> tuple[StreamState, Block]:
-    """Returns the stream one block later, and the block.
+    """Returns the state after one more block, and the block.
 
-    All noise levels, the clean pass and the commit are one program. `state` is
+    All noise levels, the clean pass and the commit form one program. `state` is
     donated.
     """
     return advance(variables, state, noise, setup=setup)[:2]
 
 
 def advance(
-    variables, state: StreamState, noise: BlockNoise, leave=None, *, setup: StreamSetup
+    variables,
+    state: StreamState,
+    noise: BlockNoise,
+    exit_level=None,
+    *,
+    setup: StreamSetup,
 ) -> tuple[StreamState, Block, LayersKV | None]:
-    """Returns the stream one block later, the block, and what it left in the cache.
+    """Returns the state after one more block, the block, and its keys and values.
 
-    What `step` compiles; training runs it inside programs of its own.
+    `step` compiles it; training calls it inside its own programs.
 
     Args:
       variables: the generator's collections.
       state: as for `step`.
       noise: as for `step`.
-      leave: number of the level whose estimate is the block, traced; later levels
-        are not run. None runs them all.
+      exit_level: number of the noise level whose estimate becomes the block, traced.
+        Later levels are not run. None runs all levels.
       setup: static.
     """
     policy, index = setup.policy, state.cache.index
@@ -147,10 +152,10 @@ def advance(
         setup.solver,
         noise.fresh,
         memory.carried(),
-        None if leave is None else leave + 1,
+        None if exit_level is None else exit_level + 1,
     )
-    if leave is not None:
-        latents = passes.x0[leave]
+    if exit_level is not None:
+        latents = passes.x0[exit_level]
     if not policy.remembers:
         cache = state.cache.replace(index=done)
         return state.replace(cache=cache), Block(latents, plan, passes, None), None
@@ -171,15 +176,15 @@ def advance(
 def estimate(
     variables, state: StreamState, noisy: jax.Array, level, *, setup: StreamSetup
 ) -> jax.Array:
-    """Returns x0 of a block's one pass, as the loop of `advance` makes it.
+    """Returns x0 of one pass of a block, as computed in the loop of `advance`.
 
-    What gradients flow through: the pass at the level that a block was left at.
+    Training differentiates it, for the pass at a block's exit level.
 
     Args:
       variables: the generator's collections.
-      state: before the block.
-      noisy: what the pass saw.
-      level: its number, traced.
+      state: the state before the block.
+      noisy: input of the pass.
+      level: number of the pass's noise level, traced.
       setup: static; the policy keeps no prior junction.
     """
     plan = setup.policy.read(state.cache.index)
@@ -195,7 +200,7 @@ def estimate(
 
 
 def recommit(cache: KVCache, own: LayersKV, *, setup: StreamSetup) -> KVCache:
-    """Returns the cache as `advance` leaves it, of what a block left in it."""
+    """Returns the cache after a block, from the block's keys and values."""
     write, done = setup.policy.write(cache.index)
     return cache.replace(slots=store.commit(cache.slots, own, write), index=done)
 
@@ -209,25 +214,25 @@ def switch(
     cut=False,
     *,
     setup: StreamSetup,
-    rerun: Rerun | None,
+    rerun: RecachePass | None,
 ) -> tuple[StreamState, Block | None]:
-    """Returns the stream under a new prompt, from the next block on.
+    """Returns the state under a new prompt, which holds from the next block on.
 
     Args:
       variables: the generator's collections.
-      state: donated.
-      context: the new prompt, of `project`.
-      requested: latent frame at which the switch was asked for; not after the next
+      state: state of the stream; donated.
+      context: the new prompt, from `project`.
+      requested: latent frame at which the switch was requested, at most the next
         block's start.
-      cut: whether the next block is a scene cut, for policies that have one.
+      cut: whether the next block is a scene cut, for policies with scene cuts.
       setup: static.
-      rerun: `setup.policy.rerun(next block's start)`, static.
+      rerun: `setup.policy.recache(next block's start)`, static.
 
     Returns:
       The new state, and the re-cache's pass as a block without latents, or None.
 
     Raises:
-      ValueError: The context is not of the stream's batch.
+      ValueError: The context's batch differs from the stream's.
     """
     policy, cache, block = setup.policy, state.cache, None
     if context.k.shape != state.context.k.shape:
@@ -261,18 +266,18 @@ def switch_slot(
     cut=False,
     *,
     setup: StreamSetup,
-    rerun: Rerun | None,
+    rerun: RecachePass | None,
 ) -> StreamState:
-    """Returns stacked sessions with the one at `slot` under a new prompt.
+    """Returns stacked sessions with the session at `slot` under a new prompt.
 
-    For sessions that step side by side under `jax.vmap`, each at a frame of its own:
-    a switch is a program apart, since a branch under vmap would run for all.
+    It is for sessions that step together under `jax.vmap`, each at its own frame. A
+    switch is a separate program, because a branch under vmap would run for all of them.
 
     Args:
       variables: the generator's collections.
       states: sessions stacked along a new first axis; donated.
-      slot: which of them, traced.
-      context: as for `switch`, of that session.
+      slot: index of the session, traced.
+      context: as for `switch`, for that session.
       requested: as for `switch`.
       cut: as for `switch`.
       setup: static.
@@ -293,7 +298,7 @@ def switch_slot(
 
 @functools.partial(jax.jit, static_argnames="setup", donate_argnames="state")
 def make_block(variables, state: StreamState, rng, frame, *, setup: StreamSetup):
-    """Returns the stream's next state, the block's latents, and its read plan.
+    """Returns the state after one more block, the block's latents, and its read plan.
 
     One program draws the noise, denoises and commits. It drops intermediate results
     that only tests need. `state` is donated.
@@ -313,9 +318,9 @@ def make_block(variables, state: StreamState, rng, frame, *, setup: StreamSetup)
 def change_prompt(
     variables, state: StreamState, change: PromptChange, start: int, *, setup
 ) -> tuple[StreamState, Block | None]:
-    """Returns what `switch` does before the block at `start`, a number on the host.
+    """Returns the result of `switch` before the block at `start`, a number on the host.
 
-    Only here a host loop has to know which frames the policy passes again.
+    Only here does a host loop choose the frames of the re-cache.
     """
     requested = start if change.requested is None else change.requested
     return switch(
@@ -325,7 +330,7 @@ def change_prompt(
         np.int32(requested),
         np.bool_(change.cut),
         setup=setup,
-        rerun=setup.policy.rerun(start),
+        rerun=setup.policy.recache(start),
     )
 
 
@@ -338,14 +343,14 @@ def run(
     *,
     setup: StreamSetup,
 ) -> Iterator[tuple[StreamState, jax.Array, ReadPlan]]:
-    """Yields the stream, the latents and the read plan after each block.
+    """Yields the state, the latents and the read plan after each block.
 
-    The host's loop. Nothing in it waits for the device. A yielded state is donated to
-    the next block: copy it to keep it.
+    This is the loop of the host. It never waits for the device. A yielded state is
+    donated to the next block: copy it to keep it.
 
     Args:
       variables: the generator's collections.
-      state: of `start`, or the last state of an earlier loop; donated.
+      state: the state from `start`, or the last state of an earlier loop; donated.
       rng: the video's random key.
       frames: first latent frame of each block, such as
         `range(0, length, setup.policy.block)`.
@@ -364,15 +369,15 @@ def run(
 
 
 def resume(variables, state: StreamState, latents, *, setup: StreamSetup):
-    """Returns the stream as if `latents` had been its first frames.
+    """Returns the state as if `latents` were the stream's first frames.
 
     Continuing a given clip is a re-cache that starts at frame 0.
 
     Args:
       variables: the generator's collections.
-      state: of `start`.
-      latents: [batch, frame, ...] clean; a multiple of the block, no more than the
-        window.
+      state: the state from `start`.
+      latents: [batch, frame, ...], clean. The number of frames is a multiple of the
+        block and at most the window.
       setup: static.
 
     Raises:
@@ -380,10 +385,12 @@ def resume(variables, state: StreamState, latents, *, setup: StreamSetup):
     """
     frames, policy = latents.shape[1], setup.policy
     if not policy.remembers:
-        raise ValueError("this policy remembers nothing, so it cannot continue a clip")
+        raise ValueError(
+            "this policy stores no past frames, so it cannot continue a clip"
+        )
     if frames % policy.block or not 0 < frames <= policy.window:
         raise ValueError(
-            f"got {frames} latent frames to continue; expected a multiple of the block"
+            f"got {frames} latent frames to continue; must be a multiple of the block"
             f" of {policy.block}, at most the window of {policy.window}"
         )
     return _resume(variables, state, latents, setup=setup)
@@ -395,15 +402,17 @@ def _resume(variables, state, latents, *, setup: StreamSetup):
     index = state.cache.index.replace(start=jnp.int32(frames))
     recent = _remember(state.recent, latents, jnp.int32(0))
     state = state.replace(cache=state.cache.replace(index=index), recent=recent)
-    cache, _ = _recache(variables, state, state.context, setup, Rerun(frames, True))
+    cache, _ = _recache(
+        variables, state, state.context, setup, RecachePass(frames, True)
+    )
     return state.replace(cache=cache)
 
 
-def _recache(variables, state, context, setup: StreamSetup, rerun: Rerun):
-    """Returns the cache with the newest clean frames run again, and that pass."""
+def _recache(variables, state, context, setup: StreamSetup, rerun: RecachePass):
+    """Returns the cache after a re-cache of the newest clean frames, and that pass."""
     policy, cache = setup.policy, state.cache
-    plan = policy.read_rerun(cache.index, rerun)
-    write, index = policy.write_rerun(cache.index, rerun)
+    plan = policy.read_recache(cache.index, rerun)
+    write, index = policy.write_recache(cache.index, rerun)
     picked = (plan.start + jnp.arange(rerun.frames)) % setup.recent
     latents = jnp.take(state.recent, picked, axis=1)
     memory = _memory(setup, cache, plan, rerun)
@@ -415,7 +424,7 @@ def _recache(variables, state, context, setup: StreamSetup, rerun: Rerun):
 
 
 def _forward(setup: StreamSetup, variables, context, plan: ReadPlan):
-    """Returns the model as (latents, timestep, past) -> (guided flow, own)."""
+    """Returns a function (latents, timestep, past) -> (guided flow, own)."""
     model = setup.network
     everything = not setup.policy.remembers
     visible = bidirectional(plan.query.shape[0]) if everything else Prefix(plan.frames)
@@ -433,7 +442,7 @@ def _forward(setup: StreamSetup, variables, context, plan: ReadPlan):
 
 
 def _memory(
-    setup: StreamSetup, cache: KVCache, plan: ReadPlan, rerun: Rerun | None = None
+    setup: StreamSetup, cache: KVCache, plan: ReadPlan, rerun: RecachePass | None = None
 ) -> Memory:
     kernel = setup.network.attention
     return Memory(setup.policy, setup.model, kernel, setup.tokens, cache, plan, rerun)

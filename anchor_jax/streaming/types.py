@@ -36,7 +36,7 @@ class StreamSetup:
 
     @property
     def tokens(self) -> tuple[int, int]:
-        return self.grid.tokens(self.model.patch)
+        return self.grid.tokens(self.model.patch, self.model.family.strides)
 
     @property
     def network(self) -> WanDit:

@@ -1,4 +1,4 @@
-"""The tiny world: scenes, captions and scores with which everything can be tried.
+"""The tiny world: scenes, captions and scores to try every part of the package.
 
 A domain of `anchor_jax.plugins`: the core finds its parts here, by role and name.
 """

@@ -12,7 +12,7 @@ from anchor_jax.prompts import Script, Segment
 from anchor_jax.sampling.config import read_config
 from anchor_jax.sampling.resolve import load_weights, make_setup, resolve
 from anchor_jax.tiny_world import ablation
-from anchor_jax.tiny_world.ablation import Trial
+from anchor_jax.tiny_world.ablation import AblationTrial
 from anchor_jax.training import run
 
 PARTS = {"swaps": ablation.ARMS, "trained": ablation.TRAINED}
@@ -27,21 +27,21 @@ class Comparison:
       part: "swaps" streams one generator; "trained" tunes one for each arm.
       trial: the streams of an arm.
       config: config of the streams and their weights.
-      train: config of the training of an arm, as `training.run.read_config` takes it.
+      train: config of an arm's training, as `training.run.read_config` takes it.
         It starts from the weights of `config`.
       folder: folder of numbers and tables.
-      tell: a function that prints a line.
+      tell: function that prints a line.
     """
 
     part: str
-    trial: Trial
+    trial: AblationTrial
     config: Any
     train: Any
     folder: pathlib.Path
     tell: Callable[[str], None]
 
     def identity(self) -> dict[str, Any]:
-        """Returns the parts of the trial on which the numbers of one start depend."""
+        """Returns the fields of the trial that the numbers of one start depend on."""
         one = dataclasses.replace(self.trial, starts=1, batch=1)
         return dataclasses.asdict(one)
 
@@ -101,8 +101,8 @@ class Comparison:
         reached = run.open_job(run.read_config(train), tell=self.tell).run()
         if reached < train.steps:
             raise Stopped(
-                f"{place}: Stopped at {reached}/{train.steps}. Rerun this command to"
-                " resume."
+                f"{place}: Stopped at {reached}/{train.steps}. Rerun this command"
+                " to resume."
             )
         config = self.config.copy_and_resolve_references()
         config.weights = str(place)
@@ -129,7 +129,7 @@ class Comparison:
         return ablation.measure_once(path, about, measure)
 
 
-PAPER = Ablation(Trial, Comparison)
+PAPER = Ablation(AblationTrial, Comparison)
 
 
 def _model(config):

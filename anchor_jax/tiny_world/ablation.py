@@ -29,9 +29,9 @@ class Arm:
     """A method to compare, and what the paper reports of it.
 
     Attributes:
-      about: of the table's line.
-      policy: what streams remember.
-      paper: dynamic degree and CLIP score of the paper, None where it has none.
+      about: label of the table's row.
+      policy: cache policy of the streams.
+      paper: dynamic degree and CLIP score in the paper, None if not given there.
     """
 
     about: str
@@ -50,7 +50,7 @@ ARMS = {
         dataclasses.replace(POLICIES["longlive"], on_switch=Flush()),
         (27.6, None),
     ),
-    # With absolute RoPE a junction has no place: the bounded rule stands in.
+    # Absolute RoPE does not allow a junction: the bounded rule replaces it.
     "anchors": Arm(
         "bounded RoPE, anchor re-cache",
         dataclasses.replace(POLICIES["bounded_rope"], junction=Junction()),
@@ -67,13 +67,13 @@ TRAINED = {
     "tri_region": "tri_region_no_junction",
     "both": "anchor_forcing",
 }
-"""Arms that are trained, with their policies' names; a generator streams as trained."""
+"""Trained arms with their policies' names; a generator streams as it was trained."""
 
 METRICS = {
     "speed": "signed speed / commanded",
     "all": "segments all right",
     "adopted_soon": f"switch seen in {event_scores.SOON} blocks",
-    "on_its_way": "motion goes on",
+    "on_its_way": "motion continues",
     "persists": "first object persists",
     "recalled": "hidden recalled",
     "jumps": "borders with a jump",
@@ -82,16 +82,16 @@ METRICS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Trial:
+class AblationTrial:
     """Streams of an arm.
 
     Attributes:
-      scripts: with random events.
-      starts: noise of each script's streams, from so many seeds.
-      segments: of a script.
-      blocks: of a segment.
-      batch: streams side by side.
-      seed: of the scripts.
+      scripts: number of scripts with random events.
+      starts: number of streams per script, with different noise.
+      segments: number of segments per script.
+      blocks: number of blocks per segment.
+      batch: number of streams that are generated together.
+      seed: seed of the scripts.
     """
 
     scripts: int = 100
@@ -108,11 +108,15 @@ class Trial:
 
 
 def measure(
-    bundle, setup: StreamSetup, trial: Trial, start: int, negative_prompt: str = ""
+    bundle,
+    setup: StreamSetup,
+    trial: AblationTrial,
+    start: int,
+    negative_prompt: str = "",
 ) -> list[dict[str, float]]:
-    """Returns the metrics of each script's stream, those that it has."""
+    """Returns the metrics of each script's stream that apply to it."""
     scripts = trial.draw()
-    watched = world.Trial(
+    watched = world.MatchTrial(
         count=trial.scripts,
         batch=min(trial.batch, trial.scripts),
         segments=(trial.blocks,) * trial.segments,
@@ -128,7 +132,7 @@ def measure(
 
 
 def stream_metrics(results: Sequence[event_scores.Result]) -> dict[str, float]:
-    """Returns a stream's metrics: means over the segments that have one."""
+    """Returns a stream's metrics: means over the segments that have the metric."""
     found = {}
     for name in METRICS:
         values = [
@@ -144,13 +148,13 @@ def stream_metrics(results: Sequence[event_scores.Result]) -> dict[str, float]:
 
 
 def measure_once(path: pathlib.Path, about: Mapping[str, Any], run) -> list[dict]:
-    """Returns what `run()` measures; what is on disk is not measured again.
+    """Returns the result of `run()`, or reads it if it is already on disk.
 
     Args:
-      path: of the JSON file.
-      about: what was measured; a file about something else, or a damaged
-        one, is measured anew.
-      run: measures.
+      path: path of the JSON file.
+      about: settings of the measurement. If the file has others or is damaged, `run` is
+        called again.
+      run: function that measures.
     """
     about = json.loads(json.dumps(about))
     try:
@@ -166,7 +170,7 @@ def measure_once(path: pathlib.Path, about: Mapping[str, Any], run) -> list[dict
 
 
 def _are_streams(found: Any) -> bool:
-    """Returns whether something read is a list of streams' metrics."""
+    """Returns whether a value that was read is a list of streams' metrics."""
     return isinstance(found, list) and all(
         isinstance(row, dict) and all(type(x) in (int, float) for x in row.values())
         for row in found
@@ -174,15 +178,15 @@ def _are_streams(found: Any) -> bool:
 
 
 def summarize(arms: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> dict:
-    """Returns a cell for each arm and metric, and its difference to the baseline.
+    """Returns a cell for each arm and metric, with its difference to the baseline.
 
-    A script's streams from several starts are first averaged, so that `n` counts
-    scripts, and the intervals (normal, 95 %) are over scripts. Differences are of the
-    same scripts. `by_start` has each start's own mean: how far starts (of trained arms,
-    trainings) are apart is not in the intervals.
+    The streams of a script from several starts are averaged first, so `n` counts
+    scripts, and the intervals (normal, 95 %) are over scripts. Differences compare the
+    same scripts. `by_start` has the mean of each start. The intervals do not include
+    the spread between starts (for trained arms, between trainings).
 
     Args:
-      arms: name -> start -> script -> metrics.
+      arms: metrics by name, start and script.
     """
     by_script = {
         name: {metric: _by_script(starts, metric) for metric in METRICS}
@@ -224,8 +228,8 @@ def _mean(values: Sequence[float]) -> dict | None:
 def table(summary: Mapping[str, Any], arms: Mapping[str, Arm] = ARMS) -> str:
     """Returns the arms as a Markdown table, beside the paper's numbers.
 
-    Each cell has its mean, half its 95 % interval, and n; the last table, the mean of
-    each start.
+    Each cell has a mean, half of its 95 % interval, and n. The last table has the mean
+    of each start.
     """
     lines = _head("paper: dynamic degree", "paper: CLIP")
     for name, metrics in summary.items():
@@ -272,13 +276,13 @@ PROBE_SHIFTS = (3, 12, 60, 240)
 
 
 def probe(bundle, setup: StreamSetup, count: int = 96, seed: int = 9) -> dict:
-    """Returns how much a block's denoising loss depends on its past, and from how far.
+    """Returns the dependence of a block's denoising loss on its past.
 
-    On rendered windows of streams without an event nearby: the loss of the last block
-    as laid out, with its past taken from another stream, and moved away in RoPE
-    positions by so many frames; each as difference to the first, by noise level. This
-    is what swapped RoPE rules can act through: where moving the past changes nothing,
-    no rule can.
+    It uses rendered windows of streams without an event nearby. The loss of the last
+    block is measured as laid out, with the past of another stream, and with the past
+    moved by several RoPE distances. Each is given as its difference to the first, by
+    noise level. RoPE rules can have an effect only where moving the past changes the
+    loss.
     """
     spec = RegressionSpec(
         model=setup.model, blocks=(3,) * 5, forcing="teacher", kernel=setup.kernel

@@ -1,4 +1,4 @@
-"""Clips of the tiny world with its events, as latents, for the teacher."""
+"""Clips of the tiny world with events, as latents, for the teacher."""
 
 import dataclasses
 import functools
@@ -21,10 +21,10 @@ _PARAPHRASES = 8
 
 @dataclasses.dataclass(frozen=True)
 class Clips:
-    """Latent clips and what they show.
+    """Latent clips and the scenes that they show.
 
-    `latents` is [clip, frame, 8, 8, channel] in float16, `scenes` what each clip's
-    caption says: in some, the first block shows the scene before an event.
+    `latents` is [clip, frame, 8, 8, channel] in float16. `scenes` holds the scene of
+    each clip's caption. In some clips the first block shows the scene before an event.
     """
 
     latents: np.ndarray
@@ -42,7 +42,7 @@ def captions() -> list[str]:
 
 @functools.cache
 def _every_scene() -> tuple[Scene, ...]:
-    """Returns one scene of every kind that can begin or follow another."""
+    """Returns one scene of every kind."""
     rng = np.random.default_rng(0)
     found = []
     for attributes in scene.all_attributes(False):
@@ -56,23 +56,23 @@ def _every_scene() -> tuple[Scene, ...]:
 
 
 def make_clips(codec, seed: int, count: int, frames: int) -> Iterator[dict[str, Any]]:
-    """Yields clips of training combinations, as `datasets.Clips` keeps them.
+    """Yields clips of training combinations in the form of `datasets.Clips`.
 
     Args:
-      codec: of `fit_codec`.
-      seed: of the draws.
-      count: of clips.
-      frames: latent frames of each.
+      codec: result of `fit_codec`.
+      seed: seed of the draws.
+      count: number of clips.
+      frames: latent frames per clip.
     """
     rng = np.random.default_rng((seed, 3))
-    # All are drawn before one is encoded, which draws from the same generator.
+    # All scenes are drawn first, because encoding draws from the same generator.
     drawn = list(itertools.islice(_clips(rng, frames), count))
     for played, last in drawn:
         yield {"latents": _encode(codec, played, rng), "captions": [to_text(last)]}
 
 
 def gather(made: Iterable[Mapping[str, Any]]) -> Clips:
-    """Returns the clips that `make_clips` yields, or that were kept."""
+    """Returns the clips of `make_clips`, which are made only once."""
     latents, scenes = [], []
     for example in made:
         latents.append(np.asarray(example["latents"], np.float16))
@@ -81,7 +81,7 @@ def gather(made: Iterable[Mapping[str, Any]]) -> Clips:
 
 
 def to_text(shown: Scene) -> str:
-    """Returns a scene as JSON: its captions are drawn anew for every batch."""
+    """Returns a scene as JSON. Its captions are drawn again for every batch."""
     return json.dumps(dataclasses.asdict(shown))
 
 
@@ -89,7 +89,7 @@ def from_text(text: str) -> Scene:
     """Returns the scene of `to_text`.
 
     Raises:
-      UserError: It is the text of no scene.
+      UserError: The text does not describe a scene.
     """
     try:
         fields = json.loads(text)
@@ -111,10 +111,10 @@ def from_text(text: str) -> Scene:
 
 
 def _clips(rng, frames: int) -> Iterator[tuple[list[tuple[Scene, int]], Scene]]:
-    """Yields what clips play, in pixel frames, and the scene of their captions.
+    """Yields the segments of clips in pixel frames, and the scenes of their captions.
 
-    A third begins with a block of the scene before: so do the clips that distillation
-    scores after a prompt switch.
+    A third of the clips begins with a block of the previous scene, like the clips that
+    distillation scores after a prompt switch.
     """
     whole = scene.latent_to_pixel_frames(frames)
     first = scene.latent_to_pixel_frames(BLOCK)
@@ -127,7 +127,7 @@ def _clips(rng, frames: int) -> Iterator[tuple[list[tuple[Scene, int]], Scene]]:
 
 
 def pair(rng) -> tuple[Scene, Scene]:
-    """Returns a scene and one that can follow it, plain ones most often."""
+    """Returns a scene and a scene that can follow it, most often plain ones."""
     begin = Scene(scene.sample_attributes(rng, held_out=False))
     chosen = rng.random()
     if chosen < 0.5:
@@ -144,9 +144,9 @@ def pair(rng) -> tuple[Scene, Scene]:
 def stream_scenes(rng) -> tuple[Scene, Scene]:
     """Returns a stream's scenes before and after a switch.
 
-    As `pair`, but three tenths change several attributes at once and two the motion,
-    fewer begin with two objects, and none with nothing, since what returns from there
-    would be anything.
+    As `pair`, but 30 % change several attributes at once and 20 % the motion. Fewer
+    begin with two objects, and none with an empty scene, because its hidden object
+    would be arbitrary.
     """
     first = scene.sample_attributes(rng, held_out=False)
     chosen = rng.random()
@@ -171,7 +171,7 @@ def _encode(codec, played, rng) -> np.ndarray:
 
 
 class ClipBatches:
-    """Batches for the bidirectional teacher, pure functions of their number."""
+    """Batches for the bidirectional teacher, as pure functions of their number."""
 
     def __init__(
         self,
@@ -186,7 +186,7 @@ class ClipBatches:
         self.batch, self.frames, self.seed = batch, frames, seed
 
     def __call__(self, number: int) -> dict[str, np.ndarray]:
-        """Returns latents and token ids of batch `number`; some have no caption."""
+        """Returns latents and token ids of batch `number`; dropout removes captions."""
         rng = np.random.default_rng((self.seed, 10, number))
         rows = rng.integers(len(self.clips.latents), size=self.batch)
         latents = self.clips.latents[rows, : self.frames].astype(np.float32)

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, repeat
 
-FRAMES = 4
-CELL = 8
+from anchor_jax.wan.spec import WAN_2_1
+
+FRAMES, CELL, _ = WAN_2_1.strides
 BLOCK_VALUES = FRAMES * CELL * CELL * 3
 
 Params = dict[str, jnp.ndarray]
@@ -51,7 +52,9 @@ def to_bytes(pixels: np.ndarray) -> np.ndarray:
     return np.clip(np.rint((np.asarray(pixels) + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
-def fit_codec(blocks: np.ndarray, channels: int = 16) -> dict[str, np.ndarray]:
+def fit_codec(
+    blocks: np.ndarray, channels: int = WAN_2_1.latent_channels
+) -> dict[str, np.ndarray]:
     """Returns the codec of pixel blocks [N, 768]: `mean`, `encode` and `decode`.
 
     The leading principal components, half-whitened: each is divided by the square

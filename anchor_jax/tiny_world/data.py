@@ -1,4 +1,4 @@
-"""What clips and windows of the tiny world share."""
+"""The parts that clips and windows of the tiny world share."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from anchor_jax.tiny_world.events import Scene
 BLOCK = 3
 BLOCKS = 5
 VERSION = 1
-"""Of what a seed makes; clips that were kept from another are made anew."""
+"""Version of the examples of a seed. Stored clips of another version are replaced."""
 
 # Temporal RoPE positions of the five blocks of a causal window: the start of a
 # stream, its steady state, and the steady state with a junction (blocks 0 and 1 are
@@ -24,10 +24,10 @@ _OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 
 
 def follow(rng, before: Scene, kind: str) -> Scene:
-    """Returns a scene of the training split to which an event leads.
+    """Returns a scene of the training split after an event.
 
-    Half of the motions that change turn around: what a stream remembers speaks against
-    no other event as much, and by chance it is one in four.
+    Half of the changed motions are reversals. The past contradicts no other event as
+    much, and uniform draws would reverse only one in four.
     """
     motion = _OPPOSITE.get(before.first.motion)
     if kind == "motion" and motion and rng.random() < 0.5:
@@ -38,7 +38,7 @@ def follow(rng, before: Scene, kind: str) -> Scene:
 
 
 def follow_any(rng, before: Scene) -> Scene:
-    """Returns a scene of the training split that can follow; motions change often."""
+    """Returns a training scene that can follow, often with another motion."""
     kinds = events.kinds(before, False)
     turns = "motion" in kinds and rng.random() < 0.3
     return follow(rng, before, "motion" if turns else rng.choice(kinds))

@@ -1,6 +1,6 @@
 """Measures colour, shape, motion and background of a tiny world's pixels.
 
-Nothing here is told what a video should show: the object is whatever differs from
+No function knows what a video should show: the object is everything that differs from
 the estimated background.
 """
 
@@ -30,7 +30,7 @@ _PALETTE = np.array(
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What a clip shows; an attribute that cannot be told is `unclear`.
+    """The content of a clip; an attribute that cannot be determined is `unclear`.
 
     Attributes:
       color: The object colour with the largest area in 80 % of the pixel frames.
@@ -41,7 +41,7 @@ class Measured:
       radius: The best template's radius in pixels.
       displacement: Mean (x, y) displacement in pixels per latent frame.
       border_jumps: Share of the latent borders where the object's step is above `JUMP`
-        pixels or cannot be measured, as it is not visible.
+        pixels or cannot be measured, because it is not visible.
       inner_jumps: The same for the steps inside latent frames.
       seams: Share of the latent borders across which the displacement of a whole
         latent frame departs by more than `SEAM` pixels from the clip's median.
@@ -62,12 +62,12 @@ class Measured:
 
 
 def measure(frames: np.ndarray, phase: int = 0) -> Measured:
-    """Returns what a clip shows.
+    """Returns the content of a clip.
 
     Args:
       frames: Pixel frames, uint8 [F, 64, 64, 3].
-      phase: Number, in its whole video, of the clip's first pixel frame. Tells where
-        the latent borders are: before pixel frames 1, 5, 9, ...
+      phase: Number of the clip's first pixel frame in its whole video. It locates the
+        latent borders, which are before pixel frames 1, 5, 9, ...
     """
     _check(frames)
     pixels = frames.astype(np.float32)
@@ -94,12 +94,12 @@ def measure(frames: np.ndarray, phase: int = 0) -> Measured:
 
 
 def matches(measured: Measured, attributes: scene.Attributes) -> dict[str, bool]:
-    """Returns whether a clip shows what it should, by criterion.
+    """Returns whether a clip shows the expected content, by criterion.
 
-    `color`, `shape`, `motion` and `background`; `shape_iou` asks the shape also for
-    an IoU above 0.7, `steady` for no seam, `smooth` for no jump at a latent border,
-    `strict` for the motion without any jump; `all` is the four attributes and
-    `steady`. A codec that blurs the motion inside a latent frame enlarges the step at
+    The criteria are `color`, `shape`, `motion` and `background`; `shape_iou` (the shape
+    with an IoU above 0.7), `steady` (no seam), `smooth` (no jump at a latent border),
+    `strict` (the motion without any jump), and `all` (the four attributes and
+    `steady`). A codec that blurs the motion inside a latent frame enlarges the step at
     its border, so the ceiling of `smooth` and `strict` depends on the codec.
     """
     result = {
@@ -146,8 +146,8 @@ def object_mask(
 ) -> np.ndarray:
     """Returns the pixels that differ from the background, bool [F, 64, 64].
 
-    They differ by at least half of what the dominant object colour does; a second
-    object of another colour is therefore part of the mask.
+    They differ by at least half as much as the dominant object colour. A second object
+    of another colour is therefore part of the mask.
 
     Args:
       pixels: Pixel frames, [F, 64, 64, 3].
@@ -165,14 +165,14 @@ def object_mask(
 def track(mask: np.ndarray) -> np.ndarray:
     """Returns the mask's centre of mass (x, y) in pixels on the torus, [F, 2].
 
-    The circular mean finds the object, the mean about it is exact. Empty masks give
-    an arbitrary place.
+    The circular mean locates the object, and the mean about it is exact. Empty masks
+    give an arbitrary place.
     """
     grid = np.arange(scene.SIZE) + 0.5
     profiles = np.stack([mask.sum(axis=1), mask.sum(axis=2)], axis=1)
     weights = profiles / np.maximum(profiles.sum(axis=-1, keepdims=True), 1)
-    turn = np.exp(2j * np.pi * grid / scene.SIZE)
-    around = np.angle(weights @ turn) * scene.SIZE / (2 * np.pi)
+    wave = np.exp(2j * np.pi * grid / scene.SIZE)
+    around = np.angle(weights @ wave) * scene.SIZE / (2 * np.pi)
     offset = scene.wrap(grid - around[..., None])
     return (around + (weights * offset).sum(axis=-1)) % scene.SIZE
 
@@ -231,9 +231,10 @@ def classify_motion(
 
 
 def jump_shares(xy: np.ndarray, visible: np.ndarray, phase: int) -> tuple[float, float]:
-    """Returns the shares of latent-border steps and of inner steps that jump.
+    """Returns the fractions of latent-border steps and of inner steps that jump.
 
-    A step to or from a frame without an object counts as a jump. No step, no jump.
+    A step to or from a frame without an object counts as a jump. Without steps the
+    fraction is 0.
     """
     steps = scene.wrap(np.diff(xy, axis=0))
     jumps = np.hypot(steps[:, 0], steps[:, 1]) > JUMP
@@ -244,11 +245,11 @@ def jump_shares(xy: np.ndarray, visible: np.ndarray, phase: int) -> tuple[float,
 
 
 def seam_share(xy: np.ndarray, visible: np.ndarray, phase: int) -> float:
-    """Returns the share of latent borders that the motion does not carry across.
+    """Returns the fraction of latent borders with a break in the motion.
 
     A latent frame's displacement is the mean of its pixel frames' displacements to
     those four later, each at the same place in the next latent frame, which a codec's
-    blur inside latent frames leaves alone. One without an object is a seam.
+    blur inside latent frames leaves alone. A frame without an object counts as a seam.
     """
     span = scene.PIXEL_FRAMES_PER_LATENT
     if len(xy) <= span:

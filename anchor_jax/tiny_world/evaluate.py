@@ -1,4 +1,4 @@
-"""Match rates of generated tiny-world videos: whole clips, and after a switch."""
+"""Match rates of generated tiny-world videos, for whole clips and after a switch."""
 
 import dataclasses
 import functools
@@ -16,18 +16,18 @@ from anchor_jax.tiny_world import codec as codecs
 from anchor_jax.tiny_world import scene, score
 
 CLIP_FRAMES = 6
-"""Latent frames of a single-prompt clip: what the embedded teacher was trained on."""
+"""Latent frames of a single-prompt clip, as in the training of the shipped teacher."""
 
 SWITCH_KINDS = (*scene.KINDS, "any")
 CRITERIA = ("color", "background", "shape", "shape_iou", "motion", "steady", "smooth")
 
 
 @dataclasses.dataclass(frozen=True)
-class Trial:
-    """How many videos are scored and how long their segments are, in blocks.
+class MatchTrial:
+    """The number of videos to score, and the length of their segments in blocks.
 
-    `negative_prompt` is what guidance leads away from, if the setup has any. `observe`
-    is given every generated video with its prompts.
+    `negative_prompt` is the prompt that guidance leads away from, if the setup has
+    guidance. `observe` is called with every generated video and its prompts.
     """
 
     count: int = 240
@@ -43,15 +43,15 @@ class Trial:
 def generate(
     bundle, setup: StreamSetup, prompts, blocks, seed: int, negative_prompt: str = ""
 ) -> np.ndarray:
-    """Returns videos that switch prompts together, uint8 [batch, frame, 64, 64, 3].
+    """Returns videos with common switch frames, uint8 [batch, frame, 64, 64, 3].
 
     Args:
       bundle: the model with its text encoder and codec.
-      setup: static part of the stream.
+      setup: static setup of the stream.
       prompts: a list of `batch` prompts for each segment.
-      blocks: each segment's length.
-      seed: of the noise.
-      negative_prompt: what guidance leads away from.
+      blocks: length of each segment.
+      seed: seed of the noise.
+      negative_prompt: prompt that guidance leads away from.
     """
     contexts = [_project(bundle, setup, texts, negative_prompt) for texts in prompts]
     starts = [
@@ -78,10 +78,10 @@ def _project(bundle, setup: StreamSetup, texts, negative_prompt: str):
     return stream.project(bundle.variables, bundle.encode_prompts(texts), setup=setup)
 
 
-def _generate(bundle, setup: StreamSetup, trial: Trial, texts, number: int):
-    """Returns the videos from `number` on, at most up to the trial's count.
+def _generate(bundle, setup: StreamSetup, trial: MatchTrial, texts, number: int):
+    """Returns the videos from `number` on, up to the trial's count.
 
-    The last batch too is made whole, for one program, and cut.
+    The last batch is also full, so that one program serves all, and is then cut.
     """
     seed, negative = trial.seed + number, trial.negative_prompt
     videos = generate(bundle, setup, texts, trial.segments, seed, negative)
@@ -91,15 +91,15 @@ def _generate(bundle, setup: StreamSetup, trial: Trial, texts, number: int):
 
 
 def joined(texts) -> list[str]:
-    """Returns the prompts of each video, of a list of prompts for each segment."""
+    """Returns the prompts of each video, from a list of prompts for each segment."""
     return [" | ".join(prompts) for prompts in zip(*texts, strict=True)]
 
 
-def score_clips(bundle, setup: StreamSetup, trial: Trial) -> dict:
+def score_clips(bundle, setup: StreamSetup, trial: MatchTrial) -> dict:
     """Returns match rates of single-prompt clips on held-out captions.
 
-    With the ceiling of real clips through the codec, and the rates of the same
-    videos scored against other captions.
+    They come with a ceiling, from real clips through the codec, and with a control,
+    from the same videos scored against other captions.
     """
     rng = np.random.default_rng(trial.seed)
     wanted, videos = [], []
@@ -118,10 +118,10 @@ def score_clips(bundle, setup: StreamSetup, trial: Trial) -> dict:
     }
 
 
-def score_switches(bundle, setup: StreamSetup, trial: Trial) -> dict:
-    """Returns match rates before and after one switch, the second one held out.
+def score_switches(bundle, setup: StreamSetup, trial: MatchTrial) -> dict:
+    """Returns match rates before and after one switch to a held-out caption.
 
-    The kinds of switch take turns: one attribute changes, or several.
+    Switches of one attribute and of several alternate.
     """
     rng = np.random.default_rng(trial.seed)
     cut = scene.latent_to_pixel_frames(trial.segments[0] * setup.policy.block)
@@ -159,7 +159,7 @@ def score_switches(bundle, setup: StreamSetup, trial: Trial) -> dict:
     return result
 
 
-def ceiling(bundle, trial: Trial, pixel_frames: int) -> dict:
+def ceiling(bundle, trial: MatchTrial, pixel_frames: int) -> dict:
     """Returns the rates of real clips after the codec."""
     rng = np.random.default_rng(trial.seed + 1)
     coded = functools.partial(roundtrip, bundle)
@@ -185,7 +185,7 @@ def _rows(rates: dict) -> dict:
 
 
 def table(result: dict) -> str:
-    """Returns the rates as text, a line for each group of clips."""
+    """Returns the rates as text, one line per group of clips."""
     lines = [f"{'':26}" + "".join(f"{name:>12}" for name in CRITERIA) + "     n"]
     for group, rates in result.items():
         if not isinstance(rates, dict):

@@ -1,7 +1,7 @@
 """Scores videos of tiny-world scripts, segment by segment and across events.
 
-As in `detect`, what a video shows is measured without being told what it should show;
-only whether one or two objects are looked for depends on the script.
+As in `detect`, measurement does not know what a video should show. Only the number of
+objects to look for, one or two, depends on the script.
 """
 
 import dataclasses
@@ -16,13 +16,13 @@ from anchor_jax.tiny_world import scene as scenes
 from anchor_jax.tiny_world.events import Scene
 
 BLOCK = 3
-"""Latent frames of a block, in which `adopted` counts."""
+"""Latent frames per block, the unit of `adopted`."""
 NEAR = scenes.LATTICE / 2
-"""Pixels by which an object may be off its way."""
+"""Largest distance in pixels of an object from its path."""
 SOON = 2
-"""Blocks within which an event should be seen."""
+"""Number of blocks within which an event should be seen."""
 GOOD_IOU = 0.6
-"""Below `detect`'s: a moving ring on gray has 0.68 through a codec of 16 channels."""
+"""Lower than in `detect`: a moving ring on gray has 0.68 after a 16-channel codec."""
 COLORS, BACKGROUNDS = tuple(scenes.COLORS), tuple(scenes.BACKGROUNDS)
 _FRONT = np.array([*scenes.COLORS.values()], np.float32)
 _BACK = np.array([*scenes.BACKGROUNDS.values()], np.float32)
@@ -40,12 +40,12 @@ class Segment(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Object:
-    """What the pixel frames show of one object.
+    """One object in pixel frames.
 
     Attributes:
       color: Numbers of the object colour, -1 where there is none, [F].
       visible: Whether there is an object, [F].
-      xy: Its centre in pixels, arbitrary where there is none, [F, 2].
+      xy: Centre of the object in pixels, arbitrary where there is none, [F, 2].
       iou: Intersection over union with each shape at each radius, [F, template].
     """
 
@@ -57,15 +57,15 @@ class Object:
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """What pixel frames show.
+    """The content of pixel frames.
 
     Attributes:
       begin: Number of the first pixel frame in the video.
       background: Numbers of the background, -1 where there is none, [F].
-      count: Number of object colours with the area of an object, [F]; -1 where there
-        is no background.
-      objects: All that differs from the background as one object; where two are
-        looked for, instead one for each object colour.
+      count: Number of object colours with the area of an object, [F]; -1 without a
+        background.
+      objects: Everything that differs from the background, as one object. If two are
+        looked for, one object per object colour.
     """
 
     begin: int
@@ -74,7 +74,7 @@ class Shown:
     objects: tuple[Object, ...]
 
     def cut(self, begin: int, end: int) -> "Shown":
-        """Returns what the video's pixel frames from `begin` to `end` show."""
+        """Returns the content of the video's pixel frames from `begin` to `end`."""
         part = slice(begin - self.begin, end - self.begin)
         objects = (
             Object(one.color[part], one.visible[part], one.xy[part], one.iou[part])
@@ -83,7 +83,7 @@ class Shown:
         return Shown(begin, self.background[part], self.count[part], tuple(objects))
 
     def object(self, color: str) -> Object:
-        """Returns the object of a colour, or the only one whatever its colour."""
+        """Returns the object of a colour, or the only object."""
         if len(self.objects) == 1:
             return self.objects[0]
         return self.objects[COLORS.index(color)]
@@ -91,7 +91,7 @@ class Shown:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """How one segment scores.
+    """The scores of one segment.
 
     Attributes:
       event: The kind of the event that leads to it; `start` for the first.
@@ -117,7 +117,7 @@ def lay_out(script: Sequence[tuple[Scene, int]]) -> list[Segment]:
 
 
 def measure(frames: np.ndarray, segments: Sequence[Segment]) -> list[Shown]:
-    """Returns what each segment of a video, uint8 [F, 64, 64, 3], shows."""
+    """Returns the content of each segment of a video, uint8 [F, 64, 64, 3]."""
     _check(frames, segments)
     return [
         measure_frames(frames[begin:end], begin, 1 + (one.second is not None))
@@ -131,7 +131,7 @@ def measure_frames(frames: np.ndarray, begin: int, num_objects: int) -> Shown:
     Args:
       frames: Pixel frames, uint8 [F, 64, 64, 3].
       begin: Number of the first one in its video.
-      num_objects: How many objects are looked for, 1 or 2; `count` is of all.
+      num_objects: Number of objects to look for, 1 or 2. `count` counts all objects.
     """
     pixels = frames.astype(np.float32)
     color, background = detect.dominant_colors(pixels)
@@ -173,8 +173,8 @@ def _pair(pixels, background, labels, area) -> tuple[Object, ...]:
     """Returns an object for each colour, seen where it is one of a frame's largest two.
 
     A colour's labels say where an object is; its mask is then all that differs from
-    the background and is nearer to it than to the other, whatever its hue, so that
-    what a codec does to hues costs neither of them its outline.
+    the background and is nearer to it than to the other, independent of its hue. So a
+    codec's change of hues does not affect the outlines.
     """
     rank = np.argsort(np.argsort(-area, axis=1, kind="stable"), axis=1)
     seen = (rank < 2) & (area >= detect.MIN_AREA)
@@ -214,9 +214,9 @@ def criteria(shown: Shown, scene: Scene) -> dict[str, bool]:
     the pixel frames; unless hidden also `color`, `shape` and `direction` of the first
     object and with a second one `second_color` and `second_shape`. `shape_iou` and
     `second_shape_iou` ask the shape also for an IoU above 0.6, which an object shown
-    twice in one colour has not; `all` is all of these. Of two objects each has the
-    attributes found where its colour is, so an unseen colour has no shape; a single
-    one is whatever differs from the background.
+    twice in one colour has not; `all` is all of these. Each of two objects has the
+    attributes found at its colour, so an unseen colour has no shape. A single object is
+    everything that differs from the background.
     """
     wanted = 0 if scene.hidden else 1 + (scene.second is not None)
     background = _most(shown.background)
@@ -246,7 +246,7 @@ def _has_color(found: Object, color: str) -> bool:
 
 
 def _most(numbers: np.ndarray) -> int:
-    """Returns the number that 80 % of the pixel frames have, or -1."""
+    """Returns the value of 80 % of the pixel frames, or -1."""
     number, count = Counter(numbers.tolist()).most_common(1)[0]
     return number if count >= detect.PRESENT * len(numbers) else -1
 
@@ -275,10 +275,10 @@ def numbers(shown: Shown, scene: Scene) -> dict[str, float]:
 
 
 def goes_on(before: Shown, after: Shown, old: Scene, new: Scene) -> bool:
-    """Returns whether the first object's way goes on across a switch.
+    """Returns whether the first object's motion continues across a switch.
 
-    Its first latent frame under the new scene is on average within half a lattice
-    step of where the last one under the old scene leads.
+    Its first latent frame under the new scene must be, on average, within half a
+    lattice step of the place that the old motion leads to.
     """
     last, first = before.object(old.first.color), after.object(new.first.color)
     frames = min(_SPAN, len(last.xy), len(first.xy))
@@ -294,7 +294,7 @@ def goes_on(before: Shown, after: Shown, old: Scene, new: Scene) -> bool:
 
 
 def changed(kind: str) -> tuple[str, ...]:
-    """Returns the criteria by which an event is seen to have happened."""
+    """Returns the criteria that show that an event has happened."""
     if kind == "motion":
         return ("direction",)
     if kind == "enter":
@@ -303,9 +303,9 @@ def changed(kind: str) -> tuple[str, ...]:
 
 
 def adopted(shown: Shown, scene: Scene, kind: str) -> int | None:
-    """Returns the blocks before the first that shows what an event changed.
+    """Returns the number of blocks before the first that shows an event's change.
 
-    None if none does. What is left at the end of the segment is no block.
+    None if no block does. An incomplete block at the segment's end does not count.
     """
     length = BLOCK * _SPAN
     for number in range(len(shown.count) // length):
@@ -317,12 +317,12 @@ def adopted(shown: Shown, scene: Scene, kind: str) -> int | None:
 
 
 def score_shown(shown: Sequence[Shown], script: Sequence[Scene]) -> list[Result]:
-    """Returns how each segment of a video scores.
+    """Returns the scores of each segment of a video.
 
-    After an event `adopted` says whether any block shows it, `adopted_soon` whether
-    one of the first `SOON` does, and, where the first object is seen before and after,
-    `on_its_way` whether its way goes on. After `enter`, `persists` is the first
-    object's colour, shape and way. `_recall` has what is asked after `return`.
+    After an event, `adopted` is whether any block shows it, `adopted_soon` whether one
+    of the first `SOON` blocks does, and `on_its_way` whether the first object's motion
+    continues, if it is seen before and after. After `enter`, `persists` covers the
+    first object's colour, shape and motion. `_recall` has the criteria of `return`.
     """
     results = []
     for number, (seen, one) in enumerate(zip(shown, script, strict=True)):
@@ -345,12 +345,12 @@ def score_shown(shown: Sequence[Shown], script: Sequence[Scene]) -> list[Result]
 
 
 def _recall(shown: Sequence[Shown], flags: dict[str, bool]) -> dict[str, bool]:
-    """Returns whether a video, cut after what returned, remembers what was hidden.
+    """Returns whether a video, cut after a return, shows the hidden object again.
 
-    `recalled_color` and `recalled_shape` ask for those of the script, `recalled` for
-    both; `recalled_when_hidden` is the same for videos that did hide the object.
-    `returns_as_shown` compares with what the video itself showed before, right or
-    wrong, so no other script changes it.
+    `recalled_color` and `recalled_shape` compare with the script, and `recalled`
+    requires both. `recalled_when_hidden` is the same for videos that did hide the
+    object. `returns_as_shown` compares with the object that the video itself showed
+    before, so it does not depend on the script.
     """
     both = flags["color"] and flags["shape"]
     result = {"recalled_color": flags["color"], "recalled_shape": flags["shape"]}
@@ -366,7 +366,7 @@ def _recall(shown: Sequence[Shown], flags: dict[str, bool]) -> dict[str, bool]:
 
 
 def share(flags: Sequence[bool]) -> dict[str, float]:
-    """Returns a share as `rate`, `n` and its Wilson interval, `low` and `high`."""
+    """Returns a fraction as `rate`, `n` and its Wilson interval, `low` and `high`."""
     return dataclasses.asdict(score.rate(list(flags)))
 
 
@@ -382,10 +382,10 @@ def mean(values: Sequence[float]) -> dict[str, float | None]:
 
 
 def difference(last: Sequence[bool], first: Sequence[bool]) -> dict[str, float]:
-    """Returns how far a share rose from the first to the last segment.
+    """Returns the increase of a fraction from the first to the last segment.
 
-    The interval is the one for independent shares, which is too wide where the same
-    videos succeed, but not empty where all do.
+    The interval is the one for independent fractions. It is too wide if the same videos
+    succeed, but not empty if all do.
 
     Source: Newcombe, Statistics in Medicine 17 (1998) 873-890, method 10.
     """
@@ -399,9 +399,9 @@ def difference(last: Sequence[bool], first: Sequence[bool]) -> dict[str, float]:
 def aggregate(results: Sequence[Sequence[Result]]) -> dict[str, dict]:
     """Returns the scores of many videos, ready for JSON.
 
-    `by_event` has them by the event that leads to a segment, `by_segment` by the
-    segment's number, `drift` the difference between the last segment and the first.
-    Each cell has its n and a 95 % interval; a criterion that no segment has, no cell.
+    `by_event` groups them by the event before a segment, `by_segment` by the segment's
+    number, and `drift` is the difference between the last segment and the first. Each
+    cell has n and a 95 % interval. A criterion that applies to no segment has no cell.
     Segments of one video are not independent of each other: an interval over several
     events of the same video is too narrow.
     """
@@ -421,9 +421,10 @@ def aggregate(results: Sequence[Sequence[Result]]) -> dict[str, dict]:
 
 
 def cells(results: Sequence[Result]) -> dict[str, dict]:
-    """Returns a cell for each criterion and each number that any segment has.
+    """Returns a cell for each criterion and each number of any segment.
 
-    The number `adopted`, whose name is also a criterion's, is `blocks_to_adopt`.
+    The number `adopted` is named `blocks_to_adopt`, because a criterion has the same
+    name.
     """
     flags = {
         name: share([one.flags[name] for one in results if name in one.flags])
@@ -441,7 +442,7 @@ def cells(results: Sequence[Result]) -> dict[str, dict]:
 def drift(results: Sequence[Sequence[Result]]) -> dict[str, dict]:
     """Returns the difference between the last segment and the first, by criterion.
 
-    Over the videos of two segments or more whose first and last segment both have the
+    It covers videos of at least two segments whose first and last segment both have the
     criterion or number.
     """
     ends = [(video[0], video[-1]) for video in results if len(video) > 1]
@@ -491,11 +492,12 @@ def mismatch_control(
 
     On videos that show their own captions, chance is 1/4 for colour and background,
     1/3 for shape, 1/5 for direction; of two objects 1/2 for each colour, which either
-    may have, and 1/6 for each shape. What the events alone decide, as `count`, stays.
-    With several draws the intervals are too narrow, as draws share their videos.
+    may have, and 1/6 for each shape. Criteria that only the events decide, such as
+    `count`, do not change. With several draws the intervals are too narrow, because
+    draws share their videos.
 
     Args:
-      rng: Where the other scripts come from.
+      rng: Generator that draws the other scripts.
       measured: Each video's segments, from `measure`.
       scripts: Each video's scenes.
       draws: Number of other scripts for each video.
@@ -518,10 +520,10 @@ def rendered(
     """Returns a script's true video after a codec, and its segments.
 
     Args:
-      rng: Where the first object's place, on the lattice, comes from.
+      rng: Generator that draws the first object's place on the lattice.
       script: The scenes.
       latent_lengths: Each scene's latent frames.
-      roundtrip: Codes and decodes one video, uint8 [F, 64, 64, 3].
+      roundtrip: Function that encodes and decodes one video, uint8 [F, 64, 64, 3].
     """
     frames = scenes.segment_pixel_frames(latent_lengths)
     played = list(zip(script, frames, strict=True))
@@ -538,8 +540,8 @@ def ceiling(
     """Returns the scores of true videos after a codec, which no model can beat.
 
     Args:
-      rng: Where the objects' places come from.
-      roundtrip: Codes and decodes one video, uint8 [F, 64, 64, 3].
+      rng: Generator that draws the objects' places.
+      roundtrip: Function that encodes and decodes one video, uint8 [F, 64, 64, 3].
       scripts: Each video's scenes.
       latent_length: Latent frames of every segment.
     """
@@ -562,8 +564,8 @@ def _check(frames: np.ndarray, segments: Sequence[Segment]) -> None:
     if begins != borders[:-1] or borders[-1] > len(frames) or _is_empty(segments):
         raise ValueError(
             f"segments begin at {begins} and end at {borders[1:]} in a video of"
-            f" {len(frames)} pixel frames; expected one after another, each not empty;"
-            " make them with lay_out"
+            f" {len(frames)} pixel frames; they must follow one another, each not"
+            " empty; make them with lay_out"
         )
 
 

@@ -1,4 +1,4 @@
-"""Scores of generated tiny-world streams with events, and of streams of a minute."""
+"""Scores of generated tiny-world streams with events, and of one-minute streams."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -13,20 +13,20 @@ from anchor_jax.tiny_world.event_scores import Segment, Shown
 from anchor_jax.tiny_world.events import Scene
 
 MINUTE = (14, 13, 13, 14, 13, 13)
-"""Blocks of the segments of a minute: five switches."""
+"""Blocks per segment of a one-minute stream with five switches."""
 KINDS = (*scene.KINDS, "enter", "return")
-"""Events whose scripts take turns."""
+"""Events, in the order in which scripts alternate."""
 SHOWN = (
     *("background", "count", "color", "shape", "shape_iou", "direction"),
     *("adopted_soon", "on_its_way", "persists", "recalled", "jumps", "speed"),
 )
 
 
-def score_events(bundle, setup: StreamSetup, trial: world.Trial) -> dict:
-    """Returns scores by event, of held-out scenes, with control and ceiling.
+def score_events(bundle, setup: StreamSetup, trial: world.MatchTrial) -> dict:
+    """Returns scores by event on held-out scenes, with control and ceiling.
 
-    Each script is the shortest that ends in its event, of at most as many segments as
-    the trial; the kinds take turns.
+    Each script is the shortest that ends in its event, with at most the trial's number
+    of segments. The kinds alternate.
     """
     rng = np.random.default_rng(trial.seed)
     scripts = [
@@ -36,7 +36,7 @@ def score_events(bundle, setup: StreamSetup, trial: world.Trial) -> dict:
     return _score(bundle, setup, trial, scripts, rng)
 
 
-def score_long(bundle, setup: StreamSetup, trial: world.Trial) -> dict:
+def score_long(bundle, setup: StreamSetup, trial: world.MatchTrial) -> dict:
     """Returns scores by segment of streams with as many segments as the trial."""
     rng = np.random.default_rng(trial.seed)
     scripts = [
@@ -45,7 +45,7 @@ def score_long(bundle, setup: StreamSetup, trial: world.Trial) -> dict:
     return _score(bundle, setup, trial, scripts, rng)
 
 
-def _score(bundle, setup, trial: world.Trial, scripts, rng) -> dict:
+def _score(bundle, setup, trial: world.MatchTrial, scripts, rng) -> dict:
     order, measured = [], []
     for rows, seen in watch(bundle, setup, trial, scripts):
         order += rows
@@ -69,12 +69,15 @@ def _score(bundle, setup, trial: world.Trial, scripts, rng) -> dict:
 
 
 def watch(
-    bundle, setup: StreamSetup, trial: world.Trial, scripts: Sequence[Sequence[Scene]]
+    bundle,
+    setup: StreamSetup,
+    trial: world.MatchTrial,
+    scripts: Sequence[Sequence[Scene]],
 ) -> Iterator[tuple[list[int], list[list[Shown]]]]:
-    """Yields numbers of scripts, and what their segments show.
+    """Yields numbers of scripts, and the content of their segments.
 
-    Scripts of the same length are generated side by side; every batch is whole, for
-    one program, and cut.
+    Scripts of the same length are generated together. Every batch is full, so that one
+    program serves all, and is then cut.
     """
     rng = np.random.default_rng((trial.seed, 1))
     for rows in tqdm(_batches(scripts, trial.batch), desc="streams"):
@@ -91,7 +94,7 @@ def watch(
 
 
 def _batches(scripts: Sequence[Sequence[Scene]], batch: int) -> list[list[int]]:
-    """Returns numbers of scripts of the same length, so many together."""
+    """Returns numbers of scripts of the same length, in groups of a batch."""
     by_length: dict[int, list[int]] = {}
     for row, script in enumerate(scripts):
         by_length.setdefault(len(script), []).append(row)

@@ -1,7 +1,8 @@
-"""Events of the tiny world: a second object, a hidden one, and what returns unnamed.
+"""Events of the tiny world: a second object, hiding, and returning unnamed.
 
-A stream is a list of scenes, one a segment; the switch from one to the next is an
-event: an attribute changes, a second object enters or leaves, all hides or returns.
+A stream is a list of scenes, one per segment. The switch from one to the next is an
+event: an attribute changes, a second object enters or leaves, everything hides or
+returns.
 """
 
 import dataclasses
@@ -64,14 +65,15 @@ _SAYS_IT = ("it",)
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What a segment shows.
+    """The content of a segment.
 
     Attributes:
-      first: The first object and the background; while hidden, of what is not seen.
+      first: The first object and the background. While hidden, the object is not
+        visible.
       second: Colour and shape of a second object, which moves as the first does.
       hidden: Only the background is seen.
-      named: Whether the caption says the first object's colour and shape; where it
-        does not, only memory can know them.
+      named: Whether the caption names the first object's colour and shape. If not, only
+        memory can supply them.
     """
 
     first: Attributes
@@ -93,10 +95,10 @@ class Scene:
 
 @dataclasses.dataclass(frozen=True)
 class Said:
-    """What a caption says of a scene; what it leaves open is None.
+    """The meaning of a caption; attributes that it leaves open are None.
 
-    `motion` is None where the caption says that there is nothing, `color` and `shape`
-    also where it says `it`.
+    `motion` is None if the caption describes an empty scene. `color` and `shape` are
+    None also if it says `it`.
     """
 
     background: str
@@ -107,7 +109,7 @@ class Said:
 
 
 def said(scene: Scene) -> Said:
-    """Returns what any caption of a scene says."""
+    """Returns the meaning of all captions of a scene."""
     first = scene.first
     if scene.hidden:
         return Said(first.background)
@@ -145,7 +147,7 @@ def vocabulary() -> tuple[str, ...]:
 
 
 def parse(text: str) -> Said | None:
-    """Returns what a caption says, or None for one outside the world.
+    """Returns the meaning of a caption, or None if it is outside the world.
 
     A caption is inside when all its words are in the vocabulary and it names one
     background and either nothing, or one motion and `it`, or one motion and one or
@@ -180,7 +182,7 @@ def _are_objects(things: Sequence[str]) -> bool:
 
 
 def kinds(scene: Scene, held_out: bool | None = None) -> tuple[str, ...]:
-    """Returns the events that can follow a scene and lead to one in the split."""
+    """Returns the events that can follow a scene and lead to a scene in the split."""
     return tuple(kind for kind in EVENTS if _followers(scene, kind, held_out))
 
 
@@ -190,8 +192,8 @@ def follow(
     """Returns a uniform draw from the scenes to which an event can lead.
 
     Args:
-      rng: Where the draw comes from.
-      scene: What holds before the event.
+      rng: Random generator of the draw.
+      scene: The scene before the event.
       kind: One of `EVENTS`.
       held_out: Draws from that split of the first object's colour, shape and motion;
         None draws from both.
@@ -204,8 +206,8 @@ def follow(
     choices = _followers(scene, kind, held_out)
     if not choices:
         raise ValueError(
-            f"{kind!r} with held_out={held_out} cannot follow {scene}; with it can"
-            f" {kinds(scene, held_out)}, in either split {kinds(scene)}"
+            f"{kind!r} with held_out={held_out} cannot follow {scene}; possible are"
+            f" {kinds(scene, held_out)} with it, and {kinds(scene)} in either split"
         )
     return choices[rng.integers(len(choices))]
 
@@ -232,7 +234,7 @@ def _followers(scene: Scene, kind: str, held_out: bool | None) -> tuple[Scene, .
 
 
 def _unnamed(first: Attributes) -> list[Scene]:
-    """Returns what was hidden with each motion, the one it had included."""
+    """Returns the hidden object with each motion, its own included."""
     return [
         Scene(dataclasses.replace(first, motion=motion), named=False)
         for motion in scenes.MOTIONS
@@ -240,7 +242,7 @@ def _unnamed(first: Attributes) -> list[Scene]:
 
 
 def _changed(scene: Scene, kind: str) -> list[Scene]:
-    """Returns the scenes, all named, in which that attribute alone is another."""
+    """Returns the named scenes in which only that attribute differs."""
     every = scenes.all_attributes(False) + scenes.all_attributes(True)
     taken = scene.second[0] if scene.second else None
     return [
@@ -280,15 +282,14 @@ def script(
 ) -> list[Scene]:
     """Returns the scenes of a stream with random events between them.
 
-    What hides returns at once: a hidden scene is never the last, nor is any followed
-    by another event than `return`, whether or not `kinds` has it. Each event is drawn
-    from those that can follow.
+    A hidden scene is never the last, and only the event `return` follows it, even if
+    `kinds` lacks it. Each event is drawn from those that can follow.
 
     Args:
-      rng: Where the draws come from.
+      rng: Random generator of the draws.
       num_segments: Number of scenes.
-      held_out: The split that every scene is in. From a held-out combination no
-        change of colour, shape or motion leads to another; None draws from both.
+      held_out: The split of all scenes; None draws from both. No change of colour,
+        shape or motion leads from one held-out combination to another.
       kinds: The events to draw from; None draws from all.
 
     Raises:
@@ -297,8 +298,8 @@ def script(
     chosen = EVENTS if kinds is None else tuple(kinds)
     if num_segments < 1 or not set(chosen) <= set(EVENTS):
         raise ValueError(
-            f"num_segments={num_segments}, kinds={chosen}; expected 1 or more"
-            f" segments and kinds among {EVENTS}"
+            f"num_segments={num_segments}, kinds={chosen}; must be at least 1"
+            f" segment, and kinds among {EVENTS}"
         )
     splits = (False, True) if held_out is None else (held_out,)
     start = [one for split in splits for one in scenes.all_attributes(split)]
@@ -311,7 +312,7 @@ def script(
 
 
 def _draw_kind(rng, scene, held_out, chosen, is_last) -> str:
-    """Returns an event that can follow, not `hide` into the last segment."""
+    """Returns an event that can follow; `hide` cannot lead into the last segment."""
     choices = [
         kind
         for kind in kinds(scene, held_out)
@@ -328,7 +329,7 @@ def _draw_kind(rng, scene, held_out, chosen, is_last) -> str:
 def shortest_script(
     rng: np.random.Generator, kind: str, held_out: bool | None
 ) -> list[Scene]:
-    """Returns the fewest scenes that end in an event of a kind.
+    """Returns the shortest list of scenes that ends in an event of a kind.
 
     The last scene is in the split; where an attribute changes, the one before it is
     from either, as no such change leads from a held-out combination to another.
@@ -366,9 +367,9 @@ def centers(
 ) -> np.ndarray:
     """Returns both objects' centres (x, y) in pixels on the torus, [2, F, 2].
 
-    Given for hidden frames too, where the first object's way goes on unseen, and for
-    frames without a second object, which is 32 pixels from the first: across the
-    motion with which it entered, to the right of a still object, and there it stays.
+    They exist for hidden frames too, where the first object moves on unseen, and for
+    frames without a second object. The second object stays 32 pixels from the first:
+    across the motion at its entry, or to the right of a still object.
     """
     first = scenes.centers([(one.first, frames) for one, frames in segments], start_xy)
     offsets, offset, had_second = [], np.zeros(2), False
@@ -386,11 +387,11 @@ def render(
 ) -> np.ndarray:
     """Returns the pixel frames of a video, uint8 [F, 64, 64, 3].
 
-    Positions are continuous across segments; all else changes with a segment's first
-    pixel frame.
+    Positions are continuous across segments. Everything else changes at a segment's
+    first pixel frame.
 
     Args:
-      segments: Scenes, and for how many pixel frames they hold.
+      segments: Scenes with their numbers of pixel frames.
       start_xy: Position in pixels of the first object's centre in pixel frame 0.
     """
     xy = centers(segments, start_xy)

@@ -1,4 +1,4 @@
-"""Random tiny weights, with which a training of the tiny world can begin."""
+"""Random tiny weights, from which a training of the tiny world can start."""
 
 import functools
 import pathlib
@@ -28,12 +28,12 @@ def init_params(seed: int):
 
 
 def save_fresh(folder: pathlib.Path, seed: int, data_seed: int) -> None:
-    """Writes a bundle of random networks, unless it is there.
+    """Writes a bundle of random networks unless it exists.
 
     Args:
-      folder: of the bundle.
-      seed: of the networks.
-      data_seed: of the clips that the codec is fitted to.
+      folder: folder of the bundle.
+      seed: seed of the networks.
+      data_seed: seed of the clips that the codec is fitted to.
     """
     if (folder / "model.safetensors").exists():
         return

@@ -1,4 +1,4 @@
-"""Whether tiny-world clips show what their captions say, as a metric."""
+"""A metric: whether tiny-world clips show the content of their captions."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,8 @@ def world_match(pixels: np.ndarray, prompts: Sequence[str]) -> list[Row]:
 
     Args:
       pixels: uint8 [video, frame, 64, 64, 3].
-      prompts: captions; a video whose prompt is no caption of one scene has no numbers.
+      prompts: captions. A video whose prompt is not the caption of a scene has no
+        numbers.
     """
     wanted = [scene.parse_caption(prompt) for prompt in prompts]
     return [

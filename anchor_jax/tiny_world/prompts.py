@@ -24,7 +24,7 @@ class WorldPromptKind(PromptKind):
     version = world_data.VERSION
 
     def open_texts(self, data: DataConfig, folder: pathlib.Path) -> Texts:
-        """Returns number -> captions of a scene and of the scene after it."""
+        """Returns a function from a number to captions of two successive scenes."""
         del folder
 
         def draw(number: int) -> tuple[str, str]:

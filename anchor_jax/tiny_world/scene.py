@@ -1,8 +1,8 @@
 """The tiny world: one plain object on a 64 x 64 pixel torus, and its captions.
 
-A video has 16 pixel frames a second. Its first latent frame is one pixel frame and
-every other latent frame is four; an object that moves does so at 4 pixels a pixel
-frame, so by 16 pixels, one token of the model, a latent frame.
+A video has 16 pixel frames per second. Its first latent frame is one pixel frame, and
+every other latent frame is four. A moving object moves 4 pixels per pixel frame, which
+is 16 pixels, or one token of the model, per latent frame.
 """
 
 import dataclasses
@@ -12,13 +12,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from anchor_jax.wan.spec import WAN_2_1
+
 SIZE = 64
-FPS = 16
+FPS = WAN_2_1.frames_per_second
 SPEED = 4.0
-PIXEL_FRAMES_PER_LATENT = 4
-CELL = 8
+PIXEL_FRAMES_PER_LATENT, CELL, _ = WAN_2_1.strides
 LATTICE = 16
-"""Pixels between the places where objects can be at the start of a latent frame."""
+"""Distance in pixels between objects' possible places at a latent frame's start."""
 RADIUS = 13.0
 
 COLORS = {
@@ -65,7 +66,7 @@ _STILL = (
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Attributes:
-    """What a caption says: a name each of colour, shape, motion and background."""
+    """The meaning of a caption: names of colour, shape, motion and background."""
 
     color: str
     shape: str
@@ -130,8 +131,8 @@ def switch_attributes(
     """Returns `attributes` with exactly the one named `kind` changed.
 
     Args:
-      rng: Where the draw comes from.
-      attributes: What holds before the switch.
+      rng: Random generator of the draw.
+      attributes: Attributes before the switch.
       kind: `color`, `shape`, `motion` or `background`; `any` changes two or more.
       held_out: Draws from that split only; None draws from both.
 
@@ -168,17 +169,17 @@ def _is_switch(kinds: tuple[str, ...], kind: str) -> bool:
 
 def latent_to_pixel_frames(latent_frames: int) -> int:
     """Returns how many pixel frames a video of `latent_frames` (at least 1) has."""
-    return 1 + PIXEL_FRAMES_PER_LATENT * (latent_frames - 1)
+    return WAN_2_1.pixel_frames(latent_frames)
 
 
 def segment_pixel_frames(latent_lengths: Sequence[int]) -> tuple[int, ...]:
     """Returns each segment's pixel frames in a video of segments of latent frames.
 
-    The video's first latent frame is one pixel frame, every other one is four.
+    The video's first latent frame is one pixel frame, and every other is four.
     """
     if min(latent_lengths, default=0) < 1:
         raise ValueError(
-            f"latent_lengths={tuple(latent_lengths)}; each needs 1 or more"
+            f"latent_lengths={tuple(latent_lengths)}; each must be at least 1"
         )
     rest = (PIXEL_FRAMES_PER_LATENT * length for length in latent_lengths[1:])
     return (latent_to_pixel_frames(latent_lengths[0]), *rest)
@@ -186,10 +187,10 @@ def segment_pixel_frames(latent_lengths: Sequence[int]) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Track:
-    """An object's way through a video.
+    """An object's path through a video.
 
     Attributes:
-      segments: Attributes, and for how many pixel frames they hold.
+      segments: Attributes with their numbers of pixel frames.
       start_xy: Position in pixels of the object's centre in pixel frame 0.
       radius: Size in pixels.
     """
@@ -208,8 +209,8 @@ def sample_track(
 ) -> Track:
     """Returns a track with a start drawn from a lattice of 16 pixels.
 
-    A latent frame moves an object by one step of the lattice, so it stays there: the
-    few patterns that this leaves are what a small model can learn on a laptop.
+    A latent frame moves an object by one step of the lattice, so it stays on the
+    lattice. The few resulting patterns are what a small model can learn on a laptop.
     """
     x, y = LATTICE * rng.integers(SIZE // LATTICE, size=2)
     return Track(tuple(segments), (float(x), float(y)), RADIUS)
@@ -220,7 +221,7 @@ def centers(
 ) -> np.ndarray:
     """Returns the object's centre (x, y) in pixels on the torus, [F, 2].
 
-    The step into a pixel frame is the one of the segment that the frame belongs to.
+    The step into a pixel frame is that of the frame's segment.
     """
     steps = [np.tile(MOTIONS[one.motion], (frames, 1)) for one, frames in segments]
     steps = SPEED * np.concatenate(steps).astype(np.float64)
@@ -271,7 +272,7 @@ def render(
     segment's first pixel frame.
 
     Args:
-      segments: Attributes, and for how many pixel frames they hold.
+      segments: Attributes with their numbers of pixel frames.
       start_xy: Position in pixels of the object's centre in pixel frame 0.
       radius: Size in pixels.
     """
@@ -310,7 +311,7 @@ def vocabulary() -> tuple[str, ...]:
 
 
 def parse_caption(text: str) -> Attributes | None:
-    """Returns what a caption says, or None for one outside the world.
+    """Returns the meaning of a caption, or None if it is outside the world.
 
     A caption is inside when all its words are in the vocabulary and it names exactly
     one each of colour, shape, motion and background.

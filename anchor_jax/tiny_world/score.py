@@ -10,7 +10,7 @@ from anchor_jax.tiny_world import detect, scene
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """A share of `n` clips, with its 95 % Wilson interval."""
+    """A fraction of `n` clips, with its 95 % Wilson interval."""
 
     rate: float
     n: int
@@ -19,13 +19,14 @@ class Rate:
 
 
 def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Returns Wilson's score interval of a share, both ends in [0, 1].
+    """Returns Wilson's score interval of a fraction, with both ends in [0, 1].
 
     Source: Wilson, Journal of the American Statistical Association 22 (1927).
     """
     if not 0 <= successes <= n or n == 0:
         raise ValueError(
-            f"got {successes} successes of n={n}; expected n > 0 and at most n of them"
+            f"got {successes} successes of n={n}; n must be above 0, and at least the"
+            " successes"
         )
     share, spread = successes / n, z * z / n
     middle = share + spread / 2
@@ -44,7 +45,7 @@ def rate(flags: Sequence[bool]) -> Rate:
 
 
 def measure_all(videos: Sequence[np.ndarray], phase: int = 0) -> list[detect.Measured]:
-    """Returns what each clip shows; `phase` as in `detect.measure`."""
+    """Returns the content of each clip; `phase` as in `detect.measure`."""
     return [detect.measure(video, phase) for video in videos]
 
 
@@ -90,7 +91,7 @@ def mismatch_control(
 ) -> dict[str, Rate]:
     """Returns the rates of videos scored against `draws` random captions each.
 
-    With several draws the intervals are too narrow, as draws share their videos.
+    With several draws the intervals are too narrow, because draws share their videos.
     """
     measured = measure_all(videos) * draws
     return score_measured(measured, random_attributes(rng, len(measured)))
@@ -106,11 +107,11 @@ def ceiling(
     """Returns the rates of rendered clips after a codec, which no model can beat.
 
     Args:
-      rng: Where captions, places and sizes come from.
-      roundtrip: Codes and decodes one clip, uint8 [F, 64, 64, 3].
+      rng: Random generator of captions, places and sizes.
+      roundtrip: Function that encodes and decodes one clip, uint8 [F, 64, 64, 3].
       count: Number of clips.
       pixel_frames: Length of a clip.
-      held_out: From which split the captions are.
+      held_out: Split of the captions.
     """
     attributes = [scene.sample_attributes(rng, held_out) for _ in range(count)]
     videos = [

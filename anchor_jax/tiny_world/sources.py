@@ -1,6 +1,6 @@
 """Clips and windows of the tiny world, as kinds of data.
 
-The examples are generated once and then kept.
+The examples are generated once and then stored.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from anchor_jax.training.data.kinds import Batches, ClipKind, ClipRequest, DataC
 
 
 class WorldKind(ClipKind):
-    """A generated world."""
+    """A kind of data that is generated."""
 
     version = world_data.VERSION
 
@@ -80,7 +80,7 @@ WINDOWS = WorldWindowKind()
 
 
 def _kept(request: ClipRequest, make, arrays=None) -> Iterator[Mapping[str, Any]]:
-    """Yields the examples of a generated world, which are made once and then kept."""
+    """Yields generated examples, which are made once and then stored."""
     codec = {
         name: np.asarray(value) for name, value in request.bundle.codec_params.items()
     }

@@ -1,4 +1,4 @@
-"""The trials of the tiny world, as `anchor-jax score` names them."""
+"""The trials of the tiny world for `anchor-jax score`."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -9,7 +9,7 @@ from anchor_jax.streaming.types import StreamSetup
 from anchor_jax.tiny_world import evaluate, event_streams
 from anchor_jax.weights.bundle import Bundle
 
-_Score = Callable[[Bundle, StreamSetup, evaluate.Trial], dict]
+_Score = Callable[[Bundle, StreamSetup, evaluate.MatchTrial], dict]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,11 +17,12 @@ class WorldTrial:
     """A trial as `anchor_jax.evaluation.protocol.Trial`.
 
     Attributes:
-      score: scores streams.
-      table: formats the scores.
-      lengths: the length of each segment in blocks. None: as many as asked for.
+      score: function that scores streams.
+      table: function that formats the scores.
+      lengths: length of each segment in blocks. None takes `count` segments of the
+        requested length.
       count: number of segments, where `lengths` is None.
-      score_clips: scores whole clips, or None.
+      score_clips: function that scores whole clips, or None.
     """
 
     score: _Score
@@ -52,7 +53,7 @@ class WorldTrial:
     ) -> dict[str, Any]:
         """Returns the scores."""
         segments = self.segments(sizes.blocks, is_clip)
-        trial = evaluate.Trial(
+        trial = evaluate.MatchTrial(
             sizes.count,
             sizes.batch,
             segments,

@@ -1,8 +1,8 @@
-"""Windows of tiny-world streams as a causal generator remembers them.
+"""Windows of tiny-world streams as a causal generator reads them.
 
-A window is five blocks: those that a policy with a sink, a junction and a local window
-has at hand, cut out of a longer stream with events. Blocks that a re-cache would run
-again are under the prompt in force; the sink stays under its own.
+A window is five blocks of a longer stream with events: the blocks that a policy with a
+sink, a junction and a local window can read. Blocks of a re-cache are under the current
+prompt; the sink keeps its own.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ POSITIONS = (START, STEADY, JUNCTION)
 JUNCTION_LAYOUT = POSITIONS.index(JUNCTION)
 FRAMES = BLOCK * BLOCKS
 ARRAYS = {name: ((1,), "int64") for name in ("since", "layout")}
-"""What is kept of a window beside latents and scenes: shapes and types."""
-_SHORTEST, _LONGEST = 4, 8  # blocks of a segment: 4 outlast the local window
+"""Shapes and types of the arrays that a window has besides latents and scenes."""
+_SHORTEST, _LONGEST = 4, 8  # blocks per segment; 4 are longer than the local window
 _PIXELS = BLOCK * scene.PIXEL_FRAMES_PER_LATENT
 
 
@@ -34,8 +34,8 @@ class Windows:
     Attributes:
       latents: [window, frame, 8, 8, channel] in float16.
       first: the scene under which each sink was made.
-      now: the scene of the prompt in force.
-      since: the first of the window's blocks under it, 0 if it never changed.
+      now: the scene of the current prompt.
+      since: the window's first block under it, 0 if it never changed.
       layout: index into `POSITIONS`.
     """
 
@@ -52,7 +52,7 @@ def sample_windows(codec, seed: int, count: int) -> Windows:
 
 
 def make_windows(codec, seed: int, count: int) -> Iterator[dict[str, Any]]:
-    """Yields what `sample_windows` returns, as `datasets.Clips` keeps it."""
+    """Yields the windows of `sample_windows` in the form of `datasets.Clips`."""
     rng = np.random.default_rng((seed, 4))
     for number in range(count):
         layout = number % len(POSITIONS)
@@ -66,7 +66,7 @@ def make_windows(codec, seed: int, count: int) -> Iterator[dict[str, Any]]:
 
 
 def gather(made: Iterable[Mapping[str, Any]]) -> Windows:
-    """Returns the windows that `make_windows` yields, or that were kept."""
+    """Returns the windows of `make_windows`, which are made only once."""
     rows = [
         (
             np.asarray(example["latents"], np.float16),
@@ -81,7 +81,7 @@ def gather(made: Iterable[Mapping[str, Any]]) -> Windows:
 
 
 def _window(codec, rng, layout: int):
-    """Returns latents, the sink's scene, the scene in force, and since which block."""
+    """Returns latents, the sink's scene, the current scene, and its first block."""
     if layout == 0:
         segments, blocks = _early(rng)
     else:
@@ -95,7 +95,7 @@ def _window(codec, rng, layout: int):
 
 
 def _early(rng):
-    """Returns a stream's first blocks, with an event among them or none."""
+    """Returns a stream's first blocks, with or without an event among them."""
     begin = Scene(scene.sample_attributes(rng, held_out=False))
     if rng.random() < 0.4:
         return [(begin, BLOCKS)], tuple(range(BLOCKS))
@@ -110,7 +110,7 @@ def _late(rng, layout: int):
     lengths = rng.integers(_SHORTEST, _LONGEST + 1, size=len(scenes))
     start = int(lengths[:-1].sum())
     if layout == 1:
-        # From the switch's own block to three blocks later; or one prompt throughout.
+        # From the switch's block to three blocks later, or one prompt throughout.
         last = max(BLOCKS - 1, start + int(rng.integers(0, 4)))
         blocks = (0, *range(last - 3, last + 1))
     else:
@@ -122,7 +122,7 @@ def _late(rng, layout: int):
 
 
 def _script(rng, layout: int) -> list[Scene]:
-    """Returns a stream's scenes; half of the returns come from here."""
+    """Returns a stream's scenes; half of all returns come from this function."""
     begin = Scene(scene.sample_attributes(rng, held_out=False))
     if layout == 1 and rng.random() < 0.2:
         return [begin]
@@ -150,7 +150,7 @@ def _encode(codec, rng, segments, blocks) -> np.ndarray:
 
 
 class WindowBatches:
-    """Batches for teacher forcing, pure functions of their number."""
+    """Batches for teacher forcing, as pure functions of their number."""
 
     def __init__(self, windows: Windows, tokenizer, batch: int, seed: int, dropout):
         self.windows, self.tokenizer = windows, tokenizer
@@ -166,7 +166,7 @@ class WindowBatches:
         ids, mask = self.tokenizer.encode([text for two in texts for text in two])
         since = self.windows.since[rows][:, None]
         block = np.arange(BLOCKS)
-        # A junction is only ever seen at its place, never denoised there.
+        # A junction is only read at its position, never denoised there.
         denoised = (block >= since) | (block < 1)
         denoised &= (layout != JUNCTION_LAYOUT) | (block != 1)
         return {
@@ -175,7 +175,7 @@ class WindowBatches:
             ),
             "ids": ids.reshape(self.batch, 2, -1),
             "mask": mask.reshape(self.batch, 2, -1),
-            # The sink keeps its prompt, what is run again takes the new one.
+            # The sink keeps its prompt; re-cached blocks take the new one.
             "which": ((since > 0) & (block >= 1)).astype(np.int32),
             "weight": denoised.astype(np.float32),
             "position": np.asarray(POSITIONS[layout], np.int32),

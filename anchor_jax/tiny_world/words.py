@@ -1,4 +1,4 @@
-"""The tiny world's tokenizer: one token a word, case and punctuation ignored."""
+"""The tiny world's tokenizer: one token per word, without case and punctuation."""
 
 import io
 import os
@@ -14,11 +14,11 @@ def train_tokenizer(
 ) -> bytes:
     """Returns a SentencePiece model whose pieces are the words of `texts`.
 
-    Ids as in UMT5: 0 pads, 1 ends a prompt, 2 is an unknown word.
+    Ids are those of UMT5: 0 pads, 1 ends a prompt, 2 is an unknown word.
 
     Args:
       texts: all texts.
-      scratch: folder for a temporary file; None: the system's.
+      scratch: folder for a temporary file. None takes the system's.
     """
     rules = [f"{ord(c):X}\t20" for c in ",.;:!?\"'()"]
     rules += [f"{ord(c):X}\t{ord(c.lower()):X}" for c in map(chr, range(65, 91))]

@@ -171,8 +171,8 @@ def _sentences(step, shown, wrong, back: WayBack, folder) -> Iterator[str]:
     yield f"The training has diverged: {state}. This state was not saved."
     if back.step is None and back.unread:
         yield (
-            "No other checkpoint is good. Rerun this command to try to read them again,"
-            " or move them away to start again from config.weights."
+            "No other checkpoint is good. Rerun this command to try to read them"
+            " again, or move them away to start again from config.weights."
         )
     elif back.step is None:
         yield (

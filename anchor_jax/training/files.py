@@ -30,7 +30,7 @@ _MOST_NUMBER = 2**63
 
 
 def make_folder(path: str) -> pathlib.Path:
-    """Returns the folder of `config.out`, which is made if it is not there.
+    """Returns the folder of `config.out`, which is created if missing.
 
     Raises:
       UserError: It cannot be written to.

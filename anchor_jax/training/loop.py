@@ -117,25 +117,25 @@ class _Work:
 
     Attributes:
       checkpoints: the checkpoints of the training.
-      begun: start times of the steps after the last checkpoint on disk, and of the
+      started: start times of the steps after the last checkpoint on disk, and of the
         steps after the checkpoint that is being written.
     """
 
     checkpoints: Checkpoints
-    begun: list[float | None] = dataclasses.field(default_factory=lambda: [None])
+    started: list[float | None] = dataclasses.field(default_factory=lambda: [None])
 
     def go_on(self) -> None:
         """Records that a step has started and that its program is compiled."""
-        self.begun[-1] = self.begun[-1] or time.monotonic()
+        self.started[-1] = self.started[-1] or time.monotonic()
 
     def saved(self) -> None:
         """Records that a new checkpoint is being written; the previous one is done."""
-        self.begun = [self.begun[-1], None]
+        self.started = [self.started[-1], None]
 
     def since(self) -> float:
         """Returns the start time of the work that would be lost, or now if none."""
-        begun = self.begun[0 if self.checkpoints.is_saving() else -1]
-        return begun or time.monotonic()
+        began = self.started[0 if self.checkpoints.is_saving() else -1]
+        return began or time.monotonic()
 
 
 def _show(sample, state: TrainState, done: int, monitor: Monitor) -> None:

@@ -18,7 +18,7 @@ from anchor_jax.wan.spec import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Tables:
-    """How timesteps become noise levels: exactly, as sigma = t / 1000.
+    """The rule for noise levels: exactly sigma = t / 1000.
 
     Source: training/README.md, "D12"; rules `paper`.
     """
@@ -34,7 +34,7 @@ class Tables:
 
 @dataclasses.dataclass(frozen=True)
 class ReleaseTables(Tables):
-    """Looked up in 1000-entry tables, those of the scores shifted otherwise.
+    """Noise levels from 1000-entry tables; the scores' table has another shift.
 
     Source: training/README.md, "D12"; rules `release`.
     """
@@ -51,7 +51,7 @@ class ReleaseTables(Tables):
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """A bidirectional network that says where noisy clips come from; static."""
+    """A bidirectional network that estimates the clean clips of noisy ones; static."""
 
     model: ModelConfig
     tables: Tables = Tables()
@@ -69,7 +69,7 @@ class Score:
           variables: the network's collections.
           noisy: clips at one level each.
           timestep: [batch], 1000 sigma.
-          context: of `project`.
+          context: prompts from `project`.
         """
         frames = noisy.shape[1]
         predicted, _ = WanDit(self.model, self.kernel).apply(
@@ -85,10 +85,10 @@ class Score:
 
 @struct.dataclass
 class Distillation:
-    """The generator's loss of a clip, and how it came about.
+    """The generator's loss on clips, with the intermediate results.
 
-    `gradient` is that of the loss by the latents. `gap` is the mean magnitude of the
-    difference of the two scores before it is normalised.
+    `gradient` is the gradient of the loss with respect to the latents. `gap` is the
+    mean magnitude of the difference of the two scores before it is normalised.
     """
 
     loss: jax.Array
@@ -114,7 +114,7 @@ def distribution_matching(
     real: tuple[Score, Any, jax.Array, jax.Array],
     guidance: float = 3.0,
 ) -> Distillation:
-    """Returns the distribution-matching loss and its gradient by the latents.
+    """Returns the distribution-matching loss and its gradient at the latents.
 
     The gradient of a clip is (fake - real) / mean |x - real| on the frames of the
     mask, over the number of their elements; the loss is half its mean square before
@@ -125,8 +125,8 @@ def distribution_matching(
       noise: like `latents`.
       timestep: [batch], of `flow.dmd_timestep`.
       mask: [frame] whether a frame has a loss.
-      fake: the critic, its variables, the prompts' embeddings.
-      real: the teacher, its variables, the prompts' and the negative embeddings.
+      fake: (critic, its variables, embeddings of the prompts).
+      real: (teacher, its variables, embeddings of prompts, of negative prompts).
       guidance: real = with + guidance (with - without).
 
     Source: DMD (arXiv:2311.18828) equation 7; training/README.md, "Distribution
@@ -171,15 +171,15 @@ def score_flow(
     embedding: jax.Array,
     mask: jax.Array,
 ) -> jax.Array:
-    """Returns the critic's loss on generated clips: its flow against noise - x.
+    """Returns the critic's loss on generated clips: its flow compared with noise - x.
 
     Args:
-      variables: the critic's collections, with gradient.
-      score: the critic.
-      latents: generated clips, constants.
+      variables: the critic's collections, differentiable.
+      score: network of the critic.
+      latents: generated clips, as constants.
       noise: like `latents`.
       timestep: [batch], of `flow.dmd_timestep`.
-      embedding: the prompts'.
+      embedding: embeddings of the prompts.
       mask: [frame] whether a frame has a loss.
 
     Source: DMD2 (arXiv:2405.14867) section 3; training/README.md, "Critic".
@@ -197,13 +197,13 @@ def score_flow(
 def clean_regression(
     x0: jax.Array, target: jax.Array, timestep: jax.Array, weight=None
 ) -> jax.Array:
-    """Returns the mean square distance to clean latents, of frames that have noise.
+    """Returns the mean squared distance to clean latents over the noisy frames.
 
     Args:
       x0: predictions [batch, frame, height, width, channel].
-      target: like `x0`.
-      timestep: [batch, frame]; frames at 0 are left out.
-      weight: [batch, frame], of the others; None: all count the same.
+      target: clean latents of the shape of `x0`.
+      timestep: [batch, frame]. Frames at 0 are left out.
+      weight: [batch, frame], weights of the other frames. None weights all equally.
 
     Source: CausVid (arXiv:2412.07772) equation 6; training/README.md, "Endpoint
     regression".
@@ -214,12 +214,12 @@ def clean_regression(
 
 
 def flow_matching(predicted, target, weight=None) -> jax.Array:
-    """Returns the mean square distance of a flow to its target.
+    """Returns the mean squared distance of a flow to its target.
 
     Args:
       predicted: [batch, frame, height, width, channel].
-      target: like it; noise - x of data, or a teacher's flow.
-      weight: [batch, frame], of the frames; None: all count the same.
+      target: flow of the same shape: noise - x of data, or a teacher's flow.
+      weight: [batch, frame], weights of the frames. None weights all equally.
 
     Source: flow matching (arXiv:2210.02747); training/README.md, "Flow matching".
     """
@@ -228,7 +228,7 @@ def flow_matching(predicted, target, weight=None) -> jax.Array:
 
 
 def weighted_mean(values: jax.Array, weight: jax.Array) -> jax.Array:
-    """Returns the mean of what has weight; 0 if nothing has."""
+    """Returns the weighted mean, or 0 if all weights are 0."""
     weight = jnp.asarray(weight, jnp.float32)
     return jnp.sum(values * weight) / jnp.maximum(jnp.sum(weight), 1e-9)
 
@@ -240,7 +240,7 @@ def _x0(score: Score, variables, noisy, timestep, embedding) -> jax.Array:
 
 
 def _frame_weights(mask: jax.Array, like: jax.Array) -> jax.Array:
-    """Returns 1 / (elements that count) on frames of the mask, else 0."""
+    """Returns 1 / (number of elements in the mask) on frames of the mask, else 0."""
     mask = jnp.asarray(mask, jnp.float32)
     count = jnp.sum(mask) * like[:, 0].size
     return (mask / count)[None, :, None, None, None]

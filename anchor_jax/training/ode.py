@@ -1,4 +1,4 @@
-"""Trajectories of a bidirectional teacher: its ways from noise to clips, on disk."""
+"""Trajectories of a bidirectional teacher from noise to clips, on disk."""
 
 import contextlib
 import dataclasses
@@ -24,11 +24,12 @@ from anchor_jax.training.data.digests import digest
 from anchor_jax.training.data.kinds import DataConfig
 from anchor_jax.training.data.trajectories import TrajectoryWriter
 from anchor_jax.wan import kernels
+from anchor_jax.wan.spec import WAN_2_1
 from anchor_jax.weights.bundle import Bundle
 
 STORED = 4
-"""States of each trajectory that have noise; the clean one comes last."""
-_STOPPING = "stopping after these clips; press Ctrl-C again to end at once"
+"""Number of noisy states per trajectory. The clean state comes last."""
+_STOPPING = "stopping after these clips; press Ctrl-C again to stop at once"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,28 +37,29 @@ class TrajectoryConfig:
     """The fields of a config of `anchor-jax trajectories`.
 
     Attributes:
-      weights: the teacher's: a folder of ported weights, or of a training.
-      data: prompts: `world_prompts`, or `prompts` from files.
-      count: trajectories in all.
-      batch: videos at once; part of what the numbers depend on.
-      frames: latent frames.
-      steps: of Euler's method, at even noise levels before the shift, whatever the
-        teacher's own sampler has; a multiple of 4.
-      shift: moves noise levels towards noise.
-      guidance: u + guidance (c - u).
-      negative_prompt: u.
-      seed: of the noise.
-      size: pixels, such as "480x832"; without a value the weights' own.
-      dtype: of activations; without a value the weights' own.
+      weights: weights of the teacher: a folder of ported weights, or of a training.
+      data: the prompts: kind `world_prompts`, or `prompts` from files.
+      count: total number of trajectories.
+      batch: videos per program. The exact values depend on it.
+      frames: latent frames per video.
+      steps: number of Euler steps, a multiple of 4. Noise levels are even before the
+        shift, also if the teacher's own sampler uses others.
+      shift: shift of the noise levels towards noise.
+      guidance: guidance scale in u + guidance (c - u).
+      negative_prompt: prompt of u.
+      seed: seed of the noise.
+      size: height and width in pixels, such as "480x832". None takes the size of the
+        weights.
+      dtype: type of activations. None takes the type that the weights name.
       attention: a kernel, or "auto".
-      out: folder.
+      out: folder of the trajectories.
     """
 
     weights: str = "tiny"
     data: DataConfig = DataConfig()
     count: int = 1000
     batch: int = 8
-    frames: int = 21
+    frames: int = WAN_2_1.clip_frames
     steps: int = 48
     shift: float = 5.0
     guidance: float = 6.0
@@ -70,7 +72,7 @@ class TrajectoryConfig:
 
 
 def read_config(config) -> TrajectoryConfig:
-    """Returns the config with every field of the type that it must have.
+    """Returns the config with every field converted to its type.
 
     Raises:
       UserError: A field is missing, unknown or of another type or range.
@@ -78,16 +80,16 @@ def read_config(config) -> TrajectoryConfig:
     read = from_config(TrajectoryConfig, config, "config")
     for name in ("count", "batch", "frames"):
         if getattr(read, name) < 1:
-            raise UserError(f"config.{name}={getattr(read, name)}: expected 1 or more")
+            raise UserError(f"config.{name}={getattr(read, name)}: must be at least 1")
     if read.steps < STORED or read.steps % STORED:
         raise UserError(
-            f"config.steps={read.steps}: expected a multiple of {STORED}, such as 48:"
-            " every quarter a state is stored"
+            f"config.steps={read.steps}: must be a multiple of {STORED}, such as 48:"
+            " a state is stored every quarter of the steps"
         )
     if not 0 < read.shift < float("inf") or not 0 <= read.guidance < float("inf"):
         raise UserError(
-            f"config.shift={read.shift}, config.guidance={read.guidance}: expected a"
-            " shift above 0, and a guidance of 0 or more; 1 is none"
+            f"config.shift={read.shift}, config.guidance={read.guidance}: the"
+            " shift must be above 0 and the guidance at least 0; 1 turns guidance off"
         )
     return read
 
@@ -117,11 +119,11 @@ def trajectories(
     seed: int,
     negative_prompt: str = "",
 ) -> np.ndarray:
-    """Returns states, noisy to clean.
+    """Returns states from noisy to clean.
 
-    They are [video, STORED + 1, frame, height, width, channel]: those that enter
-    every quarter of the steps, and the last one. A video's noise depends on the seed
-    and its number alone.
+    They are [video, STORED + 1, frame, height, width, channel]: the state before each
+    quarter of the steps, and the last one. A video's noise depends only on the seed and
+    the video's number.
     """
     every = [*texts, *[negative_prompt] * (len(texts) * (setup.copies - 1))]
     embedding = bundle.encode_prompts(every)
@@ -141,7 +143,7 @@ def _noise(key: jax.Array, numbers: jax.Array, setup: StreamSetup) -> BlockNoise
     initial = jax.vmap(
         lambda number: jax.random.normal(jax.random.fold_in(key, number), shape, dtype)
     )(numbers)
-    # Euler's method draws nothing on the way.
+    # Euler's method draws no noise between steps.
     fresh = jnp.zeros((len(setup.levels) - 1, *initial.shape), dtype)
     return BlockNoise(initial=initial, fresh=fresh)
 
@@ -149,13 +151,13 @@ def _noise(key: jax.Array, numbers: jax.Array, setup: StreamSetup) -> BlockNoise
 def write(
     config: TrajectoryConfig, bundle: Bundle, process: int, processes: int
 ) -> tuple[int, int]:
-    """Writes this process's trajectories that are missing.
+    """Writes the missing trajectories of this process.
 
-    Returns how many it wrote, and how many it did not: SIGTERM, or Ctrl-C once, ends it
-    after the clips that are under way.
+    Returns the numbers of trajectories written and still missing. SIGTERM or one Ctrl-C
+    stops it after the current clips.
 
     Raises:
-      UserError: The folder holds trajectories of another kind, or a file is wrong.
+      UserError: The folder holds other trajectories, or a file is wrong.
     """
     folder = files.make_folder(config.out)
     setup = make_setup(config, bundle)
@@ -181,7 +183,7 @@ def _write(config, bundle, setup, writer, texts, share: tuple[int, int]):
     ):
         for first in range(0, len(missing), config.batch):
             numbers = missing[first : first + config.batch]
-            # Whole batches, for one program.
+            # Batches are always full, so one program is compiled.
             filled = [*numbers, *[numbers[-1]] * (config.batch - len(numbers))]
             chosen = [texts(number)[0] for number in filled]
             states = trajectories(
@@ -191,7 +193,7 @@ def _write(config, bundle, setup, writer, texts, share: tuple[int, int]):
                 writer.add(number, state, text)
             written += len(numbers)
             bar.update(len(numbers))
-            if not began:  # The first clips have compiled; they would be lost now.
+            if not began:  # The slow first clips (compilation) must not be lost.
                 began.append(time.monotonic())
             if interrupts.asked():
                 break
@@ -200,7 +202,7 @@ def _write(config, bundle, setup, writer, texts, share: tuple[int, int]):
 
 
 def _inputs(config: TrajectoryConfig, bundle: Bundle, setup: StreamSetup) -> dict:
-    """Returns what the examples depend on."""
+    """Returns everything that the examples depend on."""
     kept = dataclasses.asdict(config)
     for name in ("weights", "out", "count", "attention"):
         del kept[name]
@@ -211,7 +213,7 @@ def _inputs(config: TrajectoryConfig, bundle: Bundle, setup: StreamSetup) -> dic
 
 
 def _prompts_of(data: DataConfig) -> dict:
-    """Returns what the prompts depend on: of files their content, not their place."""
+    """Returns everything that the prompts depend on: files by content, not by path."""
     hashes = [digest(expand(path)) for path in data.paths]
     return {"kind": data.kind, "seed": data.seed, "files": hashes}
 
@@ -224,5 +226,5 @@ def _bar(config, writer, process: int, processes: int, missing) -> Iterator[tqdm
         try:
             yield bar
         except BaseException:
-            writer.flush()  # What is done is kept; what was under way is not.
+            writer.flush()  # Finished examples are kept; unfinished ones are lost.
             raise

@@ -1,4 +1,4 @@
-"""Where a training's arrays live on a mesh."""
+"""Placement of a training's arrays on a mesh."""
 
 import dataclasses
 from collections.abc import Callable
@@ -24,7 +24,7 @@ TABLES = {
 
 @dataclasses.dataclass(frozen=True)
 class Arrays:
-    """Makes arrays, and puts them onto the devices of a mesh."""
+    """Makes arrays and places them on the devices of a mesh."""
 
     mesh: Mesh
 
@@ -37,19 +37,19 @@ class Arrays:
         return put(tree, places)
 
     def kernel(self, name: str, model: ModelConfig):
-        """Returns the attention kernel of a name; None chooses when it is used."""
+        """Returns the attention kernel of a name; None is chosen at its first use."""
         return kernels.named(name, model.dtype, model.head_dim)
 
 
 class Shapes(Arrays):
-    """Makes shapes alone, for compilers of a mesh that is not there."""
+    """Makes only shapes, to compile for a mesh of absent devices."""
 
     def make(self, function: Callable, *args):
         """Returns the shapes of `function(*args)`."""
         return jax.eval_shape(function, *args)
 
     def put(self, tree, places):
-        """Returns shapes that say where their arrays would be."""
+        """Returns shapes with the shardings that their arrays would have."""
 
         def place(leaf, where):
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
@@ -57,7 +57,7 @@ class Shapes(Arrays):
         return jax.tree.map(place, tree, places)
 
     def kernel(self, name: str, model: ModelConfig):
-        """Returns the attention kernel for the mesh's devices, whatever the name."""
+        """Returns the attention kernel for the mesh's devices; the name is ignored."""
         del name
         platform = self.mesh.devices.flat[0].platform
         return kernels.choose(platform, model.dtype, model.head_dim)
@@ -72,12 +72,12 @@ def of_collections(collections, mesh: Mesh):
 
 
 def of_optimizer(opt_state, params, mesh: Mesh):
-    """Returns the shardings of an optimizer's state: as the parameters that it is of.
+    """Returns the shardings of an optimizer's state, which follow the parameters.
 
     Args:
-      opt_state: or its shapes.
-      params: the shardings of what is optimized.
-      mesh: of all.
+      opt_state: state of the optimizer, or its shapes.
+      params: shardings of the optimized parameters.
+      mesh: mesh of all arrays.
     """
     known = {
         _names(path): leaf
@@ -100,7 +100,7 @@ def _names(path) -> tuple[str, ...]:
 
 
 def of_videos(tree, mesh: Mesh, axis: int = 0):
-    """Returns shardings that split videos, along an axis of every array."""
+    """Returns shardings that split an axis of every array by video."""
 
     def place(leaf):
         spec = [None] * leaf.ndim
@@ -112,12 +112,12 @@ def of_videos(tree, mesh: Mesh, axis: int = 0):
 
 
 def videos_at_once(mesh: Mesh) -> int:
-    """Returns over how many devices videos are split."""
+    """Returns the number of devices that videos are split over."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def of_rollout(rollout, mesh: Mesh):
-    """Returns the shardings of a sequence: its videos are split."""
+    """Returns the shardings of a sequence, split by video."""
     if rollout is None:
         return None
     cache = rollout.cache
@@ -133,7 +133,7 @@ def of_rollout(rollout, mesh: Mesh):
 
 
 def of_state(state: TrainState, mesh: Mesh) -> TrainState:
-    """Returns the shardings of a state, or of its shapes."""
+    """Returns the shardings of a state, which may be given as shapes."""
     generator = of_collections(state.generator, mesh)
     fake_score = state.fake_score and of_collections(state.fake_score, mesh)
     return state.replace(
@@ -170,19 +170,19 @@ def _put(value: Any, place: NamedSharding) -> jax.Array:
 
 
 def rows_of_process(mesh: Mesh, batch: int) -> np.ndarray:
-    """Returns the numbers of the videos, of a batch, on this process's devices."""
+    """Returns the rows of a batch that lie on this process's devices."""
     held = _of_rows(mesh).addressable_devices_indices_map((batch,)).values()
     return np.unique([np.arange(batch)[rows] for (rows,) in held])
 
 
 def put_batch(batch, mesh: Mesh):
-    """Returns a batch on its devices; every process gives its own rows of it."""
+    """Returns a batch on its devices; every process gives its own rows."""
     own = {name: np.asarray(value) for name, value in batch.items()}
     return jax.make_array_from_process_local_data(of_batch(batch, mesh), own)
 
 
 def of_batch(batch, mesh: Mesh):
-    """Returns the shardings of a batch; what is not by video is everywhere."""
+    """Returns the shardings of a batch; arrays without a video axis are replicated."""
     return {
         name: everywhere(mesh) if name in order.SHARED else _of_rows(mesh)
         for name in batch
@@ -194,5 +194,5 @@ def _of_rows(mesh: Mesh) -> NamedSharding:
 
 
 def everywhere(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of what every device holds whole."""
+    """Returns the sharding of a replicated array."""
     return NamedSharding(mesh, P())

@@ -14,7 +14,7 @@ from anchor_jax.training.stages.build import TrainConfig
 from anchor_jax.weights import checkpoint
 from anchor_jax.weights.bundle import Bundle
 
-# Fields that may change when a run is resumed.
+# Fields that may differ when a run is resumed.
 _FREE = (
     *("save_every", "keep", "keep_best", "best_of", "log_every", "sample_every"),
     *("samples", "mesh", "remat", "out", "data.cache"),
@@ -27,7 +27,7 @@ def compare_config(
 ) -> None:
     """Raises UserError unless a config can resume the run in a folder, if any.
 
-    Fields that an older run did not have yet count as their defaults.
+    Fields that an older run lacks count as their defaults.
 
     Raises:
       UserError: The run in the folder has another config, or its config is damaged.
@@ -102,7 +102,7 @@ def finished_step(config: TrainConfig, folder: pathlib.Path) -> int | None:
 def write_config(config: TrainConfig, folder: pathlib.Path) -> None:
     """Writes the config of a run, against which a resumed run is checked.
 
-    The config of a finished run stays as it is, because a change has no effect.
+    The config of a finished run stays unchanged, because a change has no effect.
     """
     path = folder / files.CONFIG
     if not path.exists() or finished_step(config, folder) is None:
@@ -168,5 +168,5 @@ def _changed(
 
 
 def as_json(config: TrainConfig) -> dict[str, Any]:
-    """Returns a config as it is stored: plain values."""
+    """Returns a config in its stored form, as plain values."""
     return json.loads(json.dumps(dataclasses.asdict(config)))

@@ -1,8 +1,9 @@
-"""Chunks of a sequence that the generator makes for training, and their gradient.
+"""Chunks of a sequence that the generator makes for training, and their gradients.
 
-A chunk is made by the sampler's own step without gradient. The gradient of a loss by
-its latents is then pulled back through one pass of each block, one block at a time:
-what is kept for it is one block's, whatever the length of the chunk.
+The sampler's own step makes a chunk without gradient. The gradient of a loss with
+respect to its latents is then pulled back through one pass of each block, one block at
+a time. So memory holds the activations of one block, independent of the length of the
+chunk.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import numpy as np
 from flax import struct
 
 from anchor_jax.cache import store
-from anchor_jax.cache.policies import Rerun
+from anchor_jax.cache.policies import RecachePass
 from anchor_jax.cache.types import KVCache, ReadPlan
 from anchor_jax.streaming import stream
 from anchor_jax.streaming.types import BlockNoise, StreamSetup, StreamState
@@ -23,10 +24,10 @@ from anchor_jax.wan.attention import LayersKV
 
 @struct.dataclass
 class Rollout:
-    """What a sequence carries from one chunk to the next.
+    """The state of a sequence between chunks.
 
-    `recent` is as in `StreamState`; `previous` holds the last clean latent frames, as
-    many as the loss sees, [batch, frame, height, width, channel].
+    `recent` is as in `StreamState`. `previous` is [batch, frame, height, width,
+    channel], the newest clean latent frames, whose number is that of the loss's clip.
     """
 
     cache: KVCache
@@ -39,28 +40,28 @@ class ChunkSwitch:
     """A prompt switch within a chunk; static.
 
     Attributes:
-      block: of the chunk, the first one under the new prompt.
-      rerun: what is run again before it, of `Policy.rerun`.
+      block: number of the chunk's first block under the new prompt.
+      rerun: the re-cache before that block, from `Policy.recache`, or None.
     """
 
     block: int
-    rerun: Rerun | None
+    rerun: RecachePass | None
 
 
 @struct.dataclass
 class Chunk:
-    """New blocks of a sequence, and what their gradient needs.
+    """New blocks of a sequence, with the data that their gradient needs.
 
     Blocks before a prompt switch have no gradient (training/README.md, "Blocks of a
     chunk").
 
     Attributes:
-      latents: [batch, frame, height, width, channel], of all blocks.
-      cache: before the first block with a gradient.
-      noisy: [block, batch, ...] what the pass with the gradient saw.
-      own: [block, layer, ...] what these blocks left in the cache.
-      plans: what each block of the chunk saw, stacked.
-      recache: what the switch's pass saw, or None.
+      latents: [batch, frame, height, width, channel], all blocks.
+      cache: the cache before the first block with a gradient.
+      noisy: [block, batch, ...] input of the pass with the gradient.
+      own: [block, layer, ...] keys and values that these blocks committed.
+      plans: read plans of the chunk's blocks, stacked.
+      recache: read plan of the re-cache, or None.
     """
 
     latents: jax.Array
@@ -72,7 +73,7 @@ class Chunk:
 
 
 def begin(setup: StreamSetup, batch: int, frames: int) -> Rollout:
-    """Returns a sequence that has not begun; the loss sees `frames`."""
+    """Returns a sequence at its start, for a loss that sees `frames` latent frames."""
     rows, columns = setup.tokens
     shape = (setup.grid.height, setup.grid.width, setup.model.latent_channels)
     return Rollout(
@@ -87,24 +88,24 @@ def roll(
     rollout: Rollout,
     prompts: tuple[jax.Array, ...],
     noise: BlockNoise,
-    leave: jax.Array,
+    exit_level: jax.Array,
     *,
     setup: StreamSetup,
     switch: ChunkSwitch | None = None,
     requested=0,
 ) -> tuple[Rollout, Chunk]:
-    """Returns a sequence one chunk later, and the chunk. Nothing has a gradient.
+    """Returns a sequence one chunk later, and the chunk, without gradients.
 
     Args:
       variables: the generator's collections.
-      rollout: the sequence.
-      prompts: embeddings [batch, text, text_dim]: the chunk's, and with a switch the
-        new one's after it.
-      noise: its arrays have a leading axis, the chunk's blocks.
-      leave: number of the noise level whose estimate is a block; traced.
+      rollout: state of the sequence.
+      prompts: embeddings [batch, text, text_dim] of the chunk's prompt and, if it has a
+        switch, of the new prompt.
+      noise: noise of all blocks, along a leading axis.
+      exit_level: number of the noise level whose estimate becomes the block; traced.
       setup: static.
-      switch: static.
-      requested: latent frame of the sequence at which the switch was asked for, traced.
+      switch: the prompt switch within the chunk, or None; static.
+      requested: latent frame of the sequence at which the switch was requested, traced.
     """
     variables, rollout = jax.lax.stop_gradient((variables, rollout))
     state = StreamState(rollout.cache, _project(variables, prompts[0], setup), None)
@@ -115,7 +116,9 @@ def roll(
     if captures:
         state = _capturing(state, True)
     if first:
-        state, part = _blocks(variables, state, _cut(noise, 0, first), leave, setup)
+        state, part = _blocks(
+            variables, state, _cut(noise, 0, first), exit_level, setup
+        )
         parts.append(part)
     if switch:
         state, block = stream.switch(
@@ -130,7 +133,7 @@ def roll(
     if captures:
         state = _capturing(state, False)
     cache = state.cache
-    state, part = _blocks(variables, state, _cut(noise, first, None), leave, setup)
+    state, part = _blocks(variables, state, _cut(noise, first, None), exit_level, setup)
     parts.append(part)
     latents, plans = (
         jax.tree.map(lambda *x: jnp.concatenate(x), *(one[name] for one in parts))
@@ -148,23 +151,24 @@ def pull_back(
     frozen,
     chunk: Chunk,
     prompt: jax.Array,
-    leave: jax.Array,
+    exit_level: jax.Array,
     cotangent: jax.Array,
     *,
     setup: StreamSetup,
 ):
-    """Returns the gradient by `trainable` of a loss on a chunk's latents.
+    """Returns the gradient of a loss on a chunk's latents with respect to `trainable`.
 
     Cached keys and values are constants (training/README.md, "D5").
 
     Args:
-      trainable: collections of the generator with a gradient.
-      frozen: its other collections.
-      chunk: of `roll` with these collections.
-      prompt: the chunk's last embedding.
-      leave: as for `roll`.
-      cotangent: gradient of the loss by the latents of the blocks that have one,
-        [batch, frame, height, width, channel]: the chunk's last frames.
+      trainable: trained collections of the generator.
+      frozen: other collections of the generator.
+      chunk: result of `roll` with these collections.
+      prompt: embedding of the chunk's last prompt.
+      exit_level: as for `roll`.
+      cotangent: [batch, frame, height, width, channel], gradient of the loss with
+        respect to the latents of the blocks with a gradient, which are the chunk's
+        last.
       setup: static.
     """
     blocks = chunk.noisy.shape[0]
@@ -174,7 +178,7 @@ def pull_back(
     def estimate(trainable, cache, noisy):
         variables = {**frozen, **trainable}
         state = StreamState(cache, _project(variables, prompt, setup), None)
-        return stream.estimate(variables, state, noisy, leave, setup=setup)
+        return stream.estimate(variables, state, noisy, exit_level, setup=setup)
 
     def one_block(carry, block):
         cache, total = carry
@@ -193,15 +197,16 @@ def pull_back(
 def window(
     previous: jax.Array, latents: jax.Array, renew: Callable
 ) -> tuple[jax.Array, np.ndarray]:
-    """Returns the frames that the loss sees and which of them have one.
+    """Returns the clip that the loss sees, and the mask of frames with a loss.
 
-    The new frames after as many earlier ones as are missing, the first of which is
-    encoded anew as the single frame that begins a clip: scores know no others.
+    The clip is the new frames, with earlier frames before them to fill it. The first of
+    those is encoded again as a video's first frame, because the scores were trained on
+    clips that begin so.
 
     Args:
-      previous: clean frames before the chunk, as many as the loss sees.
-      latents: the chunk's.
-      renew: (latents up to a frame) -> that frame as a clip's first latent.
+      previous: clean frames before the chunk, as many as the clip has.
+      latents: latents of the chunk.
+      renew: function from latents up to a frame to that frame as a clip's first latent.
 
     Source: training/README.md, "The window of the loss".
     """
@@ -217,7 +222,7 @@ def window(
 def renew_last(params, latents: jax.Array, *, codec) -> jax.Array:
     """Returns the last frame of a clip, encoded alone as a clip's first latent.
 
-    As though the clip began a video (training/README.md, "The window of the loss").
+    The clip then begins like a video (training/README.md, "The window of the loss").
 
     Args:
       params: the codec's parameters.
@@ -228,15 +233,15 @@ def renew_last(params, latents: jax.Array, *, codec) -> jax.Array:
     return jnp.asarray(codec.encode(params, pixels[:, -1:]))
 
 
-def _blocks(variables, state: StreamState, noise: BlockNoise, leave, setup):
-    """Returns the stream some blocks later, and what each of them made."""
+def _blocks(variables, state: StreamState, noise: BlockNoise, exit_level, setup):
+    """Returns the stream after some blocks, and the result of each."""
 
     def one(carry, noise):
         now = StreamState(carry[0], state.context, carry[1])
-        now, block, own = stream.advance(variables, now, noise, leave, setup=setup)
+        now, block, own = stream.advance(variables, now, noise, exit_level, setup=setup)
         made = {
             "latents": block.latents,
-            "noisy": block.passes.noisy[leave],
+            "noisy": block.passes.noisy[exit_level],
             "own": own,
             "plans": block.plan,
         }
@@ -247,7 +252,7 @@ def _blocks(variables, state: StreamState, noise: BlockNoise, leave, setup):
 
 
 def _capturing(state: StreamState, captures: bool) -> StreamState:
-    """Returns the stream whose next block becomes the junction, or does not."""
+    """Returns the stream with `capture` set for its next block."""
     index = state.cache.index.replace(capture=jnp.array(captures))
     return state.replace(cache=state.cache.replace(index=index))
 

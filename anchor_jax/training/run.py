@@ -16,7 +16,6 @@ from anchor_jax.config import from_config
 from anchor_jax.errors import UserError, naming, suggest
 from anchor_jax.io import expand, scratch_folder, write_json
 from anchor_jax.plugins import Registry
-from anchor_jax.sampling.config import parse_size
 from anchor_jax.training import files, placement, reports, resume, samples
 from anchor_jax.training.checkpoints import Checkpoints
 from anchor_jax.training.data import kinds, sources
@@ -235,9 +234,9 @@ def _open_job(
     resume.compare_config(config, folder, tell)
     stage = build.find_stage(config)
     base = _base(config, folder)
-    begun = str(folder / base) if config.weights in INITIAL else base
+    initial = str(folder / base) if config.weights in INITIAL else base
     with naming("config.weights"):
-        generator = _load(config, begun, trained=True)
+        generator = _load(config, initial, trained=True)
     with naming("config.teacher"):
         teacher = _load(config, config.teacher) if config.teacher else None
     with naming("config.critic"):
@@ -361,7 +360,7 @@ def _load(
     masters = trained and not config.lora.rank
     return load_bundle(
         name,
-        grid=None if config.size is None else parse_size(config.size),
+        grid=config.size,
         dtype=config.dtype,
         lora="separate" if config.lora.rank else "merged",
         param_dtype="float32" if masters else None,

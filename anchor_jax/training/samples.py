@@ -1,4 +1,4 @@
-"""Sample videos of a training under way, made by the sampler that streams use."""
+"""Sample videos of a running training, made by the streams' sampler."""
 
 import contextlib
 import dataclasses
@@ -18,7 +18,7 @@ from anchor_jax import flow, media, prompts
 from anchor_jax.cache.catalog import TEACHER
 from anchor_jax.cache.policies import Policy
 from anchor_jax.errors import UserError, suggest
-from anchor_jax.prompts import LATENT_FRAMES_PER_SECOND, Script, Segment, Timing
+from anchor_jax.prompts import Script, Segment, Timing
 from anchor_jax.sampling.methods import Method, trained_method
 from anchor_jax.sampling.resolve import make_policy
 from anchor_jax.streaming.session import Session
@@ -32,14 +32,14 @@ from anchor_jax.training.state import TrainState
 from anchor_jax.weights.bundle import Bundle
 
 FOLDER = "samples"
-"""Of the videos, in a training's folder."""
+"""Name of the videos' folder, in the folder of a training."""
 _MOST = 64
 _OWN = dict.fromkeys(("window", "sink", "block", "rope", "on_switch"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Video:
-    """A video that is made again and again: what it shows, and how it streams."""
+    """A video that is made again and again: its script and its stream."""
 
     script: Script
     setup: StreamSetup
@@ -50,15 +50,15 @@ class Sampler:
     """Makes the sample videos of a training: the same prompts and noise each time.
 
     Attributes:
-      folder: of the files.
-      videos: all of them; they have one length.
-      bundle: the generator's, before the training.
-      frozen: the generator's collections that are not trained.
-      codec: the codec's parameters, on the mesh.
-      place: the sharding of what every device holds whole.
-      negative_prompt: what guidance leads away from.
-      seed: of the noise; a video's number is added.
-      show: is given the contact sheet, uint8 [height, width, 3], and the step.
+      folder: folder of the files.
+      videos: the videos, all of one length.
+      bundle: bundle of the initial generator.
+      frozen: collections of the generator that are not trained.
+      codec: parameters of the VAE, on the mesh.
+      place: sharding of replicated arrays.
+      negative_prompt: prompt that guidance leads away from.
+      seed: seed of the noise, to which a video's number is added.
+      show: function of the contact sheet, uint8 [height, width, 3], and the step.
     """
 
     folder: pathlib.Path
@@ -74,21 +74,22 @@ class Sampler:
     def __call__(self, state: TrainState, step: int) -> None:
         """Writes the videos of a state, side by side, and a sheet of their frames.
 
-        The running mean of the generator is taken where there is one.
+        The running mean of the generator is used if there is one.
 
         Raises:
           UserError: The files cannot be written.
         """
         bundle = self._with(state.generator if state.ema is None else state.ema)
-        # Kernels split themselves over the mesh that is set.
+        # Kernels are split over the current mesh.
         with jax.set_mesh(self.place.mesh):
             made = [
                 self._play(bundle, video, self.seed + number)
                 for number, video in enumerate(self.videos)
             ]
         stem = self.folder / f"step-{step:06d}"
+        rate = bundle.model.family.frames_per_second
         labels = [" | ".join(video.script.prompts) for video in self.videos]
-        with media.VideoWriter(stem.with_suffix(".mp4")) as video:
+        with media.VideoWriter(stem.with_suffix(".mp4"), rate) as video:
             video.append(side_by_side(made))
             media.contact_sheet(made, labels, stem.with_suffix(".png"))
         with Image.open(stem.with_suffix(".png")) as sheet:
@@ -116,7 +117,7 @@ class Sampler:
 
 
 def side_by_side(videos: Sequence[np.ndarray]) -> np.ndarray:
-    """Returns videos of one size as one, in a grid whose empty places are black."""
+    """Returns videos of one size as one video, a grid whose empty cells are black."""
     columns = math.ceil(math.sqrt(len(videos)))
     rows = -(-len(videos) // columns)
     empty = [np.zeros_like(videos[0])] * (rows * columns - len(videos))
@@ -131,12 +132,12 @@ def side_by_side(videos: Sequence[np.ndarray]) -> np.ndarray:
 def make_sampler(
     config: TrainConfig, prepared: Prepared, folder: pathlib.Path
 ) -> Sampler | None:
-    """Returns what makes a training's videos; None where there is nothing to show.
+    """Returns the maker of a training's sample videos, or None if there are none.
 
     Args:
-      config: of the training; `samples` says what is shown.
-      prepared: the stage, on its mesh.
-      folder: of the training.
+      config: config of the training; `samples` describes the videos.
+      prepared: the stage with its state, on its mesh.
+      folder: folder of the training.
 
     Raises:
       UserError: A field of `samples` is wrong.
@@ -144,7 +145,8 @@ def make_sampler(
     _check(config)
     with _naming():
         block = _block(config)
-    scripts = _scripts(config, block)
+    rate = prepared.bundle.model.family.latent_frames_per_second
+    scripts = _scripts(config, block, rate)
     # A video's arrays would have to be gathered from other processes.
     if not scripts or not config.sample_every or jax.process_count() > 1:
         return None
@@ -171,7 +173,7 @@ def make_sampler(
 
 
 def _session(bundle: Bundle, video: Video, seed: int, negative: str) -> Session:
-    """Returns the session that makes a video, once it is known to be able to."""
+    """Returns the session that makes a video, after it is checked."""
     session = Session(bundle, video.setup, video.script.prompts[0], seed, negative)
     session.check(video.script.frames)
     return session
@@ -179,7 +181,7 @@ def _session(bundle: Bundle, video: Video, seed: int, negative: str) -> Session:
 
 @contextlib.contextmanager
 def _naming() -> Iterator[None]:
-    """Says of which section of the config an error is."""
+    """Adds the config's section to the message of an error."""
     try:
         yield
     except UserError as error:
@@ -194,23 +196,24 @@ def _check(config: TrainConfig) -> None:
                 f"config.samples.{name}={getattr(samples, name)}: must be at least 1"
             )
     if max(samples.num, len(samples.prompts)) > _MOST:
-        raise UserError(f"config.samples: expected at most {_MOST} videos")
+        raise UserError(f"config.samples: at most {_MOST} videos are allowed")
     if not 0 <= samples.guidance < math.inf:
         raise UserError(
-            f"config.samples.guidance={samples.guidance}: expected 0 or more; 1 is none"
+            f"config.samples.guidance={samples.guidance}: must be at least 0; 1 turns"
+            " guidance off"
         )
     if samples.grid not in flow.GRIDS:
         known = suggest(samples.grid, flow.GRIDS, "noise levels")
         raise UserError(f"config.samples.grid={samples.grid!r}{known}")
     if not all(isinstance(one, str) and one.strip() for one in samples.prompts):
         raise UserError(
-            f"config.samples.prompts={samples.prompts}: expected texts, such as"
+            f"config.samples.prompts={samples.prompts}: must be texts, such as"
             " ('a red ring | a blue ring',)"
         )
 
 
 def _setup(config: TrainConfig, prepared: Prepared, script: Script) -> StreamSetup:
-    """Returns what is static about a video's stream: as its weights are sampled."""
+    """Returns the static setup of a video's stream, as its weights are sampled."""
     method = _method(config)
     policy = _policy(method, script)
     return build.find_stage(config).sample_setup(prepared, method, policy)
@@ -229,7 +232,7 @@ def _policy(method: Method, script: Script) -> Policy:
 
 
 def _block(config: TrainConfig) -> int:
-    """Returns the latent frames of the streams' blocks."""
+    """Returns the number of latent frames per block of the streams."""
     method = _method(config)
     if method.policy == TEACHER:
         return 1
@@ -237,7 +240,7 @@ def _block(config: TrainConfig) -> int:
     return _policy(method, whole).block
 
 
-def _scripts(config: TrainConfig, block: int) -> tuple[Script, ...]:
+def _scripts(config: TrainConfig, block: int, rate: float) -> tuple[Script, ...]:
     """Returns what the videos show, all of one length."""
     stage, samples = build.find_stage(config), config.samples
     frames = samples.frames
@@ -245,7 +248,7 @@ def _scripts(config: TrainConfig, block: int) -> tuple[Script, ...]:
         frames = min(frames, stage.sample_frames(config))
     frames = max(1, round(frames / block)) * block
     if samples.prompts:
-        return tuple(_parse(text, block, frames) for text in samples.prompts)
+        return tuple(_parse(text, block, frames, rate) for text in samples.prompts)
     middle = frames // 2 // block * block
     is_switched = stage.sample_switches(config) and middle > 0
     texts = kinds.find_kind(config.data).first_texts(config.data, samples.num)
@@ -255,10 +258,10 @@ def _scripts(config: TrainConfig, block: int) -> tuple[Script, ...]:
     )
 
 
-def _parse(text: str, block: int, frames: int) -> Script:
+def _parse(text: str, block: int, frames: int, rate: float) -> Script:
     """Returns an inline script; segments without a duration share the frames."""
-    seconds = frames / LATENT_FRAMES_PER_SECOND / (text.count("|") + 1)
+    seconds = frames / rate / (text.count("|") + 1)
     try:
-        return prompts.parse_inline(text, Timing(block, frames, seconds))
+        return prompts.parse_inline(text, Timing(block, frames, seconds, rate=rate))
     except UserError as error:
         raise UserError(f"config.samples.prompts, {text!r}: {error}") from error

@@ -1,4 +1,4 @@
-"""Sequences and their chunks, as integers: what is generated when, under which prompt.
+"""Sequences and their chunks as integers: which frames are made, under which prompt.
 
 Source: training/README.md, "Sequences and chunks".
 """
@@ -8,16 +8,18 @@ import math
 
 import numpy as np
 
+from anchor_jax.wan.spec import WAN_2_1
+
 
 @dataclasses.dataclass(frozen=True)
 class ChunkSpan:
     """One chunk of a sequence.
 
     Attributes:
-      start: its first new latent frame.
-      new: its new frames.
-      switch_at: latent frame of the first block under the new prompt, if it holds that.
-      prompt: the prompt that it begins with, 0 or 1.
+      start: first new latent frame.
+      new: number of new frames.
+      switch_at: latent frame of the first block under the new prompt, or None.
+      prompt: number of the prompt at the chunk's start, 0 or 1.
     """
 
     start: int
@@ -31,23 +33,23 @@ class ChunkSpan:
 
     @property
     def last_prompt(self) -> int:
-        """The prompt of its last block, under which its loss is taken."""
+        """Number of the last block's prompt, which is the prompt of the loss."""
         return self.prompt if self.switch_at is None else 1
 
 
 @dataclasses.dataclass(frozen=True)
 class SequencePlan:
-    """How sequences are cut into chunks.
+    """The division of sequences into chunks.
 
     Attributes:
-      frames: latent frames that the loss sees, all new in a sequence's first chunk.
-      block: frames denoised together; later chunks show one block again.
-      length: frames after which no chunk begins that would not fit.
-      switches: frames of which each sequence takes one for its prompt switch; none:
-        sequences have one prompt.
+      frames: latent frames that the loss sees. All are new in a sequence's first chunk.
+      block: frames denoised together. Later chunks repeat one earlier block.
+      length: largest length of a sequence, in latent frames.
+      switches: latent frames. Each sequence switches prompts at one of them. If empty,
+        a sequence has one prompt.
     """
 
-    frames: int = 21
+    frames: int = WAN_2_1.clip_frames
     block: int = 3
     length: int = 240
     switches: tuple[int, ...] = tuple(range(21, 202, 18))
@@ -56,12 +58,12 @@ class SequencePlan:
         if self.block < 1 or self.frames < self.block or self.frames % self.block:
             raise ValueError(
                 f"plan: frames={self.frames} must be a multiple of block={self.block},"
-                " which must be 1 or more"
+                " which must be at least 1"
             )
         if self.frames == self.block < self.length:
             raise ValueError(
-                f"plan: frames={self.frames} leave a later chunk, which shows one block"
-                f" again, no new ones; choose at least {2 * self.block}"
+                f"plan: frames={self.frames} leave no new frames in a later chunk,"
+                f" which repeats one block; choose at least {2 * self.block}"
             )
         if self.length < self.frames:
             raise ValueError(
@@ -75,14 +77,14 @@ class SequencePlan:
             )
 
     def switch(self, seed: int, number: int) -> int | None:
-        """Returns the latent frame at which a sequence's prompt switches."""
+        """Returns the latent frame at which a sequence switches prompts."""
         if not self.switches:
             return None
         rng = np.random.default_rng((seed, number, 1))
         return int(rng.choice(self.switches))
 
     def chunk(self, start: int, switch: int | None) -> ChunkSpan | None:
-        """Returns the chunk that begins at a frame, None where the sequence ends."""
+        """Returns the chunk that begins at a frame, or None at the sequence's end."""
         new = self.frames if start == 0 else self.frames - self.block
         if start + new > self.length:
             return None
@@ -95,7 +97,7 @@ class SequencePlan:
         return ChunkSpan(start, new, switch_at, prompt)
 
     def chunks(self, switch: int | None) -> tuple[ChunkSpan, ...]:
-        """Returns all chunks of a sequence with a switch at that frame, if any."""
+        """Returns all chunks of a sequence whose switch, if any, is at a frame."""
         found, start = [], 0
         while span := self.chunk(start, switch):
             found.append(span)
@@ -103,14 +105,14 @@ class SequencePlan:
         return tuple(found)
 
     def visited(self, every: int) -> tuple[int, ...]:
-        """Returns the first frames of the chunks that generator updates fall on.
+        """Returns the first frames of the chunks that update the generator.
 
-        A generator update takes a chunk of its own, after every few of the critic's;
-        all chunks are visited where the two numbers have no divisor in common
-        (training/README.md, "Steps").
+        A generator update takes a chunk of its own after `every` chunks of the critic.
+        All chunks are visited if `every` + 1 and the number of chunks have no common
+        divisor (training/README.md, "Steps").
 
         Args:
-          every: chunks of the critic to one of the generator.
+          every: chunks of the critic per chunk of the generator.
         """
         starts = [span.start for span in self.chunks(None)]
         return tuple(starts[:: math.gcd(every + 1, len(starts))])

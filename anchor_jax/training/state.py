@@ -1,4 +1,4 @@
-"""What training carries from step to step, and how parameters move."""
+"""The state of a training between steps, and the updates of parameters."""
 
 import dataclasses
 from typing import Any
@@ -16,19 +16,19 @@ OPTIMIZERS = ("adamw", "muon")
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """How one network's parameters move; static.
+    """The optimizer of one network; static.
 
     Attributes:
-      name: "adamw", or "muon": matrices of the transformer's layers take Muon at
-        `muon_factor` times the rate, all else Adam.
-      learning_rate: after `warmup` steps and until the last share `decay` of all.
-      betas: of Adam's two means.
-      eps: of Adam.
-      weight_decay: decoupled, on every parameter; AdamW alone.
+      name: "adamw" or "muon". With "muon" the matrices of the transformer's layers take
+        Muon at `muon_factor` times the rate, and all other parameters Adam.
+      learning_rate: learning rate between the warmup and the decay.
+      betas: decay rates of Adam's two means.
+      eps: Adam's epsilon.
+      weight_decay: decoupled weight decay on every parameter; only for AdamW.
       clip: largest global norm of a gradient.
-      warmup: steps of a linear rise.
-      decay: share of all steps in which the rate falls linearly to 0.
-      muon_factor: of the matrices.
+      warmup: number of steps in which the rate rises linearly from 0.
+      decay: fraction of all steps, at the end, in which the rate falls linearly to 0.
+      muon_factor: rate of the matrices under Muon, relative to `learning_rate`.
 
     Source: training/README.md, "Optimizers"; Muon (arXiv:2502.16982).
     """
@@ -63,10 +63,10 @@ class Optimizer:
         return None
 
     def scale(self, steps: int):
-        """Returns what the rate is multiplied with, a function of the update's number.
+        """Returns the factor of the learning rate as a function of the update's number.
 
         Args:
-          steps: updates in all.
+          steps: total number of updates.
         """
         hold = max(self.warmup, round(steps * (1 - self.decay)))
         parts = [optax.constant_schedule(1.0)]
@@ -80,7 +80,7 @@ class Optimizer:
         return optax.join_schedules(parts, bounds)
 
     def transform(self, steps: int) -> optax.GradientTransformation:
-        """Returns the gradient transformation for a training of so many updates."""
+        """Returns the gradient transformation for a training of `steps` updates."""
         scale = self.scale(steps)
 
         def rate(factor: float):
@@ -105,7 +105,7 @@ class Optimizer:
 
 
 def _matrices(params):
-    """Returns which axes of the layers' matrices Muon makes orthogonal."""
+    """Returns the axes along which Muon orthogonalizes the layers' matrices."""
 
     def choose(path, leaf):
         names = [key.key for key in path]
@@ -122,9 +122,9 @@ class Ema:
     """A running mean of the generator; static.
 
     Attributes:
-      decay: share of the old mean that an update keeps; 0 is no mean.
-      start: trainer step from which there is one; it begins as the parameters then.
-      warm: whether the share is at first smaller, (1 + n) / (10 + n) after n updates.
+      decay: weight of the old mean in an update; 0 turns the mean off.
+      start: trainer step at which the mean starts, as a copy of the parameters.
+      warm: whether the weight is smaller at first, (1 + n) / (10 + n) after n updates.
 
     Source: training/README.md, "Optimizers".
     """
@@ -152,20 +152,20 @@ class Ema:
 
 @struct.dataclass
 class TrainState:
-    """All that the next step needs, but for frozen weights and the data.
+    """Everything that the next step needs except frozen weights and data.
 
     Attributes:
-      step: of the trainer.
-      rng: key data of the run; every draw is a function of it and the step.
-      updates: of the generator.
-      sound: whether every loss and gradient so far was finite; once false, nothing
-        changes any more.
-      generator: its collections with a gradient, float32.
-      opt_generator: its optimizer's state.
+      step: number of trainer steps so far.
+      rng: key data of the run. Every random number is a function of it and the step.
+      updates: number of generator updates so far.
+      sound: whether every loss and gradient so far was finite. Once false, no parameter
+        changes.
+      generator: trained collections of the generator, float32.
+      opt_generator: state of the generator's optimizer.
       ema: the running mean of `generator`, or None.
-      fake_score: the critic's collections with a gradient, or None.
-      opt_fake_score: its optimizer's state, or None.
-      rollout: the sequence under way, or None.
+      fake_score: trained collections of the critic, or None.
+      opt_fake_score: state of the critic's optimizer, or None.
+      rollout: the current sequence, or None.
     """
 
     step: jax.Array
@@ -180,7 +180,7 @@ class TrainState:
     rollout: Rollout | None = None
 
     def key(self, *numbers: int) -> jax.Array:
-        """Returns the key of a purpose in this step."""
+        """Returns the random key of a purpose in this step."""
         key = jax.random.wrap_key_data(self.rng)
         for number in (self.step, *numbers):
             key = jax.random.fold_in(key, number)
@@ -224,7 +224,7 @@ def init_state(
 def moved(tx, gradient, opt_state, params, loss, sound):
     """Returns parameters, optimizer state, the gradient's norm and soundness.
 
-    Where the loss or the gradient is not finite, nothing moves.
+    Nothing changes if the loss or the gradient is not finite.
     """
     norm = optax.tree.norm(gradient)
     sound = sound & jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -235,13 +235,13 @@ def moved(tx, gradient, opt_state, params, loss, sound):
 
 
 def checked(state: TrainState, gradient, loss) -> TrainState:
-    """Returns the state, no longer sound if the gradient or the loss is not finite."""
+    """Returns the state; `sound` is false if the gradient or the loss is not finite."""
     sound = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradient))
     return state.replace(sound=state.sound & sound)
 
 
 def move_generator(state: TrainState, gradient, loss, tx, ema: Ema | None):
-    """Returns the state with the generator and its mean moved, and the norm."""
+    """Returns the state after an update of the generator and its mean, and the norm."""
     generator, opt_state, norm, sound = moved(
         tx, gradient, state.opt_generator, state.generator, loss, state.sound
     )

@@ -24,30 +24,30 @@ _UNSET: Any = object()
 
 
 class CaseError(UserError):
-    """Something is wrong with a case's files, or it asks for what we do not have."""
+    """A case's files are wrong, or the case needs an unsupported feature."""
 
 
 class Tensors(dict):
-    """Arrays by name; a name that is missing is a `CaseError`."""
+    """Arrays by name; a missing name raises `CaseError`."""
 
     def __init__(self, of: str, arrays=()):
         super().__init__(arrays)
         self.of = of
 
     def __missing__(self, name: str):
-        raise CaseError(f"{self.of} has no tensor {name!r}, which is expected")
+        raise CaseError(f"{self.of} has no tensor {name!r}, which is needed")
 
 
 @dataclasses.dataclass
 class Case:
-    """A recorded case: hyper-parameters, tensors, and the trace of a stream if any."""
+    """A recorded case: hyper-parameters, tensors, and optionally a stream's trace."""
 
     folder: pathlib.Path
     config: dict[str, Any]
     inputs: Tensors
     outputs: Tensors
     trace: Any = None
-    dtype: str = "float32"  # that the networks compute in; recordings are float32
+    dtype: str = "float32"  # type of the networks' arithmetic; recordings are float32
 
     @property
     def kind(self) -> str:
@@ -98,7 +98,7 @@ class Case:
         return float(value)
 
     def demand_steps(self) -> None:
-        """Raises unless timesteps are 1000 sigma, which the method is made for."""
+        """Raises CaseError unless timesteps are 1000 sigma, as the method needs."""
         for name in ("num_train_timesteps", "num_train_timestep"):
             if self.setting(name, default=flow.TRAIN_STEPS) != flow.TRAIN_STEPS:
                 raise CaseError(f"config.json: {name} can only be {flow.TRAIN_STEPS}")
@@ -128,7 +128,7 @@ def whole(value: Any, name: str, low: int, high: int) -> int:
 
 
 def as_float(array: np.ndarray) -> np.ndarray:
-    """Returns floating-point arrays as float32 and others as they are."""
+    """Returns floating-point arrays as float32 and others unchanged."""
     if array.dtype.kind in "iub":
         return array
     return np.asarray(array, np.float32)
@@ -149,7 +149,7 @@ def kind_of(folder: pathlib.Path, config: dict[str, Any]) -> str:
 
 
 def load_case(folder: pathlib.Path) -> Case:
-    """Returns a case, its weights unread.
+    """Returns a case without reading its weights.
 
     Raises:
       CaseError: A file is missing, damaged, or named outside the set.
@@ -191,7 +191,7 @@ def _read_json(path: pathlib.Path) -> Any:
 def _beside(folder: pathlib.Path, named: Any, key: str) -> pathlib.Path:
     """Returns the file that a config names, if it lies in the case's set.
 
-    The set is the folder two above the case: cases stand at SET/KIND/CASE.
+    The set is the folder two levels above the case, SET/KIND/CASE.
     """
     if not isinstance(named, str) or "\0" in named:
         raise CaseError(f"config.json: {key}={shown(named)}, expected a relative path")
@@ -207,7 +207,7 @@ def _beside(folder: pathlib.Path, named: Any, key: str) -> pathlib.Path:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One comparison. Differences are inf where they have no meaning."""
+    """One comparison. Differences are inf where they are undefined."""
 
     name: str
     absolute: float
@@ -217,7 +217,7 @@ class Row:
 
 
 class Checks:
-    """The comparisons of one case, and which of its outputs are accounted for."""
+    """The comparisons of one case, and the outputs that they cover."""
 
     def __init__(self, outputs: dict[str, np.ndarray]):
         self.outputs = outputs
@@ -237,11 +237,11 @@ class Checks:
         """Compares with the recorded output of that name, or with `theirs` if given.
 
         Args:
-          name: Name of the output; one that was not recorded fails.
-          ours: What the package computes, in the recorded layout.
-          theirs: The recorded value, where it is not an output of its own.
+          name: Name of the output. An output that was not recorded fails.
+          ours: The package's value, in the recorded layout.
+          theirs: The recorded value, if it is not an output with that name.
           absolute: Largest difference allowed.
-          relative: The same, as a part of the largest recorded magnitude. Where both
+          relative: The same as a fraction of the largest recorded magnitude. If both
             are given, one of them is enough.
         """
         theirs = self._recorded(name, theirs)
@@ -273,7 +273,7 @@ class Checks:
         self.rows.append(Row(name, far, part, same, limit))
 
     def leave_out(self, pattern: str, reason: str) -> None:
-        """Accounts for outputs that have no counterpart, by a regular expression."""
+        """Marks outputs without a counterpart, by a regular expression."""
         names = [
             name
             for name in self.outputs
@@ -284,7 +284,7 @@ class Checks:
             self._seen.update(names)
 
     def unaccounted(self) -> list[str]:
-        """Returns outputs that were neither compared nor left out."""
+        """Returns the outputs that were neither compared nor left out."""
         return sorted(set(self.outputs) - self._seen)
 
     def _recorded(self, name: str, theirs: Any) -> Any:
@@ -303,7 +303,7 @@ class Checks:
 def difference(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
     """Returns the largest absolute difference, and that over the largest magnitude.
 
-    Both are inf where a number is not finite.
+    Both are inf if a number is not finite.
     """
     if theirs.size == 0:
         return 0.0, 0.0

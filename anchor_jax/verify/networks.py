@@ -6,7 +6,6 @@ import math
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import traverse_util
@@ -14,18 +13,18 @@ from flax import traverse_util
 from anchor_jax.porting import rules
 from anchor_jax.porting.convert import Rule, convert, convert_lora, fill
 from anchor_jax.verify.case import Case, CaseError, Checks
-from anchor_jax.wan import lora, text, vae
+from anchor_jax.wan import lora, shapes, text, vae
 from anchor_jax.wan.attention import (
     Spans,
     bidirectional,
     block_causal,
     teacher_forcing,
 )
-from anchor_jax.wan.dit import WanDit, init_params
+from anchor_jax.wan.dit import WanDit
 from anchor_jax.wan.layers import Dense
-from anchor_jax.wan.spec import LatentGrid, ModelConfig
+from anchor_jax.wan.spec import WAN_2_1, LatentGrid, ModelConfig
 
-CLOSE = 1e-4  # absolute: latents, flows and what the transformer makes on the way
+CLOSE = 1e-4  # absolute: latents, flows and intermediates of the transformer
 NEAR = 5e-5  # relative: text encoder and VAE
 _MANY = 4096
 
@@ -49,7 +48,7 @@ def model_config(case: Case, *section: str) -> ModelConfig:
             text_dim=read("text_dim"),
             text_len=read("text_len"),
             latent_channels=read("in_dim"),
-            patch=case.sizes(*at, "patch_size", low=1, high=64, default=(1, 2, 2)),
+            patch=case.sizes(*at, "patch_size", low=1, high=64, default=WAN_2_1.patch),
             eps=case.number(*at, "eps", default=1e-6),
             dtype=case.dtype,
         )
@@ -61,8 +60,7 @@ def model_config(case: Case, *section: str) -> ModelConfig:
 
 def dit_params(case: Case, config: ModelConfig, prefix: str = ""):
     """Returns the transformer's parameters, every official name accounted for."""
-    shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
-    return convert(case.weights(prefix), dit_rules(config), shapes)
+    return convert(case.weights(prefix), dit_rules(config), shapes.of(config))
 
 
 def dit_rules(config: ModelConfig) -> tuple[Rule, ...]:
@@ -125,7 +123,7 @@ def run_dit(variables, latents, timestep, text, position, spans: Spans, *, confi
 
 @dataclasses.dataclass(frozen=True)
 class _Pass:
-    """What a whole-sequence pass is given; `clean` frames come before the noisy."""
+    """The inputs of a whole-sequence pass; `clean` frames precede the noisy ones."""
 
     latents: np.ndarray
     timestep: np.ndarray
@@ -154,7 +152,7 @@ class _Pass:
 
 
 def verify_dit_bidirectional(case: Case, checks: Checks) -> None:
-    """Compares a pass of the bidirectional transformer and what it makes on the way."""
+    """Compares a pass of the bidirectional transformer with its intermediates."""
     config = model_config(case)
     latents = video(case.inputs["x"], "x", config.latent_channels)
     batch, frames = latents.shape[:2]
@@ -225,7 +223,7 @@ def block_sizes(case: Case, frames: int) -> tuple[int, ...]:
 
 
 def _causal_spans(case: Case, blocks: tuple[int, ...], frames: int) -> Spans:
-    """Returns the block-causal spans, cut to the frames that there are."""
+    """Returns the block-causal spans, cut to the existing frames."""
     window = case.setting("model", "local_attn_size", default=-1)
     if window != -1:
         window = case.size("model", "local_attn_size")
@@ -239,7 +237,7 @@ def _causal_spans(case: Case, blocks: tuple[int, ...], frames: int) -> Spans:
 
 
 def dense_mask(spans: Spans, tokens: int, like: np.ndarray) -> np.ndarray:
-    """Returns which key token each query token sees, [query, key]."""
+    """Returns the mask of visible key tokens, [query, key]."""
     frames = spans.spans[-1][1]
     if like.shape != (frames * tokens, frames * tokens):
         raise CaseError(f"outputs: mask has shape {like.shape}")
@@ -262,7 +260,7 @@ def _timesteps(case: Case, name: str, shape: tuple[int, ...]) -> np.ndarray:
 def _named_inner(inner) -> dict[str, np.ndarray]:
     """Returns the intermediates under their recorded names.
 
-    A sown name may not be that of a layer, so some of ours end in `_out`.
+    A sown name cannot be that of a layer, so some of ours end in `_out`.
     """
     named = {
         ours.removesuffix("_out"): np.asarray(value[0])
@@ -276,7 +274,7 @@ def _named_inner(inner) -> dict[str, np.ndarray]:
 
 
 def _compare_inner(checks: Checks, inner: dict, config: ModelConfig) -> None:
-    """Compares the recorded intermediates, and demands those of every case."""
+    """Compares the recorded intermediates, and requires those of every case."""
     demanded = {"head", "text_embedding", "time_embedding", "time_projection"}
     demanded |= {f"block.{layer}.out" for layer in range(config.num_layers)}
     for name in sorted(demanded | (set(checks.outputs) & set(inner))):
@@ -285,7 +283,7 @@ def _compare_inner(checks: Checks, inner: dict, config: ModelConfig) -> None:
 
 
 def _merged(ours: np.ndarray, theirs: np.ndarray | None) -> np.ndarray:
-    """Returns `ours` with leading axes merged as recorded, if that is possible."""
+    """Returns `ours` with leading axes merged as recorded, if possible."""
     if theirs is None or not theirs.size or ours.size != theirs.size:
         return ours
     return ours.reshape(theirs.shape) if ours.shape[-1] == theirs.shape[-1] else ours
@@ -353,7 +351,7 @@ def _layer(tree, module: str) -> dict[str, np.ndarray]:
 
 
 def short_name(name: str) -> str:
-    """Returns a name fit for a message."""
+    """Returns a name shortened for a message."""
     return ascii(name)[:80]
 
 
@@ -361,9 +359,7 @@ def verify_umt5(case: Case, checks: Checks) -> None:
     """Compares the text encoder, its layers, and the buckets of distances."""
     config = _text_config(case)
     ids, mask = _token_ids(case, config)
-    shape = functools.partial(text.Umt5Encoder(config).init, jax.random.key(0))
-    shapes = jax.eval_shape(shape, jnp.asarray(ids), jnp.asarray(mask))["params"]
-    params = convert(case.weights(), rules.UMT5, shapes)
+    params = convert(case.weights(), rules.UMT5, shapes.of(config))
     output, inner = _run_text(params, ids, mask, config=config)
     checks.compare("prompt_embeds", output, relative=NEAR)
     checks.compare("encoder", inner["encoded"][0], relative=NEAR)
@@ -415,7 +411,7 @@ def _token_ids(case: Case, config: text.TextConfig) -> tuple[np.ndarray, np.ndar
 
 
 def verify_vae(case: Case, checks: Checks) -> None:
-    """Compares encoding, decoding whole and in pieces, and what a stream keeps."""
+    """Compares encoding, decoding whole and in pieces, and the state of a stream."""
     config = _vae_config(case, checks)
     run = functools.partial(_run_vae, vae_params(case, config), config=config)
     movie = video(case.inputs["video"], "video", 3)
@@ -460,11 +456,11 @@ def _first(x: jax.Array) -> np.ndarray:
 
 
 def _vae_config(case: Case, checks: Checks) -> vae.VaeConfig:
-    """Returns the VAE's sizes; 16 channels must have the published mean and spread."""
+    """Returns the VAE's sizes; 16 channels need the published mean and deviation."""
     names = ("latent_mean", "latent_std")
     scale = {name: np.ravel(case.inputs[name]) for name in names}
-    if case.size("model", "z_dim") == len(vae.LATENT_MEAN):
-        ours = vae.LATENT_MEAN, vae.LATENT_STD
+    if case.size("model", "z_dim") == WAN_2_1.latent_channels:
+        ours = WAN_2_1.latent_mean, WAN_2_1.latent_std
         for name, value in zip(names, ours, strict=True):
             checks.compare(name, np.float32(value), scale[name], absolute=1e-6)
     scale = {name: tuple(map(float, value)) for name, value in scale.items()}
@@ -490,14 +486,11 @@ def vae_sizes(case: Case, section: str) -> vae.VaeConfig:
 
 def vae_params(case: Case, config: vae.VaeConfig, prefix: str = ""):
     """Returns the VAE's parameters, every official name accounted for."""
-    stride = config.spatial_stride
-    pixels = jnp.zeros((1, 1, stride, stride, 3))
-    shapes = jax.eval_shape(vae.WanVae(config).init, jax.random.key(0), pixels)
-    return convert(case.weights(prefix), rules.VAE, shapes["params"])
+    return convert(case.weights(prefix), rules.VAE, shapes.of(config))
 
 
 def _compare_stream(case: Case, checks: Checks, latent: np.ndarray, run) -> None:
-    """Compares a decode in pieces, and the frames that the layers keep at its end."""
+    """Compares a decode in pieces, and the layers' states at its end."""
     pieces = case.setting("stream_blocks", default=[])
     state, reached = None, 0
     for number in range(len(pieces)):
@@ -515,7 +508,7 @@ def _compare_stream(case: Case, checks: Checks, latent: np.ndarray, run) -> None
         if slot >= len(kept):
             raise CaseError(f"{name}: the decoder has {len(kept)} causal convolutions")
         ours, theirs = _first(kept[slot]), checks.outputs.get(name)
-        # Ours start with frames of zeros; the recorded ones may be fewer at first.
+        # Ours start with frames of zeros; fewer may be recorded at first.
         if theirs is not None and theirs.ndim == 5 and 0 < theirs.shape[2] < 2:
             ours = ours[:, :, -theirs.shape[2] :]
         checks.compare(name, ours, relative=NEAR)
@@ -531,7 +524,7 @@ def _piece(case: Case, number: int) -> tuple[int, int]:
 
 
 def kept_frames(state: vae.VaeState) -> list[jax.Array]:
-    """Returns what the decoder's causal convolutions keep, in their order."""
+    """Returns the states of the decoder's causal convolutions, in their order."""
     leaves = traverse_util.flatten_dict(state.past)
     stages = ("conv1", "middle", "upsamples", "head")
 

@@ -93,8 +93,8 @@ def _compare_unpatchify(case: Case, checks: Checks) -> None:
 def verify_scheduler(case: Case, checks: Checks) -> None:
     """Compares the noise table and everything that is computed from it.
 
-    A table of other than 1000 entries is a sampler's: what only a training has of it
-    is compared where it was recorded.
+    A table without 1000 entries belongs to a sampler. Values that only a training uses
+    are compared if they were recorded.
     """
     table, shift = _table(case)
     checks.compare("sigmas", table, absolute=EXACT)
@@ -116,7 +116,7 @@ def verify_scheduler(case: Case, checks: Checks) -> None:
 
 
 def score_timestep(case: Case, raw, shift: float):
-    """Returns the timesteps at which scores are compared, of uniform ones."""
+    """Returns the timesteps of the scores from uniform timesteps."""
     case.demand_steps()
     low = case.number("min_step", default=20)
     high = case.number("max_step", default=980)
@@ -134,8 +134,8 @@ def _table(case: Case) -> tuple[np.ndarray, float]:
     last, shift = case.number("sigma_min", default=0), case.number("shift")
     if not 1e-3 <= shift <= 1e3 or not 0 <= last < 1:
         raise CaseError(
-            f"config.json: shift={shift}, sigma_min={last}: expected a shift above 0"
-            " and a last level from 0 to below 1"
+            f"config.json: shift={shift}, sigma_min={last}: the shift must be above 0,"
+            " and the last level at least 0 and below 1"
         )
     extra = case.setting("extra_one_step", default=True)
     if not isinstance(extra, bool):
@@ -145,10 +145,10 @@ def _table(case: Case) -> tuple[np.ndarray, float]:
 
 
 def _warped(case: Case, table: np.ndarray) -> np.ndarray:
-    """Returns the few timesteps of a list that counts back from a table's end."""
+    """Returns the timesteps of a list that counts back from a table's end."""
     steps = np.asarray(case.sizes("denoising_step_list", high=flow.TRAIN_STEPS))
     times = np.append(table * np.float32(1000), np.float32(0))
-    # The list counts in a training's 1000 entries, or in those that there are.
+    # The list counts in a training's 1000 entries, or in those of the table.
     place = flow.TRAIN_STEPS - steps
     if (place >= len(times)).any():
         place = len(table) - steps
@@ -172,7 +172,9 @@ def _compare_conversions(case: Case, checks: Checks, table: np.ndarray) -> None:
     place = np.asarray(flow.nearest_entry(time, table))
     sigma = jnp.asarray(table)[place]
     after = np.append(table, np.float32(0))[place + 1]
-    if (place == len(table) - 1).any():  # Official behaviour: one ends, all end.
+    if (
+        place == len(table) - 1
+    ).any():  # Official behaviour: if one video ends, all end.
         after = np.zeros_like(after)
     step = flow.spread(jnp.asarray(after) - sigma, xt) * pred
     ours = {
@@ -199,5 +201,5 @@ def _compare_flow(checks: Checks, ours, sigma: np.ndarray) -> None:
         same = np.array_equal(ours[ended], theirs[ended], equal_nan=True)
         checks.equal("flow_from_x0 at sigma 0", same, True)
         ours, theirs = ours[~ended], theirs[~ended]
-    # The flow grows as 1 / sigma, past where float32 is spaced by `CLOSE`.
+    # The flow grows as 1 / sigma, beyond a float32 spacing of `CLOSE`.
     checks.compare(name, ours, theirs, absolute=CLOSE, relative=EXACT)

@@ -62,7 +62,7 @@ _FAULTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What became of one case."""
+    """The result of one case."""
 
     folder: pathlib.Path
     kind: str
@@ -74,11 +74,11 @@ class Result:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing is wrong; tolerances are those of float32 alone."""
+        """Whether the case passed; tolerances apply only to float32."""
         return not self.problems and not any(map(self.is_far, self.rows))
 
     def is_far(self, row: Row) -> bool:
-        """Returns whether a tensor is out of its tolerance."""
+        """Returns whether a tensor exceeds its tolerance."""
         return self.dtype == "float32" and not row.is_equal
 
 
@@ -86,7 +86,7 @@ def find_cases(paths: Sequence[pathlib.Path]) -> list[pathlib.Path]:
     """Returns the folders of cases at and below the paths, each once.
 
     Raises:
-      UserError: A path is no folder, or holds no case.
+      UserError: A path is not a folder, or holds no case.
     """
     found: dict[pathlib.Path, pathlib.Path] = {}
     for path in paths:
@@ -110,13 +110,13 @@ def _cases_below(path: pathlib.Path) -> Iterator[pathlib.Path]:
 def verify_case(
     folder: pathlib.Path, excepted: Sequence[str] = (), dtype: str = "float32"
 ) -> Result:
-    """Returns the result of one case; a fault in its files is a failure.
+    """Returns the result of one case. Faults in its files count as failures.
 
     Args:
-      folder: The case's.
+      folder: Folder of the case.
       excepted: Kinds that are not run.
-      dtype: That the networks compute in; recordings are in float32, so that with
-        another one the result says how far that type is from it.
+      dtype: Type of the networks' arithmetic. Recordings are in float32, so the result
+        for another type shows its distance from float32.
     """
     kind = folder.resolve().parent.name
     try:
@@ -154,17 +154,17 @@ def _run(folder: pathlib.Path, kind: str, dtype: str) -> Result:
 
 
 def _function(kind: str) -> Callable:
-    """Returns the function of a kind; only the modules that are needed are loaded."""
+    """Returns the function of a kind; only its module is imported."""
     module, name = KINDS[kind].split(":")
     return getattr(importlib.import_module(module), name)
 
 
 def report(result: Result, every_tensor: bool = False) -> str:
-    """Returns the lines on one case: a summary, then whatever failed.
+    """Returns the lines on one case: a summary, then the failures.
 
     Args:
       result: The case.
-      every_tensor: Whether tensors that passed have lines of their own.
+      every_tensor: Whether tensors that passed are listed too.
     """
     title = f"{result.kind}/{result.folder.resolve().name}"
     if result.is_excepted:
@@ -204,7 +204,7 @@ def _number(value: float) -> str:
 
 
 def _plain(line: str) -> str:
-    """Returns a line without what a terminal would obey, cut if very long."""
+    """Returns a line without terminal control characters, cut if very long."""
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
     return text if len(text) <= 400 else text[:397] + "..."
 
@@ -221,8 +221,8 @@ def verify(
     Args:
       paths: Folders of cases, of kinds, or of sets.
       excepted: Kinds that are not run.
-      every_tensor: Whether tensors that passed have lines of their own.
-      show: Is given each line of the report.
+      every_tensor: Whether tensors that passed are listed too.
+      show: Called with each line of the report.
       dtype: As for `verify_case`.
     """
     results = []

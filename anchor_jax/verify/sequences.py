@@ -44,7 +44,7 @@ from anchor_jax.wan import vae
 
 
 def verify_streaming_training(case: Case, checks: Checks) -> None:
-    """Compares a long sequence, chunk by chunk: what it sees, losses, gradients."""
+    """Compares a long sequence, chunk by chunk: read plans, losses, gradients."""
     networks = load_networks(case, trained_policy(case))
     sizes = vae_sizes(case, "vae")
     codec = vae_params(case, sizes, "vae.")
@@ -92,7 +92,7 @@ def _recorded_chunks(case: Case) -> tuple[list[dict], bool]:
 
 @dataclasses.dataclass
 class _Sequence:
-    """A long sequence under way beside its recording."""
+    """A running long sequence beside its recording."""
 
     case: Case
     checks: Checks
@@ -103,7 +103,7 @@ class _Sequence:
     switch: int | None
 
     def chunk(self, record: dict, span: ChunkSpan) -> None:
-        """Makes the next chunk, and compares all that was recorded of it."""
+        """Makes the next chunk, and compares all of its recorded values."""
         checks, setup = self.checks, self.networks.setup
         name = f"chunk{whole(record.get('index'), 'trace: index', 0, LONGEST)}"
         first, end = (
@@ -111,22 +111,22 @@ class _Sequence:
         )
         draws = Draws(self.case, first, end)
         noise = draws.take("randn")
-        leave = int(draws.take("randint")[0])
+        exit_level = int(draws.take("randint")[0])
         previous = self.state.previous
-        noise = block_noise(draws, noise, leave, setup)
+        noise = block_noise(draws, noise, exit_level, setup)
         prompts = self.prompts[span.prompt : span.last_prompt + 1]
         switch = None
         if span.switch_at is not None:
             block = (span.switch_at - span.start) // setup.policy.block
-            switch = ChunkSwitch(block, setup.policy.rerun(span.switch_at))
-        given = (self.networks.generator, self.state, prompts, noise, leave)
+            switch = ChunkSwitch(block, setup.policy.recache(span.switch_at))
+        given = (self.networks.generator, self.state, prompts, noise, exit_level)
         self.state, chunk = roll(
             *given, setup=setup, switch=switch, requested=self.switch or 0
         )
         clip, mask = rollout.window(previous, chunk.latents, self.renew)
         for what, value in (("new_frames", chunk.latents), ("loss_chunk", clip)):
             checks.compare(f"{name}.{what}", frames_first(value), absolute=CLOSE)
-        self._compare_plan(f"trace.{name}", record, span, mask, leave)
+        self._compare_plan(f"trace.{name}", record, span, mask, exit_level)
         self._compare_calls(f"trace.{name}", record, chunk, span)
         self._compare_cache(name)
         prompt = self.prompts[span.last_prompt]
@@ -135,11 +135,13 @@ class _Sequence:
         if role == "critic":
             self._criticise(name, clip, mask, prompt, loss)
         elif role == "generator":
-            self._distill(name, clip, mask, prompt, loss, chunk, leave)
+            self._distill(name, clip, mask, prompt, loss, chunk, exit_level)
         else:
             raise CaseError(f"trace.json: role {shown(role)} is unknown")
 
-    def _distill(self, name: str, clip, mask, prompt, drawn, chunk: Chunk, leave: int):
+    def _distill(
+        self, name: str, clip, mask, prompt, drawn, chunk: Chunk, exit_level: int
+    ):
         timestep, noise = drawn
         checks, networks = self.checks, self.networks
         prompts = (prompt, self.prompts[2])
@@ -150,7 +152,7 @@ class _Sequence:
         checks.compare(f"{name}.generator_loss", found.loss, relative=LOSS)
         frames = chunk.noisy.shape[0] * chunk.noisy.shape[2]
         cotangent = found.gradient[:, -frames:]
-        given = (networks.generator, {}, chunk, prompt, leave, cotangent)
+        given = (networks.generator, {}, chunk, prompt, exit_level, cotangent)
         gradient = official(pull_back(*given, setup=networks.setup), networks.setup)
         detached = f"{name}.generator_grad_detached_cache."
         compare_gradients(checks, detached, gradient)
@@ -165,7 +167,7 @@ class _Sequence:
         compare_gradients(self.checks, f"{name}.critic_grad.", gradient)
 
     def _compare_plan(
-        self, name: str, record, span: ChunkSpan, mask, leave: int
+        self, name: str, record, span: ChunkSpan, mask, exit_level: int
     ) -> None:
         """Compares the integers of a chunk."""
         previous = self.state.previous.shape[1]
@@ -177,8 +179,8 @@ class _Sequence:
             "overlap_frames": previous - span.new,
             "current_length_after": span.end,
             "gradient_mask_per_frame": mask.astype(int).tolist(),
-            "denoised_timestep_from": steps[leave],
-            "denoised_timestep_to": steps[leave + 1],
+            "denoised_timestep_from": steps[exit_level],
+            "denoised_timestep_to": steps[exit_level + 1],
             "has_switched_after": span.last_prompt == 1,
             "previous_frames_kept": previous,
             "loss_prompt": ("cond", "switch")[span.last_prompt],
@@ -188,7 +190,7 @@ class _Sequence:
                 self.checks.equal(f"{name}.{what}", value, record[what])
 
     def _compare_calls(self, name: str, record, chunk: Chunk, span: ChunkSpan) -> None:
-        """Compares what every call of the generator saw."""
+        """Compares the read plan of every call of the generator."""
         size = self.networks.setup.policy.block
         blocks = {
             span.start + size * number: jax.tree.map(lambda x, n=number: x[n], plans)
@@ -215,7 +217,7 @@ class _Sequence:
     def _compare_positions(self, label: str, call, plan, recaching: bool) -> None:
         """Compares first RoPE positions of local, query, sink and junction frames.
 
-        Where keys are stored rotated, a pass rotates its own frames alone.
+        If keys are stored rotated, a pass rotates only its own frames.
         """
         policy = self.networks.setup.policy
         regions = ("local", "query", "sink", "junction")
@@ -224,7 +226,7 @@ class _Sequence:
         recorded = call["rope_frames_start_calls_in_order"]
         for region, pair in zip(regions, recorded, strict=False):
             size, first = (whole(x, "trace: rope", 0, LONGEST) for x in pair)
-            # A first block's keys are called local, whatever they become.
+            # The keys of a first block are recorded as local.
             early = region == "local" and int(plan.frames) == len(plan.own)
             ours = plan_positions(policy, plan, region)
             ours = np.asarray(plan.own).tolist() if early else ours
@@ -234,7 +236,7 @@ class _Sequence:
             self.checks.equal(f"{label}.{region}", ours, expected)
 
     def _compare_cache(self, name: str) -> None:
-        """Compares keys and values that a later block can read."""
+        """Compares the keys and values that a later block can read."""
         policy, outputs = self.networks.setup.policy, self.checks.outputs
         if policy.junction is None:
             self.checks.leave_out(rf"{name}\.junction\..*", NO_JUNCTION)
@@ -255,8 +257,8 @@ class _Sequence:
     def _readable(self, held: np.ndarray, theirs: np.ndarray, are_keys: bool):
         """Returns a layer's sink and local frames, in order of time, ours and theirs.
 
-        Theirs are the sink and the newest rows that are filled; their keys are rotated
-        where positions are absolute.
+        Theirs are the sink and the newest filled rows. Their keys are rotated if
+        positions are absolute.
         """
         setup, index = self.networks.setup, self.state.cache.index
         policy, end = setup.policy, int(index.start)

@@ -1,4 +1,4 @@
-"""Recorded whole runs of published samplers, of a network that is a formula."""
+"""Recorded runs of published samplers on a network given by a formula."""
 
 import functools
 import math
@@ -20,7 +20,7 @@ SOLVERS = {
     "diffusers_unipc": UniPC(),
     "diffusers_euler": Euler(),
 }
-"""By the recordings' names, which are those of `flow.GRIDS` too."""
+"""Solvers by the recordings' names, which are also those of `flow.GRIDS`."""
 
 _NUMBER = r"(-?\d+(?:\.\d*)?(?:e-?\d+)?)"
 _NETWORK = re.compile(
@@ -80,7 +80,7 @@ def _network(case: Case) -> tuple[float, ...]:
     match = _NETWORK.fullmatch(text) if isinstance(text, str) else None
     if match is None:
         raise CaseError(
-            f"config.json: network={shown(text)}, expected flow = tanh(N x + a)"
+            f"config.json: network={shown(text)}, must be flow = tanh(N x + a)"
             " (N + t/N) + b sin(t/N) - N x, with numbers for N"
         )
     numbers = tuple(map(float, match.groups()))

@@ -1,4 +1,4 @@
-"""Recorded streams: every pass of every block, what it saw, and the cache after it."""
+"""Recorded streams: each pass of each block, its read plan, and the cache after it."""
 
 import dataclasses
 import re
@@ -42,7 +42,7 @@ _PART = re.compile(r"(cache|junction)\.(after_\w+)\.layer(\d+)\.(k|v)(_prior)?")
 
 @dataclasses.dataclass
 class Run:
-    """A stream under way beside its recording.
+    """A running stream beside its recording.
 
     `buffer` lists the latent frame in each filled slot of the official in-place
     buffer: sink first, then in order of time.
@@ -63,7 +63,7 @@ class Run:
 
     @property
     def trace(self) -> list:
-        """The recorded calls of the generator; none if there is no trace."""
+        """The recorded calls of the generator; empty without a trace."""
         trace = self.case.trace or []
         if not isinstance(trace, list):
             raise CaseError("trace.json must hold a list of records")
@@ -118,7 +118,7 @@ def _finish(run: Run, latents: list[np.ndarray]) -> None:
 
 
 def _policy(case: Case) -> Policy:
-    """Returns the policy that a recorded configuration stands for."""
+    """Returns the policy of a recorded configuration."""
     window = case.size("local_attn_size", low=-1)
     junction = None
     if case.is_set("use_prompt_cache"):
@@ -202,7 +202,7 @@ def _switch(run: Run, requested: int, first: int, cut: bool = False) -> None:
 
 
 def _block(run: Run, number: int) -> np.ndarray:
-    """Returns a block's latents after comparing everything recorded about it."""
+    """Returns a block's latents after comparing all of its recorded values."""
     noise = _block_noise(run, number)
     run.state, block = stream.step(run.variables, run.state, noise, setup=run.setup)
     _append(run, number)
@@ -239,7 +239,7 @@ def _block_noise(run: Run, number: int) -> BlockNoise:
 
 
 def _append(run: Run, number: int) -> None:
-    """Notes a block in the official buffer: the oldest after the sink make room."""
+    """Adds a block to the official buffer, which drops the oldest after the sink."""
     size, sink = run.policy.block, run.policy.sink
     first = number * size
     buffer = [*run.buffer, *range(first, first + size)]
@@ -269,9 +269,9 @@ def _compare_trace(run: Run, plan: ReadPlan, kinds, key: str, number: int) -> No
 def _recorded_positions(record: dict, block: int) -> dict[str, list[int]]:
     """Returns {region: RoPE positions} of a record.
 
-    A record gives the first position and the number of frames of each region; or, of
-    Infinity-RoPE, of the queries and of the window, and whether the newest block is
-    moved by a scene cut.
+    A record holds the first position and the number of frames of each region. A record
+    of Infinity-RoPE holds those of the queries and the window, and whether a scene cut
+    moves the newest block.
     """
     pair = record.get("rope_frames_start_cut_query_then_key")
     named = record.get("rope_frames_start", {})
@@ -299,7 +299,7 @@ def plan_positions(policy: Policy, plan: ReadPlan, region: str) -> list[int]:
     remembered -= int(plan.junction) * policy.junction_frames
     sink, local = own[: policy.sink], own[policy.sink :]
     if remembered:
-        # A ring is not in order of time, its positions are.
+        # A ring is not in order of time, but its positions are.
         sink, local = (
             past[: policy.sink],
             [*sorted(past[policy.sink : remembered]), *own],
@@ -308,10 +308,10 @@ def plan_positions(policy: Policy, plan: ReadPlan, region: str) -> list[int]:
 
 
 def _compare_cache(run: Run, moment: str) -> None:
-    """Compares recorded keys and values of every frame that we still hold.
+    """Compares the recorded keys and values of every frame in our cache.
 
-    Those are the frames that a later block can read; the official buffer holds some
-    that nobody will.
+    A later block can read these frames. The official buffer also holds frames that no
+    block will read.
     """
     for name in list(run.checks.outputs):
         match = _PART.fullmatch(name)
@@ -355,23 +355,23 @@ def _compare_buffer(run: Run, name: str, layer: int, which: str) -> None:
 
 
 def _by_head(setup: StreamSetup, held) -> np.ndarray:
-    """Returns frames [batch, frame, token, dim] as they are recorded."""
+    """Returns frames [batch, frame, token, dim] in the recorded layout."""
     head_dim = setup.model.head_dim
     return rearrange(np.asarray(held), "b f t (h d) -> b (f t) h d", d=head_dim)
 
 
 def as_stored(setup: StreamSetup, keys: np.ndarray, frames: list[int]) -> np.ndarray:
-    """Returns keys rotated where the official buffer holds them rotated."""
+    """Returns keys, rotated where the official buffer's are."""
     rule, config = setup.policy.positions, setup.model
     position = jnp.asarray(frames, jnp.int32)
     is_rotated = rule.rotates_stored(position)[:, None, None]
     if not is_rotated.any():
         return keys
-    turn = rotary(position, setup.tokens, config.head_dim, config.rope_theta)
-    cos = jnp.where(is_rotated, turn.cos, 1.0)
-    sin = jnp.where(is_rotated, turn.sin, 0.0)
-    turn = Rotary(cos=cos, sin=sin)
-    return np.asarray(rotate(jnp.asarray(keys), turn))
+    rotation = rotary(position, setup.tokens, config.head_dim, config.rope_theta)
+    cos = jnp.where(is_rotated, rotation.cos, 1.0)
+    sin = jnp.where(is_rotated, rotation.sin, 0.0)
+    rotation = Rotary(cos=cos, sin=sin)
+    return np.asarray(rotate(jnp.asarray(keys), rotation))
 
 
 def frames_first(latents) -> np.ndarray:

@@ -36,15 +36,15 @@ from anchor_jax.wan.spec import LatentGrid, ModelConfig
 
 LOSS = 1e-5  # relative
 GRADIENT = 1e-4  # of the largest entry
-SCORE = 1e-4  # relative: clean latents, and what is made of their differences
+SCORE = 1e-4  # relative: clean latents, and values from their differences
 KEPT_GRADIENTS = "gradients through cached keys, which are constants here"
 
 
 @dataclasses.dataclass(frozen=True)
 class Networks:
-    """The networks of a recorded training, and how they are set up.
+    """The networks of a recorded training, with their settings.
 
-    Of `guidance` is the real score: with + guidance (with - without).
+    The real score is with + guidance (with - without).
     """
 
     generator: dict
@@ -94,7 +94,7 @@ pull_back = jax.jit(rollout.pull_back, static_argnames="setup")
 
 
 def load_networks(case: Case, policy: Policy) -> Networks:
-    """Returns the networks of a case, whose generator remembers by a policy."""
+    """Returns the networks of a case, whose generator has a cache policy."""
     config, teacher = model_config(case), model_config(case, "teacher")
     if case.number("fake_guidance_scale", default=0.0) != 0.0:
         raise CaseError(
@@ -146,7 +146,7 @@ def per_frame(timestep, frames: int) -> np.ndarray:
 
 
 def compare_gradients(checks: Checks, prefix: str, ours: dict) -> None:
-    """Compares those that were recorded, of the names that start with a prefix."""
+    """Compares the recorded values whose names start with a prefix."""
     for name in [name for name in checks.outputs if name.startswith(prefix)]:
         parameter = name.removeprefix(prefix)
         if parameter in ours:
@@ -154,7 +154,7 @@ def compare_gradients(checks: Checks, prefix: str, ours: dict) -> None:
 
 
 def compare_distillation(checks: Checks, prefix: str, found: Distillation) -> None:
-    """Compares what was recorded of a loss's making."""
+    """Compares the recorded intermediates of a loss."""
     ours = {
         "kl_grad": found.direction,
         "kl_grad_unnormalized": found.difference,
@@ -172,7 +172,7 @@ def compare_distillation(checks: Checks, prefix: str, found: Distillation) -> No
 
 
 def verify_dmd(case: Case, checks: Checks) -> None:
-    """Compares both losses of a given clip, how they came about, and gradients."""
+    """Compares both losses of a given clip, their intermediates, and gradients."""
     networks = load_networks(case, trained_policy(case))
     setup, inputs = networks.setup, case.inputs
     shift = case.number("timestep_shift")
@@ -240,7 +240,7 @@ def verify_ode_regression(case: Case, checks: Checks) -> None:
     blocks = block_sizes(case, stored.shape[2])
     if sum(blocks) != stored.shape[2]:
         raise CaseError(f"inputs: {stored.shape[2]} frames do not divide into blocks")
-    # Of each block the first frame's draw counts for all.
+    # The draw of a block's first frame counts for the whole block.
     first = np.cumsum([0, *blocks[:-1]])
     index = np.repeat(drawn[:, first], blocks, axis=1)
     noisy = np.take_along_axis(stored, index[:, None, :, None, None, None], 1)[:, 0]
@@ -276,7 +276,7 @@ def _regress(params, noisy, times, sigma, target, prompt, *, spans, config):
 
 
 def trained_policy(case: Case) -> Policy:
-    """Returns the policy of a recorded rollout, by the rules of training."""
+    """Returns the policy of a recorded rollout, under the rules of training."""
     if case.is_set("independent_first_frame"):
         raise CaseError("config.json: independent_first_frame can only be false")
     bounded = case.is_set("rope_enhance")
@@ -296,7 +296,7 @@ def trained_policy(case: Case) -> Policy:
 
 
 class Draws:
-    """Recorded random numbers, taken in the order in which they were drawn."""
+    """Recorded random numbers, returned in the order of their draws."""
 
     def __init__(self, case: Case, first: int = 0, end: int | None = None):
         found = (re.fullmatch(r"draw\.(\d+)\.(\w+)", name) for name in case.inputs)
@@ -304,7 +304,7 @@ class Draws:
         self.inputs = case.inputs
 
     def take(self, kind: str) -> np.ndarray:
-        """Returns the next draw of a kind; others before it are passed over."""
+        """Returns the next draw of a kind; draws before it are skipped."""
         while self.left:
             _, found, name = self.left.pop(0)
             if found == kind:
@@ -312,14 +312,14 @@ class Draws:
         raise CaseError(f"inputs: no draw of {kind} is left")
 
     def last(self, kind: str) -> np.ndarray:
-        """Returns the last draw of a kind and passes over all before it."""
+        """Returns the last draw of a kind, and skips all before it."""
         found = self.take(kind)
         while any(kind == other for _, other, _ in self.left):
             found = self.take(kind)
         return found
 
 
-def block_noise(draws: Draws, noise, leave: int, setup: StreamSetup) -> BlockNoise:
+def block_noise(draws: Draws, noise, exit_level: int, setup: StreamSetup) -> BlockNoise:
     """Returns the noise of a chunk's blocks."""
     size, levels = setup.policy.block, len(setup.levels)
     batch, frames, *rest = noise.shape
@@ -327,7 +327,7 @@ def block_noise(draws: Draws, noise, leave: int, setup: StreamSetup) -> BlockNoi
     fresh = np.zeros((blocks, levels - 1, batch, size, *rest), np.float32)
     floor = np.zeros((blocks, batch, size, *rest), np.float32)
     for block in range(blocks):
-        for level in range(leave):
+        for level in range(exit_level):
             fresh[block, level] = draws.take("randn_like").reshape(batch, size, *rest)
         floor[block] = draws.take("randn_like").reshape(batch, size, *rest)
     initial = np.moveaxis(noise.reshape(batch, blocks, size, *rest), 1, 0)
@@ -336,22 +336,22 @@ def block_noise(draws: Draws, noise, leave: int, setup: StreamSetup) -> BlockNoi
 
 
 def loss_draws(draws: Draws, case: Case) -> tuple[jax.Array, np.ndarray]:
-    """Returns timestep and noise of a loss, the last numbers that a step draws."""
+    """Returns the timestep and the noise of a loss, which a step draws last."""
     raw = np.float32(draws.last("randint")[:, 0])
     timestep = score_timestep(case, raw, case.number("timestep_shift"))
     return timestep, _frames_last(draws.take("randn_like"))
 
 
 def verify_self_forcing(case: Case, checks: Checks) -> None:
-    """Compares a rollout from nothing, its loss, and the generator's gradient."""
+    """Compares a rollout from an empty cache, its loss, and the gradient."""
     networks, draws = load_networks(case, trained_policy(case)), Draws(case)
     setup = networks.setup
     noise = draws.take("randn")
-    leave = int(draws.take("randint")[0])
+    exit_level = int(draws.take("randint")[0])
     prompts = load_prompts(case, setup.model, "cond", "uncond")
     before = rollout.begin(setup, len(noise), noise.shape[1])
-    noise = block_noise(draws, noise, leave, setup)
-    given = (networks.generator, before, prompts[:1], noise, leave)
+    noise = block_noise(draws, noise, exit_level, setup)
+    given = (networks.generator, before, prompts[:1], noise, exit_level)
     _, chunk = roll(*given, setup=setup)
     checks.compare("generated_latent", frames_first(chunk.latents), absolute=CLOSE)
     timestep, noise = loss_draws(draws, case)
@@ -362,13 +362,21 @@ def verify_self_forcing(case: Case, checks: Checks) -> None:
     checks.compare("dmd.timestep", per_frame(timestep, frames), relative=TIME)
     checks.compare("generator_loss", found.loss, relative=LOSS)
     gradient = pull_back(
-        networks.generator, {}, chunk, prompts[0], leave, found.gradient, setup=setup
+        networks.generator,
+        {},
+        chunk,
+        prompts[0],
+        exit_level,
+        found.gradient,
+        setup=setup,
     )
     gradient = official(gradient, setup)
     compare_gradients(checks, "grad_detached_cache.", gradient)
     checks.leave_out(r"grad\..*", KEPT_GRADIENTS)
     steps = [*case.sizes("denoising_step_list"), 0]
-    checks.equal("denoised_timestep_from_to", steps[leave : leave + 2])
+    checks.equal("denoised_timestep_from_to", steps[exit_level : exit_level + 2])
     exits = np.asarray([call["grad"] for call in case.setting("_generator_calls")])
-    ours = np.tile(np.arange(leave + 2) == leave, frames // setup.policy.block)
+    ours = np.tile(
+        np.arange(exit_level + 2) == exit_level, frames // setup.policy.block
+    )
     checks.equal("calls with a gradient", ours, exits)

@@ -1,4 +1,4 @@
-"""Attention: who sees whom, and the two attention layers of a block."""
+"""Attention: the visible keys of each query, and a block's two attention layers."""
 
 import functools
 from typing import Any
@@ -19,7 +19,7 @@ from anchor_jax.wan.spec import ModelConfig
 class LayersKV:
     """Keys and values, [(layer,) batch, frame, token, dim].
 
-    Token-major, as the projections write them: heads lie side by side in `dim`.
+    They are token-major, as the projections write them: heads are adjacent in `dim`.
     """
 
     k: jax.Array
@@ -30,7 +30,7 @@ class LayersKV:
 class ContextKV:
     """A prompt projected for cross-attention, laid out for the kernel.
 
-    Before that: [(layer,) batch, text, dim], heads side by side in `dim`.
+    The source is [(layer,) batch, text, dim], with heads adjacent in `dim`.
     """
 
     k: jax.Array
@@ -49,9 +49,9 @@ class Prefix:
         Args:
           attention: `kernels.attend` with its kernel and size of a head.
           q: queries, [batch, frame, token, dim].
-          k: the pass's own keys, rotated; as `q`.
-          v: the pass's own values; as `q`.
-          past: remembered keys and values, of `anchor_jax.cache.memory`.
+          k: the pass's own keys, rotated, of the shape of `q`.
+          v: the pass's own values, of the shape of `q`.
+          past: past keys and values, from `anchor_jax.cache.memory`.
         """
         return _flat(attention, q, k, v, past, self.frames * k.shape[2])
 
@@ -60,8 +60,8 @@ class Prefix:
 class Spans:
     """Query frames by spans, each with the spans of key frames that it sees.
 
-    `spans` holds (first, end, ((first, end), ...)) over frames and is static: no
-    mask of tokens by tokens is ever made.
+    `spans` holds (first, end, ((first, end), ...)) over frames and is static. So no
+    token-by-token mask is made.
     """
 
     spans: tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...] = struct.field(
@@ -69,7 +69,7 @@ class Spans:
     )
 
     def attend(self, attention, q, k, v, past=None):
-        """Returns attended values, [batch, frame, token, dim]; as of `Prefix`."""
+        """Returns attended values, [batch, frame, token, dim], like `Prefix`."""
         if past is not None:
             past_k, past_v = past.one()
             k = jnp.concatenate([k, past_k.astype(k.dtype)], axis=1)
@@ -87,7 +87,7 @@ def bidirectional(frames: int) -> Spans:
 
 
 def block_causal(blocks: tuple[int, ...], window: int | None = None) -> Spans:
-    """Returns spans in which a block sees itself and what came before.
+    """Returns spans in which a block sees itself and all earlier frames.
 
     Args:
       blocks: latent frames of each block, in order; an independent first frame is a
@@ -133,7 +133,7 @@ def _flat(attention, q, k, v, past=None, seen=None):
 
 
 class _Projections(nn.Module):
-    """What the attention layers share."""
+    """Base of the attention layers."""
 
     config: ModelConfig
     kernel: Any = None
@@ -154,10 +154,10 @@ class _Projections(nn.Module):
 
 
 class SelfAttention(_Projections):
-    """Attention over the pass's own frames and remembered ones.
+    """Attention over the pass's own frames and past frames.
 
-    Remembered keys come already rotated; the own ones are rotated here, and returned
-    unrotated for the cache.
+    Past keys are already rotated. Own keys are rotated here, and returned unrotated for
+    the cache.
     """
 
     @nn.compact

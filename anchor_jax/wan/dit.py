@@ -1,4 +1,4 @@
-"""The Wan2.1 transformer: generator, real score and fake score are one module."""
+"""The Wan2.1 transformer, the module of generator, real score and fake score."""
 
 from typing import Any
 
@@ -85,11 +85,10 @@ class Head(nn.Module):
 class WanDit(nn.Module):
     """Predicts the flow of noisy latents.
 
-    The module reads past keys and values and returns its own; it never writes a
-    cache. What a pass sees is an object: `Prefix` over own | past when streaming,
-    `Spans` for whole sequences (bidirectional, block-causal, teacher forcing).
-    `kernel` is one of `anchor_jax.wan.kernels`; None is the best for the machine at
-    hand.
+    The module reads past keys and values and returns its own; it never writes a cache.
+    An object describes what a pass sees: `Prefix` over own | past when streaming,
+    `Spans` for whole sequences (bidirectional, block-causal, teacher forcing). `kernel`
+    is one of `anchor_jax.wan.kernels`; None takes the best for this machine.
     """
 
     config: ModelConfig
@@ -147,12 +146,12 @@ class WanDit(nn.Module):
         Args:
           latents: [batch, frame, height, width, channel].
           timestep: [batch, frame], 1000 sigma.
-          context: the prompt, of `project`.
+          context: the prompt, from `project`.
           visible: `Prefix` or `Spans`, over own frames followed by past ones.
           query_position: [frame], temporal RoPE index of each frame.
-          key_position: the same for the frames as keys; the queries' if None.
-          past: remembered frames of every layer, keys already rotated, as
-            `anchor_jax.cache.memory.lay_out` gives them.
+          key_position: the same for the keys. None takes `query_position`.
+          past: past frames of every layer, with rotated keys, from
+            `anchor_jax.cache.memory.lay_out`.
         """
         config = self.config
         _, rows, columns = config.patch
@@ -164,11 +163,11 @@ class WanDit(nn.Module):
         self.sow("intermediates", "patch_embedding", x)
         time, modulation = self._time(timestep)
 
-        def turn(position):
+        def rotation(position):
             return rope.rotary(position, tokens, config.head_dim, config.rope_theta)
 
-        query_rope = turn(query_position)
-        key_rope = query_rope if key_position is None else turn(key_position)
+        query_rope = rotation(query_position)
+        key_rope = query_rope if key_position is None else rotation(key_position)
         numbers = jnp.arange(config.num_layers)
         x, own = self.blocks(
             x, (context, numbers), modulation, query_rope, key_rope, visible, past
@@ -190,7 +189,7 @@ class WanDit(nn.Module):
 def unpatchify(
     y: jax.Array, tokens: tuple[int, int], patch: tuple[int, int, int]
 ) -> jax.Array:
-    """Returns latents [batch, frame, height, width, channel] of the head's output.
+    """Returns the head's output as latents [batch, frame, height, width, channel].
 
     Source: wan/README.md, "Unpatchify"; the channel is the fastest index of a token.
     """

@@ -1,7 +1,7 @@
-"""Attention kernels: one interface, and which of them suits which machine.
+"""Attention kernels with one interface, and the choice of a kernel for a machine.
 
 Arrays are token-major, as the projections write them: [batch, token, dim], with the
-heads side by side in `dim`. A kernel is static: a frozen object with
+heads adjacent in `dim`. A kernel is static: a frozen object with
 
 * `lay_out(x, head_dim)`: remembered keys or values, [..., batch, frame, token, dim],
   in the order of axes that the kernel reads; tokens are the last axis but one.
@@ -37,21 +37,21 @@ _HIDDEN = -1e30
 
 @struct.dataclass
 class Past:
-    """Remembered keys and values of all layers, laid out, and the layer in question."""
+    """Past keys and values of all layers, laid out, and the number of a layer."""
 
     k: jax.Array
     v: jax.Array
     layer: jax.Array
 
     def one(self) -> tuple[jax.Array, jax.Array]:
-        """Returns keys and values of the layer."""
+        """Returns the keys and values of the layer."""
         pick = jax.lax.dynamic_index_in_dim
         return tuple(pick(x, self.layer, keepdims=False) for x in (self.k, self.v))
 
 
 @dataclasses.dataclass(frozen=True)
 class Plain:
-    """Attention as XLA makes it: any machine, any size; holds the score matrix."""
+    """Attention by XLA, for any machine and size; it stores the score matrix."""
 
     implementation = "xla"
     in_place = True
@@ -84,7 +84,7 @@ class Plain:
 
 @dataclasses.dataclass(frozen=True)
 class Cudnn(Plain):
-    """cuDNN's fused attention, for NVIDIA: no score matrix in memory."""
+    """cuDNN's fused attention for NVIDIA, without a score matrix in memory."""
 
     implementation = "cudnn"
 
@@ -97,7 +97,7 @@ class Cudnn(Plain):
 
 
 class _ByHead:
-    """What kernels that read [batch, head, token, head dim] share."""
+    """Base of kernels that read [batch, head, token, head dim]."""
 
     in_place = False
 
@@ -110,10 +110,10 @@ class _ByHead:
 
 @dataclasses.dataclass(frozen=True)
 class Heads(_ByHead):
-    """One head at a time, for CPU: a head's scores stay in the cache.
+    """Attention by head for CPUs: the scores of one head fit into the CPU's cache.
 
-    What is not visible is not computed, in steps of the pass's own size; under `vmap`
-    all steps run. With fewer than `least` scores a head, all heads go at once.
+    Hidden keys are skipped in steps of the pass's own size; under `vmap` all steps run.
+    With fewer than `least` scores per head, all heads run at once.
     """
 
     least: int = 2**16
@@ -136,7 +136,7 @@ class Heads(_ByHead):
 
 @dataclasses.dataclass(frozen=True)
 class Splash(_ByHead):
-    """Pallas' splash attention, for TPU: no score matrix in memory.
+    """Pallas' splash attention for TPUs, without a score matrix in memory.
 
     Source: jax.experimental.pallas.ops.tpu.splash_attention.
     """
@@ -170,7 +170,7 @@ class Splash(_ByHead):
         return rearrange(out[:, :, :queries], "b h t d -> b t (h d)")
 
     def _kernel(self, heads: int, queries: int, keys: int, rows: int, tile: int):
-        """Returns the kernel over a batch; its last argument is what is visible."""
+        """Returns the kernel over a batch; its last argument is the visible part."""
         from jax.experimental.pallas.ops.tpu.splash_attention import (
             splash_attention_kernel as splash,
         )
@@ -210,9 +210,9 @@ class Splash(_ByHead):
 
 
 def attend(kernel, head_dim: int, q, k, v, past=None, seen=None) -> jax.Array:
-    """Returns `kernel.attend`, on a mesh with each device's own videos and heads.
+    """Returns `kernel.attend`; on a mesh each device has its own videos and heads.
 
-    The mesh is that of `jax.set_mesh`; without one, or on one device, nothing is
+    The mesh is that of `jax.set_mesh`. Without a mesh, or on one device, nothing is
     split.
     """
     if not sharding.is_on_mesh():
@@ -224,7 +224,7 @@ def attend(kernel, head_dim: int, q, k, v, past=None, seen=None) -> jax.Array:
         stored = Past(P(None, *stored), P(None, *stored), P())
     given = {"q": q, "k": k, "v": v, "past": past, "seen": seen}
     specs = dict.fromkeys("qkv", by_token) | {"past": stored, "seen": P()}
-    # Arguments that are not given have no specification.
+    # Missing arguments have no specification.
     specs = {name: None if given[name] is None else specs[name] for name in given}
     split = jax.shard_map(
         lambda given: kernel.attend(head_dim, **given),
@@ -241,16 +241,16 @@ PREFERRED = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn", "cpu": "heads"}
 
 
 def choose(platform: str, dtype: str, head_dim: int):
-    """Returns the kernel for a machine and a model: the fastest that can serve it."""
+    """Returns the fastest kernel that can serve a model on a machine."""
     kernel = KERNELS[PREFERRED.get(platform, "plain")]
     return KERNELS["plain"] if kernel.refuses(dtype, head_dim) else kernel
 
 
 def named(name: str, dtype: str, head_dim: int):
-    """Returns the kernel of a name; None for `auto`, which is chosen by the machine.
+    """Returns the kernel of a name; None for `auto`, which depends on the machine.
 
     Raises:
-      UserError: There is no such kernel, or it cannot serve the model.
+      UserError: The kernel does not exist, or cannot serve the model.
     """
     if name == "auto":
         return None
@@ -260,7 +260,7 @@ def named(name: str, dtype: str, head_dim: int):
     needed, here = _NEEDS.get(name), jax.default_backend()
     reason = KERNELS[name].refuses(dtype, head_dim)
     if not reason and needed and here != needed:
-        reason = f"it needs a {needed}, and jax found a {here} here"
+        reason = f"it needs a {needed}, but jax found a {here}"
     if reason:
         raise UserError(f"attention={name!r}: {reason}; choose auto or plain")
     return KERNELS[name]
@@ -281,7 +281,7 @@ def _heads_first(head_dim: int, q, k, v):
 
 
 def _joined(k, v, past):
-    """Returns own keys and values followed by remembered ones."""
+    """Returns own keys and values followed by past ones."""
     if past is None:
         return k, v
     past_k, past_v = _one(past)
@@ -303,7 +303,7 @@ def _all_heads(q, k, v, past, seen):
 
 
 def _head_by_head(q, k, v, past, seen):
-    """Returns the same, one head after another."""
+    """Returns the same as `_all_heads`, one head after another."""
     batch, own = q.shape[0], 0 if k is None else k.shape[2]
     remembered = 0 if past is None else past.k.shape[-2]
     if not own:
@@ -318,14 +318,14 @@ def _head_by_head(q, k, v, past, seen):
 
 
 def _shown_part(q, k, v, past, shown):
-    """Returns attention over own keys and the first `shown` remembered ones.
+    """Returns attention over own keys and the first `shown` past keys.
 
     Args:
-      q: [head, query, dim], scaled; heads of all videos in a row.
+      q: [head, query, dim], scaled; heads of all videos in sequence.
       k: [head, own, dim].
-      v: as `k`.
-      past: in the layout of `Heads`.
-      shown: traced.
+      v: values of the shape of `k`.
+      past: past keys and values in the layout of `Heads`.
+      shown: number of visible past keys, traced.
     """
     size, first = past.k.shape[-2], 0
     if isinstance(past, Past):
@@ -340,7 +340,7 @@ def _shown_part(q, k, v, past, shown):
 
         def one_head(head, bias=None):
             *own, number = head
-            # Cut head by head: cut at once, the whole past would be copied.
+            # Cut head by head: one cut for all heads would copy the whole past.
             place, cut = (first + number, 0, 0), (1, end, k.shape[-1])
             seen = (jax.lax.dynamic_slice(x, place, cut)[0] for x in stored)
             return _one_head(*own, *seen, bias=bias)
@@ -372,13 +372,13 @@ def _one_head(q, *keys_values, bias=None):
 
     Args:
       q: [query, dim], scaled.
-      *keys_values: keys and values [key, dim], in turn.
+      *keys_values: keys and values [key, dim], alternating.
       bias: [key], added to the scores of the last keys.
     """
     values = keys_values[1::2]
     scores = [_dot(q, k.astype(q.dtype)) for k in keys_values[::2]]
     if bias is not None:
-        # Before the largest is sought: a hidden key may score far above all others.
+        # Before the maximum: a hidden key may score far above all others.
         scores[-1] = scores[-1] + bias
     tops = [jnp.max(part, axis=-1, keepdims=True) for part in scores]
     top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, tops))
@@ -397,10 +397,10 @@ def _dot(q, k):
 
 
 def _tile(length: int, most: int) -> tuple[int, int]:
-    """Returns a tile of whole lanes up to `most`, and the length in whole tiles.
+    """Returns a tile size in lanes, up to `most`, and the length in whole tiles.
 
-    The least padding wins, then the largest tile; small tiles count as padding, since
-    they read the other side again and again.
+    The least padding wins, then the largest tile. Small tiles count as padding, because
+    they read the other operand many times.
     """
     tiles = range(_LANES, max(_LANES, most) + 1, _LANES)
 

@@ -85,7 +85,7 @@ class AffineNorm(nn.Module):
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    """Returns x (1 + scale) + shift, with one shift and scale a latent frame.
+    """Returns x (1 + scale) + shift, with one shift and scale per latent frame.
 
     Args:
       x: [batch, frame, token, dim].

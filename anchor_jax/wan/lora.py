@@ -1,6 +1,6 @@
 """Low-rank updates of the transformer as a tree beside its parameters.
 
-Unmerged, the tree is passed as the collection `lora`; merged, it is gone.
+Unmerged, the tree is the collection `lora`; merging adds it to the parameters.
 """
 
 import jax
@@ -10,7 +10,7 @@ from flax import traverse_util
 
 
 def is_target(path: tuple[str, ...]) -> bool:
-    """Returns whether a parameter takes an update: every matrix inside the blocks.
+    """Returns whether a parameter takes an update, which every matrix in a block does.
 
     Source: wan/README.md, "LoRA".
     """
@@ -20,7 +20,7 @@ def is_target(path: tuple[str, ...]) -> bool:
 def init(params, rank: int, rng: jax.Array):
     """Returns fresh updates `a` [layer, in, rank] and `b` [layer, rank, out].
 
-    `a` is uniform within 1 / sqrt(in), `b` zero, so that nothing changes at first.
+    `a` is uniform within 1 / sqrt(in) and `b` is zero, so the initial update is zero.
     """
     found = traverse_util.flatten_dict(params)
     adapters = {}

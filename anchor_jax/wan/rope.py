@@ -21,7 +21,7 @@ class Rotary:
 
 
 def axis_pairs(head_dim: int) -> tuple[int, int, int]:
-    """Returns how many of the head's pairs turn with time, height and width.
+    """Returns the numbers of a head's pairs that rotate with time, height and width.
 
     Source: wan/README.md, "RoPE"; 22, 21 and 21 for a head of 128.
     """
@@ -35,12 +35,12 @@ def frequencies(pairs: int, theta: float = 10000.0) -> np.ndarray:
     return theta ** (-np.arange(pairs, dtype=np.float64) / pairs)
 
 
-def turn(position: jax.Array, freq: np.ndarray) -> tuple[jax.Array, jax.Array]:
+def cos_sin(position: jax.Array, freq: np.ndarray) -> tuple[jax.Array, jax.Array]:
     """Returns cos and sin of position * freq, shape [..., pairs], in float32.
 
     `position` is a non-negative int32. It is split as 1024 a + b, both looked up in
-    tables made in float64 and joined by the addition theorem, so that the error
-    stays near 1e-7 up to a million; float32 products would lose the phase.
+    tables made in float64 and joined by the addition theorem, so that the error stays
+    near 1e-7 up to a million. float32 products would lose the phase.
     """
     angle = np.arange(_STRIDE)[:, None] * freq
     fine = np.stack([np.cos(angle), np.sin(angle)]).astype(np.float32)
@@ -65,7 +65,7 @@ def rotary(
       position: [frame], int32; the temporal index of each frame, traced.
       tokens: rows and columns of tokens in a frame.
       head_dim: channels of one attention head.
-      theta: base of the frequencies; each axis has a spectrum of its own.
+      theta: base of the frequencies. Each axis has its own spectrum.
 
     Source: wan/README.md, "RoPE".
     """
@@ -84,7 +84,7 @@ def rotary(
         joined = jnp.concatenate([part.astype(jnp.float32) for part in parts], -1)
         return rearrange(joined, "f h w p -> f (h w) p")
 
-    cos, sin = turn(position, frequencies(time, theta))
+    cos, sin = cos_sin(position, frequencies(time, theta))
     return of_pairs(combine(cos, np.cos), combine(sin, np.sin))
 
 
@@ -100,12 +100,12 @@ def rotate(x: jax.Array, by: Rotary) -> jax.Array:
     """Returns `x` with adjacent channel pairs (2i, 2i + 1) rotated, in its dtype.
 
     Args:
-      x: [..., frame, token, dim], heads side by side in `dim`.
-      by: rotation of every frame and token, of one head.
+      x: [..., frame, token, dim], heads adjacent in `dim`.
+      by: rotation of every frame and token for one head.
     """
     head_dim = by.cos.shape[-1]
     wide = rearrange(x, "... (h d) -> ... h d", d=head_dim).astype(jnp.float32)
-    # Each channel's partner by rolling: lanes stay in place, which every backend likes.
+    # Rolling finds each channel's partner, and is fast on every backend.
     odd = np.arange(head_dim) % 2 == 1
     partner = jnp.where(odd, jnp.roll(wide, 1, -1), jnp.roll(wide, -1, -1))
     turned = wide * by.cos[:, :, None] + partner * by.sin[:, :, None]
@@ -115,14 +115,14 @@ def rotate(x: jax.Array, by: Rotary) -> jax.Array:
 def timestep_sinusoid(timestep: jax.Array, dim: int) -> jax.Array:
     """Returns [cos, sin] of timestep * 10000^(-i / (dim / 2)), shape [..., dim].
 
-    The whole part of the timestep (in [0, 1000]) is looked up exactly, the rest,
-    below 1, is small enough for float32.
+    The whole part of the timestep, in [0, 1000], is looked up exactly. The rest, below
+    1, is small enough for float32.
 
     Source: wan/README.md, "Forward pass", cosines first.
     """
     freq = frequencies(dim // 2)
     whole = jnp.floor(timestep)
-    cos_n, sin_n = turn(whole.astype(jnp.int32), freq)
+    cos_n, sin_n = cos_sin(whole.astype(jnp.int32), freq)
     rest = (timestep - whole)[..., None] * freq.astype(np.float32)
     cos_r, sin_r = jnp.cos(rest), jnp.sin(rest)
     cos = cos_n * cos_r - sin_n * sin_r
@@ -132,7 +132,7 @@ def timestep_sinusoid(timestep: jax.Array, dim: int) -> jax.Array:
 def table(position: np.ndarray, head_dim: int) -> np.ndarray:
     """Returns the angles of all three axes at equal positions, in float64.
 
-    Shape [position, pairs]; only for inspection and tests.
+    The shape is [position, pairs]. It serves only inspection and tests.
     """
     freq = np.concatenate([frequencies(pairs) for pairs in axis_pairs(head_dim)])
     return np.asarray(position, np.float64)[:, None] * freq

@@ -1,4 +1,4 @@
-"""The umT5 text encoder: prompts as token ids in, conditioning out."""
+"""The umT5 text encoder, from token ids of prompts to conditioning."""
 
 import dataclasses
 
@@ -8,24 +8,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from anchor_jax.wan.spec import WAN_2_1
+
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
     """Sizes of a umT5 encoder; the defaults are those of UMT5-XXL.
 
-    `dtype` is that of the activations, `param_dtype` that of the weights; `unroll` is
-    the number of layers per iteration of the scan over layers.
+    `dtype` is the type of activations, and `param_dtype` the type of weights. `unroll`
+    is the number of layers per iteration of the scan over layers.
     """
 
     vocab: int = 256384
-    dim: int = 4096
+    dim: int = WAN_2_1.text_dim
     attention_dim: int = 4096
     ffn_dim: int = 10240
     num_heads: int = 64
     num_layers: int = 24
     num_buckets: int = 32
     max_distance: int = 128
-    text_len: int = 512
+    text_len: int = WAN_2_1.text_len
     eps: float = 1e-6
     dtype: str = "bfloat16"
     param_dtype: str = "float32"
@@ -53,9 +55,9 @@ def relative_bucket(
 ) -> np.ndarray:
     """Returns the bucket of each distance (key position minus query position), int32.
 
-    The upper half of the buckets is for keys after the query. In each half the first
-    half of the buckets holds one distance each; the others grow as the logarithm, and
-    the last one takes everything from near `max_distance` on.
+    The upper half of the buckets is for keys after the query. In each half, the first
+    half of the buckets holds one distance each. The others grow logarithmically, and
+    the last holds all distances from near `max_distance` on.
 
     Source: T5 (arXiv:1910.10683), section 2.1; wan/README.md, "Text encoder".
     """
@@ -148,7 +150,7 @@ class Umt5FeedForward(nn.Module):
 
 
 class Umt5Block(nn.Module):
-    """One encoder layer, in the form that `nn.scan` wants."""
+    """One encoder layer in the form of `nn.scan`."""
 
     config: TextConfig
 
@@ -172,7 +174,7 @@ class Umt5Block(nn.Module):
         return x, None
 
     def _bias(self, mask: jax.Array, buckets: jax.Array) -> jax.Array:
-        """Returns what is added to the logits, [B, heads, query, key].
+        """Returns the bias of the logits, [B, heads, query, key].
 
         A masked key gets the most negative finite number in place of its bias.
         """
@@ -192,7 +194,7 @@ class Umt5Block(nn.Module):
 
 
 class Umt5Encoder(nn.Module):
-    """The umT5 encoder, each layer with its own relative-position table.
+    """The umT5 encoder; each layer has its own relative-position table.
 
     With the collection `intermediates` mutable it also records `embedded`, per layer
     `blocks/bias` and `blocks/output` (layers leading), and `encoded`, the output before

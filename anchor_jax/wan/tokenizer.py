@@ -1,4 +1,4 @@
-"""Prompts to token ids, as the text encoder was trained with them."""
+"""Converts prompts to token ids as in the text encoder's training."""
 
 import abc
 import dataclasses
@@ -10,23 +10,25 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from anchor_jax.wan.spec import WAN_2_1
+
 PAD = 0
 END = 1
 UNKNOWN = 2
 SPECIAL = ("<pad>", "</s>", "<unk>")
-"""The pieces of these ids, in `tokenizer.json`."""
+"""The pieces of the special ids in `tokenizer.json`."""
 MOST_BYTES = 256 * 2**20
-"""The largest `tokenizer.json` that is read; that of UMT5-XXL has 17 MB."""
+"""Size limit of a `tokenizer.json` in bytes; that of UMT5-XXL has 17 MB."""
 
 _NAMED = 5  # prompts in a report
 _LISTED = 20  # words in a message
-_WARNED = 10  # prompts of which a warning is given
-_TAIL = 40  # characters before the cut
+_WARNED = 10  # prompts with a warning
+_TAIL = 40  # characters shown before the cut
 _FIRST = 60  # characters of a prompt in a message
 
 
 class CutWarning(UserWarning):
-    """A prompt is longer than the text encoder reads."""
+    """Warns that a prompt is longer than the text encoder reads."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +36,8 @@ class Cut:
     """A prompt of which the text encoder reads only the beginning.
 
     Attributes:
-      tokens: how many it has, with the end token.
-      kept: how many of them are read, with the end token.
+      tokens: number of tokens, with the end token.
+      kept: number of tokens that are read, with the end token.
       beginning: the text that is read.
     """
 
@@ -56,8 +58,8 @@ class Tokenizer(abc.ABC):
     """Turns prompts into padded ids and a mask.
 
     Attributes:
-      text_len: tokens of a row.
-      note: what is to be said about where its ids come from, or nothing.
+      text_len: number of tokens per row.
+      note: note for the user on the source of the ids, or "".
     """
 
     def __init__(self, text_len: int, note: str = ""):
@@ -69,20 +71,20 @@ class Tokenizer(abc.ABC):
     @property
     @abc.abstractmethod
     def vocab(self) -> int:
-        """How many ids there are."""
+        """Number of ids."""
 
     @abc.abstractmethod
     def _rows(self, cleaned: Sequence[str]) -> list[Sequence[int]]:
-        """Returns the ids of texts, without their end token."""
+        """Returns the ids of texts without their end tokens."""
 
     @abc.abstractmethod
     def _beginning(self, cleaned: str, row: Sequence[int]) -> str:
-        """Returns the part of a text that is spelt by the first of its ids."""
+        """Returns the beginning of a text that its first ids spell."""
 
     def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Returns ids and mask, both int32 [B, text_len]; each row ends in `</s>`.
 
-        A longer prompt is cut, with a `CutWarning` unless `cut` has been asked for it.
+        A longer prompt is cut, with a `CutWarning` unless `cut` was called for it.
         """
         rows = self._rows([clean_prompt(prompt) for prompt in prompts])
         for prompt, row in zip(prompts, rows, strict=True):
@@ -91,7 +93,7 @@ class Tokenizer(abc.ABC):
         return pad_ids(rows, self.text_len)
 
     def cut(self, prompt: str) -> Cut | None:
-        """Returns what of a prompt is read, or None where all of it is."""
+        """Returns the part of a prompt that is read, or None if all of it is read."""
         cleaned = clean_prompt(prompt)
         (row,) = self._rows([cleaned])
         if len(row) < self.text_len:
@@ -101,9 +103,9 @@ class Tokenizer(abc.ABC):
         return Cut(len(row) + 1, self.text_len, self._beginning(cleaned, kept))
 
     def unknown_words(self, prompt: str) -> list[str]:
-        """Returns the words of a prompt that are not wholly in the vocabulary.
+        """Returns the words of a prompt with parts outside the vocabulary.
 
-        Each is named once, in order. A word is what stands between spaces.
+        Each is listed once, in order. Words are separated by spaces.
         """
         words = dict.fromkeys(clean_prompt(prompt).split())
         return [word for word in words if not self._is_known(word)]
@@ -112,7 +114,7 @@ class Tokenizer(abc.ABC):
         return UNKNOWN not in self._rows([word])[0]
 
     def _warn(self, prompt: str) -> None:
-        """Warns of the first prompts that are cut, and then of their number."""
+        """Warns about the first prompts that are cut, and later about their number."""
         found = self.cut(prompt)
         self._warned += 1
         if self._warned <= _WARNED:
@@ -127,12 +129,12 @@ class Tokenizer(abc.ABC):
 def report_cuts(
     tokenizer: Tokenizer, texts: Iterable[tuple[str, str]], most: int = _NAMED
 ) -> list[str]:
-    """Returns lines about the prompts of which only the beginning is read.
+    """Returns lines about prompts that are cut.
 
     Args:
-      tokenizer: of the text encoder.
-      texts: pairs of where a prompt stands, and the prompt.
-      most: prompts that are named; the others are counted.
+      tokenizer: tokenizer of the text encoder.
+      texts: pairs of a prompt's place and the prompt.
+      most: number of prompts to list; the others are counted.
     """
     known: dict[str, Cut | None] = {}
     found, count = [], 0
@@ -147,14 +149,14 @@ def report_cuts(
     many = "1 prompt is" if count == 1 else f"{count} prompts are"
     lines = [
         f"{many} longer than the {tokenizer.text_len} tokens that the text encoder"
-        " reads; what comes after has no effect"
+        " reads; the rest has no effect"
     ]
     lines += [f"  {where}: {_shortened(text)}: {known[text]}" for where, text in found]
     return lines + [f"  and {count - most} more"] * (count > most)
 
 
 def listed(words: Sequence[str]) -> str:
-    """Returns words as text, the first of many."""
+    """Returns the first words as text, with the number of the others."""
     more = len(words) - _LISTED
     shown = ", ".join(word[:_FIRST] for word in words[:_LISTED])
     return f"{shown} and {more} more" if more > 0 else shown
@@ -166,11 +168,11 @@ def _shortened(text: str) -> str:
 
 
 def clean_prompt(text: str) -> str:
-    """Returns the prompt with broken text mended and runs of whitespace made one space.
+    """Returns the prompt with encoding errors repaired and whitespace collapsed.
 
     Case is kept. Source: wan/README.md, "Tokenizer".
     """
-    # Neither of the two changes printable ASCII without entities, and both are slow.
+    # Neither call changes printable ASCII without entities, and both are slow.
     if text.isascii() and text.isprintable() and "&" not in text:
         return " ".join(text.split())
     import ftfy
@@ -183,9 +185,9 @@ def clean_prompt(text: str) -> str:
 def pad_ids(
     rows: Sequence[Sequence[int]], text_len: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns ids and mask, int32 [B, text_len], of rows without their end token.
+    """Returns ids and mask, int32 [B, text_len], for rows without end tokens.
 
-    Each row is cut to make room for `</s>`, which is then appended.
+    Each row is cut to leave room for `</s>`, which is then appended.
     """
     ids = np.full((len(rows), text_len), PAD, np.int32)
     mask = np.zeros_like(ids)
@@ -197,7 +199,7 @@ def pad_ids(
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A tokenizer backed by a sentencepiece model, from a file or its bytes."""
+    """A tokenizer with a sentencepiece model, from a file or its bytes."""
 
     def __init__(
         self, model: str | pathlib.Path | bytes, text_len: int, note: str = ""
@@ -225,7 +227,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @property
     def content(self) -> bytes:
-        """The model, as its file holds it."""
+        """The model as the bytes of its file."""
         return self._processor.serialized_model_proto()
 
     def _rows(self, cleaned: Sequence[str]) -> list[Sequence[int]]:
@@ -237,13 +239,13 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class FastTokenizer(Tokenizer):
-    """A tokenizer backed by a `tokenizer.json` of the package `tokenizers`."""
+    """A tokenizer with a `tokenizer.json` of the package `tokenizers`."""
 
     def __init__(self, path: str | pathlib.Path, text_len: int):
         """Reads the file.
 
         Raises:
-          ValueError: It is damaged or too large, or has other special ids.
+          ValueError: The file is damaged or too large, or has other special ids.
         """
         super().__init__(text_len)
         self._tokenizer = _open_json(pathlib.Path(path))
@@ -251,9 +253,9 @@ class FastTokenizer(Tokenizer):
         if found != (PAD, END, UNKNOWN):
             raise ValueError(
                 f"{path}: the ids of {', '.join(SPECIAL)} are {found}, expected"
-                f" {(PAD, END, UNKNOWN)}; take the file of google/umt5-xxl"
+                f" {(PAD, END, UNKNOWN)}; use the file of google/umt5-xxl"
             )
-        # The file may ask for its own lengths; ours are those of the encoder.
+        # The file may set its own lengths; the encoder's replace them.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
 
@@ -271,7 +273,7 @@ class FastTokenizer(Tokenizer):
 
 
 def _open_json(path: pathlib.Path):
-    """Returns the tokenizer in a file that may hold anything.
+    """Returns the tokenizer in an untrusted file.
 
     Raises:
       ValueError: It is damaged or too large.
@@ -280,26 +282,28 @@ def _open_json(path: pathlib.Path):
 
     size = path.stat().st_size
     if size > MOST_BYTES:
-        raise ValueError(f"{path} has {size} bytes, expected at most {MOST_BYTES}")
+        raise ValueError(f"{path} has {size} bytes; the limit is {MOST_BYTES}")
     try:
         return tokenizers.Tokenizer.from_file(str(path))
-    # The package raises plain exceptions, and one of its own where it fails within.
+    # The package raises plain exceptions, and its own class for internal failures.
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt | SystemExit | OSError | MemoryError):
             raise
         raise ValueError(f"{path} is damaged: {str(error)[:200]}") from error
 
 
-def load_tokenizer(folder: str | pathlib.Path, text_len: int = 512) -> Tokenizer:
+def load_tokenizer(
+    folder: str | pathlib.Path, text_len: int = WAN_2_1.text_len
+) -> Tokenizer:
     """Returns the tokenizer stored in a folder.
 
-    `tokenizer.json` is taken where there is one, as transformers does. `spiece.model`
-    alone is read by sentencepiece, whose ids differ for special tokens in a prompt, and
-    for characters that only bytes can spell; the tokenizer's `note` says so.
+    A `tokenizer.json` is preferred, as in transformers. Without it sentencepiece reads
+    `spiece.model`. Its ids differ for special tokens in a prompt, and for characters
+    that only bytes can spell; the tokenizer's `note` says so.
 
     Raises:
       FileNotFoundError: The folder holds neither.
-      ValueError: The file is damaged, or not that of a T5 encoder.
+      ValueError: The file is damaged, or does not belong to a T5 encoder.
     """
     folder = pathlib.Path(folder)
     fast, pieces = folder / "tokenizer.json", folder / "spiece.model"
@@ -308,7 +312,7 @@ def load_tokenizer(folder: str | pathlib.Path, text_len: int = 512) -> Tokenizer
     if pieces.exists():
         return SentencePieceTokenizer(pieces, text_len, SPIECE_NOTE)
     raise FileNotFoundError(
-        f"no tokenizer in {folder}: expected tokenizer.json or spiece.model; download"
+        f"no tokenizer in {folder}: needs tokenizer.json or spiece.model; download"
         " one of them from google/umt5-xxl into that folder"
     )
 
@@ -318,4 +322,4 @@ SPIECE_NOTE = (
     " characters outside the vocabulary may differ from those of transformers; port the"
     " weights again with tokenizer.json of google/umt5-xxl to have the same"
 )
-"""What is said where ids come from `spiece.model` alone."""
+"""Note for tokenizers that have only `spiece.model`."""

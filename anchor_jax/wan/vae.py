@@ -10,16 +10,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-Past = Any  # nested dicts of the frames that the causal layers look back at
+from anchor_jax.wan.spec import WAN_2_1, pixel_frames
 
-LATENT_MEAN = (
-    *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
-    *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
-)
-LATENT_STD = (
-    *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
-    *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
-)
+Past = Any  # nested dicts of the frames that the causal layers look back at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,16 +23,21 @@ class VaeConfig:
     sees along channels and convolves in 2-D, "native" convolves in 3-D. They agree up
     to rounding. "auto" is the native one where JAX's default backend is a GPU, which
     would write the joined frames to memory, and taps elsewhere; it is settled when a
-    program is traced, so name the form to compile for a device that is not there.
+    program is traced, so name the form to compile for a device that this machine lacks.
+
+    Each level but the last halves height and width, and the frames where
+    `temporal_downsample` says so. Before the first, squares of `pixel_patch` by
+    `pixel_patch` pixels are joined along channels.
     """
 
     base_dim: int = 96
-    z_dim: int = 16
+    z_dim: int = WAN_2_1.latent_channels
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
     temporal_downsample: tuple[bool, ...] = (False, True, True)
-    latent_mean: tuple[float, ...] = LATENT_MEAN
-    latent_std: tuple[float, ...] = LATENT_STD
+    pixel_patch: int = 1
+    latent_mean: tuple[float, ...] = WAN_2_1.latent_mean
+    latent_std: tuple[float, ...] = WAN_2_1.latent_std
     conv: str = "auto"
     dtype: str = "bfloat16"
     param_dtype: str = "float32"
@@ -47,18 +45,18 @@ class VaeConfig:
     def __post_init__(self):
         if self.conv not in ("auto", *CONVOLVE):
             raise ValueError(
-                f"conv={self.conv!r}; expected 'auto', 'taps' or 'native'; 'auto' is"
+                f"conv={self.conv!r} must be 'auto', 'taps' or 'native'; 'auto' is"
                 " right unless a program is compiled for another machine"
             )
         if len(self.temporal_downsample) != len(self.dim_mult) - 1:
             raise ValueError(
                 f"{len(self.temporal_downsample)} entries in temporal_downsample,"
-                f" expected one less than the {len(self.dim_mult)} of dim_mult"
+                f" must be one less than the {len(self.dim_mult)} of dim_mult"
             )
         if not len(self.latent_mean) == len(self.latent_std) == self.z_dim:
             raise ValueError(
                 f"latent_mean and latent_std have {len(self.latent_mean)} and"
-                f" {len(self.latent_std)} entries, expected z_dim={self.z_dim};"
+                f" {len(self.latent_std)} entries, but z_dim={self.z_dim};"
                 " give one mean and one deviation per latent channel"
             )
 
@@ -68,12 +66,22 @@ class VaeConfig:
 
     @property
     def spatial_stride(self) -> int:
-        return 2 ** len(self.temporal_downsample)
+        return self.pixel_patch * 2 ** len(self.temporal_downsample)
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        """Pixel frames, rows and columns of one latent cell."""
+        return self.temporal_stride, self.spatial_stride, self.spatial_stride
+
+    @property
+    def pixel_channels(self) -> int:
+        """Channels that the encoder takes and the decoder makes."""
+        return 3 * self.pixel_patch**2
 
 
 @flax.struct.dataclass
 class VaeState:
-    """What a streamed encode or decode keeps: per causal layer, its last inputs.
+    """The state of a streamed encode or decode: the last inputs of each causal layer.
 
     `past` is nested like the parameters. A convolution keeps 2 frames [B, 2, H, W, C];
     the encoder's temporal downsamplers keep 1. Frames before the stream are zero.
@@ -82,13 +90,8 @@ class VaeState:
     past: Past
 
 
-def pixel_frames(latent_frames: int, temporal_stride: int = 4) -> int:
-    """Returns the number of pixel frames of a video: the first latent frame makes 1."""
-    return 1 + temporal_stride * (latent_frames - 1)
-
-
 def _before(past: Past | None, name: str) -> Past | None:
-    """Returns the past of one layer; None, at the start of a stream, has no parts."""
+    """Returns the past of one layer, or None at the start of a stream."""
     return None if past is None else past[name]
 
 
@@ -120,7 +123,7 @@ def _convolve_taps(frames: jax.Array, kernel: jax.Array, stride: int) -> jax.Arr
 
 
 def _convolve_native(frames: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """Returns what `_convolve_taps` does, as a convolution in 3-D."""
+    """Returns the result of `_convolve_taps`, computed as a convolution in 3-D."""
     return jax.lax.conv_general_dilated(
         frames,
         kernel,
@@ -143,7 +146,7 @@ def choose_conv(conv: str, backend: str) -> str:
 class CausalConv(nn.Module):
     """A convolution over time and space that sees no later frame.
 
-    Space is padded to keep its size; in time the frames before are given. Source:
+    Space is padded to keep its size; in time the past frames precede. Source:
     wan/README.md, "VAE layers".
     """
 
@@ -156,7 +159,7 @@ class CausalConv(nn.Module):
     def __call__(
         self, x: jax.Array, past: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns [B, F / stride, H, W, features], and the frames to be kept.
+        """Returns [B, F / stride, H, W, features], and the new past.
 
         Args:
           x: [B, F, H, W, C].
@@ -284,7 +287,7 @@ class Downsample(nn.Module):
         if past is not None:
             y, kept = layer(y, past["time_conv"])
             return y, {"time_conv": kept}
-        # The first frame passes by the convolution, yet is seen by the second.
+        # The first frame skips the convolution, but the second reads it.
         halved, kept = layer(y, y[:, :0])
         return jnp.concatenate([y[:, :1], halved], axis=1), {"time_conv": kept}
 
@@ -332,15 +335,14 @@ class Upsample(nn.Module):
 
 
 class Trunk(nn.Module):
-    """What encoder and decoder share: running named layers one after another."""
+    """Base of encoder and decoder, which runs named layers in sequence."""
 
     config: VaeConfig
 
     def run(self, x: jax.Array, past: Past | None) -> tuple[jax.Array, Past]:
         """Returns the output of the layers and head on x, and the new past.
 
-        All of x is held in memory at once, at every level; `stream` is the same piece
-        by piece.
+        All of x is in memory at once at every level; `stream` does the same in pieces.
         """
         kept = {}
         for name, layer in self.layers():
@@ -352,14 +354,15 @@ class Trunk(nn.Module):
     def stream(
         self, x: jax.Array, past: Past | None, piece: int
     ) -> tuple[jax.Array, Past]:
-        """Returns what `run` does, from a loop over pieces of x.
+        """Returns the result of `run`, computed in a loop over pieces of x.
 
         Only the first frame of a stream, which runs apart, records intermediates.
 
         Args:
           x: [B, k * piece, H, W, C], and one more frame first where past is None.
-          past: of the previous call; None at the start of a stream.
-          piece: frames that run together: those of one latent frame.
+          past: past from the previous call, or None at the start of a stream.
+          piece: number of frames that run together, which are those of one latent
+            frame.
         """
         outputs = []
         if past is None:
@@ -440,7 +443,7 @@ class Decoder(Trunk):
         self.middle = _middle(config, top)
         self.upsamples = stages
         self.head_0 = ChannelNorm(config)
-        self.head_2 = CausalConv(config, 3)
+        self.head_2 = CausalConv(config, config.pixel_channels)
 
     def layers(self) -> list[tuple[str, nn.Module]]:
         stages = _named("upsamples", self.upsamples)
@@ -448,10 +451,11 @@ class Decoder(Trunk):
 
 
 class WanVae(nn.Module):
-    """The Wan2.1 VAE with the mean as its code; channels last.
+    """The VAE of Wan with the mean as its code; channels last.
 
     Pixels [B, 1 + 4k, H, W, 3] in [-1, 1] and latents [B, 1 + k, H/8, W/8, z_dim] of
-    about unit variance. The first latent frame makes one pixel frame, every other four.
+    about unit variance, for the strides 4 and 8 of Wan2.1. The first latent frame makes
+    one pixel frame, every other as many as the stride in time.
     A stream is decoded in pieces of any length, with the state of one call passed to
     the next; the pieces make the same video as the whole. The first call of a stream
     passes None, and compiles apart from the others. However long the piece, one latent
@@ -499,7 +503,7 @@ class WanVae(nn.Module):
         """Returns the mean of the latents' distribution, not yet normalised."""
         self._check_pixels(pixels, state)
         past = None if state is None else state.past
-        x = pixels.astype(self.config.dtype)
+        x = self._patched(pixels.astype(self.config.dtype))
         x, past = self.encoder.stream(x, past, self.config.temporal_stride)
         mean, _ = jnp.split(self.conv1(x), 2, axis=-1)
         return mean, VaeState(past=past)
@@ -518,23 +522,37 @@ class WanVae(nn.Module):
     def decode_raw(
         self, latents: jax.Array, state: VaeState | None = None
     ) -> tuple[jax.Array, VaeState]:
-        """Returns what `decode_stream` does before it is clipped."""
+        """Returns the result of `decode_stream` before clipping."""
         latents = latents.astype(self.config.dtype)
         centre, inverse = self._normal(latents.dtype)
         past = None if state is None else state.past
         x = self.conv2(latents / inverse + centre)
         pixels, past = self.decoder.stream(x, past, 1)
-        return pixels, VaeState(past=past)
+        return self._unpatched(pixels), VaeState(past=past)
+
+    def _patched(self, pixels: jax.Array) -> jax.Array:
+        """Returns pixels with each patch's rows and columns along channels."""
+        size = self.config.pixel_patch
+        return einops.rearrange(
+            pixels, "b f (h y) (w x) c -> b f h w (c x y)", y=size, x=size
+        )
+
+    def _unpatched(self, patches: jax.Array) -> jax.Array:
+        """Returns the inverse of `_patched`."""
+        size = self.config.pixel_patch
+        return einops.rearrange(
+            patches, "b f h w (c x y) -> b f (h y) (w x) c", y=size, x=size
+        )
 
     def _normal(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-        """Returns the latents' mean and inverse deviation, rounded as the original."""
+        """Returns the latents' mean and inverse deviation, rounded as originally."""
         config = self.config
         return jnp.asarray(config.latent_mean, dtype), 1 / jnp.asarray(
             config.latent_std, dtype
         )
 
     def _check_pixels(self, pixels: jax.Array, state: VaeState | None) -> None:
-        """Raises where the number of frames or the size of one cannot be halved."""
+        """Raises ValueError if the number of frames or their size cannot be halved."""
         stride, grid = self.config.temporal_stride, self.config.spatial_stride
         frames, height, width = pixels.shape[1:4]
         first = 1 if state is None else 0

@@ -1,1 +1,1 @@
-"""The weights of a stream: kept in one file, in a folder, or by a training."""
+"""The weights of a stream: in one file, in a folder, or from a training."""

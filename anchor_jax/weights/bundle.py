@@ -18,21 +18,21 @@ from anchor_jax.wan.text import TextConfig, Umt5Encoder
 from anchor_jax.wan.tokenizer import Tokenizer
 from anchor_jax.weights.codecs import Codec
 
-_REMEMBERED = 8 * 2**30  # bytes of trimmed prompts
+_REMEMBERED = 8 * 2**30  # bytes of stored embeddings
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PromptEncoder:
-    """Prompts to conditioning, with the text encoder's weights where there is room.
+    """Encodes prompts, with the text encoder's weights where there is memory for them.
 
     Attributes:
       config: sizes of the text encoder.
-      tokenizer: makes its ids.
-      load: returns its parameters.
-      frees: whether the parameters leave the device after each use. Embeddings of the
-        last prompts are then remembered on the host, up to 8 GiB, and a prompt is
-        encoded by itself, so that one program serves all calls.
-      place: where results are put; None: where they are made.
+      tokenizer: tokenizer of the text encoder.
+      load: function that returns its parameters.
+      frees: whether the parameters are freed after each use. The host then stores
+        embeddings of recent prompts, up to 8 GiB, and each prompt is encoded alone, so
+        that one program serves all calls.
+      place: sharding or device of the results. None leaves them in place.
     """
 
     config: TextConfig
@@ -47,19 +47,21 @@ class PromptEncoder:
 
     @functools.cached_property
     def params(self) -> Mapping[str, Any]:
-        """The parameters, which stay where they are once they are loaded."""
+        """The parameters, which stay loaded after the first use."""
         return self.load()
 
     def __call__(self, texts: Sequence[str]) -> jax.Array:
         """Returns conditioning [batch, text, dim]; rows past a prompt's end are zero.
 
-        Unless parameters are freed, compiles once per batch size.
+        It compiles once per batch size unless parameters are freed.
 
         Raises:
-          UserError: The texts are one text, whose letters would be taken as prompts.
+          UserError: `texts` is a single string, whose letters would become prompts.
         """
         if isinstance(texts, str):
-            raise UserError(f"texts is one text, {shown(texts)}; give a list of them")
+            raise UserError(
+                f"texts is a single string, {shown(texts)}; give a list of strings"
+            )
         if self.frees:
             with self._turn:
                 encoded = jnp.asarray(self._remembered(texts))
@@ -75,14 +77,14 @@ class PromptEncoder:
         return self._run(params, *self.tokenizer.encode(texts))
 
     def _run(self, params, ids, mask) -> jax.Array:
-        # A generator's mesh may be set; the encoder need not be on it.
+        # A generator's mesh may be set, and the encoder need not be on it.
         with sharding.no_mesh():
             return _encode(params, ids, mask, config=self.config)
 
     def prepare(self, texts: Sequence[str]) -> None:
-        """Loads the parameters; if they are freed, encodes the texts first.
+        """Loads the parameters. If they are freed, encodes the texts first.
 
-        The texts are remembered as far as there is room for them.
+        The embeddings are stored up to the limit.
         """
         if not self.frees:
             jax.block_until_ready(self.params)
@@ -91,7 +93,7 @@ class PromptEncoder:
             self._encode_new(texts)
 
     def _encode_new(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
-        """Returns the trimmed embeddings of texts, and remembers the last of them."""
+        """Returns the trimmed embeddings of texts, and stores the most recent."""
         found = {text: self._known[text] for text in texts if text in self._known}
         fresh = [text for text in dict.fromkeys(texts) if text not in found]
         if fresh:
@@ -121,27 +123,28 @@ def _encode(params, ids, mask, *, config: TextConfig) -> jax.Array:
 
 
 def _trim(encoded: np.ndarray) -> np.ndarray:
-    """Returns a prompt's rows [text, dim] without the zeros at their end."""
+    """Returns a prompt's rows [text, dim] without the zeros at the end."""
     used = np.flatnonzero(encoded.any(axis=-1))
     return encoded[: used[-1] + 1 if used.size else 0].copy()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bundle:
-    """All that a stream takes from files.
+    """Everything that a stream takes from files.
 
     Attributes:
       model: sizes of the generator.
       text: sizes of the text encoder.
-      codec: the codec as a streaming decoder; hashable.
+      codec: the VAE as a streaming decoder; hashable.
       grid: latent size of the videos.
-      tokenizer: for the text encoder.
-      encode_prompts: makes conditioning [batch, text, dim] of a sequence of prompts.
-      load_variables: returns the generator's collections.
-      load_codec: returns the codec's parameters.
-      metadata: what was stored with the weights, such as how they were trained.
-      digest: SHA-256 of the weights' file, or over those that were ported.
-      trained_grid: latent size of the videos of the training; None if it is unknown.
+      tokenizer: tokenizer of the text encoder.
+      encode_prompts: function from a sequence of prompts to conditioning [batch, text,
+        dim].
+      load_variables: function that returns the generator's collections.
+      load_codec: function that returns the codec's parameters.
+      metadata: values stored with the weights, such as the settings of their training.
+      digest: SHA-256 of the weights' file, or of the ported files.
+      trained_grid: latent size of the videos of the training. None if it is unknown.
     """
 
     model: ModelConfig
@@ -156,10 +159,10 @@ class Bundle:
     digest: str
     trained_grid: LatentGrid | None = None
 
-    # Loaded at their first use, so that prompts can be encoded before they take room.
+    # Loaded at first use, so that prompts can be encoded before they take memory.
     @functools.cached_property
     def variables(self) -> Mapping[str, Any]:
-        """The generator's collections: `params` and perhaps `lora`."""
+        """The generator's collections: `params` and optionally `lora`."""
         return self.load_variables()
 
     @functools.cached_property

@@ -1,4 +1,4 @@
-"""Checkpoints: one Orbax item per network, written and read a leaf at a time."""
+"""Checkpoints: one Orbax item per network, written and read leaf by leaf."""
 
 import asyncio
 import dataclasses
@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
-from anchor_jax import io, ownership
+from anchor_jax import io, ownership, trees
 from anchor_jax.errors import UserError, damaged, shown, suggest
 from anchor_jax.io import expand
 
@@ -41,18 +41,18 @@ _FILES = ("tokenizer", "scheduler")
 _CHUNK_BYTES = 64 * 2**20
 _READ_AT_ONCE = 4 * 10**9
 _damaged = functools.partial(
-    damaged, remedy="copy or write it again", fault="is broken or not whole"
+    damaged, remedy="copy or write it again", fault="is damaged or incomplete"
 )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Lazy:
-    """A leaf that is made when its turn comes to be written.
+    """A leaf that is loaded only when it is written.
 
     Attributes:
-      shape: of the array.
-      dtype: of the array, a numpy type.
-      load: returns the numpy array.
+      shape: shape of the array.
+      dtype: type of the array, a numpy type.
+      load: function that returns the numpy array.
     """
 
     shape: tuple[int, ...]
@@ -68,12 +68,12 @@ def _is_no_echo(record: logging.LogRecord) -> bool:
     return "_SignalingThread" not in str(record.msg)
 
 
-# Orbax's threads log the errors that their caller gets as well.
+# Orbax's threads log errors that their caller receives too.
 logging.getLogger("absl").addFilter(_is_no_echo)
 
 
 class _Writer(ocp.type_handlers.NumpyHandler):
-    """Writes `Lazy` leaves in turn, of all items together one at a time."""
+    """Writes `Lazy` leaves one at a time, over all items."""
 
     def __init__(self, progress: Callable[[int], None] | None):
         super().__init__()
@@ -82,7 +82,7 @@ class _Writer(ocp.type_handlers.NumpyHandler):
         self._failure: BaseException | None = None
 
     async def serialize(self, values, infos, args=None):
-        """Returns a future of the writing of some leaves; none is loaded yet."""
+        """Returns a future for the writing of leaves, none of which is loaded yet."""
         args = args or [ocp.SaveArgs()] * len(values)
         writing = self._write_all(values, infos, args)
         return [
@@ -90,7 +90,7 @@ class _Writer(ocp.type_handlers.NumpyHandler):
         ]
 
     def stop(self) -> None:
-        """Waits for the leaf being written, after which no other is begun."""
+        """Waits for the current leaf; no other is started."""
         with self._turn:
             self._failure = self._failure or RuntimeError("writing was stopped")
 
@@ -115,7 +115,7 @@ def _load(leaf: Lazy, info) -> np.ndarray:
     if array.shape != tuple(leaf.shape) or array.dtype != np.dtype(leaf.dtype):
         raise ValueError(
             f"{info.name}: loaded {array.dtype} {array.shape}, expected"
-            f" {np.dtype(leaf.dtype)} {tuple(leaf.shape)} as announced"
+            f" {np.dtype(leaf.dtype)} {tuple(leaf.shape)}"
         )
     return array
 
@@ -130,19 +130,19 @@ def write(
 ) -> None:
     """Writes a folder that an Orbax `CheckpointManager` reads as step 0.
 
-    The folder appears under its name when whole; on an error nothing is left. At most
-    one leaf is in memory, with as much again while it is encoded.
+    The folder appears under its name when complete; an error leaves nothing behind. At
+    most one leaf is in memory, twice while it is encoded.
 
     Args:
-      path: the folder.
+      path: folder to write.
       items: trees by their name in `ITEMS`; leaves are arrays or `Lazy`.
-      meta: goes into the item `meta` as JSON, with `format_version`.
+      meta: content of the item `meta`, written as JSON with `format_version`.
       files: small files beside the step, by their relative name: a path or bytes.
-      progress: called with the bytes of each leaf once it is written.
-      overwrite: replace a checkpoint that is there.
+      progress: called with the number of bytes of each leaf after it is written.
+      overwrite: whether to replace an existing checkpoint.
 
     Raises:
-      UserError: The folder is taken, in use, or cannot be written.
+      UserError: The folder exists, is in use, or cannot be written.
     """
     target = io.resolved(path)
     unknown = [name for name in items if name not in ITEMS or name == "meta"]
@@ -165,33 +165,34 @@ def write(
             _move(part, target, overwrite)
     except OSError as error:
         raise UserError(
-            f"{target} cannot be written: {error}; choose another folder or make room"
+            f"{target} cannot be written: {error}; choose another folder or free disk"
+            " space"
         ) from error
     finally:
         writer.stop()
 
 
 def _check_target(target: pathlib.Path, overwrite: bool) -> None:
-    """Raises unless the folder is free, or a checkpoint that may be replaced."""
+    """Raises UserError unless the folder is empty or a replaceable checkpoint."""
     if not target.exists():
         return
     if not target.is_dir():
-        raise UserError(f"{target} is a file, expected a folder; choose another name")
+        raise UserError(f"{target} is a file, not a folder; choose another name")
     if not any(target.iterdir()):
         return
     if not overwrite:
         raise UserError(
-            f"{target} is not empty; choose another folder, or ask to overwrite it"
+            f"{target} is not empty; choose another folder, or allow overwriting"
         )
     if not _is_written(target):
         raise UserError(
-            f"{target} is not a checkpoint that write made, or holds more than that, so"
-            " it is not overwritten; choose another folder, or remove this one yourself"
+            f"{target} is not a checkpoint, or holds other files too, so it is not"
+            " overwritten; choose another folder, or remove this folder yourself"
         )
 
 
 def _is_written(folder: pathlib.Path) -> bool:
-    """Returns whether a folder holds what `write` writes, and nothing else."""
+    """Returns whether a folder holds only the files that `write` writes."""
     names = {place.name for place in folder.iterdir()}
     others = {name for name in names if not name.startswith("_")} - {"0", *_FILES}
     try:
@@ -236,7 +237,7 @@ def _save(folder: pathlib.Path, items, meta, writer: _Writer) -> None:
 
 
 def _lazy(leaf: Any) -> Lazy:
-    """Returns a leaf that is fetched from its device when its turn comes."""
+    """Returns a leaf that is fetched from its device only when it is written."""
     if isinstance(leaf, Lazy):
         return leaf
     leaf = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
@@ -244,12 +245,12 @@ def _lazy(leaf: Any) -> Lazy:
 
 
 def _move(part: pathlib.Path, target: pathlib.Path, overwrite: bool) -> None:
-    """Renames a folder to a name; a checkpoint that has the name is removed.
+    """Renames a folder, and removes a checkpoint that has the new name.
 
-    It stays, as anything else does, where that fails.
+    If renaming fails, the old checkpoint stays.
     """
     if not overwrite or not target.exists():
-        part.rename(target)  # This fails where something lies in the target by now.
+        part.rename(target)  # This fails if the target has content by now.
         return
     old = _old(target)
     target.rename(old)
@@ -266,7 +267,7 @@ def _old(target: pathlib.Path) -> pathlib.Path:
 
 
 def _recover(target: pathlib.Path) -> None:
-    """Ends what a process was killed at that replaced a checkpoint."""
+    """Completes the replacement of a checkpoint that a killed process began."""
     old = _old(target)
     if target.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -275,31 +276,31 @@ def _recover(target: pathlib.Path) -> None:
 
 
 def is_checkpoint(path: str | pathlib.Path) -> bool:
-    """Returns whether a folder holds a checkpoint, or is one of its steps."""
+    """Returns whether a folder holds a checkpoint or is a step of one."""
     folder = expand(path)
     return _is_step(folder) or bool(_steps(folder))
 
 
 def items(path: str | pathlib.Path) -> tuple[str, ...]:
-    """Returns the names of the items that are present, in the order of `ITEMS`."""
+    """Returns the names of the existing items, in the order of `ITEMS`."""
     step = _step(path)
     return tuple(name for name in ITEMS if os.path.isdir(step / name))
 
 
 def read_meta(path: str | pathlib.Path) -> dict[str, Any]:
-    """Returns the item `meta`; its values are as they stand in the file.
+    """Returns the item `meta` with the values of the file.
 
     Raises:
-      UserError: It is missing, no JSON object, or of a later format.
+      UserError: The item is missing, not a JSON object, or of a later format.
     """
     with _damaged(path):
         meta = ocp.JsonCheckpointHandler().restore(_item(path, "meta"))
         if not isinstance(meta, dict):
-            raise ValueError(f"meta is {type(meta).__name__}, expected an object")
+            raise ValueError(f"meta is {type(meta).__name__}, not an object")
     version = meta.get("format_version")
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise UserError(
-            f"{path} has format_version {shown(version)}, expected at most"
+            f"{path} has format_version {shown(version)}, must be from 1 to"
             f" {FORMAT_VERSION}; use the version of anchor_jax that wrote it, or write"
             " it again"
         )
@@ -307,16 +308,16 @@ def read_meta(path: str | pathlib.Path) -> dict[str, Any]:
 
 
 def shapes(path: str | pathlib.Path, item: str) -> dict[str, Any]:
-    """Returns shape and type of an item's leaves, as nested dicts.
+    """Returns the shapes and types of an item's leaves as nested dicts.
 
     Raises:
       UserError: The item is missing or broken.
     """
     with _damaged(path):
         found = _reader().metadata(_item(path, item)).tree
-        # The state of an optimizer is a list; networks are found by their names.
+        # An optimizer's state is a list; networks are found by their names.
         if not isinstance(found, dict) and item not in _OPTIMIZERS:
-            raise ValueError(f"{item} is no tree of names")
+            raise ValueError(f"{item} is not a tree of names")
         return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), found)
 
 
@@ -329,11 +330,12 @@ def restore(
     """Returns an item's leaves as nested dicts of `jax.Array`.
 
     Args:
-      path: the checkpoint's folder.
+      path: folder of the checkpoint.
       item: one of `items(path)`.
-      dtype: type of the floating leaves; as stored if None. A mapping has one for each
-        of the item's own names, the others are as stored.
-      shardings: a tree of shardings like the item's; None: on the default device.
+      dtype: type of floating-point leaves. A mapping gives types by the item's first
+        names. None, and names without a type, keep the stored type.
+      shardings: a tree of shardings with the item's structure. None uses the default
+        device.
 
     Raises:
       UserError: The item is missing or broken.
@@ -361,24 +363,24 @@ def restore(
 
 
 def leaf(path: str | pathlib.Path, item: str, name: str) -> np.ndarray:
-    """Returns one leaf, named by its path joined by slashes.
+    """Returns one leaf by its path, joined by slashes.
 
     Raises:
       UserError: The item or the leaf is missing or broken.
     """
-    known = traverse_util.flatten_dict(shapes(path, item), sep="/")
+    known = trees.flatten(shapes(path, item))
     if name not in known:
         raise UserError(f"{path}: {item} has no {name!r}{suggest(name, known, 'has')}")
     return _read_leaf(path, item, name, known[name])
 
 
 def iterate(path: str | pathlib.Path, item: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields name and array of every leaf, one in memory at a time.
+    """Yields the name and array of every leaf, with one in memory at a time.
 
     Raises:
       UserError: The item is missing or broken.
     """
-    known = traverse_util.flatten_dict(shapes(path, item), sep="/")
+    known = trees.flatten(shapes(path, item))
     for name, shape in known.items():
         yield name, _read_leaf(path, item, name, shape)
 
@@ -401,7 +403,7 @@ def file(path: str | pathlib.Path, name: str) -> pathlib.Path:
     """Returns the path of an extra file.
 
     Raises:
-      UserError: There is none of this name, or the name leads out of the folder.
+      UserError: The file does not exist, or the name leads out of the folder.
     """
     place = _inside(expand(path), name)
     if not place.is_file():
@@ -410,20 +412,20 @@ def file(path: str | pathlib.Path, name: str) -> pathlib.Path:
 
 
 def _inside(folder: pathlib.Path, name: str) -> pathlib.Path:
-    """Returns the place of a file in a folder, or raises if it would be elsewhere."""
+    """Returns the path of a file in a folder. Raises UserError if it is outside."""
     folder = folder.resolve()
     place = (folder / name).resolve()
     beside = place.is_relative_to(folder) and place != folder
     if not beside or place.relative_to(folder).parts[0].isdigit():
         raise UserError(
-            f"file name {name!r}: expected one inside {folder} and beside its steps"
+            f"file name {name!r}: must be inside {folder} and outside its steps"
         )
     return place
 
 
 def _reader(stored: Any = None) -> ocp.PyTreeCheckpointHandler:
     """Returns what reads an item, a few leaves at once or one large one."""
-    sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(stored)]
+    sizes = map(trees.leaf_nbytes, jax.tree.leaves(stored))
     at_once = max([_READ_AT_ONCE, *sizes])
     return ocp.PyTreeCheckpointHandler(restore_concurrent_gb=-(-at_once // 10**9))
 
@@ -433,7 +435,7 @@ def _is_step(folder: pathlib.Path) -> bool:
 
 
 def _steps(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the folders of steps, the last one last."""
+    """Returns the folders of steps in ascending order."""
     try:
         found = [x for x in folder.iterdir() if x.name.isdecimal() and x.is_dir()]
     except OSError:
@@ -442,7 +444,7 @@ def _steps(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def steps(path: str | pathlib.Path) -> tuple[int, ...]:
-    """Returns the numbers of all steps, the last one last."""
+    """Returns the numbers of all steps in ascending order."""
     return tuple(int(one.name) for one in _steps(pathlib.Path(path)))
 
 
@@ -450,7 +452,7 @@ def last_step(path: str | pathlib.Path) -> int:
     """Returns the number of the last step.
 
     Raises:
-      UserError: There is none.
+      UserError: The checkpoint has no step.
     """
     return int(_step(path).name)
 
@@ -458,13 +460,13 @@ def last_step(path: str | pathlib.Path) -> int:
 def _step(path: str | pathlib.Path) -> pathlib.Path:
     folder = io.resolved(path)
     if not os.path.isdir(folder):
-        raise UserError(f"{path} is no folder; expected that of a checkpoint")
+        raise UserError(f"{path} is not a folder; give the folder of a checkpoint")
     if _is_step(folder):
         return folder
     steps = _steps(folder)
     if not steps:
         raise UserError(
-            f"{path} holds no checkpoint; expected a folder that anchor-jax wrote, with"
+            f"{path} holds no checkpoint; give a folder that anchor-jax wrote, with"
             " a step such as 0/ in it"
         )
     return steps[-1]

@@ -1,4 +1,4 @@
-"""Codecs that a bundle in one file can name, beside the VAE of ported weights."""
+"""Codecs of bundles in one file; ported weights have the VAE instead."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -10,7 +10,7 @@ from anchor_jax.plugins import Registry
 
 
 class Codec(Protocol):
-    """A streaming codec; frozen and hashable, so that it can be static under jit."""
+    """A streaming codec, frozen and hashable, so that it can be static under jit."""
 
     def init(self, batch: int, height: int, width: int) -> Any:
         """Returns the state after a stream's first latents."""
@@ -34,13 +34,13 @@ class StoredCodec(Codec, Protocol):
 
 
 CODECS: Registry[StoredCodec] = Registry("codecs")
-"""By the name that is in the header of a bundle's file."""
+"""Codecs by their name in the header of a bundle's file."""
 STORED = "linear"
 """Name of the codec that `save_bundle` writes."""
 
 
 def parameters(codec: StoredCodec, channels: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns shape and type of a codec's parameters, by name."""
+    """Returns the shapes and types of a codec's parameters by name."""
     return {
         name: jax.ShapeDtypeStruct(shape, jnp.float32)
         for name, shape in codec.shapes(channels).items()

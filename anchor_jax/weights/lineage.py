@@ -1,4 +1,4 @@
-"""The file that marks a training's folder, and names the weights it began with."""
+"""The file that marks a training's folder and names its initial weights."""
 
 import contextlib
 import os
@@ -13,28 +13,28 @@ RUN = "run.json"
 
 
 def write_run(folder: pathlib.Path, base: str) -> None:
-    """Marks a folder as a training's.
+    """Marks a folder as that of a training.
 
     Args:
-      folder: in which its checkpoints are.
-      base: the weights that it began with, as for `load_bundle`; a name that begins
-        with "./" is relative to the folder.
+      folder: folder of its checkpoints.
+      base: its initial weights, as for `load_bundle`. A name that begins with "./" is
+        relative to the folder.
     """
     write_json(folder / RUN, {"format_version": FORMAT_VERSION, "base": base})
 
 
 def run_folder(folder: pathlib.Path) -> pathlib.Path | None:
-    """Returns the training that weights are of: its folder, or a step in it."""
+    """Returns the folder of the training that a folder or a step belongs to."""
     folder = folder.absolute()
     places = [folder, folder.parent] if folder.name.isdecimal() else [folder]
     return next((one for one in places if os.path.isfile(one / RUN)), None)
 
 
 def run_base(folder: pathlib.Path) -> str:
-    """Returns the name of the weights that a training began with.
+    """Returns the name of a training's initial weights.
 
     Raises:
-      UserError: The folder does not say it, or leads back to itself.
+      UserError: The folder does not name them, or the names form a circle.
     """
     _check_bases(folder)
     return _read_run(folder)
@@ -42,7 +42,7 @@ def run_base(folder: pathlib.Path) -> str:
 
 def _read_run(folder: pathlib.Path) -> str:
     path = folder / RUN
-    remedy = "start its training once more: the same command writes the file again"
+    remedy = "rerun its training command, which writes the file again"
     try:
         run = read_json(path, remedy=remedy)
     except FileNotFoundError as error:
@@ -58,14 +58,14 @@ def _read_run(folder: pathlib.Path) -> str:
 
 
 def _is_path(text: str) -> bool:
-    """Returns whether a text can be a path: not empty, no zero, no half character."""
+    """Returns whether a string can be a path: not empty, no zero, valid text."""
     with contextlib.suppress(UnicodeEncodeError):
         return bool(text.encode()) and "\0" not in text
     return False
 
 
 def _check_bases(folder: pathlib.Path) -> None:
-    """Raises if trainings that began with one another lead in a circle."""
+    """Raises UserError if trainings name one another in a circle."""
     seen, run = [], run_folder(folder)
     while run is not None:
         run = run.resolve()

@@ -1,6 +1,6 @@
-"""Loads weights by their name, whatever they are kept in.
+"""Loads weights by name from every kind of storage.
 
-Orbax takes long to import, so what needs it is imported where there is a checkpoint.
+Orbax takes long to import, so it is imported only for checkpoints.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from anchor_jax.weights.single_file import load_saved
 def load_bundle(
     weights: str,
     *,
-    grid: LatentGrid | None = None,
+    grid: LatentGrid | str | None = None,
     dtype: str | None = None,
     text_encoder: str = "device",
     mesh: Mesh | None = None,
@@ -31,26 +31,29 @@ def load_bundle(
     param_dtype: str | None = None,
     network: str = "generator",
 ) -> Bundle:
-    """Returns the bundle named `tiny`, a saved one, or one of ported weights.
+    """Returns the bundle `tiny`, a saved bundle, or one of ported or trained weights.
 
     Args:
       weights: `tiny`, the path that `save_bundle` wrote to, the folder of a
         checkpoint with ported weights, or that of a training; of a training,
         `FOLDER/400` takes the checkpoint of step 400, not the last one.
-      grid: latent size of the videos; None: as stored, and 60 x 104 for ported ones.
-      dtype: of weights and activations; None: as stored, and bfloat16 for ported ones.
+      grid: latent size of the videos, or their `HEIGHTxWIDTH` in pixels; None: as
+        stored, and the default of their family for ported ones.
+      dtype: type of weights and activations. Default: as stored, and bfloat16 for
+        ported ones.
       text_encoder: "device" keeps it on the device, "free" only while there are new
         prompts, and "sharded" splits it over all devices.
-      mesh: splits the generator; None: all is on the default device.
-      lora: "separate" keeps low-rank updates beside the weights they change, "merged"
-        adds them, "none" leaves them out.
-      param_dtype: of the generator's weights, where it is not that of activations.
-      network: "generator", or "critic" for the one that was distilled or ported with
-        it, in the generator's place; where there is none it is the generator.
+      mesh: mesh that the generator is split over. None uses the default device.
+      lora: "separate" keeps low-rank updates beside their weights, "merged" adds them
+        to the weights, and "none" leaves them out.
+      param_dtype: type of the generator's weights, if it differs from that of
+        activations.
+      network: "generator", or "critic" to load the critic of the same training or
+        checkpoint in the generator's place. Without a critic it is the generator.
 
     Raises:
-      UserError: A file is missing or broken, or its tensors are not those of the
-        sizes that it states; or an argument is none of its choices.
+      UserError: A file is missing or damaged, its tensors do not fit its stated sizes,
+        or an argument is not one of its choices.
     """
     options = Options(grid, dtype, text_encoder, mesh, lora, param_dtype, network)
     return _load(weights, options)
@@ -72,7 +75,7 @@ def _load(weights: str, options: Options) -> Bundle:
 
 
 def _watched(weights: str, bundle: Bundle) -> Bundle:
-    """Returns the bundle such that loading weights that are not finite is refused."""
+    """Returns the bundle, which then refuses to load weights that are not finite."""
 
     def watched(network: str, load: Callable[[], Any]) -> Callable[[], Any]:
         def checked():
@@ -94,16 +97,14 @@ def _watched(weights: str, bundle: Bundle) -> Bundle:
 
 
 def _remedy(weights: str) -> str:
-    """Says what to do about weights that are not finite."""
+    """Returns the remedy for weights that are not finite."""
     run = run_folder(expand(weights))
     if run is None:
-        return "take an undamaged copy; float16 cannot hold values above 65504"
+        return "use an undamaged copy; float16 cannot hold values above 65504"
     from anchor_jax.weights import checkpoint
 
     kept = ", ".join(str(run / str(step)) for step in checkpoint.steps(run))
-    return (
-        f"the training diverged; take a checkpoint before that: {kept or 'none kept'}"
-    )
+    return f"the training diverged; use an earlier checkpoint: {kept or 'none exists'}"
 
 
 def _is_checkpoint(folder: pathlib.Path) -> bool:

@@ -1,4 +1,4 @@
-"""How weights are asked for."""
+"""The options of loading weights."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -21,9 +21,9 @@ NETWORKS = ("generator", "critic")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How `load_bundle` was asked to load."""
+    """The options of `load_bundle`."""
 
-    grid: LatentGrid | None
+    grid: LatentGrid | str | None
     dtype: str | None
     text_encoder: str
     mesh: Mesh | None
@@ -49,18 +49,18 @@ class Options:
 
     @property
     def text_mesh(self) -> Mesh | None:
-        """The mesh that the text encoder is split over; None: it is not split."""
+        """The mesh that the text encoder is split over, or None."""
         if self.text_encoder != "sharded":
             return None
         return self.mesh or sharding.make_mesh()
 
     def item(self, present: Sequence[str]) -> str:
-        """Returns the item of a checkpoint that holds the asked-for network."""
+        """Returns the item of a checkpoint that holds the requested network."""
         is_critic = self.network == "critic" and "fake_score" in present
         return "fake_score" if is_critic else "generator"
 
     def encoder(self, text: TextConfig, tokenizer: Tokenizer, load) -> PromptEncoder:
-        """Returns the encoder whose parameters `load` puts onto `text_mesh`."""
+        """Returns the encoder whose parameters `load` places on `text_mesh`."""
         place = None
         if self.mesh is not None:
             place = NamedSharding(self.mesh, PartitionSpec())
@@ -69,13 +69,13 @@ class Options:
         return PromptEncoder(text, tokenizer, load, self.text_encoder == "free", place)
 
     def typed(self, config):
-        """Returns a network's config with the asked-for type of numbers."""
+        """Returns a network's config with the requested type of numbers."""
         if self.dtype is None:
             return config
         return dataclasses.replace(config, dtype=self.dtype, param_dtype=self.dtype)
 
     def mastered(self, model: ModelConfig) -> ModelConfig:
-        """Returns the generator's config with the asked-for type of its weights."""
+        """Returns the generator's config with the requested type of weights."""
         if self.param_dtype is None:
             return model
         return dataclasses.replace(model, param_dtype=self.param_dtype)
@@ -84,11 +84,13 @@ class Options:
         """Returns the latent size of the videos.
 
         Raises:
-          UserError: The patch does not divide it.
+          UserError: The patch does not divide it, or the size in pixels is none.
         """
         grid = self.grid or default
+        if isinstance(grid, str):
+            grid = model.family.parse_size(grid)
         try:
-            grid.tokens(model.patch)
+            grid.tokens(model.patch, model.family.strides)
         except ValueError as error:
             raise UserError(f"grid: {error}") from error
         return grid

@@ -1,4 +1,4 @@
-"""A bundle in the checkpoint that published weights were ported to."""
+"""The bundle in a checkpoint of ported weights."""
 
 import dataclasses
 import hashlib
@@ -8,19 +8,17 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from flax import traverse_util
 from jax.sharding import Mesh
 
-from anchor_jax import sharding
+from anchor_jax import sharding, trees
 from anchor_jax.config import from_config
-from anchor_jax.errors import UserError, reason, shown
+from anchor_jax.errors import UserError, reason, shown, suggest
 from anchor_jax.limits import check_sizes
-from anchor_jax.wan.spec import LatentGrid, ModelConfig
+from anchor_jax.wan import shapes
+from anchor_jax.wan.spec import FAMILIES, WAN_2_1, ModelConfig
 from anchor_jax.wan.text import TextConfig
 from anchor_jax.wan.tokenizer import Tokenizer, load_tokenizer
-from anchor_jax.wan.vae import VaeCodec, VaeConfig, WanVae
+from anchor_jax.wan.vae import VaeCodec, VaeConfig
 from anchor_jax.weights import checkpoint
 from anchor_jax.weights.bundle import Bundle
 from anchor_jax.weights.options import Options
@@ -29,7 +27,6 @@ from anchor_jax.weights.tensors import (
     check_vocab,
     damaged_weights,
     expected_lora,
-    expected_tensors,
     merge_lora,
 )
 
@@ -38,7 +35,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 @dataclasses.dataclass(frozen=True)
 class _Ported:
-    """What the item `meta` of ported weights says about them."""
+    """The content of the item `meta` of ported weights."""
 
     model: ModelConfig
     text: TextConfig
@@ -53,17 +50,17 @@ def load_ported(folder: pathlib.Path, options: Options) -> Bundle:
     with damaged_weights(folder):
         ported = _read_ported(meta, options.dtype or "bfloat16")
         _check_ported(ported)
+        if "family" in meta:
+            _check_strides(ported)
     model, text = options.mastered(ported.model), ported.text
     expected = _expected_ported(folder, ported)
     network = options.item(checkpoint.items(folder))
     if network == "fake_score":
         expected[network] = {"params": expected["generator"]["params"]}
     for item in expected:
-        stored = traverse_util.flatten_dict(checkpoint.shapes(folder, item), sep="/")
+        stored = trees.flatten(checkpoint.shapes(folder, item))
         with damaged_weights(folder):
-            check_tensors(
-                item, stored, traverse_util.flatten_dict(expected[item], sep="/")
-            )
+            check_tensors(item, stored, trees.flatten(expected[item]))
     tokenizer = _ported_tokenizer(folder, text)
 
     def load(item: str, rules, mesh: Mesh | None):
@@ -75,7 +72,7 @@ def load_ported(folder: pathlib.Path, options: Options) -> Bundle:
     return Bundle(
         model=model,
         text=text,
-        grid=options.fitting_grid(model, LatentGrid()),
+        grid=options.fitting_grid(model, model.family.default_grid),
         codec=VaeCodec(ported.vae),
         tokenizer=tokenizer,
         encode_prompts=options.encoder(
@@ -93,11 +90,11 @@ def load_ported(folder: pathlib.Path, options: Options) -> Bundle:
 
 
 def _check_items(folder: pathlib.Path, present: Sequence[str]) -> None:
-    """Raises unless there is every network that a bundle needs."""
+    """Raises UserError unless every network of a bundle exists."""
     for item in ("generator", "text_encoder", "vae"):
         if item not in present:
             raise UserError(
-                f"{folder} has no {item}, it has {', '.join(present)}; port all parts"
+                f"{folder} has no {item}, only {', '.join(present)}; port all parts"
                 " at once into a new folder, with anchor-jax port --wan=FOLDER"
                 " [--generator=FILE --lora=FILE --method=METHOD] --out=NEW; FOLDER is"
                 " one of the published Wan2.1 files"
@@ -109,27 +106,36 @@ def _read_ported(meta: Mapping[str, Any], dtype: str) -> _Ported:
         section = meta.get(name)
         if not isinstance(section, Mapping):
             raise UserError(
-                f"meta.{name} is {shown(section)}, expected an object of sizes"
+                f"meta.{name} is {shown(section)}, which must be an object of sizes"
             )
         types = {"dtype": dtype, "param_dtype": dtype}
         whole = dataclasses.asdict(kind()) | dict(section) | types
         return from_config(kind, whole, f"meta.{name}")
 
     return _Ported(
-        read(ModelConfig, "model"),
+        read(_model_kind(meta), "model"),
         read(TextConfig, "text"),
         read(VaeConfig, "vae"),
         _source_digest(meta.get("sources")),
     )
 
 
-def _source_digest(sources: Any) -> str:
-    """Returns SHA-256 over those of the files that were ported, whatever their names.
+def _model_kind(meta: Mapping[str, Any]) -> type[ModelConfig]:
+    """Returns the class of the generator's sizes; no family is Wan2.1."""
+    name = meta.get("family", WAN_2_1.name)
+    if name not in FAMILIES:
+        known = suggest(str(name), FAMILIES, "families")
+        raise UserError(f"meta.family={shown(name)}{known}")
+    return FAMILIES[name]
 
-    What was taken from a file and how it was scaled are part of it.
+
+def _source_digest(sources: Any) -> str:
+    """Returns a SHA-256 of the ported files' SHA-256, independent of their names.
+
+    It includes the entry that was taken from a file, and the scale.
     """
     if not isinstance(sources, list) or not sources:
-        raise UserError("meta.sources is missing, expected the files that were ported")
+        raise UserError("meta.sources is missing; it must list the ported files")
     parts = []
     for number, source in enumerate(sources):
         try:
@@ -140,14 +146,14 @@ def _source_digest(sources: Any) -> str:
             raise UserError(f"meta.sources, entry {number}: {reason(error)}") from error
         for one in hashes:
             if not isinstance(one, str) or not _DIGEST.fullmatch(one):
-                raise UserError(f"meta.sources: {shown(one)} is no SHA-256")
+                raise UserError(f"meta.sources: {shown(one)} is not a SHA-256")
         parts.append([*taken, sorted(hashes)])
     ordered = sorted(json.dumps(part) for part in parts)
     return hashlib.sha256("\n".join(ordered).encode()).hexdigest()
 
 
 def _check_ported(ported: _Ported) -> None:
-    """Raises unless the sizes are ones that networks can have, and fit together."""
+    """Raises UserError unless the sizes are possible and fit together."""
     model, text, vae = ported.model, ported.text, ported.vae
     for name in ("model", "text", "vae"):
         check_sizes(f"meta.{name}", getattr(ported, name))
@@ -157,37 +163,41 @@ def _check_ported(ported: _Ported) -> None:
         ("vae.z_dim", vae.z_dim, model.latent_channels),
     ):
         if value != wanted:
-            raise UserError(f"meta.{name}={value}, expected {wanted} as the model")
+            raise UserError(f"meta.{name}={value}, but the model has {wanted}")
+
+
+def _check_strides(ported: _Ported) -> None:
+    """Raises UserError unless the VAE has the strides of the stated family."""
+    family, strides = ported.model.family, ported.vae.strides
+    if strides != family.strides:
+        raise UserError(
+            f"meta.vae has strides {strides}, expected {family.strides} of the family"
+            f" {family.name}"
+        )
 
 
 def _expected_ported(folder: pathlib.Path, ported: _Ported) -> dict[str, Any]:
-    """Returns the shapes of every item, by its name."""
+    """Returns the shapes of every item by name."""
     stored = checkpoint.shapes(folder, "generator")
-    frame = 2 ** len(ported.vae.temporal_downsample)
-    pixels = jax.ShapeDtypeStruct((1, 1, frame, frame, 3), jnp.float32)
     with damaged_weights(folder):
-        tensors = traverse_util.unflatten_dict(
-            expected_tensors(ported.model, ported.text, None), sep="/"
-        )
-        init = WanVae(ported.vae).init
-        codec = jax.eval_shape(init, jax.random.key(0), pixels)["params"]
-        generator = {"params": tensors["generator"]}
+        text, codec = shapes.of(ported.text), shapes.of(ported.vae)
+        generator = {"params": shapes.of(ported.model)}
         if "lora" in stored:
             generator["lora"] = expected_lora(generator["params"], stored["lora"])
-    return {"generator": generator, "text_encoder": tensors["text"], "vae": codec}
+    return {"generator": generator, "text_encoder": text, "vae": codec}
 
 
 def _load_network(folder: pathlib.Path, item: str, expected, options: Options):
-    """Returns a network's collections, its low-rank updates as asked for."""
+    """Returns a network's collections, with low-rank updates as requested."""
     expected = expected[item]
     places, dtype = None, options.param_dtype or options.dtype or "bfloat16"
     if options.mesh is not None:
         tables = {"params": sharding.GENERATOR, "lora": sharding.LORA}
         places = {
-            name: sharding.shardings(shapes, tables[name], options.mesh)
-            for name, shapes in expected.items()
+            name: sharding.shardings(tree, tables[name], options.mesh)
+            for name, tree in expected.items()
         }
-    # Merged before they are rounded, where they are stored wider.
+    # Merged before rounding if the stored type is wider.
     merges = options.lora == "merged" and "lora" in expected
     kept = None if merges else {"params": dtype}
     variables = checkpoint.restore(folder, item, kept, places)
@@ -201,7 +211,7 @@ def _load_network(folder: pathlib.Path, item: str, expected, options: Options):
 
 
 def _ported_tokenizer(folder: pathlib.Path, text: TextConfig) -> Tokenizer:
-    """Returns the tokenizer that was ported, whose ids the text encoder all knows."""
+    """Returns the ported tokenizer, checked against the text encoder's vocabulary."""
     names = ("tokenizer.json", "spiece.model")
     found = [name for name in names if (folder / "tokenizer" / name).exists()]
     for name in found:
@@ -209,11 +219,10 @@ def _ported_tokenizer(folder: pathlib.Path, text: TextConfig) -> Tokenizer:
     place = folder / "tokenizer"
     try:
         tokenizer = load_tokenizer(place, text.text_len)
-    # The package `tokenizers` raises plain exceptions for files it cannot read.
+    # The package `tokenizers` raises plain exceptions for unreadable files.
     except Exception as error:
         raise UserError(
-            f"{place} holds no tokenizer that can be used: {error}; port the weights"
-            " again"
+            f"{place} holds no usable tokenizer: {error}; port the weights again"
         ) from error
     check_vocab(place, tokenizer, text)
     return tokenizer

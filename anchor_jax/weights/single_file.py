@@ -1,4 +1,4 @@
-"""A bundle in one safetensors file, beside that of its tokenizer."""
+"""A bundle in one safetensors file with a tokenizer file beside it."""
 
 import dataclasses
 import errno
@@ -16,10 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
-from flax import traverse_util
 from jax.sharding import Mesh
 
-from anchor_jax import sharding
+from anchor_jax import sharding, trees
 from anchor_jax.config import from_config
 from anchor_jax.errors import UserError, shown, suggest
 from anchor_jax.filetypes import check_start
@@ -41,12 +40,12 @@ from anchor_jax.weights.tensors import (
 FORMAT_VERSION = 1
 TINY_TEXT = TextConfig(
     vocab=64,
-    dim=64,
+    dim=TINY.text_dim,
     attention_dim=64,
     ffn_dim=128,
     num_heads=4,
     num_layers=2,
-    text_len=16,
+    text_len=TINY.text_len,
     dtype="float32",
 )
 TINY_GRID = LatentGrid(8, 8)
@@ -56,7 +55,7 @@ _HEADER = "anchor_jax"
 
 @dataclasses.dataclass(frozen=True)
 class _Header:
-    """What the weights' file says about itself."""
+    """The header of the weights' file."""
 
     format_version: int
     model: ModelConfig
@@ -75,8 +74,8 @@ def load_saved(weights: str, options: Options) -> Bundle:
     header = _header(model_file)
     if header.tokenizer != hashlib.sha256(pieces).hexdigest():
         raise UserError(
-            f"{tokenizer_file} is not the tokenizer that {model_file} was saved with;"
-            " take both files from the same place"
+            f"{tokenizer_file} is not the tokenizer of {model_file}; use two files that"
+            " were saved together"
         )
     codec = CODECS[header.codec]
     tokenizer = _tokenizer(tokenizer_file, pieces, header.text)
@@ -92,7 +91,7 @@ def load_saved(weights: str, options: Options) -> Bundle:
         leaves = {
             name: jnp.asarray(stored[name], expected[name].dtype) for name in names
         }
-        params = traverse_util.unflatten_dict(leaves, sep="/")[part]
+        params = trees.unflatten(leaves)[part]
         if mesh is None:
             return params
         return jax.device_put(params, sharding.shardings(params, rules, mesh))
@@ -127,21 +126,21 @@ def save_bundle(
     text: TextConfig = TINY_TEXT,
     grid: LatentGrid = TINY_GRID,
 ) -> None:
-    """Writes a bundle as float16; each file appears under its name when whole.
+    """Writes a bundle as float16; each file appears under its name when complete.
 
     Args:
       params: `generator`, `text` and `codec`, nested dicts of arrays.
       tokenizer: a SentencePiece model.
-      path: `NAME.safetensors`, beside which `NAME.model` is written, or a folder that
-        gets `model.safetensors` and `tokenizer.model`.
-      metadata: stored as JSON: how the weights were trained, sampler defaults.
+      path: `NAME.safetensors`, with `NAME.model` beside it, or a folder for
+        `model.safetensors` and `tokenizer.model`.
+      metadata: values stored as JSON: settings of the training, sampler defaults.
       model: sizes of the generator.
       text: sizes of the text encoder.
       grid: latent size of the videos.
 
     Raises:
-      UserError: The tensors are not those of the sizes, one of them overflows, or the
-        files cannot be written.
+      UserError: The tensors do not fit the sizes, a value overflows, or the files
+        cannot be written.
     """
     model_file, tokenizer_file = _files_in(pathlib.Path(path))
     header = {
@@ -153,7 +152,7 @@ def save_bundle(
         "tokenizer": hashlib.sha256(tokenizer).hexdigest(),
         "metadata": dict(metadata),
     }
-    flat = traverse_util.flatten_dict(params, sep="/")
+    flat = trees.flatten(params)
     check_tensors(model_file, flat, expected_tensors(model, text, CODECS[STORED]))
     halves = {name: _half(name, value) for name, value in sorted(flat.items())}
     content = safetensors.numpy.save(halves, {_HEADER: json.dumps(header)})
@@ -164,19 +163,19 @@ def save_bundle(
 
 
 def save_loaded(bundle: Bundle, path: str | pathlib.Path) -> None:
-    """Writes what was loaded, for instance of a training, by `save_bundle`.
+    """Writes a loaded bundle, such as that of a training, with `save_bundle`.
 
     Args:
-      bundle: with the linear codec; low-rank updates are merged.
+      bundle: bundle with the linear codec. Low-rank updates are merged.
       path: as for `save_bundle`.
 
     Raises:
-      UserError: The bundle is not of the kind that has this layout.
+      UserError: The bundle's kind does not have this layout.
     """
     if not bundle.codec == CODECS[STORED]:
         raise UserError(
-            "layout=bundle holds models with the linear codec only, such as the tiny"
-            f" one; got {type(bundle.codec).__name__}: choose layout wan or diffusers"
+            "layout=bundle supports only models with the linear codec, such as the tiny"
+            f" model; got {type(bundle.codec).__name__}: choose layout wan or diffusers"
         )
     params = {
         "generator": bundle.variables["params"],
@@ -189,7 +188,7 @@ def save_loaded(bundle: Bundle, path: str | pathlib.Path) -> None:
 
 
 def _without_places(value: Any) -> Any:
-    """Returns metadata in which paths are cut to their last part: it is given away."""
+    """Returns metadata for publication, with only the last part of paths."""
     if isinstance(value, Mapping):
         return {name: _without_places(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
@@ -199,7 +198,7 @@ def _without_places(value: Any) -> Any:
 
 
 def _files(weights: str) -> tuple[pathlib.Path, pathlib.Path]:
-    """Returns the files of a bundle's name or path."""
+    """Returns the files of a bundle by name or path."""
     if weights == "tiny":
         assets = pathlib.Path(str(importlib.resources.files("anchor_jax"))) / "assets"
         return _files_in(assets / "tiny.safetensors")
@@ -216,23 +215,23 @@ def _read(path: pathlib.Path, weights: str) -> bytes:
     name = shown(weights, 200)
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            raise OSError(errno.EINVAL, "it is no regular file")
+            raise OSError(errno.EINVAL, "it is not a regular file")
         check_start(path)
         return path.read_bytes()
     except OSError as error:
         if not os.path.exists(expand(weights)):
             raise UserError(
-                f"weights={name}: there is no such folder; run the stage that"
-                " writes it, or give the folder of a training, of anchor-jax port or of"
-                " anchor-jax export, or 'tiny'"
+                f"weights={name}: no such folder; run the stage that writes it, or give"
+                " a folder of a training, of anchor-jax port or of anchor-jax export,"
+                " or 'tiny'"
             ) from error
         if not os.path.exists(path) and any(path.parent.iterdir()):
             raise UserError(
-                f"weights={name} holds no {path.name}, nor a checkpoint; published"
-                " weights are first ported: anchor-jax port --help"
+                f"weights={name} holds neither {path.name} nor a checkpoint; published"
+                " weights must be ported first: anchor-jax port --help"
             ) from error
         raise UserError(
-            f"weights={name}: {path} cannot be read ({error.strerror}); expected"
+            f"weights={name}: {path} cannot be read ({error.strerror}); give"
             " 'tiny', the folder of a training, one that anchor-jax port wrote, or a"
             " bundle of anchor-jax export with model.safetensors and tokenizer.model"
         ) from error
@@ -245,11 +244,11 @@ def _header(path: pathlib.Path) -> _Header:
             stored = opened.metadata() or {}
     except safetensors.SafetensorError as error:
         raise UserError(
-            f"{path} is not a whole safetensors file ({error}); copy it again"
+            f"{path} is not a complete safetensors file ({error}); copy it again"
         ) from error
     if _HEADER not in stored:
         raise UserError(
-            f"{path} has no {_HEADER!r} in its header, so it is no bundle; write it"
+            f"{path} has no {_HEADER!r} in its header, so it is not a bundle; write it"
             " with anchor_jax.bundle.save_bundle"
         )
     with damaged_weights(path):
@@ -275,17 +274,17 @@ def _check_header(header: _Header) -> None:
         check_sizes(name, getattr(header, name))
     model, text = header.model, header.text
     if text.dim != model.text_dim:
-        raise UserError(f"text.dim={text.dim}, expected {model.text_dim} as the model")
+        raise UserError(f"text.dim={text.dim}, but the model has {model.text_dim}")
     header.grid.tokens(model.patch)
 
 
 def _tokenizer(path: pathlib.Path, pieces: bytes, text: TextConfig):
-    """Returns the tokenizer, whose ids the text encoder all knows."""
+    """Returns the tokenizer, checked against the text encoder's vocabulary."""
     try:
         tokenizer = SentencePieceTokenizer(pieces, text.text_len)
     except (RuntimeError, TypeError, ValueError) as error:
         raise UserError(
-            f"{path} is no tokenizer that can be used: {error}; expected a"
+            f"{path} is not a usable tokenizer: {error}; it must be a"
             " SentencePiece model; copy it again"
         ) from error
     check_vocab(path, tokenizer, text)
@@ -294,7 +293,7 @@ def _tokenizer(path: pathlib.Path, pieces: bytes, text: TextConfig):
 
 def _half(name: str, value) -> np.ndarray:
     with np.errstate(over="ignore"):
-        # The format takes a buffer as it lies: a transposed view would be garbled.
+        # The format writes a buffer in memory order: a transposed view would be wrong.
         half = np.ascontiguousarray(np.asarray(value), np.float16)
     if not np.isfinite(half).all():
         raise UserError(f"{name} does not fit into float16; its training diverged")

@@ -1,4 +1,4 @@
-"""The tensors that weights have by their sizes, and their low-rank updates."""
+"""The tensors of weights of given sizes, and their low-rank updates."""
 
 import functools
 import pathlib
@@ -9,44 +9,42 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from anchor_jax import trees
 from anchor_jax.errors import UserError, damaged, shown, some
-from anchor_jax.wan import dit, lora
+from anchor_jax.wan import lora, shapes
 from anchor_jax.wan.spec import ModelConfig
-from anchor_jax.wan.text import TextConfig, Umt5Encoder
+from anchor_jax.wan.text import TextConfig
 from anchor_jax.weights import codecs
 from anchor_jax.weights.codecs import StoredCodec
 
 damaged_weights = functools.partial(
     damaged,
-    remedy="copy it again, or write it again as it was written",
-    fault="is no bundle that can be used",
+    remedy="copy it again, or write it again",
+    fault="is not a usable bundle",
     wraps=True,
 )
-"""Turns what is wrong with weights into one message that names their place."""
+"""Turns errors in weights into one message that names their place."""
 
 
 def expected_tensors(
     model: ModelConfig, text: TextConfig, codec: StoredCodec | None
 ) -> dict[str, Any]:
     """Returns shape and type of every tensor, by name, without making any."""
-    key = jax.random.key(0)
-    ids = jax.ShapeDtypeStruct((1, text.text_len), jnp.int32)
-    encoder = jax.eval_shape(Umt5Encoder(text).init, key, ids, ids)
     tree = {
-        "generator": jax.eval_shape(functools.partial(dit.init_params, model), key),
-        "text": encoder["params"],
+        "generator": shapes.of(model),
+        "text": shapes.of(text),
         "codec": codecs.parameters(codec, model.latent_channels) if codec else {},
     }
-    return traverse_util.flatten_dict(tree, sep="/")
+    return trees.flatten(tree)
 
 
 def expected_lora(params, stored) -> dict[str, Any]:
-    """Returns the shapes of updates of the stored rank, for layers that have one."""
+    """Returns the shapes of updates of the stored rank, for layers that have them."""
     flat = traverse_util.flatten_dict(stored)
     ranks = {leaf.shape[-1] for path, leaf in flat.items() if path[-1] == "a"}
     if len(ranks) != 1:
         raise UserError(
-            f"lora: the updates have the ranks {sorted(ranks)}, expected one"
+            f"lora: the updates have the ranks {sorted(ranks)}, but must have one"
         )
     init = functools.partial(lora.init, rank=ranks.pop(), rng=jax.random.key(0))
     every = traverse_util.flatten_dict(jax.eval_shape(init, params))
@@ -57,7 +55,7 @@ def expected_lora(params, stored) -> dict[str, Any]:
 
 
 def check_tensors(path, stored: Mapping[str, Any], expected: Mapping[str, Any]):
-    """Raises unless there is every tensor, of its shape, and no other."""
+    """Raises UserError unless the tensors are the expected ones, with their shapes."""
     wrong = [f"missing {name}" for name in expected if name not in stored]
     wrong += [
         f"unexpected {shown(name)[1:-1]}" for name in stored if name not in expected
@@ -74,22 +72,22 @@ def check_tensors(path, stored: Mapping[str, Any], expected: Mapping[str, Any]):
     ]
     if wrong:
         raise UserError(
-            f"{path}: the tensors are not those of its sizes: {'; '.join(some(wrong))};"
-            " save the weights together with the sizes that they have"
+            f"{path}: the tensors do not fit its sizes: {'; '.join(some(wrong))};"
+            " save the weights together with their sizes"
         )
 
 
 def check_vocab(path: pathlib.Path, tokenizer, text: TextConfig) -> None:
-    """Raises unless the text encoder knows every id of the tokenizer."""
+    """Raises UserError unless the text encoder has every id of the tokenizer."""
     if tokenizer.vocab > text.vocab:
         raise UserError(
-            f"{path} has {tokenizer.vocab} pieces, expected at most the"
-            f" {text.vocab} of the text encoder; take both files from the same place"
+            f"{path} has {tokenizer.vocab} pieces, more than the"
+            f" {text.vocab} of the text encoder; use two files that were saved together"
         )
 
 
 def merge_lora(params, adapters, dtype: str):
-    """Returns the parameters plus their low-rank updates, a layer's kind at a time."""
+    """Returns the parameters plus their low-rank updates, by kind of layer."""
     leaves, updates = map(traverse_util.flatten_dict, (params, adapters))
     del params, adapters
     for path in list(leaves):
@@ -97,7 +95,6 @@ def merge_lora(params, adapters, dtype: str):
         one = {path[-1]: leaves.pop(path)}
         if path[-1] == "kernel" and names[0] in updates:
             update = {name[-1]: updates.pop(name) for name in names}
-            wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (one, update))
-            one = lora.merge(*wide)
+            one = lora.merge(*trees.cast((one, update), jnp.float32))
         leaves[path] = one[path[-1]].astype(dtype)
     return traverse_util.unflatten_dict(leaves)

@@ -1,20 +1,17 @@
-"""The bundle of a training: the one that it began with, its own weights in place."""
+"""The bundle of a training: its initial bundle with the trained weights."""
 
 import dataclasses
-import functools
 import hashlib
 import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-from flax import traverse_util
-
+from anchor_jax import trees
 from anchor_jax.config import from_config
 from anchor_jax.errors import UserError
 from anchor_jax.limits import check_sizes
-from anchor_jax.wan import dit
+from anchor_jax.wan import shapes
 from anchor_jax.wan.spec import ModelConfig
 from anchor_jax.weights import checkpoint
 from anchor_jax.weights.bundle import Bundle
@@ -28,18 +25,18 @@ from anchor_jax.weights.tensors import (
 )
 
 CRITIC = "critic"
-"""Of a training's checkpoint: where `meta` has the sizes of its critic."""
+"""Key of the critic's sizes in the `meta` of a training's checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What was found of a training.
+    """The files of a training that are loaded.
 
     Attributes:
-      folder: its own, or that of a step in it.
-      options: how it was asked for.
-      base: name of the weights that it began with.
-      item: of the checkpoint, that holds the asked-for network.
+      folder: folder of the training, or of a step in it.
+      options: the requested options.
+      base: name of its initial weights.
+      item: item of the checkpoint that holds the requested network.
       stored: shapes of the item's collections.
     """
 
@@ -50,13 +47,13 @@ class Trained:
     stored: Mapping[str, Any]
 
     def base_options(self) -> Options:
-        """Returns how the weights that it began with are to be loaded."""
-        # A training goes on with the updates that it finds: they hold these.
+        """Returns the options for loading its initial weights."""
+        # A training continues the updates that it finds, so its own contain them.
         lora = "none" if "lora" in self.stored else self.options.lora
         return dataclasses.replace(self.options, network="generator", lora=lora)
 
     def onto(self, base: Bundle) -> Bundle:
-        """Returns the bundle that the training began with, its weights in place."""
+        """Returns the training's initial bundle with the trained weights."""
         folder, item, options = self.folder, self.item, self.options
         if item == "fake_score":
             base = dataclasses.replace(base, model=_critic_model(folder, base.model))
@@ -72,10 +69,10 @@ class Trained:
 
 
 def find_trained(folder: pathlib.Path, options: Options) -> Trained:
-    """Returns what there is of a training, or raises if that cannot be loaded.
+    """Returns the files of a training. Raises UserError if they cannot be loaded.
 
-    Of the last checkpoint, or of the step that the folder is. The mean of the
-    generator is taken where there is one.
+    They are those of the last checkpoint, or of the folder's step. The running mean of
+    the generator is preferred.
     """
     name = run_base(run_folder(folder))
     if not checkpoint.is_checkpoint(folder):
@@ -87,52 +84,51 @@ def find_trained(folder: pathlib.Path, options: Options) -> Trained:
     stored = checkpoint.shapes(folder, item)
     if item == "fake_score" and "lora" in stored:
         raise UserError(
-            f"{folder} holds updates of a critic, not the whole of it; begin with the"
-            " weights that its own config.critic or config.teacher names, or go on with"
+            f"{folder} holds only updates of a critic; start from the"
+            " weights that its own config.critic or config.teacher names, or resume"
             " that training"
         )
     return Trained(folder, options, name, item, stored)
 
 
 def _critic_model(folder: pathlib.Path, generator: ModelConfig) -> ModelConfig:
-    """Returns the sizes of a distillation's critic, which may be those of a teacher."""
+    """Returns the sizes of a distillation's critic, which may be a teacher's."""
     sizes = checkpoint.read_meta(folder).get(CRITIC, {})
     types = {name: getattr(generator, name) for name in ("dtype", "param_dtype")}
     with damaged_weights(folder):
         whole = dataclasses.asdict(generator) | dict(sizes) | types
-        model = from_config(ModelConfig, whole, f"meta.{CRITIC}")
+        model = from_config(type(generator), whole, f"meta.{CRITIC}")
         check_sizes(f"meta.{CRITIC}", model)
     return model
 
 
 def _why_not(folder: pathlib.Path, base: str) -> str:
-    """Says why there are no weights of a training, or of a step of it."""
+    """Returns the reason why a training or a step has no weights."""
     run = run_folder(folder)
     kept = ", ".join(map(str, checkpoint.steps(run)))
     if kept:
         return (
             f"{run} has no checkpoint of step {folder.name}, only of {kept}; trainings"
-            " that begin with a step need it later too: keep more with config.keep"
+            " that start from a step need it later too: retain more with config.keep"
         )
     return (
-        f"{folder} is a training without a checkpoint yet; wait for its first, or use"
-        f" the weights that it began with: {base}"
+        f"{folder} is a training that has no checkpoint yet; wait for its first, or use"
+        f" its initial weights: {base}"
     )
 
 
 def _with_variables(folder, item: str, stored, base: Bundle, options: Options):
     """Returns the bundle with the collections of a training's checkpoint."""
-    init = functools.partial(dit.init_params, base.model)
-    shapes = jax.eval_shape(init, jax.random.key(0))
+    params = shapes.of(base.model)
     with damaged_weights(folder):
-        expected = {"params": shapes}
+        expected = {"params": params}
         if "lora" in stored:
-            expected = {"lora": expected_lora(shapes, stored["lora"])}
+            expected = {"lora": expected_lora(params, stored["lora"])}
         found = {name: tree for name, tree in stored.items() if name in expected}
         check_tensors(
             folder / item,
-            traverse_util.flatten_dict(found, sep="/"),
-            traverse_util.flatten_dict(expected, sep="/"),
+            trees.flatten(found),
+            trees.flatten(expected),
         )
     dtype = base.model.param_dtype
 
@@ -142,7 +138,7 @@ def _with_variables(folder, item: str, stored, base: Bundle, options: Options):
         trained = checkpoint.restore(folder, item)
         trained = {name: trained[name] for name in expected}
         if "lora" not in trained:
-            return jax.tree.map(lambda x: x.astype(dtype), trained)
+            return trees.cast(trained, dtype)
         params = base.load_variables()["params"]
         if options.lora == "merged":
             return {"params": merge_lora(params, trained["lora"], dtype)}

@@ -48,7 +48,8 @@ def test_tables_of_the_pages_are_those_of_the_catalog(path):
 
     assert "<!-- anchor-jax policies: " in text
     assert tables.updated(text) == text, (
-        f"make the table anew: anchor-jax policies --update={path.relative_to(ROOT)}"
+        "generate the table again: anchor-jax policies"
+        f" --update={path.relative_to(ROOT)}"
     )
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from anchor_jax.cache import policies
 from anchor_jax.cache.policies import (
     POLICIES,
     Flush,
@@ -20,8 +21,8 @@ from anchor_jax.cache.policies import (
     PeriodicJunction,
     Policy,
     Recache,
+    RecachePass,
     ReleaseJunction,
-    Rerun,
     Restart,
     single_prompt,
 )
@@ -204,8 +205,8 @@ def compiled(policy):
         if isinstance(policy.on_switch, Flush):
             _, index = policy.flush(index)
         if rerun:
-            plan = policy.read_rerun(index, rerun)
-            _, index = policy.write_rerun(index, rerun)
+            plan = policy.read_recache(index, rerun)
+            _, index = policy.write_recache(index, rerun)
         return plan, policy.switched(index, requested, cut)
 
     return block, switch
@@ -217,7 +218,7 @@ def stream(policy, frames, requests=(), cuts=()) -> dict:
     index, made, waiting = policy.init_index(), {}, list(requests)
     for first in range(0, frames, policy.block):
         if waiting and first >= waiting[0]:
-            request, rerun = waiting.pop(0), policy.rerun(first)
+            request, rerun = waiting.pop(0), policy.recache(first)
             plan, index = switch(
                 index, jnp.int32(request), jnp.array(request in cuts), rerun=rerun
             )
@@ -424,7 +425,7 @@ def test_release_leaves_one_block_without_junction_after_an_aligned_switch():
     [
         (8, 9, [*range(9)], [SINK, (3, 8, 3)]),
         (12, 12, [*range(12)], [SINK, (3, 11, 3)]),
-        # Of frames 3 to 14 only the newest 9 are stored, so only they are run.
+        # Only the newest 9 of frames 3 to 14 are stored, so only they are run.
         (15, 15, [*range(6, 15)], [SINK, (6, 14, 6)]),
     ],
 )
@@ -518,10 +519,10 @@ def test_no_position_leaves_the_range_in_10000_frames():
         def block(carry, number):
             index, most = carry
             change = number % 40 == 14
-            again = Rerun(9, sink=False)
-            plan = RELEASE.read_rerun(index, again)
+            again = RecachePass(9, sink=False)
+            plan = RELEASE.read_recache(index, again)
             most = jnp.maximum(most, jnp.where(change, jnp.max(plan.own), 0))
-            _, other = RELEASE.write_rerun(index, again)
+            _, other = RELEASE.write_recache(index, again)
             other = RELEASE.switched(other, index.start, jnp.array(False))
             index = jax.tree.map(lambda a, b: jnp.where(change, a, b), other, index)
             plan = RELEASE.read(index)
@@ -584,18 +585,18 @@ def test_only_held_frames_are_visible(name):
 @pytest.mark.parametrize(
     "policy, rerun",
     [
-        (PAPER, Rerun(9, False)),
-        (PAPER, Rerun(12, True)),
-        (Policy(sink=0, window=9), Rerun(9, False)),
+        (PAPER, RecachePass(9, False)),
+        (PAPER, RecachePass(12, True)),
+        (Policy(sink=0, window=9), RecachePass(9, False)),
         (Policy(block=4, sink=1, window=6), None),
-        (Policy(sink=2, window=6), Rerun(6, True)),
+        (Policy(sink=2, window=6), RecachePass(6, True)),
         (Policy(sink=0, window=3), None),
     ],
 )
 def test_no_slot_is_written_twice_in_a_pass(policy, rerun):
     # A scatter that names a slot twice keeps either value.
     index = policy.init_index().replace(start=jnp.int32(60))
-    plan, done = policy.write_rerun(index, rerun) if rerun else policy.write(index)
+    plan, done = policy.write_recache(index, rerun) if rerun else policy.write(index)
 
     slots = [slot for slot in plan.slot.tolist() if slot < policy.slots]
     assert len(slots) == len(set(slots))
@@ -608,18 +609,18 @@ def test_no_slot_is_written_twice_in_a_pass(policy, rerun):
     "policy, start, rerun",
     [
         (PAPER, 0, None),
-        (PAPER, 3, Rerun(3, True)),
-        (PAPER, 12, Rerun(12, True)),
-        (PAPER, 15, Rerun(9, False)),
-        (PAPER, 9000, Rerun(9, False)),
-        (POLICIES["no_global_sink"], 15, Rerun(12, True)),
+        (PAPER, 3, RecachePass(3, True)),
+        (PAPER, 12, RecachePass(12, True)),
+        (PAPER, 15, RecachePass(9, False)),
+        (PAPER, 9000, RecachePass(9, False)),
+        (POLICIES["no_global_sink"], 15, RecachePass(12, True)),
         (POLICIES["no_recache"], 15, None),
         (POLICIES["infinity_rope"], 15, None),
         (POLICIES["self_forcing"], 15, None),
     ],
 )
 def test_switch_runs_again_the_frames_that_are_kept(policy, start, rerun):
-    assert policy.rerun(start) == rerun
+    assert policy.recache(start) == rerun
 
 
 @pytest.mark.parametrize(
@@ -632,7 +633,7 @@ def test_switch_runs_again_the_frames_that_are_kept(policy, start, rerun):
         ({"junction": Junction(4)}, "junction of 4 frames must fit into the block"),
         (
             {"junction": Junction(), "positions": Absolute()},
-            "absolute RoPE with a junction makes no sense",
+            "absolute RoPE cannot be used with a junction",
         ),
         ({"window": 22}, "window=22 must fit into the RoPE range of 21"),
         ({"window": 21, "junction": Junction()}, "choose a window of 15 or less"),
@@ -659,10 +660,10 @@ def test_a_recache_lists_the_junction_that_it_sees():
     for start in range(0, 63, 3):
         if start == 42:
             args = (jnp.int32(40), jnp.array(False))
-            _, index = switch(index, *args, rerun=Rerun(9, False))
+            _, index = switch(index, *args, rerun=RecachePass(9, False))
         _, index = block(index)
 
-    plan = PAPER.read_rerun(index, PAPER.rerun(63))
+    plan = PAPER.read_recache(index, PAPER.recache(63))
 
     seen = plan.frame[: int(plan.frames)].tolist()
     assert seen == [*range(54, 63), 0, 1, 2, 42, 43, 44]
@@ -694,3 +695,9 @@ def test_positions_that_move_the_sink_refuse_a_recache_that_replaces_it(rule):
 def test_a_part_of_no_size_is_refused(changes, part):
     with pytest.raises(ValueError, match=f"policy: {part} must be at least"):
         Policy(**changes)
+
+
+def test_older_names_of_a_re_cache_work():
+    assert policies.Rerun is policies.RecachePass
+    assert PAPER.rerun(63) == PAPER.recache(63)
+    assert "rerun" not in {field.name for field in dataclasses.fields(PAPER)}

@@ -13,7 +13,7 @@ from anchor_jax.training import run
 
 @pytest.fixture
 def opened(monkeypatch, tmp_path):
-    """The configs of the trainings that are begun, which end at once."""
+    """The configs of the trainings that are started, which end at once."""
     bundles.save(tmp_path / "start")
     configs = []
 

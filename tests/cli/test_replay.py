@@ -137,8 +137,8 @@ def test_a_video_goes_on_otherwise_from_a_frame(replay, made, tmp_path):
         json.loads((folder / "000.json").read_text())
         for folder in (tmp_path / "fork", made / "first")
     )
-    told = [(one["prompt"], one["landed"]) for one in fork["prompts"]]
-    assert told == [("a red ring", 0), ("a blue square", 6), ("a red ring", 9)]
+    printed = [(one["prompt"], one["landed"]) for one in fork["prompts"]]
+    assert printed == [("a red ring", 0), ("a blue square", 6), ("a red ring", 9)]
     assert fork["blocks"][:3] == first["blocks"][:3]
     assert fork["blocks"][3] != first["blocks"][3]
     assert len(fork["blocks"]) == 5

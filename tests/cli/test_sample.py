@@ -370,7 +370,7 @@ def test_what_is_no_text_and_no_number_is_refused_by_its_flag(
 
 
 def test_many_prompts_are_described_one_at_a_time(sample, tmp_path, monkeypatch):
-    """Of 2,000 videos one is made; the others are only counted."""
+    """One of 2,000 videos is made; the others are only counted."""
     made = []
     monkeypatch.setattr(render, "run", lambda jobs, todo, *_: made.extend(todo))
     describe = Jobs.__getitem__

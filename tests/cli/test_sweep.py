@@ -44,14 +44,14 @@ def test_trainings_that_fail_do_not_stop_the_others(tmp_path, capsys, monkeypatc
     assert [one["status"] for one in results] == ["failed", "finished"]
     assert results[1]["values"] == {"weights": "good"} and results[1]["loss"] > 0
     assert checkpoint.last_step(tmp_path / "runs" / "weights=good") == 1
-    told = capsys.readouterr().out
-    assert "| good | finished | 1 |" in told
+    printed = capsys.readouterr().out
+    assert "| good | finished | 1 |" in printed
 
-    # What is finished is not begun again.
+    # Finished members are not started again.
     monkeypatch.setattr(sweep.multiprocessing, "get_context", None)
     assert run("runs", *more[:-1], "--vary=weights=good") == 0
-    told = capsys.readouterr().out
-    assert "| good | finished | 1 |" in told and "| bad | failed |" in told
+    printed = capsys.readouterr().out
+    assert "| good | finished | 1 |" in printed and "| bad | failed |" in printed
     assert run("runs", *more[:-1], "--config.seed=5", "--vary=weights=good") == 1
     assert "| good | another config | 1 |" in capsys.readouterr().out
 

@@ -1,4 +1,4 @@
-"""`anchor-jax train`: a run begins, goes on, and its weights are sampled from."""
+"""`anchor-jax train`: a run starts and resumes, and its weights are sampled from."""
 
 import dataclasses
 import json
@@ -109,7 +109,7 @@ def test_a_runs_weights_are_a_bundle(trained, weights):
         np.testing.assert_array_equal(ours, theirs)
     assert loaded.digest != base.digest
     assert loaded.metadata["training"]["stage"] == "regression"
-    # The text encoder was trained along, the codec was not.
+    # The text encoder was trained too, the codec was not.
     ours, theirs = (one.encode_prompts(["a red ring"]) for one in (loaded, base))
     assert np.abs(np.asarray(ours) - theirs).max() > 0
     np.testing.assert_array_equal(
@@ -154,9 +154,9 @@ def test_a_damaged_mark_of_a_run_is_named(tmp_path, content):
 def test_a_run_of_another_config_is_not_continued(trained, weights, capsys):
     assert train(weights, trained, "--config.seed=7") == 2
 
-    told = capsys.readouterr().err
-    assert "another config: seed (was 0, got 7)" in told
-    assert f"--config.weights={trained}" in told
+    printed = capsys.readouterr().err
+    assert "another config: seed (was 0, got 7)" in printed
+    assert f"--config.weights={trained}" in printed
 
 
 STEADY = ("--config.optimizer.decay=0", "--config.sample_every=0")
@@ -213,19 +213,19 @@ def test_what_may_change_is_told(trained, weights, capsys):
 
     assert train(weights, trained, *more, "--dry_run") == 0
 
-    told = capsys.readouterr().out
-    assert "changed since this run started: optimizer.learning_rate" in told
-    assert "parameters: generator" in told and "3 latent frames" in told
-    assert re.search(r"peak memory: \S+ GB \(from .*log.jsonl\)", told)
+    printed = capsys.readouterr().out
+    assert "changed since this run started: optimizer.learning_rate" in printed
+    assert "parameters: generator" in printed and "3 latent frames" in printed
+    assert re.search(r"peak memory: \S+ GB \(from .*log.jsonl\)", printed)
     seconds = r"a step takes \S+ s \(from .*log.jsonl\); 4 steps: \S+ min"
-    assert re.search(seconds, told)
+    assert re.search(seconds, printed)
 
 
 def test_a_dry_run_times_steps_and_leaves_nothing(weights, tmp_path, capsys):
     assert train(weights, tmp_path / "new", "--dry_run") == 0
 
-    told = capsys.readouterr().out
-    assert re.search(r"a step takes \S+ s on this machine; 4 steps: \S+ min", told)
+    printed = capsys.readouterr().out
+    assert re.search(r"a step takes \S+ s on this machine; 4 steps: \S+ min", printed)
     assert not (tmp_path / "new").exists()
 
 
@@ -294,7 +294,7 @@ def test_a_critic_goes_on_from_the_stage_before(distilled, weights, tmp_path):
     teacher = load_bundle(config.teacher).variables["params"]
     moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), began, teacher)
     assert any(jax.tree.leaves(moved))
-    # Without being asked for, and where there is none, it is the generator.
+    # By default, and without a mean, it is the generator.
     mean = checkpoint.restore(folder, "ema")["params"]
     generator = load_bundle(str(folder)).variables["params"]
     jax.tree.map(np.testing.assert_array_equal, generator, mean)
@@ -407,11 +407,11 @@ def test_whole_weights_are_not_held_beside_those_on_the_mesh(weights, tmp_path):
 def test_a_run_that_has_ended_tells_where_things_are(trained, weights, capsys):
     assert train(weights, trained) == 0
 
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for place in (trained / "log.jsonl", trained / "samples"):
-        assert str(place) in told
-    assert f"--config=configs/interactive.py --config.weights={trained}" in told
-    assert re.search(r"'--config.prompt=a \w+ .*\[3f\]'", told)
+        assert str(place) in printed
+    assert f"--config=configs/interactive.py --config.weights={trained}" in printed
+    assert re.search(r"'--config.prompt=a \w+ .*\[3f\]'", printed)
 
 
 def test_fields_that_an_older_run_did_not_have_are_its_defaults(tmp_path):
@@ -433,7 +433,7 @@ def test_fields_that_an_older_run_did_not_have_are_its_defaults(tmp_path):
 def test_a_training_without_a_checkpoint_has_no_weights(weights, tmp_path):
     write_run(tmp_path, str(weights))
 
-    with pytest.raises(UserError, match="without a checkpoint yet"):
+    with pytest.raises(UserError, match="has no checkpoint yet"):
         load_bundle(str(tmp_path))
 
 

@@ -1,4 +1,4 @@
-"""Published weights go on: ported, tuned under the release's rules, sampled from."""
+"""Published weights in training: ported, tuned by the release's rules, sampled."""
 
 import json
 
@@ -85,7 +85,7 @@ def test_a_ported_critic_is_one_to_begin_with(tmp_path):
 
 
 def test_updates_of_a_critic_are_no_critic(tuned):
-    with pytest.raises(UserError, match="updates of a critic, not the whole"):
+    with pytest.raises(UserError, match="holds only updates of a critic"):
         load_bundle(str(tuned), network="critic")
 
 
@@ -108,9 +108,10 @@ def test_they_are_sampled_as_they_were_trained(tuned, tmp_path, capsys, monkeypa
 
     assert main.main(["sample", *given]) == 0
 
-    told = capsys.readouterr().err
+    printed = capsys.readouterr().err
     assert (
-        "rules: release, policy: anchor_forcing (as the weights were trained)" in told
+        "rules: release, policy: anchor_forcing (as the weights were trained)"
+        in printed
     )
     recipe = json.loads((tmp_path / "000.json").read_text())
     assert recipe["config"]["sampler"]["steps"] == [1000, 500]

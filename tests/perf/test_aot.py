@@ -148,7 +148,7 @@ def compiled(peak, *reads, **changes):
 
 
 def report(**programs):
-    return aot.Report(
+    return aot.StreamReport(
         target=aot.TARGETS["v5e"],
         stream=roofline.make_stream(SMALL, LatentGrid(16, 16), SETUP.policy),
         programs=programs,

@@ -93,7 +93,7 @@ def test_latencies_and_sizes_are_reported(measured):
 @pytest.mark.parametrize(
     "override, reason",
     [
-        ("--config.switch_frame=10", "switch_frame=10: expected a multiple"),
+        ("--config.switch_frame=10", "switch_frame=10: must be a multiple"),
         ("--config.repeats=0", "repeats=0"),
         ("--config.attention=cudnn", "it computes in bfloat16"),
         ("--config.policy=anchor", "unknown policy 'anchor'"),

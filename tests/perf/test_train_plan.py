@@ -6,6 +6,7 @@ import json
 import jax
 import pytest
 
+from anchor_jax import trees
 from anchor_jax.cli import main
 from anchor_jax.cli import plan as command
 from anchor_jax.errors import UserError
@@ -107,11 +108,11 @@ def test_weights_are_split_and_low_rank_updates_are_few():
     split = on_paper(DISTILL)
     low = on_paper(dataclasses.replace(DISTILL, lora=LoraConfig(rank=2)))
 
-    by_four = plan.bytes_on_one(whole.state.generator) / 4
-    assert plan.bytes_on_one(split.state.generator) == pytest.approx(by_four, rel=0.05)
-    assert plan.bytes_on_one(low.state.generator) < by_four / 4
+    by_four = trees.shard_nbytes(whole.state.generator) / 4
+    assert trees.shard_nbytes(split.state.generator) == pytest.approx(by_four, rel=0.05)
+    assert trees.shard_nbytes(low.state.generator) < by_four / 4
     frozen = (low.compiled.frozen, split.compiled.frozen)
-    assert plan.bytes_on_one(frozen[0]) > plan.bytes_on_one(frozen[1])
+    assert trees.shard_nbytes(frozen[0]) > trees.shard_nbytes(frozen[1])
 
 
 def test_recomputing_activations_takes_less_memory():
@@ -134,7 +135,7 @@ def test_a_plan_counts_what_stays_and_names_what_is_wrong(monkeypatch):
     one = plan.plan("h100", 4, config, NETWORKS)
 
     held = on_paper(config).state
-    assert one.resident["generator"] == plan.bytes_on_one(held.generator) > 0
+    assert one.resident["generator"] == trees.shard_nbytes(held.generator) > 0
     assert one.resident["critic"] == one.resident["rollout"] == 0
     assert one.resident["text encoder"] > 64 * 32
     assert one.programs["text encoder"].outputs > 0
@@ -235,7 +236,7 @@ def test_clusters_are_machines_of_eight(chips, topology):
 
 
 def test_a_number_of_chips_that_no_pod_has_is_refused():
-    with pytest.raises(UserError, match="chips=12: expected a power of two"):
+    with pytest.raises(UserError, match="chips=12: must be a power of two"):
         aot.TARGETS["v5p"].name(12)
 
 

@@ -298,7 +298,7 @@ def test_alpha_is_kept_as_it_is_written(planned):
         ({"training_config": '{"a": {"lora_alpha": 4}}'}, "training_config.a.lora_a"),
         ({"lora_alpha": "4", "alpha": "8"}, "both 8 and 4"),
         ({"lora_alpha": "4", "ss_network_alpha": "8"}, "different factors"),
-        ({"lora_adapter_metadata": '{"r": 2}'}, "nothing says alpha"),
+        ({"lora_adapter_metadata": '{"r": 2}'}, "alpha is not stated"),
     ],
 )
 def test_a_header_that_may_scale_is_never_passed_over(planned, header, message):
@@ -329,19 +329,19 @@ def test_adapters_among_the_entries_of_a_checkpoint(base, tmp_path):
 
 
 def test_where_nothing_says_alpha(planned, base, tmp_path):
-    with pytest.raises(UserError, match=r"nothing says alpha.*--alpha=NUMBER"):
+    with pytest.raises(UserError, match=r"alpha is not stated.*--alpha=NUMBER"):
         planned(FORMS["peft"])
 
     plan = planned(FORMS["comfyui"])
     jax.tree.map(np.testing.assert_array_equal, adapters_of(plan), reference())
-    assert any("taken to be the rank" in note for note in plan.notes)
+    assert any("assumed to be the rank" in note for note in plan.notes)
 
     some = alphas(8.0)
     some.popitem()
-    with pytest.raises(UserError, match="nothing says alpha of 1 of 30"):
+    with pytest.raises(UserError, match="alpha is not stated for 1 of 30"):
         planned(FORMS["comfyui"] | some)
     for alpha in (0.0, -1.0, math.nan, math.inf):
-        with pytest.raises(UserError, match="expected a number above 0"):
+        with pytest.raises(UserError, match="must be a number above 0"):
             planned(FORMS["comfyui"], alpha=alpha)
 
 

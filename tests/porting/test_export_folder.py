@@ -241,14 +241,16 @@ def test_an_error_names_the_folder_that_was_given(base, tmp_path):
     checkpoint.write(run, {"generator": bundles.params()["generator"]}, {})
     write_run(run, str(tmp_path / "tiny"))
     messages = {
-        run: rf"weights={run}: began with .*/tiny, and .*--layout=bundle",
-        tmp_path / "none": rf"weights={tmp_path}/none is no checkpoint; give",
+        run: rf"weights={run}: started from .*/tiny, and .*--layout=bundle",
+        tmp_path / "none": rf"weights={tmp_path}/none is not a checkpoint; give",
     }
     for weights, message in messages.items():
         with pytest.raises(UserError, match=message):
             export(weights, tmp_path / "out", "wan")
     write_run(run, str(tmp_path / "gone"))
-    with pytest.raises(UserError, match=rf"weights={run}: .*/gone, .*is missing: put"):
+    with pytest.raises(
+        UserError, match=rf"weights={run}: .*/gone, .*is missing: restore it"
+    ):
         export(run, tmp_path / "out", "wan")
     assert not (tmp_path / "out").exists()
 

@@ -367,7 +367,10 @@ def wrong_config(folder):
             r"blocks\.1\.modulation: type float32, but bfloat16 in other layers",
         ),
         (change(patch_embedding__weight=None), r"patch_embedding\.weight: missing"),
-        (truncate, r"diffusion_pytorch_model\.safetensors is no whole safetensors"),
+        (
+            truncate,
+            r"diffusion_pytorch_model\.safetensors is not a complete safetensors",
+        ),
         (overlap, r"b starts at byte 0, expected 4"),
         (long_header, r"a header of \d+ bytes"),
         (escape, r"names '\.\./secret\.safetensors', expected"),

@@ -115,13 +115,13 @@ def test_one_of_two_transformers_is_refused(planned, name):
     "content, message",
     [
         (b"", "is empty"),
-        (POINTER, r"pointer of Git LFS.*5,683,456 bytes.*git lfs pull"),
+        (POINTER, r"Git LFS pointer.*5,683,456 bytes.*git lfs pull"),
         (b"<!DOCTYPE html><html>", "is a web page"),
         (b"\n <html>", "is a web page"),
         (b"Entry not found", "failed download"),
         (b"GGUF\x03\x00\x00\x00", "GGUF"),
         (b"\x1f\x8b\x08rest", "gzip"),
-        (bytes(100), "no whole safetensors|not a zip archive"),
+        (bytes(100), "not a complete safetensors|not a zip archive"),
     ],
 )
 @pytest.mark.parametrize("suffix", ["pt", "safetensors", "pth", "bin"])
@@ -221,7 +221,7 @@ def test_a_network_whose_download_goes_on_is_named(tmp_path):
 def test_one_part_of_a_checkpoint_is_named(tmp_path, name):
     touch(tmp_path / "in", name)
 
-    with pytest.raises(UserError, match="in parts; make one file"):
+    with pytest.raises(UserError, match="in parts; convert it to one file"):
         port.plan(generator=tmp_path / "in" / name, method="causvid")
 
 

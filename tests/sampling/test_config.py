@@ -4,10 +4,8 @@ from anchor_jax.config import load_config
 from anchor_jax.errors import UserError
 from anchor_jax.sampling.config import (
     negative_prompt,
-    parse_size,
     read_config,
 )
-from anchor_jax.wan.spec import GRIDS, LatentGrid
 
 
 def config(policy="anchor_forcing", **fields):
@@ -66,15 +64,3 @@ def test_a_missing_field_is_named():
 
     with pytest.raises(UserError, match="missing field 'solver'"):
         read_config(given)
-
-
-def test_sizes_are_in_pixels():
-    for size, grid in GRIDS.items():
-        assert parse_size(size) == grid
-    assert parse_size("16x4096") == LatentGrid(2, 512)
-
-
-@pytest.mark.parametrize("size", ["480", "480x", "x832", "0x16", "12x16", "16x4112"])
-def test_a_wrong_size_says_which_are_right(size):
-    with pytest.raises(UserError, match="must be HEIGHTxWIDTH.*480x832"):
-        parse_size(size)

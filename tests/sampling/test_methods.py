@@ -84,13 +84,13 @@ def test_the_published_teachers_sampler_is_told_with_what_its_makers_recommend()
     given = open_config(sampler__shift=8.0)
     metadata = {"method": "wan"}
 
-    told = describe_choices(given, resolve(given, metadata), metadata)
+    printed = describe_choices(given, resolve(given, metadata), metadata)
 
-    assert told[1] == (
+    assert printed[1] == (
         "solver: unipc, 50 steps, noise levels wan_unipc, shift 8, guidance 5"
     )
-    assert "1.3B model at 480x832" in told[2] and "shift from 8 to 12" in told[2]
-    assert "sampler.guidance=6" in told[2]
+    assert "1.3B model at 480x832" in printed[2] and "shift from 8 to 12" in printed[2]
+    assert "sampler.guidance=6" in printed[2]
 
 
 def test_what_a_config_gives_wins_over_the_method():
@@ -135,18 +135,18 @@ def test_distilled_weights_are_sampled_as_they_were_trained(base):
 
 
 def test_trained_weights_that_are_sampled_otherwise_are_warned_of():
-    def told(**fields):
+    def printed(**fields):
         given = read_config(config(**fields))
         metadata = {"training": training()}
         made = resolve(given, metadata)
         return describe_choices(given, made, metadata)
 
-    first, warning = told()
+    first, warning = printed()
     assert first.endswith("policy: anchor_forcing (as the config says)")
     assert "policy tri_region_no_junction, not anchor_forcing; steps (1000, 500)" in (
         warning
     )
-    (_, warning) = told(policy="tri_region_no_junction")
+    (_, warning) = printed(policy="tri_region_no_junction")
     assert "trained for steps (1000, 500), not (1000, 750, 500, 250);" in warning
 
 
@@ -205,16 +205,16 @@ def test_an_unknown_method_matters_only_where_it_decides(method):
 
 
 def test_what_was_chosen_is_told():
-    def told(metadata, **fields):
+    def printed(metadata, **fields):
         given = open_config(**fields)
         made = resolve(given, metadata)
         return describe_choices(given, made, metadata)
 
-    line, note = told({"method": "memflow"})
+    line, note = printed({"method": "memflow"})
     assert line == "rules: release, policy: longlive (weights were ported as memflow)"
     assert "memory bank is not supported" in note
-    assert len(told({"method": "memflow"}, policy="anchor_forcing")) == 1
-    (line,) = told({}, policy="longlive", rules="paper")
+    assert len(printed({"method": "memflow"}, policy="anchor_forcing")) == 1
+    (line,) = printed({}, policy="longlive", rules="paper")
     assert line.endswith("(as the config says; weights were not ported)")
 
 

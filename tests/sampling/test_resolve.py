@@ -126,7 +126,7 @@ def test_a_junction_needs_a_range_beyond_the_window(rope):
     [
         ({"policy": "long_live"}, "did you mean 'longlive'"),
         ({"rules": "official"}, "paper, release"),
-        ({"rope": "absolute"}, "absolute RoPE with a junction makes no sense"),
+        ({"rope": "absolute"}, "absolute RoPE cannot be used with a junction"),
         ({"rope": "spiral"}, "tri_region"),
         ({"on_switch": "forget"}, "recache_sink"),
         ({"sink": 6}, "sink=6 must lie between 0 and block=3"),

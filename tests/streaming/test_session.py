@@ -86,7 +86,7 @@ def test_a_session_does_what_the_pure_functions_do():
                 contexts[1],
                 4,
                 setup=setup,
-                rerun=setup.policy.rerun(6),
+                rerun=setup.policy.recache(6),
             )
         noise = stream.draw_noise(jax.random.key(0), start, np.zeros(1), setup=setup)
         state, block = stream.step(loaded.variables, state, noise, setup=setup)
@@ -147,10 +147,10 @@ def test_a_recipe_can_be_stored_and_replayed():
 
     recipe = json.loads(json.dumps(session.recipe()))
 
-    told = recipe["prompts"]
-    assert [one["landed"] for one in told] == [0, 6, 9]
+    noted = recipe["prompts"]
+    assert [one["landed"] for one in noted] == [0, 6, 9]
     assert recipe["fingerprint"]["weights"] == bundles.load().digest
-    segments = tuple(Segment(one["prompt"], one["requested"]) for one in told)
+    segments = tuple(Segment(one["prompt"], one["requested"]) for one in noted)
     again, _ = play(make(seed=recipe["seed"]), Script(segments, recipe["frames"]))
     np.testing.assert_array_equal(frames, again)
 

@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from anchor_jax.cache.memory import lay_out
-from anchor_jax.cache.policies import Flush, Keep, Policy, Recache, Rerun
+from anchor_jax.cache.policies import Flush, Keep, Policy, Recache, RecachePass
 from anchor_jax.cache.positions import Absolute, Relative
 from anchor_jax.flow import few_step_levels
 from anchor_jax.streaming import stream
@@ -349,7 +349,7 @@ def test_independent_sessions_step_together_under_vmap():
 
 def test_switch_acts_on_one_session_of_a_batch_by_dynamic_index():
     states = [standing(*session) for session in SESSIONS]
-    rerun = PAPER.policy.rerun(27)
+    rerun = PAPER.policy.recache(27)
     context = tiny.context(4, PAPER)
 
     after = stream.switch_slot(
@@ -519,7 +519,7 @@ def test_a_saved_stream_goes_on_bit_for_bit(settings):
 def test_resume_equals_running_the_clip_again_from_its_start():
     blocks, frames = 3, 9
     state, made = tiny.run(PLAIN, blocks)
-    expected = tiny.switch(PLAIN, state, 0, frames, Rerun(frames, sink=True))
+    expected = tiny.switch(PLAIN, state, 0, frames, RecachePass(frames, sink=True))
 
     fresh = stream.start(tiny.context(0, PLAIN), setup=PLAIN)
     clip = jnp.asarray(tiny.latents(made))
@@ -660,7 +660,7 @@ def test_a_policy_without_memory_cannot_continue_a_clip():
     setup = tiny.setup(policy)
     state = stream.start(tiny.context(0, setup), setup=setup)
 
-    with pytest.raises(ValueError, match="remembers nothing"):
+    with pytest.raises(ValueError, match="stores no past frames"):
         latents = jnp.zeros((1, 6, 4, 4, 4))
         stream.resume(tiny.variables(), state, latents, setup=setup)
 

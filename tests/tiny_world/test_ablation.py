@@ -15,7 +15,7 @@ SETUP = StreamSetup(
     tiny.MODEL, tiny.GRID, ablation.ARMS["both"].policy,
     flow.few_step_levels((1000, 500), 5.0),
 )  # fmt: skip
-TRIAL = ablation.Trial(scripts=4, starts=1, segments=3, blocks=2, batch=2)
+TRIAL = ablation.AblationTrial(scripts=4, starts=1, segments=3, blocks=2, batch=2)
 
 
 def test_arms_differ_from_the_baseline_in_what_they_are_named_for():

@@ -18,7 +18,7 @@ SETUP = StreamSetup(
     tiny.MODEL, tiny.GRID, POLICIES["anchor_forcing"],
     flow.few_step_levels((1000, 500), 5.0),
 )  # fmt: skip
-TRIAL = world.Trial(count=20, batch=10, segments=(2, 2))
+TRIAL = world.MatchTrial(count=20, batch=10, segments=(2, 2))
 
 
 def rendered(bundle, setup, prompts, blocks, seed, negative_prompt):
@@ -84,7 +84,7 @@ def test_the_table_has_a_line_for_every_group(monkeypatch, name):
 @pytest.mark.parametrize("count", [1, 7, 13])
 def test_exactly_as_many_videos_as_asked_for_are_scored(monkeypatch, count):
     monkeypatch.setattr(world, "generate", rendered)
-    trial = world.Trial(count=count, batch=min(count, 5), segments=(2, 2))
+    trial = world.MatchTrial(count=count, batch=min(count, 5), segments=(2, 2))
 
     result = world.score_switches(None, SETUP, trial)
 
@@ -98,7 +98,7 @@ def test_clips_are_cut_to_the_count(monkeypatch):
     monkeypatch.setattr(world, "generate", rendered)
     monkeypatch.setattr(world, "ceiling", lambda *_: {})
 
-    result = world.score_clips(None, SETUP, world.Trial(7, 5, (2,)))
+    result = world.score_clips(None, SETUP, world.MatchTrial(7, 5, (2,)))
 
     assert result["held_out"]["color"]["n"] == 7
     assert result["held_out"]["color"]["rate"] == 1
@@ -158,7 +158,7 @@ def test_the_command_takes_count_and_negative_prompt_to_the_trial(score, monkeyp
     )
 
     assert status == 0
-    assert trials == [world.Trial(240, 40, (3, 3), 1, "ugly")]
+    assert trials == [world.MatchTrial(240, 40, (3, 3), 1, "ugly")]
 
 
 def test_named_metrics_measure_every_video_and_are_written(

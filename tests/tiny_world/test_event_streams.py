@@ -15,7 +15,7 @@ SETUP = StreamSetup(
     tiny.MODEL, tiny.GRID, POLICIES["anchor_forcing"],
     flow.few_step_levels((1000, 500), 5.0),
 )  # fmt: skip
-TRIAL = world.Trial(count=12, batch=4, segments=(3, 3, 3))
+TRIAL = world.MatchTrial(count=12, batch=4, segments=(3, 3, 3))
 
 
 @pytest.fixture(autouse=True)
@@ -50,9 +50,9 @@ def rendered(bundle, setup, prompts, blocks, seed, negative_prompt):
 
 def forgetful(bundle, setup, prompts, blocks, seed, negative_prompt):
     """Draws a still red ring for what no prompt names."""
-    told = events.caption(Scene(Attributes("red", "ring", "still", "black")))
+    named = events.caption(Scene(Attributes("red", "ring", "still", "black")))
     forgotten = [
-        [told if events.parse(t).color is None and events.parse(t).motion else t
+        [named if events.parse(t).color is None and events.parse(t).motion else t
          for t in texts]
         for texts in prompts
     ]  # fmt: skip
@@ -99,7 +99,7 @@ def test_a_long_stream_has_a_row_for_every_segment(monkeypatch):
 
 def test_the_ceiling_has_every_event(monkeypatch):
     monkeypatch.setattr(world, "generate", rendered)
-    trial = world.Trial(count=126, batch=30, segments=(1, 1, 1))
+    trial = world.MatchTrial(count=126, batch=30, segments=(1, 1, 1))
 
     result = trials.score_events(None, SETUP, trial)
 

@@ -293,5 +293,5 @@ def test_the_second_object_does_not_leap_when_the_motion_turns():
     steps = scene.wrap(np.diff(second, axis=0))
     np.testing.assert_allclose(steps[:8], [[-4, 0]] * 8)
     np.testing.assert_allclose(steps[8:16], [[0, -4]] * 8)
-    # It entered anew, across the motion of then.
+    # It entered again, across the motion at that time.
     np.testing.assert_allclose(scene.wrap(second - first)[25:], [[-32, 0]] * 8)

@@ -1,4 +1,4 @@
-"""Ruined weights: not saved, told from a bad batch, and the way back from them."""
+"""Ruined weights: not saved, distinguished from a bad batch, and the recovery."""
 
 import dataclasses
 import json
@@ -112,7 +112,7 @@ def test_ruined_weights_are_not_saved_and_the_last_good_ones_are_found(
     assert ("the generator's weights" in message) == (factor != "1e30")
     assert not list((tmp_path / "run").glob("failed-*"))
     assert not (tmp_path / "run" / "skipped.json").exists()
-    # The same command goes on, as if nothing had happened.
+    # The same command resumes as if nothing had happened.
     assert_equal(attempt(tmp_path / "run", 6)[1], whole)
 
 

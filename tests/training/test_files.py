@@ -1,4 +1,4 @@
-"""Damaged small files of a training: named, with the remedy, and left as they are."""
+"""Damaged small files of a training: named, with the remedy, and left unchanged."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What is said of texts before a training: which are cut, and how files were read."""
+"""Reports on texts before a training: which are cut, and how files were read."""
 
 import json
 

@@ -28,10 +28,10 @@ def chunk_noise(first, blocks, setup=SETUP):
     return jax.tree.map(lambda *x: jnp.stack(x), *each)
 
 
-def roll(state, first, blocks, leave, setup=SETUP, prompts=(0,), at=None):
+def roll(state, first, blocks, exit_level, setup=SETUP, prompts=(0,), at=None):
     switch = None
     if at is not None:
-        switch = ChunkSwitch(at // 3 - first, setup.policy.rerun(at))
+        switch = ChunkSwitch(at // 3 - first, setup.policy.recache(at))
     prompts = tuple(tiny.embedding(number) for number in prompts)
     noise = chunk_noise(first, blocks, setup)
     return _roll(
@@ -39,7 +39,7 @@ def roll(state, first, blocks, leave, setup=SETUP, prompts=(0,), at=None):
         state,
         prompts,
         noise,
-        leave,
+        exit_level,
         setup=setup,
         switch=switch,
         requested=at or 0,
@@ -54,7 +54,7 @@ def weights_of(shape):
     return jnp.asarray(np.random.default_rng(5).standard_normal(shape), jnp.float32)
 
 
-def by_the_chain_rule(params, leave, at, setup=SETUP):
+def by_the_chain_rule(params, exit_level, at, setup=SETUP):
     """A weighted sum of a chunk's latents, written out: caches are constants."""
     variables = {"params": params}
     fixed = jax.lax.stop_gradient(variables)
@@ -68,16 +68,16 @@ def by_the_chain_rule(params, leave, at, setup=SETUP):
         if at == 3 * number:
             prompt, graded = 1, True
             context = stream.project(fixed, tiny.embedding(1), setup=setup)
-            rerun = setup.policy.rerun(at)
+            rerun = setup.policy.recache(at)
             state, _ = stream.switch(
                 fixed, state, context, at, setup=setup, rerun=rerun
             )
         noise = tiny.noise(number, setup)
-        after, block, _ = stream.advance(fixed, state, noise, leave, setup=setup)
+        after, block, _ = stream.advance(fixed, state, noise, exit_level, setup=setup)
         live = stream.project(variables, tiny.embedding(prompt), setup=setup)
-        noisy = jax.lax.stop_gradient(block.passes.noisy[leave])
+        noisy = jax.lax.stop_gradient(block.passes.noisy[exit_level])
         x0 = stream.estimate(
-            variables, state.replace(context=live), noisy, leave, setup=setup
+            variables, state.replace(context=live), noisy, exit_level, setup=setup
         )
         part = weights[:, 3 * number : 3 * number + 3]
         total += jnp.sum(part * x0) if graded else 0.0
@@ -87,17 +87,19 @@ def by_the_chain_rule(params, leave, at, setup=SETUP):
 
 @pytest.mark.parametrize("at", [None, 3], ids=["plain", "switch"])
 def test_the_gradient_is_the_chain_rules(at):
-    leave = jnp.int32(1)
+    exit_level = jnp.int32(1)
     expected = jax.jit(jax.grad(by_the_chain_rule), static_argnums=2)(
-        tiny.variables()["params"], leave, at
+        tiny.variables()["params"], exit_level, at
     )
     prompts = (0, 1) if at else (0,)
 
-    _, chunk = roll(begin(), 0, BLOCKS, leave, prompts=prompts, at=at)
+    _, chunk = roll(begin(), 0, BLOCKS, exit_level, prompts=prompts, at=at)
     weights = weights_of(chunk.latents.shape)
     weights = weights[:, at:]
     prompt = tiny.embedding(prompts[-1])
-    found = _pull_back(tiny.variables(), {}, chunk, prompt, leave, weights, setup=SETUP)
+    found = _pull_back(
+        tiny.variables(), {}, chunk, prompt, exit_level, weights, setup=SETUP
+    )
 
     largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
     assert largest > 1e-3
@@ -111,11 +113,11 @@ def test_the_gradient_is_the_chain_rules(at):
 def test_rematerialisation_changes_no_gradient(remat):
     model = dataclasses.replace(tiny.MODEL, remat=remat)
     other = dataclasses.replace(SETUP, model=model)
-    leave = jnp.int32(0)
-    _, chunk = roll(begin(), 0, 2, leave)
+    exit_level = jnp.int32(0)
+    _, chunk = roll(begin(), 0, 2, exit_level)
     weights = weights_of(chunk.latents.shape)
 
-    given = (tiny.variables(), {}, chunk, tiny.embedding(0), leave, weights)
+    given = (tiny.variables(), {}, chunk, tiny.embedding(0), exit_level, weights)
     plain = _pull_back(*given, setup=SETUP)
     saved = _pull_back(*given, setup=other)
 
@@ -141,9 +143,9 @@ def test_nothing_flows_through_a_rollout():
 
 
 def test_blocks_without_a_cotangent_add_nothing():
-    leave = jnp.int32(1)
-    _, chunk = roll(begin(), 0, 2, leave)
-    given = (tiny.variables(), {}, chunk, tiny.embedding(0), leave)
+    exit_level = jnp.int32(1)
+    _, chunk = roll(begin(), 0, 2, exit_level)
+    given = (tiny.variables(), {}, chunk, tiny.embedding(0), exit_level)
 
     found = _pull_back(*given, jnp.zeros_like(chunk.latents), setup=SETUP)
 

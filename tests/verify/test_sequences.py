@@ -107,7 +107,7 @@ def chunk(draws):
             call("context", 0, "cond", 3),
             call("denoise", 3, "cond", 6),
             call("denoise", 6, "cond", 9),
-            # Runs all that is remembered; the sink's keys are not stored anew.
+            # Runs all past frames; the sink's keys are not stored again.
             call("recache", 0, "switch", 9, size=9),
             call("denoise", 9, "switch", 9),
             call("context", 9, "switch", 9),

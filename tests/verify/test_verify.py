@@ -1,4 +1,4 @@
-"""Recorded cases pass; whatever is wrong with a case is reported and fails it."""
+"""Recorded cases pass; every fault of a case is reported and fails it."""
 
 import json
 import pathlib
@@ -192,7 +192,7 @@ def test_sizes_that_the_weights_do_not_have_are_reported(tmp_path):
     shutil.copy(GOLDEN / "dit_weights.safetensors", tmp_path / "set")
     model = json.loads((folder / "config.json").read_text())["model"]
     change_config(folder, model=model | {"num_layers": 4})
-    # Of many names that are missing some are shown.
+    # Some of many missing names are shown.
     assert re.search(r"blocks\.3\.\S+: missing", run.report(run.verify_case(folder)))
     change_config(folder, model=model | {"num_heads": 7})
     assert "multiple of num_heads" in run.report(run.verify_case(folder))

@@ -68,8 +68,10 @@ def test_only_the_difference_of_positions_matters():
     q, k = (rng.standard_normal((1, 1, 1, 24)).astype(np.float32) for _ in range(2))
 
     def product(at_q, at_k):
-        turn = [rope.rotary(jnp.asarray([p]), (1, 1), 24, 100.0) for p in (at_q, at_k)]
-        return float(jnp.sum(rope.rotate(q, turn[0]) * rope.rotate(k, turn[1])))
+        rotation = [
+            rope.rotary(jnp.asarray([p]), (1, 1), 24, 100.0) for p in (at_q, at_k)
+        ]
+        return float(jnp.sum(rope.rotate(q, rotation[0]) * rope.rotate(k, rotation[1])))
 
     assert product(18, 12) == pytest.approx(product(90_018, 90_012), abs=1e-5)
     assert product(18, 12) != pytest.approx(product(18, 9), abs=1e-2)

@@ -14,6 +14,7 @@ import pytest
 from anchor_jax.porting.convert import convert, load_safetensors
 from anchor_jax.porting.rules import VAE
 from anchor_jax.wan import vae
+from anchor_jax.wan.spec import WAN_2_1
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "vae"
 TOLERANCE = 5e-5
@@ -345,7 +346,7 @@ def test_the_norm_has_a_gradient_at_zero(config):
 
 
 def test_numbers_of_frames():
-    assert [vae.pixel_frames(count) for count in (1, 2, 21)] == [1, 5, 81]
+    assert [WAN_2_1.pixel_frames(count) for count in (0, 1, 2, 21)] == [0, 1, 5, 81]
 
 
 @pytest.mark.parametrize("frames, size", [(2, 16), (6, 16), (1, 12)])

@@ -255,7 +255,7 @@ def test_extra_files_are_found(folder):
 def test_what_is_missing_is_named(folder, tmp_path):
     (tmp_path / "empty").mkdir()
 
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         checkpoint.read_meta(tmp_path / "absent")
     with pytest.raises(UserError, match="holds no checkpoint"):
         checkpoint.shapes(tmp_path / "empty", "vae")
@@ -271,7 +271,7 @@ def test_another_format_is_refused(folder, version):
     meta = json.dumps({"format_version": version})
     (folder / "0" / "meta" / "metadata").write_text(meta)
 
-    with pytest.raises(UserError, match="format_version .* expected at most 1"):
+    with pytest.raises(UserError, match="format_version .* must be from 1 to 1"):
         checkpoint.read_meta(folder)
 
 

@@ -160,12 +160,12 @@ def test_the_digest_tells_what_was_taken_apart(ported_digest, rewrite_ported, fi
         (None, "sources", None, "meta.sources is missing"),
         (None, "sources", [5], "meta.sources, entry 0"),
         ("model", "num_layers", 10**12, "meta.model.num_layers"),
-        ("model", "num_layers", 3, "the tensors are not those of its sizes"),
+        ("model", "num_layers", 3, "the tensors do not fit its sizes"),
         ("model", "num_heads", 0, "meta.model"),
         ("model", "depth", 3, "unknown field 'depth'"),
         ("model", "eps", "x", "meta.model.eps"),
-        ("text", "dim", 16, "meta.text.dim=16, expected 8"),
-        ("text", "text_len", 7, "meta.text.text_len=7, expected 6"),
+        ("text", "dim", 16, "meta.text.dim=16, but the model has 8"),
+        ("text", "text_len", 7, "meta.text.text_len=7, but the model has 6"),
         ("text", "vocab", 31, "token_embedding/embedding is (32, 8), expected (31, 8)"),
         ("text", "num_layers", True, "meta.text.num_layers"),
         ("vae", "base_dim", 10**10, "meta.vae.base_dim"),
@@ -173,7 +173,7 @@ def test_the_digest_tells_what_was_taken_apart(ported_digest, rewrite_ported, fi
         ("vae", "dim_mult", [1, 10**9], "meta.vae.dim_mult=(1, 1000000000)"),
         ("vae", "dim_mult", [1], "temporal_downsample"),
         ("vae", "temporal_downsample", ["a"], "true or false"),
-        ("vae", "latent_std", [0.0] * 16, "deviations > 0"),
+        ("vae", "latent_std", [0.0] * 16, "deviations above 0"),
         ("vae", "latent_mean", ["x"] * 16, "finite numbers"),
         ("vae", "conv", "fft", "'auto', 'taps' or 'native'"),
     ],
@@ -199,7 +199,7 @@ def test_a_wrong_digest_is_refused(rewrite_ported, digest):
 
 @pytest.mark.parametrize("words", [b"", b"no model"])
 def test_a_broken_ported_tokenizer_is_named(rewrite_ported, words):
-    assert "holds no tokenizer" in load_fails(rewrite_ported(words=words))
+    assert "holds no usable tokenizer" in load_fails(rewrite_ported(words=words))
 
 
 def test_updates_of_a_wrong_shape_are_named(tmp_path):

@@ -1,1 +1,1 @@
-"""The data of trainings: prompts, videos, trajectories, and their order."""
+"""Training data: prompts, videos, trajectories, and their order."""

@@ -1,7 +1,6 @@
 """Datasets of prompts and of latent clips, built once and read by number.
 
-They are builders of tensorflow-datasets, kept as array records: reading needs no
-TensorFlow.
+Builders of tensorflow-datasets write array records, which are read without TensorFlow.
 """
 
 import contextlib
@@ -37,7 +36,7 @@ class Examples:
     """Examples by number: dicts of arrays and of text."""
 
     def __init__(self, source, folder: pathlib.Path):
-        """Wraps a data source in a folder, whose text is bytes."""
+        """Wraps a dataset's data source, whose text is bytes."""
         self._source, self._folder = source, folder
 
     def __len__(self) -> int:
@@ -47,8 +46,8 @@ class Examples:
         """Returns an example.
 
         Raises:
-          IndexError: There are fewer.
-          UserError: The file that it is in is damaged.
+          IndexError: There are not that many examples.
+          UserError: The file of the example is damaged.
         """
         if number >= len(self):
             raise IndexError(number)
@@ -58,10 +57,10 @@ class Examples:
 
 
 class _Info(tfds.core.DatasetInfo):
-    """What is known of a dataset, all of it from its builder."""
+    """The metadata of a dataset, all from its builder."""
 
     def initialize_from_bucket(self) -> None:
-        """Does not look for it in the network, and leaves no temporary folder."""
+        """Does nothing: the base class would use the network and a temporary folder."""
 
 
 class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -73,14 +72,14 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         super().__init__(data_dir=os.fspath(data_dir), file_format="array_record")
 
     def inputs(self) -> dict[str, Any]:
-        """What the examples depend on, as JSON values."""
-        raise TypeError(f"{type(self).__name__} does not say what it is made from")
+        """Everything that the examples depend on, as JSON values."""
+        raise TypeError(f"{type(self).__name__} does not define made_from")
 
     def read(self) -> None:
         """Reads what the examples are made from, before they are built.
 
         Raises:
-          UserError: Something is wrong with it.
+          UserError: The inputs are wrong.
         """
 
     def _described(self, features: dict[str, Any]) -> tfds.core.DatasetInfo:
@@ -110,15 +109,16 @@ class PromptPairs(_Builder, skip_registration=True):
 
         Args:
           data_dir: where the dataset is built.
-          path: a prompt a line; JSON lines, or one JSON list, of objects with `prompt`
-            and `switch`, or with `prompts`, of which two are taken; or a `.csv` or
-            `.tsv` with the column `prompt`, and perhaps `switch`.
-          switch_path: whose line k is switched to after line k of `path`. Without it,
-            a prompt without a switch is switched to another, drawn by `seed`.
-          seed: of that draw.
+          path: a text file with one prompt per line; JSON lines or one JSON list of
+            objects with `prompt` and `switch`, or with `prompts`, whose first two are
+            taken; or a `.csv` or `.tsv` file with the column `prompt` and optionally
+            `switch`.
+          switch_path: file whose line k is the switch prompt of line k of `path`. If
+            None, a prompt without one is switched to another prompt, drawn by `seed`.
+          seed: seed of that draw.
 
         Raises:
-          UserError: A file is missing or of a kind that holds no prompts.
+          UserError: A file is missing, or of a kind that cannot hold prompts.
         """
         self._seed, self._pairs = seed, ()
         given = (path,) if switch_path is None else (path, switch_path)
@@ -157,17 +157,17 @@ class Clips(_Builder, skip_registration=True):
         dtype: str = "float16",
         arrays: Mapping[str, tuple[tuple[int, ...], str]] | None = None,
     ):
-        """Makes nothing yet.
+        """Stores the arguments; nothing is built yet.
 
         Args:
           data_dir: where the dataset is built.
-          examples: yields dicts of `latents` [frame, height, width, channel],
-            `captions`, a list of text, and the arrays.
-          size: how many it yields.
-          shape: of the latents.
-          made_from: JSON values that the examples depend on, such as a seed; a change
-            builds the dataset anew.
-          dtype: of the latents, float16 or float32.
+          examples: function that yields dicts of `latents` [frame, height, width,
+            channel], `captions`, a list of text, and the arrays.
+          size: number of examples that it yields.
+          shape: shape of the latents.
+          made_from: JSON values that the examples depend on, such as a seed. The
+            dataset is built again if they change.
+          dtype: type of the latents, float16 or float32.
           arrays: shape and type of further arrays, by name.
 
         Raises:
@@ -178,17 +178,17 @@ class Clips(_Builder, skip_registration=True):
         self._arrays = {"latents": (tuple(shape), dtype), **(arrays or {})}
         if size < 1 or len(shape) != 4 or min(shape) < 1:
             raise UserError(
-                f"size={size}, shape={tuple(shape)}: expected a clip or more of"
+                f"size={size}, shape={tuple(shape)}: must be at least one clip of"
                 " (frame, height, width, channel)"
             )
         if dtype not in ("float16", "float32"):
-            raise UserError(f"dtype={dtype!r}: expected float16 or float32")
+            raise UserError(f"dtype={dtype!r}: must be float16 or float32")
         if {"latents", "captions"} & set(arrays or {}):
-            raise UserError("arrays: 'latents' and 'captions' are there already")
+            raise UserError("arrays: the names 'latents' and 'captions' are reserved")
         super().__init__(data_dir)
 
     def inputs(self) -> dict[str, Any]:
-        """What the caller said, with the size, the shapes and the types."""
+        """The caller's `made_from`, with the size, the shapes and the types."""
         arrays = {
             name: [list(shape), np.dtype(dtype).name]
             for name, (shape, dtype) in self._arrays.items()
@@ -230,16 +230,15 @@ class Clips(_Builder, skip_registration=True):
 def prepare(
     kind: Callable[..., _Builder], folder: str | os.PathLike, **arguments
 ) -> Examples:
-    """Returns the examples of a dataset, which is built at the first call only.
+    """Returns the examples of a dataset. The first call builds it.
 
-    A dataset lies in a folder named by a hash of what it is made from. It is built
-    aside and renamed when complete; of several processes, one builds and the others
-    wait.
+    The dataset's folder is named by a hash of `made_from`. It is built in a temporary
+    folder and renamed when complete. One process builds; others wait.
 
     Args:
-      kind: `PromptPairs` or `Clips`.
-      folder: of datasets.
-      **arguments: of the kind, without `data_dir`.
+      kind: builder, `PromptPairs` or `Clips`.
+      folder: parent folder of datasets.
+      **arguments: arguments of the builder, without `data_dir`.
 
     Raises:
       UserError: An input is wrong.
@@ -264,13 +263,13 @@ def cache_key(builder: _Builder) -> str:
 
 
 def _build(make: Callable[..., _Builder], target: pathlib.Path) -> None:
-    """Builds aside, then renames; a damaged dataset is removed."""
+    """Builds in a temporary folder, then renames; a damaged dataset is removed."""
     shutil.rmtree(target, ignore_errors=True)
     with making_folder(target) as building:
         builder = make(data_dir=building)
         builder.read()
         tfds.disable_progress_bar()
-        # It tells of downloads, of which there are none.
+        # The builder logs downloads, but nothing is downloaded.
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare(file_format="array_record")
         ready = {"name": builder.name, "inputs": builder.inputs()}

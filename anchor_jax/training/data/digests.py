@@ -1,4 +1,4 @@
-"""Hashes of files, which tell whether a training's data are unchanged."""
+"""Hashes of files, which show whether a training's data are unchanged."""
 
 import contextlib
 import functools
@@ -12,10 +12,10 @@ from anchor_jax.errors import UserError
 
 
 def digest(path: pathlib.Path) -> list[Any]:
-    """Returns a file's SHA-256 and its size in bytes; read again if it changes.
+    """Returns a file's SHA-256 and its size in bytes, cached until the file changes.
 
     Raises:
-      UserError: There is no such file, or it cannot be read.
+      UserError: The file does not exist or cannot be read.
     """
     with _opened(path) as file:
         status = os.fstat(file.fileno())
@@ -35,6 +35,6 @@ def _opened(path: pathlib.Path) -> Iterator[Any]:
         with path.open("rb") as file:
             yield file
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; give the path of one") from error
+        raise UserError(f"{path}: no such file; give the path of a file") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error

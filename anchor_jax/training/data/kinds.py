@@ -20,9 +20,9 @@ from anchor_jax.training.data.order import Share
 from anchor_jax.weights.bundle import Bundle
 
 Batches = Callable[[int], Mapping[str, Any]]
-"""Number of a batch -> its arrays; a pure function."""
+"""A pure function from a batch's number to its arrays."""
 Texts = Callable[[int], tuple[str, str]]
-"""Number of a sequence -> its prompt, and the prompt that it is switched to."""
+"""A function from a sequence's number to its prompt and its switch prompt."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,16 +31,16 @@ class DataConfig:
 
     Attributes:
       kind: a name in `PROMPTS` or `CLIPS`.
-      path: prompts: a file with a prompt a line, or JSON lines with `prompt` and
-        `switch`; trajectories: the folder that `anchor-jax trajectories` wrote; videos:
-        JSON lines with `video` and `caption`. In place of JSON lines there may be one
-        JSON list, or a `.csv` or `.tsv` with these columns.
-      switch_path: a file whose line k is the second prompt of line k of `path`;
-        without it another line of `path` is.
-      cache: where datasets are built; without a value in the training's folder.
-      size: examples of a generated world.
-      dropout: share of prompts left out, for guidance.
-      seed: of what is generated and of the order.
+      path: for prompts, a file with one prompt per line, or JSON lines with `prompt`
+        and `switch`; for videos, JSON lines with `video` and `caption`; for
+        trajectories, the folder that `anchor-jax trajectories` wrote. Instead of JSON
+        lines, one JSON list or a `.csv` or `.tsv` file with these columns will do.
+      switch_path: file whose line k is the switch prompt of line k of `path`. None
+        takes another line of `path`.
+      cache: folder in which datasets are built. None takes the training's folder.
+      size: number of examples in a generated dataset.
+      dropout: fraction of prompts replaced by the empty prompt, for guidance.
+      seed: seed of generated examples and of their order.
     """
 
     kind: str = "world_prompts"
@@ -53,26 +53,26 @@ class DataConfig:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The files that are named."""
+        """The files that the section names."""
         return tuple(x for x in (self.path, self.switch_path) if x is not None)
 
     def cache_in(self, folder: pathlib.Path) -> pathlib.Path:
-        """Returns where the datasets of a training in a folder are built."""
+        """Returns the folder in which a training's datasets are built."""
         return expand(self.cache) if self.cache else folder / "data"
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipRequest:
-    """What a stage asks of a kind of clips.
+    """A stage's request to a kind of clips.
 
     Attributes:
-      data: the section `data`.
+      data: config section `data`.
       bundle: weights with the tokenizer, the text encoder, the codec and the size.
-      share: the videos of a batch that this process makes.
-      frames: latent frames of a clip.
-      block: latent frames that are denoised together.
-      folder: the training's folder.
-      most: number of examples to prepare. None: all.
+      share: the rows of each batch that this process makes.
+      frames: latent frames per clip.
+      block: latent frames denoised together.
+      folder: folder of the training.
+      most: largest number of examples to prepare. None prepares all.
     """
 
     data: DataConfig
@@ -90,11 +90,11 @@ class ClipRequest:
 
 
 class DataKind:
-    """A kind of data: what is the same for prompts and clips.
+    """A kind of data: the part that prompts and clips share.
 
     Attributes:
-      columns: columns of the tables that hold its texts; none if no file holds texts.
-      version: version of what a seed generates; None if nothing is generated.
+      columns: columns of tables that hold the texts; empty if no file holds texts.
+      version: version of the generator behind a seed; None if nothing is generated.
     """
 
     columns: tuple[str, ...] = ()
@@ -114,7 +114,7 @@ class DataKind:
         """Returns the opened files that hold prompts or captions.
 
         Raises:
-          UserError: A file is missing or of a kind that holds no texts.
+          UserError: A file is missing, or of a kind that cannot hold texts.
         """
         if not self.columns or data.path is None:
             return []
@@ -123,7 +123,8 @@ class DataKind:
     def first_texts(self, data: DataConfig, num: int) -> list[tuple[str, str]]:
         """Returns at most `num` prompts of the data, each with a prompt to switch to.
 
-        Sample videos show them. Data without texts, or without its files, gives none.
+        Sample videos show them. The list is empty if the data have no texts or no
+        files.
         """
         if not self.columns or data.path is None:
             return []
@@ -139,17 +140,17 @@ class PromptKind(DataKind):
     """A kind of data that gives prompts, for stages that generate their own videos.
 
     Attributes:
-      is_free_text: whether people write the prompts, so that words may be unknown.
+      is_free_text: whether users write the prompts, so that words may be unknown.
     """
 
     is_free_text = False
 
     def open_texts(self, data: DataConfig, folder: pathlib.Path) -> Texts:
-        """Returns number -> a prompt, and the prompt that it is switched to.
+        """Returns a function from a number to a prompt and its switch prompt.
 
         Args:
-          data: the section `data`.
-          folder: the training's folder.
+          data: config section `data`.
+          folder: folder of the training.
 
         Raises:
           UserError: A file is wrong.
@@ -165,8 +166,8 @@ class ClipKind(DataKind):
     [video, prompt, text]. `RegressionSpec` describes the arrays.
 
     Attributes:
-      has_states: whether batches hold stored states of trajectories with their
-        endpoints in place of `latents`.
+      has_states: whether batches hold stored states of trajectories and their endpoints
+        instead of `latents`.
     """
 
     has_states = False
@@ -214,11 +215,11 @@ def path_of(data: DataConfig, reads: str) -> str:
     """Returns `data.path`.
 
     Args:
-      data: the section `data`.
-      reads: what the kind reads from that path.
+      data: config section `data`.
+      reads: description of what the kind reads from that path.
 
     Raises:
-      UserError: It is missing.
+      UserError: The path is missing.
     """
     if data.path is None:
         raise UserError(
@@ -228,7 +229,7 @@ def path_of(data: DataConfig, reads: str) -> str:
 
 
 def _first_lines(path: str, columns, num: int) -> list[tuple[str, ...]]:
-    """Returns the prompts in the first lines of a file, or none without the file."""
+    """Returns the prompts in the first lines of a file; empty if there is no file."""
     place = expand(path)
     if not place.is_file():
         return []

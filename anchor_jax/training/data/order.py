@@ -1,4 +1,4 @@
-"""The order of examples, and which of them a process reads: pure functions."""
+"""The order of examples and each process's share of them: pure functions."""
 
 import dataclasses
 import functools
@@ -9,18 +9,18 @@ import numpy as np
 from anchor_jax.errors import UserError
 
 SHARED = ("position", "requested")
-"""What a batch holds once, not video by video."""
+"""Names of arrays that a batch holds once, not per video."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """A shuffled order of examples, another one in every epoch.
+    """A shuffled order of examples, different in every epoch.
 
-    A position is all that a checkpoint has to hold.
+    A checkpoint has to store only a position.
 
     Attributes:
-      size: examples.
-      seed: of the order.
+      size: number of examples.
+      seed: seed of the order.
 
     Raises:
       UserError: There are no examples, or the seed is negative.
@@ -31,27 +31,27 @@ class Order:
 
     def __post_init__(self):
         if self.size < 1:
-            raise UserError(f"size={self.size}: expected an example or more")
+            raise UserError(f"size={self.size}: must be at least 1 example")
         if self.seed < 0:
-            raise UserError(f"config.data.seed={self.seed}: expected 0 or more")
+            raise UserError(f"config.data.seed={self.seed}: must be at least 0")
 
     def index(self, position: int) -> int:
-        """Returns the number of the example at `position`, 0 or more."""
+        """Returns the number of the example at `position`, which is at least 0."""
         if position < 0:
-            raise ValueError(f"position={position}: expected 0 or more")
+            raise ValueError(f"position={position}: must be at least 0")
         epoch, place = divmod(position, self.size)
         return int(_permutation(self.size, self.seed, epoch)[place])
 
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """The videos of every batch that this process makes.
+    """The rows of every batch that this process makes.
 
-    What a batch holds does not depend on how many processes share it.
+    The content of a batch does not depend on the number of processes that share it.
 
     Attributes:
-      size: videos of a batch.
-      rows: numbers of this process's, in order.
+      size: number of videos in a batch.
+      rows: row numbers of this process's videos, in order.
     """
 
     size: int
@@ -59,7 +59,7 @@ class Share:
 
     @classmethod
     def whole(cls, size: int) -> "Share":
-        """Returns the share of a process that is alone."""
+        """Returns the share of the only process."""
         return cls(size, np.arange(size))
 
     def places(self, number: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Prompts of a training with those they are switched to, from files of any kind."""
+"""Training prompts with their switch prompts, from files of any kind."""
 
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -21,13 +21,13 @@ _EXPECTED = (
 
 
 class PairFiles:
-    """A file of prompts, and perhaps one whose line k belongs to its line k."""
+    """A file of prompts, and optionally a second file with their switch prompts."""
 
     def __init__(self, paths: Sequence[pathlib.Path]):
         """Opens the files.
 
         Raises:
-          UserError: One cannot be read, or the two do not go together.
+          UserError: A file cannot be read, or the two are incompatible.
         """
         self.files = [open_file(path) for path in paths]
         first, *second = self.files
@@ -39,12 +39,12 @@ class PairFiles:
 
     @property
     def kind(self) -> bool | str:
-        """What a dataset's name has of the kind: whether it is JSON, or another."""
+        """The kind of file as part of a dataset's hash."""
         kind = self.files[0].kind
         return _KINDS.get(kind, kind)
 
     def read(self, seed: int) -> list[Pair]:
-        """Returns the pairs; a prompt without a partner gets one drawn by the seed.
+        """Returns the pairs; a missing switch prompt is drawn by the seed.
 
         Raises:
           UserError: A line is wrong; the message names it.
@@ -65,12 +65,12 @@ class PairFiles:
 
 
 def open_file(path: pathlib.Path, columns: Sequence[str] = ("prompt",)) -> PromptFile:
-    """Returns a file in which no line is a comment, since lines are counted."""
+    """Returns a file that is read without comments, since line numbers matter."""
     return PromptFile(path, comments=False, columns=columns, others=("switch",))
 
 
 def entries(file: PromptFile) -> Iterator[tuple[str, ...]]:
-    """Yields one prompt or two of each line.
+    """Yields the one or two prompts of each line.
 
     Raises:
       UserError: A line is wrong; the message names it.
@@ -83,11 +83,14 @@ def entries(file: PromptFile) -> Iterator[tuple[str, ...]]:
             check_length(where, text.strip(), MAX_PROMPT_CHARACTERS)
         yield tuple(text.strip() for text in texts)
     if not count:
-        raise UserError(f"{file.path}: no lines; expected a prompt, or JSON, a line")
+        raise UserError(
+            f"{file.path}: the file has no lines; each line must be a prompt or a"
+            " JSON object"
+        )
 
 
 def texts_in(value: Any, kind: str) -> tuple[str, ...]:
-    """Returns the prompts or the caption of one line or entry; none if it is wrong."""
+    """Returns the prompts or the caption of one line or entry; empty if it is wrong."""
     if kind == "text":
         return (value,) * bool(value)
     if isinstance(value, str):
@@ -104,12 +107,12 @@ def texts_in(value: Any, kind: str) -> tuple[str, ...]:
 
 
 def check_length(where: str, text: str, limit: int) -> None:
-    """Raises UserError unless it is text of one character or more, up to a limit."""
+    """Raises UserError unless the text has between one character and a limit."""
     if not text:
-        raise UserError(f"{where}: empty; expected a prompt: write one, or remove it")
+        raise UserError(f"{where}: empty prompt; write a prompt, or remove the line")
     if len(text) > limit:
         raise UserError(
-            f"{where}: {len(text)} characters, expected at most {limit}; shorten it"
+            f"{where}: {len(text)} characters, at most {limit} are allowed; shorten it"
         )
     check_text(text, where)
 
@@ -124,7 +127,7 @@ def _texts(where: str, value: Any) -> tuple[str, ...]:
         entry = decode(value) if isinstance(value, str) else value
         field = prompt_field(entry) if isinstance(entry, dict) else None
     except UserError as error:
-        raise UserError(f"{where}: {error}; write one object a line") from error
+        raise UserError(f"{where}: {error}; write one object per line") from error
     texts = entry[field] if field else None
     if field and field != "prompts":
         texts = [entry[name] for name in (field, "switch") if name in entry]
@@ -139,8 +142,8 @@ def _aligned(first: PromptFile, second: PromptFile) -> list[Pair]:
     both = f"{first.path}, {second.path}"
     if prompts == switches:
         raise UserError(
-            f"{both}: the same text, so that no switch would change the prompt;"
-            " expected a second file with the switch prompts"
+            f"{both}: the two files are equal, so that no switch would change the"
+            " prompt; give a second file with the switch prompts"
         )
     if len(prompts) != len(switches):
         shorter = min(len(prompts), len(switches))
@@ -153,11 +156,11 @@ def _aligned(first: PromptFile, second: PromptFile) -> list[Pair]:
 
 
 def _drawn(file: PromptFile, lines: Sequence[str], seed: int) -> list[Pair]:
-    """Pairs every line with another one, of another text."""
+    """Pairs every line with another line of different text."""
     if len(set(lines)) < 2:
         raise UserError(
-            f"{file.path}: got one prompt only, expected two or more that differ, since"
-            " a line is switched to another; add lines"
+            f"{file.path}: needs at least two different prompts, since"
+            " each line is switched to another line; add lines"
         )
     rng = np.random.default_rng((seed, len(lines)))
     pairs = []

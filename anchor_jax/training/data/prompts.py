@@ -1,4 +1,4 @@
-"""Prompts from a user's files, each with the prompt that it is switched to."""
+"""Prompts and their switch prompts from a user's files."""
 
 import pathlib
 
@@ -6,17 +6,17 @@ from anchor_jax.training.data import datasets
 from anchor_jax.training.data.kinds import DataConfig, PromptKind, Texts, path_of
 from anchor_jax.training.data.order import Order
 
-_READS = "a prompt a line, or JSON lines with prompt and switch"
+_READS = "one prompt per line, or JSON lines with prompt and switch"
 
 
 class PromptFileKind(PromptKind):
-    """The kind `prompts`: one file or two, in another order in every epoch."""
+    """The kind `prompts`: one or two files, in a different order in every epoch."""
 
     columns = ("prompt",)
     is_free_text = True
 
     def open_texts(self, data: DataConfig, folder: pathlib.Path) -> Texts:
-        """Returns number -> a pair of prompts of the files."""
+        """Returns a function from a number to a pair of prompts of the files."""
         pairs = datasets.prepare(
             datasets.PromptPairs,
             data.cache_in(folder),

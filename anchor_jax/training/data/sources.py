@@ -30,21 +30,21 @@ def identity(data: DataConfig) -> dict[str, Any]:
     """Returns JSON values that change if the data of a training changes.
 
     Raises:
-      UserError: The folder of trajectories has none.
+      UserError: The folder holds no trajectories.
     """
     return kinds.find_kind(data).identity(data)
 
 
 def open_texts(data: DataConfig, folder: pathlib.Path) -> Texts:
-    """Returns number -> a prompt, and the prompt that it is switched to.
+    """Returns a function from a number to a prompt and its switch prompt.
 
     Args:
-      data: names a kind in `PROMPTS`.
-      folder: the training's folder, where datasets are built unless the config names
-        another.
+      data: config section `data`, whose kind is in `PROMPTS`.
+      folder: folder of the training. Datasets are built there unless the config names
+        another folder.
 
     Raises:
-      UserError: The kind has no prompts, or a file is wrong.
+      UserError: The kind does not give prompts, or a file is wrong.
     """
     if data.kind not in PROMPTS:
         known = suggest(data.kind, PROMPTS, "kinds with prompts")
@@ -53,12 +53,14 @@ def open_texts(data: DataConfig, folder: pathlib.Path) -> Texts:
 
 
 def check_kind(data: DataConfig, known: Mapping[str, Any], stage: str) -> None:
-    """Raises UserError unless a stage can use the data."""
+    """Raises UserError if a stage cannot use the data."""
     if data.kind not in known:
         found = suggest(data.kind, known, f"kinds for stage {stage}")
         raise UserError(f"config.data.kind={data.kind!r}{found}")
     if not 0 <= data.dropout < 1:
-        raise UserError(f"config.data.dropout={data.dropout}: expected 0 to below 1")
+        raise UserError(
+            f"config.data.dropout={data.dropout}: must be at least 0 and below 1"
+        )
 
 
 def open_prompts(
@@ -85,9 +87,9 @@ def check_switching(texts: Texts) -> None:
     """Raises UserError unless a switch changes the prompt of some sequences."""
     if all(first == second for first, second in map(texts, range(LOOKED_AT))):
         raise UserError(
-            "config.data: each prompt is the same text as its switch, so that no switch"
-            " would change anything; expected others, in `switch` of the JSON lines or"
-            " in data.switch_path"
+            "config.data: every prompt equals its switch prompt, so that no switch"
+            " would change anything; give different ones in `switch` of the JSON lines"
+            " or in data.switch_path"
         )
 
 
@@ -97,10 +99,10 @@ def open_clips(
     """Returns batches of clips.
 
     Args:
-      request: what the stage asks for; the kind is in `CLIPS`.
-      trains_text: whether token ids are given as they are, for a text encoder that is
-        trained along. Otherwise they are encoded here.
-      negative_prompt: prompt whose embedding each batch has as `negative`, or None.
+      request: the stage's request, whose kind is in `CLIPS`.
+      trains_text: whether batches hold token ids, for a text encoder that is trained
+        too. If false, the ids are encoded here.
+      negative_prompt: prompt whose embedding each batch holds as `negative`, or None.
 
     Raises:
       UserError: A file is wrong, or the data do not suit the request.
@@ -121,7 +123,7 @@ def _negative(bundle: Bundle, prompt: str, share: Share) -> np.ndarray:
 
 
 def _encoding(draw: Batches, bundle: Bundle) -> Batches:
-    """Returns batches whose token ids are replaced by embeddings."""
+    """Returns batches with embeddings in place of token ids."""
 
     def encoded(number: int) -> Mapping[str, Any]:
         found = dict(draw(number))

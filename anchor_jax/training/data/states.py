@@ -1,4 +1,4 @@
-"""Stored states of a teacher's trajectories, each block at a level of its own.
+"""Stored states of a teacher's trajectories, each block at its own noise level.
 
 Source: training/README.md, "Trajectories".
 """
@@ -55,12 +55,12 @@ class TrajectoryKind(ClipKind):
         return draw
 
     def identity(self, data: DataConfig) -> dict[str, Any]:
-        """Returns how many trajectories there are, and what they were made from."""
+        """Returns the number of trajectories, and the inputs that made them."""
         stored = Trajectories(data.path)
         return {"count": len(stored), "made_from": stored.inputs}
 
     def first_texts(self, data: DataConfig, num: int) -> list[tuple[str, str]]:
-        """Returns the first stored prompts, which are switched to themselves."""
+        """Returns the first stored prompts, each as its own switch prompt."""
         if data.path is None or not expand(data.path).is_dir():
             return []
         stored = Trajectories(data.path)
@@ -82,7 +82,7 @@ def _check_shape(path: str, stored: Trajectories, request: ClipRequest) -> None:
 
 
 def _levels(path: str, stored: Trajectories) -> np.ndarray:
-    """Returns the noise level of each stored state but the last, in [0, 1]."""
+    """Returns the noise level in [0, 1] of each stored state except the last."""
     found = stored.inputs.get("sigma")
     is_list = isinstance(found, list) and len(found) == stored.shape[0]
     if not is_list or not all(
@@ -90,7 +90,7 @@ def _levels(path: str, stored: Trajectories) -> np.ndarray:
     ):
         raise UserError(
             f"{path}/spec.json: sigma={str(found)[:60]}, expected {stored.shape[0]}"
-            " noise levels from 0 to 1; put the file back, or write the trajectories"
+            " noise levels from 0 to 1; restore the file, or write the trajectories"
             " again"
         )
     return np.asarray(found, np.float32)

@@ -1,8 +1,8 @@
-"""ODE trajectories on disk, written by many processes and resumed at will.
+"""ODE trajectories on disk, written by many processes that may be resumed.
 
-A dataset builder writes a split in one go, by one process, and names its shards by
-how many there are. Trajectories take days on many machines, so here the shards are
-written one at a time; their records and their reading are those of the builders.
+A dataset builder writes a split at once in one process, and shard names contain the
+number of shards. Trajectories take days on many machines, so here shards are written
+one at a time. Records have the builders' format and are read in the same way.
 """
 
 import bisect
@@ -26,7 +26,7 @@ SHARD = 8  # examples; at full size, 21 MB each before compression
 FORMAT = 1
 _OPEN = 128
 _REMEDY = (
-    "move it away: anchor-jax trajectories with the same config writes its examples"
+    "move it away; anchor-jax trajectories with the same config writes its examples"
     " again"
 )
 _SPEC = "spec.json"
@@ -34,12 +34,12 @@ _SUFFIX = ".array_record"
 
 
 class TrajectoryWriter:
-    """Appends the examples of one process to a folder that many write to.
+    """Appends the examples of one process to a folder that processes share.
 
-    The examples of process p of n are p, p + n, p + 2n, ... A shard appears whole or
-    not at all: a killed writer loses the examples of its unfinished shard, which
-    `done` then does not name. Writers of the same examples share the folder; a second
-    one of a process is refused while the first one lives.
+    Process p of n writes the examples p, p + n, p + 2n, ... A shard appears whole or
+    not at all: a killed writer loses the examples of its unfinished shard, and `done`
+    does not list them. A second writer for the same process is refused while the first
+    one runs.
     """
 
     def __init__(
@@ -51,25 +51,26 @@ class TrajectoryWriter:
         shard: int = SHARD,
         inputs: Mapping[str, Any] | None = None,
     ):
-        """Opens a folder, new or begun.
+        """Opens a new folder, or one with finished shards.
 
         Args:
-          folder: of the shards.
-          process: of this writer, from 0.
-          processes: that write; it may differ from one start of them all to the next.
-          shape: of the states: level + 1, frame, height, width, channel.
-          shard: examples in a shard.
-          inputs: what the examples are made from, for instance the hash of the
+          folder: folder of the shards.
+          process: zero-based index of this process.
+          processes: number of processes that write. It may change when all are
+            restarted.
+          shape: shape of the states, [level + 1, frame, height, width, channel].
+          shard: number of examples per shard.
+          inputs: everything that the examples depend on, such as the hash of the
             prompts and the seed. It must be the same at every start.
 
         Raises:
           UserError: A value is out of range, the folder holds other trajectories, or
-            another writer of this process, or another job, is at work.
+            another writer for this process or another job is running.
         """
         if not 0 <= process < processes:
-            raise UserError(f"process={process}: expected 0 to {processes - 1}")
+            raise UserError(f"process={process}: must be from 0 to {processes - 1}")
         if shard < 1:
-            raise UserError(f"shard={shard}: expected 1 or more examples")
+            raise UserError(f"shard={shard}: must be at least 1 example")
         _check_shape(shape)
         self._folder = expand(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -108,24 +109,24 @@ class TrajectoryWriter:
         return [number for number in mine if number not in done]
 
     def add(self, number: int, states: np.ndarray, prompt: str) -> None:
-        """Appends an example; the shard is finished when it is full.
+        """Appends an example, and finishes the shard when it is full.
 
         Args:
-          number: of the example, which no other has.
+          number: number of the example, which is written once.
           states: [level + 1, frame, height, width, channel], noisy to clean.
-          prompt: their text.
+          prompt: text of the states' prompt.
 
         Raises:
-          ValueError: The number is not this process's or is there already, the shape
+          ValueError: The number is not this process's or is already written, the shape
             is wrong, or a value is not finite in float16.
         """
         if number < 0 or number % self._processes != self._process:
             raise ValueError(
-                f"number={number} is not of process {self._process} of"
+                f"number={number} does not belong to process {self._process} of"
                 f" {self._processes}"
             )
         if number in self._done or number in self._numbers:
-            raise ValueError(f"number={number} is written already")
+            raise ValueError(f"number={number} is already written")
         example = {"states": self._checked(number, states), "prompt": prompt}
         record = self._features.serialize_example(example)
         if self._writer is None:
@@ -141,9 +142,9 @@ class TrajectoryWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Finishes the shard, however few examples it has; call it at the end.
+        """Finishes the shard even if it is not full. Call it at the end.
 
-        One that was interrupted while it was written is left out.
+        An example whose writing was interrupted is left out.
         """
         if self._writer is None or self._is_cut:
             return
@@ -158,7 +159,7 @@ class TrajectoryWriter:
         self._writer, self._numbers, self._is_cut = None, [], False
 
     def close(self) -> None:
-        """Lets another writer take this one's place; what is not flushed is lost."""
+        """Lets another writer take over. Examples that are not flushed are lost."""
         self._parts.close()
         self._lease.release()
 
@@ -179,15 +180,15 @@ class TrajectoryWriter:
         return states
 
     def _join(self, spec: Mapping[str, Any]) -> None:
-        """Writes what the folder will hold, or checks that it is the same."""
+        """Writes the folder's specification, or checks that it is the same."""
         path = self._folder / _SPEC
         if not path.exists():
-            # Whoever comes at the same time, of the same job, writes the same.
+            # Processes of one job that start at the same time write the same file.
             io.write_json(path, spec)
         self._compare(spec)
 
     def _compare(self, spec: Mapping[str, Any]) -> None:
-        """Raises unless the folder holds the same."""
+        """Raises UserError unless the folder has the same specification."""
         found = _read_spec(self._folder)
         if found != spec:
             raise UserError(
@@ -197,11 +198,11 @@ class TrajectoryWriter:
 
 
 class Trajectories:
-    """The finished trajectories of a folder, by place in the order of their numbers.
+    """The finished trajectories of a folder, in the order of their numbers.
 
     Each is a dict of `states`, float16 [level + 1, frame, height, width, channel], and
     `prompt`, text. Only the shards that were finished at the start are seen. `shape`
-    is that of the states, `inputs` what they were made from.
+    is the shape of the states, and `inputs` is what they were made from.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -216,10 +217,12 @@ class Trajectories:
         self._features = _features(self.shape)
         index = _index(self._folder)
         if not index:
-            raise UserError(f"{folder}: no finished trajectories in it; write some")
+            raise UserError(
+                f"{folder}: holds no finished trajectories; write them first"
+            )
         self.numbers = tuple(sorted(index))
         self._places = [index[number] for number in self.numbers]
-        # A process may not have thousands of files open at a time.
+        # A process cannot have thousands of files open at a time.
         self._reader = functools.lru_cache(_OPEN)(_open_reader)
 
     def __len__(self) -> int:
@@ -236,7 +239,7 @@ class Trajectories:
         """Returns the example that was written under a number.
 
         Raises:
-          KeyError: None was.
+          KeyError: No example has that number.
           UserError: The shard is damaged.
         """
         place = bisect.bisect_left(self.numbers, number)
@@ -259,18 +262,18 @@ def _check_shape(shape: Iterable[int]) -> None:
     if len(shape) != 5 or min(shape) < 1 or shape[0] < 2:
         raise UserError(
             f"shape={shape}: expected (levels + 1, frame, height, width, channel),"
-            " with a level or more"
+            " with at least one level"
         )
 
 
 def _read_spec(folder: pathlib.Path) -> dict[str, Any]:
     path = folder / _SPEC
-    remedy = "put it back, or write the trajectories again, into another folder"
+    remedy = "restore it, or write the trajectories again into another folder"
     try:
         spec = read_json(path, remedy=remedy)
     except FileNotFoundError as error:
         raise UserError(
-            f"{path}: no such file; anchor-jax trajectories writes one"
+            f"{path}: no such file; anchor-jax trajectories writes it"
         ) from error
     shape, inputs = spec.get("shape"), spec.get("inputs", {})
     if spec.get("format") != FORMAT:
@@ -284,14 +287,14 @@ def _read_spec(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _index(folder: pathlib.Path) -> dict[int, tuple[pathlib.Path, int]]:
-    """Returns the shard and the record of every example, by number."""
+    """Returns the shard and the record number of every example, by example number."""
     index: dict[int, tuple[pathlib.Path, int]] = {}
     for path in sorted(folder.glob(f"[0-9]*{_SUFFIX}")):
         for record, number in enumerate(_numbers(path)):
             if number in index:
                 raise UserError(
                     f"{path}: example {number} is also in {index[number][0].name};"
-                    " remove one of the two"
+                    " remove one of the two files"
                 )
             index[number] = path, record
     return index

@@ -24,8 +24,6 @@ from anchor_jax.training.data.digests import digest
 from anchor_jax.training.data.kinds import ClipKind, ClipRequest, DataConfig, path_of
 from anchor_jax.training.data.order import Order
 
-_CELL = 8  # pixels of a latent's side
-_STRIDE = 4  # pixel frames of a latent frame
 _SHOWN = 10  # videos in a message
 _READS = 'a file of JSON lines {"video": NAME, "caption": TEXT}'
 _EXPECTED = 'expected {"video": NAME, "caption": TEXT}'
@@ -50,7 +48,7 @@ def read_list(path: str) -> list[tuple[pathlib.Path, str]]:
         check_text(name, where)
         found.append((_beside(file.path, name, where), caption))
     if not found:
-        raise UserError(f"{file.path}: no lines; {_EXPECTED} a line")
+        raise UserError(f"{file.path}: the file has no lines; {_EXPECTED} in each")
     return found
 
 
@@ -78,15 +76,17 @@ def _beside(file: pathlib.Path, name: str, where: str) -> pathlib.Path:
         return inside(file.parent, name)
 
 
-def _check(videos: Iterable[pathlib.Path], count: int, size: tuple[int, int]) -> None:
-    """Raises what is wrong with all of the videos, before any is encoded.
+def _check(
+    videos: Iterable[pathlib.Path], count: int, size: tuple[int, int], fps: int
+) -> None:
+    """Raises one error with the faults of all videos, before any is encoded.
 
-    Reports those with fewer frames a second than a clip.
+    Warns about videos with fewer frames per second than a clip.
     """
     wrong, slow = [], {}
     for video in tqdm(list(videos), desc="checks videos", unit="video"):
         try:
-            repeated = media.read_clip(video, count, size).repeated
+            repeated = media.read_clip(video, count, size, fps).repeated
         except UserError as error:
             wrong.append(str(error))
         else:
@@ -98,7 +98,7 @@ def _check(videos: Iterable[pathlib.Path], count: int, size: tuple[int, int]) ->
         first, repeated = next(iter(slow.items()))
         tqdm.write(
             f"warning: {len(slow)} videos have fewer than"
-            f" {media.PIXEL_FRAMES_PER_SECOND} frames a second, so that some pictures"
+            f" {fps} frames per second, so that some pictures"
             f" are used more than once: {first}, {repeated} of {count} frames are"
             " repeats; motion stutters there. Leave such videos out if that matters",
             file=sys.stderr,
@@ -106,10 +106,10 @@ def _check(videos: Iterable[pathlib.Path], count: int, size: tuple[int, int]) ->
 
 
 class Videos:
-    """Batches of clips, pure functions of their number; encoded once, then kept."""
+    """Batches of clips as pure functions of their number. Clips are encoded once."""
 
     def __init__(self, request: ClipRequest):
-        """Reads the list, and encodes the videos unless that is done.
+        """Reads the list, and encodes the videos unless they are already encoded.
 
         Raises:
           UserError: The list or a video is wrong.
@@ -130,18 +130,18 @@ class Videos:
         self._order = Order(len(self._clips), request.data.seed)
 
     def _encode(self, listed, bundle) -> Iterator[dict[str, Any]]:
-        grid = bundle.grid
-        size = grid.height * _CELL, grid.width * _CELL
-        count = 1 + _STRIDE * (self._frames - 1)
-        _check((video for video, _ in listed), count, size)
+        family = bundle.model.family
+        size, fps = family.pixel_size(bundle.grid), family.frames_per_second
+        count = family.pixel_frames(self._frames)
+        _check((video for video, _ in listed), count, size, fps)
         encode = jax.jit(functools.partial(bundle.codec.encode, bundle.codec_params))
         for video, caption in listed:
-            pixels = media.read_video(video, count, size)
+            pixels = media.read_video(video, count, size, fps)
             unit = jnp.asarray(pixels[None], jnp.float32) / 127.5 - 1
             yield {"latents": np.asarray(encode(unit))[0], "captions": [caption]}
 
     def __call__(self, number: int) -> Mapping[str, Any]:
-        """Returns latents and token ids of batch `number`; some have no caption."""
+        """Returns latents and token ids of batch `number`; dropout removes captions."""
         rng, share = np.random.default_rng((self._data.seed, 31, number)), self._share
         found = [
             self._clips[self._order.index(place)] for place in share.places(number)
@@ -162,12 +162,12 @@ class VideoKind(ClipKind):
     columns = ("video", "caption")
 
     def open_clips(self, request: ClipRequest) -> Videos:
-        """Returns the batches of the listed videos, encoded at the first call."""
+        """Returns batches of the listed videos, which the first call encodes."""
         path_of(request.data, _READS)
         return Videos(request)
 
     def identity(self, data: DataConfig) -> dict[str, Any]:
-        """Returns the hash of the videos and their captions."""
+        """Returns a hash of the videos and their captions."""
         return {} if data.path is None else {"videos": identity(data.path)}
 
 

@@ -1,4 +1,4 @@
-"""What a stage of training is, to the loop, the planner, the samples and the command.
+"""The interface of a training stage, as the loop, planner, samples and command use it.
 
 A stage's module has three parts side by side: its config section, its compiled steps
 (`CompiledStage`), and its kind (`StageKind`), which `stages.registry` names.
@@ -33,11 +33,12 @@ Metrics = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Cursor:
-    """Where the data and the sequences stand: the integers of the next step.
+    """The position in the data and in the sequences: the integers of the next step.
 
     Attributes:
-      number: batches, or sequences, that were taken.
-      start: first latent frame of the sequence's next chunk; 0: a new one begins.
+      number: number of batches, or of sequences, taken so far.
+      start: first latent frame of the sequence's next chunk. At 0 a new sequence
+        begins.
     """
 
     number: int = 0
@@ -48,12 +49,12 @@ class CompiledStage(Protocol):
     """The compiled steps of a stage, with their frozen weights and their data.
 
     Attributes:
-      spec: what is static about the stage.
+      spec: the static settings of the stage.
       frozen: weights without a gradient, on the mesh, by network.
       mesh: the mesh.
-      places: the state's shardings.
-      batches: number -> batch of numpy arrays.
-      cycle: steps after which the updates of a step repeat.
+      places: shardings of the state.
+      batches: function from a number to a batch of numpy arrays.
+      cycle: number of steps after which the pattern of updates repeats.
     """
 
     spec: Any
@@ -73,17 +74,17 @@ class CompiledStage(Protocol):
         """Returns which networks a step updates, as text."""
 
     def settle(self, state: TrainState, cursor: Cursor) -> tuple[TrainState, Cursor]:
-        """Returns a state and cursor after which steps take their typical time."""
+        """Returns a state and a cursor from which steps take their typical time."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class InitialNetworks:
-    """The networks that a training begins with.
+    """The initial networks of a training.
 
     Attributes:
-      generator: the network that is trained, with text encoder and codec.
+      generator: the trained network, with its text encoder and codec.
       teacher: a frozen network, or None.
-      critic: the initial fake score. None: the teacher's weights.
+      critic: the initial fake score. None takes the teacher's weights.
     """
 
     generator: Bundle
@@ -96,7 +97,7 @@ class Prepared:
     """A stage that is ready to run.
 
     Attributes:
-      compiled: its steps, with weights on the mesh and with data.
+      compiled: the compiled steps, with weights on the mesh and with data.
       state: the state before the first step, on the mesh.
       bundle: the generator's bundle, with text encoder and codec.
       counts: number of parameters by network.
@@ -116,9 +117,9 @@ class StageKind:
     `config` is a `TrainConfig` of this stage, in which the stage reads its own section.
 
     Attributes:
-      numbers: names of the metrics of a step, of which `best_of` is one.
+      numbers: names of a step's metrics. `best_of` must be one of them.
       least: smallest value of config fields, by dotted name.
-      has_critic: whether it trains a fake score beside the generator.
+      has_critic: whether the stage also trains a fake score.
     """
 
     numbers: tuple[str, ...] = ()
@@ -136,11 +137,11 @@ class StageKind:
         """Returns the stage's batches.
 
         Args:
-          config: of the training.
+          config: config of the training.
           bundle: weights with the tokenizer, the text encoder and the codec.
-          folder: the training's folder.
-          share: the videos of a batch that this process makes.
-          most: number of examples to prepare. None: all.
+          folder: folder of the training.
+          share: the rows of each batch that this process makes.
+          most: largest number of examples to prepare. None prepares all.
 
         Raises:
           UserError: The data do not suit the stage, or a file is wrong.
@@ -153,10 +154,10 @@ class StageKind:
         """Returns the stage with its first state.
 
         Args:
-          config: of the training.
+          config: config of the training.
           networks: the initial networks.
-          batches: number -> batch. None: nothing will run.
-          on: makes and places arrays.
+          batches: function from a number to a batch. None if no step will run.
+          on: object that makes and places arrays.
 
         Raises:
           UserError: Parts of the config are incompatible.
@@ -164,7 +165,7 @@ class StageKind:
         raise NotImplementedError
 
     def texts(self, config) -> Iterator[tuple[str, str]]:
-        """Yields each text in the config that is encoded, after its field's name."""
+        """Yields (field name, text) of each text in the config that is encoded."""
         yield from ()
 
     def describe_frames(self, config) -> str:
@@ -202,7 +203,8 @@ class StageKind:
         """Returns the sampling settings of weights that the stage trained.
 
         Args:
-          training: the training's config as plain values, perhaps of an older version.
+          training: the training's config as plain values. An older version may have
+            written it.
           base: the settings of the initial weights. If these are bidirectional, the
             trained weights are too.
         """
@@ -215,7 +217,7 @@ class StageKind:
         raise NotImplementedError
 
     def sample_frames(self, config) -> int:
-        """Returns the latent frames of a clip that is denoised as a whole."""
+        """Returns the number of latent frames of a clip that is denoised as a whole."""
         raise NotImplementedError
 
     def sample_switches(self, config) -> bool:
@@ -239,16 +241,17 @@ def used_ema(config) -> Ema | None:
 
 
 def split_collections(config, variables, number: int, on: Arrays):
-    """Returns the collections that are trained, and those that are not.
+    """Returns the trained collections and the frozen ones.
 
     Args:
-      config: of the training.
+      config: config of the training.
       variables: the network's collections.
-      number: number of the network, for the random numbers of its first updates.
-      on: makes arrays.
+      number: number of the network. It selects the random numbers of the initial
+        updates.
+      on: object that makes arrays.
 
     Raises:
-      UserError: The weights have low-rank updates of another rank.
+      UserError: The weights already have low-rank updates of another rank.
     """
     rank = config.lora.rank
     if not rank:
@@ -262,7 +265,7 @@ def split_collections(config, variables, number: int, on: Arrays):
         has = ", ".join(map(str, sorted(lora.ranks(given))))
         raise UserError(
             f"config.lora.rank={rank}: the weights have updates of rank {has}; choose"
-            " that, or export the weights merged"
+            " that rank, or export the weights merged"
         )
     return {"lora": given}, {"params": variables["params"]}
 

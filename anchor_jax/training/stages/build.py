@@ -16,7 +16,7 @@ from anchor_jax.training.stages.distillation import DistillationConfig
 from anchor_jax.training.stages.registry import STAGES
 from anchor_jax.training.stages.regression import RegressionConfig
 from anchor_jax.training.state import Ema, Optimizer
-from anchor_jax.wan.spec import ModelConfig
+from anchor_jax.wan.spec import WAN_2_1, ModelConfig
 from anchor_jax.weights.bundle import Bundle
 
 
@@ -25,7 +25,7 @@ class LoraConfig:
     """The section `lora`: low-rank updates of generator and critic.
 
     Attributes:
-      rank: of the updates; 0 trains every parameter.
+      rank: rank of the updates. At 0 every parameter is trained.
     """
 
     rank: int = 0
@@ -36,20 +36,21 @@ class SamplesConfig:
     """The section `samples`: the videos that are made while a training runs.
 
     Attributes:
-      prompts: a script a video, as `anchor-jax sample` takes them: "PROMPT | PROMPT"
-        switches; without any, the tiny world's or the first ones of the data.
-      num: videos, where no prompts are given.
-      frames: latent frames; of a bidirectional teacher at most those of its clips.
-      policy: what streams remember; without a value `distillation.policy`, and the
+      prompts: one script per video, in the form of `anchor-jax sample`: "PROMPT |
+        PROMPT" has a switch. Empty takes prompts of the tiny world or the first ones of
+        the data.
+      num: number of videos if `prompts` is empty.
+      frames: latent frames per video. A bidirectional teacher makes at most one clip.
+      policy: cache policy of the streams. None takes `distillation.policy`, or the
         whole clip for a bidirectional teacher.
-      steps: of Euler, for networks that are not distilled.
-      grid: the noise levels of these steps, of `flow.GRIDS`.
-      guidance: of the same; 1 is none.
+      steps: number of Euler steps, for networks that are not distilled.
+      grid: noise levels of these steps, a name in `flow.GRIDS`.
+      guidance: guidance scale for the same networks; 1 turns guidance off.
     """
 
     prompts: tuple[str, ...] = ()
     num: int = 4
-    frames: int = 21
+    frames: int = WAN_2_1.clip_frames
     policy: str | None = None
     steps: int = 20
     grid: str = "even"
@@ -63,28 +64,34 @@ class TrainConfig:
     Attributes:
       stage: a name in `stages.registry`: "regression" (teacher, causal
         initialisation) or "distillation".
-      weights: where the generator begins: "tiny", "fresh" (a random tiny model), a
-        folder of ported weights, or of a training.
-      teacher: weights of the real score, for distillation; of the guided network, for
+      weights: initial weights of the generator: "tiny", "fresh" (a random tiny model),
+        a folder of ported weights, or the folder of a training.
+      teacher: weights of the real score for distillation, or of the guided network for
         `regression.guidance`.
-      critic: weights with which the fake score begins: the critic of a distillation or
-        of a ported checkpoint, or a network; without a value the teacher's.
-      rules: "paper", or "release", to continue published weights as trained.
-      steps: in all.
-      batch: videos of a step, over all devices.
-      seed: of weights, noise and sequences.
-      mesh: devices along data, fsdp, context, tensor; -1 fills up.
-      size: pixels, such as "480x832"; without a value the weights' own.
-      dtype: of activations; without a value the weights' own.
+      critic: initial weights of the fake score: the critic of a distillation or of a
+        ported checkpoint, or a network. None takes the teacher's.
+      rules: "paper" or "release". "release" continues published weights by the rules of
+        their training.
+      steps: total number of steps.
+      batch: videos per step, over all devices.
+      seed: seed of weights, noise and sequences.
+      mesh: devices along data, fsdp, context, tensor. At most one is -1, which is
+        inferred from the number of devices.
+      size: height and width in pixels, such as "480x832". None takes the size of the
+        weights.
+      dtype: type of activations. None takes the type that the weights name.
       remat: a member of jax.checkpoint_policies, or "none".
       attention: a kernel, or "auto".
-      out: folder of checkpoints, logs and samples.
-      save_every: steps to a checkpoint.
-      keep: last checkpoints that stay.
-      keep_best: checkpoints that stay for their `best_of`; 0 is none.
-      best_of: a logged number; its mean since the save before, lower is better.
-      log_every: steps to a line of numbers.
-      sample_every: steps to sample videos, which the last step has too; 0 is never.
+      out: folder for checkpoints, logs and samples.
+      save_every: steps between checkpoints.
+      keep: number of newest checkpoints to retain.
+      keep_best: number of checkpoints to retain for the lowest `best_of`; 0 retains
+        none.
+      best_of: name of a logged metric. Checkpoints are compared by its mean since the
+        previous checkpoint; lower is better.
+      log_every: steps between lines of metrics.
+      sample_every: steps between sample videos, which the last step makes too; 0 makes
+        none.
     """
 
     stage: str = "distillation"
@@ -128,15 +135,16 @@ def prepare(
     """Returns a stage with its first state.
 
     Args:
-      config: of the training.
-      bundle: where the generator begins.
-      batches: number -> batch, as the stage takes it. None: nothing will run.
-      teacher: the real score, for distillation; or whose guided flow is regressed.
-      critic: where the fake score begins; None: as the teacher.
-      on: makes and places arrays; None: on the mesh of the config.
+      config: config of the training.
+      bundle: initial weights of the generator.
+      batches: function from a number to the stage's batch. None if no step will run.
+      teacher: the real score for distillation, or the network whose guided flow is
+        regressed.
+      critic: initial weights of the fake score. None takes the teacher's.
+      on: object that makes and places arrays. None uses the mesh of the config.
 
     Raises:
-      UserError: Parts of the config do not go together.
+      UserError: Parts of the config are incompatible.
     """
     stage = find_stage(config)
     on = on or Arrays(make_mesh(config))
@@ -154,11 +162,11 @@ def open_source(
     """Returns the batches of a config's stage.
 
     Args:
-      config: of the training.
+      config: config of the training.
       bundle: weights with the tokenizer, the text encoder and the codec.
       folder: the training's folder.
-      share: the videos of a batch that this process makes. None: all of them.
-      most: number of examples to prepare. None: all.
+      share: the rows of each batch that this process makes. None makes all of them.
+      most: largest number of examples to prepare. None prepares all.
 
     Raises:
       UserError: The data do not suit the stage, or a file is wrong.
@@ -180,7 +188,7 @@ def find_stage(config: TrainConfig) -> StageKind:
 
 
 def _check_fits(model: ModelConfig, **others: Bundle | None) -> None:
-    """Raises unless all networks have the generator's latents and prompts."""
+    """Raises UserError unless all networks take the generator's latents and prompts."""
     for name, other in others.items():
         for field in ("latent_channels", "text_dim", "text_len"):
             ours = getattr(model, field)
@@ -193,10 +201,10 @@ def _check_fits(model: ModelConfig, **others: Bundle | None) -> None:
 
 
 def make_mesh(config: TrainConfig, devices=None) -> Mesh:
-    """Returns the mesh of a config, of all devices unless they are given.
+    """Returns the mesh of a config, over all devices by default.
 
     Raises:
-      UserError: It does not fit the devices or the batch.
+      UserError: The mesh does not fit the devices or the batch.
     """
     try:
         mesh = sharding.make_mesh(config.mesh, devices)

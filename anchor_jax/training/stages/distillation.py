@@ -26,6 +26,7 @@ from anchor_jax.training.stages.distillation_flops import step_flops
 from anchor_jax.training.stages.distillation_spec import make_spec, mean_chunk
 from anchor_jax.training.stages.distillation_step import ChunkShape, DistillationSpec
 from anchor_jax.training.state import Ema, TrainState, init_state
+from anchor_jax.wan.spec import WAN_2_1
 from anchor_jax.weights.bundle import Bundle
 
 
@@ -34,23 +35,24 @@ class DistillationConfig:
     """The section `distillation`.
 
     Attributes:
-      policy: `anchor-jax policies` lists them.
-      steps: the generator's noise levels, of a grid of 1000 before the shift.
-      shift: moves noise levels towards noise.
+      policy: name of a cache policy; `anchor-jax policies` lists them.
+      steps: the generator's timesteps from 0 to 1000, before the shift.
+      shift: shift of the noise levels towards noise.
       guidance: real = with + guidance (with - without).
-      frames: latent frames that the loss sees; a sequence's first chunk.
-      length: latent frames of a sequence; as `frames`: one chunk.
-      switches: latent frames, one of which is each sequence's prompt switch.
+      frames: latent frames that the loss sees, and the length of a sequence's first
+        chunk.
+      length: latent frames per sequence. If equal to `frames`, a sequence is one chunk.
+      switches: latent frames. Each sequence has its prompt switch at one of them.
       every: steps to a generator update.
-      negative_prompt: what guidance leads away from.
+      negative_prompt: prompt that guidance leads away from.
     """
 
     policy: str = "anchor_forcing"
     steps: tuple[int, ...] = (1000, 750, 500, 250)
     shift: float = 5.0
     guidance: float = 3.0
-    frames: int = 21
-    length: int = 21
+    frames: int = WAN_2_1.clip_frames
+    length: int = WAN_2_1.clip_frames
     switches: tuple[int, ...] = ()
     every: int = 5
     negative_prompt: str = ""
@@ -58,18 +60,19 @@ class DistillationConfig:
 
 @dataclasses.dataclass(eq=False)
 class CompiledDistillation:
-    """A critic update a step, a generator update every few; as `CompiledStage`.
+    """Every step updates the critic, every few steps also the generator.
 
     Attributes:
-      spec: static.
-      frozen: on the mesh.
-      mesh: of all.
-      places: the state's shardings.
-      tx: the generator's optimizer.
-      critic_tx: the critic's.
-      ema: static.
-      batches: number of a sequence -> its embeddings `prompt`, `switch`, `negative`.
-      seed: of the sequences' switches.
+      spec: static settings.
+      frozen: weights without a gradient, on the mesh.
+      mesh: mesh of all arrays.
+      places: shardings of the state.
+      tx: optimizer of the generator.
+      critic_tx: optimizer of the critic.
+      ema: settings of the running mean.
+      batches: function from a sequence's number to its embeddings `prompt`, `switch`
+        and `negative`.
+      seed: seed of the sequences' switch frames.
       every: steps to a generator update.
     """
 
@@ -95,8 +98,7 @@ class CompiledDistillation:
     def advance(self, state: TrainState, cursor: Cursor, step: int):
         """Returns state, cursor and metrics, one step later.
 
-        Both gradients are of the parameters before the step (training/README.md,
-        "Steps").
+        Both gradients use the parameters before the step (training/README.md, "Steps").
         """
         metrics, gradient = {}, None
         with jax.set_mesh(self.mesh):
@@ -106,7 +108,7 @@ class CompiledDistillation:
                     "generator", distillation_step.shape_of(self.spec, span)
                 )
                 state, gradient, metrics = run(state, self.frozen, batch)
-                # A sequence of one chunk: the critic sees the same prompts.
+                # In a sequence of one chunk the critic sees the same prompts.
                 cursor = cursor if self._is_short else after
             span, batch, cursor = self._take(cursor)
             run = self._gradient("critic", distillation_step.shape_of(self.spec, span))
@@ -132,7 +134,8 @@ class CompiledDistillation:
     def programs(self, state: TrainState, batch) -> dict[str, tuple[Callable, tuple]]:
         """Returns the jitted functions of steps and their arguments, by name.
 
-        A gradient has a program for each shape of a chunk; here is one of each kind.
+        Each chunk shape has a gradient program of its own; one of each kind is
+        returned.
         """
         found, args = {}, (state, self.frozen, batch)
         for name, shape in self._kinds().items():
@@ -146,7 +149,7 @@ class CompiledDistillation:
         return found
 
     def _kinds(self) -> dict[str, ChunkShape]:
-        """Returns the shape of the last chunk of each kind, a late switch's."""
+        """Returns the shape of the last chunk of each kind, for a late switch."""
         plan, kinds = self.spec.plan, {}
         for span in plan.chunks(max(plan.switches, default=None)):
             shape = distillation_step.shape_of(self.spec, span)
@@ -171,7 +174,7 @@ class CompiledDistillation:
 
     @functools.cached_property
     def _batch(self):
-        """The batch of a sequence, made once for all of its chunks."""
+        """Returns the batch of a sequence, made once for all of its chunks."""
         batches, mesh = self.batches, self.mesh
 
         @functools.lru_cache(maxsize=1)
@@ -197,7 +200,7 @@ class CompiledDistillation:
         return jax.jit(
             functools.partial(function, spec=self.spec, shape=shape),
             donate_argnums=0,
-            # A sequence's first chunk reads no rollout, and takes the old one's room.
+            # A first chunk reads no rollout: the old one is donated for its memory.
             keep_unused=True,
             out_shardings=(self.places, gradient, everywhere),
         )
@@ -225,7 +228,7 @@ class CompiledDistillation:
 
 
 class DistillationKind(StageKind):
-    """A generator and a critic, which follow each other."""
+    """Trains a generator and a critic by turns."""
 
     numbers = (
         *("critic_loss", "generator_loss", "score_gap"),
@@ -242,7 +245,7 @@ class DistillationKind(StageKind):
         share: Share,
         most: int | None = None,
     ) -> Batches:
-        """Returns batches of prompts and of the prompts that they switch to."""
+        """Returns batches of prompts and their switch prompts."""
         del most
         sources.check_kind(config.data, PROMPTS, config.stage)
         texts = sources.open_texts(config.data, folder)
@@ -364,7 +367,7 @@ class DistillationKind(StageKind):
     ) -> StreamSetup:
         """Returns the setup of the rollouts, without noise in the clean pass.
 
-        Only training has that noise (training/README.md, "D11").
+        Only training adds that noise (training/README.md, "D11").
         """
         del method
         setup = prepared.compiled.spec.setup

@@ -5,15 +5,15 @@ from anchor_jax.training.stages.distillation_step import DistillationSpec
 
 
 def step_flops(spec: DistillationSpec, metrics) -> float:
-    """Returns the operations of a step, of the exit levels that it drew.
+    """Returns the operations of a step for the exit levels that it drew.
 
-    A rollout's passes up to its exit level and the clean one; for the generator three
-    forwards of the scores, and the exit pass's backward, which counts twice; for the
-    critic one forward and backward. That a chunk's gradient runs the exit pass forward
-    once more is our way to save memory, and does not count.
+    Counted are a rollout's passes up to its exit level and the clean pass. The
+    generator adds three forward passes of the scores and the backward of the exit pass,
+    which counts twice; the critic adds one forward and one backward. The gradient of a
+    chunk runs the exit pass forward a second time to save memory, which is not counted.
 
     Args:
-      spec: static.
+      spec: static settings of the distillation.
       metrics: the step's metrics.
     """
     total = _rollout(spec, int(metrics["critic_exit_level"]))
@@ -25,12 +25,12 @@ def step_flops(spec: DistillationSpec, metrics) -> float:
     return spec.batch * total
 
 
-def _rollout(spec: DistillationSpec, leave: int) -> float:
-    return (leave + 2) * _blocks(spec)
+def _rollout(spec: DistillationSpec, exit_level: int) -> float:
+    return (exit_level + 2) * _blocks(spec)
 
 
 def _blocks(spec: DistillationSpec) -> float:
-    """Returns the operations of one pass of every block of a chunk."""
+    """Returns the operations of one pass over every block of a chunk."""
     setup, policy = spec.setup, spec.setup.policy
     starts = range(0, spec.plan.frames, policy.block)
     kept = policy.sink + policy.local

@@ -1,4 +1,4 @@
-"""What is static about a distillation, from its config."""
+"""The static settings of a distillation, from its config."""
 
 from anchor_jax import flow
 from anchor_jax.cache import policies
@@ -18,7 +18,7 @@ RULES = ("paper", "release")
 def make_spec(
     config, bundle: Bundle, teacher: Bundle, critic: Bundle, on: Arrays
 ) -> DistillationSpec:
-    """Returns what is static about a distillation.
+    """Returns the static settings of a distillation.
 
     Raises:
       UserError: A field of `distillation` is wrong.
@@ -59,13 +59,13 @@ def make_spec(
 
 
 def mean_chunk(plan: SequencePlan) -> float:
-    """Returns how many latent frames a chunk makes, in the mean of a sequence."""
+    """Returns the mean number of latent frames per chunk of a sequence."""
     made = [span.new for span in plan.chunks(None)]
     return sum(made) / len(made)
 
 
 def _check_length(policy: Policy, section) -> None:
-    """Raises unless a sequence can be made without an end or a restart in it."""
+    """Raises UserError if the policy would end or restart within a sequence."""
     most = policy.limit if policy.restart is None else policy.restart.every
     if most is not None and section.length > most:
         raise ValueError(

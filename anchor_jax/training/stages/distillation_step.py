@@ -30,17 +30,17 @@ GENERATOR, CRITIC = 1, 2
 
 @dataclasses.dataclass(frozen=True)
 class DistillationSpec:
-    """What is static about distillation.
+    """The static settings of a distillation.
 
     Attributes:
-      setup: of the generator's stream.
-      critic: the fake score.
-      teacher: the real score.
-      codec: renews the frame that begins a clip.
-      plan: of the sequences.
+      setup: setup of the generator's stream.
+      critic: network of the fake score.
+      teacher: network of the real score.
+      codec: VAE that encodes the first frame of the loss's clip again.
+      plan: how sequences are cut into chunks.
       guidance: real = with + guidance (with - without).
-      shift: moves the loss's noise levels towards noise.
-      batch: videos.
+      shift: shift of the loss's noise levels towards noise.
+      batch: number of videos.
 
     Source: training/README.md, "The losses, exactly", "Sequences and chunks".
     """
@@ -57,7 +57,7 @@ class DistillationSpec:
 
 @dataclasses.dataclass(frozen=True)
 class ChunkShape:
-    """What is static about a chunk: few, so that few programs are compiled."""
+    """The static shape of a chunk. There are few, so few programs are compiled."""
 
     blocks: int
     is_first: bool
@@ -71,26 +71,26 @@ def shape_of(spec: DistillationSpec, span: ChunkSpan) -> ChunkShape:
     switch = None
     if span.switch_at is not None:
         number = (span.switch_at - span.start) // block
-        switch = ChunkSwitch(number, spec.setup.policy.rerun(span.switch_at))
+        switch = ChunkSwitch(number, spec.setup.policy.recache(span.switch_at))
     return ChunkShape(span.new // block, span.start == 0, span.prompt, switch)
 
 
 def generator_gradient(
     state: TrainState, frozen, batch, *, spec: DistillationSpec, shape: ChunkShape
 ):
-    """Returns the state a chunk later, the generator's gradient, and metrics.
+    """Returns the state after a chunk, the generator's gradient, and metrics.
 
     Args:
-      state: `rollout` goes on, and `sound` is that of the loss and gradient too, so
-        that of two gradients of a step none is used if one is not finite.
+      state: the state. `rollout` advances, and `sound` also covers this loss and
+        gradient: if one gradient of a step is not finite, neither is used.
       frozen: weights without a gradient: collections of `generator`, `fake_score` and
         `real_score`, and the parameters of `codec`.
       batch: embeddings `prompt`, `switch` and `negative` [batch, text, text_dim], and
         `requested`, the latent frame of the sequence's prompt switch.
-      spec: static.
-      shape: static.
+      spec: static settings.
+      shape: static shape of the chunk.
     """
-    state, clip, mask, chunk, prompts, leave = _next_chunk(
+    state, clip, mask, chunk, prompts, exit_level = _next_chunk(
         state, frozen, batch, spec, shape, GENERATOR
     )
     timestep, noise = _loss_noise(state.key(GENERATOR, 1), clip, spec)
@@ -110,33 +110,33 @@ def generator_gradient(
         frozen["generator"],
         chunk,
         prompts[-1],
-        leave,
+        exit_level,
         found.gradient[:, clip.shape[1] - frames :],
         setup=spec.setup,
     )
     metrics = {
         "generator_loss": found.loss,
         "score_gap": found.gap,
-        "exit_level": leave,
+        "exit_level": exit_level,
         "loss_timestep": jnp.mean(timestep),
     }
-    # Where scores are not finite the gap says so: the direction counts them as 0.
+    # The gap shows scores that are not finite; the direction counts them as 0.
     return checked(state, gradient, found.loss + found.gap), gradient, metrics
 
 
 def critic_gradient(
     state: TrainState, frozen, batch, *, spec: DistillationSpec, shape: ChunkShape
 ):
-    """Returns the state a chunk later, the critic's gradient, and metrics.
+    """Returns the state after a chunk, the critic's gradient, and metrics.
 
     Args:
       state: as for `generator_gradient`.
-      frozen: likewise.
-      batch: likewise.
-      spec: static.
-      shape: static.
+      frozen: as for `generator_gradient`.
+      batch: as for `generator_gradient`.
+      spec: static settings.
+      shape: static shape of the chunk.
     """
-    state, clip, mask, _, prompts, leave = _next_chunk(
+    state, clip, mask, _, prompts, exit_level = _next_chunk(
         state, frozen, batch, spec, shape, CRITIC
     )
     timestep, noise = _loss_noise(state.key(CRITIC, 1), clip, spec)
@@ -148,18 +148,18 @@ def critic_gradient(
         )
 
     value, gradient = jax.value_and_grad(loss)(state.fake_score)
-    metrics = {"critic_loss": value, "critic_exit_level": leave}
+    metrics = {"critic_loss": value, "critic_exit_level": exit_level}
     return checked(state, gradient, value), gradient, metrics
 
 
 def update_generator(state: TrainState, gradient, loss, *, tx, ema: Ema | None):
-    """Returns the state with the generator and its mean moved, and metrics."""
+    """Returns the state after an update of the generator and its mean, and metrics."""
     state, norm = move_generator(state, gradient, loss, tx, ema)
     return state, {"generator_gradient_norm": norm}
 
 
 def update_critic(state: TrainState, gradient, loss, *, tx):
-    """Returns the state with the critic moved, one step later, and metrics."""
+    """Returns the state after an update of the critic, one step later, and metrics."""
     fake_score, opt_state, norm, sound = moved(
         tx, gradient, state.opt_fake_score, state.fake_score, loss, state.sound
     )
@@ -175,13 +175,13 @@ def update_critic(state: TrainState, gradient, loss, *, tx):
 def _next_chunk(
     state: TrainState, frozen, batch, spec: DistillationSpec, shape, role: int
 ):
-    """Returns the state a chunk of its sequence later, the loss's clip, and more."""
+    """Returns the state after a chunk, the clip of the loss, and what made them."""
     setup = spec.setup
     sequence = state.rollout
     if shape.is_first:
         sequence = rollout.begin(setup, spec.batch, spec.plan.frames)
     key = state.key(role, 0)
-    leave = jax.random.randint(key, (), 0, len(setup.levels))
+    exit_level = jax.random.randint(key, (), 0, len(setup.levels))
     noise = draw_chunk_noise(jax.random.fold_in(key, 1), shape.blocks, spec)
     both = (batch["prompt"], batch["switch"])
     prompts = both if shape.switch else both[shape.prompt : shape.prompt + 1]
@@ -191,7 +191,7 @@ def _next_chunk(
         sequence,
         prompts,
         noise,
-        leave,
+        exit_level,
         setup=setup,
         switch=shape.switch,
         requested=batch["requested"],
@@ -202,7 +202,7 @@ def _next_chunk(
         lambda x: rollout.renew_last(frozen["codec"], x, codec=spec.codec),
     )
     state = state.replace(rollout=after)
-    return state, jax.lax.stop_gradient(clip), mask, chunk, prompts, leave
+    return state, jax.lax.stop_gradient(clip), mask, chunk, prompts, exit_level
 
 
 def draw_chunk_noise(key: jax.Array, blocks: int, spec: DistillationSpec) -> BlockNoise:

@@ -34,17 +34,20 @@ class RegressionConfig:
     """The section `regression`.
 
     Attributes:
-      forcing: "none", one bidirectional clip; "noise", blocks that see earlier ones at
-        noise levels of their own; "teacher", blocks that see earlier ones clean.
-      endpoints: regress stored endpoints of trajectories, not the flow.
+      forcing: "none" is one bidirectional clip. With "noise" each block has its own
+        noise level and sees the noisy earlier blocks. With "teacher" it sees the clean
+        earlier blocks.
+      endpoints: whether to regress stored endpoints of trajectories instead of the
+        flow.
       block: latent frames denoised together.
-      blocks: of a clip.
-      shift: moves noise levels towards noise.
-      window: latent frames that a block sees; all without a value.
-      text: train the text encoder along.
-      guidance: the target is the guided flow of `teacher`, a network of the same
-        forcing: without + guidance (with - without); without a value it is the data's.
-      negative_prompt: what guidance leads away from.
+      blocks: number of blocks per clip.
+      shift: shift of the noise levels towards noise.
+      window: latent frames that a block sees. None shows all.
+      text: whether the text encoder is trained too.
+      guidance: scale of the guided flow of `teacher`, a network of the same forcing:
+        without + guidance (with - without). None takes the flow of the data as the
+        target.
+      negative_prompt: prompt that guidance leads away from.
     """
 
     forcing: str = "none"
@@ -59,22 +62,22 @@ class RegressionConfig:
 
     @property
     def frames(self) -> int:
-        """Latent frames of a clip."""
+        """Number of latent frames per clip."""
         return self.block * self.blocks
 
 
 @dataclasses.dataclass(eq=False)
 class CompiledRegression:
-    """The steps of a regression, of one batch each; as `CompiledStage`.
+    """The compiled steps of a regression; each takes one batch.
 
     Attributes:
-      spec: static.
-      frozen: on the mesh.
-      mesh: of all.
-      places: the state's shardings.
-      tx: the optimizer.
-      ema: static.
-      batches: number -> batch of numpy arrays.
+      spec: static settings.
+      frozen: weights without a gradient, on the mesh.
+      mesh: mesh of all arrays.
+      places: shardings of the state.
+      tx: optimizer of the network.
+      ema: settings of the running mean.
+      batches: function from a number to a batch of numpy arrays.
     """
 
     spec: RegressionSpec
@@ -116,12 +119,12 @@ class CompiledRegression:
         return "generator"
 
     def settle(self, state: TrainState, cursor: Cursor) -> tuple[TrainState, Cursor]:
-        """Returns the same: all steps take the same time."""
+        """Returns the arguments unchanged: all steps take the same time."""
         return state, cursor
 
 
 class RegressionKind(StageKind):
-    """One network, one loss."""
+    """Trains one network with one loss."""
 
     numbers = ("loss", "gradient_norm")
     least = {"regression.block": 1, "regression.blocks": 1}
@@ -185,7 +188,7 @@ class RegressionKind(StageKind):
         return f"{config.regression.frames} latent frames"
 
     def check_plan(self, config) -> None:
-        """Raises UserError if the text encoder is trained along."""
+        """Raises UserError if the text encoder is trained too."""
         if config.regression.text:
             raise UserError(
                 "config.regression.text=True: a plan takes prompts that are encoded;"
@@ -212,7 +215,7 @@ class RegressionKind(StageKind):
         section, shared = training["regression"], training["distillation"]
         samples, rules = training["samples"], training["rules"]
         policy = shared["policy"] if section["forcing"] != "none" else TEACHER
-        # Older trainings have no grid; they were sampled at even noise levels.
+        # Configs of older trainings lack `grid`; their noise levels were even.
         grid = samples["grid"] if "grid" in samples else None
         if policy == base.policy == TEACHER:
             return base if grid else dataclasses.replace(base, grid=EVEN)
@@ -250,7 +253,7 @@ class RegressionKind(StageKind):
         return config.regression.frames
 
     def sample_negative(self, config) -> str:
-        """Returns the negative prompt with which such weights are sampled later."""
+        """Returns the negative prompt with which the trained weights are sampled."""
         return config.distillation.negative_prompt
 
 
@@ -258,7 +261,7 @@ REGRESSION = RegressionKind()
 
 
 def _spec(config, bundle: Bundle, teacher: Bundle | None, on: Arrays) -> RegressionSpec:
-    """Returns what is static about a regression."""
+    """Returns the static settings of a regression."""
     section = config.regression
     blocks = (section.block,) * section.blocks if section.forcing != "none" else ()
     with base.naming_section("config.regression"):
@@ -277,7 +280,7 @@ def _spec(config, bundle: Bundle, teacher: Bundle | None, on: Arrays) -> Regress
 
 
 def _guided_teacher(config, teacher: Bundle | None) -> Bundle | None:
-    """Returns the network whose guided flow is regressed, None without guidance."""
+    """Returns the network whose guided flow is regressed, or None without guidance."""
     if config.regression.guidance is None:
         return None
     if teacher is None:
@@ -289,7 +292,7 @@ def _guided_teacher(config, teacher: Bundle | None) -> Bundle | None:
 
 
 def _check_endpoints(config) -> None:
-    """Raises UserError unless stored states are regressed to their endpoints."""
+    """Raises UserError unless stored states and endpoint regression go together."""
     section, has_states = config.regression, CLIPS[config.data.kind].has_states
     if has_states != section.endpoints or has_states and section.forcing != "noise":
         raise UserError(

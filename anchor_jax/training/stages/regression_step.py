@@ -27,29 +27,30 @@ FORCINGS = ("none", "noise", "teacher")
 
 @dataclasses.dataclass(frozen=True)
 class RegressionSpec:
-    """What is static about a regression.
+    """The static settings of a regression.
 
     A batch holds `latents` [batch, frame, height, width, channel], prompts (either
     `embedding` [batch, prompt, text, dim], or `ids` and `mask` [batch, prompt, text]
-    for a text encoder that is trained along), and where it differs from the default
+    for a text encoder that is trained too), and where it differs from the default
     `which` [batch, block], the prompt of each block, `position` [frame], the temporal
     RoPE index of each frame, and `weight` [batch, block].
 
     Attributes:
-      model: the network.
-      blocks: frames of each block; () is one bidirectional clip.
-      forcing: of blocks: "noise", each sees earlier ones at noise levels of their own;
-        "teacher", each sees earlier ones clean.
-      endpoints: whether the target is stored: `target` like `latents`, of which
-        `noisy` at `sigma` [batch, block] is a state of the teacher's trajectory.
-      shift: of noise levels, which are even before it; without `endpoints`.
-      window: frames that a block sees, itself included; None: all.
-      text: the text encoder that is trained along, or None.
-      teacher: a frozen network of the same layout, whose guided flow is the target;
-        None: the data's is. A batch then has `negative` [batch, text, dim], the
-        embedding that guidance leads away from.
+      model: sizes of the network.
+      blocks: number of frames of each block; () is one bidirectional clip.
+      forcing: what a block sees of earlier blocks: "noise", at their own noise levels;
+        "teacher", clean.
+      endpoints: whether the batch holds the target: `target` has the shape of
+        `latents`, and `noisy` at `sigma` [batch, block] is a state of the teacher's
+        trajectory to it.
+      shift: shift of the noise levels, which are even before it. Not for `endpoints`.
+      window: frames that a block sees, its own included. None shows all.
+      text: the text encoder if it is trained too, or None.
+      teacher: a frozen network of the same layout, whose guided flow is the target. A
+        batch then has `negative` [batch, text, dim], the embedding that guidance leads
+        away from. None takes the flow of the data.
       guidance: target = without + guidance (with - without).
-      kernel: of attention.
+      kernel: attention kernel.
 
     Source: training/README.md, "Flow matching", "Who sees whom"; teacher forcing and
     noise levels per block as in `dit_causal_nocache`, Diffusion Forcing
@@ -72,7 +73,7 @@ class RegressionSpec:
             raise ValueError(f"forcing={self.forcing!r} must be one of {FORCINGS}")
         if bool(self.blocks) == (self.forcing == "none"):
             raise ValueError(
-                "blocks are for forcing noise or teacher, and needed there"
+                "blocks must be given exactly for forcing 'noise' and 'teacher'"
             )
         if self.window is not None and self.forcing != "noise":
             raise ValueError(
@@ -81,12 +82,12 @@ class RegressionSpec:
             )
         if self.teacher is not None and (self.endpoints or self.text is not None):
             raise ValueError(
-                "guidance is for a flow and stored embeddings; leave it out, or set"
+                "guidance needs a flow target and encoded prompts; leave it out, or set"
                 " endpoints=False and text=False"
             )
 
     def visible(self, frames: int) -> Spans:
-        """Returns who sees whom."""
+        """Returns which frames each block attends to."""
         if self.forcing == "none":
             return bidirectional(frames)
         if self.forcing == "teacher":
@@ -94,13 +95,14 @@ class RegressionSpec:
         return block_causal(self.blocks, self.window)
 
     def loss(self, variables, batch, key: jax.Array, teacher=None) -> jax.Array:
-        """Returns the loss of a batch, noise and its levels drawn from a key.
+        """Returns the loss of a batch. A key draws the noise and its levels.
 
         Args:
-          variables: collections of the network, and of a trained text encoder.
-          batch: as above.
-          key: of noise and levels.
-          teacher: collections of the teacher, where there is one.
+          variables: collections of the network, and of the text encoder if it is
+            trained.
+          batch: as in `RegressionSpec`.
+          key: random key of noise and levels.
+          teacher: collections of the teacher, if there is one.
         """
         if self.endpoints:
             return self._to_endpoints(variables, batch)
@@ -156,7 +158,7 @@ class RegressionSpec:
         return predicted[:, -frames:]
 
     def context(self, variables, batch) -> ContextKV:
-        """Returns the prompts as frames attend to them, one of each video's a block."""
+        """Returns each block's prompt as its frames attend to it."""
         embedding = batch.get("embedding")
         if embedding is None:
             flat = (x.reshape(-1, x.shape[-1]) for x in (batch["ids"], batch["mask"]))
@@ -189,7 +191,7 @@ class RegressionSpec:
         return None if weight is None else self._by_frame(weight)
 
     def _by_frame(self, values: jax.Array, frames: int = 0) -> jax.Array:
-        """Returns values of blocks as values of frames."""
+        """Returns values per block as values per frame."""
         sizes = self.blocks or (frames,)
         return jnp.repeat(
             values, np.asarray(sizes), axis=1, total_repeat_length=sum(sizes)
@@ -211,15 +213,16 @@ def _of_network(variables):
 def regression_step(
     state: TrainState, frozen, batch, *, spec: RegressionSpec, tx, ema: Ema | None
 ):
-    """Returns the state a step later, and its metrics.
+    """Returns the state after a step, and its metrics.
 
     Args:
-      state: donated by what compiles this.
-      frozen: collections of `generator` without a gradient, and of a `teacher`.
+      state: the state; the compiled step donates it.
+      frozen: collections of `generator` without a gradient, and those of `teacher`, if
+        any.
       batch: as in `RegressionSpec`.
-      spec: static.
-      tx: of the optimizer.
-      ema: static.
+      spec: static settings.
+      tx: gradient transformation of the optimizer.
+      ema: settings of the running mean.
     """
 
     def loss(trainable):

@@ -79,12 +79,12 @@ def test_json_lines_hold_both_forms(tmp_path):
         (b"a\nb\nc\n", b"d\ne\n", r"b.txt: 2 lines, expected 3 .* line 3 is the first"),
         (b"a\n\nc\n", b"d\ne\nf\n", r"a.txt, line 2: empty"),
         (b"a\nb\n", b"c\n\xff\n", r"b.txt, line 2: not UTF-8"),
-        (b"a\nb\n", b"a\nb\n", r"the same text"),
-        (b"a\nb\n", b"a \r\nb", r"the same text"),
+        (b"a\nb\n", b"a\nb\n", r"two files are equal"),
+        (b"a\nb\n", b"a \r\nb", r"two files are equal"),
         (b"a\nb\n", b"c\n" + b"x" * 10_001 + b"\n", r"line 2: 10001 characters"),
-        (b"", b"a\n", r"a.txt: no lines"),
-        (b"a\n", None, r"got one prompt only"),
-        (b"a\na\n", None, r"got one prompt only"),
+        (b"", b"a\n", r"a.txt: the file has no lines"),
+        (b"a\n", None, r"needs at least two different prompts"),
+        (b"a\na\n", None, r"needs at least two different prompts"),
     ],
 )
 def test_wrong_text_files_are_refused(tmp_path, first, second, message):
@@ -102,8 +102,8 @@ def test_wrong_text_files_are_refused(tmp_path, first, second, message):
     [
         ("{", "line 1: bad JSON"),
         ("[1]", "expected"),
-        ('{"prompt": "a"}', "expected"),
-        ('{"prompts": ["a"]}', "expected"),
+        ('{"prompt": "a"}', "needs at least two different prompts"),
+        ('{"prompts": ["a"]}', "needs at least two different prompts"),
         ('{"prompt": "a", "switch": 3}', "expected"),
         ('{"prompt": "a", "switch": " "}', "line 1: empty"),
         (json.dumps({"prompts": ["a", "x" * 10_001]}), "10001 characters"),
@@ -369,7 +369,7 @@ def test_writers_of_another_job_are_refused_while_one_lives(tmp_path):
     first = TrajectoryWriter(tmp_path, 0, 2, SHAPE)
 
     for process, processes in ((1, 3), (1, 1)):
-        with pytest.raises(UserError, match="in use|process=1: expected"):
+        with pytest.raises(UserError, match="in use|process=1: must be from"):
             TrajectoryWriter(tmp_path, process, processes, SHAPE)
     first.close()
     TrajectoryWriter(tmp_path, 1, 3, SHAPE).close()
@@ -396,7 +396,7 @@ def test_wrong_trajectories_are_refused(tmp_path):
 
     for number, value, message in [
         (1, states(1), "already"),
-        (2, states(2), "not of process 1 of 2"),
+        (2, states(2), "does not belong to process 1 of 2"),
         (3, states(3)[:4], "shape"),
         (3, np.full(SHAPE, 1e6, np.float32), "360 of 360 values are not finite"),
     ]:
@@ -404,7 +404,9 @@ def test_wrong_trajectories_are_refused(tmp_path):
             writer.add(number, value, "b")
     with pytest.raises(UserError, match="holds trajectories of"):
         TrajectoryWriter(tmp_path, 0, 2, SHAPE, inputs={"seed": 2})
-    with pytest.raises(UserError, match="no finished trajectories"):
+    with pytest.raises(
+        UserError, match="holds no finished trajectories; write them first"
+    ):
         Trajectories(tmp_path)
 
 

@@ -145,7 +145,7 @@ def test_switches_need_prompts_that_change(tmp_path):
         batch=2, distillation=section, data=DataConfig("prompts", str(path))
     )
 
-    with pytest.raises(UserError, match="each prompt is the same text as its switch"):
+    with pytest.raises(UserError, match="every prompt equals its switch prompt"):
         build.open_source(config, bundles.load(), tmp_path)
     without = dataclasses.replace(config, distillation=DistillationConfig())
     assert build.open_source(without, bundles.load(), tmp_path)(0)["prompt"].any()

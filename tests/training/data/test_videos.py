@@ -133,7 +133,7 @@ def test_some_captions_are_left_out_for_guidance(listed, tmp_path):
             "'../a.mp4' leads to .*outside",
         ),
         ({"video": "/etc/hostname", "caption": "x"}, "leads to /etc/hostname, outside"),
-        ({"video": "none.mp4", "caption": "x"}, "'none.mp4' is no file in"),
+        ({"video": "none.mp4", "caption": "x"}, "'none.mp4' is not a file in"),
         ({"video": "a\0.mp4", "caption": "x"}, r"line 1: U\+0000"),
         ({"video": "a\ud800.mp4", "caption": "x"}, r"line 1: U\+D800"),
         ({"video": "a.mp4", "caption": "\udcff"}, "line 1: byte 0xff"),
@@ -198,7 +198,7 @@ def test_pictures_that_are_used_more_than_once_are_reported(tmp_path, capfd):
 
     lines = [line for line in capfd.readouterr().err.splitlines() if "warn" in line]
     (line,) = lines
-    assert "2 videos have fewer than 16 frames a second" in line
+    assert "2 videos have fewer than 16 frames per second" in line
     assert f"{tmp_path / 'b.mp4'}, 2 of 5 frames are repeats" in line
 
 

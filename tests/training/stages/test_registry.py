@@ -56,7 +56,7 @@ def test_a_steps_time_is_the_mean_over_a_cycle(monkeypatch):
             now[0] += seconds[self.updates(step)] + 100 * (len(advanced) <= 2)
             return state, cursor, ()
 
-    prepared = types.SimpleNamespace(compiled=Compiled(), state="begun")
+    prepared = types.SimpleNamespace(compiled=Compiled(), state="started")
     monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(jax, "block_until_ready", lambda x: x)
     training = run.TrainingRun(TrainConfig(), None, prepared, None, print)

@@ -155,7 +155,7 @@ def within_a_sequence(prepared, other=None):
     return state.replace(rollout=past), Cursor(0, FRAMES)
 
 
-# The generator's chunk goes on, or holds the switch; the critic's begins a sequence.
+# The generator's chunk is later or holds the switch; the critic's is the first.
 LATER, SWITCHED = (
     dataclasses.replace(
         DISTILL,
@@ -262,7 +262,7 @@ def test_blocks_are_given_the_gradient_of_their_own_frames(start, switch, monkey
         zero = jnp.float32(0)
         return types.SimpleNamespace(gradient=clip, loss=zero, gap=zero)
 
-    def pull_back(trained, frozen, chunk, prompt, leave, gradient, *, setup):
+    def pull_back(trained, frozen, chunk, prompt, exit_level, gradient, *, setup):
         given.update(chunk=chunk, ours=gradient, pulled=prompt)
         return trained
 
@@ -286,7 +286,7 @@ def test_blocks_are_given_the_gradient_of_their_own_frames(start, switch, monkey
 def test_unknown_words_and_cut_prompts_are_told(tmp_path, monkeypatch):
     on_one_device(monkeypatch)
     monkeypatch.setattr(build, "open_source", lambda *given: embeddings)
-    weights, told = tmp_path / "weights", []
+    weights, printed = tmp_path / "weights", []
     bundles.save(weights)
     lines = f"{bundles.RED} xyzzy\n{bundles.BLUE}\n{bundles.BLUE} {bundles.RED}\n"
     (tmp_path / "a.txt").write_text(lines)
@@ -298,10 +298,10 @@ def test_unknown_words_and_cut_prompts_are_told(tmp_path, monkeypatch):
         sample_every=0,
     )
 
-    run_command.open_job(config, told.append).checkpoints.close()
+    run_command.open_job(config, printed.append).checkpoints.close()
 
-    assert "warning: words that the model does not know: xyzzy" in told
-    (cut,) = [line for line in told if "a.txt, line 3" in line]
+    assert "warning: words that the model does not know: xyzzy" in printed
+    (cut,) = [line for line in printed if "a.txt, line 3" in line]
     assert "6 of 9 tokens are read" in cut
 
 
@@ -311,7 +311,7 @@ def test_chunks_that_the_generator_never_learns_from_are_told(
 ):
     on_one_device(monkeypatch)
     monkeypatch.setattr(build, "open_source", lambda *given: embeddings)
-    weights, told = tmp_path / "weights", []
+    weights, printed = tmp_path / "weights", []
     bundles.save(weights)
     section = dataclasses.replace(DISTILL.distillation, every=every)
     config = dataclasses.replace(
@@ -321,13 +321,14 @@ def test_chunks_that_the_generator_never_learns_from_are_told(
         out=str(tmp_path / "run"),
         sample_every=0,
     )
-    run_command.open_job(config, told.append).checkpoints.close()
+    run_command.open_job(config, printed.append).checkpoints.close()
 
     if not is_told:
-        assert not told
+        assert not printed
         return
-    (line,) = told
-    assert "on the chunks from frames 0 only, never on those from 6, 9" in line
+    (line,) = printed
+    chunks = "only on the chunks that start at frames 0, never on those that start at"
+    assert f"{chunks} 6, 9" in line
     assert "distillation.every + 1 = 3" in line
 
 
@@ -424,11 +425,11 @@ def test_a_torn_checkpoint_is_left_out(tmp_path, monkeypatch):
     for place in (tmp_path / "torn" / "4" / "generator").rglob("*"):
         if place.is_file():
             place.write_bytes(place.read_bytes()[:40])
-    told = []
+    printed = []
 
-    again = run(REGRESS, tmp_path / "torn", 4, told.append)
+    again = run(REGRESS, tmp_path / "torn", 4, printed.append)
 
-    assert len(told) == 1 and "torn-4" in told[0]
+    assert len(printed) == 1 and "torn-4" in printed[0]
     for ours, theirs in zip(leaves(again), leaves(whole), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -606,7 +607,9 @@ def test_nothing_is_set_aside_where_nothing_can_be_restored(tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "_restore", fail)
         for _ in range(2):
-            with pytest.raises(UserError, match="none can be.*RESOURCE_EXHAUSTED"):
+            with pytest.raises(
+                UserError, match="resume none of them.*RESOURCE_EXHAUSTED"
+            ):
                 Checkpoints(tmp_path, {}, 2).restore(
                     prepared.state, prepared.compiled.places
                 )
@@ -678,14 +681,14 @@ def test_what_was_logged_beyond_the_checkpoint_is_logged_once(tmp_path):
                 "stage": "regression",
                 "regression": RegressionConfig("noise", True, guidance=2.5),
             },
-            "config.regression: guidance is for a flow",
+            "config.regression: guidance needs a flow target",
         ),
         (
             {
                 "stage": "regression",
                 "regression": RegressionConfig(text=True, guidance=2.5),
             },
-            "config.regression: guidance is for a flow",
+            "config.regression: guidance needs a flow target",
         ),
     ],
 )
