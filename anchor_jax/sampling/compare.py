@@ -86,8 +86,8 @@ def compare(
     with open_folder(out or given.out) as folder:
         arms = _make_arms(given, bundle, policies, folder, tell)
         comparison = Comparison(folder, arms)
-        todo = _check(comparison, overwrite, tell)
-        if todo:
+        todo: list[int] = []
+        if _is_needed(comparison, overwrite, tell):
             kept = f"; compiled programs are cached in {cache}" if cache else ""
             tell(f"preparing the model{kept}")
             with own_folder(folder, tell):
@@ -157,8 +157,13 @@ def _check_equal_lengths(arms: Mapping[str, Jobs]) -> None:
             )
 
 
-def _check(comparison: Comparison, overwrite: bool, tell: Tell) -> bool:
-    """Returns whether there is anything to do, after all checks and warnings."""
+def _is_needed(comparison: Comparison, overwrite: bool, tell: Tell) -> bool:
+    """Returns whether there is anything to do, after all checks and warnings.
+
+    Raises:
+      UserError: Files of another recipe are in the way, or a policy cannot make the
+        length of a video.
+    """
     needed, lines = [bool(choose(comparison, overwrite)[0])], {}
     for name, jobs in comparison.arms.items():
         todo, _ = choose(jobs, overwrite)
