@@ -590,7 +590,7 @@ def test_a_checkpoint_of_the_first_cache_layout_is_resumed(tmp_path, monkeypatch
     checkpoints.save(state.replace(rollout=old), cursor)
     checkpoints.close()
 
-    found, _ = Checkpoints(tmp_path, {}, 2).restore(state, prepared.stage.places)
+    found, _ = Checkpoints(tmp_path, {}, 2).restore(state, prepared.compiled.places)
 
     for ours, theirs in zip(leaves(found), expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
