@@ -155,7 +155,7 @@ def test_the_digest_tells_what_was_taken_apart(ported_digest, rewrite_ported, fi
 @pytest.mark.parametrize(
     ("section", "field", "value", "part"),
     [
-        (None, "model", None, "meta.model is None, expected an object"),
+        (None, "model", None, "meta.model is None, which must be an object"),
         (None, "vae", [], "meta.vae is []"),
         (None, "sources", None, "meta.sources is missing"),
         (None, "sources", [5], "meta.sources, entry 0"),
