@@ -21,7 +21,7 @@ def test_other_files_are_not_described(start):
         (b"", "empty"),
         (POINTER, "Git LFS"),
         (b"<!doctype HTML>", "web page"),
-        (b"7z\xbc\xaf\x27\x1c", "packed"),
+        (b"7z\xbc\xaf\x27\x1c", "compressed"),
         (bytes(257) + b"ustar", "tar"),
     ],
 )
@@ -32,7 +32,9 @@ def test_files_in_the_place_of_others_are_described(start, kind):
 def test_an_unfinished_download_is_named_by_what_is_beside_it(tmp_path):
     path = tmp_path / "model.safetensors"
     (tmp_path / "model.safetensors.incomplete").touch()
-    with pytest.raises(UserError, match=r"unfinished, model.safetensors.incomplete"):
+    with pytest.raises(
+        UserError, match=r"unfinished, because model.safetensors.incomplete"
+    ):
         check_start(path)
     path.write_bytes(b"whole")
     assert check_start(path) == b"whole"

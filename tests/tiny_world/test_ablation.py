@@ -6,7 +6,8 @@ import pytest
 import tiny
 
 from anchor_jax import flow
-from anchor_jax.cache.policies import Absolute, Flush, Recache
+from anchor_jax.cache.policies import Flush, Recache
+from anchor_jax.cache.positions import Absolute
 from anchor_jax.streaming.types import StreamSetup
 from anchor_jax.tiny_world import ablation, events
 from anchor_jax.tiny_world import evaluate as world
