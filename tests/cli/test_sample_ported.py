@@ -73,7 +73,8 @@ def test_what_the_config_leaves_open_is_that_of_the_method(
     assert recipe["config"]["sampler"]["steps"] == [1000, 750, 500, 250]
     assert recipe["setup"]["policy"]["junction"]["kind"] == "ReleaseJunction"
     assert recipe["setup"]["model"]["dtype"] == "bfloat16"
-    assert frames(tmp_path / "out/000.mp4").shape == (21, 16, 32, 3)
+    # Small videos are enlarged four times.
+    assert frames(tmp_path / "out/000.mp4").shape == (21, 64, 128, 3)
     again = [str(tmp_path / "out/000.json"), "--check", f"--weights={weights}"]
     assert main.main(["replay", *again]) == 0
     assert "identical: 2 of 2 blocks" in capsys.readouterr().out

@@ -266,15 +266,15 @@ def test_the_gradient_at_full_size_fits_a_tpus_vector_memory():
 from anchor_jax.cli import plan
 plan._prepare_environment()
 import jax, jax.numpy as jnp
-from anchor_jax import aot
+from anchor_jax.perf import aot
 from anchor_jax.wan.kernels import Splash
 (device,) = aot.devices_of(aot.find_target("v5p"), 1)
 place = jax.sharding.SingleDeviceSharding(device)
 def loss(q, k, v, seen):
-    return jnp.sum(Splash().attend(q, k, v, seen=seen).astype(jnp.float32))
+    return jnp.sum(Splash().attend(128, q, k, v, seen=seen).astype(jnp.float32))
 for queries, keys in ((3 * 1560, 15 * 1560), (21 * 1560, 21 * 1560)):
     args = [
-        jax.ShapeDtypeStruct((1, n, 12, 128), jnp.bfloat16, sharding=place)
+        jax.ShapeDtypeStruct((1, n, 12 * 128), jnp.bfloat16, sharding=place)
         for n in (queries, keys, keys)
     ]
     seen = jax.ShapeDtypeStruct((), jnp.int32, sharding=place)
@@ -296,7 +296,7 @@ def test_a_small_stream_compiles_for_a_tpu_with_the_fused_kernel():
 from anchor_jax.cli import plan
 plan._prepare_environment()
 import json
-from anchor_jax import aot
+from anchor_jax.perf import aot
 import test_aot
 print(json.dumps(aot.plan("v5e", test_aot.SETUP, test_aot.TEXT).summary()))
 """

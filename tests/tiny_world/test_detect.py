@@ -154,7 +154,7 @@ def test_wilson_interval():
     np.testing.assert_allclose((low, high), (0.7042, 0.9130), atol=1e-3)
     assert score.wilson_interval(20, 20)[1] == 1
     assert score.wilson_interval(0, 20)[0] == 0
-    with pytest.raises(ValueError, match="n > 0"):
+    with pytest.raises(ValueError, match="n must be above 0"):
         score.wilson_interval(0, 0)
     with pytest.raises(ValueError, match="one each"):
         score.score([clip()], [])

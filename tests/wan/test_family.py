@@ -120,8 +120,8 @@ def test_another_family_samples_from_prompts_to_a_video(
         stream = container.streams.video[0]
         frames = [one.to_ndarray(format="rgb24") for one in container.decode(stream)]
         assert stream.average_rate == OTHER.frames_per_second
-    # Half a second is 12 pixel frames, 3 latent frames.
-    assert np.shape(frames) == (1 + 4 * 5, 64, 96, 3)
+    # Half a second is 12 pixel frames, 3 latent frames. Small videos are enlarged.
+    assert np.shape(frames) == (1 + 4 * 5, 4 * 64, 4 * 96, 3)
     assert len(np.unique(frames[0])) > 1
     stored = json.loads(pathlib.Path("out/000.json").read_text())
     assert [one["landed"] for one in stored["prompts"]] == [0, 3]

@@ -332,7 +332,7 @@ def test_cut_files_are_one_message(folder, keep):
 KILLED = """
 import os, sys
 import numpy as np
-from anchor_jax import checkpoint
+from anchor_jax.weights import checkpoint
 
 def load():
     os.kill(os.getpid(), int(sys.argv[2]))
