@@ -119,7 +119,7 @@ def _programs(job: Job, session: Session) -> tuple[str, Any]:
     setup, reruns = job.setup, session.reruns(job.script)
     model = setup.model
     what = (
-        f"the block, {len(reruns)} kinds of switches and the decoder for"
+        f"the block, switches of {len(reruns)} kind(s) and the decoder for"
         f" {model.family.describe_size(setup.grid)} ({model.num_layers} layers of"
         f" {model.dim})"
     )
