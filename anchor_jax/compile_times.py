@@ -29,7 +29,7 @@ class CompileTimes:
     folder: pathlib.Path | None
 
     @contextlib.contextmanager
-    def told(
+    def reported(
         self, what: str, about: Any, tell: Callable[[str], None]
     ) -> Iterator[None]:
         """Tells what is compiled and how long it took last time, and stores the time.

@@ -13,10 +13,10 @@ def clock(monkeypatch):
     monkeypatch.setattr(compile_times.time, "monotonic", lambda: readings[0])
 
     def run(times, seconds, about="setup", what="the block"):
-        told = []
-        with times.told(what, about, told.append):
+        lines = []
+        with times.reported(what, about, lines.append):
             readings[0] += seconds
-        return told
+        return lines
 
     return run
 
@@ -61,6 +61,6 @@ def test_old_entries_are_dropped(tmp_path, clock, monkeypatch):
 
 def test_a_failed_compilation_stores_no_time(tmp_path):
     times = CompileTimes(tmp_path)
-    with pytest.raises(KeyboardInterrupt), times.told("it", 1, lambda line: None):
+    with pytest.raises(KeyboardInterrupt), times.reported("it", 1, lambda line: None):
         raise KeyboardInterrupt
     assert times.load() == {}

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from anchor_jax import config as configs
-from anchor_jax.cli import compile_cache
+from anchor_jax.cli import compile_cache, video_flags
 from anchor_jax.cli.output import to_stderr
 
 SUMMARY = "Make the same videos under several policies, side by side in one MP4."
@@ -27,26 +26,17 @@ anchor-jax compare --config=configs/interactive.py --config.weights=FOLDER \\
 # another recipe are replaced only with --overwrite.
 """
 
-EXCLUSIVE = (
-    ("prompt", "prompt_file"),
-    ("sampler.negative_prompt", "sampler.negative_prompt_file"),
-)
+EXCLUSIVE = video_flags.EXCLUSIVE
 
 
 def define_flags() -> None:
     """Defines the command's flags."""
-    configs.define_config_flag()
+    video_flags.define()
     flags.DEFINE_list(
         "policies",
         [],
         "Names of at least two policies, with commas. They replace config.policy.",
     )
-    flags.DEFINE_string(
-        "out",
-        None,
-        "Folder for the videos. Default: config.out, or a new folder out/<time>.",
-    )
-    flags.DEFINE_bool("overwrite", False, "Replace files that another recipe made.")
 
 
 def main(argv: Sequence[str]) -> None:

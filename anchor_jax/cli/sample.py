@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from anchor_jax import config as configs
-from anchor_jax.cli import compile_cache
+from anchor_jax.cli import compile_cache, video_flags
 from anchor_jax.cli.output import to_stderr
 
 SUMMARY = "Make one video per line of prompts, written while it streams."
@@ -43,21 +42,12 @@ anchor-jax sample --config=configs/interactive.py --config.weights=FOLDER \\
 # Ctrl-C or SIGTERM stops the command with status 130 and leaves no incomplete files.
 """
 
-EXCLUSIVE = (
-    ("prompt", "prompt_file"),
-    ("sampler.negative_prompt", "sampler.negative_prompt_file"),
-)
+EXCLUSIVE = video_flags.EXCLUSIVE
 
 
 def define_flags() -> None:
     """Defines the command's flags."""
-    configs.define_config_flag()
-    flags.DEFINE_string(
-        "out",
-        None,
-        "Folder for the videos. Default: config.out, or a new folder out/<time>.",
-    )
-    flags.DEFINE_bool("overwrite", False, "Replace files that another recipe made.")
+    video_flags.define()
 
 
 def main(argv: Sequence[str]) -> None:

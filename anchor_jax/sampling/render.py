@@ -103,7 +103,7 @@ def run(
         session = make_session(bundle, job, negative)
         needed = (job.setup, session.reruns(job.script))
         if needed not in warm:
-            with times.told(*_programs(job, session), tell):
+            with times.reported(*_programs(job, session), tell):
                 session.warm_up(job.script)
         warm.add(needed)
         about = {"request": job.request, "config": config}

@@ -159,9 +159,7 @@ def advance(
     if not policy.remembers:
         cache = state.cache.replace(index=done)
         return state.replace(cache=cache), Block(latents, plan, passes, None), None
-    clean = latents
-    if setup.floor:
-        clean = flow.add_noise(latents, noise.floor, setup.floor)
+    clean = _clean_input(latents, noise, setup)
     committed, own, carried = run(clean, jnp.float32(0), carried)
     cache = KVCache(
         slots=store.commit(state.cache.slots, own, write),
@@ -171,6 +169,13 @@ def advance(
     recent = _remember(state.recent, latents, index.start)
     state = StreamState(cache=cache, context=state.context, recent=recent)
     return state, Block(latents, plan, passes, committed), own
+
+
+def _clean_input(latents, noise: BlockNoise, setup: StreamSetup) -> jax.Array:
+    """Returns the latents as the clean pass reads them."""
+    if not setup.floor:
+        return latents
+    return flow.add_noise(latents, noise.floor, setup.floor)
 
 
 def estimate(

@@ -135,15 +135,25 @@ def roll(
     cache = state.cache
     state, part = _blocks(variables, state, _cut(noise, first, None), exit_level, setup)
     parts.append(part)
+    latents, plans = _joined(parts)
+    chunk = Chunk(latents, cache, part["noisy"], part["own"], plans, recache)
+    previous = _newest(rollout.previous, latents)
+    return Rollout(state.cache, state.recent, previous), chunk
+
+
+def _joined(parts) -> tuple[jax.Array, ReadPlan]:
+    """Returns the latents and the plans of all blocks."""
     latents, plans = (
-        jax.tree.map(lambda *x: jnp.concatenate(x), *(one[name] for one in parts))
+        jax.tree.map(lambda *x: jnp.concatenate(x), *(part[name] for part in parts))
         for name in ("latents", "plans")
     )
-    latents = _in_a_row(latents)
-    before = jnp.concatenate([rollout.previous, latents], axis=1)
-    previous = before[:, before.shape[1] - rollout.previous.shape[1] :]
-    chunk = Chunk(latents, cache, part["noisy"], part["own"], plans, recache)
-    return Rollout(state.cache, state.recent, previous), chunk
+    return _in_a_row(latents), plans
+
+
+def _newest(previous: jax.Array, latents: jax.Array) -> jax.Array:
+    """Returns the newest frames, as many as `previous` has."""
+    both = jnp.concatenate([previous, latents], axis=1)
+    return both[:, both.shape[1] - previous.shape[1] :]
 
 
 def pull_back(

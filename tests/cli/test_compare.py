@@ -1,7 +1,6 @@
 import json
 
 import av
-import bundles
 import pytest
 from PIL import Image
 
@@ -13,13 +12,6 @@ pytestmark = pytest.mark.usefixtures("optimized_compilation")
 
 CLIP = "a red ring[3f] | a blue square[3f]"
 POLICIES = "anchor_forcing,longlive"
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("weights")
-    bundles.save(folder)
-    return folder
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import signal
 import weakref
 
 import av
-import bundles
 import pytest
 from PIL import Image
 
@@ -20,13 +19,6 @@ from anchor_jax.streaming.session import Session
 pytestmark = pytest.mark.usefixtures("optimized_compilation")
 
 CLIP = "a red ring[3f] | a blue square[3f]"
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("weights")
-    bundles.save(folder)
-    return folder
 
 
 @pytest.fixture

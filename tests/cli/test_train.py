@@ -169,9 +169,9 @@ def test_a_run_is_extended_exactly(weights, tmp_path, capsys):
 
     assert train(weights, part, *STEADY) == 0
 
-    told = capsys.readouterr().out
-    assert "The run is extended: config.steps was 2 and is now 4." in told
-    assert "Resuming at step 2." in told
+    printed = capsys.readouterr().out
+    assert "The run is extended: config.steps was 2 and is now 4." in printed
+    assert "Resuming at step 2." in printed
     assert train(weights, whole, *STEADY) == 0
     assert checkpoint.last_step(part) == 4
     equal = jax.tree.map(
@@ -183,18 +183,18 @@ def test_a_run_is_extended_exactly(weights, tmp_path, capsys):
 
     # Fewer steps than the run has made.
     assert train(weights, part, *STEADY, "--config.steps=3") == 0
-    told = capsys.readouterr().out
-    assert "The run is shortened: config.steps was 4 and is now 3." in told
-    assert "Already finished at step 4; nothing to do." in told
+    printed = capsys.readouterr().out
+    assert "The run is shortened: config.steps was 4 and is now 3." in printed
+    assert "Already finished at step 4; nothing to do." in printed
     assert json.loads((part / "config.json").read_text())["steps"] == 4
 
 
 def test_a_run_whose_learning_rate_falls_is_not_extended(trained, weights, capsys):
     assert train(weights, trained, "--config.steps=6") == 2
 
-    told = capsys.readouterr().err
-    assert "another config: steps (was 4, got 6)" in told
-    assert "with optimizer.decay=0.4 the learning rate of every run falls" in told
+    printed = capsys.readouterr().err
+    assert "another config: steps (was 4, got 6)" in printed
+    assert "with optimizer.decay=0.4 the learning rate of every run falls" in printed
 
 
 def test_a_change_of_a_finished_run_is_ignored_and_said(trained, weights, capsys):
@@ -202,9 +202,9 @@ def test_a_change_of_a_finished_run_is_ignored_and_said(trained, weights, capsys
 
     assert train(weights, trained, "--config.optimizer.learning_rate=0.5") == 0
 
-    told = capsys.readouterr().out
-    assert "optimizer.learning_rate; ignored, because the run is already at" in told
-    assert "Already finished at step 4; nothing to do." in told
+    printed = capsys.readouterr().out
+    assert "optimizer.learning_rate; ignored, because the run is already at" in printed
+    assert "Already finished at step 4; nothing to do." in printed
     assert (trained / "config.json").read_bytes() == before
 
 
@@ -332,9 +332,9 @@ def test_a_missing_extra_is_named(monkeypatch, tmp_path, capsys):
     given += [f"--config.data.path={tmp_path / 'a.txt'}", f"--config.out={tmp_path}"]
 
     assert main(given) == 2
-    told = capsys.readouterr().err
-    assert "pip install '.[train]'" in told
-    assert "pip install 'anchor_jax[train]'" in told
+    printed = capsys.readouterr().err
+    assert "pip install '.[train]'" in printed
+    assert "pip install 'anchor_jax[train]'" in printed
 
 
 def test_a_start_that_failed_does_not_bind_the_next(weights, tmp_path, capsys):

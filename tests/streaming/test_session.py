@@ -182,11 +182,11 @@ def test_playing_compiles_nothing_after_a_warm_up():
 
 
 def test_a_prepared_session_compiles_nothing_and_says_what_it_does():
-    session, told = make(levels=ONE), []
-    session.prepare(told.append)
+    session, lines = make(levels=ONE), []
+    session.prepare(lines.append)
 
-    assert told[0] == "compiling (once)"
-    assert re.fullmatch(r"compiled in \d+\.\d s", told[1]) and len(told) == 2
+    assert lines[0] == "compiling (once)"
+    assert re.fullmatch(r"compiled in \d+\.\d s", lines[1]) and len(lines) == 2
     assert session.frame == 0
     with compilations() as compiled:
         for block in range(6):

@@ -4,6 +4,7 @@ A kind gives prompts or clips. Domains of `anchor_jax.plugins` add kinds of thei
 under the roles "prompts" and "clips".
 """
 
+import abc
 import dataclasses
 import itertools
 import pathlib
@@ -136,7 +137,7 @@ class DataKind:
         return [((*a, b[0])[0], (*a, b[0])[1]) for a, b in both]
 
 
-class PromptKind(DataKind):
+class PromptKind(DataKind, abc.ABC):
     """A kind of data that gives prompts, for stages that generate their own videos.
 
     Attributes:
@@ -145,6 +146,7 @@ class PromptKind(DataKind):
 
     is_free_text = False
 
+    @abc.abstractmethod
     def open_texts(self, data: DataConfig, folder: pathlib.Path) -> Texts:
         """Returns a function from a number to a prompt and its switch prompt.
 
@@ -155,10 +157,9 @@ class PromptKind(DataKind):
         Raises:
           UserError: A file is wrong.
         """
-        raise NotImplementedError
 
 
-class ClipKind(DataKind):
+class ClipKind(DataKind, abc.ABC):
     """A kind of data that gives latent clips, for stages that regress them.
 
     A batch holds `latents` [video, frame, height, width, channel], or stored states,
@@ -172,13 +173,13 @@ class ClipKind(DataKind):
 
     has_states = False
 
+    @abc.abstractmethod
     def open_clips(self, request: ClipRequest) -> Batches:
         """Returns the batches of a process.
 
         Raises:
           UserError: A file is wrong, or the data do not suit the request.
         """
-        raise NotImplementedError
 
 
 _HERE = "anchor_jax.training.data"

@@ -4,12 +4,13 @@ A stage's module has three parts side by side: its config section, its compiled 
 (`CompiledStage`), and its kind (`StageKind`), which `stages.registry` names.
 """
 
+import abc
 import contextlib
 import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -45,7 +46,8 @@ class Cursor:
     start: int = 0
 
 
-class CompiledStage(Protocol):
+@dataclasses.dataclass(eq=False, kw_only=True)
+class CompiledStage(abc.ABC):
     """The compiled steps of a stage, with their frozen weights and their data.
 
     Attributes:
@@ -53,26 +55,37 @@ class CompiledStage(Protocol):
       frozen: weights without a gradient, on the mesh, by network.
       mesh: the mesh.
       places: shardings of the state.
+      tx: optimizer of the generator.
+      ema: settings of the running mean, or None.
       batches: function from a number to a batch of numpy arrays.
-      cycle: number of steps after which the pattern of updates repeats.
     """
 
     spec: Any
     frozen: Any
     mesh: Mesh
     places: TrainState
-    batches: Batches
-    cycle: int
+    tx: Any
+    ema: Ema | None
+    batches: Batches | None
 
+    @property
+    @abc.abstractmethod
+    def cycle(self) -> int:
+        """Number of steps after which the pattern of updates repeats."""
+
+    @abc.abstractmethod
     def advance(self, state: TrainState, cursor: Cursor, step: int):
         """Returns state, cursor and metrics, one step later. The state is donated."""
 
+    @abc.abstractmethod
     def programs(self, state: TrainState, batch) -> dict[str, tuple[Callable, tuple]]:
         """Returns a step's jitted functions and their arguments, by name."""
 
+    @abc.abstractmethod
     def updates(self, step: int) -> str:
         """Returns which networks a step updates, as text."""
 
+    @abc.abstractmethod
     def settle(self, state: TrainState, cursor: Cursor) -> tuple[TrainState, Cursor]:
         """Returns a state and a cursor from which steps take their typical time."""
 
@@ -111,7 +124,7 @@ class Prepared:
     frames: float
 
 
-class StageKind:
+class StageKind(abc.ABC):
     """A stage as the rest of the package sees it; stateless.
 
     `config` is a `TrainConfig` of this stage, in which the stage reads its own section.
@@ -126,6 +139,7 @@ class StageKind:
     least: Mapping[str, int] = {}
     has_critic = False
 
+    @abc.abstractmethod
     def open_source(
         self,
         config,
@@ -146,8 +160,8 @@ class StageKind:
         Raises:
           UserError: The data do not suit the stage, or a file is wrong.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def prepare(
         self, config, networks: InitialNetworks, batches: Batches | None, on: Arrays
     ) -> Prepared:
@@ -162,15 +176,14 @@ class StageKind:
         Raises:
           UserError: Parts of the config are incompatible.
         """
-        raise NotImplementedError
 
     def texts(self, config) -> Iterator[tuple[str, str]]:
         """Yields (field name, text) of each text in the config that is encoded."""
         yield from ()
 
+    @abc.abstractmethod
     def describe_frames(self, config) -> str:
         """Returns how many latent frames a video has, as text."""
-        raise NotImplementedError
 
     def warnings(self, prepared: Prepared) -> list[str]:
         """Returns warnings about the stage as it is configured."""
@@ -179,10 +192,11 @@ class StageKind:
 
     def check_plan(self, config) -> None:
         """Raises UserError if `batch_shapes` cannot describe the stage's batches."""
+        del config
 
+    @abc.abstractmethod
     def batch_shapes(self, config, bundle: Bundle) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns the shapes of a batch whose prompts are encoded, by name."""
-        raise NotImplementedError
 
     def bench_cycle(self, config) -> int:
         """Returns the steps after which updates repeat, if `flops` can count them.
@@ -196,9 +210,18 @@ class StageKind:
         )
 
     def flops(self, compiled: CompiledStage, metrics) -> float:
-        """Returns the operations of a step, from its metrics."""
-        raise NotImplementedError
+        """Returns the operations of a step, from its metrics.
 
+        Raises:
+          UserError: They are not counted.
+        """
+        del metrics
+        raise UserError(
+            f"the operations of {type(compiled).__name__} are not counted; bench"
+            " measures distillations, such as configs/train_dmd.py:tiny"
+        )
+
+    @abc.abstractmethod
     def method(self, training: Mapping[str, Any], base: Method = SAVED) -> Method:
         """Returns the sampling settings of weights that the stage trained.
 
@@ -208,26 +231,25 @@ class StageKind:
           base: the settings of the initial weights. If these are bidirectional, the
             trained weights are too.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def sample_setup(
         self, prepared: Prepared, method: Method, policy: Policy
     ) -> StreamSetup:
         """Returns the static setup of sample videos."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def sample_frames(self, config) -> int:
         """Returns the number of latent frames of a clip that is denoised as a whole."""
-        raise NotImplementedError
 
     def sample_switches(self, config) -> bool:
         """Returns whether sample videos switch prompts unless the config says how."""
         del config
         return False
 
+    @abc.abstractmethod
     def sample_negative(self, config) -> str:
         """Returns the negative prompt of sample videos."""
-        raise NotImplementedError
 
 
 def training_sizes(config, model: ModelConfig) -> ModelConfig:

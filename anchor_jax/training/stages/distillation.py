@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from anchor_jax.cache.policies import Policy
 from anchor_jax.errors import UserError
@@ -25,7 +24,7 @@ from anchor_jax.training.stages.base import Cursor, InitialNetworks, Prepared, S
 from anchor_jax.training.stages.distillation_flops import step_flops
 from anchor_jax.training.stages.distillation_spec import make_spec, mean_chunk
 from anchor_jax.training.stages.distillation_step import ChunkShape, DistillationSpec
-from anchor_jax.training.state import Ema, TrainState, init_state
+from anchor_jax.training.state import TrainState, init_state
 from anchor_jax.wan.spec import WAN_2_1
 from anchor_jax.weights.bundle import Bundle
 
@@ -58,32 +57,20 @@ class DistillationConfig:
     negative_prompt: str = ""
 
 
-@dataclasses.dataclass(eq=False)
-class CompiledDistillation:
+@dataclasses.dataclass(eq=False, kw_only=True)
+class CompiledDistillation(base.CompiledStage):
     """Every step updates the critic, every few steps also the generator.
 
+    A batch holds a sequence's embeddings `prompt`, `switch` and `negative`.
+
     Attributes:
-      spec: static settings.
-      frozen: weights without a gradient, on the mesh.
-      mesh: mesh of all arrays.
-      places: shardings of the state.
-      tx: optimizer of the generator.
       critic_tx: optimizer of the critic.
-      ema: settings of the running mean.
-      batches: function from a sequence's number to its embeddings `prompt`, `switch`
-        and `negative`.
       seed: seed of the sequences' switch frames.
       every: steps to a generator update.
     """
 
     spec: DistillationSpec
-    frozen: Any
-    mesh: Mesh
-    places: TrainState
-    tx: Any
     critic_tx: Any
-    ema: Ema | None
-    batches: Callable[[int], Mapping[str, Any]]
     seed: int = 0
     every: int = 5
     _gradients: dict[tuple[str, ChunkShape], Callable] = dataclasses.field(

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from anchor_jax.cache.catalog import TEACHER
 from anchor_jax.cache.policies import Policy
@@ -25,7 +24,7 @@ from anchor_jax.training.placement import Arrays
 from anchor_jax.training.stages import base
 from anchor_jax.training.stages.base import Cursor, InitialNetworks, Prepared, StageKind
 from anchor_jax.training.stages.regression_step import RegressionSpec, regression_step
-from anchor_jax.training.state import Ema, TrainState, init_state
+from anchor_jax.training.state import TrainState, init_state
 from anchor_jax.weights.bundle import Bundle
 
 
@@ -66,27 +65,11 @@ class RegressionConfig:
         return self.block * self.blocks
 
 
-@dataclasses.dataclass(eq=False)
-class CompiledRegression:
-    """The compiled steps of a regression; each takes one batch.
-
-    Attributes:
-      spec: static settings.
-      frozen: weights without a gradient, on the mesh.
-      mesh: mesh of all arrays.
-      places: shardings of the state.
-      tx: optimizer of the network.
-      ema: settings of the running mean.
-      batches: function from a number to a batch of numpy arrays.
-    """
+@dataclasses.dataclass(eq=False, kw_only=True)
+class CompiledRegression(base.CompiledStage):
+    """The compiled steps of a regression; each takes one batch."""
 
     spec: RegressionSpec
-    frozen: Any
-    mesh: Mesh
-    places: TrainState
-    tx: Any
-    ema: Ema | None
-    batches: Callable[[int], Mapping[str, Any]]
     cycle = 1
 
     @functools.cached_property

@@ -9,6 +9,8 @@ import pytest
 from anchor_jax import experiment
 from anchor_jax.errors import UserError
 from anchor_jax.training import run
+from anchor_jax.training.data.kinds import ClipKind, PromptKind
+from anchor_jax.training.stages.base import CompiledStage, StageKind
 from anchor_jax.training.stages.build import TrainConfig
 from anchor_jax.training.stages.registry import STAGES
 
@@ -64,3 +66,12 @@ def test_a_steps_time_is_the_mean_over_a_cycle(monkeypatch):
     assert training.seconds_per_step() == pytest.approx((7 + 3 * 1) / 4)
     assert {state for state, _ in advanced} == {"settled"}
     assert sorted(step for _, step in advanced) == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("kind", [StageKind, CompiledStage, PromptKind, ClipKind])
+def test_a_part_without_its_methods_cannot_be_made(kind):
+    class Unfinished(kind):
+        pass
+
+    with pytest.raises(TypeError, match="abstract method"):
+        Unfinished()
