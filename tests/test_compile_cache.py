@@ -205,6 +205,7 @@ def test_other_warnings_are_shown_as_before(folder, monkeypatch):
     assert shown == ["something else"]
 
 
+@pytest.mark.slow
 def test_a_user_without_name_and_home(tmp_path):
     """As in a container that was started with `--user 12345`."""
     setpriv = shutil.which("setpriv")

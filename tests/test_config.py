@@ -298,6 +298,7 @@ def test_every_shipped_config_loads():
         assert config.load_config(name).is_locked
 
 
+@pytest.mark.slow
 def test_configs_import_only_from_this_package_and_what_it_installs():
     code = "from anchor_jax import config\nfor name in config.shipped_configs():\n"
     code += "    config.load_config(name)\nprint('fine')\n"

@@ -36,6 +36,7 @@ def test_a_device_that_is_present_is_no_error():
     devices.check("")
 
 
+@pytest.mark.slow
 def test_a_command_without_its_device_is_one_message():
     done = subprocess.run(
         [sys.executable, "-m", "anchor_jax", "sample", "--config=tiny"],

@@ -31,6 +31,7 @@ def launched():
     sys.path.remove(str(LAUNCH))
 
 
+@pytest.mark.slow
 def test_500_changed_files_are_read_or_refused(launched, tmp_path):
     fuzz, _ = launched
     base = tmp_path / "work"
@@ -50,6 +51,7 @@ def test_500_changed_files_are_read_or_refused(launched, tmp_path):
     assert report["outcomes"].keys() == set(kinds)
 
 
+@pytest.mark.slow
 def test_the_memory_of_the_process_that_starts_it_does_not_count():
     ballast = np.ones(2**28, np.uint8)
 

@@ -91,6 +91,7 @@ def test_imports_go_one_way(path):
     assert not upward
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_only_the_list_of_domains_names_one(path):
     if name_of(path).startswith("tiny_world/"):
@@ -144,6 +145,7 @@ def test_networks_and_maths_know_nothing_of_streams(path):
         assert all(name.startswith(allowed) for name in own_imports(path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_configs_stay_above_the_library(path):
     name = name_of(path)
@@ -169,6 +171,7 @@ def test_only_the_command_line_prints(path):
     assert "print" not in called
 
 
+@pytest.mark.slow
 def test_sampling_loads_no_tensorflow():
     program = """
 import sys
@@ -192,6 +195,7 @@ print(sorted(heavy & {name.split(".")[0] for name in sys.modules}))
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_the_library_leaves_signals_and_threads_alone():
     program = """
 import signal, threading

@@ -305,6 +305,7 @@ def test_a_press_while_the_command_line_is_imported():
     assert done.stderr == "interrupted\n"
 
 
+@pytest.mark.slow
 def test_a_press_while_jax_compiles():
     process = start("""
 interrupts.install()

@@ -75,6 +75,7 @@ def trained(saved, tmp_path):
     return shutil.copytree(saved, tmp_path / "trained")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "content",
     [
@@ -205,6 +206,7 @@ def metadata(folder, item):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "content", [b"", b"{}", b"[]", b"[" * 100_000, b"null", b'{"tree_metadata": 3}']
 )

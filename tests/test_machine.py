@@ -27,6 +27,7 @@ def row(report, model, size):
     return found
 
 
+@pytest.mark.slow
 def test_weights_that_cannot_be_read_are_something_to_do(tmp_path):
     report = machine.examine(str(tmp_path / "nowhere"), tmp_path)
 
@@ -71,6 +72,7 @@ def test_a_chip_without_room_for_any_model_is_told_so(on_chip):
     assert any("no Wan model fits" in line for line in report["do"])
 
 
+@pytest.mark.slow
 def test_missing_parts_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "_has", lambda part: part != "av")
 
@@ -80,6 +82,7 @@ def test_missing_parts_are_named(tmp_path, monkeypatch):
     assert "av missing (videos)" in "\n".join(machine.lines(report))
 
 
+@pytest.mark.slow
 def test_a_missing_cache_of_programs_is_reported():
     report = machine.examine()
 

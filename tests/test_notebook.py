@@ -38,6 +38,7 @@ def test_it_holds_no_results_and_begins_with_the_installation(cells):
     assert not [line for line in lines if line.startswith(("%", "!"))]
 
 
+@pytest.mark.slow
 def test_it_makes_a_video_and_a_picture_of_the_memory(tmp_path):
     kept = jax.config.jax_compilation_cache_dir
     done = subprocess.run(

@@ -220,6 +220,7 @@ def test_a_stopped_process_of_this_machine_keeps_its_lease(tmp_path):
         assert end(first, "write")[1] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", [None, "elsewhere"])
 def test_of_many_that_take_over_at_once_one_wins(tmp_path, where):
     folder, go = tmp_path / "folder", tmp_path / "go"

@@ -61,6 +61,7 @@ def test_commands_and_fields_exist(path, monkeypatch):
 PROGRAMS = [(path, code) for path in PAGES for code in blocks(path, "python")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "program"), PROGRAMS, ids=[name_of(path) for path, _ in PROGRAMS]
 )

@@ -35,6 +35,7 @@ def vae_shapes():
     return init["params"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shapes, rules",
     [
@@ -74,6 +75,7 @@ def test_a_mesh_of_too_few_axes_names_the_four():
         sharding.make_mesh((2, 2))
 
 
+@pytest.mark.slow
 def test_sharded_parameters_give_the_same_flow_as_whole_ones():
     params = dit.init_params(SMALL, jax.random.key(0))
     params["head"]["out"]["kernel"] += 0.1

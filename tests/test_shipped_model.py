@@ -9,6 +9,7 @@ from anchor_jax.weights.load import load_bundle
 pytestmark = pytest.mark.usefixtures("optimized_compilation")
 
 
+@pytest.mark.slow
 def test_the_shipped_model_follows_a_switch_in_four_steps_without_guidance():
     model = load_bundle("tiny")
     levels = flow.few_step_levels((1000, 750, 500, 250), 5.0)

@@ -104,6 +104,7 @@ def found(path):
                     yield f"{name_of(path)}:{first + number}: {phrase!r}: {instead}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path",
     [path for path in CODE + PAGES if path.name != "test_words.py"],

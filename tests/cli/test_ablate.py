@@ -38,6 +38,7 @@ def ablate(folder, *more):
     return main(["ablate", "--part=trained", start, out, *flags, *more])
 
 
+@pytest.mark.slow
 def test_arms_begin_alike_and_differ_in_what_they_remember(opened, tmp_path, capsys):
     assert ablate(tmp_path) == 0
 

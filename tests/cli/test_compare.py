@@ -46,6 +46,7 @@ def files(folder):
     return sorted(str(one.relative_to(folder)) for one in found if one.is_file())
 
 
+@pytest.mark.slow
 def test_policies_stand_side_by_side_and_each_has_a_recipe(
     command, made, tmp_path, capsys, weights
 ):
@@ -90,6 +91,7 @@ def test_a_video_of_a_comparison_is_the_one_that_sample_makes(command, tmp_path)
         assert (tmp_path / "both/longlive" / name).read_bytes() == alone
 
 
+@pytest.mark.slow
 def test_the_same_command_makes_what_is_missing(command, made, tmp_path):
     line = ("compare", f"--policies={POLICIES}", "--out=both")
     command(*line)
@@ -103,6 +105,7 @@ def test_the_same_command_makes_what_is_missing(command, made, tmp_path):
     assert made == ["anchor_forcing/000", "longlive/000", "longlive/000"]
 
 
+@pytest.mark.slow
 def test_other_policies_do_not_replace_a_comparison(command, made, tmp_path):
     command("compare", f"--policies={POLICIES}", "--out=both")
 

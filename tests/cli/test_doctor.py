@@ -15,6 +15,7 @@ def cache(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_it_runs_on_this_machine_without_weights(cache, capsys):
     began = time.perf_counter()
 
@@ -29,6 +30,7 @@ def test_it_runs_on_this_machine_without_weights(cache, capsys):
     assert shown.count("1.3B ") == 3
 
 
+@pytest.mark.slow
 def test_json_is_one_object_with_every_number(cache, capsys):
     assert main.main(["doctor", "--json", "--weights=tiny"]) == 0
 

@@ -1,10 +1,12 @@
 """The commands port and export, as typed."""
 
+import pytest
 from layouts import write_layout
 
 from anchor_jax.cli.main import main
 
 
+@pytest.mark.slow
 def test_port_and_export(tmp_path, capsys):
     folder, _ = write_layout(tmp_path / "in", "diffusers")
     base, _ = write_layout(tmp_path / "base", "generator")

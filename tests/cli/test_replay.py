@@ -45,6 +45,7 @@ def replay(made, tmp_path, monkeypatch, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_a_replay_is_the_same_video(replay, made, tmp_path):
     status, printed, err = replay("--out=again")
 

@@ -48,6 +48,7 @@ def files(folder):
     return sorted(file.name for file in folder.iterdir())
 
 
+@pytest.mark.slow
 def test_a_sample_is_a_video_a_sheet_and_a_recipe(sample, tmp_path):
     status, printed, _ = sample()
 
@@ -305,6 +306,7 @@ def test_words_that_mean_nothing_here_are_named_once(sample):
     assert warnings[0].endswith("elephant, sings")
 
 
+@pytest.mark.slow
 def test_prompts_that_are_cut_are_reported_with_their_line(sample, tmp_path):
     long = "a red ring a blue square moves up"
     (tmp_path / "p.csv").write_text(f"id,prompt\n1,a red ring\n2,{long}\n")

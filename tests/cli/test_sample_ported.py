@@ -53,6 +53,7 @@ def frames(path):
         return np.stack([one.to_ndarray(format="rgb24") for one in decoded]).astype(int)
 
 
+@pytest.mark.slow
 def test_what_the_config_leaves_open_is_that_of_the_method(
     sample, tmp_path, weights, capsys
 ):
@@ -80,6 +81,7 @@ def test_what_the_config_leaves_open_is_that_of_the_method(
     assert "identical: 2 of 2 blocks" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_field_on_the_command_line_wins(sample, tmp_path):
     status, _, err = sample(
         "--config.policy=longlive",
@@ -99,6 +101,7 @@ def test_a_field_on_the_command_line_wins(sample, tmp_path):
     assert recipe["setup"]["kernel"]["kind"] == "Heads"
 
 
+@pytest.mark.slow
 def test_the_text_encoder_may_live_anywhere(sample, tmp_path):
     for mode in ("device", "free", "sharded"):
         given = [f"--config.text_encoder={mode}", "--config.sampler.steps=(1000,)"]
@@ -114,6 +117,7 @@ def test_the_text_encoder_may_live_anywhere(sample, tmp_path):
     np.testing.assert_allclose(device, sharded, atol=4)  # its sums are split
 
 
+@pytest.mark.slow
 def test_json_lines_have_seeds_of_their_own_and_resume(sample, tmp_path, monkeypatch):
     lines = [
         {"prompts": [bundles.RED], "seed": 6979, "num": 1},

@@ -24,6 +24,7 @@ def run(out, *more):
     return main(["sweep", "--config=train_teacher", *flags, *more])
 
 
+@pytest.mark.slow
 def test_trainings_that_fail_do_not_stop_the_others(tmp_path, capsys, monkeypatch):
     bundles.save(tmp_path / "good")
     monkeypatch.chdir(tmp_path)

@@ -66,6 +66,7 @@ def trained(weights, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_a_run_leaves_checkpoints_numbers_and_its_config(trained):
     assert checkpoint.last_step(trained) == 4
     assert {"generator", "ema", "opt_generator", "data", "meta"} <= {
@@ -162,6 +163,7 @@ def test_a_run_of_another_config_is_not_continued(trained, weights, capsys):
 STEADY = ("--config.optimizer.decay=0", "--config.sample_every=0")
 
 
+@pytest.mark.slow
 def test_a_run_is_extended_exactly(weights, tmp_path, capsys):
     part, whole = tmp_path / "part", tmp_path / "whole"
     assert train(weights, part, *STEADY, "--config.steps=2") == 0
@@ -221,6 +223,7 @@ def test_what_may_change_is_told(trained, weights, capsys):
     assert re.search(seconds, printed)
 
 
+@pytest.mark.slow
 def test_a_dry_run_times_steps_and_leaves_nothing(weights, tmp_path, capsys):
     assert train(weights, tmp_path / "new", "--dry_run") == 0
 
@@ -229,6 +232,7 @@ def test_a_dry_run_times_steps_and_leaves_nothing(weights, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_the_last_steps_are_logged_too(weights, tmp_path):
     more = ("--config.log_every=3", "--config.sample_every=0")
     assert train(weights, tmp_path, *more) == 0
@@ -237,6 +241,7 @@ def test_the_last_steps_are_logged_too(weights, tmp_path):
     assert [json.loads(line)["step"] for line in lines] == [3, 4]
 
 
+@pytest.mark.slow
 def test_a_training_that_is_stopped_has_the_status_of_an_interrupt(
     weights, tmp_path, capsys, monkeypatch
 ):
@@ -283,6 +288,7 @@ def distilled(weights, tmp_path_factory):
     return folder / "run", load_config("train_dmd:tiny", given)
 
 
+@pytest.mark.slow
 def test_a_critic_goes_on_from_the_stage_before(distilled, weights, tmp_path):
     folder, config = distilled
     stored = checkpoint.restore(folder, "fake_score")["params"]
@@ -404,6 +410,7 @@ def test_whole_weights_are_not_held_beside_those_on_the_mesh(weights, tmp_path):
     assert "variables" not in vars(job.prepared.bundle)
 
 
+@pytest.mark.slow
 def test_a_run_that_has_ended_tells_where_things_are(trained, weights, capsys):
     assert train(weights, trained) == 0
 

@@ -57,6 +57,7 @@ def tuned(weights, tmp_path_factory):
     return folder / "tuned"
 
 
+@pytest.mark.slow
 def test_the_ported_updates_are_those_that_go_on(tuned, weights):
     before = checkpoint.restore(weights, "generator")["lora"]
     after = checkpoint.restore(tuned, "generator")["lora"]
@@ -74,6 +75,7 @@ def test_the_ported_updates_are_those_that_go_on(tuned, weights):
     ]
 
 
+@pytest.mark.slow
 def test_a_ported_critic_is_one_to_begin_with(tmp_path):
     ported.save(tmp_path / "both", "longlive", critic=True)
     stored = checkpoint.restore(tmp_path / "both", "fake_score")["params"]
@@ -100,6 +102,7 @@ def test_they_are_added_once(tuned, weights):
     np.testing.assert_allclose(change, update["a"] @ update["b"], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_they_are_sampled_as_they_were_trained(tuned, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv(CACHE_VARIABLE, "off")
     clip = f"{bundles.RED}[3f] | {bundles.BLUE}[3f]"

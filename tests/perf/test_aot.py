@@ -95,6 +95,7 @@ def test_scores_are_found_in_a_program_that_xla_made():
     assert aot.score_shapes(text, tokens=97) == ()
 
 
+@pytest.mark.slow
 def test_programs_compile_on_this_machine_and_do_not_copy_the_cache():
     cpu = dataclasses.replace(aot.TARGETS["h100"], platform="cpu")
     made, resident = aot.programs(cpu, SETUP)
@@ -125,6 +126,7 @@ def test_a_program_that_cannot_be_printed_is_measured_all_the_same(monkeypatch):
     assert found.fused is None and "cannot print" in found.problems()[0]
 
 
+@pytest.mark.slow
 def test_a_stream_has_these_programs_and_arrays():
     made, resident = aot.programs(aot.TARGETS["h100"], SETUP, TEXT, VaeCodec(VAE))
 

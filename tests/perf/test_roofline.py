@@ -169,6 +169,7 @@ def test_cache_is_as_large_as_the_one_that_is_made():
     assert counted == 2 * count(made.slots)
 
 
+@pytest.mark.slow
 def test_decoding_a_block_takes_this_long_and_keeps_this_much():
     config = VaeConfig()
     latents = jax.ShapeDtypeStruct((1, 3, 60, 104, 16), jnp.bfloat16)

@@ -43,6 +43,7 @@ def measured(tmp_path_factory):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_blocks_are_counted_with_the_keys_that_they_saw(measured):
     block = measured["block"]
     workload = bench.make_workload(load_config("bench_medium", SMALL))

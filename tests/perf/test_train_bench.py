@@ -48,6 +48,7 @@ def test_operations_are_those_of_the_passes_that_ran():
     assert seen == pytest.approx(4 * (2 * blocks + 3 * clip))
 
 
+@pytest.mark.slow
 def test_a_short_run_is_measured(tmp_path):
     bundles.save(tmp_path / "weights")
     weights = str(tmp_path / "weights")

@@ -61,6 +61,7 @@ def compiled(config, name):
         return aot.compile_program(program)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change, names",
     [
@@ -115,6 +116,7 @@ def test_weights_are_split_and_low_rank_updates_are_few():
     assert trees.shard_nbytes(frozen[0]) > trees.shard_nbytes(frozen[1])
 
 
+@pytest.mark.slow
 def test_recomputing_activations_takes_less_memory():
     kept = compiled(DISTILL, "critic, first chunk")
     again = dataclasses.replace(DISTILL, remat="nothing_saveable")
@@ -124,6 +126,7 @@ def test_recomputing_activations_takes_less_memory():
     assert recomputed.arguments == kept.arguments
 
 
+@pytest.mark.slow
 def test_a_plan_counts_what_stays_and_names_what_is_wrong(monkeypatch):
     monkeypatch.setattr(aot, "find_target", aot.TARGETS.get)
     monkeypatch.setattr(

@@ -507,6 +507,7 @@ def test_an_error_of_many_names_is_short(planned):
     assert max(map(len, lines)) < 250
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["wan", "diffusers"])
 def test_mixed_adapters_survive_export(tmp_path, layout):
     arrays = {k: v for k, v in FORMS["comfyui"].items() if "attn" in k}
@@ -527,6 +528,7 @@ def test_mixed_adapters_survive_export(tmp_path, layout):
     )
 
 
+@pytest.mark.slow
 def test_values_that_say_the_same_text_again_and_again_take_no_memory(base, tmp_path):
     # A list of lists of lists of one text, and so on: 250 GB if written out.
     text = b"X\0\0\4\0" + b"x" * 2**18

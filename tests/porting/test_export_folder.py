@@ -53,6 +53,7 @@ def ported(folder, kind="diffusers", **files):
     return folder / "ported"
 
 
+@pytest.mark.slow
 def test_a_folder_of_diffusers_has_all_that_a_pipeline_needs(tmp_path):
     weights = ported(tmp_path)
 
@@ -79,6 +80,7 @@ def test_a_folder_of_diffusers_has_all_that_a_pipeline_needs(tmp_path):
     assert (words["pad_token"], words["eos_token"]) == ("<pad>", "</s>")
 
 
+@pytest.mark.slow
 def test_a_source_keeps_its_own_scheduler_and_tokenizer(tmp_path):
     own = {
         "scheduler__scheduler_config": json.dumps(SCHEDULER),
@@ -108,6 +110,7 @@ def test_a_broken_config_is_refused_when_it_is_ported(tmp_path, name):
     assert not (tmp_path / "ported").exists()
 
 
+@pytest.mark.slow
 def test_the_official_layout_has_a_tokenizer_that_is_recognised(tmp_path):
     weights = ported(tmp_path, "wan")
     (weights / "tokenizer" / "spiece.model").unlink()
@@ -145,6 +148,7 @@ def test_a_transformer_alone_has_a_note_instead_of_a_list(tmp_path):
     assert [path.name for path in (tmp_path / "back").iterdir()] == ["transformer"]
 
 
+@pytest.mark.slow
 def test_another_length_of_text_is_noted(tmp_path):
     weights = ported(tmp_path, "wan")
 
@@ -210,6 +214,7 @@ def uneven(params):
     }
 
 
+@pytest.mark.slow
 def test_adapters_of_several_ranks_on_some_layers(base, tmp_path):
     params = checkpoint.restore(base, "generator")["params"]
     adapters = jax.tree.map(lambda x: x.astype(np.float32), uneven(params))
@@ -255,6 +260,7 @@ def test_an_error_names_the_folder_that_was_given(base, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_an_export_that_fails_leaves_nothing(base, tmp_path, monkeypatch):
     def stop(*_):
         raise OSError(28, "No space left on device")

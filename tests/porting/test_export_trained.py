@@ -55,6 +55,7 @@ def assert_scaled(ours, theirs, factor):
         np.testing.assert_allclose(array, factor * theirs[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_training_is_exported_with_what_it_began_with(base, tmp_path):
     params = checkpoint.restore(base, "generator")["params"]
     mean, last = ({"params": scaled(params, by)} for by in (4.0, 2.0))
@@ -74,6 +75,7 @@ def test_a_training_is_exported_with_what_it_began_with(base, tmp_path):
     assert names[0] == names[1] and len(names[0]) > 3
 
 
+@pytest.mark.slow
 def test_low_rank_updates_are_exported_beside_and_merged(base, tmp_path):
     params = checkpoint.restore(base, "generator")["params"]
     first, second = updates(params, 1), updates(params, 2)
@@ -96,6 +98,7 @@ def test_low_rank_updates_are_exported_beside_and_merged(base, tmp_path):
         np.testing.assert_allclose(array, full[name], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_trained_text_encoder_is_exported(base, tmp_path):
     params = checkpoint.restore(base, "generator")["params"]
     text = scaled(checkpoint.restore(base, "text_encoder"), 2.0)
@@ -120,6 +123,7 @@ def test_what_has_no_published_layout_is_refused(tmp_path):
     assert load_file(tmp_path / "out" / "generator.safetensors")
 
 
+@pytest.mark.slow
 def test_a_critic_of_another_size_is_exported_with_its_own(base, tmp_path):
     params = checkpoint.restore(base, "generator")["params"]
     deeper = {
@@ -140,6 +144,7 @@ def test_a_critic_of_another_size_is_exported_with_its_own(base, tmp_path):
     assert any(name.startswith(f"blocks.{layers - 1}.") for name in names)
 
 
+@pytest.mark.slow
 def test_a_bundle_is_of_what_streams(tmp_path, capsys):
     bundles.save(tmp_path / "tiny")
     params = {"params": bundles.params()["generator"]}

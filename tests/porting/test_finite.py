@@ -20,6 +20,7 @@ def spoil(path, name, value=np.nan):
     save_file(arrays, path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_generator_that_is_not_finite_is_refused(tmp_path, dtype, value):
@@ -51,6 +52,7 @@ def test_adapters_that_are_not_finite_are_refused(tmp_path, caplog):
     assert not [record for record in caplog.records if record.exc_info]
 
 
+@pytest.mark.slow
 def test_they_are_ported_and_counted_where_that_is_asked_for(tmp_path, capsys):
     folder, _ = write_layout(tmp_path / "in", "wan")
     path = folder / "diffusion_pytorch_model.safetensors"

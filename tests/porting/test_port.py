@@ -42,6 +42,7 @@ def full_size(network):
     return jax.eval_shape(module.init, jax.random.key(0), *args)["params"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "network, tables, names, parameters",
     [
@@ -88,6 +89,7 @@ def assert_same_bits(found, expected):
         assert found[name].tobytes() == array.tobytes(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, dtype",
     [
@@ -116,6 +118,7 @@ def test_a_folder_comes_back_bit_for_bit(tmp_path, kind, dtype):
     assert {*again.files} == tokenizer | scheduler
 
 
+@pytest.mark.slow
 def test_the_manifest_says_where_everything_came_from(tmp_path):
     folder, _ = write_layout(tmp_path / "in", "wan_sharded")
     seen = []
@@ -139,6 +142,7 @@ def test_the_manifest_says_where_everything_came_from(tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, alpha", [("lora", SMALL.rank), ("peft", 2 * SMALL.rank)]
 )
@@ -166,6 +170,7 @@ def test_a_generator_and_adapters_come_back(tmp_path, kind, alpha, monkeypatch):
     assert len(settings["target_modules"]) == 10
 
 
+@pytest.mark.slow
 def test_a_rank_256_file_gives_the_same_video_unmerged_and_merged(tmp_path):
     sizes = dataclasses.replace(SMALL, rank=256)
     base, _ = write_layout(tmp_path / "base", "generator", sizes, np.float32)
@@ -249,6 +254,7 @@ def test_diffusers_and_official_names_make_one_tree():
     jax.tree.map(np.testing.assert_array_equal, *trees)
 
 
+@pytest.mark.slow
 def test_a_second_name_of_the_embedding_is_kept_apart(tmp_path):
     folder, arrays = write_layout(tmp_path / "in", "diffusers")
     for path in (folder / "text_encoder").glob("model*"):

@@ -23,6 +23,7 @@ def files(folder, kind, keep):
     return place, home
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", HOMES)
 def test_a_json_alone_is_ported_and_used(tmp_path, kind, capsys):
     """As transformers 5 writes it, beside the config of the tokenizer."""

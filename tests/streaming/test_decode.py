@@ -65,6 +65,7 @@ def vae_params():
     )
 
 
+@pytest.mark.slow
 def test_a_stream_that_gives_its_state_away_is_the_same(vae_params):
     rng = np.random.default_rng(1)
     latents = rng.standard_normal((1, 6, 2, 2, 16)).astype(np.float32)
@@ -81,6 +82,7 @@ def test_a_stream_that_gives_its_state_away_is_the_same(vae_params):
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((kept, given)))
 
 
+@pytest.mark.slow
 def test_a_state_given_away_is_written_over(vae_params):
     latents = jnp.zeros((1, 1, 2, 2, 16))
     _, state = jax.eval_shape(
@@ -101,6 +103,7 @@ def test_pixels_are_rounded_and_clipped_as_the_worlds_are():
     )
 
 
+@pytest.mark.slow
 def test_a_renewed_clip_begins_with_the_last_pixel_frame_of_its_first_latent(latents):
     params = bundles.params()["codec"]
     blocks = (latents[:, :3], latents[:, 3:6])

@@ -249,6 +249,7 @@ def calls(node):
             yield getattr(function, "attr", getattr(function, "id", None))
 
 
+@pytest.mark.slow
 def test_no_other_module_loops_over_noise_levels():
     package = pathlib.Path(anchor_jax.__file__).parent
     denoises = {"add_noise", "x0_from_flow"}

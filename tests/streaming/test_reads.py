@@ -1,7 +1,10 @@
+import pytest
+
 from anchor_jax.cache.policies import POLICIES
 from anchor_jax.streaming.reads import memory
 
 
+@pytest.mark.slow
 def test_a_restart_is_shown():
     lines = memory(POLICIES["causvid"], frames=27)
 

@@ -44,6 +44,7 @@ def play(session, plan):
     return np.concatenate(frames), segments
 
 
+@pytest.mark.slow
 def test_a_script_makes_its_frames_and_names_its_segments():
     frames, segments = play(make(), script(18, 4, 12))
 
@@ -70,6 +71,7 @@ def test_the_prompt_decides_the_frames_from_its_block_on():
     assert (one[21:] != two[21:]).any()
 
 
+@pytest.mark.slow
 def test_a_session_does_what_the_pure_functions_do():
     setup, loaded = tiny.setup(), bundles.load()
     contexts = [
@@ -116,6 +118,7 @@ def test_switches_take_effect_at_the_next_free_block(requested, landed):
     assert landings(requested, 3) == tuple(landed)
 
 
+@pytest.mark.slow
 def test_a_session_lands_switches_where_they_are_predicted():
     session = make()
     session.step()
@@ -171,6 +174,7 @@ def compilations():
         jax.monitoring.unregister_event_duration_listener(note)
 
 
+@pytest.mark.slow
 def test_playing_compiles_nothing_after_a_warm_up():
     for policy in ("anchor_forcing", "infinity_rope", "causvid"):
         session, plan = make(policy, levels=ONE), script(36, 4, 20)
@@ -181,6 +185,7 @@ def test_playing_compiles_nothing_after_a_warm_up():
         assert not compiled, policy
 
 
+@pytest.mark.slow
 def test_a_prepared_session_compiles_nothing_and_says_what_it_does():
     session, lines = make(levels=ONE), []
     session.prepare(lines.append)
@@ -219,6 +224,7 @@ def test_chained_restarts_run_on_without_doubled_frames():
     assert (frames[9:21] != frames[81:93]).any()
 
 
+@pytest.mark.slow
 def test_a_restart_forgets_what_lies_before_its_overlap():
     policy = dataclasses.replace(POLICIES["causvid"], restart=Restart(12, overlap=6))
     session = make(policy)
@@ -250,6 +256,7 @@ def test_a_policy_with_an_end_is_refused_up_front():
         session.step()
 
 
+@pytest.mark.slow
 def test_guidance_leads_each_video_away_from_the_negative_prompt():
     def frames(guidance, negative):
         session = make(guidance=guidance, negative_prompt=negative, batch=2)
@@ -266,6 +273,7 @@ def test_guidance_leads_each_video_away_from_the_negative_prompt():
     assert (plain[9:] != guided[0]).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [Euler(), UniPC(), DpmPlusPlus()])
 def test_the_whole_clip_at_once_is_a_policy_too(solver):
     config = load_config("tiny:wan_teacher")

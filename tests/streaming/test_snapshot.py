@@ -86,6 +86,7 @@ def by_frame(made):
     return {frame: latents for frame, latents in made}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", POLICIES_HERE)
 def test_a_recipe_makes_the_same_latents_again(kept, name):
     session = ask(make(name))
@@ -131,6 +132,7 @@ def test_a_rewind_without_moments_starts_over(kept):
     assert same(blocks(session, 21), pixels[3:])
 
 
+@pytest.mark.slow
 def test_late_switches_land_where_they_landed(kept):
     session = make()
     blocks(session, 9)
@@ -147,6 +149,7 @@ def test_late_switches_land_where_they_landed(kept):
     assert [one.requested for one in session.segments] == [0, 2, 2, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", POLICIES_HERE)
 @pytest.mark.parametrize("moments", [None, LARGE])
 def test_a_fork_is_a_stream_that_was_switched_there(kept, name, moments):
@@ -283,6 +286,7 @@ def test_a_saved_session_goes_on_bit_for_bit(tmp_path, name, frame):
     assert [file.name for file in tmp_path.iterdir()] == ["moment.safetensors"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["device", "free", "sharded"])
 def test_weights_that_nobody_has_used_yet_restore_a_session(tmp_path, where):
     session = ask(make("anchor_forcing"))
@@ -348,6 +352,7 @@ def test_the_fingerprint_tells_how_noise_is_drawn():
     assert "prng" in line
 
 
+@pytest.mark.slow
 def test_guided_videos_in_half_precision_are_saved_too(tmp_path):
     loaded = bundles.load()
     model = dataclasses.replace(loaded.model, dtype="bfloat16")
@@ -386,6 +391,7 @@ def restore(path, content):
     return Session.restore(path, bundles.load())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["anchor_forcing", "anchor_forcing_release"])
 def test_a_file_of_the_first_cache_layout_goes_on(tmp_path, name):
     session = make(name)
@@ -539,6 +545,7 @@ def changed(recipe, path, value):
     return copy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [

@@ -81,6 +81,7 @@ def standing(settings, blocks, switches=()):
     return tiny.run(settings, blocks, switches)[0]
 
 
+@pytest.mark.slow
 def test_one_program_serves_200_blocks_with_20_switches():
     settings = dataclasses.replace(PAPER, levels=few_step_levels((1000,), 5.0))
     before = stream.step._cache_size(), stream.switch._cache_size()
@@ -105,6 +106,7 @@ def test_equal_policies_share_a_program():
     assert stream.step._cache_size() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [PAPER, RELEASE], ids=["paper", "release"])
 def test_state_keeps_its_shapes_through_steps_and_switches(settings):
     state = stream.start(tiny.context(0, settings), setup=settings)
@@ -118,6 +120,7 @@ def test_state_keeps_its_shapes_through_steps_and_switches(settings):
     assert shapes(tiny.switch(settings, state, 1, 2)) == fresh
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [PAPER, RELEASE], ids=["paper", "release"])
 def test_state_is_donated_without_complaint(settings):
     state = stream.start(tiny.context(0, settings), setup=settings)
@@ -135,6 +138,7 @@ def test_state_is_donated_without_complaint(settings):
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
+@pytest.mark.slow
 def test_later_blocks_depend_on_earlier_ones_but_no_gradient_flows():
     def last(initial):
         state = stream.start(tiny.context(0, PAPER), setup=PAPER)
@@ -182,6 +186,7 @@ MOMENTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_only_what_is_visible_matters(moment):
     settings, blocks, switches = MOMENTS[moment]
@@ -283,6 +288,7 @@ def test_invisible_frames_do_not_matter_to_a_recache():
         assert far(slots(sink.cache, RING).v, slots(again.cache, RING).v) > 1e-4
 
 
+@pytest.mark.slow
 def test_block_by_block_equals_one_block_causal_pass():
     settings = tiny.setup(Policy(sink=0, window=12, positions=Absolute()))
 
@@ -301,6 +307,7 @@ def test_block_by_block_equals_one_block_causal_pass():
     np.testing.assert_allclose(committed, whole, rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_first_21_frames_are_those_of_absolute_rope():
     absolute = tiny.latents(tiny.run(tiny.setup("longlive"), 8)[1])
     ours = tiny.latents(tiny.run(PLAIN, 8)[1])
@@ -309,6 +316,7 @@ def test_first_21_frames_are_those_of_absolute_rope():
     assert far(ours[:, 21:], absolute[:, 21:]) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_window_without_sink_knows_no_absolute_position():
     def latents(positions):
         policy = Policy(sink=0, window=12, positions=positions)
@@ -326,6 +334,7 @@ def stacked(states):
 SESSIONS = [(PAPER, 1, ()), (PAPER, 4, (8,)), (PAPER, 9, (13,))]
 
 
+@pytest.mark.slow
 def test_independent_sessions_step_together_under_vmap():
     states = [standing(*session) for session in SESSIONS]
     noises = [tiny.noise(session[1], PAPER) for session in SESSIONS]
@@ -347,6 +356,7 @@ def test_independent_sessions_step_together_under_vmap():
         )
 
 
+@pytest.mark.slow
 def test_switch_acts_on_one_session_of_a_batch_by_dynamic_index():
     states = [standing(*session) for session in SESSIONS]
     rerun = PAPER.policy.recache(27)
@@ -371,6 +381,7 @@ def test_switch_acts_on_one_session_of_a_batch_by_dynamic_index():
     assert far(after.cache.slots.v[2], states[2].cache.slots.v) > 1e-3
 
 
+@pytest.mark.slow
 def test_recache_of_9_frames_equals_the_official_one_of_12():
     state = standing(PLAIN, 6)
     before, context = held(state), tiny.context(1, PLAIN)
@@ -398,6 +409,7 @@ def test_recache_of_9_frames_equals_the_official_one_of_12():
         assert far(after[frame], before[frame]) > 1e-2
 
 
+@pytest.mark.slow
 def test_early_recache_rewrites_the_sink():
     state = standing(PLAIN, 4)
 
@@ -443,6 +455,7 @@ def test_flush_keeps_keys_and_values_as_they_are():
         )
 
 
+@pytest.mark.slow
 def test_junction_is_the_clean_pass_of_the_block_after_the_switch():
     state = tiny.switch(PAPER, tiny.copy(standing(PAPER, 5)), 1, 14)
     sink, ring = slots(state.cache, slice(0, 3)), slots(state.cache, RING)
@@ -516,6 +529,7 @@ def test_a_saved_stream_goes_on_bit_for_bit(settings):
     np.testing.assert_array_equal(rest, whole[:, 18:])
 
 
+@pytest.mark.slow
 def test_resume_equals_running_the_clip_again_from_its_start():
     blocks, frames = 3, 9
     state, made = tiny.run(PLAIN, blocks)
@@ -569,6 +583,7 @@ def batched(settings, blocks, contexts, seeds):
     return state, made
 
 
+@pytest.mark.slow
 def test_two_videos_in_a_batch_equal_two_runs():
     contexts = [tiny.context(prompt, PAPER) for prompt in (0, 3)]
 
@@ -582,6 +597,7 @@ def test_two_videos_in_a_batch_equal_two_runs():
         )
 
 
+@pytest.mark.slow
 def test_guidance_equals_two_calls_mixed():
     settings = dataclasses.replace(PAPER, guidance=3.0)
     contexts = [tiny.context(prompt, PAPER) for prompt in (0, 1)]
@@ -632,6 +648,7 @@ def test_noise_is_a_function_of_key_and_frame():
     assert far(base.initial[0], base.initial[1]) > 1
 
 
+@pytest.mark.slow
 def test_a_single_bidirectional_window_needs_no_memory():
     policy = Policy(block=6, sink=0, window=6, positions=Absolute(), on_switch=Keep())
     settings = tiny.setup(policy)
@@ -676,6 +693,7 @@ def test_a_videos_noise_does_not_depend_on_how_many_are_made():
     assert not np.array_equal(beside.initial[0], beside.initial[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [Renoise(), Euler(), UniPC(), DpmPlusPlus()])
 def test_bfloat16_streams_run_with_every_solver(solver):
     model = dataclasses.replace(tiny.MODEL, dtype="bfloat16")

@@ -107,6 +107,7 @@ def probed():
     return ablation.probe(model, setup, count=8)
 
 
+@pytest.mark.slow
 def test_the_probe_sees_that_a_trained_model_uses_its_past(probed):
     for rows in probed.values():
         assert rows["as laid out"]["n"] == 8

@@ -30,6 +30,7 @@ def psnr(params: dict, pixels: np.ndarray) -> float:
     return float(10 * np.log10(4 / np.mean(error**2)))
 
 
+@pytest.mark.slow
 def test_quality_on_held_out_clips():
     pixels = clips(1, 24, held_out=True)
     few, more = psnr(fitted(16), pixels), psnr(fitted(24), pixels)
@@ -37,6 +38,7 @@ def test_quality_on_held_out_clips():
     assert more > few + 0.8
 
 
+@pytest.mark.slow
 def test_shapes_and_dtype():
     params = fitted()
     pixels = clips(2, 2, held_out=False)
@@ -93,6 +95,7 @@ def test_motion_is_a_token_a_latent_frame():
     )
 
 
+@pytest.mark.slow
 def test_jit_and_vmap_agree():
     params = fitted()
     pixels = jnp.asarray(clips(5, 2, held_out=False))

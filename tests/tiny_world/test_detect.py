@@ -39,6 +39,7 @@ def coded_clips() -> tuple[list[np.ndarray], list[scene.Attributes]]:
     return videos, attributes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frames", [17, 41])
 def test_rendered_clips_are_measured_right(frames):
     rng = np.random.default_rng(2)
@@ -46,17 +47,20 @@ def test_rendered_clips_are_measured_right(frames):
     assert all(one.rate == 1 for one in rates.values()), rates
 
 
+@pytest.mark.slow
 def test_ceiling_through_the_codec():
     rates = score.score(*coded_clips())
     for name in (*scene.KINDS, "shape_iou", "steady", "all"):
         assert rates[name].rate >= 0.98, (name, rates[name])
 
 
+@pytest.mark.slow
 def test_longer_ceiling_through_the_codec():
     rates = score.ceiling(np.random.default_rng(3), roundtrip, 20, 41, held_out=False)
     assert all(rates[kind].rate == 1 for kind in scene.KINDS), rates
 
 
+@pytest.mark.slow
 def test_mismatched_captions_score_at_chance():
     videos, _ = coded_clips()
     rates = score.mismatch_control(np.random.default_rng(4), videos, draws=20)

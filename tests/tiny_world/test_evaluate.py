@@ -34,6 +34,7 @@ def rendered(bundle, setup, prompts, blocks, seed, negative_prompt):
     return np.stack(videos)
 
 
+@pytest.mark.slow
 def test_a_perfect_model_scores_one_and_the_old_prompt_scores_less(monkeypatch):
     monkeypatch.setattr(world, "generate", rendered)
 
@@ -47,6 +48,7 @@ def test_a_perfect_model_scores_one_and_the_old_prompt_scores_less(monkeypatch):
     assert result["after_switch_of_color"]["color"]["n"] == 4
 
 
+@pytest.mark.slow
 def test_a_model_that_ignores_the_switch_scores_low(monkeypatch):
     def stuck(bundle, setup, prompts, blocks, seed, negative_prompt):
         return rendered(bundle, setup, [prompts[0]] * 2, blocks, seed, "")
@@ -59,6 +61,7 @@ def test_a_model_that_ignores_the_switch_scores_low(monkeypatch):
     assert result["after_switch_of_motion"]["motion"]["rate"] == 0
 
 
+@pytest.mark.slow
 def test_videos_switch_together_and_have_the_right_length():
     bundle = bundles.load()
     prompts = [[bundles.RED, bundles.BLUE], [bundles.GREEN, bundles.GREEN]]
@@ -72,6 +75,7 @@ def test_videos_switch_together_and_have_the_right_length():
     assert not np.array_equal(videos[:, cut:], kept[:, cut:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["after_switch", "mismatched"])
 def test_the_table_has_a_line_for_every_group(monkeypatch, name):
     monkeypatch.setattr(world, "generate", rendered)
@@ -104,6 +108,7 @@ def test_clips_are_cut_to_the_count(monkeypatch):
     assert result["held_out"]["color"]["rate"] == 1
 
 
+@pytest.mark.slow
 def test_guidance_leads_away_from_the_negative_prompt():
     setup = dataclasses.replace(SETUP, guidance=2.0)
     prompts = [[bundles.RED]]

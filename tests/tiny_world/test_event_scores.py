@@ -63,6 +63,7 @@ def with_first(played, **names):
     return dataclasses.replace(played, first=dataclasses.replace(played.first, **names))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", events.EVENTS)
 def test_ceiling_through_the_codec(kind):
     found = rates(*coded(kind), kind)
@@ -70,6 +71,7 @@ def test_ceiling_through_the_codec(kind):
     assert len(found) >= 4
 
 
+@pytest.mark.slow
 def test_ceiling_of_long_scripts():
     rng = np.random.default_rng(0)
     scripts = [events.script(rng, 8, None) for _ in range(12)]
@@ -90,6 +92,7 @@ def test_ceiling_of_long_scripts():
     assert json.loads(json.dumps(scores)) == scores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", events.EVENTS)
 def test_mismatched_scripts_score_at_chance(kind):
     rng = np.random.default_rng(100)

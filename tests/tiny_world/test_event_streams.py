@@ -59,6 +59,7 @@ def forgetful(bundle, setup, prompts, blocks, seed, negative_prompt):
     return rendered(bundle, setup, forgotten, blocks, seed, negative_prompt)
 
 
+@pytest.mark.slow
 def test_a_perfect_model_scores_one_on_every_event(monkeypatch):
     monkeypatch.setattr(world, "generate", rendered)
 
@@ -78,6 +79,7 @@ def test_a_perfect_model_scores_one_on_every_event(monkeypatch):
     assert "return" in trials.table(result)
 
 
+@pytest.mark.slow
 def test_a_model_without_memory_recalls_nothing(monkeypatch):
     monkeypatch.setattr(world, "generate", forgetful)
 
@@ -87,6 +89,7 @@ def test_a_model_without_memory_recalls_nothing(monkeypatch):
     assert by_event["color"]["all"]["rate"] == 1
 
 
+@pytest.mark.slow
 def test_a_long_stream_has_a_row_for_every_segment(monkeypatch):
     monkeypatch.setattr(world, "generate", rendered)
 
@@ -97,6 +100,7 @@ def test_a_long_stream_has_a_row_for_every_segment(monkeypatch):
     assert result["generated"]["drift"]["background"]["difference"] == 0
 
 
+@pytest.mark.slow
 def test_the_ceiling_has_every_event(monkeypatch):
     monkeypatch.setattr(world, "generate", rendered)
     trial = world.MatchTrial(count=126, batch=30, segments=(1, 1, 1))

@@ -52,6 +52,7 @@ def background(codec, latents):
     return min(far, key=far.get)
 
 
+@pytest.mark.slow
 def test_every_word_of_the_world_has_a_token(tokenizer):
     ids, mask = tokenizer.encode(world_clips.captions())
 
@@ -62,6 +63,7 @@ def test_every_word_of_the_world_has_a_token(tokenizer):
     )
 
 
+@pytest.mark.slow
 def test_clips_end_as_their_captions_say(codec, clips):
     hidden = [one.hidden for one in clips.scenes]
     assert any(hidden) and not all(hidden)
@@ -83,6 +85,7 @@ def test_some_clips_begin_before_their_event(codec, clips):
     assert any(seen) and not all(seen)
 
 
+@pytest.mark.slow
 def test_windows_hold_sink_past_and_present(codec, windows):
     for latents, first, now in zip(
         windows.latents, windows.first, windows.now, strict=True

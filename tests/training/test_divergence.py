@@ -97,6 +97,7 @@ def assert_equal(ours, theirs):
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", ["nan", "inf", "1e30"])
 def test_ruined_weights_are_not_saved_and_the_last_good_ones_are_found(
     tmp_path, factor
@@ -116,6 +117,7 @@ def test_ruined_weights_are_not_saved_and_the_last_good_ones_are_found(
     assert_equal(attempt(tmp_path / "run", 6)[1], whole)
 
 
+@pytest.mark.slow
 def test_ruined_checkpoints_are_set_aside(tmp_path):
     attempt(tmp_path, 2)
     # As an earlier version left them: saved, and useless.
@@ -133,6 +135,7 @@ def test_ruined_checkpoints_are_set_aside(tmp_path):
     assert int(attempt(tmp_path, 4)[1].step) == 4
 
 
+@pytest.mark.slow
 def test_checkpoints_that_cannot_be_read_stay(tmp_path, monkeypatch):
     whole = attempt(tmp_path / "whole", 6)[1]
     attempt(tmp_path / "run", 4)
@@ -183,6 +186,7 @@ def test_whatever_is_not_finite_is_named_and_not_saved(tmp_path, name, shown):
     assert not (tmp_path / "4").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [{3}, {3, 4}, {0}])
 def test_bad_batches_are_left_out_and_good_weights_kept(tmp_path, bad):
     for place in sorted(bad):
@@ -196,6 +200,7 @@ def test_bad_batches_are_left_out_and_good_weights_kept(tmp_path, bad):
     assert json.loads((tmp_path / "skipped.json").read_text()) == sorted(bad)
 
 
+@pytest.mark.slow
 def test_trying_other_batches_moves_nothing(tmp_path):
     attempt(tmp_path / "run", 6, bad={3})
     again = attempt(tmp_path / "run", 6, bad={3})[1]
@@ -237,6 +242,7 @@ def test_a_batch_is_skipped_once(tmp_path):
     assert checkpoints.skipped() == [4, 5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny
 
 from anchor_jax import flow
@@ -47,6 +48,7 @@ def _match(latents, mask, fake, real, guidance):
     )
 
 
+@pytest.mark.slow
 def test_equal_scores_have_no_gradient():
     found = match(draw(0), real=tiny.variables(), guidance=0.0)
 
@@ -82,6 +84,7 @@ def test_guidance_goes_beyond_the_prompt():
     np.testing.assert_allclose(found.normalizer, mean, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_normalizer_of_zero_is_no_gradient():
     noisy = flow.add_noise(draw(0), draw(1), TIMES / 1000)
     context = SCORE.project(tiny.variables(), prompts(0))
@@ -101,6 +104,7 @@ def test_a_normalizer_of_zero_is_no_gradient():
     assert np.isfinite(found.gradient).all()
 
 
+@pytest.mark.slow
 def test_the_critics_loss_is_flow_matching_of_what_was_generated():
     latents, noise = draw(0), draw(1)
     noisy = flow.add_noise(latents, noise, TIMES / 1000)

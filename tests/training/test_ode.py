@@ -73,6 +73,7 @@ def test_shipped_trajectories_are_of_the_papers_levels(name, guidance):
     assert read.guidance == guidance
 
 
+@pytest.mark.slow
 def test_states_are_those_of_the_guided_flow(model, written):
     """Euler's steps written out, two to a quarter."""
     example = states(written)[3]
@@ -199,6 +200,7 @@ def _is(a, b):
     return np.array_equal(np.asarray(a, np.float32), b)
 
 
+@pytest.mark.slow
 def test_the_loss_leaves_clean_blocks_out(model, written, tmp_path):
     batch = build.open_source(regression(written), model, tmp_path)(4)
     stage = RegressionSpec(
@@ -251,6 +253,7 @@ def test_prompts_come_from_two_files(model, tmp_path):
     assert {texts(2), texts(3)} == pairs
 
 
+@pytest.mark.slow
 def test_the_commands_run(tmp_path, capsys):
     bundles.save(tmp_path / "weights")
     out = tmp_path / "stored"

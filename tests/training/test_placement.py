@@ -5,6 +5,8 @@ import socket
 import subprocess
 import sys
 
+import pytest
+
 PROCESS = """
 import json, sys
 import jax, numpy as np
@@ -24,6 +26,7 @@ print(json.dumps([list(found["prompt"].shape), rows]))
 """
 
 
+@pytest.mark.slow
 def test_each_process_puts_its_rows_of_the_batch():
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -85,6 +85,7 @@ def by_the_chain_rule(params, exit_level, at, setup=SETUP):
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [None, 3], ids=["plain", "switch"])
 def test_the_gradient_is_the_chain_rules(at):
     exit_level = jnp.int32(1)
@@ -109,6 +110,7 @@ def test_the_gradient_is_the_chain_rules(at):
         np.testing.assert_allclose(ours, theirs, atol=1e-5 * largest)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["nothing_saveable", "dots_saveable"])
 def test_rematerialisation_changes_no_gradient(remat):
     model = dataclasses.replace(tiny.MODEL, remat=remat)
@@ -127,6 +129,7 @@ def test_rematerialisation_changes_no_gradient(remat):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_nothing_flows_through_a_rollout():
     def total(variables):
         prompts = (tiny.embedding(0),)
@@ -152,6 +155,7 @@ def test_blocks_without_a_cotangent_add_nothing():
     assert not any(np.any(x) for x in jax.tree.leaves(found))
 
 
+@pytest.mark.slow
 def test_leaving_at_the_last_level_is_sampling():
     last = jnp.int32(len(SETUP.levels) - 1)
 
@@ -179,6 +183,7 @@ def test_leaving_at_the_last_level_is_sampling():
     np.testing.assert_allclose(ours, tiny.latents(made), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_an_earlier_exit_is_that_levels_estimate():
     _, chunk = roll(begin(), 0, 1, jnp.int32(0))
 
@@ -188,6 +193,7 @@ def test_an_earlier_exit_is_that_levels_estimate():
     np.testing.assert_allclose(chunk.noisy[0], blocks[0].passes.noisy[0], atol=0)
 
 
+@pytest.mark.slow
 def test_the_trained_release_sees_a_sink_of_zeros_after_a_switch():
     setup = tiny.setup(as_trained(POLICIES["anchor_forcing"]))
     last = jnp.int32(0)
@@ -203,6 +209,7 @@ def test_the_trained_release_sees_a_sink_of_zeros_after_a_switch():
     assert chunk.recache.frames == 12 and np.all(chunk.plans.frames == 12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "captured"),
     [(as_trained(POLICIES["anchor_forcing"]), 15), (POLICIES["anchor_forcing"], 18)],
@@ -229,6 +236,7 @@ def test_a_switch_within_a_chunk_captures_its_block_or_the_chunks_first(
     assert not after.cache.index.capture
 
 
+@pytest.mark.slow
 def test_a_noised_clean_pass_changes_what_is_remembered_alone():
     noisy = dataclasses.replace(SETUP, floor=0.3)
     noise = chunk_noise(0, 1)
@@ -259,6 +267,7 @@ def test_the_window_is_the_new_frames_after_a_renewed_one():
     np.testing.assert_array_equal(asked[0], range(19))
 
 
+@pytest.mark.slow
 def test_a_first_chunk_is_its_own_window():
     latents = jnp.ones((1, 21, 1, 1, 1))
 

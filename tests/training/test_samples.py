@@ -67,6 +67,7 @@ def read(path):
         )
 
 
+@pytest.mark.slow
 def test_videos_are_of_the_mean_and_compiled_once(tmp_path):
     prepared = prepare(DISTILL)
     sampler = samples.make_sampler(DISTILL, prepared, tmp_path)
@@ -134,6 +135,7 @@ def test_each_stage_has_the_sampler_of_its_network():
     assert (regressed.solver, regressed.guidance) == (Renoise(), 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["longlive", "anchor_forcing"])
 def test_the_release_is_sampled_as_it_streams_not_as_it_trains(policy, tmp_path):
     section = dataclasses.replace(DISTILL.distillation, policy=policy)
@@ -150,6 +152,7 @@ def test_the_release_is_sampled_as_it_streams_not_as_it_trains(policy, tmp_path)
     assert (tmp_path / "samples" / "step-000250.mp4").exists()
 
 
+@pytest.mark.slow
 def test_sampling_changes_nothing_of_a_training(tmp_path):
     def run(folder, every):
         prepared = prepare(REGRESS)
@@ -187,6 +190,7 @@ def shown(data, **fields):
     return sampler and [video.script.prompts for video in sampler.videos]
 
 
+@pytest.mark.slow
 def test_prompts_are_those_of_the_config_or_the_first_of_the_data(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\nthree\nfour\n")
     (tmp_path / "b.txt").write_text("1\n2\n3\n4\n")

@@ -152,6 +152,7 @@ def _record_cache(self, name):
             self.checks.outputs[f"{name}.junction.layer{layer}.{which}"] = np.zeros(1)
 
 
+@pytest.mark.slow
 def test_a_sequence_with_absolute_positions_passes(recorded):
     result = run.verify_case(recorded)
 

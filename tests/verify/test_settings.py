@@ -217,6 +217,7 @@ def _dmd_outputs(case, inputs, guidance, shift):
     }
 
 
+@pytest.mark.slow
 def test_distillation_at_another_guidance_passes_and_a_third_fails(tmp_path):
     folder = dmd(tmp_path, guidance=5.5, shift=3.0)
     passes(folder)

@@ -54,6 +54,7 @@ def verify(capsys, *arguments):
     return status, capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", CASES, ids=lambda x: f"{x.parent.name}-{x.name}")
 def test_recorded_cases_pass(folder):
     result = run.verify_case(folder)
@@ -247,6 +248,7 @@ def test_a_short_last_block_keeps_its_window():
     assert mask[7].tolist() == [False] * 3 + [True] * 5
 
 
+@pytest.mark.slow
 def test_bfloat16_is_shown_and_not_judged(capsys):
     folder = str(GOLDEN / "dit_bidirectional" / "f3_4x6")
 

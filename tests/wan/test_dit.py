@@ -88,6 +88,7 @@ def loss_and_gradient(config):
     return loss(tiny.variables()["params"])
 
 
+@pytest.mark.slow
 def test_loop_over_layers_equals_layers_in_a_row():
     x, context = latents(3), project(tiny.embedding(0))
     row = dataclasses.replace(tiny.MODEL, unroll=2)
@@ -102,6 +103,7 @@ def test_loop_over_layers_equals_layers_in_a_row():
     )
 
 
+@pytest.mark.slow
 def test_rematerialisation_changes_nothing():
     kept = loss_and_gradient(tiny.MODEL)
     again = loss_and_gradient(dataclasses.replace(tiny.MODEL, remat="dots_saveable"))
@@ -144,6 +146,7 @@ def lora_like(params, rank, seed=1, up_scale=1.0):
     return traverse_util.unflatten_dict(flat)
 
 
+@pytest.mark.slow
 def test_lora_of_zero_changes_nothing():
     x, context = latents(3), project(tiny.embedding(0))
     base = tiny.variables()
@@ -177,6 +180,7 @@ def test_lora_equals_its_merged_weights():
     assert np.abs(ours - plain).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_padded_text_takes_part():
     x, words = latents(3), tiny.embedding(0)
     context = project(words)
@@ -191,6 +195,7 @@ def test_padded_text_takes_part():
     assert np.abs(whole - without).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_several_prompts_per_video_equal_separate_calls():
     x = jnp.concatenate([latents(3, seed) for seed in range(2)], axis=1)
     x = jnp.concatenate([x, latents(6, 5)])
@@ -231,6 +236,7 @@ def test_unpatchify_has_the_channel_fastest():
         assert ours[0, 0, 2 * h + p, 2 * w + q, c] == expected
 
 
+@pytest.mark.slow
 def test_every_frame_has_its_own_timestep():
     x, context = latents(3), project(tiny.embedding(0))
     alone = block_causal((1, 1, 1), window=1)
@@ -318,6 +324,7 @@ def test_prefix_equals_a_dense_mask():
         np.testing.assert_allclose(seen(jnp.int32(frames)), expected, rtol=0, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_later_blocks_reach_no_earlier_one():
     x, context = latents(6), project(tiny.embedding(0))
     causal = block_causal((2, 2, 2))
@@ -331,6 +338,7 @@ def test_later_blocks_reach_no_earlier_one():
         assert np.all(reached[2 * block :] > 1e-4)
 
 
+@pytest.mark.slow
 def test_past_keys_count_as_given_and_own_keys_are_returned_unrotated():
     x, context = latents(3), project(tiny.embedding(0))
     variables = tiny.variables()

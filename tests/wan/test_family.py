@@ -106,6 +106,7 @@ def weights(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_another_family_samples_from_prompts_to_a_video(
     tmp_path, monkeypatch, capsys, weights
 ):
@@ -150,6 +151,7 @@ def test_an_unknown_family_is_refused(tmp_path):
         load_bundle(str(tmp_path / "unknown"))
 
 
+@pytest.mark.slow
 def test_a_vae_of_other_strides_is_refused(tmp_path):
     save(tmp_path / "other", dataclasses.replace(PATCHED, pixel_patch=1))
 
@@ -157,6 +159,7 @@ def test_a_vae_of_other_strides_is_refused(tmp_path):
         load_bundle(str(tmp_path / "other"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [PATCHED, DEEP])
 def test_strides_of_a_vae_come_from_patches_or_levels(config):
     assert config.strides == OTHER.strides
@@ -287,6 +290,7 @@ def test_the_search_finds_what_was_written_by_hand(tmp_path):
     assert missed == []
 
 
+@pytest.mark.slow
 def test_what_a_family_fixes_is_written_in_one_place():
     found = dict(literals())
 

@@ -45,6 +45,7 @@ def attended(kernel, qkv, past, frames, dim=8):
     return Prefix(frames).attend(attention, *qkv, remembered)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kernel, frames, past",
     [(HEADS, 3, 12), (HEADS, 9, 6), (HEADS, 2, 5), (HEADS, 3, 0)],
@@ -59,6 +60,7 @@ def test_heads_sees_what_plain_sees_at_every_length(kernel, frames, past):
         np.testing.assert_allclose(ours(seen), plain(seen), rtol=0, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_heads_has_the_gradient_of_plain():
     qkv, remembered = arrays(3, 6)
 
@@ -73,6 +75,7 @@ def test_heads_has_the_gradient_of_plain():
     assert np.abs(jax.tree.leaves(ours)[0]).max() > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", [HEADS, SPLASH])
 def test_without_a_past_all_keys_are_seen(kernel):
     (q, _, _), _ = arrays(3, 0, dim=128)
@@ -84,6 +87,7 @@ def test_without_a_past_all_keys_are_seen(kernel):
     np.testing.assert_allclose(ours, Plain().attend(128, q, k, v), rtol=0, atol=5e-6)
 
 
+@pytest.mark.slow
 def test_splash_pads_and_hides_what_is_not_visible():
     qkv, remembered = arrays(3, 6, tokens=50, dim=128)
     ours = jax.jit(lambda n: attended(SPLASH, qkv, remembered, n, 128))
@@ -93,6 +97,7 @@ def test_splash_pads_and_hides_what_is_not_visible():
         np.testing.assert_allclose(ours(jnp.int32(seen)), expected, rtol=0, atol=5e-6)
 
 
+@pytest.mark.slow
 def test_splash_has_the_gradient_of_plain():
     qkv, remembered = arrays(2, 2, tokens=40, dim=128)
 
@@ -106,6 +111,7 @@ def test_splash_has_the_gradient_of_plain():
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_heads_under_vmap_equals_one_by_one():
     qkv, remembered = arrays(3, 6)
     seen = jnp.asarray([3, 6, 9])
@@ -146,6 +152,7 @@ def test_a_named_kernel_is_taken_or_refused_with_a_reason():
         named("head", "float32", 32)
 
 
+@pytest.mark.slow
 def test_heads_is_finite_where_hidden_keys_score_far_above_the_visible():
     (q, k, v), past = arrays(3, 12)
     q, k = jnp.ones_like(q), jnp.full_like(k, -50.0)
@@ -162,6 +169,7 @@ def test_heads_is_finite_where_hidden_keys_score_far_above_the_visible():
     np.testing.assert_allclose(ours[1], theirs[1], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", [SPLASH, HEADS], ids=["splash", "heads"])
 def test_devices_attend_to_their_own_videos_and_heads(kernel):
     dim = 128 if kernel is SPLASH else 8
@@ -185,6 +193,7 @@ def test_devices_attend_to_their_own_videos_and_heads(kernel):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_heads_that_no_device_can_have_alone_are_not_split():
     qkv, _ = arrays(3, 0, heads=3)
     with jax.set_mesh(sharding.make_mesh((1, 1, 1, 4))):

@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny
 
 from anchor_jax.wan import dit, lora
@@ -24,6 +25,7 @@ def flow(**variables):
     return np.asarray(run(variables))
 
 
+@pytest.mark.slow
 def test_fresh_updates_change_nothing_and_trained_ones_equal_their_merge():
     params = tiny.params()
     adapters = lora.init(params, 3, jax.random.key(0))

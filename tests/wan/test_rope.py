@@ -44,6 +44,7 @@ def test_rotation_is_exact_up_to_position_100000():
     np.testing.assert_allclose(ours.sin, sign * np.sin(angles), rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_adjacent_channels_are_rotated_as_complex_numbers():
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, 3, 6, 2, 24)).astype(np.float32)
@@ -57,6 +58,7 @@ def test_adjacent_channels_are_rotated_as_complex_numbers():
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_rotation_keeps_bfloat16():
     by = rope.rotary(jnp.asarray([7]), (1, 1), 24)
 

@@ -16,6 +16,7 @@ def same(found, made):
     )
 
 
+@pytest.mark.slow
 def test_shapes_are_those_of_the_initialisation():
     init = functools.partial(dit.init_params, tiny.MODEL)
     same(shapes.of(tiny.MODEL), jax.eval_shape(init, jax.random.key(0)))

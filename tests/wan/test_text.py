@@ -65,6 +65,7 @@ def recorded(config, params, golden):
     return output, other["intermediates"]
 
 
+@pytest.mark.slow
 def test_output_matches(recorded, golden):
     assert relative(recorded[0], golden[1]["prompt_embeds"]) < TOLERANCE
 
@@ -87,6 +88,7 @@ def test_padded_rows_are_zero(recorded, golden):
     assert (output[mask] != 0).any(axis=-1).all()
 
 
+@pytest.mark.slow
 def test_padding_does_not_change_the_tokens(config, params, golden):
     inputs, _ = golden
     length = int(inputs["mask"][2].sum())
@@ -136,6 +138,7 @@ def test_heads_must_divide_the_width():
         text.TextConfig(attention_dim=64, num_heads=5)
 
 
+@pytest.mark.slow
 def test_fresh_weights_have_sane_scales_and_gradients():
     config = text.TextConfig(
         vocab=64, dim=64, attention_dim=64, ffn_dim=128, num_heads=4, num_layers=2,
@@ -156,6 +159,7 @@ def test_fresh_weights_have_sane_scales_and_gradients():
     assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
 
 
+@pytest.mark.slow
 def test_bfloat16_keeps_its_type_and_stays_near(config, params, golden):
     inputs, theirs = golden
     small = text.TextConfig(**{**vars(config), "dtype": "bfloat16"})

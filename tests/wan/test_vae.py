@@ -105,21 +105,25 @@ def test_the_latents_scale_is_the_recorded_one(config, golden):
     np.testing.assert_allclose(config.latent_std, golden["latent_std"], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_encode_matches(run, golden):
     latents, mean = run("both", golden["video"])
     assert relative(latents, golden["encoded"]) < TOLERANCE
     assert relative(mean, golden["encoded_raw_mu"]) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_encode_of_one_frame_matches(run, golden):
     ours, _ = run("encode_stream", golden["video"][:, :1], None)
     assert relative(ours, golden["encoded_single_frame"]) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_decode_matches(whole, golden):
     assert relative(whole, golden["decoded"]) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_decode_is_clipped(run, golden, whole):
     latents = 50 * golden["latent"]
     free, clipped = run("free_and_clipped", latents[:, :1])
@@ -127,6 +131,7 @@ def test_decode_is_clipped(run, golden, whole):
     np.testing.assert_array_equal(clipped, np.clip(free, -1, 1))
 
 
+@pytest.mark.slow
 def test_the_recorded_stream_matches(run, golden):
     state, kept = None, []
     for first, end in ((0, 1), (1, 2), (2, 4)):
@@ -144,6 +149,7 @@ def test_the_recorded_stream_matches(run, golden):
     assert jax.tree.map(jnp.shape, kept[0]) == jax.tree.map(jnp.shape, kept[-1])
 
 
+@pytest.mark.slow
 def test_intermediates_match(config, params, golden):
     decode = functools.partial(
         vae.WanVae(config).apply, method="decode_raw", mutable=["intermediates"]
@@ -157,6 +163,7 @@ def test_intermediates_match(config, params, golden):
         assert relative(inner[ours]["output"][0], expected) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", [(1, 3), (2, 2), (1, 1, 1, 1)])
 def test_streamed_decode_equals_whole(run, golden, whole, split):
     state, pieces, at = None, [], 0
@@ -167,6 +174,7 @@ def test_streamed_decode_equals_whole(run, golden, whole, split):
     assert relative(np.concatenate(pieces, axis=1), whole) < 5e-6
 
 
+@pytest.mark.slow
 def test_all_frames_at_once_give_what_one_at_a_time_does(run, golden, whole):
     decoded = run("decoded_at_once", golden["latent"])
     encoded = run("encoded_at_once", golden["video"])
@@ -174,6 +182,7 @@ def test_all_frames_at_once_give_what_one_at_a_time_does(run, golden, whole):
     assert relative(encoded, golden["encoded_raw_mu"]) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_more_frames_are_no_larger_program(config, params):
     apply = functools.partial(vae.WanVae(config).apply, {"params": params})
     decode = functools.partial(apply, method="decode_raw")
@@ -187,6 +196,7 @@ def test_more_frames_are_no_larger_program(config, params):
     assert convolutions(9) == convolutions(1) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", [(1, 4, 4), (5, 4)])
 def test_streamed_encode_equals_whole(run, golden, split):
     state, pieces, at = None, [], 0
@@ -197,11 +207,13 @@ def test_streamed_encode_equals_whole(run, golden, split):
     assert relative(np.concatenate(pieces, axis=1), golden["encoded"]) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_frames_past_the_last_whole_latent_are_dropped(run, golden):
     ours = run("encode", golden["video"][:, :8])
     assert relative(ours, golden["encoded"][:, :2]) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_the_upsampler_does_not_see_the_first_frame(config):
     layer = vae.Upsample(config, temporal=True)
     x = jax.random.normal(jax.random.key(0), (1, 4, 2, 2, 8))
@@ -213,6 +225,7 @@ def test_the_upsampler_does_not_see_the_first_frame(config):
     assert jnp.abs(y[:, 0] - other[:, 0]).max() > 0.1
 
 
+@pytest.mark.slow
 def test_the_downsampler_passes_the_first_frame_by(config):
     layer = vae.Downsample(config, temporal=True)
     flat = vae.Downsample(config, temporal=False)
@@ -227,6 +240,7 @@ def test_the_downsampler_passes_the_first_frame_by(config):
     np.testing.assert_allclose(y[:, 2], expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_no_pixel_frame_sees_a_later_latent(config, params, golden):
     model = vae.WanVae(config)
     latents = jnp.asarray(golden["latent"][:, :3, :2, :2])
@@ -247,6 +261,7 @@ def test_no_pixel_frame_sees_a_later_latent(config, params, golden):
         assert seen[own] > 0
 
 
+@pytest.mark.slow
 def test_both_forms_of_convolution_agree(config):
     x = jax.random.normal(jax.random.key(0), (2, 5, 6, 4, 3))
     for window, stride in (((3, 3, 3), 1), ((3, 1, 1), 1), ((3, 1, 1), 2)):
@@ -294,6 +309,7 @@ def test_auto_convolves_as_the_backend_of_the_trace_does(config, monkeypatch):
     assert (dimensions("cpu"), dimensions("gpu")) == (4, 5)
 
 
+@pytest.mark.slow
 def test_a_first_call_of_one_frame_in_native_form(config, params, golden, whole):
     native = vae.WanVae(dataclasses.replace(config, conv="native"))
     latents = golden["latent"][:, :1]
@@ -302,6 +318,7 @@ def test_a_first_call_of_one_frame_in_native_form(config, params, golden, whole)
     assert relative(ours, whole[:, :1]) < 5e-6
 
 
+@pytest.mark.slow
 def test_bfloat16_keeps_its_type(config, params, golden):
     model = vae.WanVae(dataclasses.replace(config, dtype="bfloat16"))
     apply = functools.partial(model.apply, {"params": params})
@@ -317,6 +334,7 @@ def test_bfloat16_keeps_its_type(config, params, golden):
     assert clipped.dtype == encoded.dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_bfloat16_runs_near_float32(config, params, golden, whole):
     model = vae.WanVae(dataclasses.replace(config, dtype="bfloat16"))
     decode = jax.jit(functools.partial(model.apply, method="decode_raw"))
@@ -324,11 +342,13 @@ def test_bfloat16_runs_near_float32(config, params, golden, whole):
     assert relative(ours.astype(jnp.float32), whole[:, :9]) < 0.05
 
 
+@pytest.mark.slow
 def test_parameter_total_of_the_full_size():
     tree = shapes(vae.VaeConfig())
     assert sum(leaf.size for leaf in jax.tree.leaves(tree)) == 126_892_531
 
 
+@pytest.mark.slow
 def test_a_still_image_is_enough_to_make_all_parameters(config):
     still = jnp.zeros((1, 1, 16, 16, 3))
     found = jax.eval_shape(vae.WanVae(config).init, jax.random.key(0), still)
@@ -337,6 +357,7 @@ def test_a_still_image_is_enough_to_make_all_parameters(config):
     )
 
 
+@pytest.mark.slow
 def test_the_norm_has_a_gradient_at_zero(config):
     norm = vae.ChannelNorm(config)
     x = jnp.zeros((1, 4))

@@ -22,6 +22,7 @@ def test_prompts_are_cleaned_and_rows_past_their_end_are_zero():
         loaded.encode_prompts(bundles.RED)
 
 
+@pytest.mark.slow
 def test_a_prompt_is_encoded_alike_wherever_the_encoder_lives(ported):
     texts = [bundles.RED, bundles.BLUE, bundles.RED]
     loaded = {
@@ -52,6 +53,7 @@ def loads(monkeypatch):
     return found
 
 
+@pytest.mark.slow
 def test_a_freed_encoder_is_loaded_for_new_prompts_only(ported, loads):
     loaded = load_bundle(str(ported), text_encoder="free")
 

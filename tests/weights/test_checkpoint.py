@@ -308,6 +308,7 @@ def test_whatever_is_raised_while_reading_is_one_message(folder, monkeypatch):
     assert str(folder) in str(caught.value) and len(str(caught.value)) < 600
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("keep", [0.0, 0.5])
 def test_cut_files_are_one_message(folder, keep):
@@ -342,6 +343,7 @@ checkpoint.write(sys.argv[1], {"vae": {"x": leaf}}, {}, overwrite=True)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_what_a_killed_process_left_is_removed_by_the_next(folder, number):
     (folder.parent / ".written.0123456789ab-0.part").mkdir()
@@ -357,6 +359,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next(folder, number):
     assert checkpoint.items(folder) == ("vae", "meta")
 
 
+@pytest.mark.slow
 def test_a_folder_that_another_process_makes_is_refused(tmp_path):
     with ownership.own_target(tmp_path / "new"):
         checkpoint.write(tmp_path / "new", {"vae": tree()}, {})

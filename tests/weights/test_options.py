@@ -7,6 +7,7 @@ from anchor_jax.wan.spec import LatentGrid
 from anchor_jax.weights.load import load_bundle
 
 
+@pytest.mark.slow
 def test_the_shipped_bundle_takes_the_same_arguments():
     grid = LatentGrid(4, 6)
     plain = load_bundle("tiny")

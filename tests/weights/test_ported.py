@@ -56,6 +56,7 @@ def test_ported_weights_load_in_bfloat16_for_the_usual_grid(ported):
     assert loaded.encode_prompts([bundles.RED]).shape == (1, 6, 8)
 
 
+@pytest.mark.slow
 def test_ported_weights_decode(ported):
     loaded = load_bundle(str(ported), grid=LatentGrid(2, 2))
     latents = np.ones((1, 2, 2, 2, 16), np.float32)
@@ -111,6 +112,7 @@ def test_updates_apart_are_as_stored(ported):
     assert loaded["params"]["blocks"]["ffn_in"]["kernel"].dtype == "bfloat16"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["separate", "merged"])
 def test_a_mesh_splits_the_generator(ported, how):
     mesh = sharding.make_mesh()
@@ -202,6 +204,7 @@ def test_a_broken_ported_tokenizer_is_named(rewrite_ported, words):
     assert "holds no usable tokenizer" in load_fails(rewrite_ported(words=words))
 
 
+@pytest.mark.slow
 def test_updates_of_a_wrong_shape_are_named(tmp_path):
     items = jax.tree.map(np.copy, draw_items(SMALL_VAE))
     layer = items["generator"]["lora"]["blocks"]["ffn_in"]

@@ -1,5 +1,6 @@
 import jax
 import numpy as np
+import pytest
 from ported import SMALL_VAE, draw_items
 
 from anchor_jax.weights import checkpoint, options
@@ -7,6 +8,7 @@ from anchor_jax.weights.lineage import write_run
 from anchor_jax.weights.load import load_bundle
 
 
+@pytest.mark.slow
 def test_updates_that_a_training_went_on_with_are_added_once(ported, tmp_path):
     given, base = draw_items(SMALL_VAE)["generator"], str(ported)
     for number in (2, 3):

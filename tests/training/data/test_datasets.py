@@ -282,6 +282,7 @@ assert len(clips) == 2 and clips[1]["captions"] == ["b"]
 """
 
 
+@pytest.mark.slow
 def test_a_killed_build_leaves_no_dataset_and_the_next_succeeds(tmp_path):
     killed = run(KILLED_BUILD, tmp_path, "kill")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -351,6 +352,7 @@ writer.close()
 """
 
 
+@pytest.mark.slow
 def test_a_second_writer_of_a_process_is_refused_while_the_first_lives(tmp_path):
     first = TrajectoryWriter(tmp_path, 0, 2, SHAPE, shard=2)
     first.add(0, states(0), "a")
@@ -561,6 +563,7 @@ assert "tensorflow" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_no_tensorflow_is_loaded(tmp_path):
     done = run(WITHOUT_TENSORFLOW, tmp_path)
 

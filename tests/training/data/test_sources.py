@@ -23,6 +23,7 @@ from anchor_jax.training.stages.build import (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "blocks"), [("world_clips", 2), ("world_windows", 5)])
 def test_prompts_are_embedded_unless_the_text_encoder_is_trained(
     kind, blocks, tmp_path

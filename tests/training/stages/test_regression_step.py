@@ -49,6 +49,7 @@ def loss(stage, student, teacher, given):
     return float(stage.loss(student, given, jax.random.key(7), teacher))
 
 
+@pytest.mark.slow
 def test_guidance_goes_from_no_prompt_through_the_prompt(plain):
     given = blocks_prompts(plain, batch())
     teacher = tiny.variables()
@@ -67,6 +68,7 @@ def test_guidance_goes_from_no_prompt_through_the_prompt(plain):
     np.testing.assert_allclose(found, 2.5 * with_prompt - 1.5 * without, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_network_is_its_own_teacher_without_guidance(plain):
     given = blocks_prompts(plain, batch())
     same = tiny.variables()
@@ -77,6 +79,7 @@ def test_a_network_is_its_own_teacher_without_guidance(plain):
     np.testing.assert_allclose(twice, 4 * once, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_teacher_is_held_to_its_own_sizes(plain):
     given = blocks_prompts(plain, batch())
     wide = dataclasses.replace(tiny.MODEL, ffn_dim=2 * tiny.MODEL.ffn_dim)
@@ -86,6 +89,7 @@ def test_the_teacher_is_held_to_its_own_sizes(plain):
     assert np.isfinite(loss(stage, tiny.variables(), teacher, given))
 
 
+@pytest.mark.slow
 def test_no_gradient_reaches_the_teacher(plain):
     given = blocks_prompts(plain, batch())
     stage, variables = guided(plain, 2.0), tiny.variables()

@@ -1,6 +1,8 @@
 """Stages on a mesh: as on one device, resumed bit for bit, stopped when unsound."""
 
+import copy
 import dataclasses
+import functools
 import itertools
 import json
 import types
@@ -82,10 +84,25 @@ def clips(number):
 
 
 def make(config, mesh=(1, 1, 1, 1)):
+    config = dataclasses.replace(config, mesh=mesh)
+    kept = _prepared(config, build.make_mesh(config))
+    return dataclasses.replace(
+        kept,
+        compiled=copy.copy(kept.compiled),
+        state=jax.tree.map(jnp.copy, kept.state),
+    )
+
+
+@functools.cache
+def _prepared(config, mesh):
+    """Returns a stage whose programs all tests of this file share."""
+    del mesh
     bundle = bundles.load()
     batches = clips if config.stage == "regression" else embeddings
-    config = dataclasses.replace(config, mesh=mesh)
-    return build.prepare(config, bundle, batches, bundle)
+    kept = build.prepare(config, bundle, batches, bundle)
+    for name in ("_step", "_update_generator", "_update_critic"):
+        getattr(kept.compiled, name, None)  # Made here, so that copies share them.
+    return kept
 
 
 def on_one_device(monkeypatch):
@@ -167,6 +184,7 @@ LATER, SWITCHED = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "field"),
     [(LATER, "cache"), (LATER, "previous"), (SWITCHED, "recent")],
@@ -183,6 +201,7 @@ def test_a_chunk_depends_on_what_its_sequence_holds(config, field, monkeypatch):
     assert max(jax.tree.leaves(rises)) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [LATER, SWITCHED, REGRESS, GUIDED],
@@ -213,6 +232,7 @@ def test_four_devices_do_what_one_does(config, monkeypatch):
         np.testing.assert_allclose(ours, theirs, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_the_generator_moves_every_few_steps_of_the_critic(monkeypatch):
     on_one_device(monkeypatch)
     section = dataclasses.replace(DISTILL.distillation, length=FRAMES, switches=())
@@ -247,6 +267,7 @@ def test_the_generator_moves_every_few_steps_of_the_critic(monkeypatch):
     assert float(before["critic_loss"]) == float(watched[0]["critic_loss"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start, switch", [(0, None), (9, None), (9, 12)])
 def test_blocks_are_given_the_gradient_of_their_own_frames(start, switch, monkeypatch):
     on_one_device(monkeypatch)
@@ -283,6 +304,7 @@ def test_blocks_are_given_the_gradient_of_their_own_frames(start, switch, monkey
         np.testing.assert_array_equal(given[name], expected)
 
 
+@pytest.mark.slow
 def test_unknown_words_and_cut_prompts_are_told(tmp_path, monkeypatch):
     on_one_device(monkeypatch)
     monkeypatch.setattr(build, "open_source", lambda *given: embeddings)
@@ -340,6 +362,7 @@ def test_shipped_configs_learn_from_every_chunk(name, scale):
     assert len(plan.visited(section.every)) == len(plan.chunks(None))
 
 
+@pytest.mark.slow
 def test_low_rank_updates_move_and_nothing_else(monkeypatch):
     on_one_device(monkeypatch)
     prepared = make(dataclasses.replace(DISTILL, lora=LoraConfig(rank=2)))
@@ -369,6 +392,7 @@ def run(config, folder, until, tell=lambda line: None):
         checkpoints.close()
 
 
+@pytest.mark.slow
 def test_a_run_in_parts_is_a_run_in_one(tmp_path, monkeypatch):
     on_one_device(monkeypatch)
     whole = run(DISTILL, tmp_path / "whole", 5)
@@ -380,6 +404,7 @@ def test_a_run_in_parts_is_a_run_in_one(tmp_path, monkeypatch):
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_the_best_checkpoints_stay_beside_the_last(tmp_path, monkeypatch):
     on_one_device(monkeypatch)
     prepared = make(REGRESS)
@@ -418,6 +443,7 @@ def test_means_are_of_the_steps_since_a_save(tmp_path):
     monitor.close()
 
 
+@pytest.mark.slow
 def test_a_torn_checkpoint_is_left_out(tmp_path, monkeypatch):
     on_one_device(monkeypatch)
     whole = run(REGRESS, tmp_path / "whole", 4)
@@ -434,6 +460,7 @@ def test_a_torn_checkpoint_is_left_out(tmp_path, monkeypatch):
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_with_state_and_batch(tmp_path, monkeypatch):
     on_one_device(monkeypatch)
     prepared = make(REGRESS)
@@ -486,6 +513,7 @@ def test_scores_that_are_not_finite_move_nothing(monkeypatch):
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_a_step_between_two_sequences_leaves_out_both(tmp_path, monkeypatch):
     on_one_device(monkeypatch)
     # Two chunks a sequence: the third step ends one, and begins the next.
@@ -515,6 +543,7 @@ def test_a_step_between_two_sequences_leaves_out_both(tmp_path, monkeypatch):
     assert data["cursor"] == {"number": 3, "start": 0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every, bad", [(2, {2}), (5, {2, 3})])
 def test_batches_that_are_not_finite_are_left_out(tmp_path, monkeypatch, every, bad):
     on_one_device(monkeypatch)
@@ -546,6 +575,7 @@ def test_batches_that_are_not_finite_are_left_out(tmp_path, monkeypatch, every, 
     assert failed == len(bad) and int(state.step) == 6
 
 
+@pytest.mark.slow
 def test_an_error_between_steps_loses_none(tmp_path, monkeypatch):
     on_one_device(monkeypatch)
     prepared = make(REGRESS)
@@ -574,6 +604,7 @@ def test_an_error_between_steps_loses_none(tmp_path, monkeypatch):
     assert (int(state.step), cursor) == (3, Cursor(3))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_the_first_cache_layout_is_resumed(tmp_path, monkeypatch):
     on_one_device(monkeypatch)
     prepared = make(DISTILL)
@@ -596,6 +627,7 @@ def test_a_checkpoint_of_the_first_cache_layout_is_resumed(tmp_path, monkeypatch
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_nothing_is_set_aside_where_nothing_can_be_restored(tmp_path, monkeypatch):
     on_one_device(monkeypatch)
     run(REGRESS, tmp_path, 4)
@@ -721,6 +753,7 @@ def test_networks_of_other_prompts_or_latents_are_refused(name, field):
         build.prepare(config, bundle, embeddings, **given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [DISTILL, GUIDED], ids=["distill", "guided"])
 def test_stages_with_a_teacher_need_it(config):
     config = dataclasses.replace(config, mesh=(4, 1, 1, 1))
