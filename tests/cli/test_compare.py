@@ -82,6 +82,7 @@ def test_policies_stand_side_by_side_and_each_has_a_recipe(
     assert "'longlive/000.json'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_video_of_a_comparison_is_the_one_that_sample_makes(command, tmp_path):
     command("compare", f"--policies={POLICIES}", "--out=both")
     command("sample", "--config.policy=longlive", "--out=alone")
@@ -118,6 +119,7 @@ def test_other_policies_do_not_replace_a_comparison(command, made, tmp_path):
     assert command(*other, "--overwrite")[0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("argv", "parts"),
     [
@@ -143,6 +145,7 @@ def test_a_mistake_is_said_before_anything_is_made(command, tmp_path, argv, part
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_videos_of_different_lengths_are_refused(command, tmp_path):
     status, _, err = command(
         "compare", "--policies=longlive,wan_teacher", prompt="a red ring[4f]"

@@ -63,6 +63,7 @@ def test_a_replay_is_the_same_video(replay, made, tmp_path):
         assert again[field] == first[field]
 
 
+@pytest.mark.slow
 def test_a_check_writes_nothing(replay, tmp_path):
     status, printed, _ = replay("--check", "--until=2")
 
@@ -71,6 +72,7 @@ def test_a_check_writes_nothing(replay, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["000.json"]
 
 
+@pytest.mark.slow
 def test_a_recipe_from_before_noise_levels_had_names_is_replayed(replay):
     def older(recipe):
         del recipe["config"]["sampler"]["grid"]
@@ -81,6 +83,7 @@ def test_a_recipe_from_before_noise_levels_had_names_is_replayed(replay):
     assert "identical: 2 of 2 blocks" in printed
 
 
+@pytest.mark.slow
 def test_a_recipe_from_before_videos_were_enlarged_is_replayed(replay):
     def older(recipe):
         del recipe["config"]["enlarge"]
@@ -91,6 +94,7 @@ def test_a_recipe_from_before_videos_were_enlarged_is_replayed(replay):
     assert "identical: 2 of 2 blocks" in printed
 
 
+@pytest.mark.slow
 def test_a_replay_enlarges_as_the_recipe_says(replay, tmp_path):
     def as_made(recipe):
         recipe["config"]["enlarge"] = 1
@@ -104,6 +108,7 @@ def test_a_replay_enlarges_as_the_recipe_says(replay, tmp_path):
     assert again["config"]["enlarge"] == 1
 
 
+@pytest.mark.slow
 def test_a_block_that_differs_is_named(replay):
     def other(recipe):
         recipe["blocks"][2] = "0" * 64
@@ -114,6 +119,7 @@ def test_a_block_that_differs_is_named(replay):
     assert "different: 1 of 4 blocks, block 2 first" in printed
 
 
+@pytest.mark.slow
 def test_another_machine_is_said_and_no_failure(replay):
     def other(recipe):
         recipe["blocks"][0] = "0" * 64
@@ -126,6 +132,7 @@ def test_another_machine_is_said_and_no_failure(replay):
     assert "different: 1 of 1 blocks" in printed
 
 
+@pytest.mark.slow
 def test_a_video_goes_on_otherwise_from_a_frame(replay, made, tmp_path):
     status, printed, err = replay(
         "--at=8", "--prompt=a red ring", "--frames=15", "--out=fork"
@@ -165,6 +172,7 @@ def other_model(recipe):
     recipe["setup"]["model"]["num_layers"] = 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("argv", "change", "message"),
     [
@@ -195,6 +203,7 @@ def test_a_mistake_is_said_and_nothing_is_written(
     assert [file.name for file in tmp_path.iterdir()] == ["000.json"]
 
 
+@pytest.mark.slow
 def test_a_path_in_a_recipe_is_not_followed(replay):
     status, _, err = replay("--check", weights=False)
 
@@ -214,6 +223,7 @@ def test_a_video_in_place_of_its_recipe_is_named(tmp_path, capsys, name, what):
     assert capsys.readouterr().err == message
 
 
+@pytest.mark.slow
 def test_files_that_are_there_are_never_replaced(replay, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/000.mp4").write_text("mine")
@@ -225,6 +235,7 @@ def test_files_that_are_there_are_never_replaced(replay, tmp_path):
     assert (tmp_path / "mine/000.mp4").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_files_that_another_process_made_meanwhile_stay(replay, tmp_path, monkeypatch):
     def own(folder, tell):
         folder.mkdir()
@@ -247,6 +258,7 @@ def test_nothing_differs_from_itself():
     assert recipes.differences(here, here | {"jax": "0.1"})[0].endswith("'0.1' now")
 
 
+@pytest.mark.slow
 def test_a_prompt_that_is_cut_is_reported(replay):
     long = "a red ring a blue square moves up"
 
@@ -257,6 +269,7 @@ def test_a_prompt_that_is_cut_is_reported(replay):
     assert "prompts[2]: 'a red ring a blue square moves up': 6 of 9 tokens" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "prompt, part", [("a\udce9", "byte 0xe9"), ("a\0", "U+0000"), ("\x1b[2J", "U+001B")]
 )
@@ -268,6 +281,7 @@ def test_a_prompt_that_is_no_text_is_refused(replay, tmp_path, prompt, part):
     assert not (tmp_path / "forked").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", ["prompts", "negative_prompt"])
 def test_a_recipe_with_what_is_no_text_is_refused(replay, field):
     def change(recipe):

@@ -71,6 +71,7 @@ def size_of(path):
         return container.streams.video[0].width, container.streams.video[0].height
 
 
+@pytest.mark.slow
 def test_a_small_video_is_enlarged_and_its_digests_are_those_of_its_own_pixels(
     sample, tmp_path
 ):

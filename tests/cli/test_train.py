@@ -84,6 +84,7 @@ def test_a_run_leaves_checkpoints_numbers_and_its_config(trained):
     assert json.loads((trained / "config.json").read_text())["batch"] == 4
 
 
+@pytest.mark.slow
 def test_a_step_of_a_run_is_a_bundle(trained):
     earlier, last = load_bundle(str(trained / "2")), load_bundle(str(trained))
 
@@ -98,6 +99,7 @@ def test_a_step_of_a_run_is_a_bundle(trained):
         load_bundle(str(trained / "3"))
 
 
+@pytest.mark.slow
 def test_a_runs_weights_are_a_bundle(trained, weights):
     loaded, base = load_bundle(str(trained)), load_bundle(str(weights))
 
@@ -152,6 +154,7 @@ def test_a_damaged_mark_of_a_run_is_named(tmp_path, content):
         load_bundle(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_run_of_another_config_is_not_continued(trained, weights, capsys):
     assert train(weights, trained, "--config.seed=7") == 2
 
@@ -191,6 +194,7 @@ def test_a_run_is_extended_exactly(weights, tmp_path, capsys):
     assert json.loads((part / "config.json").read_text())["steps"] == 4
 
 
+@pytest.mark.slow
 def test_a_run_whose_learning_rate_falls_is_not_extended(trained, weights, capsys):
     assert train(weights, trained, "--config.steps=6") == 2
 
@@ -199,6 +203,7 @@ def test_a_run_whose_learning_rate_falls_is_not_extended(trained, weights, capsy
     assert "with optimizer.decay=0.4 the learning rate of every run falls" in printed
 
 
+@pytest.mark.slow
 def test_a_change_of_a_finished_run_is_ignored_and_said(trained, weights, capsys):
     before = (trained / "config.json").read_bytes()
 
@@ -210,6 +215,7 @@ def test_a_change_of_a_finished_run_is_ignored_and_said(trained, weights, capsys
     assert (trained / "config.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_what_may_change_is_told(trained, weights, capsys):
     more = ("--config.optimizer.learning_rate=0.001", "--config.keep=3")
 
@@ -309,6 +315,7 @@ def test_a_critic_goes_on_from_the_stage_before(distilled, weights, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, read, given)
 
 
+@pytest.mark.slow
 def test_sizes_of_a_critic_that_make_no_sense_are_refused(distilled, tmp_path):
     shutil.copytree(distilled[0], tmp_path / "run")
     path = tmp_path / "run" / "1" / "meta" / "metadata"
@@ -479,6 +486,7 @@ def test_bad_configs_are_refused_by_name(weights, tmp_path, capsys, wrong, named
     assert named in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_best_of_what_is_not_logged_is_refused(weights, tmp_path, capsys):
     more = ("--config.keep_best=1", "--config.best_of=critic_loss")
 

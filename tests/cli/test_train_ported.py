@@ -86,11 +86,13 @@ def test_a_ported_critic_is_one_to_begin_with(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, critic.variables["params"], stored)
 
 
+@pytest.mark.slow
 def test_updates_of_a_critic_are_no_critic(tuned):
     with pytest.raises(UserError, match="holds only updates of a critic"):
         load_bundle(str(tuned), network="critic")
 
 
+@pytest.mark.slow
 def test_they_are_added_once(tuned, weights):
     plain, merged = (
         load_bundle(str(folder), dtype="float32", lora=how).variables["params"]

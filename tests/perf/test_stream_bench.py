@@ -58,10 +58,12 @@ def test_blocks_are_counted_with_the_keys_that_they_saw(measured):
     assert block["cpu_seconds"]["median"] <= block["cpu_seconds"]["max"]
 
 
+@pytest.mark.slow
 def test_every_program_is_traced_once(measured):
     assert measured["traces"] == {"advance": 1, "switch": 1, "decode": 2}
 
 
+@pytest.mark.slow
 def test_every_phase_has_times_and_an_efficiency(measured):
     phases = measured["phases"]
 
@@ -75,6 +77,7 @@ def test_every_phase_has_times_and_an_efficiency(measured):
         assert phases[name]["efficiency"] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_latencies_and_sizes_are_reported(measured):
     parts = [measured["phases"][name]["seconds"] for name in ("text", "project")]
 

@@ -39,6 +39,7 @@ def test_a_json_alone_is_ported_and_used(tmp_path, kind, capsys):
     assert "without tokenizer" not in printed and "spiece" not in printed
 
 
+@pytest.mark.slow
 def test_a_model_alone_is_reported(tmp_path, capsys):
     folder, home = files(tmp_path / "in", "wan", ["spiece.model"])
     content = bundles.train_tokenizer(["a red ring"])

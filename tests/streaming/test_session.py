@@ -54,6 +54,7 @@ def test_a_script_makes_its_frames_and_names_its_segments():
     assert segments == (0, 0, 1, 1, 2, 2)
 
 
+@pytest.mark.slow
 def test_the_seed_decides_the_frames():
     first, _ = play(make(), script(9, 4))
     again, _ = play(make(), script(9, 4))
@@ -201,6 +202,7 @@ def test_a_prepared_session_compiles_nothing_and_says_what_it_does():
     assert not compiled
 
 
+@pytest.mark.slow
 def test_any_switch_is_warm_after_a_warm_up_without_a_script():
     session = make()
     session.warm_up()

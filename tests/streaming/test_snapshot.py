@@ -104,6 +104,7 @@ def test_a_recipe_makes_the_same_latents_again(kept, name):
     assert [one.landed for one in again.segments] == [0, 6, 15, 18]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", POLICIES_HERE)
 @pytest.mark.parametrize("frame", [6, 15, 24])
 def test_a_rewound_session_makes_the_same_again(kept, name, frame):

@@ -96,6 +96,7 @@ def test_one_program_serves_200_blocks_with_20_switches():
     assert stream.switch._cache_size() - before[1] == 3
 
 
+@pytest.mark.slow
 def test_equal_policies_share_a_program():
     tiny.run(PAPER, 1)
     before = stream.step._cache_size()
@@ -225,6 +226,7 @@ def test_only_what_is_visible_matters(moment):
         assert far(change({slot}, 0.5).latents, block.latents) > 1e-5, slot
 
 
+@pytest.mark.slow
 def test_prior_junction_is_seen_from_the_third_switch_on():
     state = standing(RELEASE, 6, (9, 12, 15))
     _, block = step(RELEASE, state, 6)
@@ -236,6 +238,7 @@ def test_prior_junction_is_seen_from_the_third_switch_on():
     assert far(step(RELEASE, poked, 6)[1].latents, block.latents) > 1e-4
 
 
+@pytest.mark.slow
 def test_prior_junction_comes_directly_after_a_half_full_ring():
     state = tiny.switch(RELEASE, tiny.copy(standing(RELEASE, 2, (0, 3))), 3, 6)
     _, block = step(RELEASE, state, 2)
@@ -419,6 +422,7 @@ def test_early_recache_rewrites_the_sink():
     assert all(far(after[frame], before[frame]) > 1e-2 for frame in after)
 
 
+@pytest.mark.slow
 def test_rewritten_sink_holds_the_oldest_frames_of_the_window():
     rewrite = tiny.setup(Policy(on_switch=Recache(rewrite_sink=True)))
 
@@ -441,6 +445,7 @@ def test_without_recache_only_the_prompt_changes():
     assert bool(after.cache.index.capture)
 
 
+@pytest.mark.slow
 def test_flush_keeps_keys_and_values_as_they_are():
     state = standing(FLUSH, 7)
 

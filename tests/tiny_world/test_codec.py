@@ -50,6 +50,7 @@ def test_shapes_and_dtype():
     assert codec.encode_blocks(params, pixels[:, 1:]).shape == (2, 4, 8, 8, 16)
 
 
+@pytest.mark.slow
 def test_latents_are_half_whitened():
     params = fitted()
     latents = np.asarray(codec.encode(params, clips(0, 100, held_out=False)))

@@ -333,6 +333,7 @@ def test_wrong_segments_and_pixels_are_refused():
         event_scores.measure(video.astype(np.float32), [one])
 
 
+@pytest.mark.slow
 def test_single_objects_are_measured_as_whole_clips_are():
     rng = np.random.default_rng(0)
     for _ in range(6):

@@ -75,6 +75,7 @@ def test_clips_end_as_their_captions_say(codec, clips):
         assert not scene.is_held_out(shown.first)
 
 
+@pytest.mark.slow
 def test_some_clips_begin_before_their_event(codec, clips):
     """A hidden scene whose first block still shows its object."""
     seen = [

@@ -55,6 +55,7 @@ def test_equal_scores_have_no_gradient():
     assert found.loss < 1e-10 and np.abs(found.gradient).max() < 1e-7
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_the_loss():
     """Half the mean square of x - stop(x - direction)."""
     latents, mask = draw(0), np.arange(6) >= 3
@@ -120,6 +121,7 @@ def test_the_critics_loss_is_flow_matching_of_what_was_generated():
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_critics_loss_leaves_masked_frames_out():
     latents, mask = draw(0), np.arange(6) >= 3
 

@@ -94,6 +94,7 @@ def test_states_are_those_of_the_guided_flow(model, written):
     np.testing.assert_allclose(x[0], example["states"][-1], atol=2e-2)
 
 
+@pytest.mark.slow
 def test_processes_share_the_work_and_change_no_bit(model, written, tmp_path):
     assert ode.write(_in(tmp_path), model, 1, 2) == (2, 0)
     assert ode.write(_in(tmp_path), model, 0, 2) == (3, 0)

@@ -145,6 +145,7 @@ def test_nothing_flows_through_a_rollout():
     assert not any(np.any(x) for x in jax.tree.leaves(found))
 
 
+@pytest.mark.slow
 def test_blocks_without_a_cotangent_add_nothing():
     exit_level = jnp.int32(1)
     _, chunk = roll(begin(), 0, 2, exit_level)

@@ -162,6 +162,7 @@ def test_a_sequence_with_absolute_positions_passes(recorded):
     assert len(result.left_out[sequences.NO_JUNCTION]) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["k", "v"])
 def test_a_key_or_value_that_differs_fails(recorded, tmp_path, name):
     folder = tmp_path / "set" / "streaming_training" / "absolute"
@@ -176,6 +177,7 @@ def test_a_key_or_value_that_differs_fails(recorded, tmp_path, name):
     assert [row.name for row in result.rows if not row.is_equal] == [part]
 
 
+@pytest.mark.slow
 def test_a_position_that_differs_fails(recorded):
     trace = json.loads((recorded / "trace.json").read_text())
     changed = json.loads(json.dumps(trace))

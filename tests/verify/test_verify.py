@@ -71,6 +71,7 @@ def test_a_kind_folder_is_searched(capsys):
     assert "3 cases, 39 tensors, 0 failed" in out
 
 
+@pytest.mark.slow
 def test_a_changed_output_fails(golden_set, capsys):
     def change(tensors):
         tensors["rms_norm"][0, 0, 0] += 2e-4

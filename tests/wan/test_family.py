@@ -134,6 +134,7 @@ def test_another_family_samples_from_prompts_to_a_video(
     assert "identical: 2 of 2 blocks" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_default_size_is_that_of_the_family(weights):
     bundle = load_bundle(str(weights))
 

@@ -370,6 +370,7 @@ def test_numbers_of_frames():
     assert [WAN_2_1.pixel_frames(count) for count in (0, 1, 2, 21)] == [0, 1, 5, 81]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frames, size", [(2, 16), (6, 16), (1, 12)])
 def test_wrong_sizes_are_refused(config, params, frames, size):
     pixels = jnp.zeros((1, frames, size, 16, 3))

@@ -44,6 +44,7 @@ def load_fails(folder):
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_ported_weights_load_in_bfloat16_for_the_usual_grid(ported):
     loaded = load_bundle(str(ported))
 

@@ -497,6 +497,7 @@ def test_a_loss_that_is_not_finite_stops_with_state_and_batch(tmp_path, monkeypa
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_scores_that_are_not_finite_move_nothing(monkeypatch):
     on_one_device(monkeypatch)
     prepared = make(DISTILL)
