@@ -14,10 +14,11 @@ import page_commands as known
 import pytest
 from absl import flags
 
-from anchor_jax.cli import COMMANDS, main
+from anchor_jax.cli import COMMANDS, main, sweep
 from anchor_jax.config import from_config, shipped_configs
 from anchor_jax.perf import stream_bench
 from anchor_jax.sampling.config import read_config as read_sampling
+from anchor_jax.sampling.methods import METHODS
 from anchor_jax.training import run
 from anchor_jax.training.ode import TrajectoryConfig
 
@@ -100,8 +101,13 @@ def test_flags_and_fields_of_a_command_exist(command, monkeypatch, capsys):
 
     def check(argv):
         reached.append(argv)
-        if "config" in flags.FLAGS and flags.FLAGS.config:
-            read(flags.FLAGS.config)
+        given = flags.FLAGS
+        if "config" in given and given.config:
+            read(given.config)
+        if "vary" in given:
+            sweep.make_points(given.config, given.vary)
+        if "method" in given and given.method:
+            assert given.method in METHODS
 
     monkeypatch.setattr(module, "main", check)
     monkeypatch.chdir(ROOT)
