@@ -80,53 +80,61 @@ def cell(found: dict | None) -> str:
     return f"{middle:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
 
 
-def table(folder: pathlib.Path) -> int:
-    """Writes the table and returns the exit status."""
-    switch = {name: read(folder, f"{name}_switch") for name in COLUMNS}
-    events = {name: read(folder, f"{name}_events") for name in COLUMNS}
-    clips = read(folder, "teacher_clips")["ceiling"]
-    rows = [["", *COLUMNS.values(), "ceiling", "mismatched"]]
-    rows.append(["---"] * len(rows[0]))
-    for key, title in SWITCH_ROWS.items():
-        rates = [one and one["after_switch"][key] for one in switch.values()]
-        control = switch["streaming"]["mismatched"][key]
-        rows.append([title, *map(cell, rates), cell(clips[key]), cell(control)])
-    for (kind, key), title in EVENT_ROWS.items():
-        found = [
-            one and one["generated"]["by_event"].get(kind) for one in events.values()
-        ]
-        more = [
-            events["streaming"][group]["by_event"].get(kind, {}).get(key)
-            for group in ("ceiling", "mismatched")
-        ]
-        values = [one and one.get(key) for one in found]
-        rows.append([title, *map(cell, values), *map(cell, more)])
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    holds = {**claims(switch, events), **minute(read(folder, "streaming_minute"))}
-    lines += ["", *(f"- {name}: {text}" for name, text in holds.items())]
-    io.write_text(folder / "results.md", "\n".join(lines) + "\n")
+def scores(folder: pathlib.Path) -> dict[str, dict | None]:
+    """Returns all scores of a folder by name; None for those that are missing."""
     names = [f"{name}_{trial}" for name in COLUMNS for trial in ("switch", "events")]
     names += ["teacher_clips", "streaming_minute"]
-    every = {name: read(folder, name) for name in names}
-    io.write_json(folder / "results.json", {"scores": every, "claims": holds})
+    return {name: read(folder, name) for name in names}
+
+
+def table(folder: pathlib.Path) -> int:
+    """Writes the table and returns the exit status."""
+    found = scores(folder)
+    holds = claims(found)
+    lines = [*rows(found), "", *(f"- {name}: {text}" for name, text in holds.items())]
+    io.write_text(folder / "results.md", "\n".join(lines) + "\n")
+    io.write_json(folder / "results.json", {"scores": found, "claims": holds})
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
 
 
-def claims(switch: dict, events: dict) -> dict[str, str]:
+def rows(found: dict) -> list[str]:
+    """Returns the Markdown table of the scores that `scores` returns."""
+    switch = [found[f"{name}_switch"] for name in COLUMNS]
+    events = [found[f"{name}_events"] for name in COLUMNS]
+    titles = ["", *COLUMNS.values(), "ceiling", "mismatched"]
+    cells = [titles, ["---"] * len(titles)]
+    for key, title in SWITCH_ROWS.items():
+        rates = [one and one["after_switch"][key] for one in switch]
+        rates.append(found["teacher_clips"]["ceiling"][key])
+        rates.append(found["streaming_switch"]["mismatched"][key])
+        cells.append([title, *map(cell, rates)])
+    last = found["streaming_events"]
+    columns = [one and one["generated"] for one in events]
+    columns += [last["ceiling"], last["mismatched"]]
+    for (kind, key), title in EVENT_ROWS.items():
+        rates = [one and one["by_event"].get(kind, {}).get(key) for one in columns]
+        cells.append([title, *map(cell, rates)])
+    return [f"| {' | '.join(row)} |" for row in cells]
+
+
+def claims(found: dict) -> dict[str, str]:
     """Returns the requirements of a distilled model, and the results."""
 
     def rate(name: str, key: str) -> float:
-        return switch[name]["after_switch"][key]["rate"]
+        return found[f"{name}_switch"]["after_switch"][key]["rate"]
+
+    def events(name: str) -> dict:
+        return found[f"{name}_events"]["generated"]["by_event"]
 
     def jumps(name: str) -> float:
-        return events[name]["generated"]["by_event"]["start"]["jumps"]["mean"]
+        return events(name)["start"]["jumps"]["mean"]
 
     keys = ("color", "shape", "motion")
     worst = max(rate("causal20", key) - rate("streaming", key) for key in keys)
     adopted = [
         cells["adopted_soon"]
-        for kind, cells in events["streaming"]["generated"]["by_event"].items()
+        for kind, cells in events("streaming").items()
         # Hiding only leads to the event of these streams, the return.
         if "adopted_soon" in cells and kind != "hide"
     ]
@@ -141,6 +149,7 @@ def claims(switch: dict, events: dict) -> dict[str, str]:
             f"{jumps(name):.3f}" for name in ("streaming", "causal4")
         ),
         "switches seen in 2 blocks": f"{share:.3f} of {count}",
+        **minute(found["streaming_minute"]),
     }
 
 

@@ -1,22 +1,34 @@
-"""The READMEs: short, with links that lead somewhere and commands that exist."""
+"""Pages: links that lead somewhere, commands and programs that work.
 
+`page_commands.py` names every command of every page.
+"""
+
+import importlib
 import pathlib
 import re
 import shlex
 import subprocess
 import sys
 
+import page_commands as known
 import pytest
+from absl import flags
 
-from anchor_jax.cli import COMMANDS
-from anchor_jax.config import load_config
+from anchor_jax.cli import COMMANDS, main, sweep
+from anchor_jax.config import from_config, shipped_configs
+from anchor_jax.perf import stream_bench
+from anchor_jax.sampling.config import read_config as read_sampling
+from anchor_jax.sampling.methods import METHODS
+from anchor_jax.training import run
+from anchor_jax.training.ode import TrajectoryConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md"] + [
     path
-    for folder in ("anchor_jax", "launch")
-    for path in sorted((ROOT / folder).rglob("README.md"))
+    for folder in (".github", "anchor_jax", "configs", "launch", "tests")
+    for path in sorted((ROOT / folder).rglob("*.md"))
 ]
+CONFIGS = ROOT / "configs" / "README.md"
 
 
 def name_of(path):
@@ -29,10 +41,17 @@ def blocks(path, language):
 
 
 def commands(path):
-    """Returns the command lines of anchor-jax on a page, as arguments."""
-    text = "\n".join(blocks(path, "bash")).replace("\\\n", " ")
-    lines = re.findall(r"anchor-jax (?!COMMAND)[^\n]*", text)
-    return [shlex.split(line, comments=True)[1:] for line in lines]
+    """Returns the commands of a page, each in one line and without its comment."""
+    text = "\n".join(blocks(path, "(?:bash|sh|shell|console)")).replace("\\\n", " ")
+    lines = [re.sub(r"(^|\s)#\s.*", "", line) for line in text.splitlines()]
+    parts = [part for line in lines for part in line.split("&&")]
+    return [" ".join(part.split()) for part in parts if part.strip()]
+
+
+EVERY = sorted({one for path in PAGES for one in commands(path)})
+TABLES = (known.RUN, known.ELSEWHERE, known.NOT_RUN)
+READ = [one for one in EVERY if one.startswith("anchor-jax ") and one not in known.RUN]
+LAUNCHED = [one for one in EVERY if one.startswith("python launch/")]
 
 
 def test_the_first_page_is_short():
@@ -41,21 +60,100 @@ def test_the_first_page_is_short():
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
 def test_links_lead_somewhere(path):
-    targets = re.findall(r"\]\(([^)#]+)\)", path.read_text())
+    targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text())
     for target in targets:
         assert "://" in target or (path.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("path", PAGES, ids=name_of)
-def test_commands_and_fields_exist(path, monkeypatch):
+def test_every_command_is_run_or_has_a_reason():
+    assert len(EVERY) > 50
+    for command in EVERY:
+        is_tool = command.startswith(known.TOOLS)
+        assert sum(command in table for table in TABLES) == (not is_tool), command
+    named = {command for table in TABLES for command in table}
+    assert named <= set(EVERY), named - set(EVERY)
+    assert all(known.NOT_RUN.values())
+
+
+@pytest.mark.parametrize("name", known.ELSEWHERE.values())
+def test_a_test_that_runs_a_command_exists(name):
+    path, function = name.split("::")
+    assert f"def {function}(" in (ROOT / "tests" / path).read_text(), name
+
+
+def read(config):
+    """Reads a config as its command does, and fails if a field is wrong."""
+    if "stage" in config:
+        run.read_config(config)
+    elif "sampler" in config:
+        read_sampling(config)
+    elif "repeats" in config:
+        stream_bench.make_workload(config)
+    else:
+        from_config(TrajectoryConfig, config, "config")
+
+
+@pytest.mark.parametrize("command", READ)
+def test_flags_and_fields_of_a_command_exist(command, monkeypatch, capsys):
+    arguments = shlex.split(command)[1:]
+    module = importlib.import_module(COMMANDS[arguments[0]])
+    reached = []
+
+    def check(argv):
+        reached.append(argv)
+        given = flags.FLAGS
+        if "config" in given and given.config:
+            read(given.config)
+        if "vary" in given:
+            sweep.make_points(given.config, given.vary)
+        if "method" in given and given.method:
+            assert given.method in METHODS
+
+    monkeypatch.setattr(module, "main", check)
     monkeypatch.chdir(ROOT)
-    for name, *flags in commands(path):
-        assert name in COMMANDS or name == "--help", name
-        given = [flag.partition("=")[2] for flag in flags if flag[:9] == "--config="]
-        fields = [flag for flag in flags if flag.startswith("--config.")]
-        for config in given:
-            load_config(config, fields)
-        assert given or not fields
+
+    assert main.main(arguments) == 0, capsys.readouterr().err
+    assert len(reached) == 1
+
+
+@pytest.mark.parametrize("command", LAUNCHED)
+def test_flags_of_a_program_exist(command):
+    _, program, *arguments = shlex.split(command)
+    text = (ROOT / program).read_text()
+    for argument in arguments:
+        if argument.startswith("--"):
+            assert f'"{argument.partition("=")[0]}"' in text, argument
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with the files that the pages' commands name."""
+    path = tmp_path_factory.mktemp("pages")
+    (path / "prompts.txt").write_text("a red ring moves up on gray[1s]\n")
+    (program,) = [one for one in blocks(CONFIGS, "python") if "def get_config" in one]
+    (path / "mine.py").write_text(re.sub(r"\[\d+s\]", "[1s]", program))
+    return path
+
+
+@pytest.mark.parametrize("command", known.RUN)
+def test_a_command_runs(command, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("ANCHOR_JAX_CACHE", "off")
+    before = set(folder.rglob("*.mp4"))
+    given = [re.sub(r"\[\d+s\]", "[1s]", one) for one in shlex.split(command)[1:]]
+
+    status = main.main([*given, *known.RUN[command]])
+
+    printed = capsys.readouterr()
+    assert status == 0, printed.err
+    makes_video = given[0] in ("sample", "compare") or "--at" in command
+    assert bool(set(folder.rglob("*.mp4")) - before) == makes_video
+    assert makes_video or printed.out
+
+
+def test_every_shipped_config_is_on_their_page():
+    rows = re.findall(r"^\| `(\w+)\.py` \|", CONFIGS.read_text(), re.MULTILINE)
+    assert sorted(rows) == sorted(shipped_configs())
 
 
 PROGRAMS = [(path, code) for path in PAGES for code in blocks(path, "python")]

@@ -17,7 +17,9 @@ FOLDERS = ("anchor_jax", "configs", "launch", "tests")
 CODE = [path for name in FOLDERS for path in sorted((ROOT / name).rglob("*.py"))]
 CODE.append(ROOT / "setup.py")
 PAGES = [ROOT / "README.md"] + [
-    path for name in FOLDERS for path in sorted((ROOT / name).rglob("*.md"))
+    path
+    for name in (*FOLDERS, ".github")
+    for path in sorted((ROOT / name).rglob("*.md"))
 ]
 AVOID = {
     r"\bso many\b": "the name of the number: '`steps` updates', 'this many devices'",

@@ -1,0 +1,154 @@
+"""Every command of every page: run here, run by another test, or why it is not run.
+
+A command that is in no table fails `test_readme.py`, and so does one that no page has.
+"""
+
+PROMPT = (
+    "--config.prompt=a red ring moves up on gray[1s] | a blue ring moves up on gray[1s]"
+)
+
+RUN = {
+    "anchor-jax policies": (),
+    "anchor-jax policies anchor_forcing": (),
+    "anchor-jax doctor": (),
+    "anchor-jax sample --config=configs/tiny.py --out=out/first": (PROMPT,),
+    "anchor-jax replay out/first/000.json --check": (),
+    'anchor-jax replay out/first/000.json --at=20 --prompt="a blue ring moves up on'
+    ' black"': ("--at=6",),
+    "anchor-jax sample --config=configs/tiny.py": (PROMPT,),
+    "anchor-jax sample --config=configs/tiny.py --config.seed=1": (PROMPT,),
+    "anchor-jax sample --config=tiny --seed=1": (PROMPT,),
+    "anchor-jax sample --config=tiny --config.enlarge=6": (PROMPT,),
+    "anchor-jax sample --config=configs/tiny.py --out=out/mine"
+    ' --config.prompt="a red ring moves up on gray[4s] | a green ring moves left on'
+    ' gray[6s]"': (),
+    "anchor-jax sample --config=configs/tiny.py --config.prompt_file=prompts.txt": (),
+    "anchor-jax sample --config=mine.py": (),
+    "anchor-jax sample --config=configs/tiny.py:longlive": (PROMPT,),
+    "anchor-jax sample --config=tiny:longlive": (PROMPT,),
+    "anchor-jax sample --config=mine.py:longlive --config.seed=1": (),
+    "anchor-jax compare --config=configs/tiny.py --policies=anchor_forcing,longlive": (
+        PROMPT,
+    ),
+    "anchor-jax sample --config=configs/tiny.py:longlive --config.rope=bounded"
+    " --config.on_switch=flush": (PROMPT,),
+    "anchor-jax score --config=configs/tiny.py"
+    " --metrics=temporal_flickering,world_match": (
+        *("--count=2", "--batch=2", "--blocks=1"),
+    ),
+}
+"""Commands with the flags that are added, in their order in one folder.
+
+Segments of a prompt are cut to one second.
+"""
+
+_BENCH = "anchor-jax bench --config=configs/bench_medium.py --threads=1"
+
+ELSEWHERE = {
+    _BENCH: "perf/test_stream_bench.py::test_latencies_and_sizes_are_reported",
+    f"{_BENCH} --out=bench.json": (
+        "perf/test_stream_bench.py::test_every_program_is_traced_once"
+    ),
+    "anchor-jax verify tests/golden": "verify/test_verify.py::test_recorded_cases_pass",
+    "anchor-jax export --weights=weights/anchor --out=export --layout=diffusers": (
+        "cli/test_port.py::test_port_and_export"
+    ),
+    "launch/tiny_ladder.sh runs/ladder": (
+        "test_ladder.py::test_each_stage_begins_with_an_earlier_one"
+    ),
+}
+"""Commands that another test runs, smaller or with stand-ins."""
+
+_PUBLISHED = "needs published weights (3 to 57 GB)"
+_ACCELERATOR = "needs an accelerator"
+_COMPILER = "needs the compiler of a TPU or GPU, and minutes"
+_HOURS = "trains for minutes to hours; tests/cli and tests/training run short ones"
+_MINUTES = "takes minutes; the command runs in another test with smaller sizes"
+_LADDER = (
+    " --config.weights=launch/ladder/guided --config.teacher=launch/ladder/teacher"
+)
+_TRAIN = "anchor-jax train --config=configs/"
+_PORT = "anchor-jax port --wan=Wan2.1-T2V-1.3B "
+_RED_FIVE = ' --config.prompt="a red square moves left on black[5s]"'
+
+NOT_RUN = {
+    "anchor-jax port --wan=Wan2.1-T2V-14B --out=weights/wan14b": _PUBLISHED,
+    f"{_PORT}--out=weights/wan": _PUBLISHED,
+    f"{_PORT}--generator=base.pt --lora=final.pt --method=anchor_forcing"
+    " --out=weights/anchor": _PUBLISHED,
+    f"{_PORT}--generator=self_forcing_dmd.pt --method=self_forcing"
+    " --out=weights/self_forcing": _PUBLISHED,
+    f"{_PORT}--generator=longlive_base.pt --lora=lora.pt --method=longlive"
+    " --out=weights/longlive": _PUBLISHED,
+    "anchor-jax sample --config=configs/interactive.py"
+    " --config.weights=weights/anchor": _PUBLISHED,
+    f"{_TRAIN}train_finetune.py --config.weights=weights/wan"
+    " --config.data.path=videos/list.jsonl --config.out=runs/mine": _PUBLISHED,
+    "anchor-jax sample --config=configs/interactive.py --config.weights=runs/mine"
+    ' --config.prompt="a red fox in the snow[5s]"': _PUBLISHED,
+    f"{_TRAIN}train_streaming.py --config.rules=release"
+    " --config.weights=weights/anchor --config.teacher=weights/wan14b"
+    " --config.critic=weights/wan --config.data.path=prompts.txt"
+    " --config.data.switch_path=switched.txt --config.out=runs/anchor": _PUBLISHED,
+    "anchor-jax sample --config=configs/interactive.py"
+    " --config.weights=runs/anchor": _PUBLISHED,
+    f"{_TRAIN}train_dmd.py:tiny{_LADDER} --config.steps=10"
+    " --config.out=runs/try": _HOURS,
+    f"anchor-jax sample --config=configs/interactive.py --config.weights=runs/try"
+    f"{_RED_FIVE}": _HOURS,
+    f"anchor-jax train --config=train_dmd:tiny --dry_run{_LADDER}"
+    " --config.optimizer.learning_rate=5e-5": _HOURS,
+    f"{_TRAIN}train_teacher.py --config.out=runs/teacher6": _HOURS,
+    f"{_TRAIN}train_teacher.py:21 --config.weights=runs/teacher6"
+    " --config.out=runs/teacher21": _HOURS,
+    f"{_TRAIN}train_teacher.py:more --config.weights=runs/teacher21"
+    " --config.out=runs/teacher": _HOURS,
+    f"{_TRAIN}train_causal.py --config.weights=runs/teacher"
+    " --config.out=runs/causal": _HOURS,
+    f"{_TRAIN}train_causal.py:guided --config.weights=runs/causal"
+    " --config.teacher=runs/causal --config.out=runs/guided": _HOURS,
+    f"{_TRAIN}train_dmd.py:tiny --config.out=runs/dmd": _HOURS,
+    f"{_TRAIN}train_streaming.py:tiny --config.out=runs/streaming": _HOURS,
+    "anchor-jax sample --config=configs/tiny.py"
+    " --config.weights=runs/streaming": _HOURS,
+    "anchor-jax trajectories --config=configs/trajectories.py"
+    " --config.weights=runs/teacher": _HOURS,
+    "anchor-jax trajectories --config=configs/trajectories.py"
+    " --config.weights=runs/teacher --process=0 --processes=8": _HOURS,
+    f"{_TRAIN}train_ode.py:tiny --config.out=runs/causal_ode": _HOURS,
+    f"anchor-jax sweep --config=configs/train_dmd.py:tiny --config.steps=100{_LADDER}"
+    " --vary=optimizer.learning_rate=5e-5,1e-4 --config.out=runs/sweep": _HOURS,
+    "anchor-jax sweep --config=configs/train_dmd.py:tiny --config.out=runs/steps"
+    f"{_LADDER} --vary=optimizer.learning_rate=5e-5,1e-4"
+    ' --vary="distillation.steps=(1000,500),(1000,750,500,250)"': _HOURS,
+    "anchor-jax ablate --config=configs/tiny.py": _HOURS,
+    "anchor-jax ablate --config=configs/tiny.py --part=trained --steps=700"
+    " --out=runs/arms --config.weights=launch/ladder/dmd"
+    " --teacher=launch/ladder/teacher": _HOURS,
+    "anchor-jax score --config=configs/tiny.py --count=240": _MINUTES,
+    "anchor-jax verify tests/golden --dtype=bfloat16": _MINUTES,
+    "anchor-jax bench --config=configs/train_dmd.py:tiny --threads=1"
+    " --config.weights=launch/ladder/causal"
+    " --config.teacher=launch/ladder/teacher": _MINUTES,
+    "anchor-jax bench --config=configs/bench_full.py": _ACCELERATOR,
+    "anchor-jax plan --target=v5e": _COMPILER,
+    'anchor-jax plan --config=configs/train_dmd.py --config.mesh="(4,16,1,1)"'
+    " --target=h100 --chips=64 --remat=none,nothing_saveable": _COMPILER,
+    "python launch/endurance.py --blocks=2000": _MINUTES,
+    "python launch/two_jobs.py --commands=sample,train --times=20": _HOURS,
+    "python launch/interrupts.py --presses=60": _HOURS,
+    "python launch/kill_training.py --kills=7": _HOURS,
+    "python launch/fuzz.py --count=10000": _MINUTES,
+    "python launch/port_memory.py --folder=scratch": "needs 23 GB of disk",
+    "python launch/result_pages.py record stream_1_thread bench.json"
+    ' "anchor-jax bench --config=configs/bench_medium.py --threads=1"': (
+        "changes the checkout; tests/test_results.py runs it in a folder"
+    ),
+}
+"""Commands that no test runs as they stand, with the reason.
+
+Their flags and configs are read by the commands' own parsers.
+"""
+
+TOOLS = ("pip install", "python -m pytest", "ruff", ".ci/run")
+"""First words of commands that install the package or run the tests themselves."""
