@@ -54,7 +54,7 @@ def get_config() -> ConfigDict:
     config.window = placeholder(int)
     config.sink = placeholder(int)
     config.block = placeholder(int)
-    config.attention = "auto"  # or plain, heads, cudnn, splash
+    config.attention = "auto"  # or a kernel by name: plain runs on any machine
     config.steps = (1000, 750, 500, 250)
     config.shift = 5.0
     config.guidance = 1.0

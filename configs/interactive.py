@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     # Default: the weights' own size.
     config.size = placeholder(str)
     config.dtype = placeholder(str)  # bfloat16 or float32; default: the weights' own
-    config.attention = "auto"  # or plain, heads, cudnn, splash
+    config.attention = "auto"  # or a kernel by name: plain runs on any machine
     # The text encoder is larger than the generator. "device" keeps it on the device,
     # "free" frees it after all prompts are encoded, "sharded" splits it over devices.
     config.text_encoder = "free"
