@@ -23,8 +23,8 @@ from anchor_jax.io import write_json
 from anchor_jax.tiny_world.prompts import WorldPromptKind
 from anchor_jax.training import resume, run
 from anchor_jax.training.data.kinds import DataConfig
-from anchor_jax.training.stages.build import LoraConfig, RegressionConfig, TrainConfig
-from anchor_jax.training.stages.regression import CompiledRegression
+from anchor_jax.training.stages.build import LoraConfig, TrainConfig
+from anchor_jax.training.stages.regression import CompiledRegression, RegressionConfig
 from anchor_jax.wan import dit
 from anchor_jax.weights import checkpoint
 from anchor_jax.weights.lineage import write_run

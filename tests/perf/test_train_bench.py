@@ -13,7 +13,8 @@ from anchor_jax.perf import train_bench as bench
 from anchor_jax.training.data.kinds import DataConfig
 from anchor_jax.training.placement import Arrays
 from anchor_jax.training.stages import build, distillation
-from anchor_jax.training.stages.build import DistillationConfig, TrainConfig
+from anchor_jax.training.stages.build import TrainConfig
+from anchor_jax.training.stages.distillation import DistillationConfig
 from anchor_jax.training.stages.distillation_flops import step_flops
 
 CONFIG = TrainConfig(

@@ -13,12 +13,9 @@ from anchor_jax.errors import UserError
 from anchor_jax.perf import aot
 from anchor_jax.perf import train_plan as plan
 from anchor_jax.training.stages import build
-from anchor_jax.training.stages.build import (
-    DistillationConfig,
-    LoraConfig,
-    RegressionConfig,
-    TrainConfig,
-)
+from anchor_jax.training.stages.build import LoraConfig, TrainConfig
+from anchor_jax.training.stages.distillation import DistillationConfig
+from anchor_jax.training.stages.regression import RegressionConfig
 from anchor_jax.wan.spec import ModelConfig
 from anchor_jax.wan.text import TextConfig
 from anchor_jax.wan.vae import VaeConfig

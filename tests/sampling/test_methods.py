@@ -26,12 +26,9 @@ from anchor_jax.sampling.resolve import (
     resolve,
 )
 from anchor_jax.streaming.loop import UniPC
-from anchor_jax.training.stages.build import (
-    DistillationConfig,
-    RegressionConfig,
-    SamplesConfig,
-    TrainConfig,
-)
+from anchor_jax.training.stages.build import SamplesConfig, TrainConfig
+from anchor_jax.training.stages.distillation import DistillationConfig
+from anchor_jax.training.stages.regression import RegressionConfig
 
 ONE = Script((Segment("a", 0),), 6)
 TWO = Script((Segment("a", 0), Segment("b", 3)), 6)

@@ -19,7 +19,8 @@ from anchor_jax.training.data.kinds import DataConfig
 from anchor_jax.training.data.trajectories import Trajectories
 from anchor_jax.training.ode import TrajectoryConfig
 from anchor_jax.training.stages import build
-from anchor_jax.training.stages.build import RegressionConfig, TrainConfig
+from anchor_jax.training.stages.build import TrainConfig
+from anchor_jax.training.stages.regression import RegressionConfig
 from anchor_jax.training.stages.regression_step import RegressionSpec
 
 CONFIG = TrajectoryConfig(

@@ -21,12 +21,9 @@ from anchor_jax.training.loop import Loop, train
 from anchor_jax.training.monitor import Monitor
 from anchor_jax.training.stages import build
 from anchor_jax.training.stages.base import Cursor
-from anchor_jax.training.stages.build import (
-    DistillationConfig,
-    RegressionConfig,
-    SamplesConfig,
-    TrainConfig,
-)
+from anchor_jax.training.stages.build import SamplesConfig, TrainConfig
+from anchor_jax.training.stages.distillation import DistillationConfig
+from anchor_jax.training.stages.regression import RegressionConfig
 from anchor_jax.training.state import Ema
 
 DISTILL = TrainConfig(

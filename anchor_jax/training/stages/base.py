@@ -130,11 +130,14 @@ class StageKind(abc.ABC):
     `config` is a `TrainConfig` of this stage, in which the stage reads its own section.
 
     Attributes:
+      section: dataclass of the stage's section of the config, which has the stage's
+        name. Every field has a default.
       numbers: names of a step's metrics. `best_of` must be one of them.
       least: smallest value of config fields, by dotted name.
       has_critic: whether the stage also trains a fake score.
     """
 
+    section: type
     numbers: tuple[str, ...] = ()
     least: Mapping[str, int] = {}
     has_critic = False

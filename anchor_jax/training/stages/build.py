@@ -12,9 +12,7 @@ from anchor_jax.training.data.kinds import Batches, DataConfig
 from anchor_jax.training.data.order import Share
 from anchor_jax.training.placement import Arrays
 from anchor_jax.training.stages.base import InitialNetworks, Prepared, StageKind
-from anchor_jax.training.stages.distillation import DistillationConfig
 from anchor_jax.training.stages.registry import STAGES
-from anchor_jax.training.stages.regression import RegressionConfig
 from anchor_jax.training.state import Ema, Optimizer
 from anchor_jax.wan.spec import WAN_2_1, ModelConfig
 from anchor_jax.weights.bundle import Bundle
@@ -58,8 +56,8 @@ class SamplesConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """The fields of a training's config, with the paper's values.
+class SharedConfig:
+    """The fields that the config of every training has, with the paper's values.
 
     Attributes:
       stage: a name in `stages.registry`: "regression" (teacher, causal
@@ -108,8 +106,6 @@ class TrainConfig:
     remat: str = "none"
     attention: str = "auto"
     lora: LoraConfig = LoraConfig()
-    regression: RegressionConfig = RegressionConfig()
-    distillation: DistillationConfig = DistillationConfig()
     optimizer: Optimizer = Optimizer()
     critic_optimizer: Optimizer = Optimizer(learning_rate=4e-7)
     ema: Ema = Ema()
@@ -122,6 +118,16 @@ class TrainConfig:
     log_every: int = 10
     sample_every: int = 250
     out: str = "runs/train"
+
+
+TrainConfig = dataclasses.make_dataclass(
+    "TrainConfig",
+    [(name, kind.section, kind.section()) for name, kind in STAGES.items()],
+    bases=(SharedConfig,),
+    frozen=True,
+    namespace={"__doc__": SharedConfig.__doc__, "__module__": __name__},
+)
+"""The fields of a training's config: `SharedConfig`, and a section for each stage."""
 
 
 def prepare(

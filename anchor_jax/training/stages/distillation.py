@@ -217,6 +217,7 @@ class CompiledDistillation(base.CompiledStage):
 class DistillationKind(StageKind):
     """Trains a generator and a critic by turns."""
 
+    section = DistillationConfig
     numbers = (
         *("critic_loss", "generator_loss", "score_gap"),
         *("critic_gradient_norm", "generator_gradient_norm"),

@@ -1,7 +1,8 @@
 """The stages of training, by the name that a config gives as `stage`.
 
-A stage is added here, as a section of `TrainConfig`, and nowhere else. The modules are
-imported only when a stage is looked up, because sampling reads this table too.
+A stage is added here and nowhere else: `TrainConfig` has a section for each one. The
+modules are imported only when a stage is looked up, because sampling reads this table
+too.
 """
 
 from typing import Any

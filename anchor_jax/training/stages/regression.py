@@ -109,6 +109,7 @@ class CompiledRegression(base.CompiledStage):
 class RegressionKind(StageKind):
     """Trains one network with one loss."""
 
+    section = RegressionConfig
     numbers = ("loss", "gradient_norm")
     least = {"regression.block": 1, "regression.blocks": 1}
 

@@ -16,11 +16,9 @@ from anchor_jax.tiny_world import clips as world_clips
 from anchor_jax.tiny_world import windows as world_windows
 from anchor_jax.training.data.kinds import DataConfig
 from anchor_jax.training.stages import build
-from anchor_jax.training.stages.build import (
-    DistillationConfig,
-    RegressionConfig,
-    TrainConfig,
-)
+from anchor_jax.training.stages.build import TrainConfig
+from anchor_jax.training.stages.distillation import DistillationConfig
+from anchor_jax.training.stages.regression import RegressionConfig
 
 
 @pytest.mark.slow

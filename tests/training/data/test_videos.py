@@ -13,7 +13,8 @@ from anchor_jax.errors import UserError
 from anchor_jax.training.data import sources, videos
 from anchor_jax.training.data.kinds import DataConfig
 from anchor_jax.training.stages import build
-from anchor_jax.training.stages.build import RegressionConfig, TrainConfig
+from anchor_jax.training.stages.build import TrainConfig
+from anchor_jax.training.stages.regression import RegressionConfig
 
 SIDE, FRAMES = 32, 5  # pixels; two latent frames
 

@@ -25,7 +25,10 @@ def test_a_stage_has_a_section_and_describes_itself(name):
 
     shapes = kind.batch_shapes(config, types.SimpleNamespace(model=model, grid=grid))
 
-    assert name in {field.name for field in dataclasses.fields(TrainConfig)}
+    sections = {field.name: field.type for field in dataclasses.fields(TrainConfig)}
+    assert (
+        sections[name] is kind.section and type(getattr(config, name)) is sections[name]
+    )
     assert kind.numbers and all(field.startswith(f"{name}.") for field in kind.least)
     assert "latent frames" in kind.describe_frames(config)
     assert all(isinstance(one, jax.ShapeDtypeStruct) for one in shapes.values())

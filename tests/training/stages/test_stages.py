@@ -27,12 +27,9 @@ from anchor_jax.training.run import read_config
 from anchor_jax.training.schedule import SequencePlan
 from anchor_jax.training.stages import build, distillation_step
 from anchor_jax.training.stages.base import Cursor
-from anchor_jax.training.stages.build import (
-    DistillationConfig,
-    LoraConfig,
-    RegressionConfig,
-    TrainConfig,
-)
+from anchor_jax.training.stages.build import LoraConfig, TrainConfig
+from anchor_jax.training.stages.distillation import DistillationConfig
+from anchor_jax.training.stages.regression import RegressionConfig
 from anchor_jax.training.state import (
     Ema,
     Optimizer,
