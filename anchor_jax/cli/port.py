@@ -7,6 +7,7 @@ from tqdm import tqdm
 
 from anchor_jax import interrupts
 from anchor_jax.errors import UserError
+from anchor_jax.wan.spec import FAMILIES, WAN_2_1
 
 SUMMARY = "Convert published weights (.pt, .pth, safetensors) into a checkpoint."
 USAGE = """\
@@ -50,6 +51,9 @@ def define_flags() -> None:
         None,
         "How the generator was trained: wan, self_forcing, causvid, longlive, memflow"
         " or anchor_forcing. Needed with --generator or --lora.",
+    )
+    flags.DEFINE_string(
+        "family", WAN_2_1.name, f"Model family: {' or '.join(FAMILIES)}."
     )
     flags.DEFINE_string("out", None, "Folder for the checkpoint.")
     flags.DEFINE_boolean("overwrite", False, "Replace an existing checkpoint.")
@@ -95,6 +99,7 @@ def _port() -> None:
         critic=FLAGS.critic,
         alpha=FLAGS.alpha,
         method=FLAGS.method,
+        family=FLAGS.family,
     )
     _print_totals(plan)
     if not FLAGS.dry_run:

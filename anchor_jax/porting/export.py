@@ -84,6 +84,7 @@ def _export(weights, out, layout, item, lora, progress, shard_bytes) -> tuple[st
     _check_present(line[0], item)
     checkpoint.shapes(line[0], item)
     meta = _meta(line, layout)
+    _check_family(line[-1], meta)
     job = _Export(line, layout, meta, progress, shard_bytes)
     job.check(item)
     with io.making_folder(io.resolved(out)) as folder:
@@ -159,6 +160,16 @@ def _unpublished(line: Sequence[pathlib.Path], why: str) -> UserError:
     else:
         remedy = "that is missing: restore it"
     return UserError(f"weights={given}: started from {origin}, and {why}; {remedy}")
+
+
+def _check_family(origin: pathlib.Path, meta: Mapping[str, Any]) -> None:
+    """Raises UserError unless the weights are of the family whose layouts are known."""
+    family = meta.get("family", WAN_2_1.name)
+    if family != WAN_2_1.name:
+        raise UserError(
+            f"{origin} has weights of the family {family!r:.60}; they cannot be"
+            f" exported, because the layouts are those of {WAN_2_1.name}"
+        )
 
 
 def _check_present(folder: pathlib.Path, item: str) -> None:

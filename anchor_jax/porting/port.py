@@ -27,7 +27,7 @@ from anchor_jax.porting.settings import (
 from anchor_jax.porting.sources import Source
 from anchor_jax.sampling.methods import METHODS
 from anchor_jax.wan import lora, shapes
-from anchor_jax.wan.spec import WAN_2_1
+from anchor_jax.wan.spec import FAMILIES, WAN_2_1, Family
 from anchor_jax.wan.text import TextConfig
 from anchor_jax.wan.tokenizer import (
     SPIECE_NOTE,
@@ -106,6 +106,7 @@ def plan(
     critic: bool = False,
     alpha: float | None = None,
     method: str | None = None,
+    family: str = WAN_2_1.name,
 ) -> PortPlan:
     """Returns the plan of a conversion after all checks; writes nothing.
 
@@ -117,16 +118,17 @@ def plan(
       critic: Whether to convert the checkpoint's critic too, as `fake_score`.
       alpha: Alpha of the adapters, which overrides the value in their files.
       method: One of `METHODS`: how the generator was trained.
+      family: One of `FAMILIES`.
 
     Raises:
       UserError: Files are damaged, or do not fit their networks or each other.
     """
-    method = _method(method, generator or lora)
-    found = _gather(wan, generator, lora, key, critic)
+    method, family = _method(method, generator or lora), _family(family)
+    found = _gather(wan, generator, lora, key, critic, family)
     if not found:
         raise UserError("nothing to port: give --wan=FOLDER, --generator=FILE or both")
     problems: list[str] = []
-    networks = _configs(found, problems)
+    networks = _configs(found, problems, family)
     scales = _scales(found.get("lora"), alpha, problems)
     parts = {}
     for item, source in found.items():
@@ -136,11 +138,15 @@ def plan(
             problems += mismatch.problems
     if problems:
         raise Mismatch(problems)
-    files = _companions(wan, networks.get("text_encoder"))
+    files = _companions(wan, networks.get("text_encoder"), family)
     notes = _notes(found, networks, scales, files)
     return PortPlan(
         items=_items(parts),
-        meta={**_meta(method, found, networks, parts, scales), "notes": notes},
+        meta={
+            **_meta(method, found, networks, parts, scales),
+            **({} if family == WAN_2_1 else {"family": family.name}),
+            "notes": notes,
+        },
         sources=tuple(found.values()),
         files=files,
         notes=notes,
@@ -230,20 +236,30 @@ def _method(method: str | None, trained: Any) -> str:
     return method
 
 
-def _gather(wan, generator, lora, key, critic) -> dict[str, Source]:
+def _family(name: str) -> Family:
+    """Returns the family of a name."""
+    if name not in FAMILIES:
+        raise UserError(f"unknown family {name!r}{suggest(name, FAMILIES, 'families')}")
+    return FAMILIES[name].family
+
+
+def _gather(wan, generator, lora, key, critic, family) -> dict[str, Source]:
     """Returns the sources by item; a checkpoint's generator replaces the folder's."""
-    found = {source.item: source for source in sources.open_wan(wan)} if wan else {}
+    networks = sources.open_wan(wan, family) if wan else []
+    found = {source.item: source for source in networks}
     if (key or critic) and not generator:
         raise UserError("--key and --critic need --generator=FILE")
     if generator:
-        source = sources.open_generator(generator, key)
+        source = sources.open_generator(generator, key, family=family)
         base = found.get("generator")
         if base and _width(base) == _width(source):
             settings = {**base.settings, **source.settings}
             source = dataclasses.replace(source, settings=settings)
         found["generator"] = source
     if critic:
-        found["fake_score"] = sources.open_generator(generator, "critic", "fake_score")
+        found["fake_score"] = sources.open_generator(
+            generator, "critic", "fake_score", family
+        )
     if lora:
         if "generator" not in found:
             raise UserError(
@@ -259,9 +275,15 @@ def _width(source: Source) -> tuple[int, ...] | None:
     return None if bias is None else bias.shape
 
 
-def _configs(found: Mapping[str, Source], problems: list[str]) -> dict[str, Any]:
+def _configs(
+    found: Mapping[str, Source], problems: list[str], family: Family
+) -> dict[str, Any]:
     """Returns the networks' configs by item; appends mismatches to `problems`."""
-    read = {"generator": model_config, "text_encoder": text_config, "vae": vae_config}
+    read = {
+        "generator": functools.partial(model_config, family=family),
+        "text_encoder": text_config,
+        "vae": functools.partial(vae_config, family=family),
+    }
     configs = {}
     for item, of in read.items():
         if item not in found:
@@ -424,7 +446,9 @@ def sizes_of(config: Any) -> dict[str, Any] | None:
     return {name: value for name, value in fields.items() if name not in left_out}
 
 
-def _companions(wan: Any, text: TextConfig | None) -> dict[str, pathlib.Path]:
+def _companions(
+    wan: Any, text: TextConfig | None, family: Family
+) -> dict[str, pathlib.Path]:
     """Returns the small files by their path in the checkpoint.
 
     Raises:
@@ -433,15 +457,17 @@ def _companions(wan: Any, text: TextConfig | None) -> dict[str, pathlib.Path]:
     found = companions.find(wan) if wan else {}
     for name, kind in _TOKENIZERS.items():
         if name in found:
-            _check_tokenizer(kind, found[name], text)
+            _check_tokenizer(kind, found[name], text, family.text_len)
             break
     return found
 
 
-def _check_tokenizer(kind, path: pathlib.Path, text: TextConfig | None) -> None:
+def _check_tokenizer(
+    kind, path: pathlib.Path, text: TextConfig | None, text_len: int
+) -> None:
     remedy = "use the tokenizer of google/umt5-xxl"
     try:
-        tokenizer = kind(path, WAN_2_1.text_len)
+        tokenizer = kind(path, text_len)
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} is not a tokenizer of UMT5: {error}; {remedy}"

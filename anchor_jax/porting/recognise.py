@@ -10,7 +10,8 @@ import numpy as np
 
 from anchor_jax.errors import UserError
 from anchor_jax.filetypes import unfinished_in
-from anchor_jax.wan.spec import WAN_2_1
+from anchor_jax.porting.rules import TABLES
+from anchor_jax.wan.spec import WAN_2_1, Family
 
 _ADAPTERS = (
     r"\.lora_[AB]\b|\.lora_(down|up)\.|^lora_|\.lora\.(down|up)\.|lora_linear_layer"
@@ -91,7 +92,10 @@ def kind_of(names: Iterable[str]) -> str | None:
 
 
 def check_network(
-    path: pathlib.Path, item: str, arrays: Mapping[str, np.ndarray]
+    path: pathlib.Path,
+    item: str,
+    arrays: Mapping[str, np.ndarray],
+    family: Family = WAN_2_1,
 ) -> None:
     """Raises `UserError` if plain names are those of other known weights.
 
@@ -99,14 +103,17 @@ def check_network(
       path: The file, for messages.
       item: The expected item: generator, text_encoder or vae.
       arrays: Arrays by plain name.
+      family: The expected family. One that has its own names is checked by its table.
     """
     check_values(path, arrays)
+    if (item, family.name) in TABLES:
+        return
     kind = kind_of(arrays)
     if kind not in (item, None):
         remedy = _REMEDIES.get(kind, _OTHERWISE)
         raise UserError(f"{path} holds {_WORDS[kind]}, not {_WORDS[item]}; {remedy}")
     if item == "generator":
-        _check_channels(path, arrays)
+        _check_channels(path, arrays, family)
 
 
 def check_values(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
@@ -128,19 +135,21 @@ def check_values(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
             )
 
 
-def _check_channels(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+def _check_channels(
+    path: pathlib.Path, arrays: Mapping[str, np.ndarray], family: Family
+) -> None:
     """Raises `UserError` if a transformer's input and output channels differ."""
     patch = arrays.get("patch_embedding.weight")
     head = arrays.get("head.head.bias", arrays.get("proj_out.bias"))
     if patch is None or head is None or patch.ndim != 5 or head.ndim != 1:
         return
-    taken, given = patch.shape[1], head.shape[0] // math.prod(WAN_2_1.patch)
+    taken, given = patch.shape[1], head.shape[0] // math.prod(family.patch)
     if taken != given:
         raise UserError(
             f"{path} takes {taken} channels and gives {given}: a transformer for image"
             f" to video (I2V) or of Wan-Fun; {_OTHERWISE}"
         )
-    if taken == 48:
+    if taken == 48 != family.latent_channels:
         raise UserError(
             f"{path} has 48 latent channels: it is Wan2.2-TI2V-5B; {_OTHERWISE}"
         )

@@ -13,9 +13,9 @@ from typing import Any
 from anchor_jax.porting.convert import Mismatch, num_layers, shape_of
 from anchor_jax.porting.rules import table_of
 from anchor_jax.porting.sources import Source
-from anchor_jax.wan.spec import PRESETS, WAN_2_1, ModelConfig
+from anchor_jax.wan.spec import FAMILIES, PRESETS, WAN_2_1, Family, ModelConfig
 from anchor_jax.wan.text import TextConfig
-from anchor_jax.wan.vae import VaeConfig
+from anchor_jax.wan.vae import VAES, VaeConfig
 
 _LARGEST = 2**20
 _ABSENT = (None, False, [], {}, "")
@@ -59,7 +59,6 @@ _MODEL = Known(
     fixed={
         "_class_name": ("WanModel", "CausalWanModel", "WanTransformer3DModel"),
         "model_type": ("t2v",),
-        "patch_size": (list(WAN_2_1.patch),),
         "window_size": ([-1, -1],),
         "qk_norm": (True, "rms_norm_across_heads"),
         "cross_attn_norm": (True,),
@@ -115,9 +114,6 @@ _VAE = Known(
         "is_residual": (False,),
         "in_channels": (3,),
         "out_channels": (3,),
-        "patch_size": (1,),
-        "scale_factor_temporal": (WAN_2_1.strides[0],),
-        "scale_factor_spatial": (WAN_2_1.strides[1],),
         "quantization_config": (),
     },
     inert=("dropout", "torch_dtype", "dtype", "clip_output"),
@@ -128,8 +124,16 @@ _HEADS = {
 }
 
 
-def check(source: Source, known: Known) -> None:
-    """Raises `Mismatch` if settings describe an unsupported network."""
+def check(source: Source, known: Known, **fixed: Any) -> None:
+    """Raises `Mismatch` if settings describe an unsupported network.
+
+    Args:
+      source: The network with its settings.
+      known: The settings of such a network.
+      **fixed: The only supported values that depend on the family.
+    """
+    values = {name: (value,) for name, value in fixed.items()}
+    known = dataclasses.replace(known, fixed={**known.fixed, **values})
     problems = [
         f"{source.item}, config.json: {line}"
         for line in known.problems(source.settings)
@@ -138,15 +142,19 @@ def check(source: Source, known: Known) -> None:
         raise Mismatch(problems)
 
 
-def model_config(source: Source) -> ModelConfig:
+def model_config(source: Source, family: Family = WAN_2_1) -> ModelConfig:
     """Returns a transformer's sizes from its tensors and settings file.
+
+    Args:
+      source: The transformer.
+      family: Its family.
 
     Raises:
       Mismatch: A tensor that determines a size is missing, or the settings contradict
         it.
       ValueError: The sizes are not those of a transformer.
     """
-    check(source, _MODEL)
+    check(source, _MODEL, patch_size=list(family.patch))
     table, settings = table_of(source.item, source.layout), source.settings
     shape = functools.partial(shape_of, source.arrays, table)
     features, dim = shape("patch_embed/kernel")
@@ -156,7 +164,7 @@ def model_config(source: Source) -> ModelConfig:
         "num_layers": num_layers(source.arrays, table),
         "freq_dim": shape("time_in/kernel")[0],
         "text_dim": shape("text_in/kernel")[0],
-        "latent_channels": features // math.prod(WAN_2_1.patch),
+        "latent_channels": features // math.prod(family.patch),
     }
     _check_sizes(source, sizes)
     heads = _heads(source, sizes)
@@ -166,10 +174,10 @@ def model_config(source: Source) -> ModelConfig:
     _agree(source, per_head, {name: settings.get(name) for name in per_head})
     for name in ("in_dim", "in_channels", "out_dim", "out_channels"):
         _agree(source, {name: sizes["latent_channels"]}, {name: settings.get(name)})
-    return ModelConfig(
+    return FAMILIES[family.name](
         **sizes,
         num_heads=heads,
-        text_len=_whole(settings, "text_len", WAN_2_1.text_len),
+        text_len=_whole(settings, "text_len", family.text_len),
         eps=_positive(settings, "eps", 1e-6),
     )
 
@@ -209,15 +217,21 @@ def text_config(source: Source) -> TextConfig:
     )
 
 
-def vae_config(source: Source) -> VaeConfig:
-    """Returns a VAE's sizes; raises as `model_config`.
+def vae_config(source: Source, family: Family = WAN_2_1) -> VaeConfig:
+    """Returns a VAE's sizes; arguments and errors as for `model_config`.
 
-    Its stages are those of Wan2.1; only widths may differ.
+    Its stages are those of the family; only widths may differ.
     """
-    check(source, _VAE)
+    standard = VAES[family.name]
+    check(
+        source,
+        _VAE,
+        patch_size=standard.pixel_patch,
+        scale_factor_temporal=standard.temporal_stride,
+        scale_factor_spatial=standard.spatial_stride,
+    )
     table = table_of(source.item, source.layout)
     shape = functools.partial(shape_of, source.arrays, table)
-    standard = VaeConfig()
     sizes = {
         "base_dim": shape("encoder/conv1/kernel")[-1],
         "z_dim": shape("conv2/kernel")[-1],
@@ -250,7 +264,9 @@ def vae_config(source: Source) -> VaeConfig:
         raise Mismatch(
             [f"vae, config.json: latents_std has {min(deviations):g}, expected above 0"]
         )
-    return VaeConfig(**sizes, latent_mean=means, latent_std=deviations)
+    return dataclasses.replace(
+        standard, **sizes, latent_mean=means, latent_std=deviations
+    )
 
 
 def _check_sizes(source: Source, sizes: Mapping[str, int]) -> None:

@@ -21,8 +21,9 @@ from anchor_jax.porting.files import (
 )
 from anchor_jax.porting.headers import HEADER_SETTINGS, with_header
 from anchor_jax.porting.lora_settings import Statement
-from anchor_jax.porting.rules import PEFT, UMT5_ALIAS
+from anchor_jax.porting.rules import PEFT, TABLES, UMT5_ALIAS
 from anchor_jax.porting.torch_file import release
+from anchor_jax.wan.spec import WAN_2_1, Family
 
 KEYS = ("generator", "generator_ema", "model")
 DIFFUSION = "diffusion_pytorch_model"
@@ -44,7 +45,7 @@ class Source:
 
     Attributes:
       item: Target item: generator, lora, fake_score, text_encoder or vae.
-      layout: Naming scheme: "wan" or "diffusers".
+      layout: Naming scheme: "wan", "diffusers", or a family with its own names.
       arrays: Arrays by plain name, memory-mapped.
       files: The files.
       settings: Settings from a config file beside them, or empty.
@@ -69,8 +70,10 @@ class Source:
     notes: tuple[str, ...] = ()
 
 
-def open_wan(folder: str | pathlib.Path) -> list[Source]:
+def open_wan(folder: str | pathlib.Path, family: Family = WAN_2_1) -> list[Source]:
     """Returns the networks in a folder of Wan2.1, official or diffusers layout.
+
+    Weights of another family have the same files, perhaps with other names of tensors.
 
     Raises:
       UserError: It is not such a folder, or a file is damaged or missing.
@@ -86,17 +89,17 @@ def open_wan(folder: str | pathlib.Path) -> list[Source]:
         ("generator", folder, DIFFUSION),
     )
     found = [
-        _open_network(item, place, stem, files)
+        _open_network(item, place, stem, files, family)
         for item, place, stem in parts
         if (files := shards_of(place, stem))
     ]
     for item, stem in (("text_encoder", TEXT_FILE), ("vae", VAE_FILE)):
         if place := first_of(folder, (f"{stem}.pth", f"{stem}.safetensors")):
-            found.append(_open_single(place, item))
+            found.append(_open_single(place, item, family))
     items = [source.item for source in found]
     for item, patterns in _SINGLE.items():
         if item not in items and (place := _single(folder, patterns)):
-            found.append(_open_single(place, item))
+            found.append(_open_single(place, item, family))
     if len(found) < len(_MARKS):
         recognise.explain(folder)
     if not found:
@@ -110,13 +113,17 @@ def open_wan(folder: str | pathlib.Path) -> list[Source]:
 
 
 def _open_network(
-    item: str, folder: pathlib.Path, stem: str, files: tuple[pathlib.Path, ...]
+    item: str,
+    folder: pathlib.Path,
+    stem: str,
+    files: tuple[pathlib.Path, ...],
+    family: Family = WAN_2_1,
 ) -> Source:
     """Returns a network from its file or shards, and an optional config.json."""
     arrays, header = open_files(folder, files, stem)
-    recognise.check_network(files[-1], item, arrays)
+    recognise.check_network(files[-1], item, arrays, family)
     settings, notes = with_header(read_settings(folder / "config.json"), header)
-    layout = _layout(arrays, _MARKS[item])
+    layout = _layout_of(item, arrays, family)
     return Source(item, layout, arrays, files, settings, notes=notes)
 
 
@@ -147,7 +154,7 @@ def _single(folder: pathlib.Path, patterns: Sequence[str]) -> pathlib.Path | Non
     return found.pop() if found else None
 
 
-def _open_single(path: pathlib.Path, item: str) -> Source:
+def _open_single(path: pathlib.Path, item: str, family: Family) -> Source:
     """Returns a network from a single file with either layout of names."""
     recognise.check_name(path)
     content = open_weights(path)
@@ -158,8 +165,8 @@ def _open_single(path: pathlib.Path, item: str) -> Source:
             "the tokenizer in the file is not used; put google/umt5-xxl/ into the"
             " folder of --wan"
         )
-    recognise.check_network(path, item, arrays)
-    layout = _layout(arrays, _MARKS[item])
+    recognise.check_network(path, item, arrays, family)
+    layout = _layout_of(item, arrays, family)
     # A config.json beside single files of all networks is the transformer's.
     beside, unused = _own_settings(path) if item == "generator" else ({}, ())
     settings, more = with_header(beside, content.header)
@@ -184,7 +191,10 @@ _WANTED = (
 
 
 def open_generator(
-    path: str | pathlib.Path, key: str | None = None, item: str = "generator"
+    path: str | pathlib.Path,
+    key: str | None = None,
+    item: str = "generator",
+    family: Family = WAN_2_1,
 ) -> Source:
     """Returns a transformer from a training checkpoint.
 
@@ -193,13 +203,14 @@ def open_generator(
       key: The entry to use. None takes the first of `KEYS` that exists, or else the
         whole file.
       item: The target item.
+      family: The family of the transformer.
 
     Raises:
       UserError: The file is damaged, or has no such entry.
     """
     path = expand(path)
     if path.is_dir():
-        return _open_folder(path, key, item)
+        return _open_folder(path, key, item, family)
     recognise.check_name(path)
     content = open_weights(path)
     values, notes = content.values, []
@@ -215,10 +226,10 @@ def open_generator(
     arrays = tensors_of(path, values if key is None else values[key])
     arrays, within = _within(arrays)
     arrays, prefixes = plain_names(arrays, _PREFIXES)
-    recognise.check_network(path, "generator", arrays)
+    recognise.check_network(path, "generator", arrays, family)
     beside, unused = _own_settings(path)
     settings, more = with_header(beside, content.header)
-    layout = _layout(arrays, _MARKS["generator"])
+    layout = _layout_of("generator", arrays, family)
     return Source(
         item,
         layout,
@@ -231,7 +242,9 @@ def open_generator(
     )
 
 
-def _open_folder(folder: pathlib.Path, key: str | None, item: str) -> Source:
+def _open_folder(
+    folder: pathlib.Path, key: str | None, item: str, family: Family
+) -> Source:
     """Returns the transformer in its own folder."""
     recognise.check_folder(folder)
     files = shards_of(folder, DIFFUSION)
@@ -241,7 +254,7 @@ def _open_folder(folder: pathlib.Path, key: str | None, item: str) -> Source:
             f"{folder} is a folder without {DIFFUSION}.safetensors; give a file, or"
             " give the folder of a complete model with --wan"
         )
-    network = _open_network("generator", folder, DIFFUSION, files)
+    network = _open_network("generator", folder, DIFFUSION, files, family)
     return dataclasses.replace(network, item=item)
 
 
@@ -408,6 +421,13 @@ def _common(names: Mapping[str, Any], starts: Sequence[str]) -> str | None:
         if all(name.startswith(start) for name in names):
             return start
     return None
+
+
+def _layout_of(item: str, names: Mapping[str, Any], family: Family) -> str:
+    """Returns the layout of a network's names: a family's own, if it has a table."""
+    if (item, family.name) in TABLES:
+        return family.name
+    return _layout(names, _MARKS[item])
 
 
 def _layout(names: Mapping[str, Any], *marks: str) -> str:

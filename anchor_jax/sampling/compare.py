@@ -129,7 +129,7 @@ def _make_arms(
         asked = dataclasses.replace(given, policy=name)
         config = resolve.resolve(asked, bundle.metadata)
         with naming(name):
-            scripts = resolve.read_scripts(config)
+            scripts = resolve.read_scripts(config, bundle.model.family)
             negative = negative_prompt(config)
             arms[name] = Jobs(folder / name, scripts, config, bundle, negative)
         notes |= dict.fromkeys(f"note: {line}" for line in scripts.notes)
@@ -193,7 +193,8 @@ def _write(comparison: Comparison, number: int, overwrite: bool) -> None:
     paths = [jobs[number].file(".mp4") for jobs in arms.values()]
     recipes = {name: f"{name}/{job.stem.name}.json" for name in arms}
     labels = [f"{name}: {CATALOG[name].about}" for name in arms]
-    wanted = set(np.concatenate(tile_frames(job.script, job.setup.policy.block)))
+    family, block = job.setup.model.family, job.setup.policy.block
+    wanted = set(np.concatenate(tile_frames(job.script, block, family)))
     rows: list[list[np.ndarray]] = [[] for _ in arms]
     with replacing_files(job, overwrite, enlarge=1) as (sheet, recipe, video):
         with contextlib.closing(panels.side_by_side(paths, list(arms))) as moments:

@@ -135,6 +135,9 @@ def _convolve_native(frames: jax.Array, kernel: jax.Array, stride: int) -> jax.A
 
 CONVOLVE = {"taps": _convolve_taps, "native": _convolve_native}
 
+VAES: dict[str, VaeConfig] = {WAN_2_1.name: VaeConfig()}
+"""The sizes of a family's published VAE, by the name of the family."""
+
 
 def choose_conv(conv: str, backend: str) -> str:
     """Returns the form of convolution, "taps" or "native", that `conv` means there."""

@@ -15,14 +15,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from safetensors.numpy import save_file
 
 import anchor_jax
+from anchor_jax import trees
 from anchor_jax.cli import main
 from anchor_jax.compile_cache import CACHE_VARIABLE
+from anchor_jax.config import load_config
 from anchor_jax.errors import UserError
+from anchor_jax.porting import convert, rules
+from anchor_jax.porting.export import export
+from anchor_jax.porting.sources import TEXT_FILE, VAE_FILE
 from anchor_jax.prompts import Timing, parse_entry, parse_inline
+from anchor_jax.sampling import compare
+from anchor_jax.sampling.config import read_config
 from anchor_jax.streaming import recipe, room
-from anchor_jax.wan import shapes, spec
+from anchor_jax.wan import shapes, spec, vae
 from anchor_jax.wan.spec import Family, LatentGrid, ModelConfig
 from anchor_jax.wan.vae import VaeConfig, WanVae
 from anchor_jax.weights import checkpoint
@@ -58,6 +66,9 @@ class OtherConfig(ModelConfig):
     latent_channels: int = OTHER.latent_channels
 
 
+NAMED = tuple(
+    dataclasses.replace(rule, source=f"net.{rule.source}") for rule in rules.DIT
+)
 SIZES = {"base_dim": 4, "num_res_blocks": 1, "z_dim": OTHER.latent_channels}
 NORMAL = {"latent_mean": OTHER.latent_mean, "latent_std": OTHER.latent_std}
 PATCHED = VaeConfig(dim_mult=(1, 1, 1, 1), pixel_patch=2, **SIZES, **NORMAL)
@@ -77,25 +88,47 @@ def draw(config):
     )
 
 
-def save(folder, vae=PATCHED, **meta):
+def save(folder, codec=PATCHED, **meta):
     """Writes random weights of the family in the form of ported ones."""
     items = {
         "generator": {"params": draw(OtherConfig())},
         "text_encoder": draw(bundles.TEXT),
-        "vae": draw(vae),
+        "vae": draw(codec),
     }
     files = [{"name": "generator.pt", "bytes": 5, "sha256": "0a" * 32}]
     source = {"item": "generator", "key": "generator", "alpha": None, "files": files}
-    sizes = {"model": OtherConfig(), "text": bundles.TEXT, "vae": vae}
+    sizes = {"model": OtherConfig(), "text": bundles.TEXT, "vae": codec}
     content = {name: dataclasses.asdict(config) for name, config in sizes.items()}
     content |= {"family": OTHER.name, "method": "anchor_forcing", "sources": [source]}
     tokenizer = {"tokenizer/spiece.model": bundles.words()}
     checkpoint.write(folder, items, content | meta, tokenizer)
 
 
+def publish(folder):
+    """Writes random weights of the family as published ones, and returns them."""
+    networks = {
+        "diffusion_pytorch_model": (draw(OtherConfig()), NAMED),
+        TEXT_FILE: (draw(bundles.TEXT), rules.UMT5),
+        VAE_FILE: (draw(PATCHED), rules.VAE),
+    }
+    place = folder / "google" / "umt5-xxl"
+    place.mkdir(parents=True)
+    (place / "spiece.model").write_bytes(bundles.words())
+    (folder / "config.json").write_text('{"num_heads": 2, "patch_size": [1, 2, 2]}')
+    for stem, (tree, table) in networks.items():
+        leaves = trees.flatten(tree)
+        named = {
+            one.name: one.take(leaves[one.path]) for one in convert.places(tree, table)
+        }
+        save_file(named, folder / f"{stem}.safetensors")
+    return [tree for tree, _ in networks.values()]
+
+
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
     monkeypatch.setitem(spec.FAMILIES, OTHER.name, OtherConfig)
+    monkeypatch.setitem(rules.TABLES, ("generator", OTHER.name), NAMED)
+    monkeypatch.setitem(vae.VAES, OTHER.name, PATCHED)
     monkeypatch.setitem(recipe._PARTS, OtherConfig.__name__, OtherConfig)  # noqa: SLF001
 
 
@@ -132,6 +165,42 @@ def test_another_family_samples_from_prompts_to_a_video(
     again = ["replay", "out/000.json", "--check", f"--weights={weights}"]
     assert main.main(again) == 0
     assert "identical: 2 of 2 blocks" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_published_weights_are_ported_by_the_table_of_the_family(tmp_path, capsys):
+    generator, _, codec = publish(tmp_path / "in")
+    given = ["port", f"--wan={tmp_path / 'in'}", f"--out={tmp_path / 'out'}"]
+
+    assert main.main(given) == 2
+    assert "no rule claims it" in capsys.readouterr().err
+    assert main.main([*given, f"--family={OTHER.name}"]) == 0
+
+    bundle = load_bundle(str(tmp_path / "out"), dtype="float32")
+    assert bundle.model == OtherConfig(dtype="float32", param_dtype="float32")
+    assert bundle.codec.config.strides == OTHER.strides
+    pairs = (bundle.variables["params"], generator), (bundle.codec_params, codec)
+    for ours, theirs in pairs:
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    with pytest.raises(UserError, match="family 'made_up'.*are those of wan2.1"):
+        export(tmp_path / "out", tmp_path / "back", "wan")
+    assert main.main([*given, "--family=made", "--overwrite"]) == 2
+    assert (
+        "did you mean 'made_up'? families: wan2.1, made_up" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.slow
+def test_a_comparison_counts_seconds_as_the_family_does(tmp_path, weights):
+    config = load_config("interactive")
+    config.weights, config.prompt = str(weights), f"{bundles.RED}[2s]"
+    names = ("anchor_forcing", "longlive")
+
+    arms = compare._make_arms(  # noqa: SLF001
+        read_config(config), load_bundle(str(weights)), names, tmp_path, print
+    )
+
+    assert [jobs.scripts.all[0].frames for jobs in arms.values()] == [12, 12]
 
 
 @pytest.mark.slow
