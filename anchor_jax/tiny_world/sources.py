@@ -58,8 +58,9 @@ class WorldWindowKind(WorldKind):
         if request.frames != windows.FRAMES:
             raise UserError(
                 f"config.data.kind='world_windows': windows have {windows.FRAMES}"
-                " latent frames, got regression.block x regression.blocks ="
-                f" {request.frames}"
+                f" latent frames, but the stage takes clips of {request.frames}; give"
+                " it clips of that length, such as regression.block x"
+                f" regression.blocks = {windows.FRAMES}"
             )
 
         def make(codec):

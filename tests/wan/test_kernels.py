@@ -1,6 +1,7 @@
 """Every attention kernel against the plain one."""
 
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -156,6 +157,14 @@ def test_each_machine_gets_the_fastest_kernel_that_can_serve(
     platform, dtype, dim, expected
 ):
     assert type(choose(platform, dtype, dim)) is expected
+
+
+def test_configs_do_not_list_kernels():
+    configs = pathlib.Path(__file__).parents[2] / "configs"
+    text = "".join(path.read_text() for path in configs.glob("*.py"))
+
+    assert "attention" in text
+    assert not any(f"{name}, " in text for name in KERNELS)
 
 
 def test_kernels_that_are_not_checked_here_exist():
