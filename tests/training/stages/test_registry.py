@@ -1,6 +1,8 @@
 """The table of stages: what each one promises to the rest of the package."""
 
 import dataclasses
+import subprocess
+import sys
 import types
 
 import jax
@@ -34,6 +36,28 @@ def test_a_stage_has_a_section_and_describes_itself(name):
     assert all(isinstance(one, jax.ShapeDtypeStruct) for one in shapes.values())
     method = kind.method(dataclasses.asdict(config))
     assert method == experiment.trained_method(dataclasses.asdict(config))
+
+
+DOMAIN = """
+from anchor_jax import tiny_world
+
+place = "anchor_jax.training.stages.regression:REGRESSION"
+tiny_world.PARTS["stages"] = {"again": place}
+
+from anchor_jax.training.stages import build, regression
+
+config = build.TrainConfig(stage="again")
+assert config.again == regression.RegressionConfig()
+assert build.find_stage(config) is regression.REGRESSION
+"""
+
+
+def test_a_domain_adds_a_stage_with_its_section():
+    done = subprocess.run(
+        [sys.executable, "-c", DOMAIN], capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == 0, done.stderr
 
 
 def test_weights_of_an_unknown_stage_name_the_known_ones():
