@@ -124,7 +124,7 @@ class PromptFile:
         """
         self._hashes, self._notes = array.array("q"), []
         read = {
-            "text": self._significant,
+            "text": self._prompts,
             "lines": self._significant,
             "document": self._entries,
             "table": self._rows,
@@ -223,6 +223,16 @@ class PromptFile:
             yield from ((one, "") for one in blank)
             blank = []
             check_text(text, f"{self.path}, line {number}")
+            yield number, text
+
+    def _prompts(self) -> Iterator[tuple[int, str]]:
+        """Yields the number and text of each line of a file that has no JSON lines."""
+        for number, text in self._significant():
+            if text.startswith("{") and isinstance(_parsed(text), dict):
+                raise UserError(
+                    f"{self.path}, line {number}: a JSON object, but earlier lines are"
+                    " plain prompts; write every line as JSON, or none"
+                )
             yield number, text
 
     def _entries(self) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -282,3 +282,14 @@ def test_a_header_of_a_table_without_end_is_named(tmp_path):
 
     with pytest.raises(UserError, match=r"a\.csv, line 1: the table is damaged"):
         read_scripts(Timing(block=3), path=path)
+
+
+def test_a_json_line_among_plain_prompts_is_refused(write):
+    mixed = write("a.txt", 'a red ring\n{"prompts": ["a", "b"]}\n')
+    braces = write("b.txt", "a red ring\n{braces} stay\n")
+
+    with pytest.raises(UserError, match="line 2: a JSON object, but earlier lines"):
+        list(prompt_files.PromptFile(mixed))
+    assert [text for _, text in prompt_files.PromptFile(braces)] == [
+        *("a red ring", "{braces} stay"),
+    ]

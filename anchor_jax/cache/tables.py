@@ -105,8 +105,20 @@ def _rope(policy: Policy | None) -> str:
     if policy is None:
         return "absolute"
     rule = policy.positions
-    kind = type(rule).__name__.lower()
-    return kind if rule.range is None else f"{kind} 0-{rule.range - 1}"
+    name = _rope_name(policy)
+    return name if rule.range is None else f"{name} 0-{rule.range - 1}"
+
+
+def _rope_name(policy: Policy) -> str:
+    """Returns the name of a policy's RoPE rule for `--config.rope`.
+
+    Returns the name of the class if no name selects the rule.
+    """
+    rule = policy.positions
+    for name, rope in ROPES.items():
+        if rope.make(policy.window, rule.cut) == rule:
+            return name
+    return type(rule).__name__.lower()
 
 
 def _on_switch(policy: Policy | None) -> str:

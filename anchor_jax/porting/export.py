@@ -113,14 +113,21 @@ def _lineage(weights: str | pathlib.Path) -> list[pathlib.Path]:
     while (run := lineage.run_folder(line[-1])) is not None:
         line.append(expand(lineage.run_base(run)))
     if not checkpoint.is_checkpoint(line[0]):
-        tiny = line[0].suffix == ".safetensors" or str(line[0]) == "tiny"
         remedy = (
-            "a tiny model can only be exported with --layout=bundle"
-            if tiny
+            "a model in one file can only be exported with --layout=bundle"
+            if _is_one_file(line[0])
             else "give the folder that anchor-jax port or train wrote"
         )
         raise UserError(f"weights={line[0]} is not a checkpoint; {remedy}")
     return line
+
+
+def _is_one_file(path: pathlib.Path) -> bool:
+    return (
+        str(path) == "tiny"
+        or path.suffix == ".safetensors"
+        or (path / "model.safetensors").is_file()
+    )
 
 
 def _with_params(line: Sequence[pathlib.Path]) -> tuple[pathlib.Path, str]:

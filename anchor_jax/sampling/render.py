@@ -151,7 +151,9 @@ def prepare_prompts(bundle: Bundle, texts: Sequence[str], tell: Tell) -> frozens
     encoder = bundle.encode_prompts
     tell(f"loading the text encoder ({_size(encoder.config)})")
     if encoder.frees:
-        tell(f"encoding {len(texts)} prompts")
+        tell(
+            "encoding 1 prompt" if len(texts) == 1 else f"encoding {len(texts)} prompts"
+        )
     encoder.prepare(texts)
     return frozenset(texts)
 

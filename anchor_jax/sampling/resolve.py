@@ -90,7 +90,8 @@ def describe_choices(
         why = "as the config says" if trained else f"as the config says; {why}"
     elif trained and given.policy is not None:
         why = "policy as the config says"
-    lines = [f"rules: {config.rules}, policy: {config.policy} ({why})"]
+    changed = f" with {_given(config)}" if _given(config) else ""
+    lines = [f"rules: {config.rules}, policy: {config.policy}{changed} ({why})"]
     if config.sampler.solver != "renoise" and given.sampler != config.sampler:
         lines.append(_shown(config.sampler))
     if trained:
@@ -138,6 +139,8 @@ def _departures(config: SampleConfig, method: Method) -> list[str]:
         for name, value in asked.items()
         if value != getattr(method, name)
     ]
+    if _given(config):
+        differing.append(f"the policy's own parts, not {_given(config)}")
     if not differing:
         return []
     return [

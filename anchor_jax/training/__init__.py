@@ -1,1 +1,1 @@
-"""Training: the small trainer and the stages of the embedded model."""
+"""Training: losses, rollouts, stages, data, and the loop that runs them."""

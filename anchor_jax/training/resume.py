@@ -82,7 +82,11 @@ def _tell_changes(
     tell: Callable[[str], None],
 ) -> None:
     """Tells what is different from the start of a run."""
-    others = [name for name in changed if name != "steps"]
+    others = [
+        f"{name} was {shown(old, 200)} and is now {shown(new, 200)}"
+        for name, (old, new) in changed.items()
+        if name != "steps"
+    ]
     if others:
         no_effect = f"; ignored, because the run is already at step {finished}"
         ignored = no_effect if finished is not None else ""

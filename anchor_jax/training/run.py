@@ -109,7 +109,8 @@ class TrainingRun:
                 " processes)"
             )
         texts = [" | ".join(one.script.prompts) for one in self.sampler.videos]
-        return f"every {self.config.sample_every} steps, " + "; ".join(texts)
+        often = f"every {self.config.sample_every} steps and at the end"
+        return f"{often}, {'; '.join(texts)}"
 
     def run(self) -> int:
         """Trains to the last step, from the last checkpoint if there is one.

@@ -128,3 +128,11 @@ def test_configs_name_policies_of_the_catalog_and_no_list_of_them(path):
 
     assert {name for pair in named for name in pair if name} <= CATALOG.keys()
     assert not any(f"{name}, " in text for name in (*ROPES, *SWITCHES, "longlive"))
+
+
+def test_the_table_names_rope_rules_as_the_config_does():
+    shown = {line.split()[0]: line for line in tables.text() if line}
+
+    assert "tri_region 0-20" in shown["anchor_forcing"]
+    assert "relative 0-11" in shown["longlive_relative"]
+    assert "ranked 0-5" in shown["infinity_rope_release"]

@@ -147,7 +147,7 @@ def test_json_lines_have_seeds_of_their_own_and_resume(sample, tmp_path, monkeyp
     (out / "001.mp4").unlink()
     status, printed, err = sample(*batch)
     assert status == 0
-    assert "Skipped 2 existing videos." in printed and "encoding 1 prompts" in err
+    assert "Skipped 2 existing videos." in printed and "encoding 1 prompt" in err
     assert (out / "001.mp4").read_bytes() == second
     status, _, err = sample(*batch, "--config.lora=none")
     assert status == 2 and "another recipe" in err

@@ -222,7 +222,7 @@ def test_what_may_change_is_told(trained, weights, capsys):
     assert train(weights, trained, *more, "--dry_run") == 0
 
     printed = capsys.readouterr().out
-    assert "changed since this run started: optimizer.learning_rate" in printed
+    assert "changed since this run started: optimizer.learning_rate was " in printed
     assert "parameters: generator" in printed and "3 latent frames" in printed
     assert re.search(r"peak memory: \S+ GB \(from .*log.jsonl\)", printed)
     seconds = r"a step takes \S+ s \(from .*log.jsonl\); 4 steps: \S+ min"
