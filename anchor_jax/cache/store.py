@@ -2,7 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Int
 
+from anchor_jax.axes import Array
 from anchor_jax.cache.policies import Policy
 from anchor_jax.cache.types import KVCache, ReadPlan, WritePlan
 from anchor_jax.wan.attention import LayersKV
@@ -72,6 +74,6 @@ def emptied(stored: LayersKV, slots: int) -> LayersKV:
     return jax.tree.map(lambda x: x.at[:, :, :slots].set(0), stored)
 
 
-def gather(stored: LayersKV, source: jax.Array) -> LayersKV:
+def gather(stored: LayersKV, source: Int[Array, " slot"]) -> LayersKV:
     """Returns the cache with every slot refilled from another."""
     return jax.tree.map(lambda x: jnp.take(x, source, axis=2), stored)
