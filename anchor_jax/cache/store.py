@@ -1,5 +1,6 @@
 """Operations on the cache's tensors: make, read, commit, flush."""
 
+import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Int
@@ -47,6 +48,8 @@ def commit(stored: LayersKV, own: LayersKV, plan: WritePlan) -> LayersKV:
 
     No gradient flows through the cache (training/README.md, "D5").
     """
+    # A frame without a slot would take the last frame's, silently.
+    chex.assert_shape([plan.slot, plan.junction], (own.k.shape[2],))
     own = jax.lax.stop_gradient(own)
 
     def put(slots, new):

@@ -7,6 +7,7 @@ one program each length of a re-cache.
 import functools
 from collections.abc import Iterable, Iterator, Mapping
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -176,8 +177,8 @@ def advance(
     if exit_level is not None:
         latents = passes.x0[exit_level]
     if not policy.remembers:
-        cache = state.cache.replace(index=done)
-        return state.replace(cache=cache), Block(latents, plan, passes, None), None
+        after = state.replace(cache=state.cache.replace(index=done))
+        return _same_form(after, state), Block(latents, plan, passes, None), None
     clean = _clean_input(latents, noise, setup)
     committed, own, carried = run(clean, jnp.float32(0), carried)
     cache = KVCache(
@@ -186,8 +187,14 @@ def advance(
         index=done,
     )
     recent = _remember(state.recent, latents, index.start)
-    state = StreamState(cache=cache, context=state.context, recent=recent)
-    return state, Block(latents, plan, passes, committed), own
+    after = StreamState(cache=cache, context=state.context, recent=recent)
+    return _same_form(after, state), Block(latents, plan, passes, committed), own
+
+
+def _same_form(after: StreamState, before: StreamState) -> StreamState:
+    """Returns a state whose shapes and types serve the programs of the one before."""
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, before)
+    return after
 
 
 def _clean_input(latents, noise: BlockNoise, setup: StreamSetup) -> jax.Array:
@@ -280,7 +287,8 @@ def switch(
         cache, block = _recache(variables, state, context, setup, rerun)
     index = policy.switched(cache.index, requested, jnp.asarray(cut))
     cache = cache.replace(index=index)
-    return StreamState(cache=cache, context=context, recent=state.recent), block
+    after = StreamState(cache=cache, context=context, recent=state.recent)
+    return _same_form(after, state), block
 
 
 @functools.partial(
@@ -448,7 +456,7 @@ def _resume(variables, state, latents, *, setup: StreamSetup):
     cache, _ = _recache(
         variables, state, state.context, setup, RecachePass(frames, True)
     )
-    return state.replace(cache=cache)
+    return _same_form(state.replace(cache=cache), state)
 
 
 def _recache(variables, state, context, setup: StreamSetup, rerun: RecachePass):

@@ -6,6 +6,7 @@ Noise and timesteps are data: drawn outside, passed in.
 import dataclasses
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -145,6 +146,7 @@ def distribution_matching(
     Source: DMD (arXiv:2311.18828) equation 7; training/README.md, "Distribution
     matching", "D23".
     """
+    chex.assert_equal_shape([latents, noise])
     latents, noise = jax.lax.stop_gradient((latents, noise))
     sigma = fake[0].tables.noising(timestep)
     noisy = flow.add_noise(latents, noise, sigma)
@@ -197,6 +199,7 @@ def score_flow(
 
     Source: DMD2 (arXiv:2405.14867) section 3; training/README.md, "Critic".
     """
+    chex.assert_equal_shape([latents, noise])
     latents = jax.lax.stop_gradient(latents)
     sigma = score.tables.noising(timestep)
     noisy = flow.add_noise(latents, noise, sigma)
@@ -224,6 +227,7 @@ def clean_regression(
     Source: CausVid (arXiv:2412.07772) equation 6; training/README.md, "Endpoint
     regression".
     """
+    chex.assert_equal_shape([x0, target])
     error = jnp.mean(jnp.square(x0 - target), axis=(2, 3, 4))
     counted = timestep != 0
     return weighted_mean(error, counted if weight is None else counted * weight)
@@ -241,6 +245,7 @@ def flow_matching(
 
     Source: flow matching (arXiv:2210.02747); training/README.md, "Flow matching".
     """
+    chex.assert_equal_shape([predicted, target])
     error = jnp.mean(jnp.square(predicted - target), axis=(2, 3, 4))
     return jnp.mean(error) if weight is None else weighted_mean(error, weight)
 
@@ -249,6 +254,7 @@ def weighted_mean(
     values: Float[Array, "*axes"], weight: Num[Array, "*axes"] | Bool[Array, "*axes"]
 ) -> Scalar:
     """Returns the weighted mean, or 0 if all weights are 0."""
+    chex.assert_equal_shape([values, weight])
     weight = jnp.asarray(weight, jnp.float32)
     return jnp.sum(values * weight) / jnp.maximum(jnp.sum(weight), 1e-9)
 

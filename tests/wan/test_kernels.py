@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,8 +71,7 @@ def test_heads_has_the_gradient_of_plain():
     ours = jax.jit(jax.grad(lambda *x: loss(HEADS, *x), (0, 1)))(qkv, remembered)
     plain = jax.jit(jax.grad(lambda *x: loss(Plain(), *x), (0, 1)))(qkv, remembered)
 
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
+    chex.assert_trees_all_close(ours, plain, rtol=0, atol=2e-5)
     assert np.abs(jax.tree.leaves(ours)[0]).max() > 1e-2
 
 
