@@ -113,7 +113,7 @@ def test_equal_policies_share_a_program(monkeypatch):
 
 
 def test_a_warm_cache_of_programs_hides_no_trace(monkeypatch):
-    other = tiny.setup(dataclasses.replace(PAPER.policy, window=15))
+    other = dataclasses.replace(PAPER, levels=few_step_levels((987,), 5.0))
     tiny.trace_at_most(monkeypatch, advance=0)
 
     with pytest.raises(AssertionError, match="traced > 0 times"):
