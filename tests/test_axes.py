@@ -13,10 +13,9 @@ import tiny
 
 import anchor_jax
 from anchor_jax.cache import store
-from anchor_jax.cache.policies import Policy
-from anchor_jax.cache.positions import Absolute
 from anchor_jax.cache.types import empty_index
 from anchor_jax.streaming import stream
+from anchor_jax.streaming.decode import decode
 from anchor_jax.training import losses
 from anchor_jax.wan import rope
 from anchor_jax.wan.attention import LayersKV
@@ -95,9 +94,9 @@ def a_cache():
     return store.init_cache(tiny.setup().policy, tiny.MODEL, 1, 4)
 
 
-class OneKeyTooMany(Absolute):
-    def own(self, index, start, frames, sink):
-        return jnp.arange(frames + 1)
+class FourColours:
+    def decode(self, params, state, latents):
+        return jnp.zeros((*latents.shape[:4], 4)), state
 
 
 def read(settings, **index):
@@ -126,7 +125,7 @@ WRONG = {
         a_cache().slots,
         setup=tiny.setup(),
     ),
-    "a result": lambda: read(tiny.setup(Policy(positions=OneKeyTooMany()))),
+    "a result": lambda: decode({}, None, ones(1, 3, 2, 2, 4), codec=FourColours()),
     "a method of a layer": lambda: RmsNorm(1e-6, "float32", "float32").init(
         jax.random.key(0), jnp.ones(2, int)
     ),

@@ -17,6 +17,8 @@ from anchor_jax.wan.layers import Dense, RmsNorm
 from anchor_jax.wan.rope import Rotary, rotate
 from anchor_jax.wan.spec import ModelConfig
 
+OwnTokens = Float[Array, "batch own token dim"]
+
 
 @struct.dataclass
 class LayersKV:
@@ -44,8 +46,8 @@ class Prefix:
         self,
         attention: Callable,
         q: Tokens,
-        k: Tokens,
-        v: Tokens,
+        k: OwnTokens,
+        v: OwnTokens,
         past: kernels.Remembered = None,
     ) -> Tokens:
         """Returns attended values.
@@ -76,8 +78,8 @@ class Spans:
         self,
         attention: Callable,
         q: Tokens,
-        k: Tokens,
-        v: Tokens,
+        k: OwnTokens,
+        v: OwnTokens,
         past: kernels.Remembered = None,
     ) -> Tokens:
         """Returns attended values, like `Prefix`."""

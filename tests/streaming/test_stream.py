@@ -138,8 +138,8 @@ def test_a_block_that_changes_the_states_types_is_refused(monkeypatch):
     def commit(stored, own, plan):
         return trees.cast(stored, jnp.bfloat16)
 
-    monkeypatch.setattr(store, "commit", commit)
     given = (tiny.variables(), standing(PAPER, 1), tiny.noise(1, PAPER))
+    monkeypatch.setattr(store, "commit", commit)
 
     with pytest.raises(AssertionError, match="types: bfloat16 != float32"):
         jax.eval_shape(functools.partial(stream.advance, setup=PAPER), *given)
