@@ -46,6 +46,7 @@ setuptools.setup(
         "flax",
         "ftfy",
         "jax>=0.10.2,<0.13",
+        "jaxtyping",
         "ml-collections",
         "numpy",
         "optax",

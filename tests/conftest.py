@@ -17,8 +17,11 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
 )
 
+import array_checks
 import jax
 import pytest
+
+array_checks.install()
 
 DEVICES = 4
 MAPS = 12_000  # of memory; a process may have 65,530, and a program takes dozens.

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,6 +82,14 @@ def noise(block: int, settings: StreamSetup, batch: int = 1, seed: int = 0):
         initial=jnp.asarray(rng.standard_normal(shape), jnp.float32),
         fresh=jnp.asarray(rng.standard_normal((levels, *shape)), jnp.float32),
     )
+
+
+def trace_at_most(monkeypatch, **counts):
+    """Lets functions of `stream`, by name, be traced only so many times more."""
+    chex.clear_trace_counter()
+    for name, most in counts.items():
+        counted = chex.assert_max_traces(getattr(stream, name), n=most)
+        monkeypatch.setattr(stream, name, counted)
 
 
 def copy(tree):

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from anchor_jax.axes import Flag, Number
 from anchor_jax.cache.types import NEVER, CacheIndex
 
 
@@ -21,22 +22,22 @@ class Junction:
     from_chunk = False
     first_switch = NEVER
 
-    def active(self, index: CacheIndex, start, span: int):
+    def active(self, index: CacheIndex, start: Number, span: int) -> Flag:
         return index.switch_frame + span <= start
 
-    def prior(self, index: CacheIndex):
+    def prior(self, index: CacheIndex) -> Flag:
         return index.switches < 0
 
-    def recache_start(self, index: CacheIndex, frames: int, block: int):
+    def recache_start(self, index: CacheIndex, frames: Number, block: int) -> Number:
         """Returns the block start for which a re-cache tests the old junction."""
         del frames
         return index.start - block
 
-    def captures(self, index: CacheIndex, block: int):
+    def captures(self, index: CacheIndex, block: int) -> Flag:
         del block
         return index.capture
 
-    def takes_effect(self, requested, start):
+    def takes_effect(self, requested: Number, start: Number) -> Number:
         """Returns the switch frame that the rule counts from."""
         del requested
         return start
@@ -59,17 +60,17 @@ class ReleaseJunction(Junction):
     overlaps_sink = True
     keeps_prior = True
 
-    def active(self, index: CacheIndex, start, span: int):
+    def active(self, index: CacheIndex, start: Number, span: int) -> Flag:
         return index.switch_frame + span < start
 
-    def prior(self, index: CacheIndex):
+    def prior(self, index: CacheIndex) -> Flag:
         return index.switches > 2
 
-    def recache_start(self, index: CacheIndex, frames: int, block: int):
+    def recache_start(self, index: CacheIndex, frames: Number, block: int) -> Number:
         del block
         return index.start - frames
 
-    def takes_effect(self, requested, start):
+    def takes_effect(self, requested: Number, start: Number) -> Number:
         del start
         return requested
 
@@ -86,7 +87,7 @@ class TrainedJunction(ReleaseJunction):
     keeps_prior = False
     from_chunk = True
 
-    def prior(self, index: CacheIndex):
+    def prior(self, index: CacheIndex) -> Flag:
         return index.switches < 0
 
 
@@ -102,5 +103,5 @@ class PeriodicJunction(ReleaseJunction):
     every: int = 6
     first_switch = 20
 
-    def captures(self, index: CacheIndex, block: int):
+    def captures(self, index: CacheIndex, block: int) -> Flag:
         return (index.start // block) % self.every == 0

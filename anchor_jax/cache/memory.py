@@ -10,17 +10,22 @@ Source: cache/README.md, "What a pass reads".
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from anchor_jax.axes import Flag
 from anchor_jax.cache import store
 from anchor_jax.cache.policies import Policy, RecachePass
 from anchor_jax.cache.types import KVCache, ReadPlan
 from anchor_jax.wan.attention import LayersKV
+from anchor_jax.wan.kernels import LaidOut
 from anchor_jax.wan.rope import Rotary, rotary, rotate
 from anchor_jax.wan.spec import ModelConfig
+
+Carried = tuple[LayersKV, LayersKV]
 
 
 class Memory:
@@ -34,7 +39,7 @@ class Memory:
         self,
         policy: Policy,
         model: ModelConfig,
-        kernel,
+        kernel: Any,
         tokens: tuple[int, int],
         cache: KVCache,
         plan: ReadPlan,
@@ -68,13 +73,13 @@ class Memory:
         seen = plan.frames - own - plan.junction * policy.junction_frames
         self.before_junction = jnp.maximum(seen, 0)
 
-    def carried(self) -> tuple[LayersKV, LayersKV] | None:
+    def carried(self) -> Carried | None:
         """Returns (junction, prior) before the first pass, or None."""
         if not self.is_carried:
             return None
         return store.take(self.cache.slots, self.junction, None), self.cache.prior
 
-    def past(self, carried) -> LayersKV | None:
+    def past(self, carried: Carried | None) -> LaidOut | None:
         """Returns remembered keys and values in reading order, laid out."""
         if carried is None:
             return self.whole
@@ -85,9 +90,11 @@ class Memory:
             piece = self.kernel.lay_out(piece, self.head_dim)
             return jax.lax.dynamic_update_slice_in_dim(whole, piece, first, axis=-2)
 
-        return jax.tree.map(put, self.whole, shown)
+        return LaidOut(k=put(self.whole.k, shown.k), v=put(self.whole.v, shown.v))
 
-    def after(self, carried, own: LayersKV, capture):
+    def after(
+        self, carried: Carried | None, own: LayersKV, capture: Flag | None
+    ) -> Carried | None:
         """Returns (junction, prior) after a pass, or None.
 
         Args:
@@ -108,8 +115,12 @@ class Memory:
 
 
 def lay_out(
-    kernel, head_dim: int, past: LayersKV, own: int, rotation: Rotary | None = None
-) -> LayersKV:
+    kernel: Any,
+    head_dim: int,
+    past: LayersKV,
+    own: int,
+    rotation: Rotary | None = None,
+) -> LaidOut:
     """Returns past frames in the kernel's layout, with keys rotated to their positions.
 
     It loops over the layers: all layers at once would need two more copies of the
@@ -118,7 +129,7 @@ def lay_out(
     Args:
       kernel: one of `anchor_jax.wan.kernels`.
       head_dim: channels of one attention head.
-      past: past frames, [layer, batch, frame, token, dim].
+      past: past frames of all layers.
       own: number of frames in the passes that will read them.
       rotation: rotation of the keys, or None if they are already rotated.
     """
@@ -131,8 +142,8 @@ def lay_out(
         lambda k: laid_out(k if rotation is None else rotate(k, rotation)), past.k
     )
     if kernel.in_place:
-        return LayersKV(k=keys, v=laid_out(past.v))
-    return LayersKV(k=keys, v=jax.lax.map(laid_out, past.v))
+        return LaidOut(k=keys, v=laid_out(past.v))
+    return LaidOut(k=keys, v=jax.lax.map(laid_out, past.v))
 
 
 LAYOUT = 2

@@ -7,7 +7,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Int
 
+from anchor_jax.axes import Array, Flag, Number
 from anchor_jax.cache.actions import (
     Flush,
     Keep,
@@ -266,7 +268,7 @@ class Policy:
         )
         return WritePlan(slot=slot, junction=copy), done
 
-    def flush(self, index: CacheIndex) -> tuple[jnp.ndarray, CacheIndex]:
+    def flush(self, index: CacheIndex) -> tuple[Int[Array, " slot"], CacheIndex]:
         """Returns the source slot of each slot after a flush, and the index after it.
 
         The newest frames move to the front of the ring, so that visible slots stay a
@@ -287,7 +289,7 @@ class Policy:
         )
         return source, done
 
-    def switched(self, index: CacheIndex, requested, cut) -> CacheIndex:
+    def switched(self, index: CacheIndex, requested: Number, cut: Flag) -> CacheIndex:
         """Returns the index after a switch; a re-cache comes before."""
         if not self.junction:
             return index.replace(switches=index.switches + 1, cut=cut)

@@ -5,8 +5,19 @@ first latent frame of the pass and `frames` its length. `catalog.ROPES` names th
 """
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
+from jaxtyping import Bool, Int
+
+from anchor_jax.axes import Array, Number
+from anchor_jax.cache.types import CacheIndex
+
+Own = Int[Array, " {frames}"]
+"""A number for each frame of a pass."""
+
+Region = Int[Array, " slot"]
+"""A number for each slot of the sink, or of the local ring."""
 
 
 class RopeRule:
@@ -22,26 +33,30 @@ class RopeRule:
     junction_start = None
     cut = None
 
-    def query(self, start, frames: int):
-        """Returns `[frames]`, positions of the queries of a pass."""
+    def query(self, start: Number, frames: int) -> Own:
+        """Returns the positions of the queries of a pass."""
         return start + jnp.arange(frames, dtype=jnp.int32)
 
-    def own(self, index, start, frames: int, sink: int):
-        """Returns `[frames]`, positions of the keys of the same frames."""
+    def own(self, index: CacheIndex, start: Number, frames: int, sink: int) -> Own:
+        """Returns the positions of the keys of the same frames."""
         del index, sink
         return self.query(start, frames)
 
-    def local(self, index, frame, start, frames: int, sink: int):
-        """Returns `[local]`, positions of the ring's slots."""
+    def local(
+        self, index: CacheIndex, frame: Region, start: Number, frames: int, sink: int
+    ) -> Region:
+        """Returns the positions of the ring's slots."""
         del index, start, frames, sink
         return frame
 
-    def sink(self, index, frame, start, frames: int):
-        """Returns `[sink]`, positions of the sink's slots."""
+    def sink(
+        self, index: CacheIndex, frame: Region, start: Number, frames: int
+    ) -> Region:
+        """Returns the positions of the sink's slots."""
         del index, start, frames
         return frame
 
-    def refuses(self, policy) -> str | None:
+    def refuses(self, policy: Any) -> str | None:
         """Returns why the rule cannot be combined with a policy's parts, or None."""
         if policy.junction:
             return (
@@ -55,7 +70,7 @@ class RopeRule:
         """Returns the rule that the method's published code uses instead."""
         return self
 
-    def rotates_stored(self, frame):
+    def rotates_stored(self, frame: Int[Array, "*axes"]) -> Bool[Array, "*axes"]:
         """Returns whether the published code stores each frame's key rotated."""
         return jnp.zeros_like(frame, bool)
 
@@ -67,7 +82,7 @@ class Absolute(RopeRule):
     junction_start: None = None
     cut: None = None
 
-    def rotates_stored(self, frame):
+    def rotates_stored(self, frame: Int[Array, "*axes"]) -> Bool[Array, "*axes"]:
         return jnp.ones_like(frame, bool)
 
 
@@ -87,19 +102,23 @@ class Relative(RopeRule):
     junction_start: int | None = None
     cut: int | None = None
 
-    def query(self, start, frames: int):
+    def query(self, start: Number, frames: int) -> Own:
         first = jnp.minimum(start, self.range - frames)
         return first + jnp.arange(frames, dtype=jnp.int32)
 
-    def local(self, index, frame, start, frames: int, sink: int):
+    def local(
+        self, index: CacheIndex, frame: Region, start: Number, frames: int, sink: int
+    ) -> Region:
         del index, sink
         return jnp.minimum(start, self.range - frames) + frame - start
 
-    def sink(self, index, frame, start, frames: int):
+    def sink(
+        self, index: CacheIndex, frame: Region, start: Number, frames: int
+    ) -> Region:
         del index, start, frames
         return jnp.arange(frame.shape[0], dtype=jnp.int32)
 
-    def refuses(self, policy) -> str | None:
+    def refuses(self, policy: Any) -> str | None:
         if policy.window > self.range:
             return (
                 f"window={policy.window} must fit into the RoPE range of {self.range}"
@@ -130,12 +149,14 @@ class Bounded(Relative):
     Source: the paper's table 6 baseline; cache/README.md, "Other RoPE rules", "D25".
     """
 
-    def sink(self, index, frame, start, frames: int):
+    def sink(
+        self, index: CacheIndex, frame: Region, start: Number, frames: int
+    ) -> Region:
         size = frame.shape[0]
         before = jnp.minimum(start, self.range - frames) - index.filled - size
         return jnp.maximum(before, 0) + jnp.arange(size, dtype=jnp.int32)
 
-    def refuses(self, policy) -> str | None:
+    def refuses(self, policy: Any) -> str | None:
         return _refuses_moving_sink(policy) or super().refuses(policy)
 
 
@@ -147,21 +168,23 @@ class Ranked(Relative):
     window while keys move together, as in the official Infinity-RoPE.
     """
 
-    def own(self, index, start, frames: int, sink: int):
+    def own(self, index: CacheIndex, start: Number, frames: int, sink: int) -> Own:
         first = jnp.where(start == 0, 0, sink + index.filled)
         return first + jnp.arange(frames, dtype=jnp.int32)
 
-    def local(self, index, frame, start, frames: int, sink: int):
+    def local(
+        self, index: CacheIndex, frame: Region, start: Number, frames: int, sink: int
+    ) -> Region:
         del start, frames
         size = max(1, frame.shape[0])
         oldest = jnp.where(index.filled == frame.shape[0], index.cursor, 0)
         slot = jnp.arange(frame.shape[0], dtype=jnp.int32)
         return sink + (slot - oldest) % size
 
-    def refuses(self, policy) -> str | None:
+    def refuses(self, policy: Any) -> str | None:
         return _refuses_moving_sink(policy) or super().refuses(policy)
 
-    def rotates_stored(self, frame):
+    def rotates_stored(self, frame: Int[Array, "*axes"]) -> Bool[Array, "*axes"]:
         # Official behaviour: frame 0 is stored rotated, all others are not.
         return frame == 0
 

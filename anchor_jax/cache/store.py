@@ -1,8 +1,11 @@
 """Operations on the cache's tensors: make, read, commit, flush."""
 
+import chex
 import jax
 import jax.numpy as jnp
+from jaxtyping import Int
 
+from anchor_jax.axes import Array
 from anchor_jax.cache.policies import Policy
 from anchor_jax.cache.types import KVCache, ReadPlan, WritePlan
 from anchor_jax.wan.attention import LayersKV
@@ -45,6 +48,8 @@ def commit(stored: LayersKV, own: LayersKV, plan: WritePlan) -> LayersKV:
 
     No gradient flows through the cache (training/README.md, "D5").
     """
+    # A frame without a slot would take the last frame's, silently.
+    chex.assert_shape([plan.slot, plan.junction], (own.k.shape[2],))
     own = jax.lax.stop_gradient(own)
 
     def put(slots, new):
@@ -72,6 +77,6 @@ def emptied(stored: LayersKV, slots: int) -> LayersKV:
     return jax.tree.map(lambda x: x.at[:, :, :slots].set(0), stored)
 
 
-def gather(stored: LayersKV, source: jax.Array) -> LayersKV:
+def gather(stored: LayersKV, source: Int[Array, " slot"]) -> LayersKV:
     """Returns the cache with every slot refilled from another."""
     return jax.tree.map(lambda x: jnp.take(x, source, axis=2), stored)

@@ -1,9 +1,10 @@
 """The cache of past keys and values, its index, and the plans made from the index."""
 
-import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Int
 
+from anchor_jax.axes import Array, Flag, Number
 from anchor_jax.wan.attention import LayersKV
 
 EMPTY = -1
@@ -17,22 +18,22 @@ class CacheIndex:
     Slots come in the order sink | local ring | junction.
     """
 
-    frame: jax.Array  # [slot] latent frame in each slot, or EMPTY
-    start: jax.Array  # first latent frame of the next block
-    filled: jax.Array  # local slots in use, always the first ones
-    cursor: jax.Array  # local slot that the next frame takes
-    switch_frame: jax.Array  # switch in force, as the junction's rule counts it
-    switches: jax.Array  # prompt switches so far
-    capture: jax.Array  # whether the next block becomes the junction
-    cut: jax.Array  # whether the next block is a scene cut
+    frame: Int[Array, " slot"]  # latent frame in each slot, or EMPTY
+    start: Number  # first latent frame of the next block
+    filled: Number  # local slots in use, always the first ones
+    cursor: Number  # local slot that the next frame takes
+    switch_frame: Number  # switch in force, as the junction's rule counts it
+    switches: Number  # prompt switches so far
+    capture: Flag  # whether the next block becomes the junction
+    cut: Flag  # whether the next block is a scene cut
 
 
 @struct.dataclass
 class KVCache:
     """Keys and values of past latent frames, keys before rotation.
 
-    `slots` is [layer, batch, slot, token, dim]; `prior` holds the junction
-    before last under the release's rules, and None otherwise.
+    `slots` has a slot where `LayersKV` has a frame. `prior` holds the junction before
+    last under the release's rules, and None otherwise.
     """
 
     slots: LayersKV
@@ -50,23 +51,23 @@ class ReadPlan:
     order, for tests, `verify` and pictures of the memory.
     """
 
-    start: jax.Array  # first latent frame of the pass
-    query: jax.Array  # [own] positions of the queries
-    own: jax.Array  # [own] positions of the pass's own keys
-    past: jax.Array  # [slot] positions of remembered keys
-    frames: jax.Array  # key frames seen
-    frame: jax.Array  # [key] latent frame of each key, EMPTY where there is none
-    position: jax.Array  # [key] position of each key
-    junction: jax.Array  # whether a junction is seen
-    prior: jax.Array  # whether it is the junction before last
+    start: Number  # first latent frame of the pass
+    query: Int[Array, " own"]  # positions of the queries
+    own: Int[Array, " own"]  # positions of the pass's own keys
+    past: Int[Array, " slot"]  # positions of remembered keys
+    frames: Number  # key frames seen
+    frame: Int[Array, " key"]  # latent frame of each key, EMPTY where there is none
+    position: Int[Array, " key"]  # position of each key
+    junction: Flag  # whether a junction is seen
+    prior: Flag  # whether it is the junction before last
 
 
 @struct.dataclass
 class WritePlan:
     """Slots that a pass's frames are written to; the number of slots means nowhere."""
 
-    slot: jax.Array  # [own]
-    junction: jax.Array  # [own] slots of their copy in the junction
+    slot: Int[Array, " own"]
+    junction: Int[Array, " own"]  # slots of their copy in the junction
 
 
 def empty_index(slots: int, switch_frame: int = NEVER) -> CacheIndex:

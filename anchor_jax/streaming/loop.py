@@ -2,24 +2,33 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jaxtyping import Float
 
 from anchor_jax import flow
+from anchor_jax.axes import Array, Number
 from anchor_jax.flow import Levels
+
+State = Float[Array, "*latents"]
+"""Latents, whose axes do not matter to a solver."""
 
 
 @struct.dataclass
 class Passes:
-    """The inputs and outputs of the loop's passes, [level, batch, frame, ...]."""
+    """The inputs and outputs of the loop's passes."""
 
-    noisy: jax.Array
-    flow: jax.Array
-    x0: jax.Array
+    noisy: Float[Array, " level *latents"]
+    flow: Float[Array, " level *latents"]
+    x0: Float[Array, " level *latents"]
+
+
+Coefficients = dict[str, Float[Array, " level *coefficient"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +42,20 @@ class Renoise:
         """Returns the type that latents have between levels."""
         return model
 
-    def coefficients(self, levels: Levels) -> dict[str, np.ndarray]:
+    def coefficients(self, levels: Levels) -> Coefficients:
         return {"next": np.asarray([*levels.sigma[1:], 0.0], np.float32)}
 
-    def init(self, noise: jax.Array):
+    def init(self, noise: State) -> tuple[()]:
         return ()
 
-    def advance(self, memory, noisy, x0, fresh, level):
+    def advance(
+        self,
+        memory: Any,
+        noisy: State,
+        x0: State,
+        fresh: State,
+        level: Mapping[str, Any],
+    ) -> tuple[Any, State]:
         del noisy
         return memory, flow.add_noise(x0, fresh, level["next"])
 
@@ -53,14 +69,21 @@ class Euler:
         del model
         return "float32"
 
-    def coefficients(self, levels: Levels) -> dict[str, np.ndarray]:
+    def coefficients(self, levels: Levels) -> Coefficients:
         sigma = np.asarray([*levels.sigma, 0.0], np.float64)
         return {"keep": (sigma[1:] / sigma[:-1]).astype(np.float32)}
 
-    def init(self, noise: jax.Array):
+    def init(self, noise: State) -> tuple[()]:
         return ()
 
-    def advance(self, memory, noisy, x0, fresh, level):
+    def advance(
+        self,
+        memory: Any,
+        noisy: State,
+        x0: State,
+        fresh: State,
+        level: Mapping[str, Any],
+    ) -> tuple[Any, State]:
         del fresh
         return memory, _mix((level["keep"], noisy), (1 - level["keep"], x0))
 
@@ -80,7 +103,7 @@ class UniPC:
         del model
         return "float32"
 
-    def coefficients(self, levels: Levels) -> dict[str, np.ndarray]:
+    def coefficients(self, levels: Levels) -> Coefficients:
         sigma = np.asarray(levels.sigma, np.float64)
         if sigma[0] == 1 and len(sigma) > 1:
             # The ratio is infinite at 1. The first level must stay above the second.
@@ -98,10 +121,17 @@ class UniPC:
             rows.append((*correct, *_predictor(sigma[i], ratio[i], follow, back)))
         return {"row": np.asarray(rows, np.float32)}
 
-    def init(self, noise: jax.Array):
+    def init(self, noise: State) -> tuple[State, State, State]:
         return noise, jnp.zeros_like(noise), jnp.zeros_like(noise)
 
-    def advance(self, memory, noisy, x0, fresh, level):
+    def advance(
+        self,
+        memory: Any,
+        noisy: State,
+        x0: State,
+        fresh: State,
+        level: Mapping[str, Any],
+    ) -> tuple[Any, State]:
         del fresh
         last, m1, m2 = memory
         row = level["row"]
@@ -124,7 +154,7 @@ class DpmPlusPlus:
         del model
         return "float32"
 
-    def coefficients(self, levels: Levels) -> dict[str, np.ndarray]:
+    def coefficients(self, levels: Levels) -> Coefficients:
         sigma = [*map(float, levels.sigma), 0.0]
         # The log signal-to-noise ratio; infinite at both ends.
         ratio = [_log_ratio(one) for one in sigma]
@@ -137,10 +167,17 @@ class DpmPlusPlus:
             rows.append((keep, 1 - keep + slope, -slope))
         return {"row": np.asarray(rows, np.float32)}
 
-    def init(self, noise: jax.Array):
+    def init(self, noise: State) -> State:
         return jnp.zeros_like(noise)
 
-    def advance(self, memory, noisy, x0, fresh, level):
+    def advance(
+        self,
+        memory: Any,
+        noisy: State,
+        x0: State,
+        fresh: State,
+        level: Mapping[str, Any],
+    ) -> tuple[Any, State]:
         del fresh
         row = level["row"]
         return x0, _mix((row[0], noisy), (row[1], x0), (row[2], memory))
@@ -195,23 +232,23 @@ def _mix(*terms):
 
 def approach(
     denoise: Callable,
-    noise: jax.Array,
+    noise: State,
     levels: Levels,
-    solver,
-    fresh: jax.Array | None = None,
-    carry=None,
-    until=None,
-) -> tuple[jax.Array, Passes, object]:
+    solver: Any,
+    fresh: Float[Array, " later_level *latents"] | None = None,
+    carry: Any = None,
+    until: Number | None = None,
+) -> tuple[State, Passes, Any]:
     """Returns the clean latents that the sampler makes from `noise`.
 
     It is the only loop over noise levels in the code base.
 
     Args:
       denoise: (noisy, timestep, carry) -> (flow, carry).
-      noise: [batch, frame, height, width, channel].
+      noise: initial latents.
       levels: static noise levels.
       solver: `Renoise`, `Euler`, `UniPC` or `DpmPlusPlus`.
-      fresh: [level - 1, ...], noise for `Renoise`, drawn by the caller.
+      fresh: noise of all levels but the first for `Renoise`, drawn by the caller.
       carry: value that each call of `denoise` passes to the next.
       until: number of passes to run, traced. The entries of `Passes` for the rest are
         zero. None runs all.
@@ -260,7 +297,9 @@ def _up_to(until, one_level: Callable) -> Callable:
     return choose
 
 
-def guide(predicted: jax.Array, scale: float) -> jax.Array:
+def guide(
+    predicted: Float[Array, " both *axes"], scale: float
+) -> Float[Array, " both//2 *axes"]:
     """Returns u + scale (c - u) for predictions whose batch is [c..., u...].
 
     Source: classifier-free guidance (arXiv:2207.12598).

@@ -17,9 +17,11 @@ from typing import Any
 import jax
 import jaxlib
 import numpy as np
+from jaxtyping import UInt8
 
 import anchor_jax
 from anchor_jax import limits, media
+from anchor_jax.axes import Array
 from anchor_jax.cache import catalog
 from anchor_jax.cache.policies import Policy
 from anchor_jax.config import from_config
@@ -194,8 +196,8 @@ def differences(then: Mapping[str, str], now: Mapping[str, str]) -> tuple[str, .
     )
 
 
-def digest(pixels: np.ndarray) -> str:
-    """Returns the SHA-256 of a block's pixels, uint8, in hexadecimal."""
+def digest(pixels: UInt8[Array, "frame height width 3"]) -> str:
+    """Returns the SHA-256 of a block's pixels in hexadecimal."""
     return hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest()
 
 

@@ -14,8 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import UInt8
 
 from anchor_jax import interrupts
+from anchor_jax.axes import Array
 from anchor_jax.cache.policies import RecachePass
 from anchor_jax.cache.types import ReadPlan
 from anchor_jax.errors import UserError
@@ -53,18 +55,18 @@ class Frames:
     """The pixel frames of one block, which may still be in computation.
 
     Attributes:
-      pixels: uint8 [batch, frame, height, width, 3], on the device.
+      pixels: on the device.
       start: the block's first latent frame.
       segment: zero-based index of the block's segment.
       plan: the block's read plan, with frames counted from the last restart.
     """
 
-    pixels: jax.Array
+    pixels: UInt8[Array, "batch frame height width 3"]
     start: int
     segment: int
     plan: ReadPlan
 
-    def fetch(self) -> np.ndarray:
+    def fetch(self) -> UInt8[Array, "batch frame height width 3"]:
         """Waits for the pixels and returns them on the host."""
         return np.asarray(self.pixels)
 
@@ -207,10 +209,12 @@ class Session:
         self.check(self.frame + self.setup.policy.block)
         return self._advance()
 
-    def play(self, script: Script) -> Iterator[tuple[np.ndarray, int]]:
+    def play(
+        self, script: Script
+    ) -> Iterator[tuple[UInt8[Array, "frame height width 3"], int]]:
         """Returns an iterator over the blocks of a script, on a fresh session.
 
-        It yields frames, uint8 [frame, height, width, 3], and the segment's index. All
+        It yields frames and the segment's index. All
         prompts are encoded before the first block. The next block is computed while the
         caller handles the current one.
 
@@ -227,7 +231,9 @@ class Session:
         self._ask(script)
         return self.blocks(script.frames)
 
-    def blocks(self, frames: int) -> Iterator[tuple[np.ndarray, int]]:
+    def blocks(
+        self, frames: int
+    ) -> Iterator[tuple[UInt8[Array, "frame height width 3"], int]]:
         """Yields the blocks up to a latent frame, like `play`, of the first video.
 
         Raises:

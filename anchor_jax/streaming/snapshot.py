@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ import safetensors
 import safetensors.numpy
 
 from anchor_jax import trees
+from anchor_jax.axes import Latents
 from anchor_jax.cache import memory
 from anchor_jax.errors import UserError, shown, some
 from anchor_jax.io import parse_json, replacing
@@ -56,7 +57,7 @@ class Moment:
     pending: tuple[Switch, ...]
     state: StreamState
     decoder: Any
-    tail: tuple[tuple[Any, jax.Array | np.ndarray], ...]
+    tail: tuple[tuple[Any, Latents], ...]
 
     @property
     def arrays(self) -> tuple[Any, ...]:
@@ -278,7 +279,7 @@ def check_bundle(recipe: Recipe, bundle: Bundle, where: str) -> None:
         )
 
 
-def describe_switches(switches) -> list[dict[str, Any]]:
+def describe_switches(switches: Sequence[Switch]) -> list[dict[str, Any]]:
     """Returns switches as plain values."""
     return [dataclasses.asdict(one) for one in switches]
 

@@ -7,11 +7,23 @@ one program each length of a re-cache.
 import functools
 from collections.abc import Iterable, Iterator, Mapping
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from anchor_jax import flow
+from anchor_jax.axes import (
+    Array,
+    Embedding,
+    Flag,
+    Latents,
+    Number,
+    RandomKey,
+    Stacked,
+    Variables,
+)
 from anchor_jax.cache import store
 from anchor_jax.cache.memory import Memory
 from anchor_jax.cache.policies import Flush, RecachePass
@@ -33,12 +45,14 @@ from anchor_jax.wan.attention import (
 
 
 @functools.partial(jax.jit, static_argnames="setup")
-def project(variables, embedding: jax.Array, *, setup: StreamSetup) -> ContextKV:
+def project(
+    variables: Variables, embedding: Embedding, *, setup: StreamSetup
+) -> ContextKV:
     """Returns a prompt's keys and values. It runs once per prompt.
 
     Args:
       variables: the generator's collections, `params` and optionally `lora`.
-      embedding: [copies x batch, text, text_dim], zero at padding. Under guidance the
+      embedding: a row for each copy of each video, zero at padding. Under guidance the
         prompts' rows come first, then the negative prompts'.
       setup: static.
     """
@@ -46,7 +60,13 @@ def project(variables, embedding: jax.Array, *, setup: StreamSetup) -> ContextKV
 
 
 @functools.partial(jax.jit, static_argnames="setup")
-def draw_noise(rng: jax.Array, start, batch_like, *, setup: StreamSetup) -> BlockNoise:
+def draw_noise(
+    rng: RandomKey,
+    start: Number,
+    batch_like: Float[Array, " batch *rest"],
+    *,
+    setup: StreamSetup,
+) -> BlockNoise:
     """Returns a block's random numbers as a function of key, latent frame and video.
 
     Args:
@@ -99,7 +119,7 @@ def start(context: ContextKV, *, setup: StreamSetup) -> StreamState:
 
 @functools.partial(jax.jit, static_argnames="setup", donate_argnames="state")
 def step(
-    variables, state: StreamState, noise: BlockNoise, *, setup: StreamSetup
+    variables: Variables, state: StreamState, noise: BlockNoise, *, setup: StreamSetup
 ) -> tuple[StreamState, Block]:
     """Returns the state after one more block, and the block.
 
@@ -110,10 +130,10 @@ def step(
 
 
 def advance(
-    variables,
+    variables: Variables,
     state: StreamState,
     noise: BlockNoise,
-    exit_level=None,
+    exit_level: Number | None = None,
     *,
     setup: StreamSetup,
 ) -> tuple[StreamState, Block, LayersKV | None]:
@@ -157,8 +177,8 @@ def advance(
     if exit_level is not None:
         latents = passes.x0[exit_level]
     if not policy.remembers:
-        cache = state.cache.replace(index=done)
-        return state.replace(cache=cache), Block(latents, plan, passes, None), None
+        after = state.replace(cache=state.cache.replace(index=done))
+        return _same_form(after, state), Block(latents, plan, passes, None), None
     clean = _clean_input(latents, noise, setup)
     committed, own, carried = run(clean, jnp.float32(0), carried)
     cache = KVCache(
@@ -167,8 +187,14 @@ def advance(
         index=done,
     )
     recent = _remember(state.recent, latents, index.start)
-    state = StreamState(cache=cache, context=state.context, recent=recent)
-    return state, Block(latents, plan, passes, committed), own
+    after = StreamState(cache=cache, context=state.context, recent=recent)
+    return _same_form(after, state), Block(latents, plan, passes, committed), own
+
+
+def _same_form(after: StreamState, before: StreamState) -> StreamState:
+    """Returns a state whose shapes and types serve the programs of the one before."""
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, before)
+    return after
 
 
 def _clean_input(latents, noise: BlockNoise, setup: StreamSetup) -> jax.Array:
@@ -179,8 +205,13 @@ def _clean_input(latents, noise: BlockNoise, setup: StreamSetup) -> jax.Array:
 
 
 def estimate(
-    variables, state: StreamState, noisy: jax.Array, level, *, setup: StreamSetup
-) -> jax.Array:
+    variables: Variables,
+    state: StreamState,
+    noisy: Latents,
+    level: Number,
+    *,
+    setup: StreamSetup,
+) -> Latents:
     """Returns x0 of one pass of a block, as computed in the loop of `advance`.
 
     Training differentiates it, for the pass at a block's exit level.
@@ -212,11 +243,11 @@ def recommit(cache: KVCache, own: LayersKV, *, setup: StreamSetup) -> KVCache:
 
 @functools.partial(jax.jit, static_argnames=("setup", "rerun"), donate_argnames="state")
 def switch(
-    variables,
+    variables: Variables,
     state: StreamState,
     context: ContextKV,
-    requested,
-    cut=False,
+    requested: Number,
+    cut: Flag = False,
     *,
     setup: StreamSetup,
     rerun: RecachePass | None,
@@ -256,23 +287,24 @@ def switch(
         cache, block = _recache(variables, state, context, setup, rerun)
     index = policy.switched(cache.index, requested, jnp.asarray(cut))
     cache = cache.replace(index=index)
-    return StreamState(cache=cache, context=context, recent=state.recent), block
+    after = StreamState(cache=cache, context=context, recent=state.recent)
+    return _same_form(after, state), block
 
 
 @functools.partial(
     jax.jit, static_argnames=("setup", "rerun"), donate_argnames="states"
 )
 def switch_slot(
-    variables,
-    states: StreamState,
-    slot,
+    variables: Variables,
+    states: Stacked[StreamState],
+    slot: Number,
     context: ContextKV,
-    requested,
-    cut=False,
+    requested: Number,
+    cut: Flag = False,
     *,
     setup: StreamSetup,
     rerun: RecachePass | None,
-) -> StreamState:
+) -> Stacked[StreamState]:
     """Returns stacked sessions with the session at `slot` under a new prompt.
 
     It is for sessions that step together under `jax.vmap`, each at its own frame. A
@@ -302,7 +334,14 @@ def switch_slot(
 
 
 @functools.partial(jax.jit, static_argnames="setup", donate_argnames="state")
-def make_block(variables, state: StreamState, rng, frame, *, setup: StreamSetup):
+def make_block(
+    variables: Variables,
+    state: StreamState,
+    rng: RandomKey,
+    frame: Number,
+    *,
+    setup: StreamSetup,
+) -> tuple[StreamState, Latents, ReadPlan]:
     """Returns the state after one more block, the block's latents, and its read plan.
 
     One program draws the noise, denoises and commits. It drops intermediate results
@@ -321,7 +360,12 @@ def make_block(variables, state: StreamState, rng, frame, *, setup: StreamSetup)
 
 
 def change_prompt(
-    variables, state: StreamState, change: PromptChange, start: int, *, setup
+    variables: Variables,
+    state: StreamState,
+    change: PromptChange,
+    start: int,
+    *,
+    setup: StreamSetup,
 ) -> tuple[StreamState, Block | None]:
     """Returns the result of `switch` before the block at `start`, a number on the host.
 
@@ -340,14 +384,14 @@ def change_prompt(
 
 
 def run(
-    variables,
+    variables: Variables,
     state: StreamState,
-    rng: jax.Array,
+    rng: RandomKey,
     frames: Iterable[int],
     changes: Mapping[int, PromptChange] | None = None,
     *,
     setup: StreamSetup,
-) -> Iterator[tuple[StreamState, jax.Array, ReadPlan]]:
+) -> Iterator[tuple[StreamState, Latents, ReadPlan]]:
     """Yields the state, the latents and the read plan after each block.
 
     This is the loop of the host. It never waits for the device. A yielded state is
@@ -373,7 +417,9 @@ def run(
         yield state, latents, plan
 
 
-def resume(variables, state: StreamState, latents, *, setup: StreamSetup):
+def resume(
+    variables: Variables, state: StreamState, latents: Latents, *, setup: StreamSetup
+) -> StreamState:
     """Returns the state as if `latents` were the stream's first frames.
 
     Continuing a given clip is a re-cache that starts at frame 0.
@@ -381,7 +427,7 @@ def resume(variables, state: StreamState, latents, *, setup: StreamSetup):
     Args:
       variables: the generator's collections.
       state: the state from `start`.
-      latents: [batch, frame, ...], clean. The number of frames is a multiple of the
+      latents: clean latents. The number of frames is a multiple of the
         block and at most the window.
       setup: static.
 
@@ -410,7 +456,7 @@ def _resume(variables, state, latents, *, setup: StreamSetup):
     cache, _ = _recache(
         variables, state, state.context, setup, RecachePass(frames, True)
     )
-    return state.replace(cache=cache)
+    return _same_form(state.replace(cache=cache), state)
 
 
 def _recache(variables, state, context, setup: StreamSetup, rerun: RecachePass):

@@ -3,9 +3,10 @@
 import dataclasses
 from typing import Any
 
-import jax
 from flax import struct
+from jaxtyping import Float
 
+from anchor_jax.axes import Array, Latents
 from anchor_jax.cache.policies import Policy
 from anchor_jax.cache.types import KVCache, ReadPlan
 from anchor_jax.flow import Levels
@@ -58,14 +59,13 @@ class StreamSetup:
 class BlockNoise:
     """The random numbers of one block, an input of the sampler.
 
-    `initial` is [batch, block, height, width, channel]. `fresh` has an additional
-    leading axis of levels - 1. `floor` is like `initial`, for setups that add noise in
-    the clean pass.
+    `fresh` is for all levels but the first, `floor` for setups that add noise in the
+    clean pass.
     """
 
-    initial: jax.Array
-    fresh: jax.Array
-    floor: jax.Array | None = None
+    initial: Latents
+    fresh: Float[Array, "later_level batch frame height width channel"]
+    floor: Latents | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -88,13 +88,13 @@ class PromptChange:
 class StreamState:
     """The complete state between blocks. A restored state gives the same video.
 
-    `recent` is a ring buffer of clean latents, [batch, frame, height, width, channel].
-    Latent frame f is at index f modulo its size.
+    `recent` is a ring buffer of clean latents. Latent frame f is at index f modulo its
+    size.
     """
 
     cache: KVCache
-    context: ContextKV
-    recent: jax.Array
+    context: ContextKV | None
+    recent: Latents | None
 
 
 @struct.dataclass
@@ -104,7 +104,7 @@ class Block:
     `committed` is the flow of the clean pass, which only tests and `verify` need.
     """
 
-    latents: jax.Array
+    latents: Latents
     plan: ReadPlan
-    passes: Passes
-    committed: jax.Array | None
+    passes: Passes | None
+    committed: Latents | None

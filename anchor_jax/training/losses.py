@@ -6,14 +6,22 @@ Noise and timesteps are data: drawn outside, passed in.
 import dataclasses
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Bool, Float, Num
 
 from anchor_jax import flow
+from anchor_jax.axes import Array, Embedding, Latents, Variables
 from anchor_jax.wan.attention import ContextKV, bidirectional
 from anchor_jax.wan.dit import WanDit
 from anchor_jax.wan.spec import ModelConfig
+
+Scalar = Float[Array, ""]
+Times = Float[Array, "*axes"]
+FrameWeights = Num[Array, "batch frame"] | Bool[Array, "batch frame"]
+FrameMask = Num[Array, " frame"] | Bool[Array, " frame"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +31,11 @@ class Tables:
     Source: training/README.md, "D12"; rules `paper`.
     """
 
-    def noising(self, timestep: jax.Array) -> jax.Array:
+    def noising(self, timestep: Times) -> Times:
         """Returns the noise level that latents are noised to."""
         return timestep / flow.TRAIN_STEPS
 
-    def scoring(self, timestep: jax.Array) -> jax.Array:
+    def scoring(self, timestep: Times) -> Times:
         """Returns the noise level at which a score's flow is read as x0."""
         return timestep / flow.TRAIN_STEPS
 
@@ -42,10 +50,10 @@ class ReleaseTables(Tables):
     shift: float = 5.0
     score_shift: float = 8.0
 
-    def noising(self, timestep: jax.Array) -> jax.Array:
+    def noising(self, timestep: Times) -> Times:
         return flow.lookup_sigma(timestep, self.shift)
 
-    def scoring(self, timestep: jax.Array) -> jax.Array:
+    def scoring(self, timestep: Times) -> Times:
         return flow.lookup_sigma(timestep, self.score_shift)
 
 
@@ -57,18 +65,24 @@ class Score:
     tables: Tables = Tables()
     kernel: Any = None
 
-    def project(self, variables, embedding: jax.Array) -> ContextKV:
-        """Returns prompts [batch, text, text_dim] as the network attends to them."""
+    def project(self, variables: Variables, embedding: Embedding) -> ContextKV:
+        """Returns prompts as the network attends to them."""
         network = WanDit(self.model, self.kernel)
         return network.apply(variables, embedding, method="project")
 
-    def x0(self, variables, noisy, timestep, context: ContextKV) -> jax.Array:
-        """Returns clean clips [batch, frame, height, width, channel].
+    def x0(
+        self,
+        variables: Variables,
+        noisy: Latents,
+        timestep: Float[Array, " batch"],
+        context: ContextKV,
+    ) -> Latents:
+        """Returns clean clips.
 
         Args:
           variables: the network's collections.
           noisy: clips at one level each.
-          timestep: [batch], 1000 sigma.
+          timestep: 1000 sigma.
           context: prompts from `project`.
         """
         frames = noisy.shape[1]
@@ -91,27 +105,27 @@ class Distillation:
     mean magnitude of the difference of the two scores before it is normalised.
     """
 
-    loss: jax.Array
-    gradient: jax.Array
-    gap: jax.Array
-    noisy: jax.Array
-    fake: jax.Array
-    real_with: jax.Array
-    real_without: jax.Array
-    real: jax.Array
-    difference: jax.Array
-    normalizer: jax.Array
-    direction: jax.Array
+    loss: Scalar
+    gradient: Latents
+    gap: Scalar
+    noisy: Latents
+    fake: Latents
+    real_with: Latents
+    real_without: Latents
+    real: Latents
+    difference: Latents
+    normalizer: Float[Array, " batch"]
+    direction: Latents
 
 
 def distribution_matching(
-    latents: jax.Array,
-    noise: jax.Array,
-    timestep: jax.Array,
-    mask: jax.Array,
+    latents: Latents,
+    noise: Latents,
+    timestep: Float[Array, " batch"],
+    mask: FrameMask,
     *,
-    fake: tuple[Score, Any, jax.Array],
-    real: tuple[Score, Any, jax.Array, jax.Array],
+    fake: tuple[Score, Variables, Embedding],
+    real: tuple[Score, Variables, Embedding, Embedding],
     guidance: float = 3.0,
 ) -> Distillation:
     """Returns the distribution-matching loss and its gradient at the latents.
@@ -121,10 +135,10 @@ def distribution_matching(
     that, so that its gradient is this one.
 
     Args:
-      latents: generated clips [batch, frame, height, width, channel].
-      noise: like `latents`.
-      timestep: [batch], of `flow.dmd_timestep`.
-      mask: [frame] whether a frame has a loss.
+      latents: generated clips.
+      noise: noise of the clips.
+      timestep: of `flow.dmd_timestep`.
+      mask: whether a frame has a loss.
       fake: (critic, its variables, embeddings of the prompts).
       real: (teacher, its variables, embeddings of prompts, of negative prompts).
       guidance: real = with + guidance (with - without).
@@ -132,6 +146,7 @@ def distribution_matching(
     Source: DMD (arXiv:2311.18828) equation 7; training/README.md, "Distribution
     matching", "D23".
     """
+    chex.assert_equal_shape([latents, noise])
     latents, noise = jax.lax.stop_gradient((latents, noise))
     sigma = fake[0].tables.noising(timestep)
     noisy = flow.add_noise(latents, noise, sigma)
@@ -163,27 +178,28 @@ def distribution_matching(
 
 
 def score_flow(
-    variables,
+    variables: Variables,
     score: Score,
-    latents: jax.Array,
-    noise: jax.Array,
-    timestep: jax.Array,
-    embedding: jax.Array,
-    mask: jax.Array,
-) -> jax.Array:
+    latents: Latents,
+    noise: Latents,
+    timestep: Float[Array, " batch"],
+    embedding: Embedding,
+    mask: FrameMask,
+) -> Scalar:
     """Returns the critic's loss on generated clips: its flow compared with noise - x.
 
     Args:
       variables: the critic's collections, differentiable.
       score: network of the critic.
       latents: generated clips, as constants.
-      noise: like `latents`.
-      timestep: [batch], of `flow.dmd_timestep`.
+      noise: noise of the clips.
+      timestep: of `flow.dmd_timestep`.
       embedding: embeddings of the prompts.
-      mask: [frame] whether a frame has a loss.
+      mask: whether a frame has a loss.
 
     Source: DMD2 (arXiv:2405.14867) section 3; training/README.md, "Critic".
     """
+    chex.assert_equal_shape([latents, noise])
     latents = jax.lax.stop_gradient(latents)
     sigma = score.tables.noising(timestep)
     noisy = flow.add_noise(latents, noise, sigma)
@@ -195,40 +211,50 @@ def score_flow(
 
 
 def clean_regression(
-    x0: jax.Array, target: jax.Array, timestep: jax.Array, weight=None
-) -> jax.Array:
+    x0: Latents,
+    target: Latents,
+    timestep: Num[Array, "batch frame"],
+    weight: FrameWeights | None = None,
+) -> Scalar:
     """Returns the mean squared distance to clean latents over the noisy frames.
 
     Args:
-      x0: predictions [batch, frame, height, width, channel].
-      target: clean latents of the shape of `x0`.
-      timestep: [batch, frame]. Frames at 0 are left out.
-      weight: [batch, frame], weights of the other frames. None weights all equally.
+      x0: predictions.
+      target: clean latents.
+      timestep: frames at 0 are left out.
+      weight: weights of the other frames. None weights all equally.
 
     Source: CausVid (arXiv:2412.07772) equation 6; training/README.md, "Endpoint
     regression".
     """
+    chex.assert_equal_shape([x0, target])
     error = jnp.mean(jnp.square(x0 - target), axis=(2, 3, 4))
     counted = timestep != 0
     return weighted_mean(error, counted if weight is None else counted * weight)
 
 
-def flow_matching(predicted, target, weight=None) -> jax.Array:
+def flow_matching(
+    predicted: Latents, target: Latents, weight: FrameWeights | None = None
+) -> Scalar:
     """Returns the mean squared distance of a flow to its target.
 
     Args:
-      predicted: [batch, frame, height, width, channel].
-      target: flow of the same shape: noise - x of data, or a teacher's flow.
-      weight: [batch, frame], weights of the frames. None weights all equally.
+      predicted: predicted flow.
+      target: noise - x of data, or a teacher's flow.
+      weight: weights of the frames. None weights all equally.
 
     Source: flow matching (arXiv:2210.02747); training/README.md, "Flow matching".
     """
+    chex.assert_equal_shape([predicted, target])
     error = jnp.mean(jnp.square(predicted - target), axis=(2, 3, 4))
     return jnp.mean(error) if weight is None else weighted_mean(error, weight)
 
 
-def weighted_mean(values: jax.Array, weight: jax.Array) -> jax.Array:
+def weighted_mean(
+    values: Float[Array, "*axes"], weight: Num[Array, "*axes"] | Bool[Array, "*axes"]
+) -> Scalar:
     """Returns the weighted mean, or 0 if all weights are 0."""
+    chex.assert_equal_shape([values, weight])
     weight = jnp.asarray(weight, jnp.float32)
     return jnp.sum(values * weight) / jnp.maximum(jnp.sum(weight), 1e-9)
 

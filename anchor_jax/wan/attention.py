@@ -1,6 +1,7 @@
 """Attention: the visible keys of each query, and a block's two attention layers."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -8,49 +9,54 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import struct
+from jaxtyping import Float
 
+from anchor_jax.axes import Array, Number, Tokens
 from anchor_jax.wan import kernels
 from anchor_jax.wan.layers import Dense, RmsNorm
 from anchor_jax.wan.rope import Rotary, rotate
 from anchor_jax.wan.spec import ModelConfig
 
+OwnTokens = Float[Array, "batch own token dim"]
+
 
 @struct.dataclass
 class LayersKV:
-    """Keys and values, [(layer,) batch, frame, token, dim].
+    """Keys and values of one layer, or of all layers along a leading axis.
 
     They are token-major, as the projections write them: heads are adjacent in `dim`.
     """
 
-    k: jax.Array
-    v: jax.Array
+    k: Float[Array, "*layer batch frame token dim"]
+    v: Float[Array, "*layer batch frame token dim"]
 
 
 @struct.dataclass
-class ContextKV:
-    """A prompt projected for cross-attention, laid out for the kernel.
-
-    The source is [(layer,) batch, text, dim], with heads adjacent in `dim`.
-    """
-
-    k: jax.Array
-    v: jax.Array
+class ContextKV(kernels.LaidOut):
+    """A prompt projected for cross-attention, laid out for the kernel."""
 
 
 @struct.dataclass
 class Prefix:
     """Every query sees the first `frames` of the key frames; `frames` is traced."""
 
-    frames: jax.Array
+    frames: Number
 
-    def attend(self, attention, q, k, v, past=None):
-        """Returns attended values, [batch, frame, token, dim].
+    def attend(
+        self,
+        attention: Callable,
+        q: Tokens,
+        k: OwnTokens,
+        v: OwnTokens,
+        past: kernels.Remembered = None,
+    ) -> Tokens:
+        """Returns attended values.
 
         Args:
           attention: `kernels.attend` with its kernel and size of a head.
-          q: queries, [batch, frame, token, dim].
-          k: the pass's own keys, rotated, of the shape of `q`.
-          v: the pass's own values, of the shape of `q`.
+          q: queries.
+          k: the pass's own keys, rotated.
+          v: the pass's own values.
           past: past keys and values, from `anchor_jax.cache.memory`.
         """
         return _flat(attention, q, k, v, past, self.frames * k.shape[2])
@@ -68,8 +74,15 @@ class Spans:
         pytree_node=False
     )
 
-    def attend(self, attention, q, k, v, past=None):
-        """Returns attended values, [batch, frame, token, dim], like `Prefix`."""
+    def attend(
+        self,
+        attention: Callable,
+        q: Tokens,
+        k: OwnTokens,
+        v: OwnTokens,
+        past: kernels.Remembered = None,
+    ) -> Tokens:
+        """Returns attended values, like `Prefix`."""
         if past is not None:
             past_k, past_v = past.one()
             k = jnp.concatenate([k, past_k.astype(k.dtype)], axis=1)
@@ -121,7 +134,7 @@ def teacher_forcing(blocks: tuple[int, ...]) -> Spans:
     return Spans((*clean, *noisy))
 
 
-def _frames(x: jax.Array, spans) -> jax.Array:
+def _frames(x: Tokens, spans) -> jax.Array:
     parts = [x[:, first:end] for first, end in spans]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
@@ -161,7 +174,14 @@ class SelfAttention(_Projections):
     """
 
     @nn.compact
-    def __call__(self, x, query_rope: Rotary, key_rope: Rotary, visible, past):
+    def __call__(
+        self,
+        x: Tokens,
+        query_rope: Rotary,
+        key_rope: Rotary,
+        visible: Prefix | Spans,
+        past: kernels.Remembered,
+    ) -> tuple[Tokens, LayersKV]:
         q = self.norm("norm_q")(self.dense("q")(x))
         k = self.norm("norm_k")(self.dense("k")(x))
         v = self.dense("v")(x)
@@ -178,7 +198,7 @@ class CrossAttention(_Projections):
     """
 
     @nn.compact
-    def __call__(self, x, context: ContextKV):
+    def __call__(self, x: Tokens, context: ContextKV) -> Tokens:
         frames = x.shape[1]
         groups = context.k.shape[0] // x.shape[0]
         q = self.norm("norm_q")(self.dense("q")(x))
@@ -193,6 +213,8 @@ class ContextLayer(_Projections):
     """Keys and values of one layer's cross-attention."""
 
     @nn.compact
-    def __call__(self, carry, text):
+    def __call__(
+        self, carry: None, text: Float[Array, "batch text dim"]
+    ) -> tuple[None, ContextKV]:
         k = self.norm("norm_k")(self.dense("k")(text))
         return carry, ContextKV(k=k, v=self.dense("v")(text))

@@ -6,15 +6,27 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jaxtyping import Float, Int
 
 from anchor_jax import sharding
+from anchor_jax.axes import (
+    Array,
+    Embedding,
+    Latents,
+    Number,
+    Params,
+    RandomKey,
+    Tokens,
+)
 from anchor_jax.wan import kernels, rope
 from anchor_jax.wan.attention import (
     ContextKV,
     ContextLayer,
     CrossAttention,
     LayersKV,
+    Prefix,
     SelfAttention,
+    Spans,
     bidirectional,
 )
 from anchor_jax.wan.layers import AffineNorm, Dense, gelu, layer_norm, modulate
@@ -31,7 +43,16 @@ class Block(nn.Module):
     kernel: Any
 
     @nn.compact
-    def __call__(self, x, layer, time, query_rope, key_rope, visible, past):
+    def __call__(
+        self,
+        x: Tokens,
+        layer: tuple[ContextKV, Number],
+        time: Float[Array, "batch frame 6 dim"],
+        query_rope: rope.Rotary,
+        key_rope: rope.Rotary,
+        visible: Prefix | Spans,
+        past: kernels.LaidOut | None,
+    ) -> tuple[Tokens, LayersKV]:
         config = self.config
         context, number = layer
         if past is not None:
@@ -71,7 +92,9 @@ class Head(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, time):
+    def __call__(
+        self, x: Tokens, time: Float[Array, "batch frame dim"]
+    ) -> Float[Array, "batch frame token patch"]:
         config = self.config
         normal = nn.initializers.normal(config.dim**-0.5)
         table = self.param("modulation", normal, (2, config.dim), config.param_dtype)
@@ -94,7 +117,7 @@ class WanDit(nn.Module):
     config: ModelConfig
     kernel: Any = None
 
-    def setup(self):
+    def setup(self) -> None:
         config = self.config
         dtypes = (config.dtype, config.param_dtype)
         small = nn.initializers.normal(0.02)
@@ -111,19 +134,18 @@ class WanDit(nn.Module):
         self.head = Head(config)
 
     @property
-    def attention(self):
+    def attention(self) -> Any:
         """The kernel in use."""
         config = self.config
         if self.kernel is not None:
             return self.kernel
         return kernels.choose(jax.default_backend(), config.dtype, config.head_dim)
 
-    def project(self, embedding: jax.Array) -> ContextKV:
+    def project(self, embedding: Embedding) -> ContextKV:
         """Returns a prompt's keys and values in every layer.
 
-        Args:
-          embedding: [batch, text, text_dim]; rows past the prompt's end are zero and
-            are attended to, as in Wan2.1.
+        Rows of the embedding past the prompt's end are zero and are attended to, as in
+        Wan2.1.
         """
         text = self.text_out(gelu(self.text_in(embedding)))
         self.sow("intermediates", "text_embedding", text)
@@ -133,22 +155,22 @@ class WanDit(nn.Module):
 
     def __call__(
         self,
-        latents: jax.Array,
-        timestep: jax.Array,
+        latents: Latents,
+        timestep: Float[Array, "batch frame"],
         context: ContextKV,
-        visible,
-        query_position: jax.Array,
-        key_position: jax.Array | None = None,
-        past: LayersKV | None = None,
-    ) -> tuple[jax.Array, LayersKV]:
+        visible: Prefix | Spans,
+        query_position: Int[Array, " frame"],
+        key_position: Int[Array, " frame"] | None = None,
+        past: kernels.LaidOut | None = None,
+    ) -> tuple[Latents, LayersKV]:
         """Returns the predicted flow and the pass's own keys and values, unrotated.
 
         Args:
-          latents: [batch, frame, height, width, channel].
-          timestep: [batch, frame], 1000 sigma.
+          latents: noisy latents.
+          timestep: 1000 sigma.
           context: the prompt, from `project`.
           visible: `Prefix` or `Spans`, over own frames followed by past ones.
-          query_position: [frame], temporal RoPE index of each frame.
+          query_position: temporal RoPE index of each frame.
           key_position: the same for the keys. None takes `query_position`.
           past: past frames of every layer, with rotated keys, from
             `anchor_jax.cache.memory.lay_out`.
@@ -187,9 +209,11 @@ class WanDit(nn.Module):
 
 
 def unpatchify(
-    y: jax.Array, tokens: tuple[int, int], patch: tuple[int, int, int]
-) -> jax.Array:
-    """Returns the head's output as latents [batch, frame, height, width, channel].
+    y: Float[Array, "batch frame token patch"],
+    tokens: tuple[int, int],
+    patch: tuple[int, int, int],
+) -> Latents:
+    """Returns the head's output as latents.
 
     Source: wan/README.md, "Unpatchify"; the channel is the fastest index of a token.
     """
@@ -203,7 +227,7 @@ def unpatchify(
     )
 
 
-def init_params(config: ModelConfig, rng: jax.Array):
+def init_params(config: ModelConfig, rng: RandomKey) -> Params:
     """Returns a fresh parameter tree; use under `jax.eval_shape` for its shapes."""
     _, rows, columns = config.patch
     latents = jnp.zeros((1, 1, rows, columns, config.latent_channels), config.dtype)

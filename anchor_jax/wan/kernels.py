@@ -1,14 +1,14 @@
 """Attention kernels with one interface, and the choice of a kernel for a machine.
 
-Arrays are token-major, as the projections write them: [batch, token, dim], with the
-heads adjacent in `dim`. A kernel is static: a frozen object with
+Arrays are token-major, as the projections write them: `Flat`, with the heads
+adjacent in `dim`. A kernel is static: a frozen object with
 
 * `lay_out(x, head_dim)`: remembered keys or values, [..., batch, frame, token, dim],
   in the order of axes that the kernel reads; tokens are the last axis but one.
   `in_place` says that this moves nothing. `pad(x, own)`: the same, with room to whole
   tiles after the pass's `own` tokens. Both are done once for all passes of a block;
-* `attend(head_dim, q, k, v, past, seen)`: [batch, token, dim] in and out. Keys are the
-  pass's own, then those of `past`: one layer of what was laid out, or a `Past`. The
+* `attend(head_dim, q, k, v, past, seen)`: the values that the queries take. Keys are
+  the pass's own, then those of `past`: one layer of what was laid out, or a `Past`. The
   first `seen` (traced) of all these are visible. Without k and v all keys are those of
   `past`, with nothing padded;
 * `split(videos, heads)`: how a layer of what was laid out is split over mesh axes;
@@ -21,32 +21,53 @@ heads: compilers do not split a kernel by themselves.
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import struct
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Float
 
 from anchor_jax import sharding
+from anchor_jax.axes import Array, Number
 from anchor_jax.errors import UserError, suggest
 
 _LANES = 128
 _HIDDEN = -1e30
+
+Flat = Float[Array, "batch token dim"]
+Own = Float[Array, "batch own dim"]
+LaidOutArray = Float[Array, "*axes token dim"]
+
+
+@struct.dataclass
+class LaidOut:
+    """Keys and values in the order of axes that a kernel reads.
+
+    Where heads have an axis of their own, it is one of `axes`, and `dim` is a head's.
+    """
+
+    k: LaidOutArray
+    v: LaidOutArray
 
 
 @struct.dataclass
 class Past:
     """Past keys and values of all layers, laid out, and the number of a layer."""
 
-    k: jax.Array
-    v: jax.Array
-    layer: jax.Array
+    k: Float[Array, "layer *axes token dim"]
+    v: Float[Array, "layer *axes token dim"]
+    layer: Number
 
-    def one(self) -> tuple[jax.Array, jax.Array]:
+    def one(self) -> tuple[LaidOutArray, LaidOutArray]:
         """Returns the keys and values of the layer."""
         pick = jax.lax.dynamic_index_in_dim
         return tuple(pick(x, self.layer, keepdims=False) for x in (self.k, self.v))
+
+
+Remembered = LaidOut | Past | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,18 +81,28 @@ class Plain:
         del dtype, head_dim
         return ""
 
-    def lay_out(self, x: jax.Array, head_dim: int) -> jax.Array:
+    def lay_out(
+        self, x: Float[Array, "*axes frame token dim"], head_dim: int
+    ) -> Float[Array, "*axes frames_tokens dim"]:
         del head_dim
         return rearrange(x, "... f t d -> ... (f t) d")
 
-    def split(self, videos, heads) -> P:
+    def split(self, videos: tuple[str, ...], heads: tuple[str, ...]) -> P:
         return P(videos, None, heads)
 
-    def pad(self, x: jax.Array, own: int) -> jax.Array:
+    def pad(self, x: LaidOutArray, own: int) -> LaidOutArray:
         del own
         return x
 
-    def attend(self, head_dim: int, q, k, v, past=None, seen=None):
+    def attend(
+        self,
+        head_dim: int,
+        q: Flat,
+        k: Own | None,
+        v: Own | None,
+        past: Remembered = None,
+        seen: Number | None = None,
+    ) -> Flat:
         k, v = _joined(k, v, past)
         q, k, v = (rearrange(x, "b t (h d) -> b t h d", d=head_dim) for x in (q, k, v))
         if seen is not None:
@@ -101,10 +132,12 @@ class _ByHead:
 
     in_place = False
 
-    def lay_out(self, x: jax.Array, head_dim: int) -> jax.Array:
+    def lay_out(
+        self, x: Float[Array, "*axes frame token dim"], head_dim: int
+    ) -> Float[Array, "*axes head frames_tokens {head_dim}"]:
         return rearrange(x, "... f t (h d) -> ... h (f t) d", d=head_dim)
 
-    def split(self, videos, heads) -> P:
+    def split(self, videos: tuple[str, ...], heads: tuple[str, ...]) -> P:
         return P(videos, heads, None, None)
 
 
@@ -122,11 +155,19 @@ class Heads(_ByHead):
         del dtype, head_dim
         return ""
 
-    def pad(self, x: jax.Array, own: int) -> jax.Array:
+    def pad(self, x: LaidOutArray, own: int) -> LaidOutArray:
         del own
         return x
 
-    def attend(self, head_dim: int, q, k, v, past=None, seen=None):
+    def attend(
+        self,
+        head_dim: int,
+        q: Flat,
+        k: Own | None,
+        v: Own | None,
+        past: Remembered = None,
+        seen: Number | None = None,
+    ) -> Flat:
         own = 0 if k is None else k.shape[1]
         keys = own + (0 if past is None else past.k.shape[-2])
         q, k, v = _heads_first(head_dim, q, k, v)
@@ -152,11 +193,19 @@ class Splash(_ByHead):
             return f"a head of {head_dim} is not a multiple of {_LANES}"
         return ""
 
-    def pad(self, x: jax.Array, own: int) -> jax.Array:
+    def pad(self, x: LaidOutArray, own: int) -> Float[Array, "*axes padded dim"]:
         whole = own + x.shape[-2]
         return _padded(x, _tile(whole, self.most_keys)[1] - own)
 
-    def attend(self, head_dim: int, q, k, v, past=None, seen=None):
+    def attend(
+        self,
+        head_dim: int,
+        q: Flat,
+        k: Own | None,
+        v: Own | None,
+        past: Remembered = None,
+        seen: Number | None = None,
+    ) -> Flat:
         queries = q.shape[1]
         q, k, v = _heads_first(head_dim, q, k, v)
         k, v = _joined(k, v, past)
@@ -209,7 +258,15 @@ class Splash(_ByHead):
         return attend
 
 
-def attend(kernel, head_dim: int, q, k, v, past=None, seen=None) -> jax.Array:
+def attend(
+    kernel: Any,
+    head_dim: int,
+    q: Flat,
+    k: Own | None,
+    v: Own | None,
+    past: Remembered = None,
+    seen: Number | None = None,
+) -> Flat:
     """Returns `kernel.attend`; on a mesh each device has its own videos and heads.
 
     The mesh is that of `jax.set_mesh`. Without a mesh, or on one device, nothing is
@@ -240,13 +297,13 @@ _NEEDS = {"cudnn": "gpu", "splash": "tpu"}
 PREFERRED = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn", "cpu": "heads"}
 
 
-def choose(platform: str, dtype: str, head_dim: int):
+def choose(platform: str, dtype: str, head_dim: int) -> Any:
     """Returns the fastest kernel that can serve a model on a machine."""
     kernel = KERNELS[PREFERRED.get(platform, "plain")]
     return KERNELS["plain"] if kernel.refuses(dtype, head_dim) else kernel
 
 
-def named(name: str, dtype: str, head_dim: int):
+def named(name: str, dtype: str, head_dim: int) -> Any:
     """Returns the kernel of a name; None for `auto`, which depends on the machine.
 
     Raises:

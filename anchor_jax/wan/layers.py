@@ -3,8 +3,10 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from anchor_jax import sharding
+from anchor_jax.axes import Array, Tokens
 
 
 class Dense(nn.Module):
@@ -21,7 +23,9 @@ class Dense(nn.Module):
     init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(
+        self, x: Float[Array, "*axes wide"]
+    ) -> Float[Array, "*axes {self.features}"]:
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", self.init, shape, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, shape[1:], self.param_dtype)
@@ -51,7 +55,7 @@ class RmsNorm(nn.Module):
     param_dtype: str
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
         ones = nn.initializers.ones
         scale = self.param("scale", ones, x.shape[-1:], self.param_dtype)
         x32 = x.astype(jnp.float32)
@@ -60,7 +64,7 @@ class RmsNorm(nn.Module):
         return y * scale.astype(self.dtype)
 
 
-def layer_norm(x: jax.Array, eps: float) -> jax.Array:
+def layer_norm(x: Float[Array, "*axes"], eps: float) -> Float[Array, "*axes"]:
     """Returns `x` with mean 0 and variance 1 over its last axis, in its dtype."""
     x32 = x.astype(jnp.float32)
     mean = jnp.mean(x32, axis=-1, keepdims=True)
@@ -76,7 +80,7 @@ class AffineNorm(nn.Module):
     param_dtype: str
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
         ones, zeros = nn.initializers.ones, nn.initializers.zeros
         scale = self.param("scale", ones, x.shape[-1:], self.param_dtype)
         bias = self.param("bias", zeros, x.shape[-1:], self.param_dtype)
@@ -84,17 +88,15 @@ class AffineNorm(nn.Module):
         return (y * scale + bias).astype(x.dtype)
 
 
-def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    """Returns x (1 + scale) + shift, with one shift and scale per latent frame.
-
-    Args:
-      x: [batch, frame, token, dim].
-      shift: [batch, frame, dim].
-      scale: [batch, frame, dim].
-    """
+def modulate(
+    x: Tokens,
+    shift: Float[Array, "batch frame dim"],
+    scale: Float[Array, "batch frame dim"],
+) -> Tokens:
+    """Returns x (1 + scale) + shift, with one shift and scale per latent frame."""
     return x * (1 + scale[:, :, None]) + shift[:, :, None]
 
 
-def gelu(x: jax.Array) -> jax.Array:
+def gelu(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
     """Returns the tanh form of GELU."""
     return nn.gelu(x, approximate=True)

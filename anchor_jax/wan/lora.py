@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from anchor_jax.axes import Params, RandomKey
+
 
 def is_target(path: tuple[str, ...]) -> bool:
     """Returns whether a parameter takes an update, which every matrix in a block does.
@@ -17,7 +19,7 @@ def is_target(path: tuple[str, ...]) -> bool:
     return path[0] in ("blocks", "context") and path[-1] == "kernel"
 
 
-def init(params, rank: int, rng: jax.Array):
+def init(params: Params, rank: int, rng: RandomKey) -> Params:
     """Returns fresh updates `a` [layer, in, rank] and `b` [layer, rank, out].
 
     `a` is uniform within 1 / sqrt(in) and `b` is zero, so the initial update is zero.
@@ -36,13 +38,13 @@ def init(params, rank: int, rng: jax.Array):
     return traverse_util.unflatten_dict(adapters)
 
 
-def ranks(adapters) -> set[int]:
+def ranks(adapters: Params) -> set[int]:
     """Returns the ranks of updates."""
     found = traverse_util.flatten_dict(adapters)
     return {leaf.shape[-1] for path, leaf in found.items() if path[-1] == "a"}
 
 
-def merge(params, adapters):
+def merge(params: Params, adapters: Params) -> Params:
     """Returns the parameters with each update's product added to its kernel."""
     leaves = traverse_util.flatten_dict(params)
     found = traverse_util.flatten_dict(adapters)

@@ -1,23 +1,25 @@
 """Three-axis rotary position embedding and the sinusoid of timesteps."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import struct
+from jaxtyping import Float, Float32, Int
+
+from anchor_jax.axes import Array
 
 _STRIDE = 1024
 
 
 @struct.dataclass
 class Rotary:
-    """Rotation of every token: `cos` and `sin`, [frame, token, head dim].
+    """Rotation of every token.
 
     Both channels of a pair have its angle; `sin` is negative in the first of them.
     """
 
-    cos: jax.Array
-    sin: jax.Array
+    cos: Float32[Array, "frame token head_dim"]
+    sin: Float32[Array, "frame token head_dim"]
 
 
 def axis_pairs(head_dim: int) -> tuple[int, int, int]:
@@ -30,15 +32,17 @@ def axis_pairs(head_dim: int) -> tuple[int, int, int]:
     return pairs - 2 * side, side, side
 
 
-def frequencies(pairs: int, theta: float = 10000.0) -> np.ndarray:
+def frequencies(pairs: int, theta: float = 10000.0) -> Float[Array, " {pairs}"]:
     """Returns theta^(-i / pairs) for each pair, in float64."""
     return theta ** (-np.arange(pairs, dtype=np.float64) / pairs)
 
 
-def cos_sin(position: jax.Array, freq: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """Returns cos and sin of position * freq, shape [..., pairs], in float32.
+def cos_sin(
+    position: Int[Array, "*axes"], freq: Float[Array, " pairs"]
+) -> tuple[Float32[Array, "*axes pairs"], Float32[Array, "*axes pairs"]]:
+    """Returns cos and sin of position * freq.
 
-    `position` is a non-negative int32. It is split as 1024 a + b, both looked up in
+    `position` is not negative. It is split as 1024 a + b, both looked up in
     tables made in float64 and joined by the addition theorem, so that the error stays
     near 1e-7 up to a million. float32 products would lose the phase.
     """
@@ -54,7 +58,7 @@ def cos_sin(position: jax.Array, freq: np.ndarray) -> tuple[jax.Array, jax.Array
 
 
 def rotary(
-    position: jax.Array,
+    position: Int[Array, " frame"],
     tokens: tuple[int, int],
     head_dim: int,
     theta: float = 10000.0,
@@ -62,7 +66,7 @@ def rotary(
     """Returns the rotation of latent frames at the given temporal positions.
 
     Args:
-      position: [frame], int32; the temporal index of each frame, traced.
+      position: the temporal index of each frame, traced.
       tokens: rows and columns of tokens in a frame.
       head_dim: channels of one attention head.
       theta: base of the frequencies. Each axis has its own spectrum.
@@ -88,19 +92,23 @@ def rotary(
     return of_pairs(combine(cos, np.cos), combine(sin, np.sin))
 
 
-def of_pairs(cos: jax.Array, sin: jax.Array) -> Rotary:
-    """Returns the rotation by angles of pairs, [frame, token, pairs]."""
+def of_pairs(
+    cos: Float32[Array, "frame token pairs"], sin: Float32[Array, "frame token pairs"]
+) -> Rotary:
+    """Returns the rotation by angles of pairs."""
     return Rotary(
         cos=jnp.repeat(cos, 2, axis=-1),
         sin=rearrange(jnp.stack([-sin, sin], axis=-1), "f t p two -> f t (p two)"),
     )
 
 
-def rotate(x: jax.Array, by: Rotary) -> jax.Array:
+def rotate(
+    x: Float[Array, "*axes frame token dim"], by: Rotary
+) -> Float[Array, "*axes frame token dim"]:
     """Returns `x` with adjacent channel pairs (2i, 2i + 1) rotated, in its dtype.
 
     Args:
-      x: [..., frame, token, dim], heads adjacent in `dim`.
+      x: heads are adjacent in `dim`.
       by: rotation of every frame and token for one head.
     """
     head_dim = by.cos.shape[-1]
@@ -112,8 +120,10 @@ def rotate(x: jax.Array, by: Rotary) -> jax.Array:
     return turned.astype(x.dtype).reshape(x.shape)
 
 
-def timestep_sinusoid(timestep: jax.Array, dim: int) -> jax.Array:
-    """Returns [cos, sin] of timestep * 10000^(-i / (dim / 2)), shape [..., dim].
+def timestep_sinusoid(
+    timestep: Float[Array, "*axes"], dim: int
+) -> Float[Array, "*axes {dim}"]:
+    """Returns [cos, sin] of timestep * 10000^(-i / (dim / 2)).
 
     The whole part of the timestep, in [0, 1000], is looked up exactly. The rest, below
     1, is small enough for float32.
@@ -129,10 +139,12 @@ def timestep_sinusoid(timestep: jax.Array, dim: int) -> jax.Array:
     return jnp.concatenate([cos, sin_n * cos_r + cos_n * sin_r], axis=-1)
 
 
-def table(position: np.ndarray, head_dim: int) -> np.ndarray:
+def table(
+    position: Int[Array, " position"], head_dim: int
+) -> Float[Array, "position {head_dim//2}"]:
     """Returns the angles of all three axes at equal positions, in float64.
 
-    The shape is [position, pairs]. It serves only inspection and tests.
+    It serves only inspection and tests.
     """
     freq = np.concatenate([frequencies(pairs) for pairs in axis_pairs(head_dim)])
     return np.asarray(position, np.float64)[:, None] * freq

@@ -7,8 +7,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
+from anchor_jax.axes import Array
 from anchor_jax.wan.spec import WAN_2_1
+
+TextTokens = Float[Array, "batch text dim"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +55,8 @@ class TextConfig:
 
 
 def relative_bucket(
-    distance: np.ndarray, num_buckets: int = 32, max_distance: int = 128
-) -> np.ndarray:
+    distance: Int[Array, "*axes"], num_buckets: int = 32, max_distance: int = 128
+) -> Int[Array, "*axes"]:
     """Returns the bucket of each distance (key position minus query position), int32.
 
     The upper half of the buckets is for keys after the query. In each half, the first
@@ -95,7 +99,7 @@ class Umt5Norm(nn.Module):
     config: TextConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
         config = self.config
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:], self._held())
         wide = x.astype(jnp.float32)
@@ -117,8 +121,10 @@ class Umt5Attention(nn.Module):
     config: TextConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, bias: jax.Array) -> jax.Array:
-        """Returns [B, T, dim] from x [B, T, dim] and bias [B, heads, query, key]."""
+    def __call__(
+        self, x: TextTokens, bias: Float[Array, "batch head text text"]
+    ) -> TextTokens:
+        """Returns the attended tokens; the last two axes of bias are query and key."""
         config = self.config
         inner, std = config.attention_dim, config.dim**-0.5
         q = _dense(config, inner, std * config.head_dim**-0.5, "q")(x)
@@ -141,7 +147,7 @@ class Umt5FeedForward(nn.Module):
     config: TextConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: TextTokens) -> TextTokens:
         config = self.config
         width, std = config.ffn_dim, config.dim**-0.5
         gate = nn.gelu(_dense(config, width, std, "gate")(x), approximate=True)
@@ -156,14 +162,17 @@ class Umt5Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, mask: jax.Array, buckets: jax.Array
-    ) -> tuple[jax.Array, None]:
-        """Runs one layer on x [B, T, dim].
+        self,
+        x: TextTokens,
+        mask: Bool[Array, "batch text"],
+        buckets: Int[Array, "text text"],
+    ) -> tuple[TextTokens, None]:
+        """Runs one layer.
 
         Args:
           x: Activations.
-          mask: [B, T], false at padding.
-          buckets: [query, key], the bucket of each pair of positions.
+          mask: false at padding.
+          buckets: the bucket of each pair of a query and a key.
         """
         bias = self._bias(mask, buckets)
         normed = Umt5Norm(self.config, name="norm1")(x)
@@ -173,8 +182,10 @@ class Umt5Block(nn.Module):
         self.sow("intermediates", "output", x)
         return x, None
 
-    def _bias(self, mask: jax.Array, buckets: jax.Array) -> jax.Array:
-        """Returns the bias of the logits, [B, heads, query, key].
+    def _bias(
+        self, mask: Bool[Array, "batch text"], buckets: Int[Array, "text text"]
+    ) -> Float[Array, "batch head text text"]:
+        """Returns the bias of the logits.
 
         A masked key gets the most negative finite number in place of its bias.
         """
@@ -207,12 +218,16 @@ class Umt5Encoder(nn.Module):
     config: TextConfig
 
     @nn.compact
-    def __call__(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
-        """Returns the conditioning [B, T, dim]; rows of padding are zero.
+    def __call__(
+        self,
+        ids: Int[Array, "batch text"],
+        mask: Int[Array, "batch text"] | Bool[Array, "batch text"],
+    ) -> TextTokens:
+        """Returns the conditioning; rows of padding are zero.
 
         Args:
-          ids: [B, T] token ids, padded on the right.
-          mask: [B, T], 1 at tokens and 0 at padding.
+          ids: token ids, padded on the right.
+          mask: 1 at tokens and 0 at padding.
         """
         config = self.config
         mask = mask.astype(bool)
@@ -231,8 +246,8 @@ class Umt5Encoder(nn.Module):
         self.sow("intermediates", "encoded", x)
         return jnp.where(mask[:, :, None], x, jnp.zeros_like(x))
 
-    def _embed(self, ids: jax.Array) -> jax.Array:
-        """Returns the token embeddings [B, T, dim]."""
+    def _embed(self, ids: Int[Array, "batch text"]) -> TextTokens:
+        """Returns the token embeddings."""
         config = self.config
         return nn.Embed(
             config.vocab,
@@ -243,8 +258,8 @@ class Umt5Encoder(nn.Module):
             name="token_embedding",
         )(ids)
 
-    def _buckets(self, length: int) -> jax.Array:
-        """Returns the bucket of key minus query, [query, key]."""
+    def _buckets(self, length: int) -> Int[Array, "query key"]:
+        """Returns the bucket of key minus query."""
         place = np.arange(length)
         distance = place[None, :] - place[:, None]
         config = self.config

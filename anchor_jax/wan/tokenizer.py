@@ -9,8 +9,12 @@ import warnings
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from jaxtyping import Int32
 
+from anchor_jax.axes import Array
 from anchor_jax.wan.spec import WAN_2_1
+
+Ids = Int32[Array, "batch text"]
 
 PAD = 0
 END = 1
@@ -81,8 +85,8 @@ class Tokenizer(abc.ABC):
     def _beginning(self, cleaned: str, row: Sequence[int]) -> str:
         """Returns the beginning of a text that its first ids spell."""
 
-    def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns ids and mask, both int32 [B, text_len]; each row ends in `</s>`.
+    def encode(self, prompts: Sequence[str]) -> tuple[Ids, Ids]:
+        """Returns ids and mask; each row of ids ends in `</s>`.
 
         A longer prompt is cut, with a `CutWarning` unless `cut` was called for it.
         """
@@ -182,10 +186,8 @@ def clean_prompt(text: str) -> str:
     return " ".join(text.split())
 
 
-def pad_ids(
-    rows: Sequence[Sequence[int]], text_len: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns ids and mask, int32 [B, text_len], for rows without end tokens.
+def pad_ids(rows: Sequence[Sequence[int]], text_len: int) -> tuple[Ids, Ids]:
+    """Returns ids and mask for rows without end tokens.
 
     Each row is cut to leave room for `</s>`, which is then appended.
     """

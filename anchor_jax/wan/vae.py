@@ -9,10 +9,15 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
+from anchor_jax.axes import Array, Latents, Params, Pixels
 from anchor_jax.wan.spec import WAN_2_1, pixel_frames
 
 Past = Any  # nested dicts of the frames that the causal layers look back at
+
+Features = Float[Array, "batch frame height width channel"]
+Resized = Float[Array, "batch new_frame new_height new_width new_channel"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +88,8 @@ class VaeConfig:
 class VaeState:
     """The state of a streamed encode or decode: the last inputs of each causal layer.
 
-    `past` is nested like the parameters. A convolution keeps 2 frames [B, 2, H, W, C];
-    the encoder's temporal downsamplers keep 1. Frames before the stream are zero.
+    `past` is nested like the parameters. A convolution keeps 2 frames; the
+    encoder's temporal downsamplers keep 1. Frames before the stream are zero.
     """
 
     past: Past
@@ -160,12 +165,17 @@ class CausalConv(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, past: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array]:
-        """Returns [B, F / stride, H, W, features], and the new past.
+        self,
+        x: Features,
+        past: Float[Array, "batch before height width channel"] | None,
+    ) -> tuple[
+        Float[Array, "batch new_frame height width {self.features}"],
+        Float[Array, "batch kept height width channel"],
+    ]:
+        """Returns the features of every `stride`-th frame, and the new past.
 
         Args:
-          x: [B, F, H, W, C].
+          x: frames of the layer before.
           past: The frames before x, as many as the last call kept: 2, or 1 with a
             stride of 2. None is two frames of zeros.
         """
@@ -193,7 +203,7 @@ class ChannelNorm(nn.Module):
     config: VaeConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Features) -> Features:
         held = jnp.dtype(self.config.param_dtype)
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:], held)
         wide = x.astype(jnp.float32)
@@ -221,8 +231,10 @@ class ResidualBlock(nn.Module):
     features: int
 
     @nn.compact
-    def __call__(self, x: jax.Array, past: Past | None) -> tuple[jax.Array, Past]:
-        """Returns [B, F, H, W, features] from x [B, F, H, W, C], and the new past."""
+    def __call__(
+        self, x: Features, past: Past | None
+    ) -> tuple[Float[Array, "batch frame height width {self.features}"], Past]:
+        """Returns the result of the two steps, and the new past."""
         config, kept = self.config, {}
         y = x
         for norm, conv in (("residual_0", "residual_2"), ("residual_3", "residual_6")):
@@ -245,8 +257,8 @@ class AttentionBlock(nn.Module):
     config: VaeConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, past: Past | None) -> tuple[jax.Array, Past]:
-        """Returns an array like x [B, F, H, W, C], and an empty past."""
+    def __call__(self, x: Features, past: Past | None) -> tuple[Features, Past]:
+        """Returns an array like x, and an empty past."""
         del past  # frames do not see one another here
         height, width, channels = x.shape[2:]
         y = ChannelNorm(self.config, name="norm")(x)
@@ -272,8 +284,10 @@ class Downsample(nn.Module):
     temporal: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array, past: Past | None) -> tuple[jax.Array, Past]:
-        """Returns [B, F', H/2, W/2, C] and the new past."""
+    def __call__(
+        self, x: Features, past: Past | None
+    ) -> tuple[Float[Array, "batch new_frame height//2 width//2 channel"], Past]:
+        """Returns the smaller frames and the new past."""
         features = x.shape[-1]
         y = nn.Conv(
             features,
@@ -306,8 +320,10 @@ class Upsample(nn.Module):
     temporal: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array, past: Past | None) -> tuple[jax.Array, Past]:
-        """Returns [B, F', 2H, 2W, C/2] and the new past."""
+    def __call__(
+        self, x: Features, past: Past | None
+    ) -> tuple[Float[Array, "batch new_frame 2*height 2*width channel//2"], Past]:
+        """Returns the larger frames, with half the channels, and the new past."""
         features, kept = x.shape[-1], {}
         if self.temporal:
             x, kept = self._double(x, past)
@@ -323,7 +339,7 @@ class Upsample(nn.Module):
         self.sow("intermediates", "output", x)
         return x, kept
 
-    def _double(self, x: jax.Array, past: Past | None) -> tuple[jax.Array, Past]:
+    def _double(self, x: Features, past: Past | None) -> tuple[Resized, Past]:
         """Returns two frames for each of x, but one for the first of a stream.
 
         The convolution never sees that first frame: it starts at the second, with
@@ -342,7 +358,7 @@ class Trunk(nn.Module):
 
     config: VaeConfig
 
-    def run(self, x: jax.Array, past: Past | None) -> tuple[jax.Array, Past]:
+    def run(self, x: Features, past: Past | None) -> tuple[Resized, Past]:
         """Returns the output of the layers and head on x, and the new past.
 
         All of x is in memory at once at every level; `stream` does the same in pieces.
@@ -355,14 +371,14 @@ class Trunk(nn.Module):
         return x, kept
 
     def stream(
-        self, x: jax.Array, past: Past | None, piece: int
-    ) -> tuple[jax.Array, Past]:
+        self, x: Features, past: Past | None, piece: int
+    ) -> tuple[Resized, Past]:
         """Returns the result of `run`, computed in a loop over pieces of x.
 
         Only the first frame of a stream, which runs apart, records intermediates.
 
         Args:
-          x: [B, k * piece, H, W, C], and one more frame first where past is None.
+          x: k * piece frames, and one more first where past is None.
           past: past from the previous call, or None at the start of a stream.
           piece: number of frames that run together, which are those of one latent
             frame.
@@ -380,8 +396,8 @@ class Trunk(nn.Module):
 
 
 @functools.partial(nn.scan, variable_broadcast="params", split_rngs={"params": False})
-def _scan_pieces(trunk: Trunk, past: Past, x: jax.Array) -> tuple[Past, jax.Array]:
-    """Returns the last past, and the outputs on pieces x [k, B, F, H, W, C]."""
+def _scan_pieces(trunk: Trunk, past: Past, x: Features) -> tuple[Past, Resized]:
+    """Returns the last past, and the outputs on pieces x, one along its first axis."""
     y, past = trunk.run(x, past)
     return past, y
 
@@ -405,7 +421,7 @@ class Encoder(Trunk):
     Source: wan/README.md, "VAE encoder".
     """
 
-    def setup(self):
+    def setup(self) -> None:
         config = self.config
         stages = []
         for level, mult in enumerate(config.dim_mult):
@@ -431,7 +447,7 @@ class Decoder(Trunk):
     Source: wan/README.md, "VAE decoder".
     """
 
-    def setup(self):
+    def setup(self) -> None:
         config = self.config
         stages = []
         temporal = config.temporal_downsample[::-1]
@@ -456,9 +472,9 @@ class Decoder(Trunk):
 class WanVae(nn.Module):
     """The VAE of Wan with the mean as its code; channels last.
 
-    Pixels [B, 1 + 4k, H, W, 3] in [-1, 1] and latents [B, 1 + k, H/8, W/8, z_dim] of
-    about unit variance, for the strides 4 and 8 of Wan2.1. The first latent frame makes
-    one pixel frame, every other as many as the stride in time.
+    Pixels are in [-1, 1] and latents of about unit variance. With the strides 4 and 8
+    of Wan2.1, 1 + 4k frames of H x W pixels are 1 + k latent frames of H/8 x W/8: the
+    first latent frame makes one pixel frame, every other as many as the stride in time.
     A stream is decoded in pieces of any length, with the state of one call passed to
     the next; the pieces make the same video as the whole. The first call of a stream
     passes None, and compiles apart from the others. However long the piece, one latent
@@ -469,18 +485,18 @@ class WanVae(nn.Module):
 
     config: VaeConfig
 
-    def setup(self):
+    def setup(self) -> None:
         config = self.config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.conv1 = _pointwise(config, 2 * config.z_dim)
         self.conv2 = _pointwise(config, config.z_dim)
 
-    def __call__(self, pixels: jax.Array) -> jax.Array:
+    def __call__(self, pixels: Pixels) -> Pixels:
         """Returns the pixels after encoding and decoding."""
         return self.decode(self.encode(pixels))
 
-    def encode(self, pixels: jax.Array) -> jax.Array:
+    def encode(self, pixels: Pixels) -> Latents:
         """Returns the latents of a video, float32.
 
         Pixel frames beyond the last 1 + 4k are dropped.
@@ -490,8 +506,8 @@ class WanVae(nn.Module):
         return self.encode_stream(pixels[:, :whole], None)[0]
 
     def encode_stream(
-        self, pixels: jax.Array, state: VaeState | None
-    ) -> tuple[jax.Array, VaeState]:
+        self, pixels: Pixels, state: VaeState | None
+    ) -> tuple[Latents, VaeState]:
         """Returns the latents of the next pixel frames, float32, and the new state.
 
         A stream's first call takes 1 + 4k frames, every other 4k.
@@ -501,8 +517,8 @@ class WanVae(nn.Module):
         return ((mean - centre) * inverse).astype(jnp.float32), state
 
     def encode_mean(
-        self, pixels: jax.Array, state: VaeState | None = None
-    ) -> tuple[jax.Array, VaeState]:
+        self, pixels: Pixels, state: VaeState | None = None
+    ) -> tuple[Latents, VaeState]:
         """Returns the mean of the latents' distribution, not yet normalised."""
         self._check_pixels(pixels, state)
         past = None if state is None else state.past
@@ -511,20 +527,20 @@ class WanVae(nn.Module):
         mean, _ = jnp.split(self.conv1(x), 2, axis=-1)
         return mean, VaeState(past=past)
 
-    def decode(self, latents: jax.Array) -> jax.Array:
+    def decode(self, latents: Latents) -> Pixels:
         """Returns the video of the latents, float32 in [-1, 1]."""
         return self.decode_stream(latents, None)[0]
 
     def decode_stream(
-        self, latents: jax.Array, state: VaeState | None
-    ) -> tuple[jax.Array, VaeState]:
+        self, latents: Latents, state: VaeState | None
+    ) -> tuple[Pixels, VaeState]:
         """Returns the next pixel frames, float32 in [-1, 1], and the new state."""
         pixels, state = self.decode_raw(latents, state)
         return jnp.clip(pixels.astype(jnp.float32), -1.0, 1.0), state
 
     def decode_raw(
-        self, latents: jax.Array, state: VaeState | None = None
-    ) -> tuple[jax.Array, VaeState]:
+        self, latents: Latents, state: VaeState | None = None
+    ) -> tuple[Pixels, VaeState]:
         """Returns the result of `decode_stream` before clipping."""
         latents = latents.astype(self.config.dtype)
         centre, inverse = self._normal(latents.dtype)
@@ -533,14 +549,14 @@ class WanVae(nn.Module):
         pixels, past = self.decoder.stream(x, past, 1)
         return self._unpatched(pixels), VaeState(past=past)
 
-    def _patched(self, pixels: jax.Array) -> jax.Array:
+    def _patched(self, pixels: Pixels) -> Resized:
         """Returns pixels with each patch's rows and columns along channels."""
         size = self.config.pixel_patch
         return einops.rearrange(
             pixels, "b f (h y) (w x) c -> b f h w (c x y)", y=size, x=size
         )
 
-    def _unpatched(self, patches: jax.Array) -> jax.Array:
+    def _unpatched(self, patches: Features) -> Pixels:
         """Returns the inverse of `_patched`."""
         size = self.config.pixel_patch
         return einops.rearrange(
@@ -554,7 +570,7 @@ class WanVae(nn.Module):
             config.latent_std, dtype
         )
 
-    def _check_pixels(self, pixels: jax.Array, state: VaeState | None) -> None:
+    def _check_pixels(self, pixels: Pixels, state: VaeState | None) -> None:
         """Raises ValueError if the number of frames or their size cannot be halved."""
         stride, grid = self.config.temporal_stride, self.config.spatial_stride
         frames, height, width = pixels.shape[1:4]
@@ -577,8 +593,10 @@ class VaeCodec:
 
     config: VaeConfig = VaeConfig()
 
-    def decode(self, params, state: VaeState | None, latents: jax.Array):
-        """Returns pixels [batch, frame, height, width, 3] in [-1, 1], and the state.
+    def decode(
+        self, params: Params, state: VaeState | None, latents: Latents
+    ) -> tuple[Pixels, VaeState]:
+        """Returns pixels in [-1, 1], and the state.
 
         State None begins a video, whose first latent makes one pixel frame.
         """
@@ -586,6 +604,6 @@ class VaeCodec:
             {"params": params}, latents, state, method="decode_stream"
         )
 
-    def encode(self, params, pixels: jax.Array) -> jax.Array:
-        """Returns the latents of a video's pixels [batch, 1 + 4k, height, width, 3]."""
+    def encode(self, params: Params, pixels: Pixels) -> Latents:
+        """Returns the latents of a video of 1 + 4k frames."""
         return WanVae(self.config).apply({"params": params}, pixels, method="encode")

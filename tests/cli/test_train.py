@@ -10,6 +10,7 @@ import sys
 import types
 
 import bundles
+import chex
 import jax
 import numpy as np
 import pytest
@@ -89,10 +90,7 @@ def test_a_step_of_a_run_is_a_bundle(trained):
     earlier, last = load_bundle(str(trained / "2")), load_bundle(str(trained))
 
     mean = checkpoint.restore(trained / "2", "ema")["params"]
-    for ours, theirs in zip(
-        jax.tree.leaves(earlier.variables["params"]), jax.tree.leaves(mean), strict=True
-    ):
-        np.testing.assert_array_equal(ours, theirs)
+    chex.assert_trees_all_equal(earlier.variables["params"], mean)
     assert (earlier.metadata["step"], last.metadata["step"]) == (2, 4)
     assert earlier.digest != last.digest
     with pytest.raises(UserError, match="3"):
@@ -104,12 +102,7 @@ def test_a_runs_weights_are_a_bundle(trained, weights):
     loaded, base = load_bundle(str(trained)), load_bundle(str(weights))
 
     mean = checkpoint.restore(trained, "ema")
-    for ours, theirs in zip(
-        jax.tree.leaves(loaded.variables["params"]),
-        jax.tree.leaves(mean["params"]),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(ours, theirs)
+    chex.assert_trees_all_equal(loaded.variables["params"], mean["params"])
     assert loaded.digest != base.digest
     assert loaded.metadata["training"]["stage"] == "regression"
     # The text encoder was trained too, the codec was not.
@@ -179,11 +172,9 @@ def test_a_run_is_extended_exactly(weights, tmp_path, capsys):
     assert "Resuming at step 2." in printed
     assert train(weights, whole, *STEADY) == 0
     assert checkpoint.last_step(part) == 4
-    equal = jax.tree.map(
-        lambda one, other: (np.asarray(one) == np.asarray(other)).all(),
-        *(checkpoint.restore(folder, "generator") for folder in (part, whole)),
+    chex.assert_trees_all_equal(
+        *(checkpoint.restore(folder, "generator") for folder in (part, whole))
     )
-    assert jax.tree.all(equal)
     assert json.loads((part / "config.json").read_text())["steps"] == 4
 
     # Fewer steps than the run has made.
@@ -302,17 +293,17 @@ def test_a_critic_goes_on_from_the_stage_before(distilled, weights, tmp_path):
     job = run.open_job(run.read_config(config), tell=lambda line: None)
 
     began = job.prepared.state.fake_score["params"]
-    jax.tree.map(np.testing.assert_array_equal, began, stored)
+    chex.assert_trees_all_equal(began, stored)
     teacher = load_bundle(config.teacher).variables["params"]
     moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), began, teacher)
     assert any(jax.tree.leaves(moved))
     # By default, and without a mean, it is the generator.
     mean = checkpoint.restore(folder, "ema")["params"]
     generator = load_bundle(str(folder)).variables["params"]
-    jax.tree.map(np.testing.assert_array_equal, generator, mean)
+    chex.assert_trees_all_equal(generator, mean)
     read = load_bundle(str(weights), network="critic").variables["params"]
     given = load_bundle(str(weights)).variables["params"]
-    jax.tree.map(np.testing.assert_array_equal, read, given)
+    chex.assert_trees_all_equal(read, given)
 
 
 @pytest.mark.slow

@@ -203,9 +203,10 @@ def test_a_prepared_session_compiles_nothing_and_says_what_it_does():
 
 
 @pytest.mark.slow
-def test_any_switch_is_warm_after_a_warm_up_without_a_script():
+def test_any_switch_is_warm_after_a_warm_up_without_a_script(monkeypatch):
     session = make()
     session.warm_up()
+    tiny.trace_at_most(monkeypatch, advance=0, _recache=0)
     sizes = stream.switch._cache_size()
 
     for _ in range(7):

@@ -4,12 +4,15 @@ import dataclasses
 import functools
 import warnings
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
+from anchor_jax import trees
+from anchor_jax.cache import store
 from anchor_jax.cache.memory import lay_out
 from anchor_jax.cache.policies import Flush, Keep, Policy, Recache, RecachePass
 from anchor_jax.cache.positions import Absolute, Relative
@@ -82,10 +85,11 @@ def standing(settings, blocks, switches=()):
 
 
 @pytest.mark.slow
-def test_one_program_serves_200_blocks_with_20_switches():
+def test_one_program_serves_200_blocks_with_20_switches(monkeypatch):
     settings = dataclasses.replace(PAPER, levels=few_step_levels((1000,), 5.0))
     before = stream.step._cache_size(), stream.switch._cache_size()
     switches = [7, 8, 12, *range(40, 560, 30)][:20]
+    tiny.trace_at_most(monkeypatch, advance=1, _recache=3)
 
     state, _ = tiny.run(settings, 200, switches)
 
@@ -97,14 +101,23 @@ def test_one_program_serves_200_blocks_with_20_switches():
 
 
 @pytest.mark.slow
-def test_equal_policies_share_a_program():
+def test_equal_policies_share_a_program(monkeypatch):
     tiny.run(PAPER, 1)
     before = stream.step._cache_size()
 
     again = tiny.setup(dataclasses.replace(PAPER.policy, window=12))
+    tiny.trace_at_most(monkeypatch, advance=0)
     tiny.run(again, 1)
 
     assert stream.step._cache_size() == before
+
+
+def test_a_warm_cache_of_programs_hides_no_trace(monkeypatch):
+    other = dataclasses.replace(PAPER, levels=few_step_levels((987,), 5.0))
+    tiny.trace_at_most(monkeypatch, advance=0)
+
+    with pytest.raises(AssertionError, match="traced > 0 times"):
+        tiny.run(other, 1)
 
 
 @pytest.mark.slow
@@ -119,6 +132,25 @@ def test_state_keeps_its_shapes_through_steps_and_switches(settings):
 
     assert shapes(state) == fresh
     assert shapes(tiny.switch(settings, state, 1, 2)) == fresh
+
+
+def test_a_block_that_changes_the_states_types_is_refused(monkeypatch):
+    def commit(stored, own, plan):
+        return trees.cast(stored, jnp.bfloat16)
+
+    given = (tiny.variables(), standing(PAPER, 1), tiny.noise(1, PAPER))
+    monkeypatch.setattr(store, "commit", commit)
+
+    with pytest.raises(AssertionError, match="types: bfloat16 != float32"):
+        jax.eval_shape(functools.partial(stream.advance, setup=PAPER), *given)
+
+
+def test_keys_without_a_slot_are_refused():
+    cache = standing(PAPER, 1).cache
+    plan, _ = PAPER.policy.write(cache.index)
+
+    with pytest.raises(AssertionError, match="assert_shape"):
+        store.commit(cache.slots, store.take(cache.slots, 0, 4), plan)
 
 
 @pytest.mark.slow
@@ -352,11 +384,7 @@ def test_independent_sessions_step_together_under_vmap():
         after, block = step(PAPER, alone, SESSIONS[i][1])
         ours = jax.tree.map(lambda x, i=i: x[i], (state, blocks.latents))
         np.testing.assert_allclose(ours[1], block.latents, rtol=0, atol=2e-5)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5),
-            ours[0],
-            after,
-        )
+        chex.assert_trees_all_close(ours[0], after, rtol=0, atol=2e-5)
 
 
 @pytest.mark.slow
@@ -376,11 +404,7 @@ def test_switch_acts_on_one_session_of_a_batch_by_dynamic_index():
     )
 
     expected = [*states[:2], tiny.switch(PAPER, tiny.copy(states[2]), 4, 27)]
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5),
-        after,
-        stacked(expected),
-    )
+    chex.assert_trees_all_close(after, stacked(expected), rtol=0, atol=2e-5)
     assert far(after.cache.slots.v[2], states[2].cache.slots.v) > 1e-3
 
 
@@ -710,4 +734,4 @@ def test_bfloat16_streams_run_with_every_solver(solver):
 
     assert block.latents.dtype == solver.dtype("bfloat16")
     assert state.cache.slots.k.dtype == jnp.bfloat16
-    assert np.isfinite(np.asarray(block.latents, np.float32)).all()
+    chex.assert_tree_all_finite(block)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,10 +94,6 @@ def scaled(name, factor, step=None):
     return change
 
 
-def assert_equal(ours, theirs):
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("factor", ["nan", "inf", "1e30"])
 def test_ruined_weights_are_not_saved_and_the_last_good_ones_are_found(
@@ -114,7 +111,7 @@ def test_ruined_weights_are_not_saved_and_the_last_good_ones_are_found(
     assert not list((tmp_path / "run").glob("failed-*"))
     assert not (tmp_path / "run" / "skipped.json").exists()
     # The same command resumes as if nothing had happened.
-    assert_equal(attempt(tmp_path / "run", 6)[1], whole)
+    chex.assert_trees_all_equal(attempt(tmp_path / "run", 6)[1], whole)
 
 
 @pytest.mark.slow
@@ -149,7 +146,7 @@ def test_checkpoints_that_cannot_be_read_stay(tmp_path, monkeypatch):
 
     assert "could not be read and were not moved: 4, 2." in message
     assert "start again" in message and "No checkpoint is good" not in message
-    assert_equal(attempt(tmp_path / "run", 6)[1], whole)
+    chex.assert_trees_all_equal(attempt(tmp_path / "run", 6)[1], whole)
 
 
 def test_a_training_that_diverges_before_its_first_checkpoint_begins_anew(tmp_path):
@@ -214,8 +211,8 @@ def test_trying_other_batches_moves_nothing(tmp_path):
     stage, cursor = Without(), Cursor()
     for step in range(6):
         state, cursor, _ = stage.advance(state, cursor, step)
-    assert_equal(again.generator, state.generator)
-    assert_equal(again.opt_fake_score, state.opt_fake_score)
+    chex.assert_trees_all_equal(again.generator, state.generator)
+    chex.assert_trees_all_equal(again.opt_fake_score, state.opt_fake_score)
 
 
 def test_an_error_between_steps_saves_no_ruined_state(tmp_path):

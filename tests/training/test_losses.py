@@ -1,7 +1,9 @@
 """Losses by identity; recorded numbers are in tests/verify."""
 
 import dataclasses
+import inspect
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,7 +104,7 @@ def test_a_normalizer_of_zero_is_no_gradient():
         guidance=0.0,
     )
 
-    assert np.isfinite(found.gradient).all()
+    chex.assert_tree_all_finite(found)
 
 
 @pytest.mark.slow
@@ -166,3 +168,28 @@ def test_losses_are_those_that_agreed_with_the_official_recordings():
     np.testing.assert_allclose(np.abs(found.gradient).sum(), 0.99139857, rtol=1e-5)
     critic = losses.score_flow(tiny.variables(), SCORE, *given)
     np.testing.assert_allclose(critic, 4.3950921, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, y: raw(losses.flow_matching)(x, y),
+        lambda x, y: raw(losses.clean_regression)(x, y, jnp.ones((2, 6))),
+        lambda x, y: raw(losses.score_flow)(
+            tiny.variables(), SCORE, x, y, TIMES, prompts(0), np.ones(6, bool)
+        ),
+        lambda x, y: raw(losses.distribution_matching)(
+            x, y, TIMES, np.ones(6, bool), fake=(SCORE,), real=(SCORE,)
+        ),
+        lambda x, y: raw(losses.weighted_mean)(x, y),
+    ],
+    ids=["flow", "regression", "critic", "distillation", "mean"],
+)
+def test_no_loss_stretches_an_array_to_the_shape_of_another(call):
+    with pytest.raises(AssertionError, match="assert_equal_shape"):
+        call(draw(0), draw(1)[:, :1])
+
+
+def raw(loss):
+    """A loss as programs call it: without the checks of `array_checks`."""
+    return inspect.unwrap(loss)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,10 +105,9 @@ def test_the_gradient_is_the_chain_rules(at):
 
     largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
     assert largest > 1e-3
-    for ours, theirs in zip(
-        jax.tree.leaves(found["params"]), jax.tree.leaves(expected), strict=True
-    ):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5 * largest)
+    chex.assert_trees_all_close(
+        found["params"], expected, rtol=1e-7, atol=1e-5 * largest
+    )
 
 
 @pytest.mark.slow
@@ -123,10 +123,7 @@ def test_rematerialisation_changes_no_gradient(remat):
     plain = _pull_back(*given, setup=SETUP)
     saved = _pull_back(*given, setup=other)
 
-    for ours, theirs in zip(
-        jax.tree.leaves(saved), jax.tree.leaves(plain), strict=True
-    ):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    chex.assert_trees_all_close(saved, plain, rtol=1e-7, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,11 +97,7 @@ def test_loop_over_layers_equals_layers_in_a_row():
     scanned = apply(tiny.variables(), x, context, bidirectional(3))
     unrolled = apply(tiny.variables(), x, context, bidirectional(3), row)
 
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-4),
-        scanned,
-        unrolled,
-    )
+    chex.assert_trees_all_close(scanned, unrolled, rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -109,11 +106,7 @@ def test_rematerialisation_changes_nothing():
     again = loss_and_gradient(dataclasses.replace(tiny.MODEL, remat="dots_saveable"))
 
     assert any(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(kept[1]))
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-        kept,
-        again,
-    )
+    chex.assert_trees_all_close(kept, again, rtol=1e-4, atol=1e-6)
 
 
 def test_layers_differ_and_both_count():

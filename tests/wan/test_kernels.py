@@ -3,6 +3,7 @@
 import functools
 import pathlib
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,8 +87,7 @@ def test_a_kernel_has_the_gradient_of_plain(kernel):
     ours = jax.jit(jax.grad(lambda *x: loss(kernel, *x), (0, 1)))(qkv, remembered)
     plain = jax.jit(jax.grad(lambda *x: loss(Plain(), *x), (0, 1)))(qkv, remembered)
 
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * (dim / 8) ** 0.5)
+    chex.assert_trees_all_close(ours, plain, rtol=0, atol=2e-5 * (dim / 8) ** 0.5)
     assert np.abs(jax.tree.leaves(ours)[0]).max() > 1e-2
 
 

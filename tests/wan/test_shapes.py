@@ -1,6 +1,7 @@
 import functools
 
 import bundles
+import chex
 import jax
 import pytest
 import tiny
@@ -10,20 +11,16 @@ from anchor_jax.wan import dit, shapes
 from anchor_jax.wan.vae import WanVae
 
 
-def same(found, made):
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), found) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), made
-    )
-
-
 @pytest.mark.slow
 def test_shapes_are_those_of_the_initialisation():
     init = functools.partial(dit.init_params, tiny.MODEL)
-    same(shapes.of(tiny.MODEL), jax.eval_shape(init, jax.random.key(0)))
+    made = jax.eval_shape(init, jax.random.key(0))
+    chex.assert_trees_all_equal_shapes_and_dtypes(shapes.of(tiny.MODEL), made)
     # The temporal layers of a VAE have parameters even where one frame is encoded.
     pixels = jax.ShapeDtypeStruct((1, 5, 4, 4, 3), "float32")
     made = jax.eval_shape(WanVae(SMALL_VAE).init, jax.random.key(0), pixels)
-    same(shapes.of(SMALL_VAE), made["params"])
+    found = shapes.of(SMALL_VAE)
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, made["params"])
 
 
 @pytest.mark.parametrize("config", [tiny.MODEL, bundles.TEXT, SMALL_VAE])

@@ -5,6 +5,7 @@ import functools
 import json
 import pathlib
 
+import chex
 import einops
 import jax
 import jax.numpy as jnp
@@ -145,8 +146,7 @@ def test_the_recorded_stream_matches(run, golden):
     }
     for slot, ours in slots.items():
         assert relative(ours, golden[f"stream.feat_cache.{slot}"]) < TOLERANCE
-    assert jax.tree.structure(kept[0]) == jax.tree.structure(kept[-1])
-    assert jax.tree.map(jnp.shape, kept[0]) == jax.tree.map(jnp.shape, kept[-1])
+    chex.assert_trees_all_equal_shapes_and_dtypes(kept[0], kept[-1])
 
 
 @pytest.mark.slow
@@ -352,9 +352,7 @@ def test_parameter_total_of_the_full_size():
 def test_a_still_image_is_enough_to_make_all_parameters(config):
     still = jnp.zeros((1, 1, 16, 16, 3))
     found = jax.eval_shape(vae.WanVae(config).init, jax.random.key(0), still)
-    assert jax.tree.map(jnp.shape, found["params"]) == jax.tree.map(
-        jnp.shape, shapes(config)
-    )
+    chex.assert_trees_all_equal_shapes(found["params"], shapes(config))
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@ import json
 import shutil
 
 import bundles
+import chex
 import jax
 import numpy as np
 import pytest
@@ -106,10 +107,7 @@ def test_updates_apart_are_as_stored(ported):
     loaded = load_bundle(str(ported), lora="separate").variables
 
     given = draw_items(SMALL_VAE)["generator"]["lora"]
-    for ours, theirs in zip(
-        jax.tree.leaves(loaded["lora"]), jax.tree.leaves(given), strict=True
-    ):
-        np.testing.assert_array_equal(ours, theirs)
+    chex.assert_trees_all_equal(loaded["lora"], given)
     assert loaded["params"]["blocks"]["ffn_in"]["kernel"].dtype == "bfloat16"
 
 

@@ -8,6 +8,7 @@ import json
 import types
 
 import bundles
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -225,8 +226,7 @@ def test_four_devices_do_what_one_does(config, monkeypatch):
     ):
         close = 1e-5 * np.abs(theirs).max()
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=close)
-    for ours, theirs in zip(leaves(many.ema), leaves(one.ema), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=2e-4)
+    chex.assert_trees_all_close(many.ema, one.ema, rtol=1e-7, atol=2e-4)
 
 
 @pytest.mark.slow
@@ -397,8 +397,7 @@ def test_a_run_in_parts_is_a_run_in_one(tmp_path, monkeypatch):
     run(DISTILL, tmp_path / "parts", 3)
     parts = run(DISTILL, tmp_path / "parts", 5)
 
-    for ours, theirs in zip(leaves(parts), leaves(whole), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    chex.assert_trees_all_equal(parts, whole)
 
 
 @pytest.mark.slow
@@ -453,8 +452,7 @@ def test_a_torn_checkpoint_is_left_out(tmp_path, monkeypatch):
     again = run(REGRESS, tmp_path / "torn", 4, printed.append)
 
     assert len(printed) == 1 and "torn-4" in printed[0]
-    for ours, theirs in zip(leaves(again), leaves(whole), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    chex.assert_trees_all_equal(again, whole)
 
 
 @pytest.mark.slow
@@ -488,10 +486,7 @@ def test_a_loss_that_is_not_finite_stops_with_state_and_batch(tmp_path, monkeypa
         again.state, again.compiled.places
     )
     assert (int(state.step), cursor) == (2, Cursor(3))
-    for ours, theirs in zip(
-        leaves(state.generator), leaves(good.generator), strict=True
-    ):
-        np.testing.assert_array_equal(ours, theirs)
+    chex.assert_trees_all_equal(state.generator, good.generator)
 
 
 @pytest.mark.slow
