@@ -271,11 +271,11 @@ def _generator(setup: StreamSetup) -> tuple[dict[str, Program], dict[str, int]]:
     }
     step = (variables, state, key, number)
     found = {"step": Program(stream.make_block, step, {"setup": setup}, **common)}
-    rerun = policy.recache(2 * policy.window)
-    if rerun:
+    recache = policy.recache(2 * policy.window)
+    if recache:
         cut = jax.ShapeDtypeStruct((), jnp.bool_)
         switch = (variables, state, context, number, cut)
-        static = {"setup": setup, "rerun": rerun}
+        static = {"setup": setup, "recache": recache}
         found["switch"] = Program(stream.switch, switch, static, **common)
     return found, {"generator": trees.nbytes(variables), "cache": trees.nbytes(state)}
 

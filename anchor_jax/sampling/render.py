@@ -101,7 +101,7 @@ def run(
                 tell(f"warning: {line}")
         # Deleting the session frees its stream's device memory before the next one.
         session = make_session(bundle, job, negative)
-        needed = (job.setup, session.reruns(job.script))
+        needed = (job.setup, session.recaches(job.script))
         if needed not in warm:
             with times.reported(*_programs(job, session), tell):
                 session.warm_up(job.script)
@@ -116,14 +116,14 @@ def run(
 
 def _programs(job: Job, session: Session) -> tuple[str, Any]:
     """Returns a description of a job's programs, and values that determine them."""
-    setup, reruns = job.setup, session.reruns(job.script)
+    setup, recaches = job.setup, session.recaches(job.script)
     model = setup.model
     what = (
-        f"the block, switches of {len(reruns)} kind(s) and the decoder for"
+        f"the block, switches of {len(recaches)} kind(s) and the decoder for"
         f" {model.family.describe_size(setup.grid)} ({model.num_layers} layers of"
         f" {model.dim})"
     )
-    return what, [job.request["setup"], describe(reruns)]
+    return what, [job.request["setup"], describe(recaches)]
 
 
 def _encode_ahead(

@@ -399,7 +399,7 @@ class Session:
                 " anchor_forcing, longlive or self_forcing_rolling"
             )
 
-    def reruns(self, script: Script | None) -> tuple[RecachePass | None, ...]:
+    def recaches(self, script: Script | None) -> tuple[RecachePass | None, ...]:
         """Returns the re-caches of a script's switches; None: of any script."""
         return tuple(self._switch_starts(script))
 

@@ -41,11 +41,11 @@ class ChunkSwitch:
 
     Attributes:
       block: number of the chunk's first block under the new prompt.
-      rerun: the re-cache before that block, from `Policy.recache`, or None.
+      recache: the re-cache before that block, from `Policy.recache`, or None.
     """
 
     block: int
-    rerun: RecachePass | None
+    recache: RecachePass | None
 
 
 @struct.dataclass
@@ -127,7 +127,7 @@ def roll(
             _project(variables, prompts[1], setup),
             requested,
             setup=setup,
-            rerun=switch.rerun,
+            recache=switch.recache,
         )
         recache = block.plan if block else None
     if captures:

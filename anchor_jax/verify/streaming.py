@@ -126,14 +126,14 @@ def _policy(case: Case) -> Policy:
         kind = PeriodicJunction if single else ReleaseJunction
         junction = kind(JUNCTION_FRAMES)
     bounded = case.is_set("rope_enhance")
-    rerun = Recache(rewrite_sink=not case.is_set("global_sink"))
+    renew = Recache(rewrite_sink=not case.is_set("global_sink"))
     return Policy(
         block=case.size("num_frame_per_block"),
         sink=case.size("sink_size", low=0),
         window=case.size("num_frames") if window == -1 else window,
         junction=junction,
         positions=Relative(range=RANGE) if bounded else Absolute(),
-        on_switch=rerun if case.is_set("recache") else Keep(),
+        on_switch=renew if case.is_set("recache") else Keep(),
     )
 
 

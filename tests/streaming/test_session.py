@@ -89,7 +89,7 @@ def test_a_session_does_what_the_pure_functions_do():
                 contexts[1],
                 4,
                 setup=setup,
-                rerun=setup.policy.recache(6),
+                recache=setup.policy.recache(6),
             )
         noise = stream.draw_noise(jax.random.key(0), start, np.zeros(1), setup=setup)
         state, block = stream.step(loaded.variables, state, noise, setup=setup)

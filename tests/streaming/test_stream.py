@@ -362,7 +362,7 @@ def test_independent_sessions_step_together_under_vmap():
 @pytest.mark.slow
 def test_switch_acts_on_one_session_of_a_batch_by_dynamic_index():
     states = [standing(*session) for session in SESSIONS]
-    rerun = PAPER.policy.recache(27)
+    recache = PAPER.policy.recache(27)
     context = tiny.context(4, PAPER)
 
     after = stream.switch_slot(
@@ -372,7 +372,7 @@ def test_switch_acts_on_one_session_of_a_batch_by_dynamic_index():
         context,
         27,
         setup=PAPER,
-        rerun=rerun,
+        recache=recache,
     )
 
     expected = [*states[:2], tiny.switch(PAPER, tiny.copy(states[2]), 4, 27)]
@@ -674,6 +674,11 @@ def test_a_context_of_another_batch_is_refused():
     context = jax.tree.map(lambda x: jnp.repeat(x, 3, axis=1), tiny.context(1, PAPER))
 
     with pytest.raises(ValueError, match="one prompt for every video"):
+        stream.switch(tiny.variables(), state, context, 6, setup=PAPER, recache=None)
+    with (
+        pytest.warns(FutureWarning, match="rerun= is now called recache="),
+        pytest.raises(ValueError, match="project one prompt for every video"),
+    ):
         stream.switch(tiny.variables(), state, context, 6, setup=PAPER, rerun=None)
 
 

@@ -68,9 +68,9 @@ def by_the_chain_rule(params, exit_level, at, setup=SETUP):
         if at == 3 * number:
             prompt, graded = 1, True
             context = stream.project(fixed, tiny.embedding(1), setup=setup)
-            rerun = setup.policy.recache(at)
+            recache = setup.policy.recache(at)
             state, _ = stream.switch(
-                fixed, state, context, at, setup=setup, rerun=rerun
+                fixed, state, context, at, setup=setup, recache=recache
             )
         noise = tiny.noise(number, setup)
         after, block, _ = stream.advance(fixed, state, noise, exit_level, setup=setup)
