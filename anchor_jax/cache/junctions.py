@@ -1,4 +1,4 @@
-"""Junction rules: which block after a switch is captured, and when it is visible."""
+"""Junctions: which block after a switch is captured, and when it is visible."""
 
 import dataclasses
 

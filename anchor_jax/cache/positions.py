@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 
 class RopeRule:
-    """Base of all rules: absolute positions for every frame.
+    """Base of all RoPE rules: absolute positions for every frame.
 
     Attributes:
       range: number of positions in use, or None for no bound.

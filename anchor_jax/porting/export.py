@@ -18,8 +18,8 @@ from anchor_jax.errors import UserError, suggest
 from anchor_jax.io import expand
 from anchor_jax.porting import companions, published
 from anchor_jax.porting import safetensors_writer as writer
+from anchor_jax.porting.key_tables import PEFT, UMT5_ALIAS
 from anchor_jax.porting.port import TABLES, check_free
-from anchor_jax.porting.rules import PEFT, UMT5_ALIAS
 from anchor_jax.porting.safetensors_writer import Read
 from anchor_jax.porting.sources import DIFFUSION, TEXT_FILE, VAE_FILE
 from anchor_jax.wan.spec import WAN_2_1
@@ -84,14 +84,14 @@ def _export(weights, out, layout, item, lora, progress, shard_bytes) -> tuple[st
     _check_present(line[0], item)
     checkpoint.shapes(line[0], item)
     meta = _meta(line, layout)
-    job = _Export(line, layout, meta, progress, shard_bytes)
-    job.check(item)
+    writing = _Export(line, layout, meta, progress, shard_bytes)
+    writing.check(item)
     with io.making_folder(io.resolved(out)) as folder:
-        job.transformer(folder, item, merged=lora == "merged")
+        writing.transformer(folder, item, merged=lora == "merged")
         if layout != "generator":
-            job.others(folder, item)
+            writing.others(folder, item)
         if layout == "diffusers":
-            return job.pipeline(folder)
+            return writing.pipeline(folder)
     return ()
 
 

@@ -15,9 +15,9 @@ from anchor_jax.porting import adapters, companions, lora_settings, sources
 from anchor_jax.porting.convert import Mismatch, convert_lazily, fill
 from anchor_jax.porting.files import digest
 from anchor_jax.porting.finite import Watch
+from anchor_jax.porting.key_tables import TABLES as TABLES
+from anchor_jax.porting.key_tables import table_of
 from anchor_jax.porting.lora_settings import Scales
-from anchor_jax.porting.rules import TABLES as TABLES
-from anchor_jax.porting.rules import table_of
 from anchor_jax.porting.settings import (
     model_config,
     published_heads,

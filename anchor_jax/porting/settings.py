@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from anchor_jax.porting.convert import Mismatch, num_layers, shape_of
-from anchor_jax.porting.rules import table_of
+from anchor_jax.porting.key_tables import table_of
 from anchor_jax.porting.sources import Source
 from anchor_jax.wan.spec import PRESETS, WAN_2_1, ModelConfig
 from anchor_jax.wan.text import TextConfig

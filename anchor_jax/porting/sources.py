@@ -20,8 +20,8 @@ from anchor_jax.porting.files import (
     tensors_of,
 )
 from anchor_jax.porting.headers import HEADER_SETTINGS, with_header
+from anchor_jax.porting.key_tables import PEFT, UMT5_ALIAS
 from anchor_jax.porting.lora_settings import Statement
-from anchor_jax.porting.rules import PEFT, UMT5_ALIAS
 from anchor_jax.porting.torch_file import release
 
 KEYS = ("generator", "generator_ema", "model")

@@ -7,7 +7,7 @@ from typing import Any
 
 from anchor_jax.errors import UserError, shown
 from anchor_jax.prompts import MAX_FRAMES, Script, Segment
-from anchor_jax.sampling import jobs, render
+from anchor_jax.sampling import render, tasks
 from anchor_jax.streaming.recipe import (
     Recipe,
     check_prompt,
@@ -95,10 +95,10 @@ def replay(
             "text_encoder": stored.text_encoder,
             "enlarge": stored.enlarge,
         }
-        with jobs.open_folder(options.out) as folder:
-            job = _job(folder, wanted, path)
-            digests = _write(job, session, wanted, {"config": config}, tell)
-        lines.append(str(job.file(".mp4")))
+        with tasks.open_folder(options.out) as folder:
+            task = _task(folder, wanted, path)
+            digests = _write(task, session, wanted, {"config": config}, tell)
+        lines.append(str(task.file(".mp4")))
     for line in render.describe_switches(session.segments):
         tell(line)
     lines.append(compare(wanted.blocks, digests))
@@ -204,22 +204,22 @@ def _digests(session: Session, recipe: Recipe, name: str) -> Iterator[str]:
             yield digest(frames)
 
 
-def _job(folder: pathlib.Path, recipe: Recipe, path: pathlib.Path) -> jobs.Job:
+def _task(folder: pathlib.Path, recipe: Recipe, path: pathlib.Path) -> tasks.VideoTask:
     segments = [Segment(one.prompt, one.landed, one.cut) for one in recipe.prompts]
     script = Script(tuple(segments), recipe.frames)
     request = {"replay": path.stem, "script": describe(script)}
-    return jobs.Job(folder / path.stem, script, recipe.setup, request)
+    return tasks.VideoTask(folder / path.stem, script, recipe.setup, request)
 
 
 def _write(
-    job: jobs.Job, session: Session, recipe: Recipe, about: dict[str, Any], tell
+    task: tasks.VideoTask, session: Session, recipe: Recipe, about: dict[str, Any], tell
 ) -> list[str]:
     """Writes the video unless a file is there, and returns its blocks' digests."""
-    with jobs.own_folder(job.stem.parent, tell):
+    with tasks.own_folder(task.stem.parent, tell):
         # Another process may have made the files in the meantime.
-        present = [file for file in job.files if file.exists()]
+        present = [file for file in task.files if file.exists()]
         if present:
             raise UserError(f"{present[0]} already exists; choose another --out")
         blocks = session.blocks(recipe.frames)
-        about = {"request": job.request} | about
-        return render.write_video(job, session, blocks, about, enlarge=recipe.enlarge)
+        about = {"request": task.request} | about
+        return render.write_video(task, session, blocks, about, enlarge=recipe.enlarge)

@@ -150,7 +150,7 @@ def of_state(state: TrainState, mesh: Mesh) -> TrainState:
 def of_frozen(frozen, mesh: Mesh):
     """Returns the shardings of frozen weights; the codec's are replicated."""
     return {
-        name: sharding.shardings(tree, sharding.VAE, mesh)
+        name: sharding.shardings(tree, sharding.CODEC, mesh)
         if name == "codec"
         else of_collections(tree, mesh)
         for name, tree in frozen.items()

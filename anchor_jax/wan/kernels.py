@@ -8,8 +8,8 @@ heads adjacent in `dim`. A kernel is static: a frozen object with
   `in_place` says that this moves nothing. `pad(x, own)`: the same, with room to whole
   tiles after the pass's `own` tokens. Both are done once for all passes of a block;
 * `attend(head_dim, q, k, v, past, seen)`: [batch, token, dim] in and out. Keys are the
-  pass's own, then those of `past`: one layer of what was laid out, or a `Past`. The
-  first `seen` (traced) of all these are visible. Without k and v all keys are those of
+  pass's own, then those of `past`: one layer of what was laid out, or a `PastLayer`.
+  The first `seen` (traced) of these are visible. Without k and v all keys are those of
   `past`, with nothing padded;
 * `split(videos, heads)`: how a layer of what was laid out is split over mesh axes;
 * `refuses(dtype, head_dim)`: why it cannot serve such a model, or nothing.
@@ -36,7 +36,7 @@ _HIDDEN = -1e30
 
 
 @struct.dataclass
-class Past:
+class PastLayer:
     """Past keys and values of all layers, laid out, and the number of a layer."""
 
     k: jax.Array
@@ -220,8 +220,8 @@ def attend(kernel, head_dim: int, q, k, v, past=None, seen=None) -> jax.Array:
     videos = sharding.dividing(sharding.VIDEOS, q.shape[0])
     heads = sharding.dividing(sharding.HEADS, q.shape[2] // head_dim)
     by_token, stored = P(videos, None, heads), kernel.split(videos, heads)
-    if isinstance(past, Past):
-        stored = Past(P(None, *stored), P(None, *stored), P())
+    if isinstance(past, PastLayer):
+        stored = PastLayer(P(None, *stored), P(None, *stored), P())
     given = {"q": q, "k": k, "v": v, "past": past, "seen": seen}
     specs = dict.fromkeys("qkv", by_token) | {"past": stored, "seen": P()}
     # Missing arguments have no specification.
@@ -267,7 +267,7 @@ def named(name: str, dtype: str, head_dim: int):
 
 
 def _one(past) -> tuple[jax.Array, jax.Array]:
-    return past.one() if isinstance(past, Past) else (past.k, past.v)
+    return past.one() if isinstance(past, PastLayer) else (past.k, past.v)
 
 
 def _heads_first(head_dim: int, q, k, v):
@@ -328,7 +328,7 @@ def _shown_part(q, k, v, past, shown):
       shown: number of visible past keys, traced.
     """
     size, first = past.k.shape[-2], 0
-    if isinstance(past, Past):
+    if isinstance(past, PastLayer):
         first = past.layer * len(q)
     stored = [x.reshape(-1, *x.shape[-2:]) for x in (past.k, past.v)]
     unit = math.gcd(k.shape[1], size)

@@ -63,10 +63,10 @@ def load_ported(folder: pathlib.Path, options: Options) -> Bundle:
             check_tensors(item, stored, trees.flatten(expected[item]))
     tokenizer = _ported_tokenizer(folder, text)
 
-    def load(item: str, rules, mesh: Mesh | None):
+    def load(item: str, placements, mesh: Mesh | None):
         places = None
         if mesh is not None:
-            places = sharding.shardings(expected[item], rules, mesh)
+            places = sharding.shardings(expected[item], placements, mesh)
         return checkpoint.restore(folder, item, text.dtype, places)
 
     return Bundle(
@@ -81,7 +81,7 @@ def load_ported(folder: pathlib.Path, options: Options) -> Bundle:
             lambda: load("text_encoder", sharding.TEXT, options.text_mesh),
         ),
         load_variables=lambda: _load_network(folder, network, expected, options),
-        load_codec=lambda: load("vae", sharding.VAE, options.mesh),
+        load_codec=lambda: load("vae", sharding.CODEC, options.mesh),
         metadata=meta,
         digest=ported.digest
         if network == "generator"

@@ -86,7 +86,7 @@ def load_saved(weights: str, options: Options) -> Bundle:
         expected = expected_tensors(model, text, codec)
     check_tensors(model_file, stored, expected)
 
-    def load(part: str, rules, mesh: Mesh | None):
+    def load(part: str, placements, mesh: Mesh | None):
         names = [name for name in expected if name.startswith(f"{part}/")]
         leaves = {
             name: jnp.asarray(stored[name], expected[name].dtype) for name in names
@@ -94,7 +94,7 @@ def load_saved(weights: str, options: Options) -> Bundle:
         params = trees.unflatten(leaves)[part]
         if mesh is None:
             return params
-        return jax.device_put(params, sharding.shardings(params, rules, mesh))
+        return jax.device_put(params, sharding.shardings(params, placements, mesh))
 
     def load_text():
         return load("text", sharding.TEXT, options.text_mesh)
@@ -109,7 +109,7 @@ def load_saved(weights: str, options: Options) -> Bundle:
         load_variables=lambda: {
             "params": load("generator", sharding.GENERATOR, options.mesh)
         },
-        load_codec=lambda: load("codec", sharding.VAE, options.mesh),
+        load_codec=lambda: load("codec", sharding.CODEC, options.mesh),
         metadata=header.metadata,
         digest=hashlib.sha256(content).hexdigest(),
         trained_grid=header.grid,

@@ -7,7 +7,7 @@ import pytest
 
 from anchor_jax.cli import main
 from anchor_jax.compile_cache import CACHE_VARIABLE
-from anchor_jax.sampling import jobs
+from anchor_jax.sampling import tasks
 from anchor_jax.streaming import recipe as recipes
 
 pytestmark = pytest.mark.usefixtures("optimized_compilation")
@@ -242,7 +242,7 @@ def test_files_that_another_process_made_meanwhile_stay(replay, tmp_path, monkey
         (folder / "000.mp4").write_text("theirs")
         return contextlib.nullcontext()
 
-    monkeypatch.setattr(jobs, "own_folder", own)
+    monkeypatch.setattr(tasks, "own_folder", own)
 
     status, _, err = replay("--out=mine")
 

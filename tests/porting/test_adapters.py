@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from torch_files import Raw, write_torch
 
 from anchor_jax.errors import UserError
-from anchor_jax.porting import port, rules
+from anchor_jax.porting import key_tables, port
 from anchor_jax.porting.convert import convert_lora
 from anchor_jax.porting.export import export
 
@@ -120,7 +120,7 @@ def products(tree, path):
 
 def reference(alpha=SMALL.rank):
     named = {f"base_model.model.{name}": array for name, array in PLAIN.items()}
-    return convert_lora(named, rules.LORA, alpha)
+    return convert_lora(named, key_tables.LORA, alpha)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -40,7 +40,7 @@ def network(x, timestep, context, query, own, visible=None, past=None, *,
     return model.apply(tiny.variables(), x, times, context, visible, query, own, past)
 
 
-def turned(stored, positions):
+def rotated(stored, positions):
     """Stored keys at the given positions."""
     by = rotary(jnp.asarray(positions), (2, 2), tiny.MODEL.head_dim, 100.0)
     return LayersKV(k=rotate(stored.k, by), v=stored.v)
@@ -400,7 +400,7 @@ def test_recache_of_9_frames_equals_the_official_one_of_12():
         context,
         jnp.arange(6, 18),
         jnp.arange(6, 18),
-        past=turned(sink, [0, 1, 2]),
+        past=rotated(sink, [0, 1, 2]),
         visible_static=Spans(((0, 12, ((3, 15),)),)),
     )
     assert after.keys() == before.keys() == {0, 1, 2, *range(12, 18)}
@@ -471,8 +471,8 @@ def test_junction_is_the_clean_pass_of_the_block_after_the_switch():
 
     past = jax.tree.map(
         lambda a, b: jnp.concatenate([a, b], axis=2),
-        turned(sink, [0, 1, 2]),
-        turned(ring, np.arange(9, 15)),
+        rotated(sink, [0, 1, 2]),
+        rotated(ring, np.arange(9, 15)),
     )
     position = jnp.arange(15, 18)
     _, own = network(

@@ -29,8 +29,8 @@ def test_a_switch_belongs_to_one_chunk():
 def test_a_switch_takes_effect_at_the_next_block(requested, start, frame):
     spans = SequencePlan().chunks(requested)
 
-    turns = {span.start: span.switch_at for span in spans if span.switch_at}
-    assert turns == {start: frame}
+    switches = {span.start: span.switch_at for span in spans if span.switch_at}
+    assert switches == {start: frame}
 
 
 def test_switches_are_drawn_from_the_choices_and_from_the_seed_alone():

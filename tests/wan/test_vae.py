@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from anchor_jax.porting.convert import convert, load_safetensors
-from anchor_jax.porting.rules import VAE
+from anchor_jax.porting.key_tables import VAE
 from anchor_jax.wan import vae
 from anchor_jax.wan.spec import WAN_2_1
 

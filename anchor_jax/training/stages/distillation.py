@@ -215,7 +215,7 @@ class CompiledDistillation(base.CompiledStage):
 
 
 class DistillationKind(StageKind):
-    """Trains a generator and a critic by turns."""
+    """Trains a generator and a critic alternately."""
 
     numbers = (
         *("critic_loss", "generator_loss", "score_gap"),
