@@ -64,7 +64,7 @@ def rotated(case: Case, dim: int, start: int) -> np.ndarray:
     by = rope.rotary(start + jnp.arange(frames), (rows, columns), dim)
     own = rearrange(x[:, :tokens], "b (f t) h d -> b f t (h d)", f=frames)
     rotated = np.asarray(rope.rotate(jnp.asarray(own), by))
-    rotated = rearrange(turned, "b f t (h d) -> b (f t) h d", d=dim)
+    rotated = rearrange(rotated, "b f t (h d) -> b (f t) h d", d=dim)
     return np.concatenate([rotated, x[:, tokens:]], axis=1)
 
 
