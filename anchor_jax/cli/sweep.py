@@ -264,7 +264,7 @@ def train_point(config) -> None:
     compile_cache.enable()
     try:
         # After a sweep was killed, its training ends a little later.
-        run.open_job(config, tell=print, patience=2 * _GRACE).run()
+        run.open_training(config, tell=print, patience=2 * _GRACE).run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -182,7 +182,7 @@ class TrainingRun:
         return sum(seconds[updates] for updates in made) / len(made)
 
 
-def open_job(
+def open_training(
     config: TrainConfig,
     tell: Callable[[str], None],
     most: int | None = None,
@@ -215,7 +215,7 @@ def open_job(
         "wait until it ends, stop it, or choose another --config.out",
     )
     try:
-        job = _open_job(config, folder, tell, most)
+        training = _open_training(config, folder, tell, most)
     except BaseException:
         lease.release()
         # A refused start must leave no folder that looks like a training.
@@ -223,11 +223,11 @@ def open_job(
             with contextlib.suppress(OSError):
                 empty.rmdir()
         raise
-    job.lease = lease
-    return job
+    training.lease = lease
+    return training
 
 
-def _open_job(
+def _open_training(
     config: TrainConfig, folder: pathlib.Path, tell, most: int | None
 ) -> TrainingRun:
     files.check(folder)
@@ -305,12 +305,15 @@ def dry_run(config: TrainConfig, tell: Callable[[str], None]) -> None:
         # Datasets are built in the scratch folder.
         data = dataclasses.replace(config.data, cache=None)
         trial = dataclasses.replace(config, out=str(scratch), data=data)
-        job = open_job(trial, tell, most=config.batch)
-        tell(job.describe())
+        training = open_training(trial, tell, most=config.batch)
+        tell(training.describe())
         where, logged = f"(from {folder / files.LOG})", _logged(folder)
         if logged is None:
             tell("timing a few steps; the first ones compile")
-            logged, where = (job.seconds_per_step(), memory_gb()), "on this machine"
+            logged, where = (
+                (training.seconds_per_step(), memory_gb()),
+                "on this machine",
+            )
     seconds, memory = logged
     tell(f"peak memory: {memory:.2f} GB {where}")
     whole = config.steps * seconds

@@ -17,7 +17,7 @@ def opened(monkeypatch, tmp_path):
     bundles.save(tmp_path / "start")
     configs = []
 
-    def open_job(config, tell):
+    def open_training(config, tell):
         configs.append(config)
         bundles.save(config.out)
         return types.SimpleNamespace(run=lambda: config.steps)
@@ -26,7 +26,7 @@ def opened(monkeypatch, tmp_path):
         speed = 1.0 + (setup.policy.junction is not None)
         return [{"speed": speed}] * trial.scripts
 
-    monkeypatch.setattr(run, "open_job", open_job)
+    monkeypatch.setattr(run, "open_training", open_training)
     monkeypatch.setattr(ablation, "measure", measure)
     return configs
 
@@ -57,7 +57,7 @@ def test_a_training_that_was_stopped_is_not_measured(
     opened, tmp_path, monkeypatch, capsys
 ):
     stopped = types.SimpleNamespace(run=lambda: 3)
-    monkeypatch.setattr(run, "open_job", lambda config, tell: stopped)
+    monkeypatch.setattr(run, "open_training", lambda config, tell: stopped)
 
     assert ablate(tmp_path, "--arms=both") == 130
 

@@ -299,9 +299,9 @@ def test_a_critic_goes_on_from_the_stage_before(distilled, weights, tmp_path):
     folder, config = distilled
     stored = checkpoint.restore(folder, "fake_score")["params"]
     config.out, config.critic = str(tmp_path / "next"), str(folder)
-    job = run.open_job(run.read_config(config), tell=lambda line: None)
+    training = run.open_training(run.read_config(config), tell=lambda line: None)
 
-    began = job.prepared.state.fake_score["params"]
+    began = training.prepared.state.fake_score["params"]
     jax.tree.map(np.testing.assert_array_equal, began, stored)
     teacher = load_bundle(config.teacher).variables["params"]
     moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), began, teacher)
@@ -412,9 +412,9 @@ def test_whole_weights_are_not_held_beside_those_on_the_mesh(weights, tmp_path):
         out=str(tmp_path),
     )
 
-    job = run.open_job(config, tell=print)
+    training = run.open_training(config, tell=print)
 
-    assert "variables" not in vars(job.prepared.bundle)
+    assert "variables" not in vars(training.prepared.bundle)
 
 
 @pytest.mark.slow

@@ -320,7 +320,7 @@ def test_unknown_words_and_cut_prompts_are_told(tmp_path, monkeypatch):
         sample_every=0,
     )
 
-    run_command.open_job(config, printed.append).checkpoints.close()
+    run_command.open_training(config, printed.append).checkpoints.close()
 
     assert "warning: words that the model does not know: xyzzy" in printed
     (cut,) = [line for line in printed if "a.txt, line 3" in line]
@@ -343,7 +343,7 @@ def test_chunks_that_the_generator_never_learns_from_are_told(
         out=str(tmp_path / "run"),
         sample_every=0,
     )
-    run_command.open_job(config, printed.append).checkpoints.close()
+    run_command.open_training(config, printed.append).checkpoints.close()
 
     if not is_told:
         assert not printed
