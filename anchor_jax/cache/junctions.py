@@ -76,7 +76,9 @@ class ReleaseJunction(Junction):
 
 @dataclasses.dataclass(frozen=True)
 class TrainedJunction(ReleaseJunction):
-    """The junction of the release's training: no prior one, the clean pass captures.
+    """The junction of the release's training, without a prior one.
+
+    The clean pass captures it.
 
     In a chunk with a switch, the first block is captured, wherever the switch is.
 

@@ -249,8 +249,8 @@ class Policy:
         sinks = jnp.where(has_sink, self.sink, 0)
         total = frames - sinks
         order = offset - sinks
-        # The ring holds `local` frames: older ones would share a slot with newer
-        # ones, and a scatter that names a slot twice keeps either.
+        # The ring holds `local` frames: older frames would share a slot with newer
+        # frames, and a scatter keeps either of two values for one slot.
         newest = (order >= 0) & (total - order <= self.local)
         ring = self.sink + (index.cursor + order) % max(1, self.local)
         slot = jnp.where(newest, ring, nowhere)

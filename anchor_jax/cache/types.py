@@ -21,7 +21,7 @@ class CacheIndex:
     start: jax.Array  # first latent frame of the next block
     filled: jax.Array  # local slots in use, always the first ones
     cursor: jax.Array  # local slot that the next frame takes
-    switch_frame: jax.Array  # switch in force, as the junction's rule counts it
+    switch_frame: jax.Array  # current switch, as the junction counts it
     switches: jax.Array  # prompt switches so far
     capture: jax.Array  # whether the next block becomes the junction
     cut: jax.Array  # whether the next block is a scene cut
@@ -44,9 +44,9 @@ class KVCache:
 class ReadPlan:
     """The frames that a pass reads: its own, then sink | local | junction.
 
-    Visible are always the first `frames` of these, so no mask is needed. A re-cache
+    The first `frames` of these are visible, so no mask is needed. A re-cache
     reads no local frames, and no sink if it writes the sink. Positions are temporal
-    RoPE indices; those of `past` go by slot. `frame` and `position` go by reading
+    RoPE indices; those of `past` are by slot. `frame` and `position` are in reading
     order, for tests, `verify` and pictures of the memory.
     """
 
@@ -54,7 +54,7 @@ class ReadPlan:
     query: jax.Array  # [own] positions of the queries
     own: jax.Array  # [own] positions of the pass's own keys
     past: jax.Array  # [slot] positions of remembered keys
-    frames: jax.Array  # key frames seen
+    frames: jax.Array  # number of visible key frames
     frame: jax.Array  # [key] latent frame of each key, EMPTY where there is none
     position: jax.Array  # [key] position of each key
     junction: jax.Array  # whether a junction is seen
@@ -63,7 +63,7 @@ class ReadPlan:
 
 @struct.dataclass
 class WritePlan:
-    """Slots that a pass's frames are written to; the number of slots means nowhere."""
+    """The slots for a pass's frames; the number of slots means "not written"."""
 
     slot: jax.Array  # [own]
     junction: jax.Array  # [own] slots of their copy in the junction

@@ -104,7 +104,7 @@ def pass_flops(config: ModelConfig, grid: LatentGrid, frames: int, keys: int) ->
       config: sizes of the generator.
       grid: latent size.
       frames: number of latent frames in the pass.
-      keys: number of latent frames that they read, their own included.
+      keys: number of latent frames that the pass reads, its own included.
     """
     tokens = _tokens(config, grid)
     queries, dim, layers = frames * tokens, config.dim, config.num_layers

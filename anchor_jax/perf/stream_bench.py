@@ -188,7 +188,7 @@ class _Run:
         self.matmul = jax.jit(jnp.matmul)
 
     def time(self, phase: str, run: Callable[[], Any]) -> Any:
-        """Returns the result of `run`; the first call, which compiles, counts apart."""
+        """Returns the result of `run`; the first call compiles and is kept apart."""
         cpu, wall = time.process_time(), time.perf_counter()
         result = jax.block_until_ready(run())
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall

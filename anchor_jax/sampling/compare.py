@@ -70,11 +70,11 @@ def compare(
       policies: names of the policies, at least two.
       out: folder for the videos; None takes the config's, or a new one.
       overwrite: whether to replace files that another recipe made.
-      cache: the folder of compiled programs, which is named to the user, or None.
+      cache: the folder of compiled programs, for a line to the user, or None.
       tell: called with each line for the user.
 
     Returns:
-      Lines on what was written.
+      Lines about what was written.
 
     Raises:
       UserError: An input is wrong, or a policy cannot make a video. Nothing has been

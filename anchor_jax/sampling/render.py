@@ -45,13 +45,13 @@ _ENCODED_AHEAD = 10_000  # videos whose prompts are encoded together
 def sample(
     config: Any, out: str | None, overwrite: bool, cache: Any, tell: Tell
 ) -> list[str]:
-    """Makes the videos of a config and returns lines on what was written.
+    """Makes the videos of a config and returns lines about what was written.
 
     Args:
       config: the sampling config, as `read_config` takes it.
       out: folder for the videos; None takes the config's, or a new one.
       overwrite: whether to replace files that another recipe made.
-      cache: the folder of compiled programs to name to the user, or None.
+      cache: the folder of compiled programs, for a line to the user, or None.
       tell: see above.
 
     Raises:

@@ -24,7 +24,7 @@ from anchor_jax.weights.load import load_bundle
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is wanted of a recipe; `anchor-jax replay --help` explains the fields."""
+    """The options of a replay; `anchor-jax replay --help` explains the fields."""
 
     out: str | None
     check: bool
@@ -53,12 +53,12 @@ class Replayed:
 def replay(
     stored: Recipe, path: pathlib.Path, options: Options, tell: Callable[[str], None]
 ) -> Replayed:
-    """Makes the video of a recipe again, or the video that the options ask for.
+    """Makes the video of a recipe again, or the video that the options request.
 
     Args:
       stored: the recipe.
       path: its file, which names the new video and appears in messages.
-      options: what is wanted.
+      options: the options of the command.
       tell: called with each warning and note for the user.
 
     Raises:

@@ -50,7 +50,7 @@ def load_weights(config: SampleConfig) -> Bundle:
 
 
 def resolve(config: SampleConfig, metadata: Mapping[str, Any]) -> SampleConfig:
-    """Returns the config with its open fields filled by the weights' method.
+    """Returns the config with every field that is None set by the weights' method.
 
     Args:
       config: the config; only fields that are None are filled.
@@ -58,7 +58,7 @@ def resolve(config: SampleConfig, metadata: Mapping[str, Any]) -> SampleConfig:
         that the weights were ported as, or neither.
 
     Raises:
-      UserError: The method is unknown, and a field is open.
+      UserError: The method is unknown, and a field is None.
     """
     rest = (config.policy, config.rules, *dataclasses.astuple(config.sampler)[:-1])
     if None not in rest:
@@ -121,7 +121,7 @@ def describe_size_change(bundle: Bundle) -> tuple[str, ...]:
 
 
 def _shown(sampler: SamplerConfig) -> str:
-    """Returns a log line on a sampler with many steps."""
+    """Returns a log line about a sampler with many steps."""
     return (
         f"solver: {sampler.solver}, {sampler.num_steps} steps, noise levels"
         f" {sampler.grid}, shift {sampler.shift:g}, guidance {sampler.guidance:g}"
@@ -188,7 +188,7 @@ def load_scripts(config) -> tuple[Script, ...]:
 def read_scripts(config, family: Family = WAN_2_1) -> Scripts:
     """Returns the scripts of the config's `prompt_file`, or of its `prompt`.
 
-    The family says how many latent frames per second of a script has.
+    The model family gives the number of latent frames per second.
 
     Raises:
       UserError: A line is wrong. The message names every wrong line.

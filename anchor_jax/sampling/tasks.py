@@ -1,4 +1,4 @@
-"""The videos of one command: their files, requests, and checks before the first."""
+"""The videos of one command: their files, requests, and checks before making any."""
 
 import contextlib
 import dataclasses
@@ -199,10 +199,10 @@ def _describe_foreign(
     """Returns the message on a file that another recipe made; names the fields.
 
     Args:
-      file: that is in the way.
+      file: the existing file.
       stored: the request in its recipe, or None.
       request: what the command would make in its place.
-      more: how many other videos differ too.
+      more: number of other videos that differ too.
     """
     videos = "video" if more == 1 else "videos"
     rest = f" (and {more} other {videos})" if more else ""

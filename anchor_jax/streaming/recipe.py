@@ -281,7 +281,8 @@ def _setup(given: Any, where: str) -> StreamSetup:
         raise UserError(f"{where}: its parts do not fit together: {error}") from error
     if not all(np.isfinite(table).all() for table in tables.values()):
         raise UserError(
-            f"{where}.levels: {setup.solver} has non-finite coefficients for them"
+            f"{where}.levels: {setup.solver} has coefficients that are not"
+            " finite at these noise levels"
         )
     for name, most in (("guidance", math.inf), ("floor", 1)):
         value = getattr(setup, name)

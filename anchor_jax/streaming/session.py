@@ -50,7 +50,7 @@ _LOG = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Frames:
-    """The pixel frames of one block, which may still be in computation.
+    """The pixel frames of one block, which the device may still be computing.
 
     Attributes:
       pixels: uint8 [batch, frame, height, width, 3], on the device.
@@ -400,7 +400,7 @@ class Session:
             )
 
     def recaches(self, script: Script | None) -> tuple[RecachePass | None, ...]:
-        """Returns the re-caches of a script's switches; None: of any script."""
+        """Returns the re-caches of a script's switches, or of any script's if None."""
         return tuple(self._switch_starts(script))
 
     def _switch_starts(self, script: Script | None) -> dict[RecachePass | None, int]:

@@ -1,7 +1,7 @@
 """The stream: `start`, `step` and `switch`, pure functions of `StreamState`.
 
-`setup` is static and everything else is traced. So one program serves every block, and
-one program each length of a re-cache.
+`setup` is static and everything else is traced. Therefore one program serves every
+block, and one more program serves each length of a re-cache.
 """
 
 import functools
@@ -191,7 +191,7 @@ def estimate(
       state: the state before the block.
       noisy: input of the pass.
       level: number of the pass's noise level, traced.
-      setup: static; the policy keeps no prior junction.
+      setup: static; its policy must not keep a prior junction.
     """
     plan = setup.policy.read(state.cache.index)
     memory = _memory(setup, state.cache, plan)
@@ -225,7 +225,7 @@ def switch(
     setup: StreamSetup,
     recache: RecachePass | None,
 ) -> tuple[StreamState, Block | None]:
-    """Returns the state under a new prompt, which holds from the next block on.
+    """Returns the state under a new prompt, which applies from the next block on.
 
     Args:
       variables: the generator's collections.
@@ -330,7 +330,7 @@ def change_prompt(
 ) -> tuple[StreamState, Block | None]:
     """Returns the result of `switch` before the block at `start`, a number on the host.
 
-    Only here does a host loop choose the frames of the re-cache.
+    This is the only place where a host loop chooses the frames of a re-cache.
     """
     requested = start if change.requested is None else change.requested
     return switch(
@@ -355,7 +355,7 @@ def run(
 ) -> Iterator[tuple[StreamState, jax.Array, ReadPlan]]:
     """Yields the state, the latents and the read plan after each block.
 
-    This is the loop of the host. It never waits for the device. A yielded state is
+    This is the host loop. It never waits for the device. A yielded state is
     donated to the next block: copy it to keep it.
 
     Args:

@@ -1,6 +1,6 @@
-"""Losses, each a function of arrays and of a `Score`; one per equation.
+"""Losses: one function of arrays and a `Score` for each equation.
 
-Noise and timesteps are data: drawn outside, passed in.
+Noise and timesteps are arguments; the caller draws them.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ class Score:
     kernel: Any = None
 
     def project(self, variables, embedding: jax.Array) -> ContextKV:
-        """Returns prompts [batch, text, text_dim] as the network attends to them."""
+        """Returns the keys and values of prompts [batch, text, text_dim]."""
         network = WanDit(self.model, self.kernel)
         return network.apply(variables, embedding, method="project")
 
@@ -123,7 +123,7 @@ def distribution_matching(
     Args:
       latents: generated clips [batch, frame, height, width, channel].
       noise: like `latents`.
-      timestep: [batch], of `flow.dmd_timestep`.
+      timestep: [batch], from `flow.dmd_timestep`.
       mask: [frame] whether a frame has a loss.
       fake: (critic, its variables, embeddings of the prompts).
       real: (teacher, its variables, embeddings of prompts, of negative prompts).
@@ -178,7 +178,7 @@ def score_flow(
       score: network of the critic.
       latents: generated clips, as constants.
       noise: like `latents`.
-      timestep: [batch], of `flow.dmd_timestep`.
+      timestep: [batch], from `flow.dmd_timestep`.
       embedding: embeddings of the prompts.
       mask: [frame] whether a frame has a loss.
 

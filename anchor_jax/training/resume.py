@@ -81,7 +81,7 @@ def _tell_changes(
     finished: int | None,
     tell: Callable[[str], None],
 ) -> None:
-    """Tells what is different from the start of a run."""
+    """Prints what is different from the start of a run."""
     others = [name for name in changed if name != "steps"]
     if others:
         no_effect = f"; ignored, because the run is already at step {finished}"
@@ -94,7 +94,7 @@ def _tell_changes(
 
 
 def finished_step(config: TrainConfig, folder: pathlib.Path) -> int | None:
-    """Returns the last step of a run that needs no more steps; None for other runs."""
+    """Returns the last step of a finished run; None for other runs."""
     kept = checkpoint.steps(folder) if checkpoint.is_checkpoint(folder) else []
     return max(kept) if kept and max(kept) >= config.steps else None
 

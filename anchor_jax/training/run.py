@@ -175,7 +175,8 @@ class TrainingRun:
         seconds = {}
         for updates, step in (*first_of.items(), *first_of.items()):
             began = time.monotonic()
-            # The same chunks each time, so that nothing is compiled the second time.
+            # The chunks are the same each time, so that nothing is compiled the second
+            # time.
             state, _, metrics = stage.advance(state, cursor, step)
             jax.block_until_ready((state, metrics))
             seconds[updates] = time.monotonic() - began
@@ -193,7 +194,7 @@ def open_training(
     Args:
       config: the training's config.
       tell: a function that prints a line.
-      most: number of examples to read from data that is slow to prepare. None: all.
+      most: number of examples to read from data that is slow to prepare. Default: all.
       patience: seconds to wait for another training in the folder to end.
 
     Raises:
@@ -218,7 +219,7 @@ def open_training(
         training = _open_training(config, folder, tell, most)
     except BaseException:
         lease.release()
-        # A refused start must leave no folder that looks like a training.
+        # If the start is refused, no folder that looks like a training may stay.
         for empty in missing:
             with contextlib.suppress(OSError):
                 empty.rmdir()
@@ -272,7 +273,7 @@ def _open_training(
 
 
 def _warn_of_words(config: TrainConfig, bundle: Bundle, folder, tell) -> None:
-    """Warns of words in prompt files that the text encoder does not know."""
+    """Warns about words in prompt files that the text encoder does not know."""
     kind = kinds.find_kind(config.data)
     is_free_text = isinstance(kind, kinds.PromptKind) and kind.is_free_text
     if not is_free_text or not hasattr(bundle.tokenizer, "unknown_words"):
@@ -329,7 +330,7 @@ def _logged(folder: pathlib.Path) -> tuple[float, float] | None:
         for line in lines:
             count, before = line["step"] - before, line["step"]
             steps, spent = steps + count, spent + count * line["seconds_per_step"]
-            # The log has means over a few steps, so single lines say little.
+            # Each line of the log is a mean over few steps, so single lines vary.
             if steps >= _STEPS or line is lines[-1]:
                 seconds.append(spent / steps)
                 steps, spent = 0, 0.0
@@ -383,9 +384,9 @@ def _load_critic(config: TrainConfig) -> Bundle | None:
 
 @contextlib.contextmanager
 def _on_host() -> Iterator[None]:
-    """Makes new arrays in host memory, from which they go to the mesh in shards.
+    """Creates new arrays in host memory; they move to the mesh in shards.
 
-    One device of a large mesh has no room for whole networks.
+    A single device of a large mesh cannot hold whole networks.
     """
     try:
         host = jax.local_devices(backend="cpu")[0]

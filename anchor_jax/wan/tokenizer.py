@@ -79,7 +79,7 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def _beginning(self, cleaned: str, row: Sequence[int]) -> str:
-        """Returns the beginning of a text that its first ids spell."""
+        """Returns the beginning of a text, as its first ids spell it."""
 
     def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Returns ids and mask, both int32 [B, text_len]; each row ends in `</s>`.

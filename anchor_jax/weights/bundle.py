@@ -23,7 +23,7 @@ _REMEMBERED = 8 * 2**30  # bytes of stored embeddings
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PromptEncoder:
-    """Encodes prompts, with the text encoder's weights where there is memory for them.
+    """Encodes prompts, and manages the memory of the text encoder's weights.
 
     Attributes:
       config: sizes of the text encoder.
@@ -77,7 +77,7 @@ class PromptEncoder:
         return self._run(params, *self.tokenizer.encode(texts))
 
     def _run(self, params, ids, mask) -> jax.Array:
-        # A generator's mesh may be set, and the encoder need not be on it.
+        # A mesh of the generator may be set, but the encoder is not always on it.
         with sharding.no_mesh():
             return _encode(params, ids, mask, config=self.config)
 

@@ -35,12 +35,12 @@ def load_bundle(
 
     Args:
       weights: `tiny`, the path that `save_bundle` wrote to, the folder of a
-        checkpoint with ported weights, or that of a training; of a training,
-        `FOLDER/400` takes the checkpoint of step 400, not the last one.
-      grid: latent size of the videos, or their `HEIGHTxWIDTH` in pixels; None: as
-        stored, and the default of their family for ported ones.
-      dtype: type of weights and activations. Default: as stored, and bfloat16 for
-        ported ones.
+        checkpoint with ported weights, or the folder of a training. `FOLDER/400` is the
+        checkpoint of a training's step 400; `FOLDER` is the last one.
+      grid: latent size of the videos, or their `HEIGHTxWIDTH` in pixels. Default: the
+        stored size, or for ported weights the default of their family.
+      dtype: type of weights and activations. Default: the stored type, or bfloat16 for
+        ported weights.
       text_encoder: "device" keeps it on the device, "free" only while there are new
         prompts, and "sharded" splits it over all devices.
       mesh: mesh that the generator is split over. None uses the default device.
@@ -49,7 +49,8 @@ def load_bundle(
       param_dtype: type of the generator's weights, if it differs from that of
         activations.
       network: "generator", or "critic" to load the critic of the same training or
-        checkpoint in the generator's place. Without a critic it is the generator.
+        checkpoint in the generator's place. Without a critic, "critic" loads the
+        generator.
 
     Raises:
       UserError: A file is missing or damaged, its tensors do not fit its stated sizes,

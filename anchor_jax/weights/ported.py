@@ -121,7 +121,7 @@ def _read_ported(meta: Mapping[str, Any], dtype: str) -> _Ported:
 
 
 def _model_kind(meta: Mapping[str, Any]) -> type[ModelConfig]:
-    """Returns the class of the generator's sizes; no family is Wan2.1."""
+    """Returns the class of the generator's sizes; that of Wan2.1 by default."""
     name = meta.get("family", WAN_2_1.name)
     if name not in FAMILIES:
         known = suggest(str(name), FAMILIES, "families")
@@ -153,7 +153,7 @@ def _source_digest(sources: Any) -> str:
 
 
 def _check_ported(ported: _Ported) -> None:
-    """Raises UserError unless the sizes are possible and fit together."""
+    """Raises UserError unless the sizes are valid and fit together."""
     model, text, vae = ported.model, ported.text, ported.vae
     for name in ("model", "text", "vae"):
         check_sizes(f"meta.{name}", getattr(ported, name))

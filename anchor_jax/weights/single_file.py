@@ -266,7 +266,7 @@ def _header(path: pathlib.Path) -> _Header:
 
 
 def _check_header(header: _Header) -> None:
-    """Raises unless the sizes are ones that networks can have, and fit together."""
+    """Raises an error unless the sizes are valid for the networks and fit together."""
     if header.codec not in CODECS:
         known = suggest(header.codec, CODECS, "codecs")
         raise UserError(f"unknown codec {shown(header.codec)}{known}")

@@ -48,7 +48,7 @@ class Trained:
 
     def base_options(self) -> Options:
         """Returns the options for loading its initial weights."""
-        # A training continues the updates that it finds, so its own contain them.
+        # A training continues existing updates, so its own updates contain them.
         lora = "none" if "lora" in self.stored else self.options.lora
         return dataclasses.replace(self.options, network="generator", lora=lora)
 
@@ -71,8 +71,8 @@ class Trained:
 def find_trained(folder: pathlib.Path, options: Options) -> Trained:
     """Returns the files of a training. Raises UserError if they cannot be loaded.
 
-    They are those of the last checkpoint, or of the folder's step. The running mean of
-    the generator is preferred.
+    The files are those of the last checkpoint, or of the folder's step. The running
+    mean of the generator is preferred.
     """
     name = run_base(run_folder(folder))
     if not checkpoint.is_checkpoint(folder):
@@ -108,8 +108,9 @@ def _why_not(folder: pathlib.Path, base: str) -> str:
     kept = ", ".join(map(str, checkpoint.steps(run)))
     if kept:
         return (
-            f"{run} has no checkpoint of step {folder.name}, only of {kept}; trainings"
-            " that start from a step need it later too: retain more with config.keep"
+            f"{run} has no checkpoint of step {folder.name}, only of {kept}; a training"
+            " that starts from a step also needs it later: retain more with"
+            " config.keep"
         )
     return (
         f"{folder} is a training that has no checkpoint yet; wait for its first, or use"

@@ -257,7 +257,7 @@ def test_a_kernel_that_is_too_large_is_not_mistaken_for_a_lack_of_memory():
 
     reason = aot._reason(message)
 
-    assert reason == "a kernel takes 16.14M of vector memory, 16.00M are available"
+    assert reason == "a kernel needs 16.14M of vector memory, but has 16.00M"
     used = "RESOURCE_EXHAUSTED: Used 18.0G of 15.7G hbm. Exceeded by 2.3G."
     assert aot._reason(used) == "does not fit: Used 18.0G of 15.7G hbm"
 

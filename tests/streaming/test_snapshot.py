@@ -455,7 +455,7 @@ KEYS = "[0].cache.slots.k"
         (lambda t: t.update({KEYS: t[KEYS].astype(np.float16)}), "F16"),
         (
             lambda t: t.update({"[0].cache.index.start": np.array(9, "i4")}),
-            "stands at frame 9, expected 6",
+            "is at frame 9, expected 6",
         ),
     ],
 )
@@ -477,7 +477,7 @@ def test_tensors_of_another_setup_are_refused(saved, tmp_path, change, message):
         ({"origin": "0"}, "origin='0'"),
         ({"pending": [{"prompt": 3}]}, r"pending\[0\]"),
         ({"pending": {"prompt": RED}}, "pending: got"),
-        ({"frames": 3_000_000}, "stands at frame 6"),
+        ({"frames": 3_000_000}, "is at frame 6"),
         ({"batch": 1000}, "tensors are not those"),
         ({"fingerprint": {"weights": "0" * 64}}, "weights of SHA-256 0000"),
         ({"format_version": 2}, "format_version=2, expected 1"),

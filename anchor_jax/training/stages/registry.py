@@ -1,7 +1,7 @@
 """The stages of training, by the name that a config gives as `stage`.
 
-A stage is added here, as a section of `TrainConfig`, and nowhere else. The modules are
-imported only when a stage is looked up, because sampling reads this table too.
+A stage is added here and as a section of `TrainConfig`, and nowhere else. The modules
+are imported only when a stage is looked up, because sampling reads this table too.
 """
 
 from typing import Any
@@ -17,4 +17,4 @@ STAGES: Registry[Any] = Registry(
         "distillation": f"{_HERE}.distillation:DISTILLATION",
     },
 )
-"""Each is a `stages.base.StageKind`. Importing it here would make a cycle."""
+"""Each is a `stages.base.StageKind`, which cannot be imported here without a cycle."""
