@@ -1,4 +1,4 @@
-"""How long compilation took the last time, stored beside the compiled programs."""
+"""Durations of earlier compilations, stored beside the compiled programs."""
 
 import contextlib
 import dataclasses
@@ -32,7 +32,7 @@ class CompileTimes:
     def reported(
         self, what: str, about: Any, tell: Callable[[str], None]
     ) -> Iterator[None]:
-        """Tells what is compiled and how long it took last time, and stores the time.
+        """Prints what is compiled and how long it took last time, and stores the time.
 
         Args:
           what: a description for the user.
@@ -49,7 +49,7 @@ class CompileTimes:
         self._store(key, time.monotonic() - began)
 
     def load(self) -> dict[str, float]:
-        """Returns the stored seconds by key; none if the file is missing or damaged."""
+        """Returns the stored seconds by key; {} if the file is missing or damaged."""
         if self.folder is None:
             return {}
         try:

@@ -1,4 +1,4 @@
-"""Whether the device that the user asks for is present."""
+"""Checks that the requested device is present."""
 
 import jax
 
@@ -10,11 +10,11 @@ _EXTRAS = {"cuda": "gpu", "gpu": "gpu", "tpu": "tpu"}
 
 
 def check(wanted: str | None = None) -> None:
-    """Checks that the devices that the user asks for can be used.
+    """Checks that the requested devices can be used.
 
     Args:
       wanted: the value of `JAX_PLATFORMS`; None takes that of this process. The
-        devices that it names are started. If it is empty, nothing happens.
+        named devices are initialised. If it is empty, nothing happens.
 
     Raises:
       UserError: JAX cannot use such a device. The message names the extra to install.
@@ -24,7 +24,7 @@ def check(wanted: str | None = None) -> None:
         return
     try:
         jax.devices()
-    # Without a GPU some versions fail in an assertion.
+    # Without a GPU some versions of jax raise an AssertionError.
     except (AssertionError, RuntimeError) as error:
         raise UserError(_explain(wanted, str(error))) from error
 
@@ -38,7 +38,7 @@ def _explain(wanted: str, reason: str) -> str:
     )
     reason = " ".join(reason.split())[:300]
     return (
-        f"JAX_PLATFORMS={shown(wanted)}: JAX can use no such device on this machine"
+        f"JAX_PLATFORMS={shown(wanted)}: JAX cannot use this device on this machine"
         f"{f' ({reason})' if reason else ''}; {', or '.join(remedies) or _KNOWN}; or"
         " unset JAX_PLATFORMS to use the device that is present"
     )

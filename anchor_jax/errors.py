@@ -103,7 +103,7 @@ def changes(before: Any, after: Any, name: str = "") -> list[str]:
 
 
 def suggest(name: str, known: Iterable[str], kind: str) -> str:
-    """Returns the end of a message on an unknown name: the closest, then all names."""
+    """Returns the end of a message about an unknown name: similar names, then all."""
     known = list(known)
     close = difflib.get_close_matches(name[:1000], known, n=1, cutoff=0.5)
     hint = f" did you mean {shown(close[0])}?" if close else ""
@@ -128,13 +128,13 @@ def damaged(
     fault: str = "is damaged",
     wraps: bool = False,
 ) -> Iterator[None]:
-    """Turns what a reading library raises into one message that names the file.
+    """Turns any error of a reading library into one message that names the file.
 
     Args:
       path: the file or folder that is read.
       remedy: what the user can do, put at the end of the message.
-      fault: what the message says of the file.
-      wraps: whether a UserError gets the file's name too; else it has it already.
+      fault: the message's statement about the file.
+      wraps: whether to add the file's name to a UserError too.
     """
     try:
         yield
@@ -148,7 +148,7 @@ def damaged(
 
 
 def reason(error: Exception) -> str:
-    """Returns what a library says in one line.
+    """Returns a library's message in one line.
 
     The kind of the error is put before it, unless its text is a sentence by itself.
     """

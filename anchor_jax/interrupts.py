@@ -129,7 +129,7 @@ def patient(
     A second Ctrl-C does not wait for it.
 
     Args:
-      message: the line shown at the request; it names what is waited for.
+      message: the line shown at the request; it names the work that must finish.
       since: returns the `time.monotonic()` at which the work that would be lost
         started. The wait is limited to the duration of that work. None waits without a
         limit.
@@ -145,7 +145,7 @@ def patient(
 
 
 def uninterrupted() -> contextlib.AbstractContextManager:
-    """A brief section, such as a few renames, which ending the process waits for."""
+    """A brief section, such as a few renames, that always finishes before an exit."""
     return _brief
 
 
@@ -157,7 +157,7 @@ def held_back() -> Iterator[None]:
     """
     from multiprocessing import resource_tracker
 
-    # Started now, because its start unblocks the signals.
+    # The thread is started now, because its start unblocks the signals.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
@@ -204,15 +204,15 @@ def install() -> None:
         signal.signal(one, _note)
     # A parent process may have blocked the signals.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-    # Registered first, so that it runs last, after the libraries' own handlers.
+    # It is registered first, so that it runs last, after the libraries' own handlers.
     atexit.register(_leave)
 
 
 def leave_with(status: int) -> int:
-    """Returns the process's exit status, which a late request still changes.
+    """Returns the process's exit status, which a late request may still change.
 
-    After a request nothing more is printed, because messages of libraries would only
-    confuse.
+    After a request nothing more is printed, because messages of libraries would only be
+    confusing.
     """
     _process.status = status
     if _asked.is_set():
@@ -273,7 +273,7 @@ def _end() -> NoReturn:
     try:
         _brief.acquire(timeout=1)
         _ending.set()
-        # The main thread must not write any more: its handler never returns now.
+        # The main thread must not write any more, so its handler never returns.
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         if not _process.stopping and _process.status is None:
             _show("interrupted")
@@ -285,7 +285,7 @@ def _end() -> NoReturn:
 
 
 def _leave() -> None:
-    """Ends the process before the interpreter's own exit, which loses requests."""
+    """Ends the process before the interpreter's own exit, which ignores requests."""
     if _ending.is_set():
         _halt()
     if _process.status is None and not _asked.is_set():

@@ -197,7 +197,7 @@ class PromptFile:
         if _is_header(first[0]):
             raise UserError(
                 f"{self.path}: the first line, {shown(first[0])}, is the header of a"
-                " table; name the file .csv or .tsv, or keep only the prompts"
+                " table; rename the file to .csv or .tsv, or keep only the prompts"
             )
         return "text"
 

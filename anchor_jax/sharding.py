@@ -67,14 +67,15 @@ TEXT = (
 )
 
 CODEC = ((r".*", ()),)
-"""Half a gigabyte in float32, which is replicated."""
+"""The codec has half a gigabyte in float32, and is replicated."""
 
 
 def logical_axes(params, placements):
     """Returns a tree of tuples: a logical axis name for every axis of every array.
 
     Raises:
-      ValueError: No pattern matches a path, or its axes are not as many as the array's.
+      ValueError: No pattern matches a path, or it has another number of axes than the
+        array.
     """
 
     def choose(path, leaf):
@@ -156,7 +157,7 @@ def is_on_mesh() -> bool:
 
 
 def dividing(axes: tuple[str, ...], size: int) -> tuple[str, ...]:
-    """Returns the axes of the mesh that `count` items can be split over.
+    """Returns the axes of the mesh over which `size` items can be split.
 
     Devices along other axes do the same work.
     """

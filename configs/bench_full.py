@@ -1,4 +1,4 @@
-"""Wan2.1 1.3B at 480 x 832 on random weights, in bfloat16: for an accelerator.
+"""Wan2.1 1.3B at 480 x 832 on random weights in bfloat16, for an accelerator.
 
     anchor-jax bench --config=configs/bench_full.py --out=bench.json
     anchor-jax bench --config=configs/bench_full.py --config.text.num_layers=1

@@ -48,7 +48,7 @@ def get_config(frames: str = "6") -> ConfigDict:
 
 
 def _more(config: ConfigDict) -> ConfigDict:
-    """Returns the config of the last stage: other clips, a lower rate that falls."""
+    """Returns the config of the last stage: other clips, and a lower learning rate."""
     config.weights = "runs/teacher21"
     config.steps = 1800
     config.seed = config.data.seed = 1

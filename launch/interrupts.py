@@ -2,10 +2,10 @@
 
     python launch/interrupts.py [--presses=60] [--seed=0] [--folder=FOLDER]
 
-Both commands run on the tiny model, in turn with and without compiled programs of an
-earlier run. The moments are spread over all of a run, from when Python has started:
+Both commands run on the tiny model, alternately with and without compiled programs of
+an earlier run. The moments are spread over a whole run, from the start of Python:
 importing, loading, compiling, streaming, saving. Each press must end the command with
-status 130 within --limit seconds and without a traceback, and leave nothing half made:
+status 130 within --limit seconds and without a traceback, and leave nothing incomplete:
 no temporary file or folder, no video without its recipe, no checkpoint that is not
 whole, no lease. Every --again-th command is then run again, and must work. Prints a
 line for each press and a summary; the status is 1 if anything failed.

@@ -2,7 +2,7 @@
 
     python launch/port_memory.py --folder=SCRATCH
 
-It needs 12 GB of disk for the first and 23 GB for the second, and removes both.
+It needs 12 GB of disk for the first and 23 GB for the second, and removes the files.
 Prints one JSON: the largest leaf, the peak resident memory, and twice the former plus
 2 GiB.
 """

@@ -99,7 +99,7 @@ def test_a_wrong_table_is_refused(write, content, parts):
 
 def test_a_table_under_another_name_is_refused(write):
     path = write("a.txt", "uuid,prompt,time\n1,a red ring,2\n")
-    refused(path, "header of a table", "name the file .csv")
+    refused(path, "header of a table", "rename the file to .csv")
     assert len(prompts_of(write("a.txt", "a prompt, with a comma\nb\n"))) == 2
 
 

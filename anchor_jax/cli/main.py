@@ -166,7 +166,7 @@ def _parse_flags(
     except RecursionError as error:
         # The library searches for similar names with one recursive call per character.
         raise UserError(
-            f"{name} has no flag with so long a name; see: anchor-jax {name} --help"
+            f"{name} has no flag with such a long name; see: anchor-jax {name} --help"
         ) from error
     if "config" in own:
         if FLAGS.config is None or overrides and not FLAGS.config:

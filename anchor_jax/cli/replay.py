@@ -1,4 +1,4 @@
-"""`anchor-jax replay`: makes a video again, or changes its prompt from a frame on."""
+"""`anchor-jax replay`: makes a video again, or changes its prompt at a frame."""
 
 import dataclasses
 import pathlib
@@ -44,7 +44,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer("until", None, "Number of blocks to make. Default: all.")
     flags.DEFINE_integer("at", None, "Latent frame at which to switch to --prompt.")
-    flags.DEFINE_string("prompt", None, "Prompt to show from --at on.")
+    flags.DEFINE_string("prompt", None, "Prompt from latent frame --at.")
     flags.DEFINE_integer(
         "frames",
         None,

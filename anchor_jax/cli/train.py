@@ -66,7 +66,7 @@ def main(argv) -> None:
         raise Stopped(
             f"Stopped at {step}/{config.steps}. Rerun this command to resume."
         )
-    print(f"done; sample with: {_sampling(training)}")
+    print(f"Done. Sample with: {_sampling(training)}")
 
 
 def _report(training) -> None:

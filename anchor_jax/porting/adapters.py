@@ -226,7 +226,8 @@ def _filled(name: str, array: np.ndarray, rank: int, factor: float) -> Any:
 
     def make() -> np.ndarray:
         whole = np.zeros(shape, array.dtype)
-        # Rounded once: the factor itself need not be exact in a narrow type.
+        # The product is rounded once, because a narrow type may not hold the factor
+        # exactly.
         part = array.astype(np.float32) * np.float32(factor) if factor != 1 else array
         # Overflow is found and reported by the check for finite weights.
         with np.errstate(over="ignore"):

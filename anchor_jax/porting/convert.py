@@ -1,4 +1,4 @@
-"""Weights from official names to ours and back, with every name accounted for.
+"""Converts weights from official names to ours and back; every name is accounted for.
 
 A key table is a tuple of `KeyRule`; `anchor_jax.porting.key_tables` holds the tables.
 """
@@ -240,7 +240,7 @@ def num_layers(source: Weights, table: tuple[KeyRule, ...]) -> int:
 
 
 def _lay_out(name: str, array: np.ndarray | Deferred, rule: KeyRule) -> np.ndarray:
-    """Returns an array in our order of axes, or the shape of one not yet read."""
+    """Returns an array in our order of axes, or the shape of an unread array."""
     if isinstance(array, Deferred):
         array = np.broadcast_to(np.zeros((), array.dtype), array.shape)
     try:

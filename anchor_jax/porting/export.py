@@ -266,7 +266,7 @@ class _Export:
         return {**held, "params": params}, both
 
     def others(self, folder: pathlib.Path, item: str) -> None:
-        """Writes those of text encoder, VAE and tokenizer that exist."""
+        """Writes the text encoder, the VAE and the tokenizer, if they exist."""
         official = self.layout == "wan"
         homes = {
             "text_encoder": (folder, TEXT_FILE)
@@ -284,7 +284,7 @@ class _Export:
             tensors = writer.tensors_of(tree, TABLES[name, self.style])
             if name == "text_encoder" and self._has_alias():
                 tensors = writer.with_alias(tensors)
-            # Shards have an index, which the official names know for the transformer
+            # Shards have an index. The official layout has one for the transformer
             # only.
             limit = None if official else self.shard_bytes
             writer.write(place, stem, tensors, read, limit, self.progress)
@@ -322,7 +322,8 @@ class _Export:
         if missing:
             return (
                 f"without {', '.join(missing)} no model_index.json is written, so load"
-                " transformer/ by itself; port --wan=FOLDER along for a whole pipeline",
+                " transformer/ by itself; for a whole pipeline, port with"
+                " --wan=FOLDER",
             )
         kept = self._file(companions.SCHEDULER)
         scheduler = io.read_json(kept) if kept else published.SCHEDULER
@@ -367,7 +368,8 @@ class _Export:
             leaf = read(path)
             if not path.endswith("/b") or factor == 1:
                 return leaf
-            # Rounded once: the factor itself need not be exact in a narrow type.
+            # The product is rounded once, because a narrow type may not hold the factor
+            # exactly.
             return (leaf.astype(np.float32) * np.float32(factor)).astype(leaf.dtype)
 
         place = folder if self.layout == "generator" else folder / "lora"

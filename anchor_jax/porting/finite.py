@@ -55,9 +55,9 @@ class Watch:
                 name = _official(array, path, table)
                 self.refusal = UserError(
                     f"{network}: {name} has values that are not finite (NaN or"
-                    f" infinite), {wrong:,} of {array.size:,} in its kind of layer; a"
-                    " training that diverged writes such weights: use an earlier"
-                    " checkpoint of it, or download the file again;"
+                    f" infinite), {wrong:,} of {array.size:,} in its kind of layer; the"
+                    " training may have diverged: use an earlier checkpoint, or"
+                    " download the file again;"
                     " --allow_nonfinite ports it anyway"
                 )
                 raise self.refusal

@@ -1,4 +1,4 @@
-"""The tables: official parameter names and ours, network by network.
+"""The key tables: official parameter names and ours, for each network.
 
 Source of the official names: porting/README.md, "Names". Tables ending in `_DIFFUSERS`
 and `_TRANSFORMERS` have the names of these libraries.

@@ -34,7 +34,7 @@ _NEUTRAL = {
     "kasa_config": None,
     "megatron_config": None,
 }
-# Settings of training, places of adapters (which tensors show), and descriptions.
+# Settings of training, places of adapters (which the tensors show), and descriptions.
 _INERT = (
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
     *("revision", "inference_mode", "target_modules", "exclude_modules"),
@@ -64,13 +64,13 @@ _COMPONENTS = ("transformer", "generator")
 _OF_KOHYA = tuple(f"ss_network_{name}" for name in ("module", "args", "alpha", "dim"))
 _PATTERN = re.compile(r"\^?(?:\w|\\?\.)+\$?")
 _DIGITS = re.compile(r"-?\d{1,12}(?:\.\d{0,12})?")
-# Names of scales; those of the second kind count only beside the tensors themselves.
+# Names of scales; those of the second kind count only in the file of the tensors.
 _SCALE = re.compile(
     r"(?:(?:lora|network|adapter|linear|peft)_?(?:alphas?|scale|scaling|multiplier"
     r"|strength)|alpha_pattern|(?:use_)?rslora)"
 )
 _SCALE_BESIDE = re.compile(r"alphas?|scales?|scaling|multiplier|strength")
-# In the config of a whole training these can belong to other things.
+# In the config of a whole training these may have other meanings.
 _ANYTHING = re.compile(rf"r|rank|{_SCALE_BESIDE.pattern}")
 _MERGE = "merge the adapters with the library that wrote them first"
 
@@ -223,7 +223,7 @@ def of_sections(
     """Returns the statement of a header or checkpoint, and its unused entries.
 
     Settings are at the top, in a section for adapters, or in JSON there. Those of
-    kohya's trainers begin with `ss_`.
+    kohya's trainers start with `ss_`.
 
     Raises:
       Mismatch: As `of_peft`.
@@ -241,7 +241,7 @@ def of_sections(
             inner = _component(f"{origin}, {name}", value)
             statements.append(of_peft(f"{origin}, {name}", inner))
         elif name in ("config", "args") and isinstance(value, Mapping):
-            # There `rank` can be a process index, and `alpha` anything.
+            # There `rank` may be a process index, and `alpha` may be anything.
             plain = {k: v for k, v in value.items() if not _ANYTHING.fullmatch(k)}
             statements += of_sections(f"{origin}, {name}", plain)[0]
             unused.append(name)
@@ -454,7 +454,7 @@ def _scales(ranks, factors, statements, given, default) -> Scales:
     if len(values) == 1:
         alpha = values.pop() * largest
         alpha = round(alpha) if math.isclose(alpha, round(alpha)) else alpha
-        # Exactly as written, because the weights' digest includes it.
+        # Unchanged text, because the weights' digest includes it.
         said = (given, *(one.alpha for one in statements))
         alpha = next((one for one in said if one == alpha), alpha)
     notes = list(_notes(ranks, factors, statements, given, default))

@@ -308,7 +308,7 @@ def _scales(
     elif source.adapters.form == "other" and not any(
         one.is_whole for one in source.statements
     ):
-        default = "so do other readers of this kind of file where it says nothing"
+        default = "other readers of such files assume the same"
     try:
         return lora_settings.settle(
             source.adapters.ranks, list(source.statements), alpha, default
@@ -319,7 +319,7 @@ def _scales(
 
 
 def _tree(source: Source, configs: Mapping[str, Any], scales: Scales | None) -> Any:
-    """Returns a network's tree of `Lazy`; without a config only names are checked.
+    """Returns a network's tree of `Lazy`. Without a config only names are checked.
 
     Raises:
       Mismatch: Names, shapes or types are wrong.

@@ -45,7 +45,7 @@ class Known:
             known = (*self.used, *self.fixed, *self.inert)
             if name not in known and name[:1] != "_" and value not in _ABSENT:
                 yield (
-                    f"{name!r:.60}={value!r:.60} is not known; remove it if it does not"
+                    f"{name!r:.60}={value!r:.60} is unknown; remove it if it does not"
                     " change what the network computes"
                 )
 
@@ -256,7 +256,7 @@ def vae_config(source: Source) -> VaeConfig:
 def _check_sizes(source: Source, sizes: Mapping[str, int]) -> None:
     """Raises `Mismatch` if tensors have impossible sizes."""
     problems = [
-        f"{source.item}: {name}={size} by its tensors, expected from 1 to {_LARGEST}"
+        f"{source.item}: its tensors give {name}={size}, expected from 1 to {_LARGEST}"
         for name, size in sizes.items()
         if not 1 <= size <= _LARGEST
     ]

@@ -1,4 +1,4 @@
-"""Opens published weights and identifies their kind, without reading the arrays."""
+"""Opens published weights and identifies their kind without reading the arrays."""
 
 import dataclasses
 import pathlib
@@ -53,7 +53,7 @@ class Source:
       aliases: Additional names in the file for arrays in `arrays`.
       adapters: The form of `arrays`, if they are adapters.
       statements: Statements of the files on the adapters' scale.
-      notes: Notes for the user on what was read and what was not.
+      notes: Notes for the user about what was read and what was not.
     """
 
     item: str

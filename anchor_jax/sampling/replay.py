@@ -1,4 +1,4 @@
-"""Makes a video again from its recipe, or changes its prompt from a frame on."""
+"""Makes a video again from its recipe, or changes its prompt at a frame."""
 
 import dataclasses
 import pathlib

@@ -276,7 +276,7 @@ class Session:
             self._follow(self._history(), frame)
 
     def fork(self, frame: int, prompt: str, cut: bool = False) -> "Session":
-        """Returns a session with the same past and another prompt from a frame on.
+        """Returns a session with the same past and another prompt from a given frame.
 
         This session does not change. Both sessions share the store of moments.
 

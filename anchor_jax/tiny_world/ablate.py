@@ -46,7 +46,7 @@ class Comparison:
         return dataclasses.asdict(one)
 
     def arms(self, names: Sequence[str]) -> list[str]:
-        """Returns the arms to measure: those named, or all of the part.
+        """Returns the arms to measure: the named ones, or all of the part.
 
         Raises:
           UserError: An arm is unknown.

@@ -31,7 +31,7 @@ _SPAN = scenes.PIXEL_FRAMES_PER_LATENT
 
 
 class Segment(NamedTuple):
-    """A scene, its first pixel frame in the video, and the one after its last."""
+    """A scene, its first pixel frame in the video, and the frame after its last."""
 
     scene: Scene
     begin: int
@@ -43,9 +43,9 @@ class Object:
     """One object in pixel frames.
 
     Attributes:
-      color: Numbers of the object colour, -1 where there is none, [F].
+      color: Numbers of the object colour, -1 without an object, [F].
       visible: Whether there is an object, [F].
-      xy: Centre of the object in pixels, arbitrary where there is none, [F, 2].
+      xy: Centre of the object in pixels, arbitrary without an object, [F, 2].
       iou: Intersection over union with each shape at each radius, [F, template].
     """
 
@@ -61,11 +61,11 @@ class Shown:
 
     Attributes:
       begin: Number of the first pixel frame in the video.
-      background: Numbers of the background, -1 where there is none, [F].
+      background: Numbers of the background, -1 if it is unclear, [F].
       count: Number of object colours with the area of an object, [F]; -1 without a
         background.
-      objects: Everything that differs from the background, as one object. If two are
-        looked for, one object per object colour.
+      objects: Everything that differs from the background, as one object; if two
+        objects are expected, one object per object colour.
     """
 
     begin: int
@@ -97,9 +97,9 @@ class Result:
       event: The kind of the event that leads to it; `start` for the first.
       flags: Whether each criterion is met.
       numbers: `jumps`, the share of the latent borders with a jump; if the object is
-        seen and should move, `speed`, signed and relative to the commanded one; and
-        `adopted`, the blocks of the segment before the one that first shows what the
-        event changed, missing if none does.
+        seen and should move, `speed`, signed and relative to the commanded speed; and
+        `adopted`, the number of the segment's blocks before the first that shows the
+        event's change, missing if no block shows it.
     """
 
     event: str
@@ -173,8 +173,8 @@ def _pair(pixels, background, labels, area) -> tuple[Object, ...]:
     """Returns an object for each colour, seen where it is one of a frame's largest two.
 
     A colour's labels say where an object is; its mask is then all that differs from
-    the background and is nearer to it than to the other, independent of its hue. So a
-    codec's change of hues does not affect the outlines.
+    the background and is nearer to it than to the other, independent of its hue.
+    Therefore a codec's change of hues does not affect the outlines.
     """
     rank = np.argsort(np.argsort(-area, axis=1, kind="stable"), axis=1)
     seen = (rank < 2) & (area >= detect.MIN_AREA)
@@ -213,10 +213,10 @@ def criteria(shown: Shown, scene: Scene) -> dict[str, bool]:
     `background`, and `count`, the number of objects of different colours, in 80 % of
     the pixel frames; unless hidden also `color`, `shape` and `direction` of the first
     object and with a second one `second_color` and `second_shape`. `shape_iou` and
-    `second_shape_iou` ask the shape also for an IoU above 0.6, which an object shown
-    twice in one colour has not; `all` is all of these. Each of two objects has the
-    attributes found at its colour, so an unseen colour has no shape. A single object is
-    everything that differs from the background.
+    `second_shape_iou` also require an IoU above 0.6, which an object shown twice in one
+    colour does not reach; `all` is all of these. Each of two objects has the attributes
+    found at its colour, so an unseen colour has no shape. A single object is everything
+    that differs from the background.
     """
     wanted = 0 if scene.hidden else 1 + (scene.second is not None)
     background = _most(shown.background)
@@ -473,7 +473,7 @@ def _names(groups: Iterable[dict]) -> list[str]:
 def score_videos(
     videos: Sequence[np.ndarray], segments: Sequence[Sequence[Segment]]
 ) -> dict[str, dict]:
-    """Returns the scores, as `aggregate`, of videos that should show segments."""
+    """Returns the scores of videos that should show segments, from `aggregate`."""
     return aggregate(
         [
             score_shown(measure(*pair), [one.scene for one in pair[1]])

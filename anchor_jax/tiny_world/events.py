@@ -70,8 +70,8 @@ class Scene:
     Attributes:
       first: The first object and the background. While hidden, the object is not
         visible.
-      second: Colour and shape of a second object, which moves as the first does.
-      hidden: Only the background is seen.
+      second: Colour and shape of a second object, which moves like the first.
+      hidden: Whether only the background is seen.
       named: Whether the caption names the first object's colour and shape. If not, only
         memory can supply them.
     """
@@ -350,10 +350,10 @@ def redraw(
     """Returns another script with the same events: captions for a mismatch control.
 
     Raises:
-      ValueError: The script does not begin with a single named object.
+      ValueError: The script does not start with a single named object.
     """
     if played[0] != Scene(played[0].first):
-        raise ValueError(f"the first scene is {played[0]}; begin with one named object")
+        raise ValueError(f"the first scene is {played[0]}; start with one named object")
     splits = (False, True) if held_out is None else (held_out,)
     start = [one for split in splits for one in scenes.all_attributes(split)]
     result = [Scene(start[rng.integers(len(start))])]
@@ -367,7 +367,7 @@ def centers(
 ) -> np.ndarray:
     """Returns both objects' centres (x, y) in pixels on the torus, [2, F, 2].
 
-    They exist for hidden frames too, where the first object moves on unseen, and for
+    They exist for hidden frames too, in which the first object keeps moving, and for
     frames without a second object. The second object stays 32 pixels from the first:
     across the motion at its entry, or to the right of a still object.
     """

@@ -59,7 +59,7 @@ def model_config(case: Case, *section: str) -> ModelConfig:
 
 
 def dit_params(case: Case, config: ModelConfig, prefix: str = ""):
-    """Returns the transformer's parameters, every official name accounted for."""
+    """Returns the transformer's parameters; every official name is accounted for."""
     return convert(case.weights(prefix), dit_table(config), shapes.of(config))
 
 
@@ -485,7 +485,7 @@ def vae_sizes(case: Case, section: str) -> vae.VaeConfig:
 
 
 def vae_params(case: Case, config: vae.VaeConfig, prefix: str = ""):
-    """Returns the VAE's parameters, every official name accounted for."""
+    """Returns the VAE's parameters; every official name is accounted for."""
     return convert(case.weights(prefix), key_tables.VAE, shapes.of(config))
 
 
@@ -508,7 +508,7 @@ def _compare_stream(case: Case, checks: Checks, latent: np.ndarray, run) -> None
         if slot >= len(kept):
             raise CaseError(f"{name}: the decoder has {len(kept)} causal convolutions")
         ours, theirs = _first(kept[slot]), checks.outputs.get(name)
-        # Ours start with frames of zeros; fewer may be recorded at first.
+        # Our states start with frames of zeros; the recording may have fewer at first.
         if theirs is not None and theirs.ndim == 5 and 0 < theirs.shape[2] < 2:
             ours = ours[:, :, -theirs.shape[2] :]
         checks.compare(name, ours, relative=NEAR)

@@ -52,7 +52,7 @@ def _compare_rope(case: Case, checks: Checks, dim: int) -> None:
 
 
 def rotated(case: Case, dim: int, start: int) -> np.ndarray:
-    """Returns a case's tokens rotated from a start frame on.
+    """Returns a case's tokens, rotated from a start frame.
 
     Tokens after the last frame are padding, which is not rotated.
     """

@@ -42,8 +42,8 @@ KINDS = {
 
 _FILES = ("config.json", "inputs.safetensors", "outputs.safetensors", "trace.json")
 
-# What a damaged or hostile file can raise on its way through the networks. One case
-# fails then, and the others still run.
+# Errors that a damaged or hostile file can raise in the networks. Then one case fails,
+# and the others still run.
 _FAULTS = (
     ArithmeticError,
     AssertionError,
@@ -160,7 +160,7 @@ def _function(kind: str) -> Callable:
 
 
 def report(result: Result, every_tensor: bool = False) -> str:
-    """Returns the lines on one case: a summary, then the failures.
+    """Returns the lines about one case: a summary, then the failures.
 
     Args:
       result: The case.

@@ -257,8 +257,8 @@ class _Sequence:
     def _readable(self, held: np.ndarray, theirs: np.ndarray, are_keys: bool):
         """Returns a layer's sink and local frames, in order of time, ours and theirs.
 
-        Theirs are the sink and the newest filled rows. Their keys are rotated if
-        positions are absolute.
+        The recorded ones are the sink and the newest filled rows. Their keys are
+        rotated if positions are absolute.
         """
         setup, index = self.networks.setup, self.state.cache.index
         policy, end = setup.policy, int(index.start)

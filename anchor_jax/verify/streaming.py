@@ -192,8 +192,8 @@ def _switch(run: Run, requested: int, first: int, cut: bool = False) -> None:
         run.buffer = list(range(first - len(run.buffer), first))
     name = f"flow.recache{number}"
     if name in run.checks.outputs:
-        # The official pass also runs frames whose keys it does not store: the newest
-        # ones are those that count.
+        # The official pass also runs frames whose keys it does not store; the newest
+        # frames are stored.
         ours = frames_first(block.committed)
         theirs = run.checks.outputs[name][:, -ours.shape[1] :]
         run.checks.compare(name, ours, theirs, absolute=CLOSE)

@@ -242,7 +242,7 @@ def verify_ode_regression(case: Case, checks: Checks) -> None:
     blocks = block_sizes(case, stored.shape[2])
     if sum(blocks) != stored.shape[2]:
         raise CaseError(f"inputs: {stored.shape[2]} frames do not divide into blocks")
-    # The draw of a block's first frame counts for the whole block.
+    # The draw of a block's first frame applies to the whole block.
     first = np.cumsum([0, *blocks[:-1]])
     index = np.repeat(drawn[:, first], blocks, axis=1)
     noisy = np.take_along_axis(stored, index[:, None, :, None, None, None], 1)[:, 0]

@@ -228,7 +228,7 @@ def test_redrawn_scripts_have_the_same_events():
         for number in range(7):
             pair = slice(number, number + 2)
             assert events.event(*other[pair]) == events.event(*played[pair])
-    with pytest.raises(ValueError, match="begin with one named object"):
+    with pytest.raises(ValueError, match="start with one named object"):
         events.redraw(rng, [TWO, ONE])
 
 
