@@ -1,4 +1,6 @@
-"""Checks that the requested device is present."""
+"""Checks that the requested devices and processes are present."""
+
+import os
 
 import jax
 
@@ -29,6 +31,22 @@ def check(wanted: str | None = None) -> None:
         raise UserError(_explain(wanted, str(error))) from error
 
 
+def check_processes() -> None:
+    """Checks that this process has joined the cluster that its environment describes.
+
+    Raises:
+      UserError: The environment asks for several processes, but JAX has only this one.
+    """
+    count = os.environ.get("JAX_NUM_PROCESSES", "1")
+    if count != "1" and jax.process_count() == 1:
+        raise UserError(
+            f"JAX_NUM_PROCESSES={shown(count)}: anchor-jax does not start clusters yet,"
+            " so each process would work alone; unset the variable to use one process,"
+            " or call jax.distributed.initialize() in a program of your own before"
+            " anchor_jax is used"
+        )
+
+
 def _explain(wanted: str, reason: str) -> str:
     names = [name for name in wanted.split(",") if name != "cpu"]
     remedies = dict.fromkeys(
@@ -36,7 +54,8 @@ def _explain(wanted: str, reason: str) -> str:
         for name in names
         if name in _EXTRAS
     )
-    reason = " ".join(reason.split())[:300]
+    # JAX adds advice of its own in brackets.
+    reason = " ".join(reason.split()).partition(" (set JAX_PLATFORMS")[0][:300]
     return (
         f"JAX_PLATFORMS={shown(wanted)}: JAX cannot use this device on this machine"
         f"{f' ({reason})' if reason else ''}; {', or '.join(remedies) or _KNOWN}; or"

@@ -43,8 +43,8 @@ def main(argv) -> None:
     """Runs the command.
 
     Raises:
-      UserError: The config is wrong, the folder holds another run, or a loss was not
-        finite.
+      UserError: The config is wrong, the folder holds another run, a loss was not
+        finite, or other processes of a cluster are missing.
       Stopped: It stopped on request before the last step.
     """
     del argv
@@ -52,8 +52,10 @@ def main(argv) -> None:
 
     compile_cache.enable()
     allocator.keep_freed_memory()
+    from anchor_jax import devices
     from anchor_jax.training import run
 
+    devices.check_processes()
     config = run.read_config(FLAGS.config)
     if FLAGS.dry_run:
         run.dry_run(config, tell=print)

@@ -118,7 +118,9 @@ def _lineage(weights: str | pathlib.Path) -> list[pathlib.Path]:
             if tiny
             else "give the folder that anchor-jax port or train wrote"
         )
-        raise UserError(f"weights={line[0]} is not a checkpoint; {remedy}")
+        exists = tiny or line[0].exists()
+        fault = " is not a checkpoint" if exists else ": no such folder"
+        raise UserError(f"weights={line[0]}{fault}; {remedy}")
     return line
 
 

@@ -105,8 +105,9 @@ def test_a_flag_of_the_command_is_not_a_field(say):
     ("argv", "message"),
     [
         (["--seed=x"], "config.seed: got 'x', expected int"),
-        (["--sampler=1"], "Unknown command line flag 'sampler'"),
-        (["--nothing=1"], "Unknown command line flag 'nothing'"),
+        (["--sampler=1"], "unknown flag --sampler;"),
+        (["--nothing=1"], "unknown flag --nothing; set a config field"),
+        (["--sed=1"], "unknown flag --sed; did you mean 'seed'?"),
     ],
 )
 def test_a_short_spelling_is_checked_like_a_long_one(say, argv, message):

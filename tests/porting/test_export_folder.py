@@ -247,7 +247,7 @@ def test_an_error_names_the_folder_that_was_given(base, tmp_path):
     write_run(run, str(tmp_path / "tiny"))
     messages = {
         run: rf"weights={run}: started from .*/tiny, and .*--layout=bundle",
-        tmp_path / "none": rf"weights={tmp_path}/none is not a checkpoint; give",
+        tmp_path / "none": rf"weights={tmp_path}/none: no such folder; give",
     }
     for weights, message in messages.items():
         with pytest.raises(UserError, match=message):
