@@ -137,7 +137,7 @@ class PromptFile:
         return f"{self.path}, {unit} {number}"
 
     def notes(self) -> list[str]:
-        """Returns notes on the file; call it after the file has been read."""
+        """Returns notes about the file; call it after the file has been read."""
         notes = list(self._notes)
         if self._hashes:
             one = len(self._hashes) == 1

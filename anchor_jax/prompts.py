@@ -120,7 +120,7 @@ class Scripts:
 
     Attributes:
       all: the scripts in order.
-      notes: notes on the file, such as the columns read and the lines skipped.
+      notes: notes about the file, such as the columns read and the lines skipped.
       file: the file, or None for inline text.
       numbers: the line or entry number of each script.
     """

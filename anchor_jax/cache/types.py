@@ -55,7 +55,7 @@ class ReadPlan:
     own: jax.Array  # [own] positions of the pass's own keys
     past: jax.Array  # [slot] positions of remembered keys
     frames: jax.Array  # number of visible key frames
-    frame: jax.Array  # [key] latent frame of each key, EMPTY where there is none
+    frame: jax.Array  # [key] latent frame of each key, or EMPTY
     position: jax.Array  # [key] position of each key
     junction: jax.Array  # whether a junction is seen
     prior: jax.Array  # whether it is the junction before last

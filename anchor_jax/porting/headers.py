@@ -24,7 +24,7 @@ _SECTIONS = ("config", "model_config", "transformer_config")
 def with_header(
     settings: Mapping[str, Any], header: Mapping[str, str]
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Returns settings completed from a file's header, and notes on unused entries.
+    """Returns settings completed from a file's header, and notes about unused entries.
 
     Raises:
       Mismatch: A setting differs between the two.

@@ -311,7 +311,7 @@ def _component(origin: str, section: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a section's settings of PEFT, without the component that diffusers adds.
 
     Raises:
-      Mismatch: A setting belongs to another component than the transformer.
+      Mismatch: A setting belongs to a component other than the transformer.
     """
     found, problems = {}, []
     for name, value in section.items():

@@ -352,7 +352,7 @@ def _expected_adapters(params: Any, arrays: Mapping[str, Any], table, source) ->
 
 
 def _notes(found, networks, scales: Scales | None, files) -> tuple[str, ...]:
-    """Returns the notes on each source, prefixed with its item."""
+    """Returns the notes about each source, prefixed with its item."""
     notes = [f"{item}: {note}" for item, one in found.items() for note in one.notes]
     model = networks.get("generator")
     heads = ("num_heads", "num_attention_heads")

@@ -253,7 +253,7 @@ def _others(content: Mapping[str, Any], key: str) -> str:
 
 
 def _within(arrays: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Returns the transformer of a file with all networks, and notes on the rest."""
+    """Returns the transformer of a file with all networks, and notes about the rest."""
     own = {name: part for name, part in arrays.items() if name.startswith(_WITHIN)}
     rest = [name for name in arrays if name not in own]
     if not own or not all(name.startswith(_BESIDE) for name in rest) or not rest:

@@ -147,7 +147,7 @@ def choose(recipe: Recipe, options: Options) -> Recipe:
 
 
 def compare(expected: Sequence[str], digests: Sequence[str]) -> str:
-    """Returns a sentence on how many blocks are identical to those of the recipe."""
+    """Returns a sentence about how many blocks are identical to the recipe's."""
     if not expected:
         return "the recipe has no digests of these blocks, so none was compared"
     pairs = list(zip(expected, digests, strict=False))

@@ -196,7 +196,7 @@ def choose(tasks: VideoTasks, overwrite: bool) -> tuple[list[int], list[int]]:
 def _describe_foreign(
     file: pathlib.Path, stored: dict | None, request: dict, more: int
 ) -> str:
-    """Returns the message on a file that another recipe made; names the fields.
+    """Returns the message about a file of another recipe, with the fields.
 
     Args:
       file: the existing file.

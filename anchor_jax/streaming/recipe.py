@@ -38,7 +38,7 @@ from anchor_jax.weights.bundle import Bundle
 FORMAT_VERSION = 1
 MAX_BATCH = 1024
 REMEDY = "copy it again, or give a file that anchor-jax sample wrote"
-"""Remedy in messages on files that are not recipes."""
+"""Remedy in messages about files that are not recipes."""
 
 _PARTS = {
     kind.__name__: kind

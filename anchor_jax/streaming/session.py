@@ -282,7 +282,7 @@ class Session:
 
         Args:
           frame: the first latent frame of a block, at most that of the next block.
-          prompt: the prompt from that block on.
+          prompt: the prompt of that block and all later ones.
           cut: whether that block is a scene cut, for policies that support it.
 
         Raises:

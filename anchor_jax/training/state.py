@@ -136,7 +136,7 @@ class Ema:
     def __post_init__(self):
         if not 0 <= self.decay < 1 or self.start < 0:
             raise ValueError(
-                f"ema: decay={self.decay} must lie in [0, 1) and start={self.start}"
+                f"ema: decay={self.decay} must be in [0, 1) and start={self.start}"
                 f" must be at least 0"
             )
 

@@ -142,7 +142,7 @@ def test_a_command_s_status_is_returned(say):
         (["help", "smaple"], ["unknown command 'smaple'"]),
         (["absent"], ["unknown command 'absent'"]),
         (["--config=a"], ["unknown command '--config=a'"]),
-        (["sample", "--promt=x"], ["'promt'", "prompt", "anchor-jax sample --help"]),
+        (["sample", "--promt=x"], ["--promt", "prompt", "anchor-jax sample --help"]),
         (["sample", "--config=mine.py", "--count=x"], ["--count=x", "--help"]),
         (["sample"], ["--config is missing"]),
         (["sample", "--config=tinny"], ["config 'tinny'", "shipped configs, in"]),
