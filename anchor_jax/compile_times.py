@@ -42,7 +42,9 @@ class CompileTimes:
         device = jax.devices()[0]
         key = _digest([about, jax.__version__, device.platform, device.device_kind])
         last = self.load().get(key)
-        known = "the first time" if last is None else f"it took {_said(last)} last time"
+        known = (
+            "the first time" if last is None else f"it took {_duration(last)} last time"
+        )
         tell(f"compiling {what}: {known}")
         began = time.monotonic()
         yield
@@ -74,7 +76,7 @@ def _digest(about: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _said(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     return f"{round(seconds / 60)} min"

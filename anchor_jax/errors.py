@@ -148,8 +148,8 @@ def damaged(
         names_place = isinstance(error, UserError)
         if names_place and not wraps:
             raise
-        said = error if names_place else reason(error)
-        raise UserError(f"{path} {fault}: {said}; {remedy}") from error
+        cause = error if names_place else reason(error)
+        raise UserError(f"{path} {fault}: {cause}; {remedy}") from error
 
 
 def reason(error: Exception) -> str:

@@ -196,8 +196,8 @@ def compete(name: str, out: pathlib.Path, scratch, most: float, expected) -> lis
     time.sleep(random.choice((random.uniform(0, 0.2), random.uniform(0, most))))
     second = start(line, logs[1])
     ended = [wait(first), wait(second)]
-    said = [log.read_text("utf-8", "replace") for log in logs]
-    roles = [role(command, *one) for one in zip(ended, said, strict=True)]
+    output = [log.read_text("utf-8", "replace") for log in logs]
+    roles = [role(command, *one) for one in zip(ended, output, strict=True)]
     wrong = []
     if sorted(roles)[-1] != "worked" or roles.count("worked") != 1:
         wrong.append(f"roles {roles}, see {logs[0]} and {logs[1]}")
@@ -208,12 +208,12 @@ def compete(name: str, out: pathlib.Path, scratch, most: float, expected) -> lis
     return wrong or roles
 
 
-def role(command: Command, status: int, said: str) -> str:
+def role(command: Command, status: int, output: str) -> str:
     """Returns a job's role, "worked", "refused" or "late", or its failure."""
-    errors = [line for line in said.splitlines() if line.startswith("error:")]
-    if status == 2 and len(errors) == 1 and REFUSED.search(said):
+    errors = [line for line in output.splitlines() if line.startswith("error:")]
+    if status == 2 and len(errors) == 1 and REFUSED.search(output):
         return "refused"
-    if status in (0, 2) and command.late in said and "Traceback" not in said:
+    if status in (0, 2) and command.late in output and "Traceback" not in output:
         return "late"
     return "worked" if status == 0 else f"failed with {status}"
 

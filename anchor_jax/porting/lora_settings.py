@@ -347,18 +347,18 @@ def _of_kohya(origin: str, header: Mapping[str, Any]) -> Statement:
             found = shown(args[name], 60)
             problems.append(f"ss_network_args: {name}={found} is not supported")
     numbers = {"lora_alpha": "ss_network_alpha", "r": "ss_network_dim"}
-    said = {}
+    values = {}
     for ours, name in numbers.items():
         value = header.get(name)
         if isinstance(value, float) and value.is_integer() and ours == "r":
             value = int(value)
         # Files of resizing tools hold "Dynamic": their tensors have the numbers.
         if value not in (None, 0, "Dynamic"):
-            said[ours] = value
+            values[ours] = value
             problems += _check_number(name, value, int if ours == "r" else float)
     if problems:
         raise Mismatch([f"{origin}: {line}; {_MERGE}" for line in problems])
-    return Statement(origin, said.get("lora_alpha"), said.get("r"))
+    return Statement(origin, values.get("lora_alpha"), values.get("r"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -416,19 +416,19 @@ def settle(
     rslora = any(one.rslora for one in statements)
     for module, rank in ranks.items():
         problems += _other_ranks(module, rank, statements)
-        said = [(one.origin, one.factor(module, rank)) for one in statements]
-        said = [(origin, factor) for origin, factor in said if factor is not None]
+        known = [(one.origin, one.factor(module, rank)) for one in statements]
+        known = [(origin, factor) for origin, factor in known if factor is not None]
         if given is not None:
             factors[module] = scale(given, rank, rslora)
             continue
-        if len({round(math.log(factor), 5) for _, factor in said}) > 1:
-            stated = ", ".join(f"{origin} {value:g}" for origin, value in said)
+        if len({round(math.log(factor), 5) for _, factor in known}) > 1:
+            stated = ", ".join(f"{origin} {value:g}" for origin, value in known)
             problems.append(
                 f"{module}: different factors ({stated}); choose one with --alpha"
             )
-        if not said:
+        if not known:
             silent.append(module)
-        factors[module] = said[0][1] if said else 1.0
+        factors[module] = known[0][1] if known else 1.0
     if problems:
         raise Mismatch(problems)
     if silent and (default is None or len(silent) < len(ranks)):
@@ -455,8 +455,8 @@ def _scales(ranks, factors, statements, given, default) -> Scales:
         alpha = values.pop() * largest
         alpha = round(alpha) if math.isclose(alpha, round(alpha)) else alpha
         # Unchanged text, because the weights' digest includes it.
-        said = (given, *(one.alpha for one in statements))
-        alpha = next((one for one in said if one == alpha), alpha)
+        candidates = (given, *(one.alpha for one in statements))
+        alpha = next((one for one in candidates if one == alpha), alpha)
     notes = list(_notes(ranks, factors, statements, given, default))
     return Scales(factors, alpha, largest, tuple(notes))
 

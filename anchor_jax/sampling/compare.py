@@ -126,14 +126,14 @@ def _make_arms(
     arms: dict[str, VideoTasks] = {}
     notes: dict[str, None] = {}
     for name in names:
-        asked = dataclasses.replace(given, policy=name)
-        config = resolve.resolve(asked, bundle.metadata)
+        arm = dataclasses.replace(given, policy=name)
+        config = resolve.resolve(arm, bundle.metadata)
         with naming(name):
             scripts = resolve.read_scripts(config)
             negative = negative_prompt(config)
             arms[name] = VideoTasks(folder / name, scripts, config, bundle, negative)
         notes |= dict.fromkeys(f"note: {line}" for line in scripts.notes)
-        lines = resolve.describe_choices(asked, config, bundle.metadata)
+        lines = resolve.describe_choices(arm, config, bundle.metadata)
         notes |= dict.fromkeys(lines)
     _check_equal_lengths(arms)
     for line in notes:

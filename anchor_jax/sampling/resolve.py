@@ -131,11 +131,11 @@ def _shown(sampler: SamplerConfig) -> str:
 def _departures(config: SampleConfig, method: Method) -> list[str]:
     """Returns a warning if weights are sampled differently from their training."""
     names = ("solver", "steps", "shift") if method.solver == "renoise" else ("solver",)
-    asked = {name: getattr(config, name) for name in ("policy", "rules")}
-    asked |= {name: getattr(config.sampler, name) for name in names}
+    chosen = {name: getattr(config, name) for name in ("policy", "rules")}
+    chosen |= {name: getattr(config.sampler, name) for name in names}
     differing = [
         f"{name} {getattr(method, name)}, not {value}"
-        for name, value in asked.items()
+        for name, value in chosen.items()
         if value != getattr(method, name)
     ]
     if not differing:

@@ -192,8 +192,8 @@ class Session:
         if self._state is None and requested <= 0:
             self.segments = [Switch(prompt, requested=0, landed=0)]
             return
-        asked = [*self.pending, Switch(prompt, requested, cut)]
-        self.pending = collections.deque(sorted(asked, key=lambda one: one.earliest))
+        waiting = [*self.pending, Switch(prompt, requested, cut)]
+        self.pending = collections.deque(sorted(waiting, key=lambda one: one.earliest))
         self._context(prompt)
 
     def step(self) -> Frames:
@@ -529,8 +529,8 @@ class Session:
 
     def _history(self) -> tuple[Switch, ...]:
         """Returns past and pending prompts with the frames where they take effect."""
-        asked = [max(one.earliest, self.frame) for one in self.pending]
-        landed = landings(asked, self.setup.policy.block)
+        earliest = [max(one.earliest, self.frame) for one in self.pending]
+        landed = landings(earliest, self.setup.policy.block)
         coming = map(
             lambda one, frame: dataclasses.replace(one, landed=frame),
             self.pending,

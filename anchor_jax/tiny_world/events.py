@@ -94,7 +94,7 @@ class Scene:
 
 
 @dataclasses.dataclass(frozen=True)
-class Said:
+class Meaning:
     """The meaning of a caption; attributes that it leaves open are None.
 
     `motion` is None if the caption describes an empty scene. `color` and `shape` are
@@ -108,14 +108,16 @@ class Said:
     second: tuple[str, str] | None = None
 
 
-def said(scene: Scene) -> Said:
+def meaning(scene: Scene) -> Meaning:
     """Returns the meaning of all captions of a scene."""
     first = scene.first
     if scene.hidden:
-        return Said(first.background)
+        return Meaning(first.background)
     if not scene.named:
-        return Said(first.background, first.motion)
-    return Said(first.background, first.motion, first.color, first.shape, scene.second)
+        return Meaning(first.background, first.motion)
+    return Meaning(
+        first.background, first.motion, first.color, first.shape, scene.second
+    )
 
 
 def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
@@ -146,7 +148,7 @@ def vocabulary() -> tuple[str, ...]:
     return tuple(sorted({*scenes.words(filler), *scenes.vocabulary()}))
 
 
-def parse(text: str) -> Said | None:
+def parse(text: str) -> Meaning | None:
     """Returns the meaning of a caption, or None if it is outside the world.
 
     A caption is inside when all its words are in the vocabulary and it names one
@@ -155,28 +157,28 @@ def parse(text: str) -> Said | None:
     """
     alone = scenes.parse_caption(text)
     if alone is not None:
-        return said(Scene(alone))
+        return meaning(Scene(alone))
     words = scenes.words(text)
     if not set(words) <= set(vocabulary()):
         return None
     backgrounds = [word for word in words if word in scenes.BACKGROUNDS]
     motions = [word for word in words if word in scenes.MOTIONS]
-    things = [word for word in words if word in (*scenes.COLORS, *scenes.SHAPES)]
+    nouns = [word for word in words if word in (*scenes.COLORS, *scenes.SHAPES)]
     nothing = any(word in _SAYS_NOTHING for word in words)
     unnamed = any(word in _SAYS_IT for word in words)
-    counts = (len(backgrounds), len(motions), len(things), nothing, unnamed)
+    counts = (len(backgrounds), len(motions), len(nouns), nothing, unnamed)
     if counts == (1, 0, 0, True, False):
-        return Said(*backgrounds)
+        return Meaning(*backgrounds)
     if counts == (1, 1, 0, False, True):
-        return Said(*backgrounds, *motions)
-    if counts == (1, 1, 4, False, False) and _are_objects(things):
-        return Said(*backgrounds, *motions, *things[:2], tuple(things[2:]))
+        return Meaning(*backgrounds, *motions)
+    if counts == (1, 1, 4, False, False) and _are_objects(nouns):
+        return Meaning(*backgrounds, *motions, *nouns[:2], tuple(nouns[2:]))
     return None
 
 
-def _are_objects(things: Sequence[str]) -> bool:
+def _are_objects(nouns: Sequence[str]) -> bool:
     """Returns whether words are a colour and a shape, then another colour's."""
-    colors, shapes = things[0::2], things[1::2]
+    colors, shapes = nouns[0::2], nouns[1::2]
     named = set(colors) <= set(scenes.COLORS) and set(shapes) <= set(scenes.SHAPES)
     return named and len(set(colors)) == len(colors)
 

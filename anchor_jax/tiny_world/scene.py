@@ -316,11 +316,11 @@ def parse_caption(text: str) -> Attributes | None:
     A caption is inside when all its words are in the vocabulary and it names exactly
     one each of colour, shape, motion and background.
     """
-    said = words(text)
-    if not set(said) <= set(vocabulary()):
+    parts = words(text)
+    if not set(parts) <= set(vocabulary()):
         return None
     found = {
-        kind: [word for word in said if word in names]
+        kind: [word for word in parts if word in names]
         for kind, names in _names().items()
     }
     if any(len(one) != 1 for one in found.values()):

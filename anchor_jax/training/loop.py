@@ -88,7 +88,7 @@ def train(
         interrupts.check()
         with interrupts.patient(_STOPPING, work.since), keeping:
             for step in range(first, loop.steps):
-                if interrupts.asked():
+                if interrupts.stop_requested():
                     break
                 before = cursor
                 state, cursor, metrics = stage.advance(state, cursor, step)

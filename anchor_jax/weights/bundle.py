@@ -43,7 +43,7 @@ class PromptEncoder:
     _known: collections.OrderedDict[str, np.ndarray] = dataclasses.field(
         default_factory=collections.OrderedDict
     )
-    _turn: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
     @functools.cached_property
     def params(self) -> Mapping[str, Any]:
@@ -63,7 +63,7 @@ class PromptEncoder:
                 f"texts is a single string, {shown(texts)}; give a list of strings"
             )
         if self.frees:
-            with self._turn:
+            with self._lock:
                 encoded = jnp.asarray(self._remembered(texts))
         else:
             encoded = self._encode(self.params, texts)
@@ -89,7 +89,7 @@ class PromptEncoder:
         if not self.frees:
             jax.block_until_ready(self.params)
             return
-        with self._turn:
+        with self._lock:
             self._encode_new(texts)
 
     def _encode_new(self, texts: Sequence[str]) -> dict[str, np.ndarray]:

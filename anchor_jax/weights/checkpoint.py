@@ -78,7 +78,7 @@ class _Writer(ocp.type_handlers.NumpyHandler):
     def __init__(self, progress: Callable[[int], None] | None):
         super().__init__()
         self._progress = progress
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
         self._failure: BaseException | None = None
 
     async def serialize(self, values, infos, args=None):
@@ -91,12 +91,12 @@ class _Writer(ocp.type_handlers.NumpyHandler):
 
     def stop(self) -> None:
         """Waits for the current leaf; no other is started."""
-        with self._turn:
+        with self._lock:
             self._failure = self._failure or RuntimeError("writing was stopped")
 
     async def _write_all(self, values, infos, args) -> None:
         for value, info, arg in zip(values, infos, args, strict=True):
-            await asyncio.to_thread(self._turn.acquire)
+            await asyncio.to_thread(self._lock.acquire)
             try:
                 if self._failure:
                     raise self._failure
@@ -107,7 +107,7 @@ class _Writer(ocp.type_handlers.NumpyHandler):
                 self._failure = error
                 raise
             finally:
-                self._turn.release()
+                self._lock.release()
 
 
 def _load(leaf: Lazy, info) -> np.ndarray:

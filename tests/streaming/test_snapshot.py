@@ -519,11 +519,11 @@ def test_recipes_from_before_noise_levels_had_names_stay_as_they_were():
         "timestep": [1000.0, 961.5384521484375, 909.0909423828125],
         "sigma": [1.0, 0.9615384340286255, 0.9090909361839294],
     }
-    begun = flow.even_levels(6, 5.0)
-    begun = flow.Levels(begun.timestep[:3], begun.sigma[:3])
+    first = flow.even_levels(6, 5.0)
+    first = flow.Levels(first.timestep[:3], first.sigma[:3])
 
-    assert rebuild(levels, "levels") == begun
-    assert describe(begun) == levels
+    assert rebuild(levels, "levels") == first
+    assert describe(first) == levels
     assert describe(SOLVERS["unipc"]) == {"kind": "UniPC", "floor": 0.001}
     assert describe(SOLVERS["euler"]) == {"kind": "Euler"}
 

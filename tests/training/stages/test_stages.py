@@ -161,12 +161,12 @@ def within_a_sequence(prepared, other=None):
     past = state.rollout.replace(
         **{name: fill(name) for name in ("cache", "recent", "previous")}
     )
-    begun = index = past.cache.index
+    started = index = past.cache.index
     for _ in range(FRAMES // policy.block):
         _, index = policy.write(index)
     # Copied, since some share a buffer, which cannot be donated twice.
     index = jax.tree.map(
-        lambda x, y: jax.device_put(np.array(x), y.sharding), index, begun
+        lambda x, y: jax.device_put(np.array(x), y.sharding), index, started
     )
     past = past.replace(cache=past.cache.replace(index=index))
     return state.replace(rollout=past), Cursor(0, FRAMES)
@@ -209,8 +209,8 @@ def test_a_chunk_depends_on_what_its_sequence_holds(config, field, monkeypatch):
 )
 def test_four_devices_do_what_one_does(config, monkeypatch):
     def step(prepared):
-        begun = within_a_sequence(prepared) if config in (LATER, SWITCHED) else ()
-        return steps(prepared, 1, *begun)
+        started = within_a_sequence(prepared) if config in (LATER, SWITCHED) else ()
+        return steps(prepared, 1, *started)
 
     many, _, (seen,) = step(make(config, (2, 2, 1, 1)))
     with monkeypatch.context() as patch:
