@@ -111,11 +111,11 @@ def check() -> None:
 def checking(progress: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps a progress function such that it calls `check` first."""
 
-    def check_and_go_on(*arguments):
+    def check_and_continue(*arguments):
         check()
         return progress(*arguments)
 
-    return check_and_go_on
+    return check_and_continue
 
 
 @contextlib.contextmanager

@@ -56,7 +56,7 @@ def refused(capsys):
     return line
 
 
-def test_compiled_programs_go_where_they_are_told(tmp_path, monkeypatch):
+def test_compiled_programs_go_into_the_given_folder(tmp_path, monkeypatch):
     monkeypatch.setenv(CACHE_VARIABLE, "off")
     assert enable() is None
 

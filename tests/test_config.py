@@ -279,7 +279,7 @@ def test_a_section_that_does_not_fit_is_refused(change, parts):
     assert [part for part in parts if part not in str(caught.value)] == []
 
 
-def test_a_config_of_another_command_is_told_in_a_line():
+def test_a_config_of_another_command_is_named_in_a_line():
     with pytest.raises(UserError) as caught:
         config.from_config(TrainConfig, config.load_config("tiny"), "config")
 

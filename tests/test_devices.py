@@ -52,7 +52,7 @@ def test_a_cluster_that_is_not_joined_is_refused(monkeypatch):
     devices.check_processes()
 
 
-def test_a_device_that_is_present_is_no_error():
+def test_a_present_device_is_accepted():
     devices.check("cpu")
     devices.check("")
 

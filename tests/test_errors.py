@@ -69,7 +69,7 @@ def test_a_long_text_keeps_both_ends_and_tells_its_length():
     assert text.endswith("(20008 characters)")
 
 
-def test_a_message_is_bounded_whatever_it_embeds():
+def test_a_message_is_bounded_for_any_content():
     message = str(UserError("\n".join([f"what {'x' * 20_000} to do"] * 97)))
 
     lines = message.split("\n")

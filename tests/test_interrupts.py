@@ -100,7 +100,7 @@ except Stopped:
     assert ends(process) == (130, "stopped\n", "")
 
 
-def test_a_process_that_is_blocked_is_ended_without_what_is_half_made(tmp_path):
+def test_a_blocked_process_ends_without_incomplete_files(tmp_path):
     process = start(
         """
 interrupts.install()
@@ -364,7 +364,7 @@ print(child.exitcode, interrupts.stop_requested())
     assert ends(process) == (0, "-15 False\n", "")
 
 
-def test_a_process_that_is_not_the_command_lines_goes_on():
+def test_a_process_outside_the_command_line_continues():
     with interrupts.listening():
         os.kill(os.getpid(), signal.SIGINT)
         assert interrupts.stop_requested()

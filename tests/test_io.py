@@ -80,7 +80,7 @@ def listed(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a", "./below/b", "below/../a", "here", "below/up"])
-def test_a_file_of_a_list_lies_in_its_folder(listed, name):
+def test_a_file_of_a_list_is_in_its_folder(listed, name):
     (listed / "here").symlink_to("below/b")
     (listed / "below" / "up").symlink_to("../a")
 

@@ -139,7 +139,7 @@ def rewrite(folder, change_header=None, change_tensors=None):
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.bool_, np.uint8])
-def test_weights_that_are_no_floating_point_numbers_are_refused(tmp_path, dtype):
+def test_weights_that_are_not_floating_point_are_refused(tmp_path, dtype):
     def change(tensors):
         tensors["codec/mean"] = tensors["codec/mean"].astype(dtype)
 

@@ -100,6 +100,13 @@ def strings(tree):
             yield node.lineno, node.value
 
 
+def names(tree):
+    """Yields line and name of every function and class, as words."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.lineno, node.name.replace("_", " ")
+
+
 def texts(path):
     """Yields the first line and the text of everything that a reader may see."""
     content = path.read_text(encoding="utf-8")
@@ -111,7 +118,9 @@ def texts(path):
         comments = re.sub(r"^# ?", "", content, flags=re.MULTILINE)
         yield 1, content if path.suffix == ".md" else comments
         return
-    yield from strings(ast.parse(content))
+    tree = ast.parse(content)
+    yield from strings(tree)
+    yield from names(tree)
     for token in tokenize.generate_tokens(io.StringIO(content).readline):
         if token.type == tokenize.COMMENT:
             yield token.start[0], token.string.lstrip("#! ")
@@ -153,6 +162,7 @@ def test_files_are_in_plain_english(path):
         ('"""Returns so\n  many."""', 1),
         ('f"{1} is put\x20back: put it back"', 1),
         ("# Of a script.\nx = 1", 1),
+        ("def test_what_goes_on():\n    pass", 1),
         ('"""Doc.\n\nArgs:\n  seed: of the noise.\n"""', 1),
         ('"""Makes one of two."""', 0),
     ],

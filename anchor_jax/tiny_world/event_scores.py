@@ -274,7 +274,7 @@ def numbers(shown: Shown, scene: Scene) -> dict[str, float]:
     return result
 
 
-def goes_on(before: Shown, after: Shown, old: Scene, new: Scene) -> bool:
+def motion_continues(before: Shown, after: Shown, old: Scene, new: Scene) -> bool:
     """Returns whether the first object's motion continues across a switch.
 
     Its first latent frame under the new scene must be, on average, within half a
@@ -336,7 +336,7 @@ def score_shown(shown: Sequence[Shown], script: Sequence[Scene]) -> list[Result]
         if kind == "return":
             flags |= _recall(shown[: number + 1], flags)
         elif kind not in ("start", "hide"):
-            way = goes_on(shown[number - 1], seen, script[number - 1], one)
+            way = motion_continues(shown[number - 1], seen, script[number - 1], one)
             flags["on_its_way"] = way
             if kind == "enter":
                 flags["persists"] = flags["color"] and flags["shape"] and way

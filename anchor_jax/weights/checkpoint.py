@@ -64,12 +64,12 @@ class Lazy:
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
-def _is_no_echo(record: logging.LogRecord) -> bool:
+def _is_not_duplicate(record: logging.LogRecord) -> bool:
     return "_SignalingThread" not in str(record.msg)
 
 
 # Orbax's threads log errors that their caller receives too.
-logging.getLogger("absl").addFilter(_is_no_echo)
+logging.getLogger("absl").addFilter(_is_not_duplicate)
 
 
 class _Writer(ocp.type_handlers.NumpyHandler):

@@ -240,7 +240,7 @@ def test_the_package_runs_as_a_module_from_any_folder(tmp_path):
     assert done.returncode == 2 and "Traceback" not in done.stderr
 
 
-def test_a_reader_that_stops_early_is_no_traceback(tmp_path):
+def test_a_reader_that_stops_early_gives_no_traceback(tmp_path):
     command = f"{sys.executable} -m anchor_jax --help | true"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     done = subprocess.run(
@@ -286,7 +286,7 @@ def test_warnings_of_the_package_read_as_those_of_a_command(capsys):
         (["sam\ud800"], "argument 1: U+D800"),
     ],
 )
-def test_arguments_that_are_no_text_are_refused(capsys, argv, message):
+def test_arguments_that_are_not_text_are_refused(capsys, argv, message):
     assert main.main(argv) == 2
     assert f"error: {message}" in capsys.readouterr().err
 

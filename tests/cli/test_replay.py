@@ -133,7 +133,7 @@ def test_another_machine_is_said_and_no_failure(replay):
 
 
 @pytest.mark.slow
-def test_a_video_goes_on_otherwise_from_a_frame(replay, made, tmp_path):
+def test_a_video_continues_differently_from_a_frame(replay, made, tmp_path):
     status, printed, err = replay(
         "--at=8", "--prompt=a red ring", "--frames=15", "--out=fork"
     )
@@ -273,7 +273,7 @@ def test_a_prompt_that_is_cut_is_reported(replay):
 @pytest.mark.parametrize(
     "prompt, part", [("a\udce9", "byte 0xe9"), ("a\0", "U+0000"), ("\x1b[2J", "U+001B")]
 )
-def test_a_prompt_that_is_no_text_is_refused(replay, tmp_path, prompt, part):
+def test_a_prompt_that_is_not_text_is_refused(replay, tmp_path, prompt, part):
     status, _, err = replay("--at=3", f"--prompt={prompt}", "--out=forked")
 
     assert status == 2
@@ -283,7 +283,7 @@ def test_a_prompt_that_is_no_text_is_refused(replay, tmp_path, prompt, part):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("field", ["prompts", "negative_prompt"])
-def test_a_recipe_with_what_is_no_text_is_refused(replay, field):
+def test_a_recipe_with_invalid_text_is_refused(replay, field):
     def change(recipe):
         if field == "prompts":
             recipe["prompts"][1]["prompt"] = "a\ud800"

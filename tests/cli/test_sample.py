@@ -285,7 +285,7 @@ def test_one_stream_at_a_time_is_held(sample, tmp_path, monkeypatch):
         ('{"frames": 30.0}', "config.frames: got 30.0"),
     ],
 )
-def test_a_mistake_in_a_config_file_is_no_traceback(tmp_path, capsys, text, message):
+def test_a_mistake_in_a_config_file_gives_no_traceback(tmp_path, capsys, text, message):
     (tmp_path / "mine.py").write_text(
         "from anchor_jax.config import load_config\n"
         "from ml_collections import ConfigDict\n\n\n"
@@ -354,9 +354,7 @@ def test_prompts_beyond_those_looked_at_are_reported_with_their_video(
         (["--config.seed=-1"], "config.seed=-1"),
     ],
 )
-def test_what_is_no_text_and_no_number_is_refused_by_its_flag(
-    sample, tmp_path, argv, part
-):
+def test_an_invalid_text_or_number_is_refused_by_its_flag(sample, tmp_path, argv, part):
     status, _, err = sample(*argv, prompt=None)
 
     assert status == 2

@@ -189,7 +189,7 @@ def test_a_damaged_log_stops_no_sweep(tmp_path, monkeypatch, capsys):
         (("seed=1,1",), "different names"),
     ],
 )
-def test_values_that_make_no_sense_are_refused(tmp_path, capsys, vary, named):
+def test_invalid_values_are_refused(tmp_path, capsys, vary, named):
     assert run(tmp_path / "x", *(f"--vary={one}" for one in vary)) == 2
 
     assert named in capsys.readouterr().err

@@ -216,7 +216,7 @@ def test_a_change_of_a_finished_run_is_ignored_and_said(trained, weights, capsys
 
 
 @pytest.mark.slow
-def test_what_may_change_is_told(trained, weights, capsys):
+def test_allowed_changes_are_reported(trained, weights, capsys):
     more = ("--config.optimizer.learning_rate=0.001", "--config.keep=3")
 
     assert train(weights, trained, *more, "--dry_run") == 0
@@ -295,7 +295,7 @@ def distilled(weights, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_critic_goes_on_from_the_stage_before(distilled, weights, tmp_path):
+def test_a_critic_continues_from_the_stage_before(distilled, weights, tmp_path):
     folder, config = distilled
     stored = checkpoint.restore(folder, "fake_score")["params"]
     config.out, config.critic = str(tmp_path / "next"), str(folder)
@@ -316,7 +316,7 @@ def test_a_critic_goes_on_from_the_stage_before(distilled, weights, tmp_path):
 
 
 @pytest.mark.slow
-def test_sizes_of_a_critic_that_make_no_sense_are_refused(distilled, tmp_path):
+def test_invalid_sizes_of_a_critic_are_refused(distilled, tmp_path):
     shutil.copytree(distilled[0], tmp_path / "run")
     path = tmp_path / "run" / "1" / "meta" / "metadata"
     meta = json.loads(path.read_text())
@@ -326,7 +326,7 @@ def test_sizes_of_a_critic_that_make_no_sense_are_refused(distilled, tmp_path):
             load_bundle(str(tmp_path / "run"), network="critic")
 
 
-def test_weights_that_are_not_there_are_named_by_their_field(weights, capsys):
+def test_missing_weights_are_named_by_their_field(weights, capsys):
     given = ["train", "--config=train_dmd:tiny", f"--config.weights={weights}"]
 
     assert main([*given, "--config.teacher=/nowhere"]) == 2
@@ -370,7 +370,7 @@ def test_a_folder_that_another_job_owns_is_left_alone(weights, tmp_path, capsys)
     assert f"{out} is in use by process" in capsys.readouterr().err
 
 
-def test_data_that_changed_are_not_gone_on_with(tmp_path):
+def test_a_run_whose_data_changed_is_not_resumed(tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a\nb\n")
     data = DataConfig("prompts", str(prompts))
@@ -391,7 +391,7 @@ def test_data_that_changed_are_not_gone_on_with(tmp_path):
         resume.compare_inputs(tmp_path, resume.inputs(config, bundle, other, None))
 
 
-def test_a_world_that_changed_is_not_gone_on_with(tmp_path, monkeypatch):
+def test_a_run_whose_world_changed_is_not_resumed(tmp_path, monkeypatch):
     config = TrainConfig(out=str(tmp_path), data=DataConfig("world_prompts"))
     bundle = types.SimpleNamespace(digest="x")
     write_json(tmp_path / "inputs.json", resume.inputs(config, bundle, bundle, None))

@@ -384,7 +384,7 @@ def test_partial_targets_leave_the_other_modules_alone(planned):
         assert not products(found, "blocks/self_attn/v")[layer].any()
 
 
-def test_lower_ranks_are_filled_up_with_zeros(planned):
+def test_lower_ranks_are_padded_with_zeros(planned):
     arrays, module = dict(FORMS["comfyui"]), "blocks.1.ffn.0"
     rng = np.random.default_rng(7)
     down = rng.standard_normal((5, SMALL.dim)).astype(np.float32)

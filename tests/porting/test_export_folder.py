@@ -271,7 +271,7 @@ def test_an_export_that_fails_leaves_nothing(base, tmp_path, monkeypatch):
     assert [*(tmp_path / "out").rglob("*")] == []
 
 
-def test_classes_that_are_no_names_are_not_passed_on():
+def test_classes_that_are_not_names_are_dropped():
     plain = published.model_index(None, None)
 
     for name in (["a"], {}, 3, "", "os; system"):

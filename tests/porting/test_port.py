@@ -494,7 +494,7 @@ def test_a_folder_that_is_taken_is_refused_unless_overwritten(tmp_path):
         ({"layout": "wan", "lora": "merge"}, "unknown lora 'merge'"),
     ],
 )
-def test_an_export_of_what_is_not_there_is_refused(tmp_path, options, message):
+def test_an_export_of_a_missing_item_is_refused(tmp_path, options, message):
     base, _ = write_layout(tmp_path / "base", "generator")
     port.run(port.plan(generator=base, method="causvid"), tmp_path / "out")
     with pytest.raises(UserError, match=message):

@@ -80,7 +80,7 @@ def test_the_published_teacher_is_guided():
     assert negative_prompt(made) == WAN_NEGATIVE_PROMPT
 
 
-def test_the_published_teachers_sampler_is_told_with_what_its_makers_recommend():
+def test_the_published_teachers_sampler_is_printed_with_its_makers_advice():
     given = open_config(sampler__shift=8.0)
     metadata = {"method": "wan"}
 
@@ -204,7 +204,7 @@ def test_an_unknown_method_matters_only_where_it_decides(method):
         resolve(open_config(), {"method": method})
 
 
-def test_what_was_chosen_is_told():
+def test_chosen_settings_are_printed():
     def printed(metadata, **fields):
         given = open_config(**fields)
         made = resolve(given, metadata)

@@ -227,7 +227,7 @@ def test_chained_restarts_run_on_without_doubled_frames():
 
 
 @pytest.mark.slow
-def test_a_restart_forgets_what_lies_before_its_overlap():
+def test_a_restart_forgets_frames_before_its_overlap():
     policy = dataclasses.replace(POLICIES["causvid"], restart=Restart(12, overlap=6))
     session = make(policy)
 
@@ -237,7 +237,7 @@ def test_a_restart_forgets_what_lies_before_its_overlap():
     assert [int(one.plan.frames) for one in handles] == [3, 6, 9, 12, 9, 12, 9]
 
 
-def test_an_overlap_that_is_no_block_is_refused():
+def test_an_overlap_that_is_not_a_block_is_refused():
     policy = dataclasses.replace(POLICIES["causvid"], restart=Restart(overlap=2))
 
     with pytest.raises(UserError, match="multiple of block=3"):
@@ -316,7 +316,7 @@ def test_a_prompt_that_is_cut_gives_a_warning(monkeypatch):
 
 
 @pytest.mark.parametrize("given", [{"prompt": "a\ud800"}, {"negative_prompt": "a\0"}])
-def test_what_is_no_text_is_refused(given):
+def test_invalid_text_is_refused(given):
     with pytest.raises(UserError, match="so this is not text"):
         make(**given)
     with pytest.raises(UserError, match="so this is not text"):

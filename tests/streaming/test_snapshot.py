@@ -273,7 +273,7 @@ def test_a_pin_needs_a_store_and_a_store_one_video():
 
 @pytest.mark.parametrize("name", POLICIES_HERE)
 @pytest.mark.parametrize("frame", [3, 15, 24])
-def test_a_saved_session_goes_on_bit_for_bit(tmp_path, name, frame):
+def test_a_saved_session_continues_bit_for_bit(tmp_path, name, frame):
     session = ask(make(name))
     blocks(session, frame)
     session.save(tmp_path / "moment.safetensors")
@@ -394,7 +394,7 @@ def restore(path, content):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["anchor_forcing", "anchor_forcing_release"])
-def test_a_file_of_the_first_cache_layout_goes_on(tmp_path, name):
+def test_a_file_of_the_first_cache_layout_continues(tmp_path, name):
     session = make(name)
     blocks(session, 6)
     session.save(tmp_path / "new")
@@ -614,7 +614,7 @@ def test_a_hostile_recipe_is_refused_by_name(recipe, path, value, message):
         (b'{"format_version": 1}', "prompts|setup"),
     ],
 )
-def test_a_file_that_is_no_recipe_is_refused(tmp_path, content, message):
+def test_a_file_that_is_not_a_recipe_is_refused(tmp_path, content, message):
     (tmp_path / "r.json").write_bytes(content)
 
     with pytest.raises(UserError, match=message):

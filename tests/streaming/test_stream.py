@@ -522,7 +522,7 @@ def test_both_rules_agree_until_the_third_switch_off_the_block_grid():
 
 
 @pytest.mark.parametrize("settings", [PAPER, RELEASE], ids=["paper", "release"])
-def test_a_saved_stream_goes_on_bit_for_bit(settings):
+def test_a_saved_stream_continues_bit_for_bit(settings):
     switches = (9, 12, 15)
     whole = tiny.latents(tiny.run(settings, 9, switches)[1])
     state = standing(settings, 6, switches)

@@ -75,6 +75,6 @@ def test_generator_updates_visit_chunks_whose_number_fits_theirs(length, visited
         {"switches": (240,)},
     ],
 )
-def test_plans_that_make_no_sense_are_refused(wrong):
+def test_invalid_plans_are_refused(wrong):
     with pytest.raises(ValueError, match="plan"):
         SequencePlan(**wrong)

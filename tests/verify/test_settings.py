@@ -283,7 +283,7 @@ def test_runs_of_other_steps_shifts_and_networks_pass(tmp_path, steps, shift):
         ({"network": NETWORK.replace("t/300", "t/0")}, "divides by 0"),
     ],
 )
-def test_runs_that_make_no_sense_are_reported(tmp_path, change, message):
+def test_invalid_runs_are_reported(tmp_path, change, message):
     folder = tmp_path / "solver" / "made"
     shutil.copytree(GOLDEN / "solver" / "wan_unipc_20_shift3", folder)
     config = json.loads((folder / "config.json").read_text())

@@ -183,7 +183,7 @@ def test_all_frames_at_once_give_what_one_at_a_time_does(run, golden, whole):
 
 
 @pytest.mark.slow
-def test_more_frames_are_no_larger_program(config, params):
+def test_more_frames_need_no_larger_program(config, params):
     apply = functools.partial(vae.WanVae(config).apply, {"params": params})
     decode = functools.partial(apply, method="decode_raw")
     latents = jnp.zeros((1, 9, 2, 2, config.z_dim))

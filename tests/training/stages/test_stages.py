@@ -305,7 +305,7 @@ def test_blocks_are_given_the_gradient_of_their_own_frames(start, switch, monkey
 
 
 @pytest.mark.slow
-def test_unknown_words_and_cut_prompts_are_told(tmp_path, monkeypatch):
+def test_unknown_words_and_cut_prompts_are_reported(tmp_path, monkeypatch):
     on_one_device(monkeypatch)
     monkeypatch.setattr(build, "open_source", lambda *given: embeddings)
     weights, printed = tmp_path / "weights", []
@@ -328,7 +328,7 @@ def test_unknown_words_and_cut_prompts_are_told(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("every", "is_told"), [(2, True), (1, False)])
-def test_chunks_that_the_generator_never_learns_from_are_told(
+def test_chunks_that_the_generator_never_learns_from_are_reported(
     every, is_told, tmp_path, monkeypatch
 ):
     on_one_device(monkeypatch)
@@ -725,7 +725,7 @@ def test_what_was_logged_beyond_the_checkpoint_is_logged_once(tmp_path):
         ),
     ],
 )
-def test_configs_that_make_no_sense_are_refused(wrong, named):
+def test_incompatible_configs_are_refused(wrong, named):
     config = dataclasses.replace(DISTILL, **wrong)
     with pytest.raises(UserError, match=named):
         build.prepare(config, bundles.load(), embeddings, bundles.load())
