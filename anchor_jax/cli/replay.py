@@ -62,8 +62,10 @@ def main(argv: Sequence[str]) -> int:
     from anchor_jax.sampling import replay
     from anchor_jax.streaming.recipe import load_recipe
 
-    names = [field.name for field in dataclasses.fields(replay.Options)]
-    options = replay.Options(**{name: getattr(flags.FLAGS, name) for name in names})
+    names = [field.name for field in dataclasses.fields(replay.ReplayOptions)]
+    options = replay.ReplayOptions(
+        **{name: getattr(flags.FLAGS, name) for name in names}
+    )
     stored = load_recipe(path)
     compile_cache.enable()
     made = replay.replay(stored, path, options, tell=to_stderr)

@@ -28,7 +28,7 @@ from anchor_jax.weights.bundle import Bundle
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
+class PolicyComparison:
     """The videos that show several policies side by side; `tasks.choose` reads it.
 
     Attributes:
@@ -85,7 +85,7 @@ def compare(
     bundle = resolve.load_weights(given)
     with open_folder(out or given.out) as folder:
         arms = _make_arms(given, bundle, policies, folder, tell)
-        comparison = Comparison(folder, arms)
+        comparison = PolicyComparison(folder, arms)
         todo: list[int] = []
         if _is_needed(comparison, overwrite, tell):
             kept = f"; compiled programs are cached in {cache}" if cache else ""
@@ -157,7 +157,7 @@ def _check_equal_lengths(arms: Mapping[str, VideoTasks]) -> None:
             )
 
 
-def _is_needed(comparison: Comparison, overwrite: bool, tell: Tell) -> bool:
+def _is_needed(comparison: PolicyComparison, overwrite: bool, tell: Tell) -> bool:
     """Returns whether there is anything to do, after all checks and warnings.
 
     Raises:
@@ -187,7 +187,7 @@ def _make_videos(
             run(tasks, todo, overwrite, times, tell)
 
 
-def _write(comparison: Comparison, number: int, overwrite: bool) -> None:
+def _write(comparison: PolicyComparison, number: int, overwrite: bool) -> None:
     """Writes one video that shows the policies side by side, and its other files."""
     task, arms = comparison[number], comparison.arms
     paths = [tasks[number].file(".mp4") for tasks in arms.values()]
@@ -206,7 +206,7 @@ def _write(comparison: Comparison, number: int, overwrite: bool) -> None:
         io.write_json(recipe, {"request": task.request, "recipes": recipes})
 
 
-def _written(comparison: Comparison, todo: Sequence[int]) -> list[str]:
+def _written(comparison: PolicyComparison, todo: Sequence[int]) -> list[str]:
     if not todo:
         return [f"Nothing to do in {comparison.folder}."]
     lines = [str(comparison[number].file(".mp4")) for number in todo]

@@ -23,7 +23,7 @@ from anchor_jax.weights.load import load_bundle
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class ReplayOptions:
     """The options of a replay; `anchor-jax replay --help` explains the fields."""
 
     out: str | None
@@ -51,7 +51,10 @@ class Replayed:
 
 
 def replay(
-    stored: Recipe, path: pathlib.Path, options: Options, tell: Callable[[str], None]
+    stored: Recipe,
+    path: pathlib.Path,
+    options: ReplayOptions,
+    tell: Callable[[str], None],
 ) -> Replayed:
     """Makes the video of a recipe again, or the video that the options request.
 
@@ -114,7 +117,7 @@ def _named_prompts(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield f"prompts[{number}]", one.prompt
 
 
-def choose(recipe: Recipe, options: Options) -> Recipe:
+def choose(recipe: Recipe, options: ReplayOptions) -> Recipe:
     """Returns the recipe of the requested video.
 
     Raises:
@@ -160,7 +163,7 @@ def compare(expected: Sequence[str], digests: Sequence[str]) -> str:
     )
 
 
-def _forked(recipe: Recipe, options: Options) -> Recipe:
+def _forked(recipe: Recipe, options: ReplayOptions) -> Recipe:
     block = recipe.setup.policy.block
     if options.at is None or options.prompt is None or options.until is not None:
         raise UserError(

@@ -131,7 +131,7 @@ def measure(
     return found
 
 
-def stream_metrics(results: Sequence[event_scores.Result]) -> dict[str, float]:
+def stream_metrics(results: Sequence[event_scores.SegmentResult]) -> dict[str, float]:
     """Returns a stream's metrics: means over the segments that have the metric."""
     found = {}
     for name in METRICS:

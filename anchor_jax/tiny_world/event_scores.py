@@ -30,7 +30,7 @@ _TEMPLATES = tuple((shape, size) for shape in scenes.SHAPES for size in detect.R
 _SPAN = scenes.PIXEL_FRAMES_PER_LATENT
 
 
-class Segment(NamedTuple):
+class SceneSpan(NamedTuple):
     """A scene, its first pixel frame in the video, and the frame after its last."""
 
     scene: Scene
@@ -90,7 +90,7 @@ class Shown:
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class SegmentResult:
     """The scores of one segment.
 
     Attributes:
@@ -107,16 +107,16 @@ class Result:
     numbers: dict[str, float]
 
 
-def lay_out(script: Sequence[tuple[Scene, int]]) -> list[Segment]:
+def lay_out(script: Sequence[tuple[Scene, int]]) -> list[SceneSpan]:
     """Returns the segments of scenes and their numbers of pixel frames."""
     ends = np.cumsum([frames for _, frames in script]).tolist()
     return [
-        Segment(one, end - frames, end)
+        SceneSpan(one, end - frames, end)
         for (one, frames), end in zip(script, ends, strict=True)
     ]
 
 
-def measure(frames: np.ndarray, segments: Sequence[Segment]) -> list[Shown]:
+def measure(frames: np.ndarray, segments: Sequence[SceneSpan]) -> list[Shown]:
     """Returns the content of each segment of a video, uint8 [F, 64, 64, 3]."""
     _check(frames, segments)
     return [
@@ -316,7 +316,7 @@ def adopted(shown: Shown, scene: Scene, kind: str) -> int | None:
     return None
 
 
-def score_shown(shown: Sequence[Shown], script: Sequence[Scene]) -> list[Result]:
+def score_shown(shown: Sequence[Shown], script: Sequence[Scene]) -> list[SegmentResult]:
     """Returns the scores of each segment of a video.
 
     After an event, `adopted` is whether any block shows it, `adopted_soon` whether one
@@ -340,7 +340,7 @@ def score_shown(shown: Sequence[Shown], script: Sequence[Scene]) -> list[Result]
             flags["on_its_way"] = way
             if kind == "enter":
                 flags["persists"] = flags["color"] and flags["shape"] and way
-        results.append(Result(kind, flags, values))
+        results.append(SegmentResult(kind, flags, values))
     return results
 
 
@@ -396,7 +396,7 @@ def difference(last: Sequence[bool], first: Sequence[bool]) -> dict[str, float]:
     return {"difference": rise, "n": a.n, "low": low, "high": high}
 
 
-def aggregate(results: Sequence[Sequence[Result]]) -> dict[str, dict]:
+def aggregate(results: Sequence[Sequence[SegmentResult]]) -> dict[str, dict]:
     """Returns the scores of many videos, ready for JSON.
 
     `by_event` groups them by the event before a segment, `by_segment` by the segment's
@@ -420,7 +420,7 @@ def aggregate(results: Sequence[Sequence[Result]]) -> dict[str, dict]:
     }
 
 
-def cells(results: Sequence[Result]) -> dict[str, dict]:
+def cells(results: Sequence[SegmentResult]) -> dict[str, dict]:
     """Returns a cell for each criterion and each number of any segment.
 
     The number `adopted` is named `blocks_to_adopt`, because a criterion has the same
@@ -439,7 +439,7 @@ def cells(results: Sequence[Result]) -> dict[str, dict]:
     return flags | means
 
 
-def drift(results: Sequence[Sequence[Result]]) -> dict[str, dict]:
+def drift(results: Sequence[Sequence[SegmentResult]]) -> dict[str, dict]:
     """Returns the difference between the last segment and the first, by criterion.
 
     It covers videos of at least two segments whose first and last segment both have the
@@ -471,7 +471,7 @@ def _names(groups: Iterable[dict]) -> list[str]:
 
 
 def score_videos(
-    videos: Sequence[np.ndarray], segments: Sequence[Sequence[Segment]]
+    videos: Sequence[np.ndarray], segments: Sequence[Sequence[SceneSpan]]
 ) -> dict[str, dict]:
     """Returns the scores of videos that should show segments, from `aggregate`."""
     return aggregate(
@@ -516,7 +516,7 @@ def rendered(
     script: Sequence[Scene],
     latent_lengths: Sequence[int],
     roundtrip: Callable[[np.ndarray], np.ndarray],
-) -> tuple[np.ndarray, list[Segment]]:
+) -> tuple[np.ndarray, list[SceneSpan]]:
     """Returns a script's true video after a codec, and its segments.
 
     Args:
@@ -552,7 +552,7 @@ def ceiling(
     return score_videos(*zip(*pairs, strict=True))
 
 
-def _check(frames: np.ndarray, segments: Sequence[Segment]) -> None:
+def _check(frames: np.ndarray, segments: Sequence[SceneSpan]) -> None:
     expected = (scenes.SIZE, scenes.SIZE, 3)
     if frames.ndim != 4 or frames.shape[1:] != expected or frames.dtype != np.uint8:
         raise ValueError(
@@ -569,5 +569,5 @@ def _check(frames: np.ndarray, segments: Sequence[Segment]) -> None:
         )
 
 
-def _is_empty(segments: Sequence[Segment]) -> bool:
+def _is_empty(segments: Sequence[SceneSpan]) -> bool:
     return not segments or any(one.begin >= one.end for one in segments)

@@ -16,7 +16,7 @@ from anchor_jax.io import expand
 from anchor_jax.wan.spec import LatentGrid
 from anchor_jax.weights.bundle import Bundle
 from anchor_jax.weights.lineage import run_folder
-from anchor_jax.weights.options import Options
+from anchor_jax.weights.options import LoadOptions
 from anchor_jax.weights.single_file import load_saved
 
 
@@ -56,11 +56,11 @@ def load_bundle(
       UserError: A file is missing or damaged, its tensors do not fit its stated sizes,
         or an argument is not one of its choices.
     """
-    options = Options(grid, dtype, text_encoder, mesh, lora, param_dtype, network)
+    options = LoadOptions(grid, dtype, text_encoder, mesh, lora, param_dtype, network)
     return _load(weights, options)
 
 
-def _load(weights: str, options: Options) -> Bundle:
+def _load(weights: str, options: LoadOptions) -> Bundle:
     folder = expand(weights)
     if weights != "tiny" and run_folder(folder) is not None:
         from anchor_jax.weights.trained import find_trained

@@ -20,7 +20,7 @@ NETWORKS = ("generator", "critic")
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class LoadOptions:
     """The options of `load_bundle`."""
 
     grid: LatentGrid | str | None

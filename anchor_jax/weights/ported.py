@@ -21,7 +21,7 @@ from anchor_jax.wan.tokenizer import Tokenizer, load_tokenizer
 from anchor_jax.wan.vae import VaeCodec, VaeConfig
 from anchor_jax.weights import checkpoint
 from anchor_jax.weights.bundle import Bundle
-from anchor_jax.weights.options import Options
+from anchor_jax.weights.options import LoadOptions
 from anchor_jax.weights.tensors import (
     check_tensors,
     check_vocab,
@@ -43,7 +43,7 @@ class _Ported:
     digest: str
 
 
-def load_ported(folder: pathlib.Path, options: Options) -> Bundle:
+def load_ported(folder: pathlib.Path, options: LoadOptions) -> Bundle:
     """Returns the bundle in a checkpoint."""
     meta = checkpoint.read_meta(folder)
     _check_items(folder, checkpoint.items(folder))
@@ -187,7 +187,7 @@ def _expected_ported(folder: pathlib.Path, ported: _Ported) -> dict[str, Any]:
     return {"generator": generator, "text_encoder": text, "vae": codec}
 
 
-def _load_network(folder: pathlib.Path, item: str, expected, options: Options):
+def _load_network(folder: pathlib.Path, item: str, expected, options: LoadOptions):
     """Returns a network's collections, with low-rank updates as requested."""
     expected = expected[item]
     places, dtype = None, options.param_dtype or options.dtype or "bfloat16"

@@ -29,7 +29,7 @@ from anchor_jax.wan.text import TextConfig
 from anchor_jax.wan.tokenizer import SentencePieceTokenizer
 from anchor_jax.weights.bundle import Bundle
 from anchor_jax.weights.codecs import CODECS, STORED
-from anchor_jax.weights.options import Options
+from anchor_jax.weights.options import LoadOptions
 from anchor_jax.weights.tensors import (
     check_tensors,
     check_vocab,
@@ -66,7 +66,7 @@ class _Header:
     metadata: Mapping[str, Any]
 
 
-def load_saved(weights: str, options: Options) -> Bundle:
+def load_saved(weights: str, options: LoadOptions) -> Bundle:
     """Returns the bundle in a safetensors file."""
     model_file, tokenizer_file = _files(weights)
     content = _read(model_file, weights)

@@ -16,7 +16,7 @@ from anchor_jax.wan.spec import ModelConfig
 from anchor_jax.weights import checkpoint
 from anchor_jax.weights.bundle import Bundle
 from anchor_jax.weights.lineage import run_base, run_folder
-from anchor_jax.weights.options import Options
+from anchor_jax.weights.options import LoadOptions
 from anchor_jax.weights.tensors import (
     check_tensors,
     damaged_weights,
@@ -41,12 +41,12 @@ class Trained:
     """
 
     folder: pathlib.Path
-    options: Options
+    options: LoadOptions
     base: str
     item: str
     stored: Mapping[str, Any]
 
-    def base_options(self) -> Options:
+    def base_options(self) -> LoadOptions:
         """Returns the options for loading its initial weights."""
         # A training continues existing updates, so its own updates contain them.
         lora = "none" if "lora" in self.stored else self.options.lora
@@ -68,7 +68,7 @@ class Trained:
         return dataclasses.replace(base, encode_prompts=encoder)
 
 
-def find_trained(folder: pathlib.Path, options: Options) -> Trained:
+def find_trained(folder: pathlib.Path, options: LoadOptions) -> Trained:
     """Returns the files of a training. Raises UserError if they cannot be loaded.
 
     The files are those of the last checkpoint, or of the folder's step. The running
@@ -118,7 +118,7 @@ def _why_not(folder: pathlib.Path, base: str) -> str:
     )
 
 
-def _with_variables(folder, item: str, stored, base: Bundle, options: Options):
+def _with_variables(folder, item: str, stored, base: Bundle, options: LoadOptions):
     """Returns the bundle with the collections of a training's checkpoint."""
     params = shapes.of(base.model)
     with damaged_weights(folder):
