@@ -325,7 +325,7 @@ def test_differences_of_shares():
 
 def test_wrong_segments_and_pixels_are_refused():
     video = film(ONE)
-    one = event_scores.Segment(ONE, 0, 24)
+    one = event_scores.SceneSpan(ONE, 0, 24)
     for segments in ([], [one._replace(end=25)], [one._replace(begin=1)], [one, one]):
         with pytest.raises(ValueError, match="lay_out"):
             event_scores.measure(video, segments)
