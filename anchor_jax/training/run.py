@@ -127,8 +127,8 @@ class TrainingRun:
         found = self.checkpoints.restore(state, stage.places)
         state, cursor = found or (state, Cursor())
         first = int(state.step)
+        done = first >= self.config.steps
         if first:
-            done = first >= self.config.steps
             finished = f"Already finished at step {first}; nothing to do."
             self.tell(finished if done else f"Resuming at step {first}.")
         config = self.config
@@ -141,7 +141,7 @@ class TrainingRun:
             first,
             config.log_every,
             self.prepared.frames,
-            quiet=jax.process_index() > 0,
+            quiet=done or jax.process_index() > 0,
         )
         if self.sampler is not None:
             self.sampler.show = monitor.show

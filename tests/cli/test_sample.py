@@ -109,7 +109,7 @@ def test_without_a_folder_a_new_one_is_made(sample, tmp_path):
 
 def test_a_folder_that_another_job_owns_is_left_alone(sample, tmp_path):
     out = tmp_path / "out/test"
-    with ownership.own(out, task="another"):
+    with ownership.own(out, job="another"):
         status, _, err = sample("--overwrite")
         assert files(out) == [".owner"]
 

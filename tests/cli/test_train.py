@@ -186,11 +186,14 @@ def test_a_run_is_extended_exactly(weights, tmp_path, capsys):
     assert jax.tree.all(equal)
     assert json.loads((part / "config.json").read_text())["steps"] == 4
 
+    capsys.readouterr()
     # Fewer steps than the run has made.
     assert train(weights, part, *STEADY, "--config.steps=3") == 0
-    printed = capsys.readouterr().out
-    assert "The run is shortened: config.steps was 4 and is now 3." in printed
+    printed, bar = capsys.readouterr()
+    ignored = "config.steps was 4 and is now 3; ignored, because the run is already at"
+    assert f"{ignored} step 4" in printed and "shortened" not in printed
     assert "Already finished at step 4; nothing to do." in printed
+    assert "step/s" not in bar
     assert json.loads((part / "config.json").read_text())["steps"] == 4
 
 
