@@ -355,7 +355,7 @@ class Session:
         """
         if script:
             self.check(script.frames)
-        trial = Session(
+        temporary = Session(
             self.bundle,
             self.setup,
             script.prompts[0] if script else self.prompt,
@@ -363,7 +363,7 @@ class Session:
             self.negative_prompt,
             self.batch,
         )
-        trial.rehearse(self._switch_starts(script).values())
+        temporary.rehearse(self._switch_starts(script).values())
 
     def rehearse(self, starts: Iterable[int]) -> None:
         """Runs every program once; the session cannot be used afterwards.

@@ -305,8 +305,8 @@ def dry_run(config: TrainConfig, tell: Callable[[str], None]) -> None:
     with scratch_folder() as scratch:
         # Datasets are built in the scratch folder.
         data = dataclasses.replace(config.data, cache=None)
-        trial = dataclasses.replace(config, out=str(scratch), data=data)
-        training = open_training(trial, tell, most=config.batch)
+        temporary = dataclasses.replace(config, out=str(scratch), data=data)
+        training = open_training(temporary, tell, most=config.batch)
         tell(training.describe())
         where, logged = f"(from {folder / files.LOG})", _logged(folder)
         if logged is None:
