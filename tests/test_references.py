@@ -76,7 +76,7 @@ def dead_links(path):
 
 
 @pytest.mark.parametrize("path", CODE, ids=name_of)
-def test_code_refers_to_what_is_there(path):
+def test_code_refers_to_existing_sources(path):
     assert problems(path.read_text()) == []
 
 

@@ -39,7 +39,7 @@ def ablate(folder, *more):
 
 
 @pytest.mark.slow
-def test_arms_begin_alike_and_differ_in_what_they_remember(opened, tmp_path, capsys):
+def test_arms_start_equally_and_differ_in_their_memory(opened, tmp_path, capsys):
     assert ablate(tmp_path) == 0
 
     trained = {(one.distillation.policy, one.seed) for one in opened}

@@ -120,7 +120,7 @@ def test_a_block_that_differs_is_named(replay):
 
 
 @pytest.mark.slow
-def test_another_machine_is_said_and_no_failure(replay):
+def test_another_machine_is_reported_and_not_a_failure(replay):
     def other(recipe):
         recipe["blocks"][0] = "0" * 64
         recipe["fingerprint"]["device"] = "abacus"
@@ -193,7 +193,7 @@ def other_model(recipe):
         (["more.json"], None, "expected one recipe"),
     ],
 )
-def test_a_mistake_is_said_and_nothing_is_written(
+def test_a_mistake_is_reported_and_nothing_is_written(
     replay, tmp_path, argv, change, message
 ):
     status, _, err = replay(*argv, change=change)

@@ -220,7 +220,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("asked", ["", "deaf"])
-def test_a_training_ends_with_its_sweep_however_that_ended(tmp_path, asked):
+def test_a_training_ends_with_its_sweep_in_every_case(tmp_path, asked):
     (tmp_path / "parent.py").write_text(PARENT)
     root = str(pathlib.Path(sweep.__file__).parents[2])
     path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])

@@ -207,7 +207,7 @@ def test_a_run_whose_learning_rate_falls_is_not_extended(trained, weights, capsy
 
 
 @pytest.mark.slow
-def test_a_change_of_a_finished_run_is_ignored_and_said(trained, weights, capsys):
+def test_a_change_of_a_finished_run_is_reported_as_ignored(trained, weights, capsys):
     before = (trained / "config.json").read_bytes()
 
     assert train(weights, trained, "--config.optimizer.learning_rate=0.5") == 0

@@ -529,7 +529,7 @@ def test_mixed_adapters_survive_export(tmp_path, layout):
 
 
 @pytest.mark.slow
-def test_values_that_say_the_same_text_again_and_again_take_no_memory(base, tmp_path):
+def test_repeated_texts_take_no_memory(base, tmp_path):
     # A list of lists of lists of one text, and so on: 250 GB if written out.
     text = b"X\0\0\4\0" + b"x" * 2**18
     many = b"](" + text + b"q\1" + b"h\1" * 999 + b"eq\2"

@@ -134,7 +134,7 @@ def test_distilled_weights_are_sampled_as_they_were_trained(base):
     assert line.endswith("(as the weights were trained)")
 
 
-def test_trained_weights_that_are_sampled_otherwise_are_warned_of():
+def test_a_warning_names_settings_that_differ_from_the_training():
     def printed(**fields):
         given = read_config(config(**fields))
         metadata = {"training": training()}

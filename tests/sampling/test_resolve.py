@@ -180,7 +180,7 @@ def test_the_sampler_section_chooses_levels_and_solver():
     assert hash(few) == hash(setup())
 
 
-def test_a_size_that_the_weights_were_not_trained_at_is_said():
+def test_a_size_that_the_weights_were_not_trained_at_is_reported():
     bundle = bundles.load()
     assert describe_size_change(bundle) == ()
 

@@ -114,7 +114,7 @@ def test_another_form_of_a_schedule_fails(tmp_path):
         assert next(iter(change)) in is_off(folder)
 
 
-def test_timesteps_are_compared_to_what_float32_can_tell_apart(tmp_path):
+def test_timesteps_are_compared_within_the_precision_of_float32(tmp_path):
     folder = tmp_path / "scheduler" / "near"
     shutil.copytree(GOLDEN / "scheduler" / "train_shift5", folder)
     outputs = load_file(folder / "outputs.safetensors")

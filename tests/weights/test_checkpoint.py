@@ -186,7 +186,7 @@ def test_a_taken_folder_is_kept_unless_it_is_to_be_overwritten(folder):
     assert left_in(folder.parent) == ["written"]
 
 
-def test_a_failed_overwrite_keeps_what_was_there(folder):
+def test_a_failed_overwrite_keeps_the_old_content(folder):
     def load():
         raise OSError("the source went away")
 
