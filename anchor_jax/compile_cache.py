@@ -25,7 +25,7 @@ _ROOT = 0
 _OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _REACHABLE = stat.S_IXGRP | stat.S_IXOTH
 _OF_JAX = "persistent compilation cache entry"
-_PROGRAM = "*-cache"  # what jax calls its files
+_PROGRAM = "*-cache"  # names of jax's files
 
 
 def enable(
@@ -97,7 +97,7 @@ def _check_owners(folder: pathlib.Path) -> None:
     """Checks that only this user and root can write to a folder or replace it.
 
     Raises:
-      UserError: Another user can.
+      UserError: Another user can do so.
     """
     if not hasattr(os, "geteuid"):
         return
@@ -147,7 +147,7 @@ def _check_parent(folder: pathlib.Path, status: os.stat_result, trusted) -> None
 
 
 def _remove_empty(folder: pathlib.Path) -> None:
-    """Removes empty program files, which a killed process may leave."""
+    """Removes empty program files, which a killed process may have left."""
     for path in folder.glob(_PROGRAM):
         with contextlib.suppress(FileNotFoundError):
             found = path.lstat()

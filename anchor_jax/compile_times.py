@@ -1,4 +1,4 @@
-"""How long compilation took the last time, stored beside the compiled programs."""
+"""Durations of earlier compilations, stored beside the compiled programs."""
 
 import contextlib
 import dataclasses
@@ -32,7 +32,7 @@ class CompileTimes:
     def reported(
         self, what: str, about: Any, tell: Callable[[str], None]
     ) -> Iterator[None]:
-        """Tells what is compiled and how long it took last time, and stores the time.
+        """Prints what is compiled and how long it took last time, and stores the time.
 
         Args:
           what: a description for the user.
@@ -42,14 +42,16 @@ class CompileTimes:
         device = jax.devices()[0]
         key = _digest([about, jax.__version__, device.platform, device.device_kind])
         last = self.load().get(key)
-        known = "the first time" if last is None else f"it took {_said(last)} last time"
+        known = (
+            "the first time" if last is None else f"it took {_duration(last)} last time"
+        )
         tell(f"compiling {what}: {known}")
         began = time.monotonic()
         yield
         self._store(key, time.monotonic() - began)
 
     def load(self) -> dict[str, float]:
-        """Returns the stored seconds by key; none if the file is missing or damaged."""
+        """Returns the stored seconds by key; {} if the file is missing or damaged."""
         if self.folder is None:
             return {}
         try:
@@ -74,7 +76,7 @@ def _digest(about: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _said(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     return f"{round(seconds / 60)} min"

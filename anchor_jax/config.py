@@ -357,7 +357,7 @@ def _find_field(config: ConfigDict, path: str) -> tuple[ConfigDict, str]:
 
 
 def _suggest_fields(config: ConfigDict, section: ConfigDict, name: str) -> str:
-    """Returns the end of a message on an unknown field of a section.
+    """Returns the end of a message about an unknown field of a section.
 
     A field fits if it has that name in another section, or these initials, such as
     `lr`. If none fits, the closest field of the section is suggested.

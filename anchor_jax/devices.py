@@ -1,4 +1,6 @@
-"""Whether the device that the user asks for is present."""
+"""Checks that the requested devices and processes are present."""
+
+import os
 
 import jax
 
@@ -10,11 +12,11 @@ _EXTRAS = {"cuda": "gpu", "gpu": "gpu", "tpu": "tpu"}
 
 
 def check(wanted: str | None = None) -> None:
-    """Checks that the devices that the user asks for can be used.
+    """Checks that the requested devices can be used.
 
     Args:
       wanted: the value of `JAX_PLATFORMS`; None takes that of this process. The
-        devices that it names are started. If it is empty, nothing happens.
+        named devices are initialised. If it is empty, nothing happens.
 
     Raises:
       UserError: JAX cannot use such a device. The message names the extra to install.
@@ -24,9 +26,25 @@ def check(wanted: str | None = None) -> None:
         return
     try:
         jax.devices()
-    # Without a GPU some versions fail in an assertion.
+    # Without a GPU some versions of jax raise an AssertionError.
     except (AssertionError, RuntimeError) as error:
         raise UserError(_explain(wanted, str(error))) from error
+
+
+def check_processes() -> None:
+    """Checks that this process has joined the cluster that its environment describes.
+
+    Raises:
+      UserError: The environment asks for several processes, but JAX has only this one.
+    """
+    count = os.environ.get("JAX_NUM_PROCESSES", "1")
+    if count != "1" and jax.process_count() == 1:
+        raise UserError(
+            f"JAX_NUM_PROCESSES={shown(count)}: anchor-jax does not start clusters yet,"
+            " so each process would work alone; unset the variable to use one process,"
+            " or call jax.distributed.initialize() in a program of your own before"
+            " anchor_jax is used"
+        )
 
 
 def _explain(wanted: str, reason: str) -> str:
@@ -36,9 +54,10 @@ def _explain(wanted: str, reason: str) -> str:
         for name in names
         if name in _EXTRAS
     )
-    reason = " ".join(reason.split())[:300]
+    # JAX adds advice of its own in brackets.
+    reason = " ".join(reason.split()).partition(" (set JAX_PLATFORMS")[0][:300]
     return (
-        f"JAX_PLATFORMS={shown(wanted)}: JAX can use no such device on this machine"
+        f"JAX_PLATFORMS={shown(wanted)}: JAX cannot use this device on this machine"
         f"{f' ({reason})' if reason else ''}; {', or '.join(remedies) or _KNOWN}; or"
         " unset JAX_PLATFORMS to use the device that is present"
     )

@@ -102,12 +102,17 @@ def changes(before: Any, after: Any, name: str = "") -> list[str]:
     return [f"{name}: {shown(before, 40)} -> {shown(after, 40)}"]
 
 
+def closest(name: str, known: Iterable[str]) -> str:
+    """Returns a question for the known name that is most similar, or ""."""
+    close = difflib.get_close_matches(name[:1000], list(known), n=1, cutoff=0.5)
+    return f"; did you mean {shown(close[0])}?" if close else ""
+
+
 def suggest(name: str, known: Iterable[str], kind: str) -> str:
-    """Returns the end of a message on an unknown name: the closest, then all names."""
+    """Returns the end of a message about an unknown name: similar names, then all."""
     known = list(known)
-    close = difflib.get_close_matches(name[:1000], known, n=1, cutoff=0.5)
-    hint = f" did you mean {shown(close[0])}?" if close else ""
-    return f";{hint} {kind}: {', '.join(some(known, _MOST_NAMES)) or 'none'}"
+    hint = closest(name, known) or ";"
+    return f"{hint} {kind}: {', '.join(some(known, _MOST_NAMES)) or 'none'}"
 
 
 @contextlib.contextmanager
@@ -128,13 +133,13 @@ def damaged(
     fault: str = "is damaged",
     wraps: bool = False,
 ) -> Iterator[None]:
-    """Turns what a reading library raises into one message that names the file.
+    """Turns any error of a reading library into one message that names the file.
 
     Args:
       path: the file or folder that is read.
       remedy: what the user can do, put at the end of the message.
-      fault: what the message says of the file.
-      wraps: whether a UserError gets the file's name too; else it has it already.
+      fault: the message's statement about the file.
+      wraps: whether to add the file's name to a UserError too.
     """
     try:
         yield
@@ -143,12 +148,12 @@ def damaged(
         names_place = isinstance(error, UserError)
         if names_place and not wraps:
             raise
-        said = error if names_place else reason(error)
-        raise UserError(f"{path} {fault}: {said}; {remedy}") from error
+        cause = error if names_place else reason(error)
+        raise UserError(f"{path} {fault}: {cause}; {remedy}") from error
 
 
 def reason(error: Exception) -> str:
-    """Returns what a library says in one line.
+    """Returns a library's message in one line.
 
     The kind of the error is put before it, unless its text is a sentence by itself.
     """

@@ -14,7 +14,7 @@ def install(extra: str) -> str:
 
 
 def explain(error: ModuleNotFoundError) -> str | None:
-    """Returns a message on a missing optional package; None for any other package."""
+    """Returns a message about a missing optional package; None for other packages."""
     package = str(error.name).partition(".")[0]
     if package not in EXTRAS:
         return None

@@ -1,4 +1,4 @@
-"""Recognises files of another kind than their name by their first bytes."""
+"""Recognises, by their first bytes, files that are not what their name says."""
 
 import pathlib
 import re

@@ -33,7 +33,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _REBOUND = 0.2  # seconds; some launchers pass a single Ctrl-C to their children twice
 _POLL = 0.05  # seconds
 
-_asked = threading.Event()
+_requested = threading.Event()
 _ending = threading.Event()
 _brief = threading.RLock()
 
@@ -74,12 +74,12 @@ class _Section:
     since: Callable[[], float] | None
     least: float
 
-    def patience(self, asked: float) -> float:
+    def patience(self, requested_at: float) -> float:
         """Returns the seconds to wait: the time that the work has taken so far."""
         if self.since is None:
             return math.inf
         try:
-            return max(self.least, asked - self.since())
+            return max(self.least, requested_at - self.since())
         except Exception:  # noqa: BLE001 - the watching thread must not die.
             return self.least
 
@@ -87,9 +87,9 @@ class _Section:
 _process = _Process()
 
 
-def asked() -> bool:
+def stop_requested() -> bool:
     """Returns whether the process was asked to stop."""
-    return _asked.is_set()
+    return _requested.is_set()
 
 
 def check() -> None:
@@ -101,7 +101,7 @@ def check() -> None:
       Stopped: The process was asked to stop.
     """
     is_main = threading.current_thread() is threading.main_thread()
-    if not _asked.is_set() or not is_main:
+    if not _requested.is_set() or not is_main:
         return
     if not _process.stopping:
         _process.stopping, _process.calm = True, time.monotonic()
@@ -111,11 +111,11 @@ def check() -> None:
 def checking(progress: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps a progress function such that it calls `check` first."""
 
-    def check_and_go_on(*arguments):
+    def check_and_continue(*arguments):
         check()
         return progress(*arguments)
 
-    return check_and_go_on
+    return check_and_continue
 
 
 @contextlib.contextmanager
@@ -129,7 +129,7 @@ def patient(
     A second Ctrl-C does not wait for it.
 
     Args:
-      message: the line shown at the request; it names what is waited for.
+      message: the line shown at the request; it names the work that must finish.
       since: returns the `time.monotonic()` at which the work that would be lost
         started. The wait is limited to the duration of that work. None waits without a
         limit.
@@ -145,7 +145,7 @@ def patient(
 
 
 def uninterrupted() -> contextlib.AbstractContextManager:
-    """A brief section, such as a few renames, which ending the process waits for."""
+    """A brief section, such as a few renames, that always finishes before an exit."""
     return _brief
 
 
@@ -157,7 +157,7 @@ def held_back() -> Iterator[None]:
     """
     from multiprocessing import resource_tracker
 
-    # Started now, because its start unblocks the signals.
+    # The thread is started now, because its start unblocks the signals.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
@@ -170,7 +170,7 @@ def held_back() -> Iterator[None]:
 def listening() -> Iterator[None]:
     """Handles requests in a process that is not a command-line process.
 
-    The first request is seen by `check` and `asked`. A second Ctrl-C raises
+    The first request is seen by `check` and `stop_requested`. A second Ctrl-C raises
     `KeyboardInterrupt`. Does nothing if nested, after `install`, or outside the main
     thread.
     """
@@ -188,7 +188,7 @@ def listening() -> Iterator[None]:
         for one, handler in before.items():
             signal.signal(one, handler)
         _process.is_listening = _process.stopping = False
-        _asked.clear()
+        _requested.clear()
 
 
 def install() -> None:
@@ -204,18 +204,18 @@ def install() -> None:
         signal.signal(one, _note)
     # A parent process may have blocked the signals.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-    # Registered first, so that it runs last, after the libraries' own handlers.
+    # It is registered first, so that it runs last, after the libraries' own handlers.
     atexit.register(_leave)
 
 
 def leave_with(status: int) -> int:
-    """Returns the process's exit status, which a late request still changes.
+    """Returns the process's exit status, which a late request may still change.
 
-    After a request nothing more is printed, because messages of libraries would only
-    confuse.
+    After a request nothing more is printed, because messages of libraries would only be
+    confusing.
     """
     _process.status = status
-    if _asked.is_set():
+    if _requested.is_set():
         _flush_streams()
         _silence()
         _process.status = STATUS
@@ -227,10 +227,10 @@ def _note(number: int, frame) -> None:
     del frame
     if _ending.is_set():
         _halt()
-    again = _asked.is_set() and number == signal.SIGINT
+    again = _requested.is_set() and number == signal.SIGINT
     if again and not _process.is_watched:
         raise KeyboardInterrupt
-    _asked.set()
+    _requested.set()
 
 
 def _watch(source: int) -> None:
@@ -246,7 +246,7 @@ def _watch(source: int) -> None:
         now = time.monotonic()
         if first is None and any(one in numbers for one in _SIGNALS):
             first = now
-            _asked.set()
+            _requested.set()
             _announce()
         elif first is not None and signal.SIGINT in numbers and now > first + _REBOUND:
             _end()
@@ -273,7 +273,7 @@ def _end() -> NoReturn:
     try:
         _brief.acquire(timeout=1)
         _ending.set()
-        # The main thread must not write any more: its handler never returns now.
+        # The main thread must not write any more, so its handler never returns.
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         if not _process.stopping and _process.status is None:
             _show("interrupted")
@@ -285,13 +285,13 @@ def _end() -> NoReturn:
 
 
 def _leave() -> None:
-    """Ends the process before the interpreter's own exit, which loses requests."""
+    """Ends the process before the interpreter's own exit, which ignores requests."""
     if _ending.is_set():
         _halt()
-    if _process.status is None and not _asked.is_set():
+    if _process.status is None and not _requested.is_set():
         return
     _flush_streams()
-    os._exit(STATUS if _asked.is_set() else _process.status)
+    os._exit(STATUS if _requested.is_set() else _process.status)
 
 
 def _halt() -> NoReturn:
@@ -322,14 +322,14 @@ def _flush_streams() -> None:
 
 def _forget() -> None:
     """Restores the default handlers in a forked child."""
-    global _process, _asked, _ending, _brief
+    global _process, _requested, _ending, _brief
     if _process.is_watched:
         signal.set_wakeup_fd(-1)
     if _process.is_listening:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _process, _brief = _Process(), threading.RLock()
-    _asked, _ending = threading.Event(), threading.Event()
+    _requested, _ending = threading.Event(), threading.Event()
 
 
 if hasattr(os, "register_at_fork"):

@@ -42,8 +42,8 @@ at_exit: list[Callable[[], None]] = []
 before_replacing: list[Callable[[pathlib.Path], None]] = []
 """Functions that are called with a path before it is replaced; they may raise."""
 
-_unfinished: dict[pathlib.Path, bool] = {}  # to whether only we rename it
-_turn = threading.Lock()
+_unfinished: dict[pathlib.Path, bool] = {}  # path: whether only this package renames it
+_lock = threading.Lock()
 _numbers = itertools.count()
 _process = secrets.token_hex(6)
 
@@ -52,7 +52,7 @@ def expand(path: str | os.PathLike) -> pathlib.Path:
     """Returns a path with `~` replaced by the home folder.
 
     Raises:
-      UserError: The path begins with `~` and there is no home folder, or the path has a
+      UserError: The path starts with `~` and there is no home folder, or the path has a
         NUL character.
     """
     path = pathlib.Path(path)
@@ -101,7 +101,8 @@ def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
         place = base / name
         end = place.resolve()
         is_file, is_link = end.is_file(), place.is_symlink()
-    # A loop of links, too long a name, or a name with a NUL or a surrogate.
+    # Possible causes: a loop of links, a name that is too long or has a NUL or a
+    # surrogate.
     except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:_SHOWN]
         raise UserError(f"{shown} is not a file in {folder} ({reason})") from error
@@ -152,8 +153,8 @@ def process_of(name: str) -> str | None:
 
 def _renew() -> None:
     """Gives a forked child its own temporary names."""
-    global _process, _turn
-    _process, _turn = secrets.token_hex(6), threading.Lock()
+    global _process, _lock
+    _process, _lock = secrets.token_hex(6), threading.Lock()
     _unfinished.clear()
 
 
@@ -165,7 +166,7 @@ if hasattr(os, "register_at_fork"):
 def unfinished(part: pathlib.Path, is_ours: bool = True) -> Iterator[pathlib.Path]:
     """Removes a temporary file or folder on exit, unless it was renamed.
 
-    If the process ends at once, `remove_unfinished` removes it earlier.
+    If the process is ended early, `remove_unfinished` removes it.
 
     Args:
       part: the file or folder.
@@ -186,12 +187,12 @@ def removed_at_end(part: pathlib.Path, is_ours: bool = False) -> Iterator[pathli
       part: the file or folder.
       is_ours: whether only this package, and no library's thread, renames it.
     """
-    with _turn:
+    with _lock:
         _unfinished[part] = is_ours
     try:
         yield part
     finally:
-        with _turn:
+        with _lock:
             _unfinished.pop(part, None)
 
 
@@ -216,7 +217,7 @@ def scratch_folder() -> Iterator[pathlib.Path]:
 def remove_unfinished() -> None:
     """Removes the unfinished temporary files and folders of this process.
 
-    Threads that still write to them soon fail.
+    Threads that still write to them will fail soon.
     """
     parts = dict(_unfinished)
     for part, is_ours in parts.items():
@@ -273,7 +274,7 @@ def replacing(
 
     Args:
       path: the final path.
-      keep_new: whether to keep a file that another program makes there meanwhile.
+      keep_new: whether to keep a file that another program makes there in the meantime.
 
     Raises:
       UserError: The folder is not writable, the disk is full, or another program made
@@ -431,7 +432,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_json(value: Any) -> None:
-    """Raises ValueError on too much nesting, non-finite numbers or invalid text."""
+    """Raises ValueError for too much nesting, non-finite numbers or invalid text."""
     level = [("", value)]
     for _ in range(_DEEPEST_JSON):
         inner: list[tuple[str, Any]] = []

@@ -1,4 +1,4 @@
-"""Limits of sizes in untrusted files: large enough for networks, too small to harm."""
+"""Limits of sizes in untrusted files: large enough for networks, yet safe."""
 
 import dataclasses
 import math
@@ -27,7 +27,7 @@ _LARGEST_OTHER = 2**16
 
 
 def check_sizes(name: str, config: Any) -> None:
-    """Raises UserError unless every field of a network's config has a possible value.
+    """Raises UserError unless every field of a network's config has a valid value.
 
     Args:
       name: name of the config in messages.

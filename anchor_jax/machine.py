@@ -1,4 +1,4 @@
-"""This machine: its hardware, the speed and memory to expect on it, its problems."""
+"""This machine: its hardware, expected speed and memory, and problems."""
 
 import importlib.metadata
 import importlib.util
@@ -45,7 +45,7 @@ _ITEMS = ("generator", "text_encoder", "vae")
 
 
 def examine(weights: str | None = None, cache: pathlib.Path | None = None) -> dict:
-    """Returns the report as plain values; `do` lists the suggested fixes.
+    """Returns the report as plain values; `do` lists suggested fixes.
 
     Args:
       weights: a folder, `tiny`, or None.
@@ -99,7 +99,7 @@ def _host_memory() -> int:
 
 
 def _measured(device: dict):
-    """Returns a chip with the speed of a matrix product, measured in a second."""
+    """Returns a chip with the measured speed of a matrix product; it takes a second."""
     size = 1024 if device["platform"] == "cpu" else 4096
     dtype = jnp.float32 if device["platform"] == "cpu" else jnp.bfloat16
     multiply = jax.jit(lambda x: x @ x)
@@ -210,7 +210,7 @@ def _items(weights: str) -> dict:
 
 
 def _advice(report: dict) -> list[str]:
-    """Returns what to do about each problem."""
+    """Returns a remedy for each problem."""
     device, weights = report["device"], report.get("weights", {})
     found = [*_about_device(device), *_about_sizes(report)]
     for module in _NEEDED:

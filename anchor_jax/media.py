@@ -28,7 +28,7 @@ from anchor_jax.wan.spec import WAN_2_1
 
 _X264 = {"preset": "veryfast", "crf": "18", "tune": "zerolatency"}
 _FRAGMENTED = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
-_SMPTE_170M = 6  # the matrix that the conversion from RGB uses, so players undo it
+_SMPTE_170M = 6  # matrix of the conversion from RGB, which players invert
 _MARGIN = 6
 _MIN_TILE = 96
 MOST_ENLARGED = 16
@@ -101,7 +101,7 @@ class VideoWriter:
         """Writes frames of 8-bit RGB, [frame, height, width, 3].
 
         Raises:
-          UserError: The disk is full, and the partial file is removed. Or enlarged
+          UserError: The disk is full, and the partial file is removed; or enlarged
             frames are too large.
           ValueError: The frames have another type or shape, or their size changes.
         """
@@ -157,7 +157,7 @@ class VideoWriter:
             self._keep_part()
             raise
         self.part.unlink(missing_ok=True)
-        # The part of an earlier attempt is not needed any more.
+        # The part file of an earlier attempt is no longer needed.
         self._kept.unlink(missing_ok=True)
 
     @property
@@ -203,7 +203,8 @@ class VideoWriter:
 def _indexed(part: pathlib.Path, whole: pathlib.Path) -> pathlib.Path:
     """Returns a file with the packets of `part`, a duration and an index.
 
-    The file is `whole`. If the disk has no room for it, it is `part`, which plays too.
+    The file is `whole`. If the disk is too full for it, it is `part`, which is playable
+    too.
     """
     options = {"movflags": "faststart"}
     try:
@@ -223,7 +224,7 @@ def _indexed(part: pathlib.Path, whole: pathlib.Path) -> pathlib.Path:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Clip:
-    """The first frames of a video, at a fixed rate.
+    """The first frames of a video, at a fixed frame rate.
 
     Attributes:
       frames: uint8 [count, height, width, 3].
@@ -343,7 +344,7 @@ def _chosen(
 
 
 def _pictures(path: pathlib.Path, container: Any) -> Any:
-    """Returns the video stream; cover art of audio files does not count."""
+    """Returns the video stream; cover art of audio files is not a video stream."""
     streams = container.streams.video
     cover = av.stream.Disposition.attached_pic
     found = next((one for one in streams if not one.disposition & cover), None)
@@ -406,12 +407,12 @@ def _upright(frame: Any, ratio: fractions.Fraction | None) -> Image.Image:
     if ratio and ratio != 1 and 1 / _WIDEST_PIXEL <= ratio <= _WIDEST_PIXEL:
         width = max(1, round(image.width * ratio))
         image = image.resize((width, image.height), Image.Resampling.BICUBIC)
-    for step in _turns(frame):
+    for step in _transpositions(frame):
         image = image.transpose(step)
     return image
 
 
-def _turns(frame: Any) -> list[Image.Transpose]:
+def _transpositions(frame: Any) -> list[Image.Transpose]:
     """Returns the transpositions that apply a frame's display matrix.
 
     A pixel at (x, y) is shown at (a x + c y, b x + d y). Angles are rounded to

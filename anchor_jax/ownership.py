@@ -42,7 +42,7 @@ _GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 _MOVED_IN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)
 
 _held: dict["_Claim", "_Hold"] = {}
-_turn = threading.RLock()
+_lock = threading.RLock()
 _numbers = itertools.count()
 
 
@@ -174,7 +174,7 @@ class _Member:
         return any(seat in claim.seats for seat in seats)
 
     def is_alive(self) -> bool | None:
-        """Returns whether the process lives, or None if this machine cannot know."""
+        """Returns whether the process lives, or None if this machine cannot tell."""
         pid, where = self.facts.get("pid"), self.facts.get("where")
         if where is None or where != _where() or type(pid) is not int or pid < 1:
             return None
@@ -282,7 +282,7 @@ class _Watch:
         self._seen: dict[str, tuple[bytes, float, bool]] = {}
 
     def is_alive(self, member: _Member) -> bool | None:
-        """Returns whether a process lives, or None while that is unknown."""
+        """Returns whether a process lives, or None while it is unknown."""
         known = member.is_alive()
         if known is not None:
             return known
@@ -298,12 +298,12 @@ class _Watch:
 
 def _take(claim: _Claim, patience: float, tell, remedy: str) -> Lease:
     """Waits for a claim to succeed and returns its lease."""
-    with _turn:
+    with _lock:
         if claim in _held:
             return Lease(_held[claim])
     with io.explained(claim.folder):
         hold = _claim(claim, patience, tell, remedy)
-    with _turn:
+    with _lock:
         _held[claim] = hold
         _begin_to_beat()
         return Lease(hold)
@@ -375,7 +375,7 @@ def _entries(folder: str | os.PathLike) -> list[os.DirEntry]:
 
 
 def _let_go(hold: _Hold) -> None:
-    with _turn:
+    with _lock:
         hold.count -= 1
         if hold.count:
             return
@@ -443,8 +443,8 @@ def _short(value: Any) -> str:
 
 def _forget() -> None:
     """Clears the parent's leases in a forked child."""
-    global _turn
-    _turn = threading.RLock()
+    global _lock
+    _lock = threading.RLock()
     _held.clear()
 
 

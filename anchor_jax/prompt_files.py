@@ -137,7 +137,7 @@ class PromptFile:
         return f"{self.path}, {unit} {number}"
 
     def notes(self) -> list[str]:
-        """Returns notes on the file; call it after the file has been read."""
+        """Returns notes about the file; call it after the file has been read."""
         notes = list(self._notes)
         if self._hashes:
             one = len(self._hashes) == 1
@@ -197,7 +197,7 @@ class PromptFile:
         if _is_header(first[0]):
             raise UserError(
                 f"{self.path}: the first line, {shown(first[0])}, is the header of a"
-                " table; name the file .csv or .tsv, or keep only the prompts"
+                " table; rename the file to .csv or .tsv, or keep only the prompts"
             )
         return "text"
 

@@ -77,7 +77,7 @@ class Timing:
       seconds: Duration of an inline segment without one.
       switch_frames: Switch frames for entries of a file without times. None switches
         every 40 latent frames.
-      rate: Latent frames per second, of the model's family.
+      rate: Latent frames per second of the model family.
     """
 
     block: int
@@ -120,7 +120,7 @@ class Scripts:
 
     Attributes:
       all: the scripts in order.
-      notes: notes on the file, such as the columns read and the lines skipped.
+      notes: notes about the file, such as the columns read and the lines skipped.
       file: the file, or None for inline text.
       numbers: the line or entry number of each script.
     """
@@ -391,7 +391,7 @@ def _is_frame(value: Any) -> bool:
 
 
 def _is_seconds(value: Any, most: float) -> bool:
-    # Compared, not converted: an integer may be too large for a float.
+    # The values are compared, not converted, because an integer may exceed a float.
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number and abs(value) <= most
 

@@ -66,21 +66,22 @@ TEXT = (
     (r".*/scale", ("embed",)),
 )
 
-VAE = ((r".*", ()),)
-"""Half a gigabyte in float32, which is replicated."""
+CODEC = ((r".*", ()),)
+"""The codec has half a gigabyte in float32, and is replicated."""
 
 
-def logical_axes(params, rules):
+def logical_axes(params, placements):
     """Returns a tree of tuples: a logical axis name for every axis of every array.
 
     Raises:
-      ValueError: No rule matches a path, or the rule has another rank.
+      ValueError: No pattern matches a path, or it has another number of axes than the
+        array.
     """
 
     def choose(path, leaf):
         name = "/".join(key.key for key in path)
         stacked = name.split("/")[0] in ("blocks", "context")
-        for pattern, axes in rules:
+        for pattern, axes in placements:
             if not re.fullmatch(pattern, name):
                 continue
             axes = ("layer", *axes) if stacked and axes else axes
@@ -132,12 +133,12 @@ def make_mesh(shape: tuple[int, int, int, int] = (1, -1, 1, 1), found=None) -> M
     )
 
 
-def shardings(params, rules, mesh: Mesh):
+def shardings(params, placements, mesh: Mesh):
     """Returns a NamedSharding for every parameter.
 
     An axis that the mesh axis does not divide is replicated.
     """
-    axes = logical_axes(params, rules)
+    axes = logical_axes(params, placements)
 
     def place(leaf, names):
         spec = []
@@ -156,7 +157,7 @@ def is_on_mesh() -> bool:
 
 
 def dividing(axes: tuple[str, ...], size: int) -> tuple[str, ...]:
-    """Returns the axes of the mesh that `count` items can be split over.
+    """Returns the axes of the mesh over which `size` items can be split.
 
     Devices along other axes do the same work.
     """
@@ -167,7 +168,7 @@ def dividing(axes: tuple[str, ...], size: int) -> tuple[str, ...]:
     return found
 
 
-def gathered(x: jax.Array, path: tuple[str, ...], rules) -> jax.Array:
+def gathered(x: jax.Array, path: tuple[str, ...], placements) -> jax.Array:
     """Returns a layer's parameter gathered on each device, except for split heads.
 
     Cast it first, to send fewer bytes. Without this, compilers split each product by
@@ -176,12 +177,12 @@ def gathered(x: jax.Array, path: tuple[str, ...], rules) -> jax.Array:
     Args:
       x: parameter of one layer.
       path: name of the parameter.
-      rules: a table such as `GENERATOR`. A parameter that it lacks is not split.
+      placements: a table such as `GENERATOR`. A parameter that it lacks is not split.
     """
     if not is_on_mesh():
         return x
     name = "/".join(path)
-    axes = next((a for pattern, a in rules if re.fullmatch(pattern, name)), ())
+    axes = next((a for pattern, a in placements if re.fullmatch(pattern, name)), ())
     split = [dividing(HEADS, n) for n in x.shape[: len(axes)]]
     spec = [
         s if TO_MESH.get(a) in HEADS else None for a, s in zip(axes, split, strict=True)

@@ -29,7 +29,7 @@ def itemsize(dtype: Any) -> int:
 
 
 def shard_nbytes(tree: Any) -> int:
-    """Returns the bytes of a tree on one device; leaves without a place are whole."""
+    """Returns the bytes of a tree on one device; unsharded leaves count fully."""
     return sum(map(_shard_nbytes, jax.tree.leaves(tree)))
 
 

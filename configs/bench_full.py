@@ -1,4 +1,4 @@
-"""Wan2.1 1.3B at 480 x 832 on random weights, in bfloat16: for an accelerator.
+"""Wan2.1 1.3B at 480 x 832 on random weights in bfloat16, for an accelerator.
 
     anchor-jax bench --config=configs/bench_full.py --out=bench.json
     anchor-jax bench --config=configs/bench_full.py --config.text.num_layers=1
@@ -20,7 +20,9 @@ from anchor_jax.wan.vae import VaeConfig
 def get_config(size: str = WAN_2_1.size) -> ConfigDict:
     """Returns the config for one of the sizes in pixels."""
     if size not in GRIDS:
-        raise UserError(f"{size!r} after the colon{suggest(size, GRIDS, 'sizes')}")
+        raise UserError(
+            f"unknown size {size!r} after the colon{suggest(size, GRIDS, 'sizes')}"
+        )
     config = ConfigDict()
     model = dataclasses.replace(WAN_1_3B, param_dtype="bfloat16")
     config.model = ConfigDict(dataclasses.asdict(model))

@@ -1,9 +1,9 @@
-"""A stream of medium size on random weights, to measure any machine with.
+"""A medium-sized stream on random weights, to measure any machine.
 
     anchor-jax bench --config=configs/bench_medium.py --threads=1 --out=bench.json
 
-Float32, eight layers of 512 channels, 30 latent frames of 16 x 26 with a switch half
-way. About two minutes on one core.
+Float32, eight layers of 512 channels, 30 latent frames of 16 x 26 with a switch in the
+middle. It takes about two minutes on one core.
 """
 
 import dataclasses

@@ -21,7 +21,7 @@ from anchor_jax.training.stages.build import TrainConfig
 
 
 def get_config(target: Literal["data", "guided"] = "data") -> ConfigDict:
-    """Returns the config for the data's flow, or for the network's guided flow."""
+    """Returns the config for the flow of the data, or for the network's guided flow."""
     config = to_config(TrainConfig())
     config.stage = "regression"
     config.weights = "runs/teacher"

@@ -8,8 +8,8 @@ With `train_dmd.py:tiny` it trains the tiny world's model, in about a quarter of
 on one core.
 
 Expected: runs/dmd with checkpoints, log.jsonl and TensorBoard events. Every step makes
-a clip with the generator and moves the critic; every fifth moves the generator.
-`anchor_jax.training.stages.build.TrainConfig` explains the fields.
+a clip with the generator and updates the critic; every fifth step also updates the
+generator. `anchor_jax.training.stages.build.TrainConfig` explains the fields.
 """
 
 from typing import Literal
@@ -22,7 +22,7 @@ from anchor_jax.training.stages.build import TrainConfig
 
 
 def get_config(scale: Literal["paper", "tiny"] = "paper") -> ConfigDict:
-    """Returns the config: of the paper, or with scale "tiny" of the tiny world."""
+    """Returns the config of the paper, or with scale "tiny" that of the tiny world."""
     config = to_config(TrainConfig())
     config.distillation.policy = "longlive"  # window 12, sink 3, no junction yet
     config.out = "runs/dmd"
@@ -35,6 +35,7 @@ def get_config(scale: Literal["paper", "tiny"] = "paper") -> ConfigDict:
         config.ema.decay, config.ema.start, config.ema.warm = 0.98, 0, True
         return config
     config.data.kind = "prompts"
-    config.remat = "nothing_saveable"  # stored activations fit no chip
+    # Stored activations would not fit into the memory of any chip.
+    config.remat = "nothing_saveable"
     config.distillation.negative_prompt = WAN_NEGATIVE_PROMPT
     return config

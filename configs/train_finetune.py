@@ -3,9 +3,10 @@
     anchor-jax train --config=configs/train_finetune.py --config.out=runs/mine \
         --config.weights=weights/wan --config.data.path=videos/list.jsonl
 
-The list has a line {"video": "NAME.mp4", "caption": "TEXT"} for each video, which lies
-beside it or below. The first 81 frames at 16 a second are taken, scaled and cut to
-`config.size`; shorter videos are refused. Videos are encoded once, into runs/mine/data.
+The list has a line {"video": "NAME.mp4", "caption": "TEXT"} for each video, which is
+beside the list or in a folder below it. The first 81 frames at 16 frames per second are
+used, scaled and cropped to `config.size`; shorter videos are refused. Videos are
+encoded once, into runs/mine/data.
 
 Expected: runs/mine with checkpoints and log.jsonl. Sample from it with
 

@@ -19,7 +19,7 @@ from anchor_jax.training.stages.build import TrainConfig
 
 
 def get_config(scale: Literal["paper", "tiny"] = "paper") -> ConfigDict:
-    """Returns the config: of the paper, or with scale "tiny" of the tiny world."""
+    """Returns the config of the paper, or with scale "tiny" that of the tiny world."""
     config = to_config(TrainConfig())
     config.stage = "regression"
     config.weights = "runs/teacher"
@@ -40,5 +40,6 @@ def get_config(scale: Literal["paper", "tiny"] = "paper") -> ConfigDict:
         config.optimizer.decay = 0.4
         config.ema.decay, config.ema.start, config.ema.warm = 0.998, 0, True
         return config
-    config.remat = "nothing_saveable"  # stored activations fit no chip
+    # Stored activations would not fit into the memory of any chip.
+    config.remat = "nothing_saveable"
     return config

@@ -5,7 +5,7 @@
         --config.data.path=prompts.txt --config.data.switch_path=switched.txt
 
 With `train_streaming.py:tiny` it trains the tiny world's model in about 20 minutes on
-one core, with shorter sequences, no LoRA.
+one core, with shorter sequences and without LoRA.
 
 Expected: runs/streaming with checkpoints, log.jsonl and TensorBoard events. Sequences
 of 240 latent frames extend over many steps, in chunks of 21 and then 18 new frames.
@@ -22,7 +22,7 @@ from anchor_jax.training.stages.build import TrainConfig
 
 
 def get_config(scale: Literal["paper", "tiny"] = "paper") -> ConfigDict:
-    """Returns the config: of the paper, or with scale "tiny" of the tiny world."""
+    """Returns the config of the paper, or with scale "tiny" that of the tiny world."""
     config = to_config(TrainConfig())
     config.distillation.policy = "anchor_forcing"
     config.out = "runs/streaming"
@@ -37,7 +37,8 @@ def get_config(scale: Literal["paper", "tiny"] = "paper") -> ConfigDict:
         config.ema.decay, config.ema.start, config.ema.warm = 0.98, 0, True
         return config
     config.data.kind = "prompts"
-    config.remat = "nothing_saveable"  # stored activations fit no chip
+    # Stored activations would not fit into the memory of any chip.
+    config.remat = "nothing_saveable"
     config.distillation.negative_prompt = WAN_NEGATIVE_PROMPT
     config.steps = 3000
     config.lora.rank = 256

@@ -25,7 +25,8 @@ def get_config(frames: str = "6") -> ConfigDict:
         return _more(get_config("21"))
     if not frames.isdecimal() or not int(frames) or int(frames) % 3:
         raise UserError(
-            f"{frames!r} after the colon must be more, or a multiple of 3: 6, 21"
+            f"{frames!r} after the colon: must be 6, 21 or another multiple of 3 latent"
+            " frames, or more (the last stage)"
         )
     config = to_config(TrainConfig())
     config.stage = "regression"
@@ -48,7 +49,7 @@ def get_config(frames: str = "6") -> ConfigDict:
 
 
 def _more(config: ConfigDict) -> ConfigDict:
-    """Returns the config of the last stage: other clips, a lower rate that falls."""
+    """Returns the config of the last stage: other clips, and a lower learning rate."""
     config.weights = "runs/teacher21"
     config.steps = 1800
     config.seed = config.data.seed = 1

@@ -81,13 +81,13 @@ def read_one(watch: Watch, kind, path: pathlib.Path, seeds: pathlib.Path) -> str
         if _ran_out(error):
             outcome = f"ran out of memory: {error}"
         elif len(str(error)) > 13_000:
-            outcome = "a message without end"
+            outcome = "an error message of unlimited length"
     except Exception:  # noqa: BLE001
         outcome = traceback.format_exc()
     finally:
         watch.armed = False
     if watch.seen:
-        return f"did more than read: {'; '.join(watch.seen[:5])}"
+        return f"had side effects besides reading: {'; '.join(watch.seen[:5])}"
     return outcome
 
 
@@ -120,7 +120,7 @@ def targets():
 
 
 def work(given) -> None:
-    """Reads inputs from `given.first` on, and writes a line for each.
+    """Reads the inputs that follow `given.first`, and writes a line for each.
 
     A line is written before an input is read, so that the other process knows which
     input killed this one.

@@ -2,10 +2,10 @@
 
     python launch/interrupts.py [--presses=60] [--seed=0] [--folder=FOLDER]
 
-Both commands run on the tiny model, in turn with and without compiled programs of an
-earlier run. The moments are spread over all of a run, from when Python has started:
+Both commands run on the tiny model, alternately with and without compiled programs of
+an earlier run. The moments are spread over a whole run, from the start of Python:
 importing, loading, compiling, streaming, saving. Each press must end the command with
-status 130 within --limit seconds and without a traceback, and leave nothing half made:
+status 130 within --limit seconds and without a traceback, and leave nothing incomplete:
 no temporary file or folder, no video without its recipe, no checkpoint that is not
 whole, no lease. Every --again-th command is then run again, and must work. Prints a
 line for each press and a summary; the status is 1 if anything failed.
@@ -91,7 +91,7 @@ class Case:
             raise RuntimeError(f"status {process.returncode}: {output[-2000:]}")
         return time.monotonic() - began
 
-    def half_made(self) -> list[str]:
+    def incomplete_files(self) -> list[str]:
         """Returns the files that should not exist."""
         found = [
             path
@@ -135,7 +135,7 @@ def press(case: Case, moment: float, limit: float) -> list[str] | None:
         wrong.append(f"{seconds:.1f} s")
     if "Traceback" in output:
         wrong.append(f"a traceback: {output[-600:]}")
-    left = case.half_made()
+    left = case.incomplete_files()
     if left:
         wrong.append(f"left: {', '.join(left)}")
     last = (output.strip().splitlines() or [""])[-1]
@@ -187,7 +187,7 @@ def endure(folder: pathlib.Path, given: argparse.Namespace) -> int:
         if number % given.again == 0:
             seconds = case.finish()
             sys.stdout.write(f"  the same command again: done in {seconds:.1f} s\n")
-            wrong += case.half_made()
+            wrong += case.incomplete_files()
         failed += bool(wrong)
     return failed
 

@@ -2,10 +2,10 @@
 
     python launch/kill_training.py [--kills=20] [--folder=FOLDER] [--stages dmd ...]
 
-Every stage of the ladder, made very short, is run to its end; then once more, killed
-(SIGKILL) again and again, every other time while a checkpoint or a shard is being
-written, and started with the same command. What both leave, the last checkpoints or
-all trajectories, must hold the same bits. Prints one JSON, and ends with status 1 if
+Every stage of the ladder, made very short, is run to its end. Then it is run again and
+killed (SIGKILL) repeatedly, every other time while a checkpoint or a shard is being
+written, and restarted with the same command. The results of both, the last checkpoints
+or all trajectories, must be bit-identical. Prints one JSON, and ends with status 1 if
 anything differs.
 """
 

@@ -135,7 +135,7 @@ def claims(found: dict) -> dict[str, str]:
     adopted = [
         cells["adopted_soon"]
         for kind, cells in events("streaming").items()
-        # Hiding only leads to the event of these streams, the return.
+        # In these streams, hiding only prepares the event, which is the return.
         if "adopted_soon" in cells and kind != "hide"
     ]
     count = sum(one["n"] for one in adopted)

@@ -199,7 +199,7 @@ def change_safetensors(
         stored = header["__metadata__"]
         name = rng.choice(entries)
         stored[name] = change_json(rng, json.loads(stored[name]))
-        # Sometimes without a checksum, like older files.
+        # Some files get no checksum, like older files.
         if rng.random() < 0.8:
             stored.pop("sha256", None)
         text = json.dumps(header)
@@ -207,7 +207,7 @@ def change_safetensors(
         text = change_json(rng, header)
     else:
         return change_bytes(rng, data[: 8 + length]) + change_bytes(rng, rest)
-    # Files whose header cannot be written as UTF-8 are of interest too.
+    # Files whose header cannot be written as UTF-8 are also useful inputs.
     head = text.encode("utf-8", "surrogatepass")
     said = (
         len(head) if rng.random() < 0.9 else rng.choice((0, 1, 2**32, 2**63, 2**64 - 1))

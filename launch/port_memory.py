@@ -2,7 +2,7 @@
 
     python launch/port_memory.py --folder=SCRATCH
 
-It needs 12 GB of disk for the first and 23 GB for the second, and removes both.
+It needs 12 GB of disk for the first and 23 GB for the second, and removes the files.
 Prints one JSON: the largest leaf, the peak resident memory, and twice the former plus
 2 GiB.
 """
@@ -19,7 +19,7 @@ import numpy as np
 
 from anchor_jax import trees
 from anchor_jax.porting import convert
-from anchor_jax.porting.rules import DIT
+from anchor_jax.porting.key_tables import DIT
 from anchor_jax.porting.safetensors_file import open_safetensors
 from anchor_jax.wan import shapes
 from anchor_jax.wan.spec import WAN_1_3B, WAN_14B, ModelConfig

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # The training ladder on the tiny world: every stage in order, from nothing to a
-# generator that streams in four steps, with the scores of each.
+# generator that streams in four steps, with the scores of each stage.
 #
 #   launch/tiny_ladder.sh [FOLDER]   default runs/ladder; 3 hours of training on two
 #                                    cores (5 CPU-hours), and half an hour of scores
 #
-# The same command goes on where it was ended. A stage that lies in FOLDER as a bundle
-# is not trained: with launch/ladder/teacher copied to FOLDER/teacher the ladder begins
-# there. At the end FOLDER/bundle holds the weights, FOLDER/results.json and
-# FOLDER/results.md the scores.
+# The same command resumes a stopped run. A stage is not trained if FOLDER has it as a
+# bundle: copy launch/ladder/teacher to FOLDER/teacher to start after the teacher. At
+# the end FOLDER/bundle holds the weights. FOLDER/results.json and FOLDER/results.md
+# hold the scores.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 folder="${1:-runs/ladder}"
@@ -23,7 +23,7 @@ train() { # CONFIG NAME [FLAGS]: does nothing if the run has ended
     anchor-jax train --config="configs/$1" --config.out="$folder/$2" "${@:3}"
 }
 
-score() { # NAME WEIGHTS [FLAGS]: does nothing if the scores are there
+score() { # NAME WEIGHTS [FLAGS]: does nothing if the scores exist
   [[ -f "$folder/$1.json" ]] || anchor-jax score --config=configs/tiny.py \
     --config.weights="$2" --out="$folder/$1.json" "${@:3}"
 }

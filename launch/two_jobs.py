@@ -2,12 +2,11 @@
 
     python launch/two_jobs.py [--commands=sample,train,...] [--times=20] [--seed=0]
 
-The second job starts after a random delay, up to as long as the first one takes. Each
+The second job starts after a random delay, at most the duration of the first one. Each
 time one of the two must do the work. The other one must be refused in one line, with
-status 2, or find the work done if it comes later. What lies in the folder must be what
-one job alone makes, bit for bit, and nothing else. Prints one JSON, and ends with
-status 1 if anything is otherwise. Jobs are forked from this program, so that its
-imports are paid for once.
+status 2, or find the work done if it comes later. The folder must contain exactly what
+one job alone makes, bit for bit. Prints one JSON, and ends with status 1 otherwise.
+Jobs are forked from this program, so that modules are imported only once.
 """
 
 import argparse
@@ -85,7 +84,7 @@ def clips(folder: pathlib.Path) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A command that is raced.
+    """A command that two jobs run at the same time.
 
     Attributes:
       line: its flags; `{out}` is the folder, and `{scratch}` a folder with its inputs.
@@ -137,7 +136,7 @@ COMMANDS = {
 def fork(log: pathlib.Path, run: Callable[[], int]) -> int:
     """Runs a function in a new process, and returns the process's number.
 
-    This program itself must not begin threads, which a forked process would miss.
+    This program itself must not start threads, which a forked process would lack.
     """
     pid = os.fork()
     if pid:
@@ -197,8 +196,8 @@ def compete(name: str, out: pathlib.Path, scratch, most: float, expected) -> lis
     time.sleep(random.choice((random.uniform(0, 0.2), random.uniform(0, most))))
     second = start(line, logs[1])
     ended = [wait(first), wait(second)]
-    said = [log.read_text("utf-8", "replace") for log in logs]
-    roles = [role(command, *one) for one in zip(ended, said, strict=True)]
+    output = [log.read_text("utf-8", "replace") for log in logs]
+    roles = [role(command, *one) for one in zip(ended, output, strict=True)]
     wrong = []
     if sorted(roles)[-1] != "worked" or roles.count("worked") != 1:
         wrong.append(f"roles {roles}, see {logs[0]} and {logs[1]}")
@@ -209,12 +208,12 @@ def compete(name: str, out: pathlib.Path, scratch, most: float, expected) -> lis
     return wrong or roles
 
 
-def role(command: Command, status: int, said: str) -> str:
+def role(command: Command, status: int, output: str) -> str:
     """Returns a job's role, "worked", "refused" or "late", or its failure."""
-    errors = [line for line in said.splitlines() if line.startswith("error:")]
-    if status == 2 and len(errors) == 1 and REFUSED.search(said):
+    errors = [line for line in output.splitlines() if line.startswith("error:")]
+    if status == 2 and len(errors) == 1 and REFUSED.search(output):
         return "refused"
-    if status in (0, 2) and command.late in said and "Traceback" not in said:
+    if status in (0, 2) and command.late in output and "Traceback" not in output:
         return "late"
     return "worked" if status == 0 else f"failed with {status}"
 

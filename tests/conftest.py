@@ -10,7 +10,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling, not running, takes the time. Programs that tests start inherit this.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # Threads of XLA: collectives of simulated devices block one each, and with as many
-# threads as a small machine has cores they wait for one another for ever.
+# threads as a small machine has cores they wait for one another without end.
 os.environ.setdefault("NPROC", "16")
 # The fusion emitters take half of the time that these small programs compile.
 os.environ["XLA_FLAGS"] = (

@@ -136,7 +136,7 @@ WRONG = {
         tiny.context(1, tiny.setup()),
         0,
         setup=tiny.setup(),
-        rerun=None,
+        recache=None,
     ),
 }
 

@@ -56,7 +56,7 @@ def refused(capsys):
     return line
 
 
-def test_compiled_programs_go_where_they_are_told(tmp_path, monkeypatch):
+def test_compiled_programs_go_into_the_given_folder(tmp_path, monkeypatch):
     monkeypatch.setenv(CACHE_VARIABLE, "off")
     assert enable() is None
 
@@ -79,7 +79,7 @@ def test_folders_are_made_for_the_user_alone(tmp_path, monkeypatch):
     assert {one.stat().st_mode & 0o777 for one in (made, made.parent)} == {0o700}
 
 
-def test_a_folder_that_jax_was_given_is_kept_and_checked_alike(folder, capsys):
+def test_a_folder_that_jax_was_given_is_kept_and_checked(folder, capsys):
     jax.config.update("jax_compilation_cache_dir", str(folder))
     assert enable() == folder
 

@@ -21,7 +21,7 @@ def clock(monkeypatch):
     return run
 
 
-def test_the_time_of_last_time_is_told(tmp_path, clock):
+def test_the_last_compile_time_is_printed(tmp_path, clock):
     times = CompileTimes(tmp_path)
 
     assert clock(times, 40) == ["compiling the block: the first time"]
@@ -40,7 +40,7 @@ def test_without_a_folder_nothing_is_stored(tmp_path, clock):
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{", '{"a": "b"}', '{"a": -1.0}'])
-def test_a_damaged_file_is_written_anew(tmp_path, clock, content):
+def test_a_damaged_file_is_written_again(tmp_path, clock, content):
     (tmp_path / FILE).write_text(content)
     times = CompileTimes(tmp_path)
 

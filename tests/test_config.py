@@ -279,7 +279,7 @@ def test_a_section_that_does_not_fit_is_refused(change, parts):
     assert [part for part in parts if part not in str(caught.value)] == []
 
 
-def test_a_config_of_another_command_is_told_in_a_line():
+def test_a_config_of_another_command_is_named_in_a_line():
     with pytest.raises(UserError) as caught:
         config.from_config(TrainConfig, config.load_config("tiny"), "config")
 
@@ -320,7 +320,7 @@ def test_configs_import_only_from_this_package_and_what_it_installs():
         ("train_ode:x", "arguments: paper, tiny"),
         ("train_causal:guide", "did you mean 'guided'"),
         ("trajectories:huge", "arguments: tiny, paper"),
-        ("train_teacher:7", "must be more, or a multiple of 3"),
+        ("train_teacher:7", "must be 6, 21 or another multiple of 3"),
         ("bench_full:1x1", "sizes: 480x832"),
     ],
 )

@@ -31,7 +31,28 @@ def test_a_missing_device_is_named_with_its_extra(monkeypatch, wanted, error, pa
     assert "unset JAX_PLATFORMS" in message
 
 
-def test_a_device_that_is_present_is_no_error():
+def test_the_advice_of_jax_is_replaced_by_ours(monkeypatch):
+    def fail():
+        raise RuntimeError("no libtpu.so (set JAX_PLATFORMS='' to choose)")
+
+    monkeypatch.setattr(jax, "devices", fail)
+    with pytest.raises(UserError) as caught:
+        devices.check("tpu")
+
+    assert "(no libtpu.so);" in str(caught.value)
+
+
+def test_a_cluster_that_is_not_joined_is_refused(monkeypatch):
+    devices.check_processes()
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    with pytest.raises(UserError, match="'2': anchor-jax does not start clusters"):
+        devices.check_processes()
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    devices.check_processes()
+
+
+def test_a_present_device_is_accepted():
     devices.check("cpu")
     devices.check("")
 

@@ -69,7 +69,7 @@ def test_a_long_text_keeps_both_ends_and_tells_its_length():
     assert text.endswith("(20008 characters)")
 
 
-def test_a_message_is_bounded_whatever_it_embeds():
+def test_a_message_is_bounded_for_any_content():
     message = str(UserError("\n".join([f"what {'x' * 20_000} to do"] * 97)))
 
     lines = message.split("\n")
@@ -93,7 +93,7 @@ def test_the_rest_of_many_is_counted():
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "cause"),
     [
         (ValueError("it has\n  no records"), "it has no records"),
         (OSError(5, "gone"), "[Errno 5] gone"),
@@ -102,11 +102,11 @@ def test_the_rest_of_many_is_counted():
         (Exception("y" * 1000), f"Exception: {'y' * 289}"),
     ],
 )
-def test_what_a_library_raises_names_the_file_and_the_remedy(error, said):
+def test_what_a_library_raises_names_the_file_and_the_remedy(error, cause):
     with pytest.raises(UserError) as caught, damaged("a/b", "copy it"):
         raise error
 
-    assert str(caught.value) == f"a/b is damaged: {said}; copy it"
+    assert str(caught.value) == f"a/b is damaged: {cause}; copy it"
     assert caught.value.__cause__ is error
 
 

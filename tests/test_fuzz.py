@@ -109,9 +109,9 @@ def watch(launched):
     [
         (lambda path: path.read_bytes(), "read"),
         (lambda path: 1 / 0, "ZeroDivisionError"),
-        (writes, "did more than read: open"),
-        (starts, "did more than read: subprocess.Popen"),
-        (hides, "did more than read: os.remove"),
+        (writes, "had side effects besides reading: open"),
+        (starts, "had side effects besides reading: subprocess.Popen"),
+        (hides, "had side effects besides reading: os.remove"),
         (bombs, "ran out of memory"),
     ],
 )

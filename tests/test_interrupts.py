@@ -100,7 +100,7 @@ except Stopped:
     assert ends(process) == (130, "stopped\n", "")
 
 
-def test_a_process_that_is_blocked_is_ended_without_what_is_half_made(tmp_path):
+def test_a_blocked_process_ends_without_incomplete_files(tmp_path):
     process = start(
         """
 interrupts.install()
@@ -148,7 +148,7 @@ interrupts.install()
 with interrupts.patient("stopping soon"):
     ready()
     work(0.8)
-    assert interrupts.asked()
+    assert interrupts.stop_requested()
 print("saved")
 """)
 
@@ -258,7 +258,7 @@ import atexit
 atexit.register(lambda: print("a library's last words", file=sys.stderr))
 interrupts.install()
 ready()
-while not interrupts.asked():
+while not interrupts.stop_requested():
     time.sleep(0.01)
 print("stopped")
 """)
@@ -358,23 +358,23 @@ time.sleep(0.2)
 child.terminate()
 child.join(10)
 work(0.5)
-print(child.exitcode, interrupts.asked())
+print(child.exitcode, interrupts.stop_requested())
 """)
 
     assert ends(process) == (0, "-15 False\n", "")
 
 
-def test_a_process_that_is_not_the_command_lines_goes_on():
+def test_a_process_outside_the_command_line_continues():
     with interrupts.listening():
         os.kill(os.getpid(), signal.SIGINT)
-        assert interrupts.asked()
+        assert interrupts.stop_requested()
         with pytest.raises(Stopped):
             interrupts.check()
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
 
-    assert not interrupts.asked()
+    assert not interrupts.stop_requested()
     interrupts.check()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 

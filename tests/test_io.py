@@ -80,7 +80,7 @@ def listed(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a", "./below/b", "below/../a", "here", "below/up"])
-def test_a_file_of_a_list_lies_in_its_folder(listed, name):
+def test_a_file_of_a_list_is_in_its_folder(listed, name):
     (listed / "here").symlink_to("below/b")
     (listed / "below" / "up").symlink_to("../a")
 
@@ -123,7 +123,7 @@ def test_a_path_with_a_nul_is_refused():
         io.expand("a\0b")
 
 
-def test_files_that_are_removed_at_the_end_stay_otherwise(tmp_path):
+def test_temporary_files_stay_until_the_end(tmp_path):
     part = tmp_path / "part"
 
     with io.removed_at_end(part):
@@ -180,7 +180,7 @@ def test_right_json_of_others_is_read():
     }
 
 
-def test_what_fails_at_another_file_is_not_said_of_this_one(tmp_path):
+def test_errors_of_another_file_are_not_attributed_to_this_one(tmp_path):
     for error in (
         FileNotFoundError(2, "No such file", str(tmp_path / "weights" / "w")),
         BrokenPipeError(32, "Broken pipe"),

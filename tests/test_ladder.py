@@ -103,9 +103,9 @@ def test_the_commands_are_ones_that_train_and_score_read(ladder, monkeypatch):
 
         monkeypatch.setattr(module, "main", keep)
     _, commands = ladder()
-    asked = [command for command in commands if command[0] != "export"]
-    assert [main.main(command) for command in asked] == [0] * len(asked)
-    assert len(read) == len(asked) == 19
+    ran = [command for command in commands if command[0] != "export"]
+    assert [main.main(command) for command in ran] == [0] * len(ran)
+    assert len(read) == len(ran) == 19
 
 
 def test_run_again_it_trains_on_and_scores_nothing_twice(ladder):

@@ -99,7 +99,7 @@ def test_a_damaged_run_file_is_named(trained, content):
 
 
 @pytest.mark.parametrize("base", ["x" * 20_000, "a/" * 5000, "~nobody-here/x", "/dev"])
-def test_a_base_that_is_nowhere_is_said_in_short(trained, base):
+def test_a_missing_base_is_reported_in_short(trained, base):
     run = {"format_version": 1, "base": base}
     (trained / RUN).write_text(json.dumps(run))
 
@@ -139,7 +139,7 @@ def rewrite(folder, change_header=None, change_tensors=None):
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.bool_, np.uint8])
-def test_weights_that_are_no_floating_point_numbers_are_refused(tmp_path, dtype):
+def test_weights_that_are_not_floating_point_are_refused(tmp_path, dtype):
     def change(tensors):
         tensors["codec/mean"] = tensors["codec/mean"].astype(dtype)
 

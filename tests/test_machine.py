@@ -66,7 +66,7 @@ def test_memory_that_jax_may_not_use_is_reported(on_chip):
     assert any("XLA_PYTHON_CLIENT_MEM_FRACTION" in line for line in report["do"])
 
 
-def test_a_chip_without_room_for_any_model_is_told_so(on_chip):
+def test_a_chip_without_room_for_any_model_is_reported(on_chip):
     report = on_chip("NVIDIA A100-SXM4-40GB", "gpu", 4 * GB)
 
     assert any("no Wan model fits" in line for line in report["do"])

@@ -375,7 +375,7 @@ def test_a_playlist_leads_nowhere(tmp_path, text, name):
         media.read_video(tmp_path / name, 3, (8, 8))
 
 
-def test_what_is_no_video_is_named_with_the_reason(tmp_path):
+def test_an_unreadable_video_is_named_with_the_reason(tmp_path):
     quarters(tmp_path / "a.mp4")
     cut = (tmp_path / "a.mp4").read_bytes()
     coded = cut.replace(b"avc1", b"xxxx")

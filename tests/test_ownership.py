@@ -96,7 +96,7 @@ def hidden(folder):
     return sorted(path.name for path in folder.glob(".*"))
 
 
-def test_a_second_job_is_refused_in_one_line_and_the_first_goes_on(tmp_path):
+def test_a_second_job_is_refused_in_one_line_and_the_first_continues(tmp_path):
     with owner(tmp_path) as first:
         with pytest.raises(UserError) as caught:
             ownership.own(tmp_path)
@@ -375,6 +375,6 @@ def test_a_link_is_followed_and_one_to_itself_refused(tmp_path):
             own(tmp_path / "loop")
 
 
-def test_the_root_is_no_folder_to_make():
+def test_the_root_cannot_be_made():
     with pytest.raises(UserError, match="/ cannot be created"):
         ownership.own_target("/")

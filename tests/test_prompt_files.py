@@ -99,7 +99,7 @@ def test_a_wrong_table_is_refused(write, content, parts):
 
 def test_a_table_under_another_name_is_refused(write):
     path = write("a.txt", "uuid,prompt,time\n1,a red ring,2\n")
-    refused(path, "header of a table", "name the file .csv")
+    refused(path, "header of a table", "rename the file to .csv")
     assert len(prompts_of(write("a.txt", "a prompt, with a comma\nb\n"))) == 2
 
 
@@ -181,7 +181,7 @@ def test_a_damaged_document_gets_one_error(write):
         assert "\n" not in refused(write("a.json", text), "one JSON document")
 
 
-def test_json_lines_are_still_told_from_documents(write):
+def test_json_lines_are_still_distinguished_from_documents(write):
     text = '{"prompts": ["a"]\n{"prompts": ["b"]}\n{"prompt": "c"}\n'
     refused(write("a.json", text), "a.json, line 1: bad JSON")
     text = text.partition("\n")[2]
@@ -237,7 +237,7 @@ def test_what_holds_no_prompts_is_refused_once(write, name, content, part):
     assert "\n" not in refused(write(name, content), part)
 
 
-def test_a_path_that_is_no_text_is_refused(tmp_path):
+def test_a_path_that_is_not_text_is_refused(tmp_path):
     refused(tmp_path / "a\0b", "cannot contain a NUL")
     refused(tmp_path / "a\ud800", "U+D800")
     refused(tmp_path / ("a" * 5000), "cannot be read")

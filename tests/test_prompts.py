@@ -341,7 +341,7 @@ def test_lengths_without_measure_are_refused(timing):
     refused(lambda: Timing(**timing), "at most")
 
 
-def test_what_is_no_text_is_refused_with_its_segment():
+def test_invalid_text_is_refused_with_its_segment():
     refused(lambda: parse_inline("a | b\ud800", BLOCK), "segment 2: U+D800")
 
 

@@ -76,7 +76,7 @@ def dead_links(path):
 
 
 @pytest.mark.parametrize("path", CODE, ids=name_of)
-def test_code_refers_to_what_is_there(path):
+def test_code_refers_to_existing_sources(path):
     assert problems(path.read_text()) == []
 
 
@@ -100,7 +100,7 @@ def test_references_are_found():
 
 
 @pytest.mark.parametrize(
-    ("page", "heading", "said"),
+    ("page", "heading", "expected"),
     [
         ("cache/README.md", "Re-cache", []),
         ("cache/README.md", "No such part", ["no heading 'No such part'"]),
@@ -110,13 +110,15 @@ def test_references_are_found():
     ],
 )
 @pytest.mark.parametrize("between", [" ", "\n    ", "\n    # "])
-def test_a_reference_is_checked_wherever_its_line_breaks(page, heading, said, between):
+def test_a_reference_is_checked_wherever_its_line_breaks(
+    page, heading, expected, between
+):
     text = f'    # Source: {page},{between}"{heading}".'.replace("such ", "such\n# ")
 
     found = problems(text)
 
-    assert len(found) == len(said)
-    assert all(ours.endswith(end) for ours, end in zip(found, said, strict=True))
+    assert len(found) == len(expected)
+    assert all(ours.endswith(end) for ours, end in zip(found, expected, strict=True))
 
 
 def test_several_headings_of_a_page_are_all_checked():

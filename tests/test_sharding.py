@@ -37,7 +37,7 @@ def vae_shapes():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "shapes, rules",
+    "shapes, placements",
     [
         (
             lambda: jax.eval_shape(
@@ -46,14 +46,14 @@ def vae_shapes():
             sharding.GENERATOR,
         ),
         (text_shapes, sharding.TEXT),
-        (vae_shapes, sharding.VAE),
+        (vae_shapes, sharding.CODEC),
     ],
     ids=["generator", "text", "vae"],
 )
-def test_every_parameter_has_as_many_logical_axes_as_axes(shapes, rules):
+def test_every_parameter_has_as_many_logical_axes_as_axes(shapes, placements):
     tree = shapes()
 
-    axes = sharding.logical_axes(tree, rules)
+    axes = sharding.logical_axes(tree, placements)
 
     leaves = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple))
     assert [len(a) for a in leaves] == [x.ndim for x in jax.tree.leaves(tree)]

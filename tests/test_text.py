@@ -31,6 +31,6 @@ def test_text_of_any_script_passes(text):
         ("a\x7f", r"U\+007F"),
     ],
 )
-def test_what_is_no_text_is_refused(text, message):
+def test_invalid_text_is_refused(text, message):
     with pytest.raises(UserError, match=message):
         check_text(text, "here")

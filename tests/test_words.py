@@ -6,6 +6,7 @@ phrase goes into `QUOTATIONS`.
 
 import ast
 import io
+import json
 import pathlib
 import re
 import tokenize
@@ -21,6 +22,8 @@ PAGES = [ROOT / "README.md"] + [
     for name in (*FOLDERS, ".github")
     for path in sorted((ROOT / name).rglob("*.md"))
 ]
+NOTEBOOKS = sorted((ROOT / "launch").glob("*.ipynb"))
+SCRIPTS = [ROOT / ".ci" / "run", *sorted((ROOT / "launch").glob("*.sh"))]
 AVOID = {
     r"\bso many\b": "the name of the number: '`steps` updates', 'this many devices'",
     r"\btold\b": "'is given', 'knows' or 'is known'",
@@ -52,6 +55,23 @@ AVOID = {
     r"\bwhat is wrong with\b": "'the faults of'",
     r"\ball the same[;.]": "'anyway'",
     r"\bfor good\b": "'permanently', 'never evicted'",
+    r"\bleads? away from\b": "'negative prompt of the guidance'",
+    r"\b(?:lies?|lay) (?:in|on|beside|below|near)\b": "'is in', 'is beside'",
+    r"\bwhat lies\b": "'the content of ...'",
+    r"\b(?:lines?|messages?|notes?|reports?|sentence) on (?!standard\b|stderr\b)": (
+        "'... about'"
+    ),
+    r"\bfrom (?:a|the|that|now|it)(?: \w+)? on\b": "'from', 'after', 'starting at'",
+    r"\bfor ever\b": "'without end', 'unlimited'",
+    r"\blooked for\b": "'searched', 'expected'",
+    r"\bhalf (?:made|way)\b": "'incomplete', 'in the middle'",
+    r"\banother \w+ than\b": "'different from', 'other than'",
+    r"\bwhere there is none\b": "'if there is no ...'",
+    r"\bwhat is wanted\b": "'the requested ...'",
+    r"\bcounts? apart\b": "'separately'",
+    r"\bfits? no\b": "'does not fit into any'",
+    r"\b[Ss]o (?:long|large|many) an?\b": "'such a long'",
+    r"\bby turns\b|\bin turn with\b": "'alternately'",
     r"\b(?<![Tt]here\s)(?:is|are) no (?!longer\b|more\b|less\b)[a-z]": "'is not a'",
 }
 """Regular expressions of phrases, with the words to write instead."""
@@ -80,13 +100,27 @@ def strings(tree):
             yield node.lineno, node.value
 
 
+def names(tree):
+    """Yields line and name of every function and class, as words."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.lineno, node.name.replace("_", " ")
+
+
 def texts(path):
     """Yields the first line and the text of everything that a reader may see."""
     content = path.read_text(encoding="utf-8")
-    if path.suffix == ".md":
-        yield 1, content
+    if path.suffix == ".ipynb":
+        cells = json.loads(content)["cells"]
+        yield from ((1, "".join(cell["source"])) for cell in cells)
         return
-    yield from strings(ast.parse(content))
+    if path.suffix != ".py":
+        comments = re.sub(r"^# ?", "", content, flags=re.MULTILINE)
+        yield 1, content if path.suffix == ".md" else comments
+        return
+    tree = ast.parse(content)
+    yield from strings(tree)
+    yield from names(tree)
     for token in tokenize.generate_tokens(io.StringIO(content).readline):
         if token.type == tokenize.COMMENT:
             yield token.start[0], token.string.lstrip("#! ")
@@ -109,7 +143,11 @@ def found(path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "path",
-    [path for path in CODE + PAGES if path.name != "test_words.py"],
+    [
+        path
+        for path in CODE + PAGES + NOTEBOOKS + SCRIPTS
+        if path.name != "test_words.py"
+    ],
     ids=name_of,
 )
 def test_files_are_in_plain_english(path):
@@ -124,6 +162,7 @@ def test_files_are_in_plain_english(path):
         ('"""Returns so\n  many."""', 1),
         ('f"{1} is put\x20back: put it back"', 1),
         ("# Of a script.\nx = 1", 1),
+        ("def test_what_goes_on():\n    pass", 1),
         ('"""Doc.\n\nArgs:\n  seed: of the noise.\n"""', 1),
         ('"""Makes one of two."""', 0),
     ],

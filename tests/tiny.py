@@ -124,16 +124,16 @@ def run(settings: StreamSetup, blocks: int, switches=(), *, seed: int = 0, state
     return state, made
 
 
-def switch(settings: StreamSetup, state, prompt: int, requested: int, rerun=None):
+def switch(settings: StreamSetup, state, prompt: int, requested: int, recache=None):
     """Returns the state under another prompt."""
-    rerun = rerun or settings.policy.recache(int(state.cache.index.start))
+    recache = recache or settings.policy.recache(int(state.cache.index.start))
     state, _ = stream.switch(
         variables(),
         state,
         context(prompt, settings),
         requested,
         setup=settings,
-        rerun=rerun,
+        recache=recache,
     )
     return state
 

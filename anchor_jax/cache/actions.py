@@ -11,7 +11,7 @@ class SwitchAction:
 
     Attributes:
       rewrite_sink: whether a re-cache replaces the sink.
-      zero_sink: whether the sink is emptied before.
+      zero_sink: whether the sink is emptied before the re-cache.
     """
 
     rewrite_sink = False
@@ -73,7 +73,8 @@ class RecachePass:
 class Restart:
     """Every `every` frames the stream starts again from its last `overlap` frames.
 
-    A session does this: it decodes the first of them and encodes it again alone.
+    A session does this: it decodes the first of these frames and encodes it again as a
+    single frame.
 
     Source: CausVid (arXiv:2412.07772), long videos.
     """

@@ -73,7 +73,7 @@ class Rope:
 
 
 @dataclasses.dataclass(frozen=True)
-class Switch:
+class SwitchEntry:
     """A switch action by its name for `--config.on_switch`."""
 
     action: SwitchAction
@@ -172,12 +172,12 @@ ROPES = {
 }
 
 SWITCHES = {
-    "keep": Switch(Keep(), "only the prompt changes"),
-    "flush": Switch(Flush(), "forgets all but the sink and the newest 2 frames"),
-    "recache": Switch(
+    "keep": SwitchEntry(Keep(), "only the prompt changes"),
+    "flush": SwitchEntry(Flush(), "forgets all but the sink and the newest 2 frames"),
+    "recache": SwitchEntry(
         Recache(), "runs the local window again under the new prompt; keeps the sink"
     ),
-    "recache_sink": Switch(
+    "recache_sink": SwitchEntry(
         Recache(rewrite_sink=True), "as recache; the oldest frames become the sink"
     ),
 }

@@ -1,4 +1,4 @@
-"""Junction rules: which block after a switch is captured, and when it is visible."""
+"""Junctions: which block after a switch is captured, and when it is visible."""
 
 import dataclasses
 
@@ -77,7 +77,9 @@ class ReleaseJunction(Junction):
 
 @dataclasses.dataclass(frozen=True)
 class TrainedJunction(ReleaseJunction):
-    """The junction of the release's training: no prior one, the clean pass captures.
+    """The junction of the release's training, without a prior one.
+
+    The clean pass captures it.
 
     In a chunk with a switch, the first block is captured, wherever the switch is.
 

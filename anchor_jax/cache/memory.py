@@ -43,7 +43,7 @@ class Memory:
         tokens: tuple[int, int],
         cache: KVCache,
         plan: ReadPlan,
-        rerun: RecachePass | None = None,
+        recache: RecachePass | None = None,
     ):
         """Rotates and lays out the slots that the passes may see.
 
@@ -54,7 +54,7 @@ class Memory:
           tokens: rows and columns of tokens in a latent frame.
           cache: cache of the stream.
           plan: read plan of the passes, from `policy.read` or `policy.read_recache`.
-          rerun: the re-cache that `plan` belongs to, or None for a block.
+          recache: the re-cache that `plan` belongs to, or None for a block.
         """
         self.plan, self.cache, self.is_carried = plan, cache, policy.keeps_prior
         self.kernel, self.head_dim = kernel, model.head_dim
@@ -65,7 +65,7 @@ class Memory:
         own = plan.query.shape[0]
         self.whole = None
         if policy.remembers:
-            read = slots_read(policy, rerun)
+            read = slots_read(policy, recache)
             rotation = jax.tree.map(lambda x: _taken(x, read, 0), rotation)
             past = jax.tree.map(lambda x: _taken(x, read, 2), cache.slots)
             self.whole = lay_out(kernel, model.head_dim, past, own, rotation)
@@ -171,12 +171,12 @@ def from_layout_1(cache: KVCache) -> KVCache:
     return cache.replace(slots=slots, prior=prior)
 
 
-def slots_read(policy: Policy, rerun: RecachePass | None) -> tuple[int, ...]:
+def slots_read(policy: Policy, recache: RecachePass | None) -> tuple[int, ...]:
     """Returns the slots that a pass may read. A re-cache replaces the local ones."""
     sink = policy.sink
-    if rerun is None:
+    if recache is None:
         return tuple(range(policy.slots))
-    kept = () if rerun.sink else tuple(range(sink))
+    kept = () if recache.sink else tuple(range(sink))
     return (*kept, *range(sink + policy.local, policy.slots))
 
 

@@ -145,21 +145,21 @@ class Policy:
         past = jnp.where(index.start > 0, self.sink + index.filled, 0)
         return self._plan(index, index.start, self.block, past, seen, prior)
 
-    def read_recache(self, index: CacheIndex, rerun: RecachePass) -> ReadPlan:
+    def read_recache(self, index: CacheIndex, recache: RecachePass) -> ReadPlan:
         """Returns the read plan of a re-cache: its own frames, sink and junction."""
-        start = index.start - rerun.frames
+        start = index.start - recache.frames
         seen, prior = jnp.array(False), jnp.array(False)
         if self.junction:
             whole = jnp.minimum(index.start, self.window)
             tested = self.junction.recache_start(index, whole, self.block)
             seen, prior = self._junction(index, tested)
         index = index.replace(filled=jnp.int32(0), cut=jnp.array(False))
-        past = jnp.int32(0 if rerun.sink else self.sink)
-        plan = self._plan(index, start, rerun.frames, past, seen, prior, rerun)
-        if not rerun.sink:
+        past = jnp.int32(0 if recache.sink else self.sink)
+        plan = self._plan(index, start, recache.frames, past, seen, prior, recache)
+        if not recache.sink:
             return plan
         first = plan.frame[: self.sink]
-        sink = self.positions.sink(index, first, start, rerun.frames)
+        sink = self.positions.sink(index, first, start, recache.frames)
         return plan.replace(
             own=plan.own.at[: self.sink].set(sink),
             position=plan.position.at[: self.sink].set(sink),
@@ -180,7 +180,7 @@ class Policy:
         past,
         seen,
         prior,
-        rerun: RecachePass | None = None,
+        recache: RecachePass | None = None,
     ) -> ReadPlan:
         sink, ring, _ = self._split(index.frame)
         rule = self.positions
@@ -206,18 +206,18 @@ class Policy:
             own=own,
             past=by_slot,
             frames=(frames + past + seen * self.junction_frames).astype(jnp.int32),
-            frame=self._in_order(own_frame, index.frame, frames + past, rerun),
-            position=self._in_order(own, by_slot, frames + past, rerun),
+            frame=self._in_order(own_frame, index.frame, frames + past, recache),
+            position=self._in_order(own, by_slot, frames + past, recache),
             junction=seen,
             prior=prior,
         )
 
-    def _in_order(self, own, by_slot, filled, rerun: RecachePass | None):
+    def _in_order(self, own, by_slot, filled, recache: RecachePass | None):
         """Returns a value for every key in reading order, from values by slot."""
         sink, ring, junction = self._split(by_slot)
         read = [own, sink, ring]
-        if rerun:
-            read = [own] if rerun.sink else [own, sink]
+        if recache:
+            read = [own] if recache.sink else [own, sink]
         read.append(jnp.full_like(junction, EMPTY))
         # The junction directly follows the filled local slots.
         return jax.lax.dynamic_update_slice(jnp.concatenate(read), junction, (filled,))
@@ -238,12 +238,12 @@ class Policy:
         return plan, done.replace(start=index.start + self.block, capture=no, cut=no)
 
     def write_recache(
-        self, index: CacheIndex, rerun: RecachePass
+        self, index: CacheIndex, recache: RecachePass
     ) -> tuple[WritePlan, CacheIndex]:
         """Returns the write plan of a re-cache, and the index after it."""
         fresh = index.replace(filled=jnp.int32(0), cursor=jnp.int32(0))
-        start, no = index.start - rerun.frames, jnp.array(False)
-        return self._place(fresh, start, rerun.frames, jnp.array(rerun.sink), no)
+        start, no = index.start - recache.frames, jnp.array(False)
+        return self._place(fresh, start, recache.frames, jnp.array(recache.sink), no)
 
     def _place(self, index, start, frames: int, has_sink, capture):
         offset = jnp.arange(frames, dtype=jnp.int32)
@@ -251,8 +251,8 @@ class Policy:
         sinks = jnp.where(has_sink, self.sink, 0)
         total = frames - sinks
         order = offset - sinks
-        # The ring holds `local` frames: older ones would share a slot with newer
-        # ones, and a scatter that names a slot twice keeps either.
+        # The ring holds `local` frames: older frames would share a slot with newer
+        # frames, and a scatter keeps either of two values for one slot.
         newest = (order >= 0) & (total - order <= self.local)
         ring = self.sink + (index.cursor + order) % max(1, self.local)
         slot = jnp.where(newest, ring, nowhere)

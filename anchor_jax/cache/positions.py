@@ -21,7 +21,7 @@ Region = Int[Array, " slot"]
 
 
 class RopeRule:
-    """Base of all rules: absolute positions for every frame.
+    """Base of all RoPE rules: absolute positions for every frame.
 
     Attributes:
       range: number of positions in use, or None for no bound.
@@ -77,7 +77,7 @@ class RopeRule:
 
 @dataclasses.dataclass(frozen=True)
 class Absolute(RopeRule):
-    """Every frame at its own number, without a bound (LongLive, Self-Forcing)."""
+    """The number of the frame, without a bound (LongLive, Self-Forcing)."""
 
     junction_start: None = None
     cut: None = None
@@ -144,7 +144,7 @@ class Relative(RopeRule):
 
 @dataclasses.dataclass(frozen=True)
 class Bounded(Relative):
-    """As `Relative`, with the sink directly before the local window.
+    """Like `Relative`, but with the sink directly before the local window.
 
     Source: the paper's table 6 baseline; cache/README.md, "Other RoPE rules", "D25".
     """
@@ -162,7 +162,7 @@ class Bounded(Relative):
 
 @dataclasses.dataclass(frozen=True)
 class Ranked(Relative):
-    """As `Relative`, with keys numbered in the order in which they are stored.
+    """Like `Relative`, but with keys numbered in the order in which they are stored.
 
     It differs from `Relative` only after a flush: queries then stay at the end of the
     window while keys move together, as in the official Infinity-RoPE.

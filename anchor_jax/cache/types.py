@@ -22,7 +22,7 @@ class CacheIndex:
     start: Number  # first latent frame of the next block
     filled: Number  # local slots in use, always the first ones
     cursor: Number  # local slot that the next frame takes
-    switch_frame: Number  # switch in force, as the junction's rule counts it
+    switch_frame: Number  # current switch, as the junction counts it
     switches: Number  # prompt switches so far
     capture: Flag  # whether the next block becomes the junction
     cut: Flag  # whether the next block is a scene cut
@@ -45,9 +45,9 @@ class KVCache:
 class ReadPlan:
     """The frames that a pass reads: its own, then sink | local | junction.
 
-    Visible are always the first `frames` of these, so no mask is needed. A re-cache
+    The first `frames` of these are visible, so no mask is needed. A re-cache
     reads no local frames, and no sink if it writes the sink. Positions are temporal
-    RoPE indices; those of `past` go by slot. `frame` and `position` go by reading
+    RoPE indices; those of `past` are by slot. `frame` and `position` are in reading
     order, for tests, `verify` and pictures of the memory.
     """
 
@@ -55,8 +55,8 @@ class ReadPlan:
     query: Int[Array, " own"]  # positions of the queries
     own: Int[Array, " own"]  # positions of the pass's own keys
     past: Int[Array, " slot"]  # positions of remembered keys
-    frames: Number  # key frames seen
-    frame: Int[Array, " key"]  # latent frame of each key, EMPTY where there is none
+    frames: Number  # number of visible key frames
+    frame: Int[Array, " key"]  # latent frame of each key, or EMPTY
     position: Int[Array, " key"]  # position of each key
     junction: Flag  # whether a junction is seen
     prior: Flag  # whether it is the junction before last
@@ -64,7 +64,7 @@ class ReadPlan:
 
 @struct.dataclass
 class WritePlan:
-    """Slots that a pass's frames are written to; the number of slots means nowhere."""
+    """The slots for a pass's frames; the number of slots means "not written"."""
 
     slot: Int[Array, " own"]
     junction: Int[Array, " own"]  # slots of their copy in the junction

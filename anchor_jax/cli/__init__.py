@@ -7,15 +7,15 @@ A command is a module with
 * `define_flags()`, which defines absl flags on `absl.flags.FLAGS`
   (`anchor_jax.config.define_config_flag()` defines `--config`);
 * `main(argv)`, which finds the parsed flags in `FLAGS`, and returns an exit status or
-  None. `argv[0]` is the command; what follows are arguments that are not flags, which
-  are refused unless the module names them: `ARGUMENTS = "FILE..."`.
+  None. `argv[0]` is the command. Other arguments that are not flags are refused unless
+  the module names them: `ARGUMENTS = "FILE..."`.
 
 Long work calls `anchor_jax.interrupts.check()` wherever it can stop.
 
 A command may name pairs of config fields of which only one can be given on the command
 line: `EXCLUSIVE = (("prompt", "prompt_file"),)`.
 
-Whatever is slow to import (jax) is best imported inside `main`.
+Import slow modules, such as jax, inside `main`.
 """
 
 COMMANDS = {

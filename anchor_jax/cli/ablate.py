@@ -15,11 +15,11 @@ anchor-jax ablate --config=configs/tiny.py --part=trained --out=runs/arms \\
 anchor-jax ablate --config=configs/tiny.py --scripts=10 --starts=1
 --part=swaps streams one generator with different RoPE rules and switch actions.
 --part=trained tunes every arm from the same generator, which was not tuned for any arm.
-The arms are tuned alike and differ only in their policy. Several processes can share
-the arms with --arms; the same command without --arms then makes the table.
+All arms are tuned in the same way and differ only in their policy. Several processes
+can share the arms with --arms; the same command without --arms then makes the table.
 Arms of swaps: baseline (absolute RoPE, re-cache), bounded, tri_region, flush, anchors,
-both (the method). Arms of trained: baseline, tri_region, both.
-The same command resumes a stopped run. Tables are written beside the numbers."""
+both (the method). Arms of trained: baseline, tri_region, both. The same command resumes
+a stopped run. Tables are written beside the numbers."""
 
 PARTS = ("swaps", "trained")
 

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 from absl import flags
 
 from anchor_jax import config
+from anchor_jax.errors import UserError
 
 _FLAG = re.compile(r"--?(?P<name>[a-z_][\w.]*)(?P<value>=.*)?", re.DOTALL)
 
@@ -31,6 +32,15 @@ def spell_out(argv: Sequence[str]) -> list[str]:
         return list(argv)
     known = names & set(config.paths(config.load_config(spec)))
     return [*_spelled(given, known), *rest]
+
+
+def fields(argv: Sequence[str]) -> list[str]:
+    """Returns the names of the config's fields, or [] without a readable config."""
+    spec = _config_of(argv)
+    try:
+        return [*config.paths(config.load_config(spec))] if spec else []
+    except UserError:
+        return []
 
 
 def _spelled(argv: Sequence[str], known: Collection[str]) -> Iterator[str]:

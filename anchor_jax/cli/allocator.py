@@ -1,4 +1,4 @@
-"""How this process's memory is allocated."""
+"""Settings of this process's memory allocator."""
 
 import ctypes
 
@@ -11,11 +11,11 @@ def keep_freed_memory() -> bool:
     """Lets the process keep what it frees, and returns whether it can.
 
     A program that jax compiled for a CPU takes new working memory for each call;
-    getting gigabytes from the system costs a tenth of a training step. Call it before
-    threads start.
+    requesting gigabytes from the system takes a tenth of a training step. Call it
+    before threads start.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
-        return False  # Not the GNU C library.
+        return False  # This is not the GNU C library.
     return all([mallopt(name, value) == 1 for name, value in _SETTINGS])

@@ -17,7 +17,8 @@ from anchor_jax.cli import COMMANDS
 
 _WIDTH = 88
 _INTRODUCTION = """\
-Anchor Forcing in JAX: streaming text-to-video with prompts that change mid-stream.
+Anchor Forcing in JAX: streaming text-to-video with prompts that change during the
+stream.
 
 Try:
   anchor-jax sample --config=configs/tiny.py

@@ -12,7 +12,7 @@ from absl import flags
 
 from anchor_jax import extras, interrupts
 from anchor_jax.cli import COMMANDS, help_texts
-from anchor_jax.errors import UserError, shown, suggest
+from anchor_jax.errors import UserError, closest, shown, suggest
 from anchor_jax.text import check_text
 
 FLAGS = flags.FLAGS
@@ -129,6 +129,16 @@ def _load(name: str) -> ModuleType:
     return importlib.import_module(COMMANDS[name])
 
 
+def _hint(flag: str, own: Sequence[str], argv: Sequence[str]) -> str:
+    """Returns the part of a message that suggests flags, or fields of the config."""
+    if "config" not in own:
+        return closest(flag, own)
+    from anchor_jax.cli import aliases
+
+    known = [*own, *aliases.fields(argv)]
+    return f"{closest(flag, known)}; set a config field with --config.FIELD=VALUE"
+
+
 @contextlib.contextmanager
 def _own_flags(module: ModuleType) -> Iterator[list[str]]:
     """Defines the command's flags, yields their names, and removes them afterwards."""
@@ -157,16 +167,16 @@ def _parse_flags(
     try:
         arguments = FLAGS([f"anchor-jax {name}", *argv])
     except flags.UnrecognizedFlagError as error:
-        hint = "set a config field with --config.FIELD=VALUE; "
         raise UserError(
-            f"{error}; {hint * ('config' in own)}see: anchor-jax {name} --help"
+            f"unknown flag --{error.flagname}{_hint(error.flagname, own, argv)}; see:"
+            f" anchor-jax {name} --help"
         ) from error
     except flags.Error as error:
         raise UserError(f"{error}; see: anchor-jax {name} --help") from error
     except RecursionError as error:
         # The library searches for similar names with one recursive call per character.
         raise UserError(
-            f"{name} has no flag with so long a name; see: anchor-jax {name} --help"
+            f"{name} has no flag with such a long name; see: anchor-jax {name} --help"
         ) from error
     if "config" in own:
         if FLAGS.config is None or overrides and not FLAGS.config:

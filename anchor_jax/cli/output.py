@@ -1,4 +1,4 @@
-"""Where commands print what is not their result."""
+"""Prints lines that are not a command's result."""
 
 import sys
 

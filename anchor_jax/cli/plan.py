@@ -190,7 +190,7 @@ def _prepare_environment() -> None:
     os.environ |= ENVIRONMENT
     import jax
 
-    # A config file may have imported jax already, which then ignores the environment.
+    # A config file may have imported jax already, and jax then ignores the environment.
     jax.config.update("jax_platforms", ENVIRONMENT["JAX_PLATFORMS"])
     given = os.environ.get("XLA_FLAGS", "")
     if AUTOTUNING not in given:

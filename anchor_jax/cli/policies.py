@@ -27,7 +27,7 @@ anchor-jax policies --update=README.md   # after a change of the catalog
 def define_flags() -> None:
     """Defines the command's flags."""
     flags.DEFINE_string(
-        "update", None, "Page of Markdown whose tables of policies to generate again."
+        "update", None, "Markdown page whose tables of policies are generated again."
     )
 
 
@@ -60,7 +60,7 @@ def _update(page: str) -> None:
 
 
 def _explained(name: str) -> list[str]:
-    """Returns the lines on one policy."""
+    """Returns the lines about one policy."""
     from anchor_jax.cache.catalog import CATALOG
     from anchor_jax.streaming.reads import memory
 

@@ -1,4 +1,4 @@
-"""`anchor-jax replay`: makes a video again, or changes its prompt from a frame on."""
+"""`anchor-jax replay`: makes a video again, or changes its prompt at a frame."""
 
 import dataclasses
 import pathlib
@@ -44,7 +44,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer("until", None, "Number of blocks to make. Default: all.")
     flags.DEFINE_integer("at", None, "Latent frame at which to switch to --prompt.")
-    flags.DEFINE_string("prompt", None, "Prompt to show from --at on.")
+    flags.DEFINE_string("prompt", None, "Prompt from latent frame --at.")
     flags.DEFINE_integer(
         "frames",
         None,
@@ -62,8 +62,10 @@ def main(argv: Sequence[str]) -> int:
     from anchor_jax.sampling import replay
     from anchor_jax.streaming.recipe import load_recipe
 
-    names = [field.name for field in dataclasses.fields(replay.Options)]
-    options = replay.Options(**{name: getattr(flags.FLAGS, name) for name in names})
+    names = [field.name for field in dataclasses.fields(replay.ReplayOptions)]
+    options = replay.ReplayOptions(
+        **{name: getattr(flags.FLAGS, name) for name in names}
+    )
     stored = load_recipe(path)
     compile_cache.enable()
     made = replay.replay(stored, path, options, tell=to_stderr)

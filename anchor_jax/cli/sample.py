@@ -17,9 +17,9 @@ anchor-jax sample --config=configs/interactive.py --config.weights=FOLDER
 anchor-jax sample --config=configs/interactive.py --config.weights=FOLDER \\
     --config.prompt_file=interactive_benchmark.jsonl --out=out/benchmark
 
-# FOLDER is a folder that anchor-jax port wrote. Fields that the config leaves open take
+# FOLDER is a folder that anchor-jax port wrote. Fields that are None in the config take
 # the values of the method that the weights were ported as. The command prints them. A
-# field that you give wins.
+# field that you set takes precedence.
 # --config.text_encoder=free drops the text encoder once the prompts are encoded;
 # sharded splits it over all devices. --config.size takes 480x832, 512x832, 320x576 or
 # other multiples of 16.

@@ -100,7 +100,7 @@ def _run_points(folder: pathlib.Path, points: list[Point]) -> int:
         results.append({"values": point.values, "status": status, **_last(point)})
         io.write_json(folder / "sweep.json", results)
         io.write_text(folder / "sweep.md", table(results) + "\n")
-        if interrupts.asked():
+        if interrupts.stop_requested():
             raise Stopped(f"Stopped at {point.name}. Rerun this command to resume.")
     print(table(results))
     print(f"Wrote {folder / 'sweep.json'} and .md; tensorboard --logdir {folder}")
@@ -246,7 +246,7 @@ def run_point(point: Point) -> str:
             process.start()
         while process.is_alive():
             process.join(_POLL)
-            if interrupts.asked():
+            if interrupts.stop_requested():
                 process.terminate()  # The training saves a checkpoint and stops.
                 process.join()
     if process.exitcode not in (0, interrupts.STATUS):
@@ -264,7 +264,7 @@ def train_point(config) -> None:
     compile_cache.enable()
     try:
         # After a sweep was killed, its training ends a little later.
-        run.open_job(config, tell=print, patience=2 * _GRACE).run()
+        run.open_training(config, tell=print, patience=2 * _GRACE).run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

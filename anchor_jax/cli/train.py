@@ -43,8 +43,8 @@ def main(argv) -> None:
     """Runs the command.
 
     Raises:
-      UserError: The config is wrong, the folder holds another run, or a loss was not
-        finite.
+      UserError: The config is wrong, the folder holds another run, a loss was not
+        finite, or other processes of a cluster are missing.
       Stopped: It stopped on request before the last step.
     """
     del argv
@@ -52,44 +52,46 @@ def main(argv) -> None:
 
     compile_cache.enable()
     allocator.keep_freed_memory()
+    from anchor_jax import devices
     from anchor_jax.training import run
 
+    devices.check_processes()
     config = run.read_config(FLAGS.config)
     if FLAGS.dry_run:
         run.dry_run(config, tell=print)
         return
-    job = run.open_job(config, tell=print)
-    print(job.describe())
-    step = job.run()
-    _report(job)
+    training = run.open_training(config, tell=print)
+    print(training.describe())
+    step = training.run()
+    _report(training)
     if step < config.steps:
         raise Stopped(
             f"Stopped at {step}/{config.steps}. Rerun this command to resume."
         )
-    print(f"done; sample with: {_sampling(job)}")
+    print(f"Done. Sample with: {_sampling(training)}")
 
 
-def _report(job) -> None:
+def _report(training) -> None:
     """Prints where the run's files are."""
-    out = job.config.out
+    out = training.config.out
     from anchor_jax.training.files import LOG
     from anchor_jax.training.monitor import EVENTS
 
-    print(f"metrics: {job.folder / LOG}")
-    if (job.folder / EVENTS).is_dir():
+    print(f"metrics: {training.folder / LOG}")
+    if (training.folder / EVENTS).is_dir():
         print(f"curves: tensorboard --logdir {out} (pip install tensorboard)")
-    if job.sampler is not None and job.sampler.folder.is_dir():
-        print(f"sample videos: {job.sampler.folder}")
+    if training.sampler is not None and training.sampler.folder.is_dir():
+        print(f"sample videos: {training.sampler.folder}")
 
 
-def _sampling(job) -> str:
+def _sampling(training) -> str:
     """Returns a command that samples from the trained weights."""
     line = ["anchor-jax", "sample", "--config=configs/interactive.py"]
-    line.append(f"--config.weights={job.config.out}")
-    if job.config.size is not None:
-        line.append(f"--config.size={job.config.size}")
+    line.append(f"--config.weights={training.config.out}")
+    if training.config.size is not None:
+        line.append(f"--config.size={training.config.size}")
     shown = "PROMPT[5s]"
-    if job.sampler is not None:
-        shown = job.sampler.videos[0].script.inline()
+    if training.sampler is not None:
+        shown = training.sampler.videos[0].script.inline()
     line.append(f"--config.prompt={shown}")
     return shlex.join(line)

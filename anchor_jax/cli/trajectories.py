@@ -15,7 +15,7 @@ anchor-jax trajectories --config=configs/trajectories.py:paper \\
 anchor-jax trajectories --config=configs/trajectories.py --process=3 --processes=8
 anchor-jax train --config=configs/train_ode.py:tiny --config.data.path=data/trajectories
 The same command resumes a stopped run. Process p of n writes every n-th trajectory. All
-processes write into one folder, and n may change from run to run."""
+processes write into one folder, and n may change between runs."""
 
 FLAGS = flags.FLAGS
 

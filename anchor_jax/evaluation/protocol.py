@@ -23,7 +23,7 @@ class Metric(Protocol):
 
         Args:
           pixels: uint8 [video, frame, height, width, 3].
-          prompts: the prompt of each video; prompts that follow each other in a video
+          prompts: the prompt of each video; successive prompts of a video
             are joined by " | ".
 
         Raises:
@@ -40,7 +40,7 @@ class TrialSizes:
       batch: number of videos that are generated together.
       blocks: blocks per segment.
       seed: random seed of prompts and noise.
-      negative_prompt: negative prompt of guidance.
+      negative_prompt: negative prompt of the guidance.
     """
 
     count: int

@@ -1,7 +1,7 @@
 """The metrics, trials and ablations that commands can name.
 
 A metric of any video is a module in `evaluation/metrics` with the metric's name and a
-`METRIC`. Domains of `anchor_jax.plugins` add parts of their own.
+`METRIC`. Domains of `anchor_jax.plugins` add their own parts.
 """
 
 import dataclasses

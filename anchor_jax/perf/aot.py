@@ -56,7 +56,7 @@ class Target:
       platform: `tpu` or `cuda`.
       kind: the compiler's name of the chip.
       chip: its data sheet.
-      axes: number of axes of a pod's network; 0 means machines of 8 chips.
+      axes: number of axes of a pod's network; 0 means hosts of 8 chips.
       description: description of a GPU for its compiler.
       conv: the fastest form of the VAE's convolutions on the chip.
     """
@@ -134,7 +134,7 @@ class Compiled:
       arguments: size of the inputs, weights included.
       outputs: size of outputs that do not reuse an input.
       temporaries: size of the working memory.
-      code: size of the program itself.
+      code: size of the executable.
       fused: number of calls of a fused attention kernel. None if the compiler could not
         print the program.
       scores: shapes of score matrices (tokens by tokens) in memory. It should be empty.
@@ -251,7 +251,7 @@ def programs(
 def _generator(setup: StreamSetup) -> tuple[dict[str, Program], dict[str, int]]:
     """Returns the generator's programs, and the bytes of its arrays.
 
-    They include the switch in mid-stream if it has a re-cache.
+    They include the prompt switch of a long stream if it has a re-cache.
     """
     model, policy = setup.model, setup.policy
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -271,11 +271,11 @@ def _generator(setup: StreamSetup) -> tuple[dict[str, Program], dict[str, int]]:
     }
     step = (variables, state, key, number)
     found = {"step": Program(stream.make_block, step, {"setup": setup}, **common)}
-    rerun = policy.recache(2 * policy.window)
-    if rerun:
+    recache = policy.recache(2 * policy.window)
+    if recache:
         cut = jax.ShapeDtypeStruct((), jnp.bool_)
         switch = (variables, state, context, number, cut)
-        static = {"setup": setup, "rerun": rerun}
+        static = {"setup": setup, "recache": recache}
         found["switch"] = Program(stream.switch, switch, static, **common)
     return found, {"generator": trees.nbytes(variables), "cache": trees.nbytes(state)}
 
@@ -343,9 +343,9 @@ def _decoders(codec: VaeCodec, setup: StreamSetup):
 
 
 def _reason(message: str) -> str:
-    """Returns the part of a compiler's message with the excess memory."""
+    """Returns the part of a compiler's message that says how much memory is missing."""
     if kernel := re.search(r"size ([\d.]+\w) and limit ([\d.]+\w).*vmem", message):
-        return f"a kernel takes {kernel[1]} of vector memory, {kernel[2]} are available"
+        return f"a kernel needs {kernel[1]} of vector memory, but has {kernel[2]}"
     used = re.search(r"Used [\w.]+ of [\w.]+ \w+", message)
     return f"does not fit: {used[0]}" if used else "does not fit in memory"
 

@@ -104,7 +104,7 @@ def pass_flops(config: ModelConfig, grid: LatentGrid, frames: int, keys: int) ->
       config: sizes of the generator.
       grid: latent size.
       frames: number of latent frames in the pass.
-      keys: number of latent frames that they read, their own included.
+      keys: number of latent frames that the pass reads, its own included.
     """
     tokens = _tokens(config, grid)
     queries, dim, layers = frames * tokens, config.dim, config.num_layers
@@ -260,8 +260,8 @@ class Stream:
       grid: latent size.
       keys: latent frames that a block reads, its own included.
       slots: latent frames in the cache.
-      rerun: latent frames in the re-cache of a switch, or 0.
-      rerun_keys: latent frames that the re-cache reads, its own included.
+      recache: latent frames in the re-cache of a switch, or 0.
+      recache_keys: latent frames that the re-cache reads, its own included.
       block: latent frames denoised together.
       levels: number of noise levels; a clean pass follows.
       text: sizes of the text encoder, or None.
@@ -272,8 +272,8 @@ class Stream:
     grid: LatentGrid
     keys: int = 12
     slots: int = 12
-    rerun: int = 9
-    rerun_keys: int = 12
+    recache: int = 9
+    recache_keys: int = 12
     block: int = 3
     levels: int = 4
     text: TextConfig | None = None
@@ -293,16 +293,16 @@ def make_stream(
     A junction counts as visible, which is the slower case.
     """
     junction = policy.junction_frames
-    rerun = policy.recache(2 * policy.window)
-    frames = rerun.frames if rerun else 0
-    kept = 0 if rerun and rerun.sink else policy.sink
+    recache = policy.recache(2 * policy.window)
+    frames = recache.frames if recache else 0
+    kept = 0 if recache and recache.sink else policy.sink
     return Stream(
         model=model,
         grid=grid,
         keys=policy.window + junction,
         slots=policy.slots,
-        rerun=frames,
-        rerun_keys=frames + kept + junction,
+        recache=frames,
+        recache_keys=frames + kept + junction,
         block=policy.block,
         levels=levels,
         **parts,
@@ -328,12 +328,13 @@ def switch_seconds(stream: Stream, chip: Chip, efficiency: float = EFFICIENCY) -
 
     It covers encoding the prompt, the re-cache, and the block.
     """
-    rerun = 0.0
-    if stream.rerun:
-        work = pass_flops(stream.model, stream.grid, stream.rerun, stream.rerun_keys)
-        rerun = work.main / (chip.flops * efficiency)
-    prompt = _prompt_seconds(stream, chip, efficiency)
-    return prompt + rerun + block_seconds(stream, chip, efficiency)
+    seconds = _prompt_seconds(stream, chip, efficiency)
+    if stream.recache:
+        work = pass_flops(
+            stream.model, stream.grid, stream.recache, stream.recache_keys
+        )
+        seconds += work.main / (chip.flops * efficiency)
+    return seconds + block_seconds(stream, chip, efficiency)
 
 
 def first_seconds(stream: Stream, chip: Chip, efficiency: float = EFFICIENCY) -> float:

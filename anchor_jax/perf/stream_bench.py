@@ -188,7 +188,7 @@ class _Run:
         self.matmul = jax.jit(jnp.matmul)
 
     def time(self, phase: str, run: Callable[[], Any]) -> Any:
-        """Returns the result of `run`; the first call, which compiles, counts apart."""
+        """Returns the result of `run`; the first call compiles and is kept apart."""
         cpu, wall = time.process_time(), time.perf_counter()
         result = jax.block_until_ready(run())
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
@@ -360,7 +360,7 @@ class _Run:
         policy = setup.policy
         keys = min(self.keys[-1], policy.window + policy.junction_frames)
         one = self._flops(policy.block, keys)
-        rerun = policy.recache(workload.switch_frame)
+        recache = policy.recache(workload.switch_frame)
         work = {
             "levels": len(setup.levels) * one,
             "clean pass": one,
@@ -369,9 +369,9 @@ class _Run:
             "decode": policy.block
             * roofline.decode_flops(workload.codec.config, setup.grid),
         }
-        if rerun:
-            seen = rerun.frames + (0 if rerun.sink else policy.sink)
-            work["switch"] = self._flops(rerun.frames, seen)
+        if recache:
+            seen = recache.frames + (0 if recache.sink else policy.sink)
+            work["switch"] = self._flops(recache.frames, seen)
         for name, flops in work.items():
             used = phases[name][self.clock]
             phases[name] |= {"flops": flops, "efficiency": flops / used / self._peak()}

@@ -42,8 +42,8 @@ def measure(
     config = dataclasses.replace(config, steps=steps, sample_every=0)
     with io.scratch_folder() as folder:
         scratch = dataclasses.replace(config, out=str(folder / "run"))
-        job = run.open_job(scratch, tell=progress)
-        return _measure(job.prepared, stage, scratch, progress)
+        training = run.open_training(scratch, tell=progress)
+        return _measure(training.prepared, stage, scratch, progress)
 
 
 def _measure(

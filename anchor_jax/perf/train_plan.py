@@ -25,7 +25,7 @@ from anchor_jax.wan.vae import VaeCodec, VaeConfig
 from anchor_jax.weights.bundle import Bundle
 
 BLOCK = 3
-"""Latent frames of a block. A side with fewer tokens is not that of a score matrix."""
+"""Latent frames of a block. Smaller arrays are not counted as score matrices."""
 _MACHINE = 8  # chips of a process, the first of which encodes its prompts
 
 
@@ -166,7 +166,7 @@ def on_paper(config: TrainConfig, networks: NetworkSizes, mesh: Mesh) -> Prepare
 
 
 def _bundle(model: ModelConfig, vae: VaeCodec, grid) -> Bundle:
-    """Returns a bundle of shapes, without a tokenizer; weights as they are stored."""
+    """Returns a bundle of shapes in the stored types, without a tokenizer."""
     return Bundle(
         model=model,
         text=TextConfig(),

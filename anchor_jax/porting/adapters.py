@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from anchor_jax.porting.convert import STACKED, Deferred, Mismatch, Rule, fill
+from anchor_jax.porting.convert import STACKED, Deferred, KeyRule, Mismatch, fill
+from anchor_jax.porting.key_tables import BLOCK_MODULES, PEFT
 from anchor_jax.porting.recognise import kind_of
-from anchor_jax.porting.rules import BLOCK_MODULES, PEFT
 from anchor_jax.porting.torch_file import release
 
 _MATRIX = re.compile(
@@ -137,7 +137,9 @@ def _module(name: str) -> str:
 def _dotted(flat: str) -> str:
     # Some trainers write one more underscore after the prefix.
     for source in BLOCK_MODULES:
-        fields = Rule(source.replace(".", "_"), source).match_source(flat.lstrip("_"))
+        fields = KeyRule(source.replace(".", "_"), source).match_source(
+            flat.lstrip("_")
+        )
         if fields is not None:
             return fill(source, fields)
     return flat
@@ -178,7 +180,7 @@ def _unpaired(arrays: Mapping[str, Any], alphas: Mapping[str, float]) -> Iterato
 def filled(
     arrays: Mapping[str, np.ndarray],
     factors: Mapping[str, float],
-    rules: tuple[Rule, ...],
+    table: tuple[KeyRule, ...],
     layers: int | None,
 ) -> dict[str, Any]:
     """Returns arrays that are complete: scaled, of one rank, and in every layer.
@@ -189,7 +191,7 @@ def filled(
     Args:
       arrays: The arrays of `Adapters`.
       factors: Factor of `lora_B` by module.
-      rules: The table of names.
+      table: The table of names.
       layers: Number of layers of the transformer. None takes the layers in the file.
     """
     downs = (array for name, array in arrays.items() if ".lora_A." in name)
@@ -199,7 +201,7 @@ def filled(
         module = name.removeprefix(PEFT).rpartition(".lora_")[0]
         result[name] = _filled(name, array, rank, factors.get(module, 1.0))
     for name, array in list(result.items()):
-        for rule in rules if layers else ():
+        for rule in table if layers else ():
             if (fields := rule.match_source(name)) is None:
                 continue
             for layer in range(layers):
@@ -224,7 +226,8 @@ def _filled(name: str, array: np.ndarray, rank: int, factor: float) -> Any:
 
     def make() -> np.ndarray:
         whole = np.zeros(shape, array.dtype)
-        # Rounded once: the factor itself need not be exact in a narrow type.
+        # The product is rounded once, because a narrow type may not hold the factor
+        # exactly.
         part = array.astype(np.float32) * np.float32(factor) if factor != 1 else array
         # Overflow is found and reported by the check for finite weights.
         with np.errstate(over="ignore"):

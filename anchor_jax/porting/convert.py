@@ -1,6 +1,6 @@
-"""Weights from official names to ours and back, with every name accounted for.
+"""Converts weights from official names to ours and back; every name is accounted for.
 
-A table is a tuple of rules; `anchor_jax.porting.rules` holds the tables.
+A key table is a tuple of `KeyRule`; `anchor_jax.porting.key_tables` holds the tables.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ def _expression(source: str, template: str) -> re.Pattern[str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class KeyRule:
     r"""One kind of parameter: its official name, ours, and the order of axes.
 
     Names are templates for both directions. `{name:pattern}` in the source matches the
@@ -101,7 +101,7 @@ def fill(template: str, fields: Mapping[str, Any]) -> str:
 class _Claimed:
     """The arrays of one target by layer (0 if it is not stacked)."""
 
-    rule: Rule
+    rule: KeyRule
     fields: dict[str, str]
     parts: dict[int, tuple[str, np.ndarray]] = dataclasses.field(default_factory=dict)
 
@@ -165,18 +165,18 @@ class Deferred:
 
 
 def convert(
-    source: Weights, rules: tuple[Rule, ...], expected: Tree | None = None
+    source: Weights, table: tuple[KeyRule, ...], expected: Tree | None = None
 ) -> Tree:
     """Returns the arrays as a nested dict under our names, layers stacked.
 
     Args and Raises are those of `convert_lazily`.
     """
-    lazy = convert_lazily(source, rules, expected)
+    lazy = convert_lazily(source, table, expected)
     return jax.tree.map(lambda leaf: leaf.load(), lazy)
 
 
 def convert_lazily(
-    source: Weights, rules: tuple[Rule, ...], expected: Tree | None = None
+    source: Weights, table: tuple[KeyRule, ...], expected: Tree | None = None
 ) -> Tree:
     """Returns leaves of type `Lazy` as a nested dict under our names, layers stacked.
 
@@ -185,7 +185,7 @@ def convert_lazily(
 
     Args:
       source: Arrays by official name, preferably of a mapped file.
-      rules: A table. Exactly one rule must claim each name.
+      table: Its rules. Exactly one must claim each name.
       expected: The resulting tree, of objects with a shape; types are not compared. If
         None, only gaps between layers are reported as missing.
 
@@ -194,12 +194,12 @@ def convert_lazily(
         or type. All are listed.
     """
     problems: list[str] = []
-    claimed = _claim(source, rules, problems)
+    claimed = _claim(source, table, problems)
     shapes = None
     if expected is not None:
         leaves = trees.flatten(expected)
         shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
-        problems += _absent(shapes, claimed, rules)
+        problems += _absent(shapes, claimed, table)
     depth = len({layer for item in claimed.values() for layer in item.parts})
     ported = {}
     for path, item in claimed.items():
@@ -216,14 +216,14 @@ def convert_lazily(
     return trees.unflatten(ported)
 
 
-def shape_of(source: Weights, rules: tuple[Rule, ...], path: str) -> tuple[int, ...]:
+def shape_of(source: Weights, table: tuple[KeyRule, ...], path: str) -> tuple[int, ...]:
     """Returns the shape of one layer at one of our paths, in our order of axes.
 
     Raises:
       Mismatch: Its array is missing or has the wrong axes.
     """
     name = path
-    for rule in rules:
+    for rule in table:
         if (fields := rule.match_target(path)) is None:
             continue
         name = fill(rule.source, {**fields, STACKED: 0})
@@ -232,15 +232,15 @@ def shape_of(source: Weights, rules: tuple[Rule, ...], path: str) -> tuple[int, 
     raise Mismatch([f"{name}: missing, expected for {path}"])
 
 
-def num_layers(source: Weights, rules: tuple[Rule, ...]) -> int:
+def num_layers(source: Weights, table: tuple[KeyRule, ...]) -> int:
     """Returns the number of layers among the names that a table claims."""
-    stacked = [rule for rule in rules if rule.is_stacked]
+    stacked = [rule for rule in table if rule.is_stacked]
     found = (rule.match_source(name) for name in source for rule in stacked)
     return len({fields[STACKED] for fields in found if fields is not None})
 
 
-def _lay_out(name: str, array: np.ndarray | Deferred, rule: Rule) -> np.ndarray:
-    """Returns an array in our order of axes, or the shape of one not yet read."""
+def _lay_out(name: str, array: np.ndarray | Deferred, rule: KeyRule) -> np.ndarray:
+    """Returns an array in our order of axes, or the shape of an unread array."""
     if isinstance(array, Deferred):
         array = np.broadcast_to(np.zeros((), array.dtype), array.shape)
     try:
@@ -252,12 +252,12 @@ def _lay_out(name: str, array: np.ndarray | Deferred, rule: Rule) -> np.ndarray:
 
 
 def _claim(
-    source: Weights, rules: tuple[Rule, ...], problems: list[str]
+    source: Weights, table: tuple[KeyRule, ...], problems: list[str]
 ) -> dict[str, _Claimed]:
     """Returns arrays by target path; adds names not claimed once to `problems`."""
     claimed: dict[str, _Claimed] = {}
     for name, array in source.items():
-        matches = [(rule, rule.match_source(name)) for rule in rules]
+        matches = [(rule, rule.match_source(name)) for rule in table]
         matches = [(rule, fields) for rule, fields in matches if fields is not None]
         if len(matches) != 1:
             found = [rule.source for rule, _ in matches]
@@ -282,13 +282,13 @@ def _claim(
 def _absent(
     shapes: Mapping[str, tuple[int, ...]],
     claimed: Mapping[str, _Claimed],
-    rules: tuple[Rule, ...],
+    table: tuple[KeyRule, ...],
 ) -> Iterator[str]:
     """Yields a line for each expected path without an array."""
     for path in shapes.keys() - claimed.keys():
         names = [
             fill(rule.source, {STACKED: "*", **fields})
-            for rule in rules
+            for rule in table
             if (fields := rule.match_target(path)) is not None
         ]
         yield f"{', '.join(names) or '(no rule)'}: missing, expected for {path}"
@@ -344,7 +344,7 @@ def _check_dtype(name: str, dtype: np.dtype, other: np.dtype) -> Iterator[str]:
 
 
 def _read(
-    rule: Rule, parts: Sequence[np.ndarray], shape: tuple[int, ...]
+    rule: KeyRule, parts: Sequence[np.ndarray], shape: tuple[int, ...]
 ) -> np.ndarray:
     """Returns the parts in our order of axes, stacked if the rule is by layer."""
     whole = np.empty(shape, parts[0].dtype)
@@ -368,7 +368,7 @@ class Place:
     """
 
     name: str
-    rule: Rule
+    rule: KeyRule
     path: str
     layer: int | None
 
@@ -383,19 +383,19 @@ class Place:
         return np.ascontiguousarray(self.rule.lay_back(part))
 
 
-def places(params: Tree, rules: tuple[Rule, ...]) -> list[Place]:
+def places(params: Tree, table: tuple[KeyRule, ...]) -> list[Place]:
     """Returns the places of all official arrays, leaf by leaf.
 
     Args:
       params: The tree, of objects with a shape.
-      rules: The table.
+      table: The table.
 
     Raises:
       UserError: A path is claimed by no rule or by several; all are listed.
     """
     found, problems = [], []
     for path, leaf in trees.flatten(params).items():
-        claims = [(rule, rule.match_target(path)) for rule in rules]
+        claims = [(rule, rule.match_target(path)) for rule in table]
         claims = [(rule, fields) for rule, fields in claims if fields is not None]
         if len(claims) != 1:
             problems.append(f"{path}: claimed by {len(claims)} rules")
@@ -412,7 +412,7 @@ def places(params: Tree, rules: tuple[Rule, ...]) -> list[Place]:
     return found
 
 
-def export(params: Tree, rules: tuple[Rule, ...]) -> dict[str, np.ndarray]:
+def export(params: Tree, table: tuple[KeyRule, ...]) -> dict[str, np.ndarray]:
     """Returns the parameters under their official names: the inverse of `convert`.
 
     Raises:
@@ -421,7 +421,7 @@ def export(params: Tree, rules: tuple[Rule, ...]) -> dict[str, np.ndarray]:
     leaves = trees.flatten(params)
     return {
         place.name: place.take(np.asarray(leaves[place.path]))
-        for place in places(params, rules)
+        for place in places(params, table)
     }
 
 
@@ -438,22 +438,28 @@ def load_safetensors(path: str | pathlib.Path, prefix: str = "") -> Weights:
 
 
 def convert_lora(
-    source: Weights, rules: tuple[Rule, ...], alpha: float, expected: Tree | None = None
+    source: Weights,
+    table: tuple[KeyRule, ...],
+    alpha: float,
+    expected: Tree | None = None,
 ) -> Tree:
     """Returns the adapters under our names, with alpha / rank multiplied into `b`.
 
     An adapted layer then adds x a b without a factor. Source: LoRA (arXiv:2106.09685),
     section 4.1; wan/README.md, "LoRA".
     """
-    lazy = convert_lora_lazily(source, rules, alpha, expected)
+    lazy = convert_lora_lazily(source, table, alpha, expected)
     return jax.tree.map(lambda leaf: leaf.load(), lazy)
 
 
 def convert_lora_lazily(
-    source: Weights, rules: tuple[Rule, ...], alpha: float, expected: Tree | None = None
+    source: Weights,
+    table: tuple[KeyRule, ...],
+    alpha: float,
+    expected: Tree | None = None,
 ) -> Tree:
     """Returns the result of `convert_lora` with leaves of type `Lazy`."""
-    leaves = traverse_util.flatten_dict(convert_lazily(source, rules, expected))
+    leaves = traverse_util.flatten_dict(convert_lazily(source, table, expected))
     for path, leaf in leaves.items():
         if path[-1] == "b" and alpha != leaf.shape[-2]:
             load = functools.partial(_scaled, leaf, alpha / leaf.shape[-2])
@@ -467,7 +473,7 @@ def _scaled(leaf: Lazy, factor: float) -> np.ndarray:
 
 
 def export_lora(
-    adapters: Tree, rules: tuple[Rule, ...], alpha: float
+    adapters: Tree, table: tuple[KeyRule, ...], alpha: float
 ) -> dict[str, np.ndarray]:
     """Returns adapters under official names, with alpha / rank divided out of `b`."""
     leaves = traverse_util.flatten_dict(adapters)
@@ -475,4 +481,4 @@ def export_lora(
         if path[-1] == "b":
             leaf = np.asarray(leaf)
             leaves[path] = leaf * np.asarray(leaf.shape[-2] / alpha, leaf.dtype)
-    return export(traverse_util.unflatten_dict(leaves), rules)
+    return export(traverse_util.unflatten_dict(leaves), table)

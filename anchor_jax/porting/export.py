@@ -18,8 +18,8 @@ from anchor_jax.errors import UserError, suggest
 from anchor_jax.io import expand
 from anchor_jax.porting import companions, published
 from anchor_jax.porting import safetensors_writer as writer
+from anchor_jax.porting.key_tables import PEFT, UMT5_ALIAS
 from anchor_jax.porting.port import TABLES, check_free
-from anchor_jax.porting.rules import PEFT, UMT5_ALIAS
 from anchor_jax.porting.safetensors_writer import Read
 from anchor_jax.porting.sources import DIFFUSION, TEXT_FILE, VAE_FILE
 from anchor_jax.wan.spec import WAN_2_1
@@ -85,14 +85,14 @@ def _export(weights, out, layout, item, lora, progress, shard_bytes) -> tuple[st
     checkpoint.shapes(line[0], item)
     meta = _meta(line, layout)
     _check_family(line[-1], meta)
-    job = _Export(line, layout, meta, progress, shard_bytes)
-    job.check(item)
+    writing = _Export(line, layout, meta, progress, shard_bytes)
+    writing.check(item)
     with io.making_folder(io.resolved(out)) as folder:
-        job.transformer(folder, item, merged=lora == "merged")
+        writing.transformer(folder, item, merged=lora == "merged")
         if layout != "generator":
-            job.others(folder, item)
+            writing.others(folder, item)
         if layout == "diffusers":
-            return job.pipeline(folder)
+            return writing.pipeline(folder)
     return ()
 
 
@@ -118,7 +118,9 @@ def _lineage(weights: str | pathlib.Path) -> list[pathlib.Path]:
             if _is_one_file(line[0])
             else "give the folder that anchor-jax port or train wrote"
         )
-        raise UserError(f"weights={line[0]} is not a checkpoint; {remedy}")
+        exists = _is_one_file(line[0]) or line[0].exists()
+        fault = " is not a checkpoint" if exists else ": no such folder"
+        raise UserError(f"weights={line[0]}{fault}; {remedy}")
     return line
 
 
@@ -284,7 +286,7 @@ class _Export:
         return {**held, "params": params}, both
 
     def others(self, folder: pathlib.Path, item: str) -> None:
-        """Writes those of text encoder, VAE and tokenizer that exist."""
+        """Writes the text encoder, the VAE and the tokenizer, if they exist."""
         official = self.layout == "wan"
         homes = {
             "text_encoder": (folder, TEXT_FILE)
@@ -302,7 +304,7 @@ class _Export:
             tensors = writer.tensors_of(tree, TABLES[name, self.style])
             if name == "text_encoder" and self._has_alias():
                 tensors = writer.with_alias(tensors)
-            # Shards have an index, which the official names know for the transformer
+            # Shards have an index. The official layout has one for the transformer
             # only.
             limit = None if official else self.shard_bytes
             writer.write(place, stem, tensors, read, limit, self.progress)
@@ -340,7 +342,8 @@ class _Export:
         if missing:
             return (
                 f"without {', '.join(missing)} no model_index.json is written, so load"
-                " transformer/ by itself; port --wan=FOLDER along for a whole pipeline",
+                " transformer/ by itself; for a whole pipeline, port with"
+                " --wan=FOLDER",
             )
         kept = self._file(companions.SCHEDULER)
         scheduler = io.read_json(kept) if kept else published.SCHEDULER
@@ -385,7 +388,8 @@ class _Export:
             leaf = read(path)
             if not path.endswith("/b") or factor == 1:
                 return leaf
-            # Rounded once: the factor itself need not be exact in a narrow type.
+            # The product is rounded once, because a narrow type may not hold the factor
+            # exactly.
             return (leaf.astype(np.float32) * np.float32(factor)).astype(leaf.dtype)
 
         place = folder if self.layout == "generator" else folder / "lora"

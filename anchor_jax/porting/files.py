@@ -138,7 +138,7 @@ def _index(folder: pathlib.Path, stem: str) -> dict[str, str] | None:
 
 
 def _inside(folder: pathlib.Path, name: str) -> pathlib.Path:
-    """Returns the path of a shard, which must lie in the folder.
+    """Returns the path of a shard, which must be in the folder.
 
     A link may lead to another folder of the same download, as in the cache of
     huggingface_hub (snapshots/REVISION/... to blobs/).

@@ -10,7 +10,7 @@ import numpy as np
 from anchor_jax import trees
 from anchor_jax.errors import UserError
 from anchor_jax.finite import count
-from anchor_jax.porting.convert import STACKED, Rule, fill
+from anchor_jax.porting.convert import STACKED, KeyRule, fill
 from anchor_jax.weights.checkpoint import Lazy
 
 
@@ -27,7 +27,9 @@ class Watch:
     found: dict[str, int] = dataclasses.field(default_factory=dict)
     refusal: UserError | None = None
 
-    def over(self, item: str, tree: Any, tables: Mapping[str, tuple[Rule, ...]]) -> Any:
+    def over(
+        self, item: str, tree: Any, tables: Mapping[str, tuple[KeyRule, ...]]
+    ) -> Any:
         """Returns a tree of `Lazy` whose values are checked when they are loaded.
 
         Args:
@@ -53,16 +55,16 @@ class Watch:
                 name = _official(array, path, table)
                 self.refusal = UserError(
                     f"{network}: {name} has values that are not finite (NaN or"
-                    f" infinite), {wrong:,} of {array.size:,} in its kind of layer; a"
-                    " training that diverged writes such weights: use an earlier"
-                    " checkpoint of it, or download the file again;"
+                    f" infinite), {wrong:,} of {array.size:,} in its kind of layer; the"
+                    " training may have diverged: use an earlier checkpoint, or"
+                    " download the file again;"
                     " --allow_nonfinite ports it anyway"
                 )
                 raise self.refusal
         return array
 
 
-def _official(array: np.ndarray, path: str, table: tuple[Rule, ...]) -> str:
+def _official(array: np.ndarray, path: str, table: tuple[KeyRule, ...]) -> str:
     """Returns the official name of a leaf's first part that is not finite."""
     for rule in table:
         if (fields := rule.match_target(path)) is not None:

@@ -24,21 +24,21 @@ _SECTIONS = ("config", "model_config", "transformer_config")
 def with_header(
     settings: Mapping[str, Any], header: Mapping[str, str]
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Returns settings completed from a file's header, and notes on unused entries.
+    """Returns settings completed from a file's header, and notes about unused entries.
 
     Raises:
       Mismatch: A setting differs between the two.
     """
-    said = dict(header)
+    values = dict(header)
     for name, text in header.items():
         try:
-            said[name] = parsed(text)
+            values[name] = parsed(text)
         except (ValueError, RecursionError):
             continue
     for section in _SECTIONS:
-        if isinstance(said.get(section), dict):
-            said |= said.pop(section)
-    known = {name: said.pop(name) for name in list(said) if name in HEADER_SETTINGS}
+        if isinstance(values.get(section), dict):
+            values |= values.pop(section)
+    known = {name: values.pop(name) for name in list(values) if name in HEADER_SETTINGS}
     problems = [
         f"config.json: {name}={settings[name]!r:.60}, the file's header {value!r:.60}"
         for name, value in known.items()
@@ -46,7 +46,7 @@ def with_header(
     ]
     if problems:
         raise Mismatch(problems)
-    rest = [name[:40] for name in said if name != "format"]
+    rest = [name[:40] for name in values if name != "format"]
     notes = [
         f"of the header: {name}={value!r:.60} is used" for name, value in known.items()
     ]

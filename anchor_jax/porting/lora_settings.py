@@ -34,7 +34,7 @@ _NEUTRAL = {
     "kasa_config": None,
     "megatron_config": None,
 }
-# Settings of training, places of adapters (which tensors show), and descriptions.
+# Settings of training, places of adapters (which the tensors show), and descriptions.
 _INERT = (
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
     *("revision", "inference_mode", "target_modules", "exclude_modules"),
@@ -64,13 +64,13 @@ _COMPONENTS = ("transformer", "generator")
 _OF_KOHYA = tuple(f"ss_network_{name}" for name in ("module", "args", "alpha", "dim"))
 _PATTERN = re.compile(r"\^?(?:\w|\\?\.)+\$?")
 _DIGITS = re.compile(r"-?\d{1,12}(?:\.\d{0,12})?")
-# Names of scales; those of the second kind count only beside the tensors themselves.
+# Names of scales; those of the second kind count only in the file of the tensors.
 _SCALE = re.compile(
     r"(?:(?:lora|network|adapter|linear|peft)_?(?:alphas?|scale|scaling|multiplier"
     r"|strength)|alpha_pattern|(?:use_)?rslora)"
 )
 _SCALE_BESIDE = re.compile(r"alphas?|scales?|scaling|multiplier|strength")
-# In the config of a whole training these can belong to other things.
+# In the config of a whole training these may have other meanings.
 _ANYTHING = re.compile(rf"r|rank|{_SCALE_BESIDE.pattern}")
 _MERGE = "merge the adapters with the library that wrote them first"
 
@@ -223,7 +223,7 @@ def of_sections(
     """Returns the statement of a header or checkpoint, and its unused entries.
 
     Settings are at the top, in a section for adapters, or in JSON there. Those of
-    kohya's trainers begin with `ss_`.
+    kohya's trainers start with `ss_`.
 
     Raises:
       Mismatch: As `of_peft`.
@@ -241,7 +241,7 @@ def of_sections(
             inner = _component(f"{origin}, {name}", value)
             statements.append(of_peft(f"{origin}, {name}", inner))
         elif name in ("config", "args") and isinstance(value, Mapping):
-            # There `rank` can be a process index, and `alpha` anything.
+            # There `rank` may be a process index, and `alpha` may be anything.
             plain = {k: v for k, v in value.items() if not _ANYTHING.fullmatch(k)}
             statements += of_sections(f"{origin}, {name}", plain)[0]
             unused.append(name)
@@ -311,7 +311,7 @@ def _component(origin: str, section: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a section's settings of PEFT, without the component that diffusers adds.
 
     Raises:
-      Mismatch: A setting belongs to another component than the transformer.
+      Mismatch: A setting belongs to a component other than the transformer.
     """
     found, problems = {}, []
     for name, value in section.items():
@@ -347,18 +347,18 @@ def _of_kohya(origin: str, header: Mapping[str, Any]) -> Statement:
             found = shown(args[name], 60)
             problems.append(f"ss_network_args: {name}={found} is not supported")
     numbers = {"lora_alpha": "ss_network_alpha", "r": "ss_network_dim"}
-    said = {}
+    values = {}
     for ours, name in numbers.items():
         value = header.get(name)
         if isinstance(value, float) and value.is_integer() and ours == "r":
             value = int(value)
         # Files of resizing tools hold "Dynamic": their tensors have the numbers.
         if value not in (None, 0, "Dynamic"):
-            said[ours] = value
+            values[ours] = value
             problems += _check_number(name, value, int if ours == "r" else float)
     if problems:
         raise Mismatch([f"{origin}: {line}; {_MERGE}" for line in problems])
-    return Statement(origin, said.get("lora_alpha"), said.get("r"))
+    return Statement(origin, values.get("lora_alpha"), values.get("r"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -416,19 +416,19 @@ def settle(
     rslora = any(one.rslora for one in statements)
     for module, rank in ranks.items():
         problems += _other_ranks(module, rank, statements)
-        said = [(one.origin, one.factor(module, rank)) for one in statements]
-        said = [(origin, factor) for origin, factor in said if factor is not None]
+        known = [(one.origin, one.factor(module, rank)) for one in statements]
+        known = [(origin, factor) for origin, factor in known if factor is not None]
         if given is not None:
             factors[module] = scale(given, rank, rslora)
             continue
-        if len({round(math.log(factor), 5) for _, factor in said}) > 1:
-            stated = ", ".join(f"{origin} {value:g}" for origin, value in said)
+        if len({round(math.log(factor), 5) for _, factor in known}) > 1:
+            stated = ", ".join(f"{origin} {value:g}" for origin, value in known)
             problems.append(
                 f"{module}: different factors ({stated}); choose one with --alpha"
             )
-        if not said:
+        if not known:
             silent.append(module)
-        factors[module] = said[0][1] if said else 1.0
+        factors[module] = known[0][1] if known else 1.0
     if problems:
         raise Mismatch(problems)
     if silent and (default is None or len(silent) < len(ranks)):
@@ -454,9 +454,9 @@ def _scales(ranks, factors, statements, given, default) -> Scales:
     if len(values) == 1:
         alpha = values.pop() * largest
         alpha = round(alpha) if math.isclose(alpha, round(alpha)) else alpha
-        # Exactly as written, because the weights' digest includes it.
-        said = (given, *(one.alpha for one in statements))
-        alpha = next((one for one in said if one == alpha), alpha)
+        # Unchanged text, because the weights' digest includes it.
+        candidates = (given, *(one.alpha for one in statements))
+        alpha = next((one for one in candidates if one == alpha), alpha)
     notes = list(_notes(ranks, factors, statements, given, default))
     return Scales(factors, alpha, largest, tuple(notes))
 

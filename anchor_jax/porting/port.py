@@ -15,9 +15,9 @@ from anchor_jax.porting import adapters, companions, lora_settings, sources
 from anchor_jax.porting.convert import Mismatch, convert_lazily, fill
 from anchor_jax.porting.files import digest
 from anchor_jax.porting.finite import Watch
+from anchor_jax.porting.key_tables import TABLES as TABLES
+from anchor_jax.porting.key_tables import table_of
 from anchor_jax.porting.lora_settings import Scales
-from anchor_jax.porting.rules import TABLES as TABLES
-from anchor_jax.porting.rules import table_of
 from anchor_jax.porting.settings import (
     model_config,
     published_heads,
@@ -330,7 +330,7 @@ def _scales(
     elif source.adapters.form == "other" and not any(
         one.is_whole for one in source.statements
     ):
-        default = "so do other readers of this kind of file where it says nothing"
+        default = "other readers of such files assume the same"
     try:
         return lora_settings.settle(
             source.adapters.ranks, list(source.statements), alpha, default
@@ -341,7 +341,7 @@ def _scales(
 
 
 def _tree(source: Source, configs: Mapping[str, Any], scales: Scales | None) -> Any:
-    """Returns a network's tree of `Lazy`; without a config only names are checked.
+    """Returns a network's tree of `Lazy`. Without a config only names are checked.
 
     Raises:
       Mismatch: Names, shapes or types are wrong.
@@ -374,7 +374,7 @@ def _expected_adapters(params: Any, arrays: Mapping[str, Any], table, source) ->
 
 
 def _notes(found, networks, scales: Scales | None, files) -> tuple[str, ...]:
-    """Returns the notes on each source, prefixed with its item."""
+    """Returns the notes about each source, prefixed with its item."""
     notes = [f"{item}: {note}" for item, one in found.items() for note in one.notes]
     model = networks.get("generator")
     heads = ("num_heads", "num_attention_heads")

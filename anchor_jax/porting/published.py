@@ -8,7 +8,7 @@ from typing import Any
 
 from anchor_jax.wan.spec import WAN_2_1
 
-# The version whose folders these are: that of the published Wan2.1 folders.
+# The version of diffusers that wrote the published Wan2.1 folders.
 _DIFFUSERS = {"_diffusers_version": "0.33.0"}
 _FAST = "PreTrainedTokenizerFast"
 TEXT_LEN = WAN_2_1.text_len

@@ -1,4 +1,4 @@
-"""Recognises unsupported weights by their names, and tells what to do instead."""
+"""Recognises unsupported weights by their names, and says what to do instead."""
 
 import math
 import pathlib
@@ -10,7 +10,7 @@ import numpy as np
 
 from anchor_jax.errors import UserError
 from anchor_jax.filetypes import unfinished_in
-from anchor_jax.porting.rules import TABLES
+from anchor_jax.porting.key_tables import TABLES
 from anchor_jax.wan.spec import WAN_2_1, Family
 
 _ADAPTERS = (
@@ -57,7 +57,7 @@ _WORDS = {
     "controlled": "a transformer with further conditions (audio, pose, camera)",
     "Wan2.2 VAE": "the VAE of Wan2.2-TI2V-5B",
     "image encoder": "an image or CLIP encoder",
-    "other": "another network than Wan's",
+    "other": "a network that is not Wan's",
 }
 _REMEDIES = {
     "adapters": "give it with --lora",
@@ -121,7 +121,7 @@ def check_values(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
     flat = [name for name in arrays if name.endswith("_flat_param")]
     if flat:
         raise UserError(
-            f"{path} holds flat parameters of FSDP ({flat[0]!r:.120})of one process"
+            f"{path} holds flat parameters of FSDP ({flat[0]!r:.120}) of one process"
             " each; save them again with StateDictType.FULL_STATE_DICT"
         )
     marks = [name for name in arrays if _QUANTISED.search(name)]

@@ -59,12 +59,12 @@ def open_with_header(
         raise UserError(f"{path} cannot be read: {error}; download it again") from error
     try:
         header, start = _header(data, length)
-        said = header.pop("__metadata__", None) or {}
-        if not isinstance(said, dict) or not all(
-            isinstance(value, str) for value in said.values()
+        metadata = header.pop("__metadata__", None) or {}
+        if not isinstance(metadata, dict) or not all(
+            isinstance(value, str) for value in metadata.values()
         ):
             raise ValueError("its __metadata__ is not an object of texts")
-        return dict(_views(header, data, start, length)), said
+        return dict(_views(header, data, start, length)), metadata
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is not a complete safetensors file: {error}; download it again"

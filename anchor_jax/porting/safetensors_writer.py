@@ -13,7 +13,7 @@ import numpy as np
 from anchor_jax import io, trees
 from anchor_jax.errors import UserError
 from anchor_jax.porting.convert import Place, places
-from anchor_jax.porting.rules import UMT5_ALIAS
+from anchor_jax.porting.key_tables import UMT5_ALIAS
 
 _WRITTEN = {
     np.dtype(np.float32): "F32",

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from anchor_jax.porting.convert import Mismatch, num_layers, shape_of
-from anchor_jax.porting.rules import table_of
+from anchor_jax.porting.key_tables import table_of
 from anchor_jax.porting.sources import Source
 from anchor_jax.wan.spec import FAMILIES, PRESETS, WAN_2_1, Family, ModelConfig
 from anchor_jax.wan.text import TextConfig
@@ -45,7 +45,7 @@ class Known:
             known = (*self.used, *self.fixed, *self.inert)
             if name not in known and name[:1] != "_" and value not in _ABSENT:
                 yield (
-                    f"{name!r:.60}={value!r:.60} is not known; remove it if it does not"
+                    f"{name!r:.60}={value!r:.60} is unknown; remove it if it does not"
                     " change what the network computes"
                 )
 
@@ -237,7 +237,7 @@ def vae_config(source: Source, family: Family = WAN_2_1) -> VaeConfig:
         "z_dim": shape("conv2/kernel")[-1],
     }
     _check_sizes(source, sizes)
-    said = {
+    stated = {
         **{name: source.settings.get(name) for name in ("base_dim", "z_dim")},
         "dim_mult": source.settings.get("dim_mult"),
         "num_res_blocks": source.settings.get("num_res_blocks"),
@@ -249,7 +249,7 @@ def vae_config(source: Source, family: Family = WAN_2_1) -> VaeConfig:
         "num_res_blocks": standard.num_res_blocks,
         "temporal_downsample": list(standard.temporal_downsample),
     }
-    _agree(source, {**sizes, **stages}, said)
+    _agree(source, {**sizes, **stages}, stated)
     decoder = {"decoder_base_dim": shape("decoder/head_2/kernel")[-2]}
     name = "decoder_base_dim"
     _agree(source, decoder, {name: source.settings.get(name)})
@@ -272,7 +272,7 @@ def vae_config(source: Source, family: Family = WAN_2_1) -> VaeConfig:
 def _check_sizes(source: Source, sizes: Mapping[str, int]) -> None:
     """Raises `Mismatch` if tensors have impossible sizes."""
     problems = [
-        f"{source.item}: {name}={size} by its tensors, expected from 1 to {_LARGEST}"
+        f"{source.item}: its tensors give {name}={size}, expected from 1 to {_LARGEST}"
         for name, size in sizes.items()
         if not 1 <= size <= _LARGEST
     ]
@@ -280,12 +280,12 @@ def _check_sizes(source: Source, sizes: Mapping[str, int]) -> None:
         raise Mismatch(problems)
 
 
-def _agree(source: Source, sizes: Mapping[str, Any], said: Mapping[str, Any]) -> None:
+def _agree(source: Source, sizes: Mapping[str, Any], stated: Mapping[str, Any]) -> None:
     """Raises `Mismatch` if settings contradict the tensors."""
     problems = [
         f"{source.item}, config.json: {name}={value!r:.60}, the tensors have"
         f" {sizes[name]}"
-        for name, value in said.items()
+        for name, value in stated.items()
         if value is not None and value != sizes[name]
     ]
     if problems:
@@ -299,11 +299,11 @@ def _heads(source: Source, sizes: Mapping[str, int]) -> int:
       Mismatch: The settings lack it, and the sizes are not published ones.
     """
     names = ("num_heads", "num_attention_heads")
-    said = [source.settings[name] for name in names if name in source.settings]
+    stated = [source.settings[name] for name in names if name in source.settings]
     per_head = source.settings.get("attention_head_dim")
-    if not said and type(per_head) is int and per_head > 0:
-        said = [sizes["dim"] // per_head]
-    heads = said[0] if said else published_heads(sizes["dim"], sizes["ffn_dim"])
+    if not stated and type(per_head) is int and per_head > 0:
+        stated = [sizes["dim"] // per_head]
+    heads = stated[0] if stated else published_heads(sizes["dim"], sizes["ffn_dim"])
     if heads is None:
         raise Mismatch(
             [
@@ -316,8 +316,8 @@ def _heads(source: Source, sizes: Mapping[str, int]) -> int:
         )
     if type(heads) is not int or not 1 <= heads <= sizes["dim"]:
         raise Mismatch([f"config.json: num_heads={heads!r:.60}, expected at least 1"])
-    if said[1:] not in ([], [heads]):
-        raise Mismatch([f"config.json: num_heads={said[0]} and {said[1]!r:.60}"])
+    if stated[1:] not in ([], [heads]):
+        raise Mismatch([f"config.json: num_heads={stated[0]} and {stated[1]!r:.60}"])
     if sizes["dim"] % heads:
         raise Mismatch(
             [f"config.json: num_heads={heads} does not divide the width {sizes['dim']}"]

@@ -1,4 +1,4 @@
-"""Opens published weights and identifies their kind, without reading the arrays."""
+"""Opens published weights and identifies their kind without reading the arrays."""
 
 import dataclasses
 import pathlib
@@ -20,8 +20,8 @@ from anchor_jax.porting.files import (
     tensors_of,
 )
 from anchor_jax.porting.headers import HEADER_SETTINGS, with_header
+from anchor_jax.porting.key_tables import PEFT, TABLES, UMT5_ALIAS
 from anchor_jax.porting.lora_settings import Statement
-from anchor_jax.porting.rules import PEFT, TABLES, UMT5_ALIAS
 from anchor_jax.porting.torch_file import release
 from anchor_jax.wan.spec import WAN_2_1, Family
 
@@ -54,7 +54,7 @@ class Source:
       aliases: Additional names in the file for arrays in `arrays`.
       adapters: The form of `arrays`, if they are adapters.
       statements: Statements of the files on the adapters' scale.
-      notes: Notes for the user on what was read and what was not.
+      notes: Notes for the user about what was read and what was not.
     """
 
     item: str
@@ -266,7 +266,7 @@ def _others(content: Mapping[str, Any], key: str) -> str:
 
 
 def _within(arrays: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Returns the transformer of a file with all networks, and notes on the rest."""
+    """Returns the transformer of a file with all networks, and notes about the rest."""
     own = {name: part for name, part in arrays.items() if name.startswith(_WITHIN)}
     rest = [name for name in arrays if name not in own]
     if not own or not all(name.startswith(_BESIDE) for name in rest) or not rest:

@@ -101,8 +101,8 @@ def _read(archive: Archive) -> Any:
 class _Machine:
     """An interpreter of the pickles that `torch.save` writes.
 
-    It knows the opcodes that build plain values. The opcode REDUCE, which calls, can
-    call only the functions in `CALLS`.
+    It knows the opcodes that build plain values. The opcode REDUCE calls a function,
+    which must be in `CALLS`.
     """
 
     def __init__(self, archive: Archive):
@@ -200,8 +200,8 @@ class _Machine:
     def _update(self, flat: tuple) -> None:
         target = self._target(dict)
         for key, value in zip(flat[::2], flat[1::2], strict=True):
-            # The hash of a tuple of shared tuples could take for ever, and so could a
-            # dictionary of large integers that all have the same hash.
+            # The hash of a tuple of shared tuples could take unlimited time, and so
+            # could a dictionary of large integers that all have the same hash.
             if not isinstance(key, str | int | float | None):
                 raise Unreadable(
                     f"a dictionary's key is a {type(key).__name__}, must be text or a"

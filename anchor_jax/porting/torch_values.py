@@ -60,7 +60,7 @@ STORAGES = {
     "torch.BoolStorage": DTYPES["torch.bool"],
     "torch.ComplexFloatStorage": DTYPES["torch.complex64"],
     "torch.ComplexDoubleStorage": DTYPES["torch.complex128"],
-    # Bytes of any type: tensors on it state the type.
+    # Bytes without a type: the tensors on it state the type.
     "torch.UntypedStorage": None,
     "torch.storage.UntypedStorage": None,
 }
@@ -68,14 +68,14 @@ STORAGES = {
 
 @dataclasses.dataclass(frozen=True)
 class Global:
-    """A name in a pickle, which is inert and one of a few."""
+    """A name in a pickle: one of a few names that do nothing."""
 
     name: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """A storage's span in the file, in bytes; no type if its tensors have types."""
+    """A storage's span in the file in bytes; `dtype` is None if tensors state it."""
 
     dtype: np.dtype | None
     start: int
@@ -207,7 +207,7 @@ def _view(builder: Builder, storage, offset, shape, strides, dtype) -> np.ndarra
             f" {MAX_EXPANDED} are allowed; save it without expand()"
         )
     builder.count_bytes(count * dtype.itemsize)
-    # numpy multiplies even strides that it does not use.
+    # numpy also multiplies strides that it does not use.
     steps = [
         stride * dtype.itemsize if count and size > 1 else dtype.itemsize
         for size, stride in zip(shape, strides, strict=True)

@@ -14,22 +14,22 @@ from anchor_jax.compile_times import CompileTimes
 from anchor_jax.errors import UserError, naming, shown, suggest
 from anchor_jax.sampling import panels, resolve
 from anchor_jax.sampling.config import SampleConfig, negative_prompt, read_config
-from anchor_jax.sampling.jobs import (
-    Job,
-    Jobs,
+from anchor_jax.sampling.render import Tell, replacing_files, run, tile_frames
+from anchor_jax.sampling.tasks import (
+    VideoTask,
+    VideoTasks,
     check_lengths,
     choose,
     open_folder,
     own_folder,
     warnings,
 )
-from anchor_jax.sampling.render import Tell, replacing_files, run, tile_frames
 from anchor_jax.weights.bundle import Bundle
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
-    """The videos that show several policies side by side; `jobs.choose` reads it.
+class PolicyComparison:
+    """The videos that show several policies side by side; `tasks.choose` reads it.
 
     Attributes:
       folder: the folder of these videos. Each policy has a folder in it.
@@ -37,19 +37,19 @@ class Comparison:
     """
 
     folder: pathlib.Path
-    arms: Mapping[str, Jobs]
+    arms: Mapping[str, VideoTasks]
 
     def __len__(self) -> int:
         return len(self._first)
 
-    def __getitem__(self, number: int) -> Job:
+    def __getitem__(self, number: int) -> VideoTask:
         first = self._first[number]
-        requests = {name: jobs[number].request for name, jobs in self.arms.items()}
+        requests = {name: tasks[number].request for name, tasks in self.arms.items()}
         stem = self.folder / first.stem.name
-        return Job(stem, first.script, first.setup, {"policies": requests})
+        return VideoTask(stem, first.script, first.setup, {"policies": requests})
 
     @property
-    def _first(self) -> Jobs:
+    def _first(self) -> VideoTasks:
         return next(iter(self.arms.values()))
 
 
@@ -70,11 +70,11 @@ def compare(
       policies: names of the policies, at least two.
       out: folder for the videos; None takes the config's, or a new one.
       overwrite: whether to replace files that another recipe made.
-      cache: the folder of compiled programs, which is named to the user, or None.
+      cache: the folder of compiled programs, for a line to the user, or None.
       tell: called with each line for the user.
 
     Returns:
-      Lines on what was written.
+      Lines about what was written.
 
     Raises:
       UserError: An input is wrong, or a policy cannot make a video. Nothing has been
@@ -85,14 +85,14 @@ def compare(
     bundle = resolve.load_weights(given)
     with open_folder(out or given.out) as folder:
         arms = _make_arms(given, bundle, policies, folder, tell)
-        comparison = Comparison(folder, arms)
+        comparison = PolicyComparison(folder, arms)
         todo: list[int] = []
         if _is_needed(comparison, overwrite, tell):
             kept = f"; compiled programs are cached in {cache}" if cache else ""
             tell(f"preparing the model{kept}")
             with own_folder(folder, tell):
-                for name, jobs in arms.items():
-                    _make_videos(name, jobs, overwrite, CompileTimes(cache), tell)
+                for name, tasks in arms.items():
+                    _make_videos(name, tasks, overwrite, CompileTimes(cache), tell)
                 # Another process may have made some videos in the meantime.
                 todo, _ = choose(comparison, overwrite)
                 for number in todo:
@@ -116,24 +116,24 @@ def check_policies(names: Sequence[str]) -> None:
 
 def _make_arms(
     given: SampleConfig, bundle: Bundle, names: Sequence[str], folder, tell: Tell
-) -> dict[str, Jobs]:
+) -> dict[str, VideoTasks]:
     """Returns the videos of each policy.
 
     Raises:
       UserError: A policy does not fit the config or the prompts, or would make videos
         of other lengths.
     """
-    arms: dict[str, Jobs] = {}
+    arms: dict[str, VideoTasks] = {}
     notes: dict[str, None] = {}
     for name in names:
-        asked = dataclasses.replace(given, policy=name)
-        config = resolve.resolve(asked, bundle.metadata)
+        arm = dataclasses.replace(given, policy=name)
+        config = resolve.resolve(arm, bundle.metadata)
         with naming(name):
             scripts = resolve.read_scripts(config, bundle.model.family)
             negative = negative_prompt(config)
-            arms[name] = Jobs(folder / name, scripts, config, bundle, negative)
+            arms[name] = VideoTasks(folder / name, scripts, config, bundle, negative)
         notes |= dict.fromkeys(f"note: {line}" for line in scripts.notes)
-        lines = resolve.describe_choices(asked, config, bundle.metadata)
+        lines = resolve.describe_choices(arm, config, bundle.metadata)
         notes |= dict.fromkeys(lines)
     _check_equal_lengths(arms)
     for line in notes:
@@ -141,10 +141,10 @@ def _make_arms(
     return arms
 
 
-def _check_equal_lengths(arms: Mapping[str, Jobs]) -> None:
+def _check_equal_lengths(arms: Mapping[str, VideoTasks]) -> None:
     lengths = {
-        name: [script.frames for script in jobs.scripts.all]
-        for name, jobs in arms.items()
+        name: [script.frames for script in tasks.scripts.all]
+        for name, tasks in arms.items()
     }
     first, *others = lengths
     for name in others:
@@ -157,7 +157,7 @@ def _check_equal_lengths(arms: Mapping[str, Jobs]) -> None:
             )
 
 
-def _is_needed(comparison: Comparison, overwrite: bool, tell: Tell) -> bool:
+def _is_needed(comparison: PolicyComparison, overwrite: bool, tell: Tell) -> bool:
     """Returns whether there is anything to do, after all checks and warnings.
 
     Raises:
@@ -165,11 +165,11 @@ def _is_needed(comparison: Comparison, overwrite: bool, tell: Tell) -> bool:
         length of a video.
     """
     needed, lines = [bool(choose(comparison, overwrite)[0])], {}
-    for name, jobs in comparison.arms.items():
-        todo, _ = choose(jobs, overwrite)
-        lines |= dict.fromkeys(warnings(jobs, todo))
+    for name, tasks in comparison.arms.items():
+        todo, _ = choose(tasks, overwrite)
+        lines |= dict.fromkeys(warnings(tasks, todo))
         with naming(name):
-            check_lengths(jobs, todo)
+            check_lengths(tasks, todo)
         needed.append(bool(todo))
     for line in lines:
         tell(f"warning: {line}")
@@ -177,26 +177,26 @@ def _is_needed(comparison: Comparison, overwrite: bool, tell: Tell) -> bool:
 
 
 def _make_videos(
-    name: str, jobs: Jobs, overwrite: bool, times: CompileTimes, tell: Tell
+    name: str, tasks: VideoTasks, overwrite: bool, times: CompileTimes, tell: Tell
 ) -> None:
     """Makes the videos of one policy that are missing."""
-    with own_folder(jobs.folder, tell):
-        todo, _ = choose(jobs, overwrite)
+    with own_folder(tasks.folder, tell):
+        todo, _ = choose(tasks, overwrite)
         if todo:
             tell(f"{name}: {CATALOG[name].about}")
-            run(jobs, todo, overwrite, times, tell)
+            run(tasks, todo, overwrite, times, tell)
 
 
-def _write(comparison: Comparison, number: int, overwrite: bool) -> None:
+def _write(comparison: PolicyComparison, number: int, overwrite: bool) -> None:
     """Writes one video that shows the policies side by side, and its other files."""
-    job, arms = comparison[number], comparison.arms
-    paths = [jobs[number].file(".mp4") for jobs in arms.values()]
-    recipes = {name: f"{name}/{job.stem.name}.json" for name in arms}
+    task, arms = comparison[number], comparison.arms
+    paths = [tasks[number].file(".mp4") for tasks in arms.values()]
+    recipes = {name: f"{name}/{task.stem.name}.json" for name in arms}
     labels = [f"{name}: {CATALOG[name].about}" for name in arms]
-    family, block = job.setup.model.family, job.setup.policy.block
-    wanted = set(np.concatenate(tile_frames(job.script, block, family)))
+    family, block = task.setup.model.family, task.setup.policy.block
+    wanted = set(np.concatenate(tile_frames(task.script, block, family)))
     rows: list[list[np.ndarray]] = [[] for _ in arms]
-    with replacing_files(job, overwrite, enlarge=1) as (sheet, recipe, video):
+    with replacing_files(task, overwrite, enlarge=1) as (sheet, recipe, video):
         with contextlib.closing(panels.side_by_side(paths, list(arms))) as moments:
             for moment, (frames, whole) in enumerate(moments):
                 interrupts.check()
@@ -204,10 +204,10 @@ def _write(comparison: Comparison, number: int, overwrite: bool) -> None:
                 for row, frame in zip(rows, frames, strict=True):
                     row += [frame] * (moment in wanted)
         media.contact_sheet(list(map(np.stack, rows)), labels, sheet)
-        io.write_json(recipe, {"request": job.request, "recipes": recipes})
+        io.write_json(recipe, {"request": task.request, "recipes": recipes})
 
 
-def _written(comparison: Comparison, todo: Sequence[int]) -> list[str]:
+def _written(comparison: PolicyComparison, todo: Sequence[int]) -> list[str]:
     if not todo:
         return [f"Nothing to do in {comparison.folder}."]
     lines = [str(comparison[number].file(".mp4")) for number in todo]

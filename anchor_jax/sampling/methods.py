@@ -111,7 +111,7 @@ def method_of(metadata: Mapping[str, Any]) -> Method:
         except (*_NOT_READ, UserError) as error:
             raise UserError(
                 "the config of the weights' training cannot be read"
-                f" ({_said(error)}); set policy, rules and every field of sampler"
+                f" ({_reason(error)}); set policy, rules and every field of sampler"
             ) from error
     name = metadata.get("method")
     if name is None:
@@ -125,5 +125,5 @@ def method_of(metadata: Mapping[str, Any]) -> Method:
     return METHODS[name]
 
 
-def _said(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     return str(error) if isinstance(error, UserError) else repr(error)

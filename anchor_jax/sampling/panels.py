@@ -20,7 +20,7 @@ _FONT_SIZES = range(20, 6, -1)
 def side_by_side(
     paths: Sequence[str | os.PathLike], names: Sequence[str]
 ) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
-    """Yields the frames of videos that are equally large and long.
+    """Yields the frames of videos of the same size and length.
 
     Args:
       paths: the videos.

@@ -18,9 +18,9 @@ from anchor_jax import interrupts, io, media, trees
 from anchor_jax.compile_times import CompileTimes
 from anchor_jax.sampling import resolve
 from anchor_jax.sampling.config import negative_prompt, read_config
-from anchor_jax.sampling.jobs import (
-    Job,
-    Jobs,
+from anchor_jax.sampling.tasks import (
+    VideoTask,
+    VideoTasks,
     check_lengths,
     choose,
     make_session,
@@ -45,13 +45,13 @@ _ENCODED_AHEAD = 10_000  # videos whose prompts are encoded together
 def sample(
     config: Any, out: str | None, overwrite: bool, cache: Any, tell: Tell
 ) -> list[str]:
-    """Makes the videos of a config and returns lines on what was written.
+    """Makes the videos of a config and returns lines about what was written.
 
     Args:
       config: the sampling config, as `read_config` takes it.
       out: folder for the videos; None takes the config's, or a new one.
       overwrite: whether to replace files that another recipe made.
-      cache: the folder of compiled programs to name to the user, or None.
+      cache: the folder of compiled programs, for a line to the user, or None.
       tell: see above.
 
     Raises:
@@ -66,84 +66,88 @@ def sample(
     for line in scripts.notes:
         tell(f"note: {line}")
     with open_folder(out or resolved.out) as folder:
-        jobs = Jobs(folder, scripts, resolved, bundle, negative)
+        tasks = VideoTasks(folder, scripts, resolved, bundle, negative)
         for line in resolve.describe_choices(given, resolved, bundle.metadata):
             tell(line)
-        todo, skipped = choose(jobs, overwrite)
-        for warning in warnings(jobs, todo):
+        todo, skipped = choose(tasks, overwrite)
+        for warning in warnings(tasks, todo):
             tell(f"warning: {warning}")
-        check_lengths(jobs, todo)
+        check_lengths(tasks, todo)
         if todo:
             with own_folder(folder, tell):
                 # Another process may have made some videos in the meantime.
-                todo, skipped = choose(jobs, overwrite)
+                todo, skipped = choose(tasks, overwrite)
                 kept = f"; compiled programs are cached in {cache}" if cache else ""
                 tell(f"preparing the model{kept}")
-                run(jobs, todo, overwrite, CompileTimes(cache), tell)
-    return _written(jobs, todo, skipped)
+                run(tasks, todo, overwrite, CompileTimes(cache), tell)
+    return _written(tasks, todo, skipped)
 
 
 def run(
-    jobs: Jobs, todo: Sequence[int], overwrite: bool, times: CompileTimes, tell: Tell
+    tasks: VideoTasks,
+    todo: Sequence[int],
+    overwrite: bool,
+    times: CompileTimes,
+    tell: Tell,
 ) -> None:
     """Makes the videos with these numbers, one after another."""
-    warm, encoded, bundle, negative = set(), frozenset(), jobs.bundle, jobs.negative
-    config = dataclasses.asdict(jobs.config)
+    warm, encoded, bundle, negative = set(), frozenset(), tasks.bundle, tasks.negative
+    config = dataclasses.asdict(tasks.config)
     for place, number in enumerate(todo):
-        job = jobs[number]
+        task = tasks[number]
         ahead = todo[place : place + _ENCODED_AHEAD]
-        encoded = _encode_ahead(jobs, ahead, encoded, tell)
+        encoded = _encode_ahead(tasks, ahead, encoded, tell)
         if place == 0:
             tell("loading the generator")
             jax.block_until_ready((bundle.variables, bundle.codec_params))
-        if place >= jobs.prompts_checked:
-            for line in report_cuts(bundle.tokenizer, jobs.texts(number)):
+        if place >= tasks.prompts_checked:
+            for line in report_cuts(bundle.tokenizer, tasks.texts(number)):
                 tell(f"warning: {line}")
         # Deleting the session frees its stream's device memory before the next one.
-        session = make_session(bundle, job, negative)
-        needed = (job.setup, session.reruns(job.script))
+        session = make_session(bundle, task, negative)
+        needed = (task.setup, session.recaches(task.script))
         if needed not in warm:
-            with times.reported(*_programs(job, session), tell):
-                session.warm_up(job.script)
+            with times.reported(*_programs(task, session), tell):
+                session.warm_up(task.script)
         warm.add(needed)
-        about = {"request": job.request, "config": config}
-        blocks = session.play(job.script)
-        write_video(job, session, blocks, about, overwrite, jobs.config.enlarge)
+        about = {"request": task.request, "config": config}
+        blocks = session.play(task.script)
+        write_video(task, session, blocks, about, overwrite, tasks.config.enlarge)
         for line in describe_switches(session.segments):
-            tell(f"{job.stem.name}: {line}")
+            tell(f"{task.stem.name}: {line}")
         del session
 
 
-def _programs(job: Job, session: Session) -> tuple[str, Any]:
-    """Returns a description of a job's programs, and values that determine them."""
-    setup, reruns = job.setup, session.reruns(job.script)
+def _programs(task: VideoTask, session: Session) -> tuple[str, Any]:
+    """Returns a description of a task's programs, and values that determine them."""
+    setup, recaches = task.setup, session.recaches(task.script)
     model = setup.model
     what = (
-        f"the block, switches of {len(reruns)} kind(s) and the decoder for"
+        f"the block, switches of {len(recaches)} kind(s) and the decoder for"
         f" {model.family.describe_size(setup.grid)} ({model.num_layers} layers of"
         f" {model.dim})"
     )
-    return what, [job.request["setup"], describe(reruns)]
+    return what, [task.request["setup"], describe(recaches)]
 
 
 def _encode_ahead(
-    jobs: Jobs, todo: Sequence[int], encoded: frozenset, tell: Tell
+    tasks: VideoTasks, todo: Sequence[int], encoded: frozenset, tell: Tell
 ) -> frozenset:
-    """Prepares the text encoder for the first job, and returns the encoded prompts.
+    """Prepares the text encoder for the first task, and returns the encoded prompts.
 
-    An encoder that is freed after use first encodes the prompts of many jobs, so that
+    An encoder that is freed after use first encodes the prompts of many tasks, so that
     it is loaded only once. An encoder that stays encodes each prompt on demand.
     """
-    frees = jobs.bundle.encode_prompts.frees
-    if encoded.issuperset(_texts(jobs, todo[0])) or (encoded and not frees):
+    frees = tasks.bundle.encode_prompts.frees
+    if encoded.issuperset(_texts(tasks, todo[0])) or (encoded and not frees):
         return encoded
     many = todo if frees else todo[:1]
-    texts = dict.fromkeys(text for number in many for text in _texts(jobs, number))
-    return prepare_prompts(jobs.bundle, list(texts), tell)
+    texts = dict.fromkeys(text for number in many for text in _texts(tasks, number))
+    return prepare_prompts(tasks.bundle, list(texts), tell)
 
 
-def _texts(jobs: Jobs, number: int) -> list[str]:
-    return [text for _, text in jobs.texts(number)]
+def _texts(tasks: VideoTasks, number: int) -> list[str]:
+    return [text for _, text in tasks.texts(number)]
 
 
 def prepare_prompts(bundle: Bundle, texts: Sequence[str], tell: Tell) -> frozenset:
@@ -165,7 +169,7 @@ def _size(text) -> str:
 
 
 def write_video(
-    job: Job,
+    task: VideoTask,
     session: Session,
     blocks,
     about: dict,
@@ -175,7 +179,7 @@ def write_video(
     """Makes one video; its files replace older ones only when all are complete.
 
     Args:
-      job: the files and the script.
+      task: the files and the script.
       session: the session whose recipe is written.
       blocks: frames and segment of each block, as `Session.play` yields them.
       about: entries written before those of the recipe.
@@ -188,32 +192,32 @@ def write_video(
     Raises:
       UserError: A file cannot be written, or another program has made it meanwhile.
     """
-    with replacing_files(job, overwrite, enlarge) as (sheet, recipe, video):
-        rows, digests = _stream(job, blocks, video)
+    with replacing_files(task, overwrite, enlarge) as (sheet, recipe, video):
+        rows, digests = _stream(task, blocks, video)
         content = about | session.recipe() | {"blocks": digests}
-        media.contact_sheet(rows, job.script.prompts, sheet)
+        media.contact_sheet(rows, task.script.prompts, sheet)
         io.write_json(recipe, content)
     return digests
 
 
 @contextlib.contextmanager
 def replacing_files(
-    job: Job, overwrite: bool, enlarge: int | None
+    task: VideoTask, overwrite: bool, enlarge: int | None
 ) -> Iterator[tuple[pathlib.Path, pathlib.Path, media.VideoWriter]]:
-    """Yields temporary names of a job's sheet and recipe, and the writer of its video.
+    """Yields temporary names of a task's sheet and recipe, and the writer of its video.
 
     At a clean exit they replace older files, all three or none. Arguments and errors
     are those of `write_video`.
     """
-    sheet, recipe = job.file(".png"), job.file(".json")
+    sheet, recipe = task.file(".png"), task.file(".json")
     # The innermost file is published first, so that a new recipe never stands beside
     # an old video.
     with contextlib.ExitStack() as files:
         sheet_part = files.enter_context(io.replacing(sheet, not overwrite))
         recipe_part = files.enter_context(io.replacing(recipe, not overwrite))
         writer = media.VideoWriter(
-            job.file(".mp4"),
-            job.setup.model.family.frames_per_second,
+            task.file(".mp4"),
+            task.setup.model.family.frames_per_second,
             keep_new=not overwrite,
             enlarge=enlarge,
         )
@@ -223,18 +227,18 @@ def replacing_files(
             files.close()
 
 
-def _stream(job: Job, blocks, video) -> tuple[list[np.ndarray], list[str]]:
+def _stream(task: VideoTask, blocks, video) -> tuple[list[np.ndarray], list[str]]:
     """Writes the frames to the video.
 
     Returns:
       Some frames of each segment, for the contact sheet, and each block's digest.
     """
-    script = job.script
+    script = task.script
     rows: list[list[np.ndarray]] = [[] for _ in script.segments]
-    family = job.setup.model.family
-    wanted = tile_frames(script, job.setup.policy.block, family)
+    family = task.setup.model.family
+    wanted = tile_frames(script, task.setup.policy.block, family)
     digests, start = [], 0
-    with progress(job.stem.name, family.pixel_frames(script.frames)) as bar:
+    with progress(task.stem.name, family.pixel_frames(script.frames)) as bar:
         for frames, segment in blocks:
             bar.set_postfix_str(_short(script.prompts[segment]), refresh=False)
             video.append(frames)
@@ -276,16 +280,18 @@ def _short(text: str) -> str:
     return text if len(text) <= 48 else f"{text[:45]}..."
 
 
-def _written(jobs: Jobs, todo: Sequence[int], skipped: Sequence[int]) -> list[str]:
+def _written(
+    tasks: VideoTasks, todo: Sequence[int], skipped: Sequence[int]
+) -> list[str]:
     lines = []
     if skipped:
         what = "video that already exists" if len(skipped) == 1 else "existing videos"
         lines.append(f"Skipped {len(skipped)} {what}.")
-    lines += [str(jobs.folder / f"{number:03d}.mp4") for number in todo]
+    lines += [str(tasks.folder / f"{number:03d}.mp4") for number in todo]
     if len(todo) == 1:
         lines.append("Wrote 1 video, contact sheet and recipe.")
     elif todo:
         lines.append(f"Wrote {len(todo)} videos, contact sheets and recipes.")
     else:
-        lines.append(f"Nothing to do in {jobs.folder}.")
+        lines.append(f"Nothing to do in {tasks.folder}.")
     return lines

@@ -1,4 +1,4 @@
-"""Makes a video again from its recipe, or changes its prompt from a frame on."""
+"""Makes a video again from its recipe, or changes its prompt at a frame."""
 
 import dataclasses
 import pathlib
@@ -7,7 +7,7 @@ from typing import Any
 
 from anchor_jax.errors import UserError, shown
 from anchor_jax.prompts import MAX_FRAMES, Script, Segment
-from anchor_jax.sampling import jobs, render
+from anchor_jax.sampling import render, tasks
 from anchor_jax.streaming.recipe import (
     Recipe,
     check_prompt,
@@ -23,8 +23,8 @@ from anchor_jax.weights.load import load_bundle
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """What is wanted of a recipe; `anchor-jax replay --help` explains the fields."""
+class ReplayOptions:
+    """The options of a replay; `anchor-jax replay --help` explains the fields."""
 
     out: str | None
     check: bool
@@ -51,14 +51,17 @@ class Replayed:
 
 
 def replay(
-    stored: Recipe, path: pathlib.Path, options: Options, tell: Callable[[str], None]
+    stored: Recipe,
+    path: pathlib.Path,
+    options: ReplayOptions,
+    tell: Callable[[str], None],
 ) -> Replayed:
-    """Makes the video of a recipe again, or the video that the options ask for.
+    """Makes the video of a recipe again, or the video that the options request.
 
     Args:
       stored: the recipe.
       path: its file, which names the new video and appears in messages.
-      options: what is wanted.
+      options: the options of the command.
       tell: called with each warning and note for the user.
 
     Raises:
@@ -95,10 +98,10 @@ def replay(
             "text_encoder": stored.text_encoder,
             "enlarge": stored.enlarge,
         }
-        with jobs.open_folder(options.out) as folder:
-            job = _job(folder, wanted, path)
-            digests = _write(job, session, wanted, {"config": config}, tell)
-        lines.append(str(job.file(".mp4")))
+        with tasks.open_folder(options.out) as folder:
+            task = _task(folder, wanted, path)
+            digests = _write(task, session, wanted, {"config": config}, tell)
+        lines.append(str(task.file(".mp4")))
     for line in render.describe_switches(session.segments):
         tell(line)
     lines.append(compare(wanted.blocks, digests))
@@ -114,7 +117,7 @@ def _named_prompts(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield f"prompts[{number}]", one.prompt
 
 
-def choose(recipe: Recipe, options: Options) -> Recipe:
+def choose(recipe: Recipe, options: ReplayOptions) -> Recipe:
     """Returns the recipe of the requested video.
 
     Raises:
@@ -147,7 +150,7 @@ def choose(recipe: Recipe, options: Options) -> Recipe:
 
 
 def compare(expected: Sequence[str], digests: Sequence[str]) -> str:
-    """Returns a sentence on how many blocks are identical to those of the recipe."""
+    """Returns a sentence about how many blocks are identical to the recipe's."""
     if not expected:
         return "the recipe has no digests of these blocks, so none was compared"
     pairs = list(zip(expected, digests, strict=False))
@@ -160,7 +163,7 @@ def compare(expected: Sequence[str], digests: Sequence[str]) -> str:
     )
 
 
-def _forked(recipe: Recipe, options: Options) -> Recipe:
+def _forked(recipe: Recipe, options: ReplayOptions) -> Recipe:
     block = recipe.setup.policy.block
     if options.at is None or options.prompt is None or options.until is not None:
         raise UserError(
@@ -204,22 +207,22 @@ def _digests(session: Session, recipe: Recipe, name: str) -> Iterator[str]:
             yield digest(frames)
 
 
-def _job(folder: pathlib.Path, recipe: Recipe, path: pathlib.Path) -> jobs.Job:
+def _task(folder: pathlib.Path, recipe: Recipe, path: pathlib.Path) -> tasks.VideoTask:
     segments = [Segment(one.prompt, one.landed, one.cut) for one in recipe.prompts]
     script = Script(tuple(segments), recipe.frames)
     request = {"replay": path.stem, "script": describe(script)}
-    return jobs.Job(folder / path.stem, script, recipe.setup, request)
+    return tasks.VideoTask(folder / path.stem, script, recipe.setup, request)
 
 
 def _write(
-    job: jobs.Job, session: Session, recipe: Recipe, about: dict[str, Any], tell
+    task: tasks.VideoTask, session: Session, recipe: Recipe, about: dict[str, Any], tell
 ) -> list[str]:
     """Writes the video unless a file is there, and returns its blocks' digests."""
-    with jobs.own_folder(job.stem.parent, tell):
+    with tasks.own_folder(task.stem.parent, tell):
         # Another process may have made the files in the meantime.
-        present = [file for file in job.files if file.exists()]
+        present = [file for file in task.files if file.exists()]
         if present:
             raise UserError(f"{present[0]} already exists; choose another --out")
         blocks = session.blocks(recipe.frames)
-        about = {"request": job.request} | about
-        return render.write_video(job, session, blocks, about, enlarge=recipe.enlarge)
+        about = {"request": task.request} | about
+        return render.write_video(task, session, blocks, about, enlarge=recipe.enlarge)

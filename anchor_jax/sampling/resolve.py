@@ -50,7 +50,7 @@ def load_weights(config: SampleConfig) -> Bundle:
 
 
 def resolve(config: SampleConfig, metadata: Mapping[str, Any]) -> SampleConfig:
-    """Returns the config with its open fields filled by the weights' method.
+    """Returns the config with every field that is None set by the weights' method.
 
     Args:
       config: the config; only fields that are None are filled.
@@ -58,7 +58,7 @@ def resolve(config: SampleConfig, metadata: Mapping[str, Any]) -> SampleConfig:
         that the weights were ported as, or neither.
 
     Raises:
-      UserError: The method is unknown, and a field is open.
+      UserError: The method is unknown, and a field is None.
     """
     rest = (config.policy, config.rules, *dataclasses.astuple(config.sampler)[:-1])
     if None not in rest:
@@ -122,7 +122,7 @@ def describe_size_change(bundle: Bundle) -> tuple[str, ...]:
 
 
 def _shown(sampler: SamplerConfig) -> str:
-    """Returns a log line on a sampler with many steps."""
+    """Returns a log line about a sampler with many steps."""
     return (
         f"solver: {sampler.solver}, {sampler.num_steps} steps, noise levels"
         f" {sampler.grid}, shift {sampler.shift:g}, guidance {sampler.guidance:g}"
@@ -132,11 +132,11 @@ def _shown(sampler: SamplerConfig) -> str:
 def _departures(config: SampleConfig, method: Method) -> list[str]:
     """Returns a warning if weights are sampled differently from their training."""
     names = ("solver", "steps", "shift") if method.solver == "renoise" else ("solver",)
-    asked = {name: getattr(config, name) for name in ("policy", "rules")}
-    asked |= {name: getattr(config.sampler, name) for name in names}
+    chosen = {name: getattr(config, name) for name in ("policy", "rules")}
+    chosen |= {name: getattr(config.sampler, name) for name in names}
     differing = [
         f"{name} {getattr(method, name)}, not {value}"
-        for name, value in asked.items()
+        for name, value in chosen.items()
         if value != getattr(method, name)
     ]
     if _given(config):
@@ -191,7 +191,7 @@ def load_scripts(config) -> tuple[Script, ...]:
 def read_scripts(config, family: Family = WAN_2_1) -> Scripts:
     """Returns the scripts of the config's `prompt_file`, or of its `prompt`.
 
-    The family says how many latent frames per second of a script has.
+    The model family gives the number of latent frames per second.
 
     Raises:
       UserError: A line is wrong. The message names every wrong line.

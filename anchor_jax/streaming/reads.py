@@ -37,8 +37,9 @@ def _plans(
         return policy.read(index), policy.write(index)[1]
 
     @functools.partial(jax.jit, static_argnums=1)
-    def rerun(index, size):
-        return policy.read_recache(index, size), policy.write_recache(index, size)[1]
+    def again(index, recache):
+        plan = policy.read_recache(index, recache)
+        return plan, policy.write_recache(index, recache)[1]
 
     index, clock = policy.init_index(), Clock()
     landed = landings([switch], policy.block)[0]
@@ -47,15 +48,15 @@ def _plans(
         if clock.is_restart(policy):
             clock = clock.restarted(policy)
             index = policy.init_index().replace(start=np.int32(clock.local))
-            plan, index = rerun(index, RecachePass(clock.local, sink=True))
+            plan, index = again(index, RecachePass(clock.local, sink=True))
             yield "restart", clock.origin, plan
         if clock.frame == landed:
             label = f"+{clock.frame}"
             if isinstance(policy.on_switch, Flush):
                 _, index = policy.flush(index)
-            again = policy.recache(clock.local)
-            if again:
-                plan, index = rerun(index, again)
+            recache = policy.recache(clock.local)
+            if recache:
+                plan, index = again(index, recache)
                 yield "re-cache", clock.origin, plan
             index = policy.switched(index, switch - clock.origin, False)
         plan, index = block(index)

@@ -40,7 +40,7 @@ from anchor_jax.weights.bundle import Bundle
 FORMAT_VERSION = 1
 MAX_BATCH = 1024
 REMEDY = "copy it again, or give a file that anchor-jax sample wrote"
-"""Remedy in messages on files that are not recipes."""
+"""Remedy in messages about files that are not recipes."""
 
 _PARTS = {
     kind.__name__: kind
@@ -283,7 +283,8 @@ def _setup(given: Any, where: str) -> StreamSetup:
         raise UserError(f"{where}: its parts do not fit together: {error}") from error
     if not all(np.isfinite(table).all() for table in tables.values()):
         raise UserError(
-            f"{where}.levels: {setup.solver} has non-finite coefficients for them"
+            f"{where}.levels: {setup.solver} has coefficients that are not"
+            " finite at these noise levels"
         )
     for name, most in (("guidance", math.inf), ("floor", 1)):
         value = getattr(setup, name)

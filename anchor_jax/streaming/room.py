@@ -73,7 +73,7 @@ def need(setup: StreamSetup, batch: int = 1) -> Need:
         cache=token * rows * tokens * held,
         context=token * rows * model.text_len,
         latents=values * model.latent_channels * (noise + recent),
-        # Three colours of each pixel.
+        # Three channels per pixel.
         pixels=values * policy.block * math.prod(model.family.strides) * 3,
     )
 

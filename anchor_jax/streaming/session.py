@@ -52,7 +52,7 @@ _LOG = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Frames:
-    """The pixel frames of one block, which may still be in computation.
+    """The pixel frames of one block, which the device may still be computing.
 
     Attributes:
       pixels: on the device.
@@ -194,8 +194,8 @@ class Session:
         if self._state is None and requested <= 0:
             self.segments = [Switch(prompt, requested=0, landed=0)]
             return
-        asked = [*self.pending, Switch(prompt, requested, cut)]
-        self.pending = collections.deque(sorted(asked, key=lambda one: one.earliest))
+        waiting = [*self.pending, Switch(prompt, requested, cut)]
+        self.pending = collections.deque(sorted(waiting, key=lambda one: one.earliest))
         self._context(prompt)
 
     def step(self) -> Frames:
@@ -282,13 +282,13 @@ class Session:
             self._follow(self._history(), frame)
 
     def fork(self, frame: int, prompt: str, cut: bool = False) -> "Session":
-        """Returns a session with the same past and another prompt from a frame on.
+        """Returns a session with the same past and another prompt from a given frame.
 
         This session does not change. Both sessions share the store of moments.
 
         Args:
           frame: the first latent frame of a block, at most that of the next block.
-          prompt: the prompt from that block on.
+          prompt: the prompt of that block and all later ones.
           cut: whether that block is a scene cut, for policies that support it.
 
         Raises:
@@ -361,7 +361,7 @@ class Session:
         """
         if script:
             self.check(script.frames)
-        trial = Session(
+        temporary = Session(
             self.bundle,
             self.setup,
             script.prompts[0] if script else self.prompt,
@@ -369,7 +369,7 @@ class Session:
             self.negative_prompt,
             self.batch,
         )
-        trial.rehearse(self._switch_starts(script).values())
+        temporary.rehearse(self._switch_starts(script).values())
 
     def rehearse(self, starts: Iterable[int]) -> None:
         """Runs every program once; the session cannot be used afterwards.
@@ -405,8 +405,8 @@ class Session:
                 " anchor_forcing, longlive or self_forcing_rolling"
             )
 
-    def reruns(self, script: Script | None) -> tuple[RecachePass | None, ...]:
-        """Returns the re-caches of a script's switches; None: of any script."""
+    def recaches(self, script: Script | None) -> tuple[RecachePass | None, ...]:
+        """Returns the re-caches of a script's switches, or of any script's if None."""
         return tuple(self._switch_starts(script))
 
     def _switch_starts(self, script: Script | None) -> dict[RecachePass | None, int]:
@@ -535,8 +535,8 @@ class Session:
 
     def _history(self) -> tuple[Switch, ...]:
         """Returns past and pending prompts with the frames where they take effect."""
-        asked = [max(one.earliest, self.frame) for one in self.pending]
-        landed = landings(asked, self.setup.policy.block)
+        earliest = [max(one.earliest, self.frame) for one in self.pending]
+        landed = landings(earliest, self.setup.policy.block)
         coming = map(
             lambda one, frame: dataclasses.replace(one, landed=frame),
             self.pending,

@@ -132,7 +132,9 @@ class Moments:
           ValueError: The store is bound to another video.
         """
         if self._video not in (None, video):
-            raise ValueError("these Moments hold another video; make a store for each")
+            raise ValueError(
+                "these Moments hold another video; make a store for each video"
+            )
         self._video = video
 
     def is_due(self, frame: int, block: int) -> bool:
@@ -428,7 +430,7 @@ def _check_start(path: pathlib.Path, state: StreamState, moment: Moment) -> None
     index, local = state.cache.index, moment.frame - moment.origin
     if int(index.start) != local:
         raise UserError(
-            f"{path}: the stream stands at frame {int(index.start)}, expected {local}"
+            f"{path}: the stream is at frame {int(index.start)}, expected {local}"
             " as its header says; copy the file again"
         )
     ring = int(index.frame.size)

@@ -1,7 +1,7 @@
 """The stream: `start`, `step` and `switch`, pure functions of `StreamState`.
 
-`setup` is static and everything else is traced. So one program serves every block, and
-one program each length of a re-cache.
+`setup` is static and everything else is traced. Therefore one program serves every
+block, and one more program serves each length of a re-cache.
 """
 
 import functools
@@ -28,6 +28,7 @@ from anchor_jax.cache import store
 from anchor_jax.cache.memory import Memory
 from anchor_jax.cache.policies import Flush, RecachePass
 from anchor_jax.cache.types import KVCache, ReadPlan
+from anchor_jax.deprecation import renamed_keyword
 from anchor_jax.streaming.loop import approach, guide
 from anchor_jax.streaming.types import (
     Block,
@@ -221,7 +222,7 @@ def estimate(
       state: the state before the block.
       noisy: input of the pass.
       level: number of the pass's noise level, traced.
-      setup: static; the policy keeps no prior junction.
+      setup: static; its policy must not keep a prior junction.
     """
     plan = setup.policy.read(state.cache.index)
     memory = _memory(setup, state.cache, plan)
@@ -241,7 +242,10 @@ def recommit(cache: KVCache, own: LayersKV, *, setup: StreamSetup) -> KVCache:
     return cache.replace(slots=store.commit(cache.slots, own, write), index=done)
 
 
-@functools.partial(jax.jit, static_argnames=("setup", "rerun"), donate_argnames="state")
+@functools.partial(
+    jax.jit, static_argnames=("setup", "recache", "rerun"), donate_argnames="state"
+)
+@renamed_keyword("rerun", "recache")
 def switch(
     variables: Variables,
     state: StreamState,
@@ -250,9 +254,9 @@ def switch(
     cut: Flag = False,
     *,
     setup: StreamSetup,
-    rerun: RecachePass | None,
+    recache: RecachePass | None,
 ) -> tuple[StreamState, Block | None]:
-    """Returns the state under a new prompt, which holds from the next block on.
+    """Returns the state under a new prompt, which applies from the next block on.
 
     Args:
       variables: the generator's collections.
@@ -262,7 +266,7 @@ def switch(
         block's start.
       cut: whether the next block is a scene cut, for policies with scene cuts.
       setup: static.
-      rerun: `setup.policy.recache(next block's start)`, static.
+      recache: `setup.policy.recache(next block's start)`, static.
 
     Returns:
       The new state, and the re-cache's pass as a block without latents, or None.
@@ -283,8 +287,8 @@ def switch(
     if policy.zeroes_sink:
         cache = cache.replace(slots=store.emptied(cache.slots, policy.sink))
         state = state.replace(cache=cache)
-    if rerun:
-        cache, block = _recache(variables, state, context, setup, rerun)
+    if recache:
+        cache, block = _recache(variables, state, context, setup, recache)
     index = policy.switched(cache.index, requested, jnp.asarray(cut))
     cache = cache.replace(index=index)
     after = StreamState(cache=cache, context=context, recent=state.recent)
@@ -292,8 +296,9 @@ def switch(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("setup", "rerun"), donate_argnames="states"
+    jax.jit, static_argnames=("setup", "recache", "rerun"), donate_argnames="states"
 )
+@renamed_keyword("rerun", "recache")
 def switch_slot(
     variables: Variables,
     states: Stacked[StreamState],
@@ -303,7 +308,7 @@ def switch_slot(
     cut: Flag = False,
     *,
     setup: StreamSetup,
-    rerun: RecachePass | None,
+    recache: RecachePass | None,
 ) -> Stacked[StreamState]:
     """Returns stacked sessions with the session at `slot` under a new prompt.
 
@@ -318,13 +323,13 @@ def switch_slot(
       requested: as for `switch`.
       cut: as for `switch`.
       setup: static.
-      rerun: as for `switch`, for that session's frame.
+      recache: as for `switch`, for that session's frame.
     """
     one = jax.tree.map(
         lambda x: jax.lax.dynamic_index_in_dim(x, slot, keepdims=False), states
     )
     changed, _ = switch(
-        variables, one, context, requested, cut, setup=setup, rerun=rerun
+        variables, one, context, requested, cut, setup=setup, recache=recache
     )
     return jax.tree.map(
         lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, slot, 0),
@@ -369,7 +374,7 @@ def change_prompt(
 ) -> tuple[StreamState, Block | None]:
     """Returns the result of `switch` before the block at `start`, a number on the host.
 
-    Only here does a host loop choose the frames of the re-cache.
+    This is the only place where a host loop chooses the frames of a re-cache.
     """
     requested = start if change.requested is None else change.requested
     return switch(
@@ -379,7 +384,7 @@ def change_prompt(
         np.int32(requested),
         np.bool_(change.cut),
         setup=setup,
-        rerun=setup.policy.recache(start),
+        recache=setup.policy.recache(start),
     )
 
 
@@ -394,7 +399,7 @@ def run(
 ) -> Iterator[tuple[StreamState, Latents, ReadPlan]]:
     """Yields the state, the latents and the read plan after each block.
 
-    This is the loop of the host. It never waits for the device. A yielded state is
+    This is the host loop. It never waits for the device. A yielded state is
     donated to the next block: copy it to keep it.
 
     Args:
@@ -459,14 +464,14 @@ def _resume(variables, state, latents, *, setup: StreamSetup):
     return _same_form(state.replace(cache=cache), state)
 
 
-def _recache(variables, state, context, setup: StreamSetup, rerun: RecachePass):
+def _recache(variables, state, context, setup: StreamSetup, recache: RecachePass):
     """Returns the cache after a re-cache of the newest clean frames, and that pass."""
     policy, cache = setup.policy, state.cache
-    plan = policy.read_recache(cache.index, rerun)
-    write, index = policy.write_recache(cache.index, rerun)
-    picked = (plan.start + jnp.arange(rerun.frames)) % setup.recent
+    plan = policy.read_recache(cache.index, recache)
+    write, index = policy.write_recache(cache.index, recache)
+    picked = (plan.start + jnp.arange(recache.frames)) % setup.recent
     latents = jnp.take(state.recent, picked, axis=1)
-    memory = _memory(setup, cache, plan, rerun)
+    memory = _memory(setup, cache, plan, recache)
     flow, own = _forward(setup, variables, context, plan)(
         latents, jnp.float32(0), memory.past(memory.carried())
     )
@@ -493,10 +498,13 @@ def _forward(setup: StreamSetup, variables, context, plan: ReadPlan):
 
 
 def _memory(
-    setup: StreamSetup, cache: KVCache, plan: ReadPlan, rerun: RecachePass | None = None
+    setup: StreamSetup,
+    cache: KVCache,
+    plan: ReadPlan,
+    recache: RecachePass | None = None,
 ) -> Memory:
     kernel = setup.network.attention
-    return Memory(setup.policy, setup.model, kernel, setup.tokens, cache, plan, rerun)
+    return Memory(setup.policy, setup.model, kernel, setup.tokens, cache, plan, recache)
 
 
 def _remember(recent: jax.Array, latents: jax.Array, start) -> jax.Array:

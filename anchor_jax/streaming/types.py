@@ -73,7 +73,7 @@ class PromptChange:
     """A prompt switch that takes effect before a block.
 
     Attributes:
-      context: the new prompt, of `stream.project`.
+      context: the new prompt, from `stream.project`.
       requested: latent frame at which it was requested, at most the block's start.
         Default: the block's start.
       cut: whether the block is a scene cut, for policies that support it.

@@ -46,7 +46,7 @@ class Comparison:
         return dataclasses.asdict(one)
 
     def arms(self, names: Sequence[str]) -> list[str]:
-        """Returns the arms to measure: those named, or all of the part.
+        """Returns the arms to measure: the named ones, or all of the part.
 
         Raises:
           UserError: An arm is unknown.
@@ -98,7 +98,7 @@ class Comparison:
         train.out, train.seed, train.sample_every = str(place), start, 0
         train.distillation.policy = ablation.TRAINED[name]
         self.tell(f"{name}, start {start}: training in {place}")
-        reached = run.open_job(run.read_config(train), tell=self.tell).run()
+        reached = run.open_training(run.read_config(train), tell=self.tell).run()
         if reached < train.steps:
             raise Stopped(
                 f"{place}: Stopped at {reached}/{train.steps}. Rerun this command"

@@ -1,4 +1,4 @@
-"""The paper's ablations on the tiny world: parts of a method swapped for others."""
+"""The paper's ablations on the tiny world, which replace parts of a method."""
 
 import dataclasses
 import json
@@ -26,12 +26,12 @@ BASELINE = "baseline"
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """A method to compare, and what the paper reports of it.
+    """A method to compare, and the numbers that the paper reports for it.
 
     Attributes:
       about: label of the table's row.
       policy: cache policy of the streams.
-      paper: dynamic degree and CLIP score in the paper, None if not given there.
+      paper: dynamic degree and CLIP score in the paper, or None.
     """
 
     about: str
@@ -131,7 +131,7 @@ def measure(
     return found
 
 
-def stream_metrics(results: Sequence[event_scores.Result]) -> dict[str, float]:
+def stream_metrics(results: Sequence[event_scores.SegmentResult]) -> dict[str, float]:
     """Returns a stream's metrics: means over the segments that have the metric."""
     found = {}
     for name in METRICS:
@@ -242,7 +242,7 @@ def table(summary: Mapping[str, Any], arms: Mapping[str, Arm] = ARMS) -> str:
     for name in compared:
         cells = [_cell(summary[name][x]["difference"], "+") for x in METRICS]
         lines.append(_row([arms[name].about, *cells]))
-    lines += ["", "Each start by itself:", "", *_head()]
+    lines += ["", "Each start separately:", "", *_head()]
     for name, metrics in summary.items():
         cells = [_starts(metrics[metric]["by_start"]) for metric in METRICS]
         lines.append(_row([arms[name].about, *cells]))
@@ -279,8 +279,8 @@ def probe(bundle, setup: StreamSetup, count: int = 96, seed: int = 9) -> dict:
     """Returns the dependence of a block's denoising loss on its past.
 
     It uses rendered windows of streams without an event nearby. The loss of the last
-    block is measured as laid out, with the past of another stream, and with the past
-    moved by several RoPE distances. Each is given as its difference to the first, by
+    block is measured with its own past, with the past of another stream, and with its
+    past moved by several RoPE distances. Each result is the difference to the first, by
     noise level. RoPE rules can have an effect only where moving the past changes the
     loss.
     """
@@ -335,7 +335,7 @@ def probe_table(found: Mapping[str, Any]) -> str:
 
 
 def _probe_batch(bundle, count: int, seed: int) -> dict[str, jax.Array]:
-    """Returns windows in the steady state, under one prompt throughout."""
+    """Returns windows in the steady state, under a single prompt."""
     codec = {name: np.asarray(value) for name, value in bundle.codec_params.items()}
     windows = world_windows.sample_windows(codec, seed, 40 * count)
     steady = (windows.layout == 1) & (windows.since == 0)

@@ -32,7 +32,7 @@ class Clips:
 
 
 def captions() -> list[str]:
-    """Returns captions that hold every word of the world, and the empty one."""
+    """Returns captions that have every word of the world, and the empty caption."""
     rng = np.random.default_rng(0)
     found = {events.caption(one) for one in _every_scene()}
     for _ in range(_PARAPHRASES):
@@ -56,7 +56,7 @@ def _every_scene() -> tuple[Scene, ...]:
 
 
 def make_clips(codec, seed: int, count: int, frames: int) -> Iterator[dict[str, Any]]:
-    """Yields clips of training combinations in the form of `datasets.Clips`.
+    """Yields clips of training combinations in the format of `datasets.Clips`.
 
     Args:
       codec: result of `fit_codec`.
@@ -113,7 +113,7 @@ def from_text(text: str) -> Scene:
 def _clips(rng, frames: int) -> Iterator[tuple[list[tuple[Scene, int]], Scene]]:
     """Yields the segments of clips in pixel frames, and the scenes of their captions.
 
-    A third of the clips begins with a block of the previous scene, like the clips that
+    A third of the clips starts with a block of the previous scene, like the clips that
     distillation scores after a prompt switch.
     """
     whole = scene.latent_to_pixel_frames(frames)
@@ -144,8 +144,8 @@ def pair(rng) -> tuple[Scene, Scene]:
 def stream_scenes(rng) -> tuple[Scene, Scene]:
     """Returns a stream's scenes before and after a switch.
 
-    As `pair`, but 30 % change several attributes at once and 20 % the motion. Fewer
-    begin with two objects, and none with an empty scene, because its hidden object
+    Like `pair`, but 30 % change several attributes at once and 20 % the motion. Fewer
+    start with two objects, and none with an empty scene, because its hidden object
     would be arbitrary.
     """
     first = scene.sample_attributes(rng, held_out=False)

@@ -35,7 +35,7 @@ def pixel_blocks(pixels):
 
 
 def with_first_repeated(pixels):
-    """Returns a video's pixels [B, 1 + 4k, H, W, 3] with frame 0 four times, 4 + 4k."""
+    """Returns [B, 4 + 4k, H, W, 3]: pixels [B, 1 + 4k, H, W, 3], frame 0 four times."""
     _check(pixels.shape, remainder=1)
     module = np if isinstance(pixels, np.ndarray) else jnp
     first = repeat(pixels[:, :1], "b 1 h w c -> b t h w c", t=FRAMES)
@@ -59,7 +59,8 @@ def fit_codec(
 
     The leading principal components, half-whitened: each is divided by the square
     root of its standard deviation, then all by one number that makes their mean
-    variance 1. Whitening fully would give edges the loss weight of colour and place.
+    variance 1. Full whitening would give edges as much weight in the loss as colour and
+    place.
 
     Args:
       blocks: At least `channels` pixel blocks in [-1, 1], in any leading shape.
@@ -85,7 +86,7 @@ def fit_codec(
 
 
 def encode_blocks(params: Params, pixels: jnp.ndarray) -> jnp.ndarray:
-    """Returns the latents of a clip that begins after a video's first latent frame.
+    """Returns the latents of a clip that starts after a video's first latent frame.
 
     Pixels [B, 4k, H, W, 3] give latents [B, k, H/8, W/8, channels].
     """
@@ -106,7 +107,7 @@ def decode(params: Params, latents: jnp.ndarray, first: bool) -> jnp.ndarray:
     Args:
       params: From `fit_codec`.
       latents: Coded by `encode` or `encode_blocks`.
-      first: Whether latent 0 begins a video: it then gives one pixel frame, the mean
+      first: Whether latent 0 starts a video: it then gives one pixel frame, the mean
         of its four, and F = 4k - 3; otherwise F = 4k. Static under jit.
     """
     pixels = rearrange(
@@ -129,7 +130,7 @@ class LinearCodec:
     def init(self, batch: int, height: int, width: int) -> tuple:
         """Returns the state after a stream's first latents, here an empty pytree.
 
-        A stream begins with the state None.
+        A stream starts with the state None.
         """
         del batch, height, width
         return ()

@@ -26,8 +26,8 @@ _OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 def follow(rng, before: Scene, kind: str) -> Scene:
     """Returns a scene of the training split after an event.
 
-    Half of the changed motions are reversals. The past contradicts no other event as
-    much, and uniform draws would reverse only one in four.
+    Half of the changed motions are reversals. A reversal contradicts the past most, and
+    uniform draws would reverse only one in four.
     """
     motion = _OPPOSITE.get(before.first.motion)
     if kind == "motion" and motion and rng.random() < 0.5:

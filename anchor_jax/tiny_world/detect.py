@@ -203,10 +203,11 @@ def classify_motion(
 ) -> tuple[tuple[float, float], str]:
     """Returns the mean displacement in pixels per latent frame, and its class.
 
-    The displacement over four pixel frames crosses one latent border. A direction
-    has 0.5 to 1.75 times the commanded one, at most half of it across, and most
-    displacements in line with it; `still` has below a quarter, and no back and forth
-    above three eighths; all else is unclear.
+    The displacement over four pixel frames crosses one latent border. For a direction,
+    the mean is 0.5 to 1.75 times the commanded displacement, at most half of it is
+    across, and most displacements are in line with it. For `still`, the mean is below a
+    quarter, and no movement back and forth is above three eighths. Everything else is
+    unclear.
     """
     span = scene.PIXEL_FRAMES_PER_LATENT
     seen = visible[span:] & visible[:-span]
@@ -256,8 +257,8 @@ def seam_share(xy: np.ndarray, visible: np.ndarray, phase: int) -> float:
         return 0.0
     steps = scene.wrap(xy[span:] - xy[:-span])
     if phase == 0:
-        # A video's first latent frame does not move, so a codec blurs it otherwise
-        # than those that do: it is compared with the middle of the next one.
+        # A video's first latent frame does not move, so a codec blurs it differently.
+        # It is compared with the middle of the next one.
         middle = scene.wrap(xy[1 : span + 1] - xy[0]).mean(axis=0)
         steps[0] = middle + 0.375 * np.median(steps, axis=0)
     seen = visible[span:] & visible[:-span]

@@ -26,8 +26,8 @@ CRITERIA = ("color", "background", "shape", "shape_iou", "motion", "steady", "sm
 class MatchTrial:
     """The number of videos to score, and the length of their segments in blocks.
 
-    `negative_prompt` is the prompt that guidance leads away from, if the setup has
-    guidance. `observe` is called with every generated video and its prompts.
+    `negative_prompt` is the negative prompt of the guidance, if the setup has guidance.
+    `observe` is called with every generated video and its prompts.
     """
 
     count: int = 240
@@ -51,7 +51,7 @@ def generate(
       prompts: a list of `batch` prompts for each segment.
       blocks: length of each segment.
       seed: seed of the noise.
-      negative_prompt: prompt that guidance leads away from.
+      negative_prompt: negative prompt of the guidance.
     """
     contexts = [_project(bundle, setup, texts, negative_prompt) for texts in prompts]
     starts = [
@@ -79,9 +79,9 @@ def _project(bundle, setup: StreamSetup, texts, negative_prompt: str):
 
 
 def _generate(bundle, setup: StreamSetup, trial: MatchTrial, texts, number: int):
-    """Returns the videos from `number` on, up to the trial's count.
+    """Returns a batch of videos that starts at `number`, up to the trial's count.
 
-    The last batch is also full, so that one program serves all, and is then cut.
+    The last batch is full too, so that one program serves all, and is then cut.
     """
     seed, negative = trial.seed + number, trial.negative_prompt
     videos = generate(bundle, setup, texts, trial.segments, seed, negative)

@@ -30,8 +30,8 @@ _TEMPLATES = tuple((shape, size) for shape in scenes.SHAPES for size in detect.R
 _SPAN = scenes.PIXEL_FRAMES_PER_LATENT
 
 
-class Segment(NamedTuple):
-    """A scene, its first pixel frame in the video, and the one after its last."""
+class SceneSpan(NamedTuple):
+    """A scene, its first pixel frame in the video, and the frame after its last."""
 
     scene: Scene
     begin: int
@@ -43,9 +43,9 @@ class Object:
     """One object in pixel frames.
 
     Attributes:
-      color: Numbers of the object colour, -1 where there is none, [F].
+      color: Numbers of the object colour, -1 without an object, [F].
       visible: Whether there is an object, [F].
-      xy: Centre of the object in pixels, arbitrary where there is none, [F, 2].
+      xy: Centre of the object in pixels, arbitrary without an object, [F, 2].
       iou: Intersection over union with each shape at each radius, [F, template].
     """
 
@@ -61,11 +61,11 @@ class Shown:
 
     Attributes:
       begin: Number of the first pixel frame in the video.
-      background: Numbers of the background, -1 where there is none, [F].
+      background: Numbers of the background, -1 if it is unclear, [F].
       count: Number of object colours with the area of an object, [F]; -1 without a
         background.
-      objects: Everything that differs from the background, as one object. If two are
-        looked for, one object per object colour.
+      objects: Everything that differs from the background, as one object; if two
+        objects are expected, one object per object colour.
     """
 
     begin: int
@@ -90,16 +90,16 @@ class Shown:
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class SegmentResult:
     """The scores of one segment.
 
     Attributes:
       event: The kind of the event that leads to it; `start` for the first.
       flags: Whether each criterion is met.
       numbers: `jumps`, the share of the latent borders with a jump; if the object is
-        seen and should move, `speed`, signed and relative to the commanded one; and
-        `adopted`, the blocks of the segment before the one that first shows what the
-        event changed, missing if none does.
+        seen and should move, `speed`, signed and relative to the commanded speed; and
+        `adopted`, the number of the segment's blocks before the first that shows the
+        event's change, missing if no block shows it.
     """
 
     event: str
@@ -107,16 +107,16 @@ class Result:
     numbers: dict[str, float]
 
 
-def lay_out(script: Sequence[tuple[Scene, int]]) -> list[Segment]:
+def lay_out(script: Sequence[tuple[Scene, int]]) -> list[SceneSpan]:
     """Returns the segments of scenes and their numbers of pixel frames."""
     ends = np.cumsum([frames for _, frames in script]).tolist()
     return [
-        Segment(one, end - frames, end)
+        SceneSpan(one, end - frames, end)
         for (one, frames), end in zip(script, ends, strict=True)
     ]
 
 
-def measure(frames: np.ndarray, segments: Sequence[Segment]) -> list[Shown]:
+def measure(frames: np.ndarray, segments: Sequence[SceneSpan]) -> list[Shown]:
     """Returns the content of each segment of a video, uint8 [F, 64, 64, 3]."""
     _check(frames, segments)
     return [
@@ -173,8 +173,8 @@ def _pair(pixels, background, labels, area) -> tuple[Object, ...]:
     """Returns an object for each colour, seen where it is one of a frame's largest two.
 
     A colour's labels say where an object is; its mask is then all that differs from
-    the background and is nearer to it than to the other, independent of its hue. So a
-    codec's change of hues does not affect the outlines.
+    the background and is nearer to it than to the other, independent of its hue.
+    Therefore a codec's change of hues does not affect the outlines.
     """
     rank = np.argsort(np.argsort(-area, axis=1, kind="stable"), axis=1)
     seen = (rank < 2) & (area >= detect.MIN_AREA)
@@ -213,10 +213,10 @@ def criteria(shown: Shown, scene: Scene) -> dict[str, bool]:
     `background`, and `count`, the number of objects of different colours, in 80 % of
     the pixel frames; unless hidden also `color`, `shape` and `direction` of the first
     object and with a second one `second_color` and `second_shape`. `shape_iou` and
-    `second_shape_iou` ask the shape also for an IoU above 0.6, which an object shown
-    twice in one colour has not; `all` is all of these. Each of two objects has the
-    attributes found at its colour, so an unseen colour has no shape. A single object is
-    everything that differs from the background.
+    `second_shape_iou` also require an IoU above 0.6, which an object shown twice in one
+    colour does not reach; `all` is all of these. Each of two objects has the attributes
+    found at its colour, so an unseen colour has no shape. A single object is everything
+    that differs from the background.
     """
     wanted = 0 if scene.hidden else 1 + (scene.second is not None)
     background = _most(shown.background)
@@ -274,7 +274,7 @@ def numbers(shown: Shown, scene: Scene) -> dict[str, float]:
     return result
 
 
-def goes_on(before: Shown, after: Shown, old: Scene, new: Scene) -> bool:
+def motion_continues(before: Shown, after: Shown, old: Scene, new: Scene) -> bool:
     """Returns whether the first object's motion continues across a switch.
 
     Its first latent frame under the new scene must be, on average, within half a
@@ -316,7 +316,7 @@ def adopted(shown: Shown, scene: Scene, kind: str) -> int | None:
     return None
 
 
-def score_shown(shown: Sequence[Shown], script: Sequence[Scene]) -> list[Result]:
+def score_shown(shown: Sequence[Shown], script: Sequence[Scene]) -> list[SegmentResult]:
     """Returns the scores of each segment of a video.
 
     After an event, `adopted` is whether any block shows it, `adopted_soon` whether one
@@ -336,11 +336,11 @@ def score_shown(shown: Sequence[Shown], script: Sequence[Scene]) -> list[Result]
         if kind == "return":
             flags |= _recall(shown[: number + 1], flags)
         elif kind not in ("start", "hide"):
-            way = goes_on(shown[number - 1], seen, script[number - 1], one)
+            way = motion_continues(shown[number - 1], seen, script[number - 1], one)
             flags["on_its_way"] = way
             if kind == "enter":
                 flags["persists"] = flags["color"] and flags["shape"] and way
-        results.append(Result(kind, flags, values))
+        results.append(SegmentResult(kind, flags, values))
     return results
 
 
@@ -396,7 +396,7 @@ def difference(last: Sequence[bool], first: Sequence[bool]) -> dict[str, float]:
     return {"difference": rise, "n": a.n, "low": low, "high": high}
 
 
-def aggregate(results: Sequence[Sequence[Result]]) -> dict[str, dict]:
+def aggregate(results: Sequence[Sequence[SegmentResult]]) -> dict[str, dict]:
     """Returns the scores of many videos, ready for JSON.
 
     `by_event` groups them by the event before a segment, `by_segment` by the segment's
@@ -420,7 +420,7 @@ def aggregate(results: Sequence[Sequence[Result]]) -> dict[str, dict]:
     }
 
 
-def cells(results: Sequence[Result]) -> dict[str, dict]:
+def cells(results: Sequence[SegmentResult]) -> dict[str, dict]:
     """Returns a cell for each criterion and each number of any segment.
 
     The number `adopted` is named `blocks_to_adopt`, because a criterion has the same
@@ -439,7 +439,7 @@ def cells(results: Sequence[Result]) -> dict[str, dict]:
     return flags | means
 
 
-def drift(results: Sequence[Sequence[Result]]) -> dict[str, dict]:
+def drift(results: Sequence[Sequence[SegmentResult]]) -> dict[str, dict]:
     """Returns the difference between the last segment and the first, by criterion.
 
     It covers videos of at least two segments whose first and last segment both have the
@@ -471,9 +471,9 @@ def _names(groups: Iterable[dict]) -> list[str]:
 
 
 def score_videos(
-    videos: Sequence[np.ndarray], segments: Sequence[Sequence[Segment]]
+    videos: Sequence[np.ndarray], segments: Sequence[Sequence[SceneSpan]]
 ) -> dict[str, dict]:
-    """Returns the scores, as `aggregate`, of videos that should show segments."""
+    """Returns the scores of videos that should show segments, from `aggregate`."""
     return aggregate(
         [
             score_shown(measure(*pair), [one.scene for one in pair[1]])
@@ -516,7 +516,7 @@ def rendered(
     script: Sequence[Scene],
     latent_lengths: Sequence[int],
     roundtrip: Callable[[np.ndarray], np.ndarray],
-) -> tuple[np.ndarray, list[Segment]]:
+) -> tuple[np.ndarray, list[SceneSpan]]:
     """Returns a script's true video after a codec, and its segments.
 
     Args:
@@ -552,7 +552,7 @@ def ceiling(
     return score_videos(*zip(*pairs, strict=True))
 
 
-def _check(frames: np.ndarray, segments: Sequence[Segment]) -> None:
+def _check(frames: np.ndarray, segments: Sequence[SceneSpan]) -> None:
     expected = (scenes.SIZE, scenes.SIZE, 3)
     if frames.ndim != 4 or frames.shape[1:] != expected or frames.dtype != np.uint8:
         raise ValueError(
@@ -569,5 +569,5 @@ def _check(frames: np.ndarray, segments: Sequence[Segment]) -> None:
         )
 
 
-def _is_empty(segments: Sequence[Segment]) -> bool:
+def _is_empty(segments: Sequence[SceneSpan]) -> bool:
     return not segments or any(one.begin >= one.end for one in segments)

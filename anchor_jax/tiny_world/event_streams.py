@@ -9,7 +9,7 @@ from tqdm import tqdm
 from anchor_jax.streaming.types import StreamSetup
 from anchor_jax.tiny_world import evaluate as world
 from anchor_jax.tiny_world import event_scores, events, scene
-from anchor_jax.tiny_world.event_scores import Segment, Shown
+from anchor_jax.tiny_world.event_scores import SceneSpan, Shown
 from anchor_jax.tiny_world.events import Scene
 
 MINUTE = (14, 13, 13, 14, 13, 13)
@@ -105,7 +105,7 @@ def _batches(scripts: Sequence[Sequence[Scene]], batch: int) -> list[list[int]]:
     ]
 
 
-def _segments(script: Sequence[Scene], blocks, setup: StreamSetup) -> list[Segment]:
+def _segments(script: Sequence[Scene], blocks, setup: StreamSetup) -> list[SceneSpan]:
     lengths = [setup.policy.block * count for count in blocks]
     frames = scene.segment_pixel_frames(lengths)
     return event_scores.lay_out(list(zip(script, frames, strict=True)))

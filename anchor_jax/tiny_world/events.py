@@ -70,8 +70,8 @@ class Scene:
     Attributes:
       first: The first object and the background. While hidden, the object is not
         visible.
-      second: Colour and shape of a second object, which moves as the first does.
-      hidden: Only the background is seen.
+      second: Colour and shape of a second object, which moves like the first.
+      hidden: Whether only the background is seen.
       named: Whether the caption names the first object's colour and shape. If not, only
         memory can supply them.
     """
@@ -94,7 +94,7 @@ class Scene:
 
 
 @dataclasses.dataclass(frozen=True)
-class Said:
+class Meaning:
     """The meaning of a caption; attributes that it leaves open are None.
 
     `motion` is None if the caption describes an empty scene. `color` and `shape` are
@@ -108,14 +108,16 @@ class Said:
     second: tuple[str, str] | None = None
 
 
-def said(scene: Scene) -> Said:
+def meaning(scene: Scene) -> Meaning:
     """Returns the meaning of all captions of a scene."""
     first = scene.first
     if scene.hidden:
-        return Said(first.background)
+        return Meaning(first.background)
     if not scene.named:
-        return Said(first.background, first.motion)
-    return Said(first.background, first.motion, first.color, first.shape, scene.second)
+        return Meaning(first.background, first.motion)
+    return Meaning(
+        first.background, first.motion, first.color, first.shape, scene.second
+    )
 
 
 def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
@@ -146,7 +148,7 @@ def vocabulary() -> tuple[str, ...]:
     return tuple(sorted({*scenes.words(filler), *scenes.vocabulary()}))
 
 
-def parse(text: str) -> Said | None:
+def parse(text: str) -> Meaning | None:
     """Returns the meaning of a caption, or None if it is outside the world.
 
     A caption is inside when all its words are in the vocabulary and it names one
@@ -155,28 +157,28 @@ def parse(text: str) -> Said | None:
     """
     alone = scenes.parse_caption(text)
     if alone is not None:
-        return said(Scene(alone))
+        return meaning(Scene(alone))
     words = scenes.words(text)
     if not set(words) <= set(vocabulary()):
         return None
     backgrounds = [word for word in words if word in scenes.BACKGROUNDS]
     motions = [word for word in words if word in scenes.MOTIONS]
-    things = [word for word in words if word in (*scenes.COLORS, *scenes.SHAPES)]
+    nouns = [word for word in words if word in (*scenes.COLORS, *scenes.SHAPES)]
     nothing = any(word in _SAYS_NOTHING for word in words)
     unnamed = any(word in _SAYS_IT for word in words)
-    counts = (len(backgrounds), len(motions), len(things), nothing, unnamed)
+    counts = (len(backgrounds), len(motions), len(nouns), nothing, unnamed)
     if counts == (1, 0, 0, True, False):
-        return Said(*backgrounds)
+        return Meaning(*backgrounds)
     if counts == (1, 1, 0, False, True):
-        return Said(*backgrounds, *motions)
-    if counts == (1, 1, 4, False, False) and _are_objects(things):
-        return Said(*backgrounds, *motions, *things[:2], tuple(things[2:]))
+        return Meaning(*backgrounds, *motions)
+    if counts == (1, 1, 4, False, False) and _are_objects(nouns):
+        return Meaning(*backgrounds, *motions, *nouns[:2], tuple(nouns[2:]))
     return None
 
 
-def _are_objects(things: Sequence[str]) -> bool:
+def _are_objects(nouns: Sequence[str]) -> bool:
     """Returns whether words are a colour and a shape, then another colour's."""
-    colors, shapes = things[0::2], things[1::2]
+    colors, shapes = nouns[0::2], nouns[1::2]
     named = set(colors) <= set(scenes.COLORS) and set(shapes) <= set(scenes.SHAPES)
     return named and len(set(colors)) == len(colors)
 
@@ -350,10 +352,10 @@ def redraw(
     """Returns another script with the same events: captions for a mismatch control.
 
     Raises:
-      ValueError: The script does not begin with a single named object.
+      ValueError: The script does not start with a single named object.
     """
     if played[0] != Scene(played[0].first):
-        raise ValueError(f"the first scene is {played[0]}; begin with one named object")
+        raise ValueError(f"the first scene is {played[0]}; start with one named object")
     splits = (False, True) if held_out is None else (held_out,)
     start = [one for split in splits for one in scenes.all_attributes(split)]
     result = [Scene(start[rng.integers(len(start))])]
@@ -367,7 +369,7 @@ def centers(
 ) -> np.ndarray:
     """Returns both objects' centres (x, y) in pixels on the torus, [2, F, 2].
 
-    They exist for hidden frames too, where the first object moves on unseen, and for
+    They exist for hidden frames too, in which the first object keeps moving, and for
     frames without a second object. The second object stays 32 pixels from the first:
     across the motion at its entry, or to the right of a still object.
     """

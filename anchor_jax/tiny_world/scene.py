@@ -168,7 +168,7 @@ def _is_switch(kinds: tuple[str, ...], kind: str) -> bool:
 
 
 def latent_to_pixel_frames(latent_frames: int) -> int:
-    """Returns how many pixel frames a video of `latent_frames` (at least 1) has."""
+    """Returns the number of pixel frames of `latent_frames` (at least 1)."""
     return WAN_2_1.pixel_frames(latent_frames)
 
 
@@ -237,8 +237,8 @@ def wrap(difference: np.ndarray) -> np.ndarray:
 def coverage(shape: str, xy: np.ndarray, radius: float) -> np.ndarray:
     """Returns the share of each pixel that the shape covers, [F, 64, 64] in [0, 1].
 
-    The signed distance to the outline, cut to a soft edge of one pixel. Pixel (i, j)
-    has its centre at x = j + 0.5, y = i + 0.5.
+    It is the signed distance to the outline, clipped to a soft edge of one pixel. Pixel
+    (i, j) has its centre at x = j + 0.5, y = i + 0.5.
 
     Args:
       shape: One of `SHAPES`.
@@ -316,11 +316,11 @@ def parse_caption(text: str) -> Attributes | None:
     A caption is inside when all its words are in the vocabulary and it names exactly
     one each of colour, shape, motion and background.
     """
-    said = words(text)
-    if not set(said) <= set(vocabulary()):
+    parts = words(text)
+    if not set(parts) <= set(vocabulary()):
         return None
     found = {
-        kind: [word for word in said if word in names]
+        kind: [word for word in parts if word in names]
         for kind, names in _names().items()
     }
     if any(len(one) != 1 for one in found.values()):

@@ -35,7 +35,7 @@ class Windows:
       latents: [window, frame, 8, 8, channel] in float16.
       first: the scene under which each sink was made.
       now: the scene of the current prompt.
-      since: the window's first block under it, 0 if it never changed.
+      since: the window's first block under that prompt, 0 if it never changed.
       layout: index into `POSITIONS`.
     """
 
@@ -110,7 +110,7 @@ def _late(rng, layout: int):
     lengths = rng.integers(_SHORTEST, _LONGEST + 1, size=len(scenes))
     start = int(lengths[:-1].sum())
     if layout == 1:
-        # From the switch's block to three blocks later, or one prompt throughout.
+        # The window ends zero to three blocks after the switch, or has a single prompt.
         last = max(BLOCKS - 1, start + int(rng.integers(0, 4)))
         blocks = (0, *range(last - 3, last + 1))
     else:
@@ -122,7 +122,7 @@ def _late(rng, layout: int):
 
 
 def _script(rng, layout: int) -> list[Scene]:
-    """Returns a stream's scenes; half of all returns come from this function."""
+    """Returns a stream's scenes; half of all `return` events come from here."""
     begin = Scene(scene.sample_attributes(rng, held_out=False))
     if layout == 1 and rng.random() < 0.2:
         return [begin]
@@ -166,7 +166,7 @@ class WindowBatches:
         ids, mask = self.tokenizer.encode([text for two in texts for text in two])
         since = self.windows.since[rows][:, None]
         block = np.arange(BLOCKS)
-        # A junction is only read at its position, never denoised there.
+        # At its position, a junction is only read and never denoised.
         denoised = (block >= since) | (block < 1)
         denoised &= (layout != JUNCTION_LAYOUT) | (block != 1)
         return {

@@ -20,13 +20,13 @@ def train_tokenizer(
       texts: all texts.
       scratch: folder for a temporary file. None takes the system's.
     """
-    rules = [f"{ord(c):X}\t20" for c in ",.;:!?\"'()"]
-    rules += [f"{ord(c):X}\t{ord(c.lower()):X}" for c in map(chr, range(65, 91))]
+    normalized = [f"{ord(c):X}\t20" for c in ",.;:!?\"'()"]
+    normalized += [f"{ord(c):X}\t{ord(c.lower()):X}" for c in map(chr, range(65, 91))]
     words = sorted({word for text in texts for word in text.replace(",", "").split()})
     model = io.BytesIO()
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         path = pathlib.Path(folder) / "rules.tsv"
-        path.write_text("\n".join(rules) + "\n")
+        path.write_text("\n".join(normalized) + "\n")
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter([text for text in texts if text]),
             model_writer=model,

@@ -1,7 +1,7 @@
 """Checkpoints of a training, saved in the background.
 
-A checkpoint has everything that the next step needs. `OUT/<step>/` holds one Orbax item
-per network, in the layout that `anchor_jax.weights.checkpoint` reads.
+A checkpoint holds everything that the next step needs. `OUT/<step>/` holds one Orbax
+item per network, in the layout that `anchor_jax.weights.checkpoint` reads.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ TREES = ITEMS[: ITEMS.index("data")]
 
 
 class NotSaved(UserError):
-    """A checkpoint could not be written; trying to write another one is useless."""
+    """A checkpoint could not be written, and another attempt would fail too."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -42,9 +42,9 @@ class Checkpoints:
     Attributes:
       folder: the training's folder.
       meta: metadata of each checkpoint: the config, and sizes needed to read weights.
-      keep: how many of the newest checkpoints are retained.
+      keep: number of the newest checkpoints to retain.
       tell: a function that prints a line if a checkpoint cannot be used.
-      keep_best: how many checkpoints are also retained for their metric. If it is 0,
+      keep_best: number of checkpoints to retain also for their metric. If it is 0,
         checkpoints have no metric.
       best_of: name of the metric; lower is better.
     """
@@ -165,7 +165,8 @@ class Checkpoints:
         for step in sorted(self.manager.all_steps(), reverse=True):
             try:
                 found, cursor = self._restore(step, state, places)
-            # A torn or foreign file may raise anything. An older one may be complete.
+            # A damaged or foreign file may raise any error. An older one may be
+            # complete.
             except Exception as error:  # noqa: BLE001
                 reasons[step] = " ".join(str(error).split())[:200]
                 continue

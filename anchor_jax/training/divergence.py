@@ -79,7 +79,7 @@ def try_others(
 
 @dataclasses.dataclass(frozen=True)
 class WayBack:
-    """Where a diverged training can resume.
+    """The point at which a diverged training can resume.
 
     Attributes:
       step: step of the newest good checkpoint, or None.
@@ -138,7 +138,7 @@ def _free(state: TrainState) -> None:
 def report(
     step: int, shown: str, wrong: Sequence[str], back: WayBack, folder: pathlib.Path
 ) -> str:
-    """Returns the message on a diverged training.
+    """Returns the message about a diverged training.
 
     Args:
       step: the step at which the divergence was detected.

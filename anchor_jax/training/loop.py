@@ -88,11 +88,11 @@ def train(
         interrupts.check()
         with interrupts.patient(_STOPPING, work.since), keeping:
             for step in range(first, loop.steps):
-                if interrupts.asked():
+                if interrupts.stop_requested():
                     break
                 before = cursor
                 state, cursor, metrics = stage.advance(state, cursor, step)
-                work.go_on()
+                work.step_started()
                 waiting.append((step, _taken(before, cursor), metrics))
                 if len(waiting) > _LAG:
                     _note(waiting.popleft(), state, stage, checkpoints, monitor)
@@ -124,7 +124,7 @@ class _Work:
     checkpoints: Checkpoints
     started: list[float | None] = dataclasses.field(default_factory=lambda: [None])
 
-    def go_on(self) -> None:
+    def step_started(self) -> None:
         """Records that a step has started and that its program is compiled."""
         self.started[-1] = self.started[-1] or time.monotonic()
 

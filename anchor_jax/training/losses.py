@@ -1,6 +1,6 @@
-"""Losses, each a function of arrays and of a `Score`; one per equation.
+"""Losses: one function of arrays and a `Score` for each equation.
 
-Noise and timesteps are data: drawn outside, passed in.
+Noise and timesteps are arguments; the caller draws them.
 """
 
 import dataclasses
@@ -66,7 +66,7 @@ class Score:
     kernel: Any = None
 
     def project(self, variables: Variables, embedding: Embedding) -> ContextKV:
-        """Returns prompts as the network attends to them."""
+        """Returns the keys and values of prompts."""
         network = WanDit(self.model, self.kernel)
         return network.apply(variables, embedding, method="project")
 
@@ -137,7 +137,7 @@ def distribution_matching(
     Args:
       latents: generated clips.
       noise: noise of the clips.
-      timestep: of `flow.dmd_timestep`.
+      timestep: from `flow.dmd_timestep`.
       mask: whether a frame has a loss.
       fake: (critic, its variables, embeddings of the prompts).
       real: (teacher, its variables, embeddings of prompts, of negative prompts).
@@ -193,7 +193,7 @@ def score_flow(
       score: network of the critic.
       latents: generated clips, as constants.
       noise: noise of the clips.
-      timestep: of `flow.dmd_timestep`.
+      timestep: from `flow.dmd_timestep`.
       embedding: embeddings of the prompts.
       mask: whether a frame has a loss.
 

@@ -62,7 +62,7 @@ class Monitor:
         self.events = None if quiet else _events(folder, first)
 
     def note(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Records the metrics of a step; some steps lack some metrics."""
+        """Records the metrics of a step; not every step has every metric."""
         for name, value in numbers.items():
             self.sums.setdefault(name, []).append(value)
             self.unsaved.setdefault(name, []).append(value)

@@ -195,7 +195,7 @@ def _write(config, bundle, setup, writer, texts, share: tuple[int, int]):
             bar.update(len(numbers))
             if not began:  # The slow first clips (compilation) must not be lost.
                 began.append(time.monotonic())
-            if interrupts.asked():
+            if interrupts.stop_requested():
                 break
         writer.flush()
     return written, len(missing) - written

@@ -150,7 +150,7 @@ def of_state(state: TrainState, mesh: Mesh) -> TrainState:
 def of_frozen(frozen, mesh: Mesh):
     """Returns the shardings of frozen weights; the codec's are replicated."""
     return {
-        name: sharding.shardings(tree, sharding.VAE, mesh)
+        name: sharding.shardings(tree, sharding.CODEC, mesh)
         if name == "codec"
         else of_collections(tree, mesh)
         for name, tree in frozen.items()
@@ -170,13 +170,13 @@ def _put(value: Any, place: NamedSharding) -> jax.Array:
 
 
 def rows_of_process(mesh: Mesh, batch: int) -> np.ndarray:
-    """Returns the rows of a batch that lie on this process's devices."""
+    """Returns the rows of a batch that are on this process's devices."""
     held = _of_rows(mesh).addressable_devices_indices_map((batch,)).values()
     return np.unique([np.arange(batch)[rows] for (rows,) in held])
 
 
 def put_batch(batch, mesh: Mesh):
-    """Returns a batch on its devices; every process gives its own rows."""
+    """Returns a batch on its devices; every process passes its own rows."""
     own = {name: np.asarray(value) for name, value in batch.items()}
     return jax.make_array_from_process_local_data(of_batch(batch, mesh), own)
 

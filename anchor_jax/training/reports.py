@@ -1,4 +1,4 @@
-"""Reports on a training's texts: how files were read, and which texts are cut."""
+"""Reports about a training's texts: how files were read, and which texts are cut."""
 
 import itertools
 import re
@@ -17,7 +17,7 @@ _DURATION = re.compile(r"\[[\d.]+[sf]#?\]")
 def report_texts(
     data: DataConfig, tokenizer: Tokenizer, others: Iterable[tuple[str, str]] = ()
 ) -> list[str]:
-    """Returns log lines on texts that are cut or contain durations, and on files.
+    """Returns log lines about texts that are cut or contain durations, and about files.
 
     Generated texts, such as those of the tiny world, are reported when they are
     encoded.

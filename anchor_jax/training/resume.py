@@ -81,24 +81,26 @@ def _tell_changes(
     finished: int | None,
     tell: Callable[[str], None],
 ) -> None:
-    """Tells what is different from the start of a run."""
+    """Prints what is different from the start of a run."""
     others = [
         f"{name} was {shown(old, 200)} and is now {shown(new, 200)}"
         for name, (old, new) in changed.items()
         if name != "steps"
     ]
+    no_effect = f"ignored, because the run is already at step {finished}"
     if others:
-        no_effect = f"; ignored, because the run is already at step {finished}"
-        ignored = no_effect if finished is not None else ""
+        ignored = "" if finished is None else f"; {no_effect}"
         tell(f"changed since this run started: {', '.join(others)}{ignored}")
     if "steps" in changed:
         old, new = changed["steps"]
         how = "extended" if new > old else "shortened"
-        tell(f"The run is {how}: config.steps was {old} and is now {new}.")
+        change = f"config.steps was {old} and is now {new}"
+        ended = finished is not None
+        tell(f"{change}; {no_effect}" if ended else f"The run is {how}: {change}.")
 
 
 def finished_step(config: TrainConfig, folder: pathlib.Path) -> int | None:
-    """Returns the last step of a run that needs no more steps; None for other runs."""
+    """Returns the last step of a finished run; None for other runs."""
     kept = checkpoint.steps(folder) if checkpoint.is_checkpoint(folder) else []
     return max(kept) if kept and max(kept) >= config.steps else None
 

@@ -2,8 +2,8 @@
 
 The sampler's own step makes a chunk without gradient. The gradient of a loss with
 respect to its latents is then pulled back through one pass of each block, one block at
-a time. So memory holds the activations of one block, independent of the length of the
-chunk.
+a time. Therefore memory holds the activations of only one block, for a chunk of any
+length.
 """
 
 import dataclasses
@@ -41,11 +41,11 @@ class ChunkSwitch:
 
     Attributes:
       block: number of the chunk's first block under the new prompt.
-      rerun: the re-cache before that block, from `Policy.recache`, or None.
+      recache: the re-cache before that block, from `Policy.recache`, or None.
     """
 
     block: int
-    rerun: RecachePass | None
+    recache: RecachePass | None
 
 
 @struct.dataclass
@@ -127,7 +127,7 @@ def roll(
             _project(variables, prompts[1], setup),
             requested,
             setup=setup,
-            rerun=switch.rerun,
+            recache=switch.recache,
         )
         recache = block.plan if block else None
     if captures:
@@ -211,7 +211,7 @@ def window(
 
     The clip is the new frames, with earlier frames before them to fill it. The first of
     those is encoded again as a video's first frame, because the scores were trained on
-    clips that begin so.
+    clips that start with such a frame.
 
     Args:
       previous: clean frames before the chunk, as many as the clip has.
@@ -232,7 +232,7 @@ def window(
 def renew_last(params, latents: jax.Array, *, codec) -> jax.Array:
     """Returns the last frame of a clip, encoded alone as a clip's first latent.
 
-    The clip then begins like a video (training/README.md, "The window of the loss").
+    The clip then starts like a video (training/README.md, "The window of the loss").
 
     Args:
       params: the codec's parameters.

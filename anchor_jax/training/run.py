@@ -128,8 +128,8 @@ class TrainingRun:
         found = self.checkpoints.restore(state, stage.places)
         state, cursor = found or (state, Cursor())
         first = int(state.step)
+        done = first >= self.config.steps
         if first:
-            done = first >= self.config.steps
             finished = f"Already finished at step {first}; nothing to do."
             self.tell(finished if done else f"Resuming at step {first}.")
         config = self.config
@@ -142,7 +142,7 @@ class TrainingRun:
             first,
             config.log_every,
             self.prepared.frames,
-            quiet=jax.process_index() > 0,
+            quiet=done or jax.process_index() > 0,
         )
         if self.sampler is not None:
             self.sampler.show = monitor.show
@@ -176,14 +176,15 @@ class TrainingRun:
         seconds = {}
         for updates, step in (*first_of.items(), *first_of.items()):
             began = time.monotonic()
-            # The same chunks each time, so that nothing is compiled the second time.
+            # The chunks are the same each time, so that nothing is compiled the second
+            # time.
             state, _, metrics = stage.advance(state, cursor, step)
             jax.block_until_ready((state, metrics))
             seconds[updates] = time.monotonic() - began
         return sum(seconds[updates] for updates in made) / len(made)
 
 
-def open_job(
+def open_training(
     config: TrainConfig,
     tell: Callable[[str], None],
     most: int | None = None,
@@ -194,7 +195,7 @@ def open_job(
     Args:
       config: the training's config.
       tell: a function that prints a line.
-      most: number of examples to read from data that is slow to prepare. None: all.
+      most: number of examples to read from data that is slow to prepare. Default: all.
       patience: seconds to wait for another training in the folder to end.
 
     Raises:
@@ -216,19 +217,19 @@ def open_job(
         "wait until it ends, stop it, or choose another --config.out",
     )
     try:
-        job = _open_job(config, folder, tell, most)
+        training = _open_training(config, folder, tell, most)
     except BaseException:
         lease.release()
-        # A refused start must leave no folder that looks like a training.
+        # If the start is refused, no folder that looks like a training may stay.
         for empty in missing:
             with contextlib.suppress(OSError):
                 empty.rmdir()
         raise
-    job.lease = lease
-    return job
+    training.lease = lease
+    return training
 
 
-def _open_job(
+def _open_training(
     config: TrainConfig, folder: pathlib.Path, tell, most: int | None
 ) -> TrainingRun:
     files.check(folder)
@@ -273,7 +274,7 @@ def _open_job(
 
 
 def _warn_of_words(config: TrainConfig, bundle: Bundle, folder, tell) -> None:
-    """Warns of words in prompt files that the text encoder does not know."""
+    """Warns about words in prompt files that the text encoder does not know."""
     kind = kinds.find_kind(config.data)
     is_free_text = isinstance(kind, kinds.PromptKind) and kind.is_free_text
     if not is_free_text or not hasattr(bundle.tokenizer, "unknown_words"):
@@ -305,13 +306,16 @@ def dry_run(config: TrainConfig, tell: Callable[[str], None]) -> None:
     with scratch_folder() as scratch:
         # Datasets are built in the scratch folder.
         data = dataclasses.replace(config.data, cache=None)
-        trial = dataclasses.replace(config, out=str(scratch), data=data)
-        job = open_job(trial, tell, most=config.batch)
-        tell(job.describe())
+        temporary = dataclasses.replace(config, out=str(scratch), data=data)
+        training = open_training(temporary, tell, most=config.batch)
+        tell(training.describe())
         where, logged = f"(from {folder / files.LOG})", _logged(folder)
         if logged is None:
             tell("timing a few steps; the first ones compile")
-            logged, where = (job.seconds_per_step(), memory_gb()), "on this machine"
+            logged, where = (
+                (training.seconds_per_step(), memory_gb()),
+                "on this machine",
+            )
     seconds, memory = logged
     tell(f"peak memory: {memory:.2f} GB {where}")
     whole = config.steps * seconds
@@ -327,7 +331,7 @@ def _logged(folder: pathlib.Path) -> tuple[float, float] | None:
         for line in lines:
             count, before = line["step"] - before, line["step"]
             steps, spent = steps + count, spent + count * line["seconds_per_step"]
-            # The log has means over a few steps, so single lines say little.
+            # Each line of the log is a mean over few steps, so single lines vary.
             if steps >= _STEPS or line is lines[-1]:
                 seconds.append(spent / steps)
                 steps, spent = 0, 0.0
@@ -381,9 +385,9 @@ def _load_critic(config: TrainConfig) -> Bundle | None:
 
 @contextlib.contextmanager
 def _on_host() -> Iterator[None]:
-    """Makes new arrays in host memory, from which they go to the mesh in shards.
+    """Creates new arrays in host memory; they move to the mesh in shards.
 
-    One device of a large mesh has no room for whole networks.
+    A single device of a large mesh cannot hold whole networks.
     """
     try:
         host = jax.local_devices(backend="cpu")[0]

@@ -39,7 +39,7 @@ _OWN = dict.fromkeys(("window", "sink", "block", "rope", "on_switch"))
 
 @dataclasses.dataclass(frozen=True)
 class Video:
-    """A video that is made again and again: its script and its stream."""
+    """A sample video, which is made repeatedly: its script and its stream."""
 
     script: Script
     setup: StreamSetup
@@ -56,9 +56,9 @@ class Sampler:
       frozen: collections of the generator that are not trained.
       codec: parameters of the VAE, on the mesh.
       place: sharding of replicated arrays.
-      negative_prompt: prompt that guidance leads away from.
+      negative_prompt: negative prompt of the guidance.
       seed: seed of the noise, to which a video's number is added.
-      show: function of the contact sheet, uint8 [height, width, 3], and the step.
+      show: called with the contact sheet, uint8 [height, width, 3], and the step.
     """
 
     folder: pathlib.Path
@@ -80,7 +80,7 @@ class Sampler:
           UserError: The files cannot be written.
         """
         bundle = self._with(state.generator if state.ema is None else state.ema)
-        # Kernels are split over the current mesh.
+        # Attention kernels are split over the current mesh.
         with jax.set_mesh(self.place.mesh):
             made = [
                 self._play(bundle, video, self.seed + number)
@@ -173,7 +173,7 @@ def make_sampler(
 
 
 def _session(bundle: Bundle, video: Video, seed: int, negative: str) -> Session:
-    """Returns the session that makes a video, after it is checked."""
+    """Returns the session that makes a video, after checking it."""
     session = Session(bundle, video.setup, video.script.prompts[0], seed, negative)
     session.check(video.script.frames)
     return session
@@ -241,7 +241,7 @@ def _block(config: TrainConfig) -> int:
 
 
 def _scripts(config: TrainConfig, block: int, rate: float) -> tuple[Script, ...]:
-    """Returns what the videos show, all of one length."""
+    """Returns the scripts of the videos, all of one length."""
     stage, samples = build.find_stage(config), config.samples
     frames = samples.frames
     if _method(config).policy == TEACHER:

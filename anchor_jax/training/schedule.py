@@ -84,7 +84,7 @@ class SequencePlan:
         return int(rng.choice(self.switches))
 
     def chunk(self, start: int, switch: int | None) -> ChunkSpan | None:
-        """Returns the chunk that begins at a frame, or None at the sequence's end."""
+        """Returns the chunk that starts at a frame, or None at the sequence's end."""
         new = self.frames if start == 0 else self.frames - self.block
         if start + new > self.length:
             return None
@@ -107,7 +107,7 @@ class SequencePlan:
     def visited(self, every: int) -> tuple[int, ...]:
         """Returns the first frames of the chunks that update the generator.
 
-        A generator update takes a chunk of its own after `every` chunks of the critic.
+        A generator update takes its own chunk after `every` chunks of the critic.
         All chunks are visited if `every` + 1 and the number of chunks have no common
         divisor (training/README.md, "Steps").
 

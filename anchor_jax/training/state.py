@@ -55,11 +55,11 @@ class Optimizer:
             if not 0 < getattr(self, field) < float("inf"):
                 return f"{field}={getattr(self, field)} must be above 0"
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            return f"betas={self.betas} must be two numbers from 0 to below 1"
+            return f"betas={self.betas} must be two numbers in [0, 1)"
         if not 0 <= self.decay <= 1:
             return f"decay={self.decay} must lie between 0 and 1"
         if self.warmup < 0 or self.weight_decay < 0:
-            return "warmup and weight_decay must be 0 or more"
+            return "warmup and weight_decay must be at least 0"
         return None
 
     def scale(self, steps: int):
@@ -136,12 +136,12 @@ class Ema:
     def __post_init__(self):
         if not 0 <= self.decay < 1 or self.start < 0:
             raise ValueError(
-                f"ema: decay={self.decay} must lie in [0, 1) and start={self.start} be"
-                " 0 or more"
+                f"ema: decay={self.decay} must be in [0, 1) and start={self.start}"
+                f" must be at least 0"
             )
 
     def next(self, mean, params, number, step):
-        """Returns the mean after update `number`, in trainer step `step`, from 0."""
+        """Returns the mean after update `number`, in zero-based trainer step `step`."""
         number = jnp.asarray(number, jnp.float32)
         keep = jnp.float32(self.decay)
         if self.warm:

@@ -189,7 +189,7 @@ def _read_json(path: pathlib.Path) -> Any:
 
 
 def _beside(folder: pathlib.Path, named: Any, key: str) -> pathlib.Path:
-    """Returns the file that a config names, if it lies in the case's set.
+    """Returns the file that a config names, if it is in the case's set.
 
     The set is the folder two levels above the case, SET/KIND/CASE.
     """

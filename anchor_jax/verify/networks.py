@@ -10,8 +10,8 @@ import numpy as np
 from einops import rearrange
 from flax import traverse_util
 
-from anchor_jax.porting import rules
-from anchor_jax.porting.convert import Rule, convert, convert_lora, fill
+from anchor_jax.porting import key_tables
+from anchor_jax.porting.convert import KeyRule, convert, convert_lora, fill
 from anchor_jax.verify.case import Case, CaseError, Checks
 from anchor_jax.wan import lora, shapes, text, vae
 from anchor_jax.wan.attention import (
@@ -59,16 +59,16 @@ def model_config(case: Case, *section: str) -> ModelConfig:
 
 
 def dit_params(case: Case, config: ModelConfig, prefix: str = ""):
-    """Returns the transformer's parameters, every official name accounted for."""
-    return convert(case.weights(prefix), dit_rules(config), shapes.of(config))
+    """Returns the transformer's parameters; every official name is accounted for."""
+    return convert(case.weights(prefix), dit_table(config), shapes.of(config))
 
 
-def dit_rules(config: ModelConfig) -> tuple[Rule, ...]:
+def dit_table(config: ModelConfig) -> tuple[KeyRule, ...]:
     """Returns the transformer's table for a model of any patch."""
     sizes = tuple(zip("thw", config.patch, strict=True))
     return tuple(
         dataclasses.replace(rule, sizes=sizes) if rule.sizes else rule
-        for rule in rules.DIT
+        for rule in key_tables.DIT
     )
 
 
@@ -294,7 +294,7 @@ def verify_lora(case: Case, checks: Checks) -> None:
     config = model_config(case)
     params = dit_params(case, config, "base.")
     alpha = case.number("alpha")
-    adapters = convert_lora(case.weights("lora."), rules.LORA, alpha)
+    adapters = convert_lora(case.weights("lora."), key_tables.LORA, alpha)
     given, rows = causal_pass(case, config), text_rows(case, config)
     _check_rank(adapters, case.size("rank"))
 
@@ -338,7 +338,7 @@ def _compare_layer(case: Case, checks: Checks, module: str, trees) -> None:
 
 def _layer(tree, module: str) -> dict[str, np.ndarray]:
     """Returns the arrays of one official linear layer in one of our trees."""
-    for rule in rules.DIT:
+    for rule in key_tables.DIT:
         fields = rule.match_source(f"{module}.weight")
         if fields is not None and rule.target.endswith("/kernel") and rule.is_stacked:
             number = int(fields.pop("layer"))
@@ -359,7 +359,7 @@ def verify_umt5(case: Case, checks: Checks) -> None:
     """Compares the text encoder, its layers, and the buckets of distances."""
     config = _text_config(case)
     ids, mask = _token_ids(case, config)
-    params = convert(case.weights(), rules.UMT5, shapes.of(config))
+    params = convert(case.weights(), key_tables.UMT5, shapes.of(config))
     output, inner = _run_text(params, ids, mask, config=config)
     checks.compare("prompt_embeds", output, relative=NEAR)
     checks.compare("encoder", inner["encoded"][0], relative=NEAR)
@@ -485,8 +485,8 @@ def vae_sizes(case: Case, section: str) -> vae.VaeConfig:
 
 
 def vae_params(case: Case, config: vae.VaeConfig, prefix: str = ""):
-    """Returns the VAE's parameters, every official name accounted for."""
-    return convert(case.weights(prefix), rules.VAE, shapes.of(config))
+    """Returns the VAE's parameters; every official name is accounted for."""
+    return convert(case.weights(prefix), key_tables.VAE, shapes.of(config))
 
 
 def _compare_stream(case: Case, checks: Checks, latent: np.ndarray, run) -> None:
@@ -508,7 +508,7 @@ def _compare_stream(case: Case, checks: Checks, latent: np.ndarray, run) -> None
         if slot >= len(kept):
             raise CaseError(f"{name}: the decoder has {len(kept)} causal convolutions")
         ours, theirs = _first(kept[slot]), checks.outputs.get(name)
-        # Ours start with frames of zeros; fewer may be recorded at first.
+        # Our states start with frames of zeros; the recording may have fewer at first.
         if theirs is not None and theirs.ndim == 5 and 0 < theirs.shape[2] < 2:
             ours = ours[:, :, -theirs.shape[2] :]
         checks.compare(name, ours, relative=NEAR)

@@ -52,7 +52,7 @@ def _compare_rope(case: Case, checks: Checks, dim: int) -> None:
 
 
 def rotated(case: Case, dim: int, start: int) -> np.ndarray:
-    """Returns a case's tokens rotated from a start frame on.
+    """Returns a case's tokens, rotated from a start frame.
 
     Tokens after the last frame are padding, which is not rotated.
     """
@@ -63,9 +63,9 @@ def rotated(case: Case, dim: int, start: int) -> np.ndarray:
         raise CaseError(f"inputs: x.d{dim} has shape {x.shape}")
     by = rope.rotary(start + jnp.arange(frames), (rows, columns), dim)
     own = rearrange(x[:, :tokens], "b (f t) h d -> b f t (h d)", f=frames)
-    turned = np.asarray(rope.rotate(jnp.asarray(own), by))
-    turned = rearrange(turned, "b f t (h d) -> b (f t) h d", d=dim)
-    return np.concatenate([turned, x[:, tokens:]], axis=1)
+    rotated = np.asarray(rope.rotate(jnp.asarray(own), by))
+    rotated = rearrange(rotated, "b f t (h d) -> b (f t) h d", d=dim)
+    return np.concatenate([rotated, x[:, tokens:]], axis=1)
 
 
 def _grid(case: Case, name: str) -> tuple[int, int, int]:

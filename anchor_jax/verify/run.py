@@ -42,8 +42,8 @@ KINDS = {
 
 _FILES = ("config.json", "inputs.safetensors", "outputs.safetensors", "trace.json")
 
-# What a damaged or hostile file can raise on its way through the networks. One case
-# fails then, and the others still run.
+# Errors that a damaged or hostile file can raise in the networks. Then one case fails,
+# and the others still run.
 _FAULTS = (
     ArithmeticError,
     AssertionError,
@@ -61,7 +61,7 @@ _FAULTS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class CaseResult:
     """The result of one case."""
 
     folder: pathlib.Path
@@ -109,7 +109,7 @@ def _cases_below(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 def verify_case(
     folder: pathlib.Path, excepted: Sequence[str] = (), dtype: str = "float32"
-) -> Result:
+) -> CaseResult:
     """Returns the result of one case. Faults in its files count as failures.
 
     Args:
@@ -123,16 +123,16 @@ def verify_case(
         kind = kind_of(folder, read_config(folder))
     except CaseError as error:
         if kind not in excepted:
-            return Result(folder, kind, problems=(str(error),))
+            return CaseResult(folder, kind, problems=(str(error),))
     if kind in excepted:
-        return Result(folder, kind, is_excepted=True)
+        return CaseResult(folder, kind, is_excepted=True)
     if kind not in KINDS:
         problem = f"unknown kind {kind!r}{suggest(kind, KINDS, 'kinds')}"
-        return Result(folder, kind, problems=(problem,))
+        return CaseResult(folder, kind, problems=(problem,))
     return _run(folder, kind, dtype)
 
 
-def _run(folder: pathlib.Path, kind: str, dtype: str) -> Result:
+def _run(folder: pathlib.Path, kind: str, dtype: str) -> CaseResult:
     checks, problems = Checks({}), []
     try:
         case = dataclasses.replace(load_case(folder), dtype=dtype)
@@ -150,7 +150,7 @@ def _run(folder: pathlib.Path, kind: str, dtype: str) -> Result:
         if not checks.rows:
             problems.append("nothing was compared")
     rows = tuple(checks.rows)
-    return Result(folder, kind, rows, tuple(problems), checks.left_out, dtype=dtype)
+    return CaseResult(folder, kind, rows, tuple(problems), checks.left_out, dtype=dtype)
 
 
 def _function(kind: str) -> Callable:
@@ -159,8 +159,8 @@ def _function(kind: str) -> Callable:
     return getattr(importlib.import_module(module), name)
 
 
-def report(result: Result, every_tensor: bool = False) -> str:
-    """Returns the lines on one case: a summary, then the failures.
+def report(result: CaseResult, every_tensor: bool = False) -> str:
+    """Returns the lines about one case: a summary, then the failures.
 
     Args:
       result: The case.
@@ -185,7 +185,7 @@ def report(result: Result, every_tensor: bool = False) -> str:
     return "\n".join(map(_plain, lines))
 
 
-def _verdict(result: Result) -> str:
+def _verdict(result: CaseResult) -> str:
     if not result.passed:
         return "FAIL"
     return "pass" if result.dtype == "float32" else result.dtype

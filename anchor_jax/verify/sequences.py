@@ -27,7 +27,7 @@ from anchor_jax.verify.training import (
     KEPT_GRADIENTS,
     LOSS,
     Draws,
-    Networks,
+    RecordedNetworks,
     block_noise,
     compare_distillation,
     compare_gradients,
@@ -96,7 +96,7 @@ class _Sequence:
 
     case: Case
     checks: Checks
-    networks: Networks
+    networks: RecordedNetworks
     renew: Callable
     state: Rollout
     prompts: tuple[np.ndarray, ...]
@@ -207,11 +207,11 @@ class _Sequence:
             frames = call["kv_frames_attended"]
             self.checks.equal(f"{label}.frames", int(plan.frames), frames)
             self._compare_positions(label, call, plan, recaching)
-            turned = span.prompt == 1 or (
+            switched = span.prompt == 1 or (
                 span.switch_at is not None
                 and (recaching or plan.start >= span.switch_at)
             )
-            prompt = ("cond", "switch")[int(turned)]
+            prompt = ("cond", "switch")[int(switched)]
             self.checks.equal(f"{label}.prompt", prompt, call["prompt"])
 
     def _compare_positions(self, label: str, call, plan, recaching: bool) -> None:
@@ -257,8 +257,8 @@ class _Sequence:
     def _readable(self, held: np.ndarray, theirs: np.ndarray, are_keys: bool):
         """Returns a layer's sink and local frames, in order of time, ours and theirs.
 
-        Theirs are the sink and the newest filled rows. Their keys are rotated if
-        positions are absolute.
+        The recorded ones are the sink and the newest filled rows. Their keys are
+        rotated if positions are absolute.
         """
         setup, index = self.networks.setup, self.state.cache.index
         policy, end = setup.policy, int(index.start)

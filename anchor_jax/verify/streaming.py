@@ -126,14 +126,14 @@ def _policy(case: Case) -> Policy:
         kind = PeriodicJunction if single else ReleaseJunction
         junction = kind(JUNCTION_FRAMES)
     bounded = case.is_set("rope_enhance")
-    rerun = Recache(rewrite_sink=not case.is_set("global_sink"))
+    renew = Recache(rewrite_sink=not case.is_set("global_sink"))
     return Policy(
         block=case.size("num_frame_per_block"),
         sink=case.size("sink_size", low=0),
         window=case.size("num_frames") if window == -1 else window,
         junction=junction,
         positions=Relative(range=RANGE) if bounded else Absolute(),
-        on_switch=rerun if case.is_set("recache") else Keep(),
+        on_switch=renew if case.is_set("recache") else Keep(),
     )
 
 
@@ -192,8 +192,8 @@ def _switch(run: Run, requested: int, first: int, cut: bool = False) -> None:
         run.buffer = list(range(first - len(run.buffer), first))
     name = f"flow.recache{number}"
     if name in run.checks.outputs:
-        # The official pass also runs frames whose keys it does not store: the newest
-        # ones are those that count.
+        # The official pass also runs frames whose keys it does not store; the newest
+        # frames are stored.
         ours = frames_first(block.committed)
         theirs = run.checks.outputs[name][:, -ours.shape[1] :]
         run.checks.compare(name, ours, theirs, absolute=CLOSE)

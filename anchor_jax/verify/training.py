@@ -20,7 +20,7 @@ from anchor_jax.verify.networks import (
     CLOSE,
     block_sizes,
     dit_params,
-    dit_rules,
+    dit_table,
     model_config,
 )
 from anchor_jax.verify.primitives import score_timestep
@@ -41,7 +41,7 @@ KEPT_GRADIENTS = "gradients through cached keys, which are constants here"
 
 
 @dataclasses.dataclass(frozen=True)
-class Networks:
+class RecordedNetworks:
     """The networks of a recorded training, with their settings.
 
     The real score is with + guidance (with - without).
@@ -93,7 +93,7 @@ roll = jax.jit(rollout.roll, static_argnames=("setup", "switch"))
 pull_back = jax.jit(rollout.pull_back, static_argnames="setup")
 
 
-def load_networks(case: Case, policy: Policy) -> Networks:
+def load_networks(case: Case, policy: Policy) -> RecordedNetworks:
     """Returns the networks of a case, whose generator has a cache policy."""
     config, teacher = model_config(case), model_config(case, "teacher")
     if case.number("fake_guidance_scale", default=0.0) != 0.0:
@@ -120,7 +120,7 @@ def load_networks(case: Case, policy: Policy) -> Networks:
     )
     scores = (Score(sizes, tables) for sizes in (config, teacher))
     guidance = case.number("real_guidance_scale", default=guidance)
-    return Networks(*collections, setup, *scores, guidance)
+    return RecordedNetworks(*collections, setup, *scores, guidance)
 
 
 def load_prompts(
@@ -132,7 +132,7 @@ def load_prompts(
 
 def official(found, setup: StreamSetup) -> dict[str, np.ndarray]:
     """Returns a gradient under the official names of its parameters."""
-    return export(jax.tree.map(np.asarray, found["params"]), dit_rules(setup.model))
+    return export(jax.tree.map(np.asarray, found["params"]), dit_table(setup.model))
 
 
 def _frames_last(latents) -> np.ndarray:
@@ -205,7 +205,9 @@ def verify_dmd(case: Case, checks: Checks) -> None:
         checks.compare(f"{name}_scheduler.sigmas", table, absolute=1e-6)
 
 
-def _compare_critic(checks, networks: Networks, latents, noise, timestep, prompt):
+def _compare_critic(
+    checks, networks: RecordedNetworks, latents, noise, timestep, prompt
+):
     score = networks.critic
     sigma = score.tables.noising(timestep)
     noisy = flow.add_noise(latents, noise, sigma)
@@ -240,7 +242,7 @@ def verify_ode_regression(case: Case, checks: Checks) -> None:
     blocks = block_sizes(case, stored.shape[2])
     if sum(blocks) != stored.shape[2]:
         raise CaseError(f"inputs: {stored.shape[2]} frames do not divide into blocks")
-    # The draw of a block's first frame counts for the whole block.
+    # The draw of a block's first frame applies to the whole block.
     first = np.cumsum([0, *blocks[:-1]])
     index = np.repeat(drawn[:, first], blocks, axis=1)
     noisy = np.take_along_axis(stored, index[:, None, :, None, None, None], 1)[:, 0]
@@ -258,7 +260,7 @@ def verify_ode_regression(case: Case, checks: Checks) -> None:
     checks.compare("mean_timestep", times[index].mean(axis=1), relative=TIME)
     each = np.square(np.asarray(x0) - stored[:, -1]).mean(axis=(1, 2, 3, 4))
     checks.compare("unnormalized_loss", each, relative=LOSS)
-    gradient = export(jax.tree.map(np.asarray, found), dit_rules(config))
+    gradient = export(jax.tree.map(np.asarray, found), dit_table(config))
     compare_gradients(checks, "grad.", gradient)
 
 

@@ -66,8 +66,8 @@ class Prefix:
 class Spans:
     """Query frames by spans, each with the spans of key frames that it sees.
 
-    `spans` holds (first, end, ((first, end), ...)) over frames and is static. So no
-    token-by-token mask is made.
+    `spans` holds (first, end, ((first, end), ...)) over frames and is static. Therefore
+    no token-by-token mask is needed.
     """
 
     spans: tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...] = struct.field(

@@ -33,7 +33,7 @@ from anchor_jax.wan.layers import AffineNorm, Dense, gelu, layer_norm, modulate
 from anchor_jax.wan.spec import ModelConfig
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """One transformer block.
 
     Source: wan/README.md, "Transformer block".
@@ -56,7 +56,7 @@ class Block(nn.Module):
         config = self.config
         context, number = layer
         if past is not None:
-            past = kernels.Past(past.k, past.v, number)
+            past = kernels.PastLayer(past.k, past.v, number)
         normal = nn.initializers.normal(config.dim**-0.5)
         table = self.param("modulation", normal, (6, config.dim), config.param_dtype)
         x, time = sharding.by_video(x), time + table.astype(config.dtype)
@@ -129,7 +129,7 @@ class WanDit(nn.Module):
         self.time_projection = Dense(6 * config.dim, *dtypes)
         self.context = _over_layers(ContextLayer, config, (nn.broadcast,))(config)
         axes = (0, *[nn.broadcast] * 5)
-        block = _over_layers(_remat(Block, config), config, axes)
+        block = _over_layers(_remat(TransformerBlock, config), config, axes)
         self.blocks = block(config, self.attention)
         self.head = Head(config)
 

@@ -5,14 +5,14 @@ adjacent in `dim`. A kernel is static: a frozen object with
 
 * `lay_out(x, head_dim)`: remembered keys or values, [..., batch, frame, token, dim],
   in the order of axes that the kernel reads; tokens are the last axis but one.
-  `in_place` says that this moves nothing. `pad(x, own)`: the same, with room to whole
+  If `in_place`, this moves no data. `pad(x, own)`: the same, with room to whole
   tiles after the pass's `own` tokens. Both are done once for all passes of a block;
-* `attend(head_dim, q, k, v, past, seen)`: the values that the queries take. Keys are
-  the pass's own, then those of `past`: one layer of what was laid out, or a `Past`. The
-  first `seen` (traced) of all these are visible. Without k and v all keys are those of
+* `attend(head_dim, q, k, v, past, seen)`: the attended values of the queries. Keys are
+  the pass's own, then those of `past`: one layer of what was laid out, or a
+  `PastLayer`. The first `seen` (traced) are visible. Without k and v all keys are of
   `past`, with nothing padded;
 * `split(videos, heads)`: how a layer of what was laid out is split over mesh axes;
-* `refuses(dtype, head_dim)`: why it cannot serve such a model, or nothing.
+* `refuses(dtype, head_dim)`: why it cannot serve such a model, or "".
 
 Networks call `attend` of this module, which gives each device of a mesh its videos and
 heads: compilers do not split a kernel by themselves.
@@ -54,7 +54,7 @@ class LaidOut:
 
 
 @struct.dataclass
-class Past:
+class PastLayer:
     """Past keys and values of all layers, laid out, and the number of a layer."""
 
     k: Float[Array, "layer *axes token dim"]
@@ -67,7 +67,7 @@ class Past:
         return tuple(pick(x, self.layer, keepdims=False) for x in (self.k, self.v))
 
 
-Remembered = LaidOut | Past | None
+Remembered = LaidOut | PastLayer | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,11 +277,11 @@ def attend(
     videos = sharding.dividing(sharding.VIDEOS, q.shape[0])
     heads = sharding.dividing(sharding.HEADS, q.shape[2] // head_dim)
     by_token, stored = P(videos, None, heads), kernel.split(videos, heads)
-    if isinstance(past, Past):
-        stored = Past(P(None, *stored), P(None, *stored), P())
+    if isinstance(past, PastLayer):
+        stored = PastLayer(P(None, *stored), P(None, *stored), P())
     given = {"q": q, "k": k, "v": v, "past": past, "seen": seen}
     specs = dict.fromkeys("qkv", by_token) | {"past": stored, "seen": P()}
-    # Missing arguments have no specification.
+    # Arguments that are None have no sharding.
     specs = {name: None if given[name] is None else specs[name] for name in given}
     split = jax.shard_map(
         lambda given: kernel.attend(head_dim, **given),
@@ -304,7 +304,7 @@ def choose(platform: str, dtype: str, head_dim: int) -> Any:
 
 
 def named(name: str, dtype: str, head_dim: int) -> Any:
-    """Returns the kernel of a name; None for `auto`, which depends on the machine.
+    """Returns the kernel with a name; None for `auto`, which depends on the machine.
 
     Raises:
       UserError: The kernel does not exist, or cannot serve the model.
@@ -324,7 +324,7 @@ def named(name: str, dtype: str, head_dim: int) -> Any:
 
 
 def _one(past) -> tuple[jax.Array, jax.Array]:
-    return past.one() if isinstance(past, Past) else (past.k, past.v)
+    return past.one() if isinstance(past, PastLayer) else (past.k, past.v)
 
 
 def _heads_first(head_dim: int, q, k, v):
@@ -385,7 +385,7 @@ def _shown_part(q, k, v, past, shown):
       shown: number of visible past keys, traced.
     """
     size, first = past.k.shape[-2], 0
-    if isinstance(past, Past):
+    if isinstance(past, PastLayer):
         first = past.layer * len(q)
     stored = [x.reshape(-1, *x.shape[-2:]) for x in (past.k, past.v)]
     unit = math.gcd(k.shape[1], size)
@@ -420,7 +420,7 @@ def _bias(size: int, shown) -> jax.Array:
 
 
 def _each_head(*arrays, bias=None):
-    """Returns `_one_head` of each of them, one after another."""
+    """Returns `_one_head` of each head, one after another."""
     return jax.lax.map(lambda head: _one_head(*head, bias=bias), arrays)
 
 
@@ -435,7 +435,8 @@ def _one_head(q, *keys_values, bias=None):
     values = keys_values[1::2]
     scores = [_dot(q, k.astype(q.dtype)) for k in keys_values[::2]]
     if bias is not None:
-        # Before the maximum: a hidden key may score far above all others.
+        # This comes before the maximum, because a hidden key may score far above all
+        # others.
         scores[-1] = scores[-1] + bias
     tops = [jnp.max(part, axis=-1, keepdims=True) for part in scores]
     top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, tops))
@@ -456,8 +457,8 @@ def _dot(q, k):
 def _tile(length: int, most: int) -> tuple[int, int]:
     """Returns a tile size in lanes, up to `most`, and the length in whole tiles.
 
-    The least padding wins, then the largest tile. Small tiles count as padding, because
-    they read the other operand many times.
+    The tile with the least padding is chosen, then the largest. Small tiles count as
+    padding, because they read the other operand many times.
     """
     tiles = range(_LANES, max(_LANES, most) + 1, _LANES)
 

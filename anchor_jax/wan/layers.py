@@ -39,9 +39,9 @@ class Dense(nn.Module):
             y = y + (x @ down) @ up
         return y
 
-    def _whole(self, name: str, value: jax.Array, rules=sharding.GENERATOR):
+    def _whole(self, name: str, value: jax.Array, placements=sharding.GENERATOR):
         path = (*self.path, name)
-        return sharding.gathered(value.astype(self.dtype), path, rules)
+        return sharding.gathered(value.astype(self.dtype), path, placements)
 
 
 class RmsNorm(nn.Module):

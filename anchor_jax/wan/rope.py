@@ -116,8 +116,8 @@ def rotate(
     # Rolling finds each channel's partner, and is fast on every backend.
     odd = np.arange(head_dim) % 2 == 1
     partner = jnp.where(odd, jnp.roll(wide, 1, -1), jnp.roll(wide, -1, -1))
-    turned = wide * by.cos[:, :, None] + partner * by.sin[:, :, None]
-    return turned.astype(x.dtype).reshape(x.shape)
+    rotated = wide * by.cos[:, :, None] + partner * by.sin[:, :, None]
+    return rotated.astype(x.dtype).reshape(x.shape)
 
 
 def timestep_sinusoid(

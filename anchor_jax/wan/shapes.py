@@ -21,21 +21,22 @@ def of(config: ModelConfig | TextConfig | VaeConfig) -> Shapes:
     The tree is the caller's own. Each config is traced once.
 
     Raises:
-      TypeError: The config is of no known network.
+      TypeError: The config is not that of a known network.
     """
     return jax.tree.map(lambda leaf: leaf, _traced(config))
 
 
 @functools.cache
 def _traced(config: ModelConfig | TextConfig | VaeConfig) -> Shapes:
-    # Also called while another program is traced, whose mesh and tracers do not count.
+    # It may be called while another program is traced; its mesh and tracers must not
+    # leak in.
     kind = next((kind for kind in _INITS if isinstance(config, kind)), None)
     if kind is None:
         names = ", ".join(kind.__name__ for kind in _INITS)
         raise TypeError(f"config is a {type(config).__name__}; expected one of {names}")
     init = _INITS[kind]
     made = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
-    # Without the mesh that may be set now.
+    # A mesh that may be set now must not apply.
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), made)
 
 

@@ -59,7 +59,7 @@ class Family:
 
     @property
     def latent_frames_per_second(self) -> float:
-        """Latent frames per second; the first of a video counts as a whole one."""
+        """Latent frames per second; the first of a video counts as a full one."""
         return self.frames_per_second / self.strides[0]
 
     @property
@@ -94,7 +94,7 @@ class Family:
         """Returns the latent size of videos of `HEIGHTxWIDTH` pixels.
 
         Raises:
-          UserError: It is not a size, or does not divide by the strides.
+          UserError: It is not a size, or is not a multiple of the strides.
         """
         match = re.fullmatch(r"(\d{1,4})x(\d{1,4})", size)
         height, width = map(int, match.groups()) if match else (0, 0)
@@ -123,10 +123,10 @@ class Family:
 
 
 def pixel_frames(latent_frames: int, stride: int) -> int:
-    """Returns how many pixel frames latent frames make from the start of a video.
+    """Returns the number of pixel frames of a video's first latent frames.
 
     Args:
-      latent_frames: their number; none make no pixel frames.
+      latent_frames: number of latent frames; 0 gives 0.
       stride: pixel frames of a latent frame that is not the first.
     """
     return max(0, Family.first_frames + stride * (latent_frames - 1))
@@ -152,7 +152,7 @@ WAN_2_1 = Family(
         *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
     ),
 )
-"""Wan2.1; files that name no family are of it, and so is the tiny model.
+"""Wan2.1, which is also the family of the tiny model and of files without a family.
 
 The tiny model has the strides, channels and frames per second of Wan2.1, but its own
 codec, text encoder and size of video.
@@ -202,8 +202,8 @@ class ModelConfig:
     `FAMILIES`. The family is not a field, so stored sizes do not depend on it; a recipe
     names the class.
 
-    `remat` names a member of `jax.checkpoint_policies`, or "none". `unroll` is how
-    many layers the compiled loop over layers holds side by side.
+    `remat` names a member of `jax.checkpoint_policies`, or "none". `unroll` is the
+    number of layers per iteration of the compiled loop over layers.
     """
 
     family: ClassVar[Family] = WAN_2_1

@@ -61,7 +61,7 @@ def relative_bucket(
 
     The upper half of the buckets is for keys after the query. In each half, the first
     half of the buckets holds one distance each. The others grow logarithmically, and
-    the last holds all distances from near `max_distance` on.
+    the last holds all distances from about `max_distance`.
 
     Source: T5 (arXiv:1910.10683), section 2.1; wan/README.md, "Text encoder".
     """
@@ -69,7 +69,7 @@ def relative_bucket(
     distance = np.asarray(distance)
     size = np.abs(distance)
     # Float32 as in the original: at a boundary another precision may round the other
-    # way, and the learned table would be read one row off.
+    # way, and select the wrong row of the learned table.
     ratio = np.log(np.maximum(size, exact).astype(np.float32) / np.float32(exact))
     ratio = ratio / np.float32(np.log(max_distance / exact)) * np.float32(half - exact)
     far = np.minimum(exact + ratio.astype(np.int32), half - 1)

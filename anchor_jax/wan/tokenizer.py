@@ -83,7 +83,7 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def _beginning(self, cleaned: str, row: Sequence[int]) -> str:
-        """Returns the beginning of a text that its first ids spell."""
+        """Returns the beginning of a text, as its first ids spell it."""
 
     def encode(self, prompts: Sequence[str]) -> tuple[Ids, Ids]:
         """Returns ids and mask; each row of ids ends in `</s>`.

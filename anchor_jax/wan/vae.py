@@ -24,11 +24,12 @@ Resized = Float[Array, "batch new_frame new_height new_width new_channel"]
 class VaeConfig:
     """Sizes of the VAE; the defaults are those of Wan2.1.
 
-    `conv` says how a causal convolution is computed: "taps" joins the three frames it
-    sees along channels and convolves in 2-D, "native" convolves in 3-D. They agree up
-    to rounding. "auto" is the native one where JAX's default backend is a GPU, which
-    would write the joined frames to memory, and taps elsewhere; it is settled when a
-    program is traced, so name the form to compile for a device that this machine lacks.
+    `conv` says how a causal convolution is computed: "taps" joins the three frames that
+    it reads along channels and convolves in 2-D, "native" convolves in 3-D. They agree
+    up to rounding. "auto" is the native one where JAX's default backend is a GPU, which
+    would write the joined frames to memory, and taps elsewhere; the choice is made when
+    a program is traced, so state the form when you compile for a device that this
+    machine lacks.
 
     Each level but the last halves height and width, and the frames where
     `temporal_downsample` says so. Before the first, squares of `pixel_patch` by
@@ -259,7 +260,7 @@ class AttentionBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Features, past: Past | None) -> tuple[Features, Past]:
         """Returns an array like x, and an empty past."""
-        del past  # frames do not see one another here
+        del past  # frames do not attend to one another here
         height, width, channels = x.shape[2:]
         y = ChannelNorm(self.config, name="norm")(x)
         y = einops.rearrange(y, "b f h w c -> b f (h w) c")
@@ -312,8 +313,8 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Doubles height and width and halves channels; with `temporal` doubles the frames.
 
-    The first frame of a stream stays one. Source: wan/README.md, "VAE layers", "VAE
-    time".
+    The first frame of a stream is not doubled. Source: wan/README.md, "VAE layers",
+    "VAE time".
     """
 
     config: VaeConfig
@@ -477,8 +478,8 @@ class WanVae(nn.Module):
     first latent frame makes one pixel frame, every other as many as the stride in time.
     A stream is decoded in pieces of any length, with the state of one call passed to
     the next; the pieces make the same video as the whole. The first call of a stream
-    passes None, and compiles apart from the others. However long the piece, one latent
-    frame at a time is in memory between the layers.
+    passes None, and is compiled separately. For a piece of any length, one latent frame
+    at a time is in memory between the layers.
 
     Source: wan/README.md, "VAE"; Wan (arXiv:2503.20314), section 4.1.
     """
@@ -510,7 +511,7 @@ class WanVae(nn.Module):
     ) -> tuple[Latents, VaeState]:
         """Returns the latents of the next pixel frames, float32, and the new state.
 
-        A stream's first call takes 1 + 4k frames, every other 4k.
+        A stream's first call takes 1 + 4k frames, later calls take 4k.
         """
         mean, state = self.encode_mean(pixels, state)
         centre, inverse = self._normal(mean.dtype)
@@ -564,7 +565,7 @@ class WanVae(nn.Module):
         )
 
     def _normal(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-        """Returns the latents' mean and inverse deviation, rounded as originally."""
+        """Returns the latents' mean and inverse deviation, rounded as in Wan2.1."""
         config = self.config
         return jnp.asarray(config.latent_mean, dtype), 1 / jnp.asarray(
             config.latent_std, dtype
@@ -598,7 +599,7 @@ class VaeCodec:
     ) -> tuple[Pixels, VaeState]:
         """Returns pixels in [-1, 1], and the state.
 
-        State None begins a video, whose first latent makes one pixel frame.
+        A state of None starts a video, whose first latent frame makes one pixel frame.
         """
         return WanVae(self.config).apply(
             {"params": params}, latents, state, method="decode_stream"

@@ -23,7 +23,7 @@ _REMEMBERED = 8 * 2**30  # bytes of stored embeddings
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PromptEncoder:
-    """Encodes prompts, with the text encoder's weights where there is memory for them.
+    """Encodes prompts, and manages the memory of the text encoder's weights.
 
     Attributes:
       config: sizes of the text encoder.
@@ -43,7 +43,7 @@ class PromptEncoder:
     _known: collections.OrderedDict[str, np.ndarray] = dataclasses.field(
         default_factory=collections.OrderedDict
     )
-    _turn: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
     @functools.cached_property
     def params(self) -> Mapping[str, Any]:
@@ -63,7 +63,7 @@ class PromptEncoder:
                 f"texts is a single string, {shown(texts)}; give a list of strings"
             )
         if self.frees:
-            with self._turn:
+            with self._lock:
                 encoded = jnp.asarray(self._remembered(texts))
         else:
             encoded = self._encode(self.params, texts)
@@ -77,7 +77,7 @@ class PromptEncoder:
         return self._run(params, *self.tokenizer.encode(texts))
 
     def _run(self, params, ids, mask) -> jax.Array:
-        # A generator's mesh may be set, and the encoder need not be on it.
+        # A mesh of the generator may be set, but the encoder is not always on it.
         with sharding.no_mesh():
             return _encode(params, ids, mask, config=self.config)
 
@@ -89,7 +89,7 @@ class PromptEncoder:
         if not self.frees:
             jax.block_until_ready(self.params)
             return
-        with self._turn:
+        with self._lock:
             self._encode_new(texts)
 
     def _encode_new(self, texts: Sequence[str]) -> dict[str, np.ndarray]:

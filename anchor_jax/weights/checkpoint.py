@@ -64,12 +64,12 @@ class Lazy:
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
-def _is_no_echo(record: logging.LogRecord) -> bool:
+def _is_not_duplicate(record: logging.LogRecord) -> bool:
     return "_SignalingThread" not in str(record.msg)
 
 
 # Orbax's threads log errors that their caller receives too.
-logging.getLogger("absl").addFilter(_is_no_echo)
+logging.getLogger("absl").addFilter(_is_not_duplicate)
 
 
 class _Writer(ocp.type_handlers.NumpyHandler):
@@ -78,7 +78,7 @@ class _Writer(ocp.type_handlers.NumpyHandler):
     def __init__(self, progress: Callable[[int], None] | None):
         super().__init__()
         self._progress = progress
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
         self._failure: BaseException | None = None
 
     async def serialize(self, values, infos, args=None):
@@ -91,12 +91,12 @@ class _Writer(ocp.type_handlers.NumpyHandler):
 
     def stop(self) -> None:
         """Waits for the current leaf; no other is started."""
-        with self._turn:
+        with self._lock:
             self._failure = self._failure or RuntimeError("writing was stopped")
 
     async def _write_all(self, values, infos, args) -> None:
         for value, info, arg in zip(values, infos, args, strict=True):
-            await asyncio.to_thread(self._turn.acquire)
+            await asyncio.to_thread(self._lock.acquire)
             try:
                 if self._failure:
                     raise self._failure
@@ -107,7 +107,7 @@ class _Writer(ocp.type_handlers.NumpyHandler):
                 self._failure = error
                 raise
             finally:
-                self._turn.release()
+                self._lock.release()
 
 
 def _load(leaf: Lazy, info) -> np.ndarray:
@@ -250,7 +250,7 @@ def _move(part: pathlib.Path, target: pathlib.Path, overwrite: bool) -> None:
     If renaming fails, the old checkpoint stays.
     """
     if not overwrite or not target.exists():
-        part.rename(target)  # This fails if the target has content by now.
+        part.rename(target)  # This fails if the target has content in the meantime.
         return
     old = _old(target)
     target.rename(old)
@@ -267,7 +267,7 @@ def _old(target: pathlib.Path) -> pathlib.Path:
 
 
 def _recover(target: pathlib.Path) -> None:
-    """Completes the replacement of a checkpoint that a killed process began."""
+    """Completes the replacement of a checkpoint that a killed process started."""
     old = _old(target)
     if target.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -315,7 +315,7 @@ def shapes(path: str | pathlib.Path, item: str) -> dict[str, Any]:
     """
     with _damaged(path):
         found = _reader().metadata(_item(path, item)).tree
-        # An optimizer's state is a list; networks are found by their names.
+        # An optimizer's state may be a list; networks are nested dicts.
         if not isinstance(found, dict) and item not in _OPTIMIZERS:
             raise ValueError(f"{item} is not a tree of names")
         return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), found)
@@ -424,7 +424,7 @@ def _inside(folder: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def _reader(stored: Any = None) -> ocp.PyTreeCheckpointHandler:
-    """Returns what reads an item, a few leaves at once or one large one."""
+    """Returns a reader of an item, for few small leaves at once or a large one."""
     sizes = map(trees.leaf_nbytes, jax.tree.leaves(stored))
     at_once = max([_READ_AT_ONCE, *sizes])
     return ocp.PyTreeCheckpointHandler(restore_concurrent_gb=-(-at_once // 10**9))

@@ -19,7 +19,7 @@ class Codec(Protocol):
         """Returns the pixels of the next latents, and the next state.
 
         Latents are [batch, frame, height, width, channel], pixels [batch, pixel frame,
-        height, width, 3] in [-1, 1]. A stream begins with the state None.
+        height, width, 3] in [-1, 1]. A stream starts with the state None.
         """
 
     def encode(self, params, pixels: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ def write_run(folder: pathlib.Path, base: str) -> None:
 
     Args:
       folder: folder of its checkpoints.
-      base: its initial weights, as for `load_bundle`. A name that begins with "./" is
+      base: its initial weights, as for `load_bundle`. A name that starts with "./" is
         relative to the folder.
     """
     write_json(folder / RUN, {"format_version": FORMAT_VERSION, "base": base})
@@ -58,7 +58,7 @@ def _read_run(folder: pathlib.Path) -> str:
 
 
 def _is_path(text: str) -> bool:
-    """Returns whether a string can be a path: not empty, no zero, valid text."""
+    """Returns whether a string can be a path: not empty, no NUL, valid text."""
     with contextlib.suppress(UnicodeEncodeError):
         return bool(text.encode()) and "\0" not in text
     return False

@@ -16,7 +16,7 @@ from anchor_jax.io import expand
 from anchor_jax.wan.spec import LatentGrid
 from anchor_jax.weights.bundle import Bundle
 from anchor_jax.weights.lineage import run_folder
-from anchor_jax.weights.options import Options
+from anchor_jax.weights.options import LoadOptions
 from anchor_jax.weights.single_file import load_saved
 
 
@@ -35,12 +35,12 @@ def load_bundle(
 
     Args:
       weights: `tiny`, the path that `save_bundle` wrote to, the folder of a
-        checkpoint with ported weights, or that of a training; of a training,
-        `FOLDER/400` takes the checkpoint of step 400, not the last one.
-      grid: latent size of the videos, or their `HEIGHTxWIDTH` in pixels; None: as
-        stored, and the default of their family for ported ones.
-      dtype: type of weights and activations. Default: as stored, and bfloat16 for
-        ported ones.
+        checkpoint with ported weights, or the folder of a training. `FOLDER/400` is the
+        checkpoint of a training's step 400; `FOLDER` is the last one.
+      grid: latent size of the videos, or their `HEIGHTxWIDTH` in pixels. Default: the
+        stored size, or for ported weights the default of their family.
+      dtype: type of weights and activations. Default: the stored type, or bfloat16 for
+        ported weights.
       text_encoder: "device" keeps it on the device, "free" only while there are new
         prompts, and "sharded" splits it over all devices.
       mesh: mesh that the generator is split over. None uses the default device.
@@ -49,17 +49,18 @@ def load_bundle(
       param_dtype: type of the generator's weights, if it differs from that of
         activations.
       network: "generator", or "critic" to load the critic of the same training or
-        checkpoint in the generator's place. Without a critic it is the generator.
+        checkpoint in the generator's place. Without a critic, "critic" loads the
+        generator.
 
     Raises:
       UserError: A file is missing or damaged, its tensors do not fit its stated sizes,
         or an argument is not one of its choices.
     """
-    options = Options(grid, dtype, text_encoder, mesh, lora, param_dtype, network)
+    options = LoadOptions(grid, dtype, text_encoder, mesh, lora, param_dtype, network)
     return _load(weights, options)
 
 
-def _load(weights: str, options: Options) -> Bundle:
+def _load(weights: str, options: LoadOptions) -> Bundle:
     folder = expand(weights)
     if weights != "tiny" and run_folder(folder) is not None:
         from anchor_jax.weights.trained import find_trained

@@ -20,7 +20,7 @@ NETWORKS = ("generator", "critic")
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class LoadOptions:
     """The options of `load_bundle`."""
 
     grid: LatentGrid | str | None
@@ -69,13 +69,13 @@ class Options:
         return PromptEncoder(text, tokenizer, load, self.text_encoder == "free", place)
 
     def typed(self, config):
-        """Returns a network's config with the requested type of numbers."""
+        """Returns a network's config with the requested dtype."""
         if self.dtype is None:
             return config
         return dataclasses.replace(config, dtype=self.dtype, param_dtype=self.dtype)
 
     def mastered(self, model: ModelConfig) -> ModelConfig:
-        """Returns the generator's config with the requested type of weights."""
+        """Returns the generator's config with the requested dtype of weights."""
         if self.param_dtype is None:
             return model
         return dataclasses.replace(model, param_dtype=self.param_dtype)
@@ -84,7 +84,7 @@ class Options:
         """Returns the latent size of the videos.
 
         Raises:
-          UserError: The patch does not divide it, or the size in pixels is none.
+          UserError: The patch does not divide it, or the size in pixels is invalid.
         """
         grid = self.grid or default
         if isinstance(grid, str):

@@ -21,7 +21,7 @@ from anchor_jax.wan.tokenizer import Tokenizer, load_tokenizer
 from anchor_jax.wan.vae import VaeCodec, VaeConfig
 from anchor_jax.weights import checkpoint
 from anchor_jax.weights.bundle import Bundle
-from anchor_jax.weights.options import Options
+from anchor_jax.weights.options import LoadOptions
 from anchor_jax.weights.tensors import (
     check_tensors,
     check_vocab,
@@ -43,7 +43,7 @@ class _Ported:
     digest: str
 
 
-def load_ported(folder: pathlib.Path, options: Options) -> Bundle:
+def load_ported(folder: pathlib.Path, options: LoadOptions) -> Bundle:
     """Returns the bundle in a checkpoint."""
     meta = checkpoint.read_meta(folder)
     _check_items(folder, checkpoint.items(folder))
@@ -63,10 +63,10 @@ def load_ported(folder: pathlib.Path, options: Options) -> Bundle:
             check_tensors(item, stored, trees.flatten(expected[item]))
     tokenizer = _ported_tokenizer(folder, text)
 
-    def load(item: str, rules, mesh: Mesh | None):
+    def load(item: str, placements, mesh: Mesh | None):
         places = None
         if mesh is not None:
-            places = sharding.shardings(expected[item], rules, mesh)
+            places = sharding.shardings(expected[item], placements, mesh)
         return checkpoint.restore(folder, item, text.dtype, places)
 
     return Bundle(
@@ -81,7 +81,7 @@ def load_ported(folder: pathlib.Path, options: Options) -> Bundle:
             lambda: load("text_encoder", sharding.TEXT, options.text_mesh),
         ),
         load_variables=lambda: _load_network(folder, network, expected, options),
-        load_codec=lambda: load("vae", sharding.VAE, options.mesh),
+        load_codec=lambda: load("vae", sharding.CODEC, options.mesh),
         metadata=meta,
         digest=ported.digest
         if network == "generator"
@@ -121,7 +121,7 @@ def _read_ported(meta: Mapping[str, Any], dtype: str) -> _Ported:
 
 
 def _model_kind(meta: Mapping[str, Any]) -> type[ModelConfig]:
-    """Returns the class of the generator's sizes; no family is Wan2.1."""
+    """Returns the class of the generator's sizes; that of Wan2.1 by default."""
     name = meta.get("family", WAN_2_1.name)
     if name not in FAMILIES:
         known = suggest(str(name), FAMILIES, "families")
@@ -153,7 +153,7 @@ def _source_digest(sources: Any) -> str:
 
 
 def _check_ported(ported: _Ported) -> None:
-    """Raises UserError unless the sizes are possible and fit together."""
+    """Raises UserError unless the sizes are valid and fit together."""
     model, text, vae = ported.model, ported.text, ported.vae
     for name in ("model", "text", "vae"):
         check_sizes(f"meta.{name}", getattr(ported, name))
@@ -187,7 +187,7 @@ def _expected_ported(folder: pathlib.Path, ported: _Ported) -> dict[str, Any]:
     return {"generator": generator, "text_encoder": text, "vae": codec}
 
 
-def _load_network(folder: pathlib.Path, item: str, expected, options: Options):
+def _load_network(folder: pathlib.Path, item: str, expected, options: LoadOptions):
     """Returns a network's collections, with low-rank updates as requested."""
     expected = expected[item]
     places, dtype = None, options.param_dtype or options.dtype or "bfloat16"

@@ -29,7 +29,7 @@ from anchor_jax.wan.text import TextConfig
 from anchor_jax.wan.tokenizer import SentencePieceTokenizer
 from anchor_jax.weights.bundle import Bundle
 from anchor_jax.weights.codecs import CODECS, STORED
-from anchor_jax.weights.options import Options
+from anchor_jax.weights.options import LoadOptions
 from anchor_jax.weights.tensors import (
     check_tensors,
     check_vocab,
@@ -66,7 +66,7 @@ class _Header:
     metadata: Mapping[str, Any]
 
 
-def load_saved(weights: str, options: Options) -> Bundle:
+def load_saved(weights: str, options: LoadOptions) -> Bundle:
     """Returns the bundle in a safetensors file."""
     model_file, tokenizer_file = _files(weights)
     content = _read(model_file, weights)
@@ -86,7 +86,7 @@ def load_saved(weights: str, options: Options) -> Bundle:
         expected = expected_tensors(model, text, codec)
     check_tensors(model_file, stored, expected)
 
-    def load(part: str, rules, mesh: Mesh | None):
+    def load(part: str, placements, mesh: Mesh | None):
         names = [name for name in expected if name.startswith(f"{part}/")]
         leaves = {
             name: jnp.asarray(stored[name], expected[name].dtype) for name in names
@@ -94,7 +94,7 @@ def load_saved(weights: str, options: Options) -> Bundle:
         params = trees.unflatten(leaves)[part]
         if mesh is None:
             return params
-        return jax.device_put(params, sharding.shardings(params, rules, mesh))
+        return jax.device_put(params, sharding.shardings(params, placements, mesh))
 
     def load_text():
         return load("text", sharding.TEXT, options.text_mesh)
@@ -109,7 +109,7 @@ def load_saved(weights: str, options: Options) -> Bundle:
         load_variables=lambda: {
             "params": load("generator", sharding.GENERATOR, options.mesh)
         },
-        load_codec=lambda: load("codec", sharding.VAE, options.mesh),
+        load_codec=lambda: load("codec", sharding.CODEC, options.mesh),
         metadata=header.metadata,
         digest=hashlib.sha256(content).hexdigest(),
         trained_grid=header.grid,
@@ -266,7 +266,7 @@ def _header(path: pathlib.Path) -> _Header:
 
 
 def _check_header(header: _Header) -> None:
-    """Raises unless the sizes are ones that networks can have, and fit together."""
+    """Raises an error unless the sizes are valid for the networks and fit together."""
     if header.codec not in CODECS:
         known = suggest(header.codec, CODECS, "codecs")
         raise UserError(f"unknown codec {shown(header.codec)}{known}")

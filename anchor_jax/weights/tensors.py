@@ -29,7 +29,7 @@ damaged_weights = functools.partial(
 def expected_tensors(
     model: ModelConfig, text: TextConfig, codec: StoredCodec | None
 ) -> dict[str, Any]:
-    """Returns shape and type of every tensor, by name, without making any."""
+    """Returns the shape and type of every tensor by name, without creating any."""
     tree = {
         "generator": shapes.of(model),
         "text": shapes.of(text),

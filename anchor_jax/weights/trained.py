@@ -16,7 +16,7 @@ from anchor_jax.wan.spec import ModelConfig
 from anchor_jax.weights import checkpoint
 from anchor_jax.weights.bundle import Bundle
 from anchor_jax.weights.lineage import run_base, run_folder
-from anchor_jax.weights.options import Options
+from anchor_jax.weights.options import LoadOptions
 from anchor_jax.weights.tensors import (
     check_tensors,
     damaged_weights,
@@ -41,14 +41,14 @@ class Trained:
     """
 
     folder: pathlib.Path
-    options: Options
+    options: LoadOptions
     base: str
     item: str
     stored: Mapping[str, Any]
 
-    def base_options(self) -> Options:
+    def base_options(self) -> LoadOptions:
         """Returns the options for loading its initial weights."""
-        # A training continues the updates that it finds, so its own contain them.
+        # A training continues existing updates, so its own updates contain them.
         lora = "none" if "lora" in self.stored else self.options.lora
         return dataclasses.replace(self.options, network="generator", lora=lora)
 
@@ -68,11 +68,11 @@ class Trained:
         return dataclasses.replace(base, encode_prompts=encoder)
 
 
-def find_trained(folder: pathlib.Path, options: Options) -> Trained:
+def find_trained(folder: pathlib.Path, options: LoadOptions) -> Trained:
     """Returns the files of a training. Raises UserError if they cannot be loaded.
 
-    They are those of the last checkpoint, or of the folder's step. The running mean of
-    the generator is preferred.
+    The files are those of the last checkpoint, or of the folder's step. The running
+    mean of the generator is preferred.
     """
     name = run_base(run_folder(folder))
     if not checkpoint.is_checkpoint(folder):
@@ -108,8 +108,9 @@ def _why_not(folder: pathlib.Path, base: str) -> str:
     kept = ", ".join(map(str, checkpoint.steps(run)))
     if kept:
         return (
-            f"{run} has no checkpoint of step {folder.name}, only of {kept}; trainings"
-            " that start from a step need it later too: retain more with config.keep"
+            f"{run} has no checkpoint of step {folder.name}, only of {kept}; a training"
+            " that starts from a step also needs it later: retain more with"
+            " config.keep"
         )
     return (
         f"{folder} is a training that has no checkpoint yet; wait for its first, or use"
@@ -117,7 +118,7 @@ def _why_not(folder: pathlib.Path, base: str) -> str:
     )
 
 
-def _with_variables(folder, item: str, stored, base: Bundle, options: Options):
+def _with_variables(folder, item: str, stored, base: Bundle, options: LoadOptions):
     """Returns the bundle with the collections of a training's checkpoint."""
     params = shapes.of(base.model)
     with damaged_weights(folder):

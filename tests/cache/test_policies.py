@@ -108,7 +108,7 @@ class Buffer:
         return seen
 
     def stream(self, frames, requests, passes=5) -> dict:
-        """Every pass: {first frame of a block: first pass}, {("again", c): pass}."""
+        """Every pass: {first frame of a block: first pass}, {("re-cache", c): pass}."""
         made, waiting, number = {}, list(requests), 0
         if waiting:
             self.switch_frame = waiting[0]
@@ -119,7 +119,7 @@ class Buffer:
                 if first:
                     count = min(self.cap, first)
                     seen = self.run(first - count, count, overwrite=not self.keeps_sink)
-                    made["again", first] = seen
+                    made["re-cache", first] = seen
                 number += 1
                 if number > 1:
                     self.switch_frame, self.prompt = request, self.prompt + 1
@@ -177,7 +177,7 @@ class Paper:
                 if whole:
                     sink, again = again[: policy.sink], again[policy.sink :]
                 shown = active(first - size)
-                made["again", first] = self.place(
+                made["re-cache", first] = self.place(
                     first - count, count, sink, again, shown
                 )
                 past = again
@@ -199,14 +199,14 @@ def compiled(policy):
         _, done = policy.write(index)
         return plan, done
 
-    @functools.partial(jax.jit, static_argnames="rerun")
-    def switch(index, requested, cut, rerun):
+    @functools.partial(jax.jit, static_argnames="recache")
+    def switch(index, requested, cut, recache):
         plan = None
         if isinstance(policy.on_switch, Flush):
             _, index = policy.flush(index)
-        if rerun:
-            plan = policy.read_recache(index, rerun)
-            _, index = policy.write_recache(index, rerun)
+        if recache:
+            plan = policy.read_recache(index, recache)
+            _, index = policy.write_recache(index, recache)
         return plan, policy.switched(index, requested, cut)
 
     return block, switch
@@ -218,18 +218,18 @@ def stream(policy, frames, requests=(), cuts=()) -> dict:
     index, made, waiting = policy.init_index(), {}, list(requests)
     for first in range(0, frames, policy.block):
         if waiting and first >= waiting[0]:
-            request, rerun = waiting.pop(0), policy.recache(first)
+            request, recache = waiting.pop(0), policy.recache(first)
             plan, index = switch(
-                index, jnp.int32(request), jnp.array(request in cuts), rerun=rerun
+                index, jnp.int32(request), jnp.array(request in cuts), recache=recache
             )
             if plan is not None:
-                made["again", first] = read(policy, plan, rerun)
+                made["re-cache", first] = read(policy, plan, recache)
         plan, index = block(index)
         made[first] = read(policy, plan)
     return made
 
 
-def read(policy, plan, rerun=None) -> Seen:
+def read(policy, plan, recache=None) -> Seen:
     """Returns the visible keys: the first ones in the order own, sink, local, junction.
 
     A re-cache reads nothing local, and no sink where it makes the sink.
@@ -238,7 +238,7 @@ def read(policy, plan, rerun=None) -> Seen:
     seen = int(plan.frames)
     assert seen <= len(plan.frame)
     keys = list(zip(plan.frame.tolist(), plan.position.tolist(), strict=True))[:seen]
-    makes_sink = rerun.sink if rerun else plan.start == 0
+    makes_sink = recache.sink if recache else plan.start == 0
     own = len(plan.own)
     first = own if makes_sink else own + policy.sink
     last = seen - (policy.junction_frames if plan.junction else 0)
@@ -390,7 +390,7 @@ TABLE = {
     33: (18, [SINK, (27, 35, 12)]),
     36: (18, [SINK, (30, 38, 12)]),
     39: (18, [SINK, (33, 41, 12)]),
-    ("again", 42): (12, [SINK, (33, 41, 12)]),
+    ("re-cache", 42): (12, [SINK, (33, 41, 12)]),
     42: (18, [SINK, (36, 44, 12)]),
     45: (18, [SINK, (39, 47, 12)]),
     48: (18, [SINK, (42, 50, 12)]),
@@ -431,7 +431,7 @@ def test_release_leaves_one_block_without_junction_after_an_aligned_switch():
 )
 def test_early_switch_runs_the_whole_clip_again(requested, start, queries, parts):
     for policy in (PAPER, RELEASE):
-        seen = stream(policy, 18, (requested,))["again", start]
+        seen = stream(policy, 18, (requested,))["re-cache", start]
 
         assert seen.query == queries
         assert seen.keys == spans(*parts)
@@ -458,12 +458,12 @@ def test_release_events_of_five_switches(
     number, start, again, shown_again, active, prior
 ):
     ours = stream(RELEASE, 240, FIVE)
-    rerun = ours["again", start]
+    recache = ours["re-cache", start]
 
-    assert [f for f, _ in rerun.local] == [*range(again[0], again[1] + 1)]
+    assert [f for f, _ in recache.local] == [*range(again[0], again[1] + 1)]
     expected = spans((shown_again, shown_again + 2, 6)) if shown_again else []
-    assert rerun.junction == expected
-    assert not rerun.prior
+    assert recache.junction == expected
+    assert not recache.prior
     for first in range(start, active, 3):
         assert ours[first].prior == prior, first
         assert bool(ours[first].junction) == prior, first
@@ -474,8 +474,8 @@ def test_release_events_of_five_switches(
 def test_second_switch_within_the_window_drops_the_first_junction():
     ours = stream(RELEASE, 63, (40, 45))
 
-    assert [f for f, _ in ours["again", 45].keys] == [0, 1, 2, *range(36, 45)]
-    assert not ours["again", 45].junction
+    assert [f for f, _ in ours["re-cache", 45].keys] == [0, 1, 2, *range(36, 45)]
+    assert not ours["re-cache", 45].junction
     assert not ours[51].junction and not ours[54].junction
     assert ours[57].junction == spans((45, 47, 6))
 
@@ -493,7 +493,7 @@ def test_recache_sees_the_old_junction_only_if_active_by_its_rule(policy, again)
         ours = stream(policy, start + 3, (40, start - 1))
 
         expected = spans((*shown, 6)) if shown else []
-        assert ours["again", start].junction == expected, start
+        assert ours["re-cache", start].junction == expected, start
 
 
 def test_junction_stays_out_while_its_frames_are_local():
@@ -583,7 +583,7 @@ def test_only_held_frames_are_visible(name):
 
 
 @pytest.mark.parametrize(
-    "policy, rerun",
+    "policy, recache",
     [
         (PAPER, RecachePass(9, False)),
         (PAPER, RecachePass(12, True)),
@@ -593,20 +593,22 @@ def test_only_held_frames_are_visible(name):
         (Policy(sink=0, window=3), None),
     ],
 )
-def test_no_slot_is_written_twice_in_a_pass(policy, rerun):
+def test_no_slot_is_written_twice_in_a_pass(policy, recache):
     # A scatter that names a slot twice keeps either value.
     index = policy.init_index().replace(start=jnp.int32(60))
-    plan, done = policy.write_recache(index, rerun) if rerun else policy.write(index)
+    plan, done = (
+        policy.write_recache(index, recache) if recache else policy.write(index)
+    )
 
     slots = [slot for slot in plan.slot.tolist() if slot < policy.slots]
     assert len(slots) == len(set(slots))
-    kept = policy.sink * (rerun is not None and rerun.sink) + policy.local
+    kept = policy.sink * (recache is not None and recache.sink) + policy.local
     assert len(slots) == min(kept, len(plan.slot))
     assert int(done.filled) == min(policy.local, len(plan.slot))
 
 
 @pytest.mark.parametrize(
-    "policy, start, rerun",
+    "policy, start, recache",
     [
         (PAPER, 0, None),
         (PAPER, 3, RecachePass(3, True)),
@@ -619,8 +621,8 @@ def test_no_slot_is_written_twice_in_a_pass(policy, rerun):
         (POLICIES["self_forcing"], 15, None),
     ],
 )
-def test_switch_runs_again_the_frames_that_are_kept(policy, start, rerun):
-    assert policy.recache(start) == rerun
+def test_a_recache_covers_the_frames_that_stay(policy, start, recache):
+    assert policy.recache(start) == recache
 
 
 @pytest.mark.parametrize(
@@ -660,7 +662,7 @@ def test_a_recache_lists_the_junction_that_it_sees():
     for start in range(0, 63, 3):
         if start == 42:
             args = (jnp.int32(40), jnp.array(False))
-            _, index = switch(index, *args, rerun=RecachePass(9, False))
+            _, index = switch(index, *args, recache=RecachePass(9, False))
         _, index = block(index)
 
     plan = PAPER.read_recache(index, PAPER.recache(63))

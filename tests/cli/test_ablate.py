@@ -17,7 +17,7 @@ def opened(monkeypatch, tmp_path):
     bundles.save(tmp_path / "start")
     configs = []
 
-    def open_job(config, tell):
+    def open_training(config, tell):
         configs.append(config)
         bundles.save(config.out)
         return types.SimpleNamespace(run=lambda: config.steps)
@@ -26,7 +26,7 @@ def opened(monkeypatch, tmp_path):
         speed = 1.0 + (setup.policy.junction is not None)
         return [{"speed": speed}] * trial.scripts
 
-    monkeypatch.setattr(run, "open_job", open_job)
+    monkeypatch.setattr(run, "open_training", open_training)
     monkeypatch.setattr(ablation, "measure", measure)
     return configs
 
@@ -39,7 +39,7 @@ def ablate(folder, *more):
 
 
 @pytest.mark.slow
-def test_arms_begin_alike_and_differ_in_what_they_remember(opened, tmp_path, capsys):
+def test_arms_start_equally_and_differ_in_their_memory(opened, tmp_path, capsys):
     assert ablate(tmp_path) == 0
 
     trained = {(one.distillation.policy, one.seed) for one in opened}
@@ -57,7 +57,7 @@ def test_a_training_that_was_stopped_is_not_measured(
     opened, tmp_path, monkeypatch, capsys
 ):
     stopped = types.SimpleNamespace(run=lambda: 3)
-    monkeypatch.setattr(run, "open_job", lambda config, tell: stopped)
+    monkeypatch.setattr(run, "open_training", lambda config, tell: stopped)
 
     assert ablate(tmp_path, "--arms=both") == 130
 

@@ -137,7 +137,7 @@ def test_other_policies_do_not_replace_a_comparison(command, made, tmp_path):
         ),
     ],
 )
-def test_a_mistake_is_said_before_anything_is_made(command, tmp_path, argv, parts):
+def test_a_mistake_is_reported_before_anything_is_made(command, tmp_path, argv, parts):
     status, _, err = command("compare", *argv)
 
     assert status == 2

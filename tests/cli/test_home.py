@@ -45,6 +45,8 @@ def test_a_path_in_an_unknown_home_is_refused(line, tmp_path, monkeypatch, capsy
 
     assert main(line) == 2
 
-    said = capsys.readouterr().err
-    assert "~/x" in said and "home folder of this user is unknown; set HOME" in said
+    message = capsys.readouterr().err
+    assert (
+        "~/x" in message and "home folder of this user is unknown; set HOME" in message
+    )
     assert list(tmp_path.iterdir()) == []

@@ -105,8 +105,9 @@ def test_a_flag_of_the_command_is_not_a_field(say):
     ("argv", "message"),
     [
         (["--seed=x"], "config.seed: got 'x', expected int"),
-        (["--sampler=1"], "Unknown command line flag 'sampler'"),
-        (["--nothing=1"], "Unknown command line flag 'nothing'"),
+        (["--sampler=1"], "unknown flag --sampler;"),
+        (["--nothing=1"], "unknown flag --nothing; set a config field"),
+        (["--sed=1"], "unknown flag --sed; did you mean 'seed'?"),
     ],
 )
 def test_a_short_spelling_is_checked_like_a_long_one(say, argv, message):
@@ -141,7 +142,7 @@ def test_a_command_s_status_is_returned(say):
         (["help", "smaple"], ["unknown command 'smaple'"]),
         (["absent"], ["unknown command 'absent'"]),
         (["--config=a"], ["unknown command '--config=a'"]),
-        (["sample", "--promt=x"], ["'promt'", "prompt", "anchor-jax sample --help"]),
+        (["sample", "--promt=x"], ["--promt", "prompt", "anchor-jax sample --help"]),
         (["sample", "--config=mine.py", "--count=x"], ["--count=x", "--help"]),
         (["sample"], ["--config is missing"]),
         (["sample", "--config=tinny"], ["config 'tinny'", "shipped configs, in"]),
@@ -239,7 +240,7 @@ def test_the_package_runs_as_a_module_from_any_folder(tmp_path):
     assert done.returncode == 2 and "Traceback" not in done.stderr
 
 
-def test_a_reader_that_stops_early_is_no_traceback(tmp_path):
+def test_a_reader_that_stops_early_gives_no_traceback(tmp_path):
     command = f"{sys.executable} -m anchor_jax --help | true"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     done = subprocess.run(
@@ -285,7 +286,7 @@ def test_warnings_of_the_package_read_as_those_of_a_command(capsys):
         (["sam\ud800"], "argument 1: U+D800"),
     ],
 )
-def test_arguments_that_are_no_text_are_refused(capsys, argv, message):
+def test_arguments_that_are_not_text_are_refused(capsys, argv, message):
     assert main.main(argv) == 2
     assert f"error: {message}" in capsys.readouterr().err
 

@@ -45,7 +45,7 @@ def test_an_unknown_policy_is_refused(capsys):
     assert "did you mean 'longlive'" in capsys.readouterr().err
 
 
-def test_a_table_on_a_page_is_made_anew(tmp_path, capsys):
+def test_a_table_on_a_page_is_generated_again(tmp_path, capsys):
     path = tmp_path / "page.md"
     path.write_text(PAGE)
 

@@ -7,7 +7,7 @@ import pytest
 
 from anchor_jax.cli import main
 from anchor_jax.compile_cache import CACHE_VARIABLE
-from anchor_jax.sampling import jobs
+from anchor_jax.sampling import tasks
 from anchor_jax.streaming import recipe as recipes
 
 pytestmark = pytest.mark.usefixtures("optimized_compilation")
@@ -120,7 +120,7 @@ def test_a_block_that_differs_is_named(replay):
 
 
 @pytest.mark.slow
-def test_another_machine_is_said_and_no_failure(replay):
+def test_another_machine_is_reported_and_not_a_failure(replay):
     def other(recipe):
         recipe["blocks"][0] = "0" * 64
         recipe["fingerprint"]["device"] = "abacus"
@@ -133,7 +133,7 @@ def test_another_machine_is_said_and_no_failure(replay):
 
 
 @pytest.mark.slow
-def test_a_video_goes_on_otherwise_from_a_frame(replay, made, tmp_path):
+def test_a_video_continues_differently_from_a_frame(replay, made, tmp_path):
     status, printed, err = replay(
         "--at=8", "--prompt=a red ring", "--frames=15", "--out=fork"
     )
@@ -193,7 +193,7 @@ def other_model(recipe):
         (["more.json"], None, "expected one recipe"),
     ],
 )
-def test_a_mistake_is_said_and_nothing_is_written(
+def test_a_mistake_is_reported_and_nothing_is_written(
     replay, tmp_path, argv, change, message
 ):
     status, _, err = replay(*argv, change=change)
@@ -242,7 +242,7 @@ def test_files_that_another_process_made_meanwhile_stay(replay, tmp_path, monkey
         (folder / "000.mp4").write_text("theirs")
         return contextlib.nullcontext()
 
-    monkeypatch.setattr(jobs, "own_folder", own)
+    monkeypatch.setattr(tasks, "own_folder", own)
 
     status, _, err = replay("--out=mine")
 
@@ -273,7 +273,7 @@ def test_a_prompt_that_is_cut_is_reported(replay):
 @pytest.mark.parametrize(
     "prompt, part", [("a\udce9", "byte 0xe9"), ("a\0", "U+0000"), ("\x1b[2J", "U+001B")]
 )
-def test_a_prompt_that_is_no_text_is_refused(replay, tmp_path, prompt, part):
+def test_a_prompt_that_is_not_text_is_refused(replay, tmp_path, prompt, part):
     status, _, err = replay("--at=3", f"--prompt={prompt}", "--out=forked")
 
     assert status == 2
@@ -283,7 +283,7 @@ def test_a_prompt_that_is_no_text_is_refused(replay, tmp_path, prompt, part):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("field", ["prompts", "negative_prompt"])
-def test_a_recipe_with_what_is_no_text_is_refused(replay, field):
+def test_a_recipe_with_invalid_text_is_refused(replay, field):
     def change(recipe):
         if field == "prompts":
             recipe["prompts"][1]["prompt"] = "a\ud800"

@@ -13,7 +13,7 @@ from anchor_jax import media, ownership
 from anchor_jax.cli import main
 from anchor_jax.compile_cache import CACHE_VARIABLE
 from anchor_jax.sampling import render
-from anchor_jax.sampling.jobs import Jobs
+from anchor_jax.sampling.tasks import VideoTasks
 from anchor_jax.streaming.session import Session
 
 pytestmark = pytest.mark.usefixtures("optimized_compilation")
@@ -285,7 +285,7 @@ def test_one_stream_at_a_time_is_held(sample, tmp_path, monkeypatch):
         ('{"frames": 30.0}', "config.frames: got 30.0"),
     ],
 )
-def test_a_mistake_in_a_config_file_is_no_traceback(tmp_path, capsys, text, message):
+def test_a_mistake_in_a_config_file_gives_no_traceback(tmp_path, capsys, text, message):
     (tmp_path / "mine.py").write_text(
         "from anchor_jax.config import load_config\n"
         "from ml_collections import ConfigDict\n\n\n"
@@ -328,7 +328,7 @@ def test_prompts_that_are_cut_are_reported_with_their_line(sample, tmp_path):
 def test_prompts_beyond_those_looked_at_are_reported_with_their_video(
     sample, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(Jobs, "prompts_checked", 1)
+    monkeypatch.setattr(VideoTasks, "prompts_checked", 1)
     long = "a red ring a blue square moves up"
     (tmp_path / "p.txt").write_text(f"a red ring[3f]\n{long}[3f]\n")
 
@@ -354,9 +354,7 @@ def test_prompts_beyond_those_looked_at_are_reported_with_their_video(
         (["--config.seed=-1"], "config.seed=-1"),
     ],
 )
-def test_what_is_no_text_and_no_number_is_refused_by_its_flag(
-    sample, tmp_path, argv, part
-):
+def test_an_invalid_text_or_number_is_refused_by_its_flag(sample, tmp_path, argv, part):
     status, _, err = sample(*argv, prompt=None)
 
     assert status == 2
@@ -367,13 +365,13 @@ def test_what_is_no_text_and_no_number_is_refused_by_its_flag(
 def test_many_prompts_are_described_one_at_a_time(sample, tmp_path, monkeypatch):
     """One of 2,000 videos is made; the others are only counted."""
     made = []
-    monkeypatch.setattr(render, "run", lambda jobs, todo, *_: made.extend(todo))
-    describe = Jobs.__getitem__
+    monkeypatch.setattr(render, "run", lambda tasks, todo, *_: made.extend(todo))
+    describe = VideoTasks.__getitem__
     described = []
     monkeypatch.setattr(
-        Jobs,
+        VideoTasks,
         "__getitem__",
-        lambda jobs, number: described.append(number) or describe(jobs, number),
+        lambda tasks, number: described.append(number) or describe(tasks, number),
     )
     (tmp_path / "p.txt").write_text("a red ring[3f]\n" * 2000)
 

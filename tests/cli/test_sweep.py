@@ -189,7 +189,7 @@ def test_a_damaged_log_stops_no_sweep(tmp_path, monkeypatch, capsys):
         (("seed=1,1",), "different names"),
     ],
 )
-def test_values_that_make_no_sense_are_refused(tmp_path, capsys, vary, named):
+def test_invalid_values_are_refused(tmp_path, capsys, vary, named):
     assert run(tmp_path / "x", *(f"--vary={one}" for one in vary)) == 2
 
     assert named in capsys.readouterr().err
@@ -220,7 +220,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("asked", ["", "deaf"])
-def test_a_training_ends_with_its_sweep_however_that_ended(tmp_path, asked):
+def test_a_training_ends_with_its_sweep_in_every_case(tmp_path, asked):
     (tmp_path / "parent.py").write_text(PARENT)
     root = str(pathlib.Path(sweep.__file__).parents[2])
     path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])

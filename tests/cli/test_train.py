@@ -177,11 +177,14 @@ def test_a_run_is_extended_exactly(weights, tmp_path, capsys):
     )
     assert json.loads((part / "config.json").read_text())["steps"] == 4
 
+    capsys.readouterr()
     # Fewer steps than the run has made.
     assert train(weights, part, *STEADY, "--config.steps=3") == 0
-    printed = capsys.readouterr().out
-    assert "The run is shortened: config.steps was 4 and is now 3." in printed
+    printed, bar = capsys.readouterr()
+    ignored = "config.steps was 4 and is now 3; ignored, because the run is already at"
+    assert f"{ignored} step 4" in printed and "shortened" not in printed
     assert "Already finished at step 4; nothing to do." in printed
+    assert "step/s" not in bar
     assert json.loads((part / "config.json").read_text())["steps"] == 4
 
 
@@ -195,7 +198,7 @@ def test_a_run_whose_learning_rate_falls_is_not_extended(trained, weights, capsy
 
 
 @pytest.mark.slow
-def test_a_change_of_a_finished_run_is_ignored_and_said(trained, weights, capsys):
+def test_a_change_of_a_finished_run_is_reported_as_ignored(trained, weights, capsys):
     before = (trained / "config.json").read_bytes()
 
     assert train(weights, trained, "--config.optimizer.learning_rate=0.5") == 0
@@ -207,7 +210,7 @@ def test_a_change_of_a_finished_run_is_ignored_and_said(trained, weights, capsys
 
 
 @pytest.mark.slow
-def test_what_may_change_is_told(trained, weights, capsys):
+def test_allowed_changes_are_reported(trained, weights, capsys):
     more = ("--config.optimizer.learning_rate=0.001", "--config.keep=3")
 
     assert train(weights, trained, *more, "--dry_run") == 0
@@ -286,13 +289,13 @@ def distilled(weights, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_critic_goes_on_from_the_stage_before(distilled, weights, tmp_path):
+def test_a_critic_continues_from_the_stage_before(distilled, weights, tmp_path):
     folder, config = distilled
     stored = checkpoint.restore(folder, "fake_score")["params"]
     config.out, config.critic = str(tmp_path / "next"), str(folder)
-    job = run.open_job(run.read_config(config), tell=lambda line: None)
+    training = run.open_training(run.read_config(config), tell=lambda line: None)
 
-    began = job.prepared.state.fake_score["params"]
+    began = training.prepared.state.fake_score["params"]
     chex.assert_trees_all_equal(began, stored)
     teacher = load_bundle(config.teacher).variables["params"]
     moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), began, teacher)
@@ -307,7 +310,7 @@ def test_a_critic_goes_on_from_the_stage_before(distilled, weights, tmp_path):
 
 
 @pytest.mark.slow
-def test_sizes_of_a_critic_that_make_no_sense_are_refused(distilled, tmp_path):
+def test_invalid_sizes_of_a_critic_are_refused(distilled, tmp_path):
     shutil.copytree(distilled[0], tmp_path / "run")
     path = tmp_path / "run" / "1" / "meta" / "metadata"
     meta = json.loads(path.read_text())
@@ -317,7 +320,7 @@ def test_sizes_of_a_critic_that_make_no_sense_are_refused(distilled, tmp_path):
             load_bundle(str(tmp_path / "run"), network="critic")
 
 
-def test_weights_that_are_not_there_are_named_by_their_field(weights, capsys):
+def test_missing_weights_are_named_by_their_field(weights, capsys):
     given = ["train", "--config=train_dmd:tiny", f"--config.weights={weights}"]
 
     assert main([*given, "--config.teacher=/nowhere"]) == 2
@@ -361,7 +364,7 @@ def test_a_folder_that_another_job_owns_is_left_alone(weights, tmp_path, capsys)
     assert f"{out} is in use by process" in capsys.readouterr().err
 
 
-def test_data_that_changed_are_not_gone_on_with(tmp_path):
+def test_a_run_whose_data_changed_is_not_resumed(tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a\nb\n")
     data = DataConfig("prompts", str(prompts))
@@ -382,7 +385,7 @@ def test_data_that_changed_are_not_gone_on_with(tmp_path):
         resume.compare_inputs(tmp_path, resume.inputs(config, bundle, other, None))
 
 
-def test_a_world_that_changed_is_not_gone_on_with(tmp_path, monkeypatch):
+def test_a_run_whose_world_changed_is_not_resumed(tmp_path, monkeypatch):
     config = TrainConfig(out=str(tmp_path), data=DataConfig("world_prompts"))
     bundle = types.SimpleNamespace(digest="x")
     write_json(tmp_path / "inputs.json", resume.inputs(config, bundle, bundle, None))
@@ -403,9 +406,9 @@ def test_whole_weights_are_not_held_beside_those_on_the_mesh(weights, tmp_path):
         out=str(tmp_path),
     )
 
-    job = run.open_job(config, tell=print)
+    training = run.open_training(config, tell=print)
 
-    assert "variables" not in vars(job.prepared.bundle)
+    assert "variables" not in vars(training.prepared.bundle)
 
 
 @pytest.mark.slow

@@ -58,7 +58,7 @@ def tuned(weights, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_ported_updates_are_those_that_go_on(tuned, weights):
+def test_training_continues_the_ported_updates(tuned, weights):
     before = checkpoint.restore(weights, "generator")["lora"]
     after = checkpoint.restore(tuned, "generator")["lora"]
 
@@ -87,7 +87,7 @@ def test_a_ported_critic_is_one_to_begin_with(tmp_path):
 
 
 @pytest.mark.slow
-def test_updates_of_a_critic_are_no_critic(tuned):
+def test_updates_of_a_critic_are_not_a_critic(tuned):
     with pytest.raises(UserError, match="holds only updates of a critic"):
         load_bundle(str(tuned), network="critic")
 

@@ -80,7 +80,7 @@ def test_scores_and_masks_in_memory_are_found(line, found):
         "%x = f32[4680]{0} reduce(bf16[4680,4680] %a)",
     ],
 )
-def test_weights_and_short_sides_are_no_scores(line):
+def test_weights_and_short_sides_are_not_scores(line):
     assert shapes(line) == ()
 
 
@@ -135,7 +135,7 @@ def test_a_stream_has_these_programs_and_arrays():
     assert all(size > 0 for size in resident.values())
 
 
-def test_a_switch_without_a_recache_is_no_program_of_its_own():
+def test_a_switch_without_a_recache_has_no_program():
     setup = dataclasses.replace(SETUP, policy=POLICIES["no_recache"])
 
     made, _ = aot.programs(aot.TARGETS["h100"], setup)
@@ -170,7 +170,7 @@ def test_memory_is_counted_with_what_other_programs_keep():
     assert "text_encoder=free" in problem
 
 
-def test_a_stream_that_cannot_fit_is_told_so():
+def test_a_stream_that_cannot_fit_is_reported():
     made = report(step=compiled(17 * GB, "generator", "cache"))
 
     (problem,) = made.problems()
@@ -257,7 +257,7 @@ def test_a_kernel_that_is_too_large_is_not_mistaken_for_a_lack_of_memory():
 
     reason = aot._reason(message)
 
-    assert reason == "a kernel takes 16.14M of vector memory, 16.00M are available"
+    assert reason == "a kernel needs 16.14M of vector memory, but has 16.00M"
     used = "RESOURCE_EXHAUSTED: Used 18.0G of 15.7G hbm. Exceeded by 2.3G."
     assert aot._reason(used) == "does not fit: Used 18.0G of 15.7G hbm"
 

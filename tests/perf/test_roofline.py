@@ -188,14 +188,14 @@ def test_a_switch_costs_a_recache_more_than_a_block():
     policy = POLICIES["anchor_forcing"]
     chip = roofline.find("NVIDIA H100")
     make = functools.partial(roofline.make_stream, PRESETS["1.3B"], GRID)
-    kept, rerun = make(POLICIES["no_recache"]), make(policy)
+    kept, renewed = make(POLICIES["no_recache"]), make(policy)
 
-    more = roofline.switch_seconds(rerun, chip, 1.0)
+    more = roofline.switch_seconds(renewed, chip, 1.0)
     more -= roofline.switch_seconds(kept, chip, 1.0)
 
     work = roofline.pass_flops(WAN_1_3B, GRID, frames=9, keys=15).main
     assert more == pytest.approx(work / chip.flops)
-    assert rerun.keys == 15
+    assert renewed.keys == 15
 
 
 def test_the_first_block_sees_only_itself():
@@ -207,7 +207,7 @@ def test_the_first_block_sees_only_itself():
 
 
 @pytest.mark.parametrize(
-    "name, keys, rerun, rerun_keys",
+    "name, keys, recache, recache_keys",
     [
         ("anchor_forcing", 15, 9, 15),
         ("longlive", 12, 9, 12),
@@ -215,7 +215,7 @@ def test_the_first_block_sees_only_itself():
         ("self_forcing_rolling", 21, 0, 0),
     ],
 )
-def test_a_policy_decides_what_passes_see(name, keys, rerun, rerun_keys):
+def test_a_policy_decides_what_passes_see(name, keys, recache, recache_keys):
     made = roofline.make_stream(WAN_1_3B, GRID, POLICIES[name])
 
-    assert (made.keys, made.rerun, made.rerun_keys) == (keys, rerun, rerun_keys)
+    assert (made.keys, made.recache, made.recache_keys) == (keys, recache, recache_keys)

@@ -143,7 +143,7 @@ def test_a_plan_counts_what_stays_and_names_what_is_wrong(monkeypatch):
     assert one.problems()[0] == "step: no fused attention kernel"
 
 
-def test_a_text_encoder_that_is_trained_along_is_refused():
+def test_a_trained_text_encoder_is_refused():
     section = RegressionConfig(text=True)
     config = dataclasses.replace(DISTILL, stage="regression", regression=section)
 
@@ -175,7 +175,7 @@ def test_memory_is_what_stays_and_the_largest_program():
     assert one.problems() == ()
 
 
-def test_what_does_not_fit_is_told_with_a_remedy():
+def test_a_program_that_does_not_fit_is_reported_with_a_remedy():
     refused = aot.Refused("does not fit: Used 99G", 0, frozenset())
 
     for one in (report(critic=made(60 * GB)), report(critic=refused)):

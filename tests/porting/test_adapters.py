@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from torch_files import Raw, write_torch
 
 from anchor_jax.errors import UserError
-from anchor_jax.porting import port, rules
+from anchor_jax.porting import key_tables, port
 from anchor_jax.porting.convert import convert_lora
 from anchor_jax.porting.export import export
 
@@ -120,7 +120,7 @@ def products(tree, path):
 
 def reference(alpha=SMALL.rank):
     named = {f"base_model.model.{name}": array for name, array in PLAIN.items()}
-    return convert_lora(named, rules.LORA, alpha)
+    return convert_lora(named, key_tables.LORA, alpha)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -384,7 +384,7 @@ def test_partial_targets_leave_the_other_modules_alone(planned):
         assert not products(found, "blocks/self_attn/v")[layer].any()
 
 
-def test_lower_ranks_are_filled_up_with_zeros(planned):
+def test_lower_ranks_are_padded_with_zeros(planned):
     arrays, module = dict(FORMS["comfyui"]), "blocks.1.ffn.0"
     rng = np.random.default_rng(7)
     down = rng.standard_normal((5, SMALL.dim)).astype(np.float32)
@@ -529,7 +529,7 @@ def test_mixed_adapters_survive_export(tmp_path, layout):
 
 
 @pytest.mark.slow
-def test_values_that_say_the_same_text_again_and_again_take_no_memory(base, tmp_path):
+def test_repeated_texts_take_no_memory(base, tmp_path):
     # A list of lists of lists of one text, and so on: 250 GB if written out.
     text = b"X\0\0\4\0" + b"x" * 2**18
     many = b"](" + text + b"q\1" + b"h\1" * 999 + b"eq\2"

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from anchor_jax.porting import rules
+from anchor_jax.porting import key_tables
 from anchor_jax.porting.convert import (
-    Rule,
+    KeyRule,
     convert,
     convert_lora,
     export,
@@ -20,8 +20,8 @@ from anchor_jax.porting.convert import (
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 TABLE = (
-    Rule("start.weight", "start/kernel", "o i -> i o"),
-    Rule("blocks.{layer}.{part:q|k}.weight", "blocks/{part}/kernel", "o i -> i o"),
+    KeyRule("start.weight", "start/kernel", "o i -> i o"),
+    KeyRule("blocks.{layer}.{part:q|k}.weight", "blocks/{part}/kernel", "o i -> i o"),
 )
 
 
@@ -97,10 +97,13 @@ def assert_same(found, source):
 @pytest.mark.parametrize(
     "table, source",
     [
-        (rules.UMT5, lambda: load_safetensors(GOLDEN / "umt5/weights.safetensors")),
-        (rules.VAE, lambda: load_safetensors(GOLDEN / "vae/weights.safetensors")),
-        (rules.DIT, lambda: draw(dit_names())),
-        (rules.LORA, lambda: draw(lora_names())),
+        (
+            key_tables.UMT5,
+            lambda: load_safetensors(GOLDEN / "umt5/weights.safetensors"),
+        ),
+        (key_tables.VAE, lambda: load_safetensors(GOLDEN / "vae/weights.safetensors")),
+        (key_tables.DIT, lambda: draw(dit_names())),
+        (key_tables.LORA, lambda: draw(lora_names())),
     ],
 )
 def test_round_trip_is_exact(table, source):
@@ -124,7 +127,7 @@ def test_layers_are_stacked_and_transposed():
 
 def test_transformer_tree():
     source = draw(dit_names())
-    params = convert(source, rules.DIT)
+    params = convert(source, key_tables.DIT)
     assert len(source) == 12 + 3 * 27 + 3
     assert params["blocks"]["modulation"].shape == (3, 6, 12)
     assert params["head"]["modulation"].shape == (2, 12)
@@ -138,7 +141,7 @@ def test_transformer_tree():
 
 def test_patch_kernel_takes_channels_fastest():
     source = draw(dit_names())
-    kernel = convert(source, rules.DIT)["patch_embed"]["kernel"]
+    kernel = convert(source, key_tables.DIT)["patch_embed"]["kernel"]
     weight = source["patch_embedding.weight"]
     patch = np.random.default_rng(1).standard_normal((1, 2, 2, 4), np.float32)
     np.testing.assert_allclose(
@@ -152,12 +155,12 @@ def test_patch_kernel_takes_channels_fastest():
 def test_adapters_fold_their_scale():
     source = draw(lora_names(rank=4))
     name = "base_model.model.blocks.1.ffn.0"
-    adapters = convert_lora(source, rules.LORA, alpha=8)
+    adapters = convert_lora(source, key_tables.LORA, alpha=8)
     a, b = (adapters["blocks"]["ffn_in"][leaf][1] for leaf in "ab")
     change = source[name + ".lora_B.weight"] @ source[name + ".lora_A.weight"]
     np.testing.assert_allclose(a @ b, 2 * change.T, rtol=1e-5, atol=1e-6)
     assert set(adapters) == {"blocks", "context"}
-    assert_same(export_lora(adapters, rules.LORA, alpha=8), source)
+    assert_same(export_lora(adapters, key_tables.LORA, alpha=8), source)
 
 
 def test_all_bad_names_are_in_one_error():
@@ -219,13 +222,13 @@ def test_a_name_of_an_unexpected_path_is_extra():
 
 
 def test_two_claims_are_refused():
-    twice = (*TABLE, Rule("start.{kind:weight|bias}", "other/{kind}"))
+    twice = (*TABLE, KeyRule("start.{kind:weight|bias}", "other/{kind}"))
     with pytest.raises(ValueError, match=r"start\.weight: claimed by 2 rules"):
         convert(small(), twice)
 
 
 def test_one_place_for_two_names_is_refused():
-    table = (Rule("{name:a|b}.weight", "same"),)
+    table = (KeyRule("{name:a|b}.weight", "same"),)
     source = draw({"a.weight": (1,), "b.weight": (1,)})
     with pytest.raises(ValueError, match=r"b\.weight: its place same is taken by a"):
         convert(source, table)

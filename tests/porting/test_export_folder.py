@@ -247,7 +247,7 @@ def test_an_error_names_the_folder_that_was_given(base, tmp_path):
     write_run(run, str(tmp_path / "tiny"))
     messages = {
         run: rf"weights={run}: started from .*/tiny, and .*--layout=bundle",
-        tmp_path / "none": rf"weights={tmp_path}/none is not a checkpoint; give",
+        tmp_path / "none": rf"weights={tmp_path}/none: no such folder; give",
         tmp_path / "tiny": "a model in one file can only be .*--layout=bundle",
     }
     for weights, message in messages.items():
@@ -272,7 +272,7 @@ def test_an_export_that_fails_leaves_nothing(base, tmp_path, monkeypatch):
     assert [*(tmp_path / "out").rglob("*")] == []
 
 
-def test_classes_that_are_no_names_are_not_passed_on():
+def test_classes_that_are_not_names_are_dropped():
     plain = published.model_index(None, None)
 
     for name in (["a"], {}, 3, "", "os; system"):

@@ -56,7 +56,7 @@ def assert_scaled(ours, theirs, factor):
 
 
 @pytest.mark.slow
-def test_a_training_is_exported_with_what_it_began_with(base, tmp_path):
+def test_a_training_is_exported_with_its_initial_weights(base, tmp_path):
     params = checkpoint.restore(base, "generator")["params"]
     mean, last = ({"params": scaled(params, by)} for by in (4.0, 2.0))
     trained = run(tmp_path / "run", base, generator=last, ema=mean)

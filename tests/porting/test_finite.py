@@ -53,7 +53,7 @@ def test_adapters_that_are_not_finite_are_refused(tmp_path, caplog):
 
 
 @pytest.mark.slow
-def test_they_are_ported_and_counted_where_that_is_asked_for(tmp_path, capsys):
+def test_they_are_ported_and_counted_on_request(tmp_path, capsys):
     folder, _ = write_layout(tmp_path / "in", "wan")
     path = folder / "diffusion_pytorch_model.safetensors"
     spoil(path, "blocks.1.ffn.0.weight")

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from torch_files import write_torch
 
 from anchor_jax.errors import UserError
-from anchor_jax.porting import port, rules, sources
+from anchor_jax.porting import key_tables, port, sources
 from anchor_jax.porting.convert import convert, places
 from anchor_jax.porting.export import export
 from anchor_jax.wan import dit
@@ -46,10 +46,10 @@ def full_size(network):
 @pytest.mark.parametrize(
     "network, tables, names, parameters",
     [
-        ("1.3B", (rules.DIT, rules.DIT_DIFFUSERS), 825, 1_418_996_800),
-        ("14B", (rules.DIT, rules.DIT_DIFFUSERS), 1095, 14_288_491_584),
-        ("text", (rules.UMT5, rules.UMT5_TRANSFORMERS), 242, 5_680_910_336),
-        ("vae", (rules.VAE, rules.VAE_DIFFUSERS), 194, 126_892_531),
+        ("1.3B", (key_tables.DIT, key_tables.DIT_DIFFUSERS), 825, 1_418_996_800),
+        ("14B", (key_tables.DIT, key_tables.DIT_DIFFUSERS), 1095, 14_288_491_584),
+        ("text", (key_tables.UMT5, key_tables.UMT5_TRANSFORMERS), 242, 5_680_910_336),
+        ("vae", (key_tables.VAE, key_tables.VAE_DIFFUSERS), 194, 126_892_531),
     ],
 )
 def test_tables_count_the_published_networks(network, tables, names, parameters):
@@ -250,7 +250,7 @@ def test_diffusers_and_official_names_make_one_tree():
         draw(dit_names(SMALL, style), np.float32, 0) for style in ("wan", "diffusers")
     )
     assert len(official) == len(other) == 15 + 27 * SMALL.layers
-    trees = convert(official, rules.DIT), convert(other, rules.DIT_DIFFUSERS)
+    trees = convert(official, key_tables.DIT), convert(other, key_tables.DIT_DIFFUSERS)
     jax.tree.map(np.testing.assert_array_equal, *trees)
 
 
@@ -259,7 +259,7 @@ def test_a_second_name_of_the_embedding_is_kept_apart(tmp_path):
     folder, arrays = write_layout(tmp_path / "in", "diffusers")
     for path in (folder / "text_encoder").glob("model*"):
         path.unlink()
-    alias, name = rules.UMT5_ALIAS
+    alias, name = key_tables.UMT5_ALIAS
     text = arrays["text_encoder"]
     text[alias] = text[name]
     save_file(text, folder / "text_encoder" / "model.safetensors")
@@ -494,7 +494,7 @@ def test_a_folder_that_is_taken_is_refused_unless_overwritten(tmp_path):
         ({"layout": "wan", "lora": "merge"}, "unknown lora 'merge'"),
     ],
 )
-def test_an_export_of_what_is_not_there_is_refused(tmp_path, options, message):
+def test_an_export_of_a_missing_item_is_refused(tmp_path, options, message):
     base, _ = write_layout(tmp_path / "base", "generator")
     port.run(port.plan(generator=base, method="causvid"), tmp_path / "out")
     with pytest.raises(UserError, match=message):

@@ -206,7 +206,7 @@ def test_folders_that_are_not_read_are_named(tmp_path, names, message, flag):
         port.plan(**options)
 
 
-def test_a_network_whose_download_goes_on_is_named(tmp_path):
+def test_a_network_with_an_unfinished_download_is_named(tmp_path):
     folder, _ = write_layout(tmp_path / "in", "wan")
     (folder / "notes.part").touch()
     port.plan(folder)

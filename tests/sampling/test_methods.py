@@ -77,7 +77,7 @@ def test_the_published_teacher_is_guided():
     assert negative_prompt(made) == WAN_NEGATIVE_PROMPT
 
 
-def test_the_published_teachers_sampler_is_told_with_what_its_makers_recommend():
+def test_the_published_teachers_sampler_is_printed_with_its_makers_advice():
     given = open_config(sampler__shift=8.0)
     metadata = {"method": "wan"}
 
@@ -131,7 +131,7 @@ def test_distilled_weights_are_sampled_as_they_were_trained(base):
     assert line.endswith("(as the weights were trained)")
 
 
-def test_trained_weights_that_are_sampled_otherwise_are_warned_of():
+def test_a_warning_names_settings_that_differ_from_the_training():
     def printed(**fields):
         given = read_config(config(**fields))
         metadata = {"training": training()}
@@ -204,7 +204,7 @@ def test_an_unknown_method_matters_only_where_it_decides(method):
         resolve(open_config(), {"method": method})
 
 
-def test_what_was_chosen_is_told():
+def test_chosen_settings_are_printed():
     def printed(metadata, **fields):
         given = open_config(**fields)
         made = resolve(given, metadata)

@@ -55,7 +55,7 @@ def test_videos_that_differ_are_refused(tmp_path, other):
         list(panels.side_by_side(paths, ["a", "b"]))
 
 
-def test_a_file_that_is_no_video_is_named(tmp_path):
+def test_a_file_that_is_not_a_video_is_named(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"text")
 
     with pytest.raises(UserError, match="a.mp4"):

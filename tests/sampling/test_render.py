@@ -19,7 +19,7 @@ def test_tiles_are_few_and_evenly_spaced(block):
     assert np.ptp(np.diff(rows[-1])) <= 1
 
 
-def test_switches_are_told_where_they_waited():
+def test_switches_that_waited_are_printed():
     switches = [Switch("a", 0, landed=0), Switch("b", 16, landed=18), Switch("c", 21)]
 
     (line,) = describe_switches(switches[:2])

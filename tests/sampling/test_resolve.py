@@ -89,7 +89,7 @@ def test_rules_choose_the_released_form():
         assert make(name, TWO) == POLICIES[name]
 
 
-def test_a_rope_that_is_asked_for_stays_under_the_releases_rules():
+def test_a_requested_rope_stays_under_the_releases_rules():
     given = config("infinity_rope", rules="release", rope="relative")
 
     made = make_policy(given, TWO)
@@ -147,7 +147,7 @@ def test_a_junction_needs_a_range_beyond_the_window(rope):
         ({"sampler__guidance": -1}, "at least 0"),
     ],
 )
-def test_what_makes_no_sense_is_refused_with_the_reason(fields, message):
+def test_incompatible_settings_are_refused_with_the_reason(fields, message):
     with pytest.raises(UserError, match=message):
         setup(**fields)
 
@@ -180,7 +180,7 @@ def test_the_sampler_section_chooses_levels_and_solver():
     assert hash(few) == hash(setup())
 
 
-def test_a_size_that_the_weights_were_not_trained_at_is_said():
+def test_a_size_that_the_weights_were_not_trained_at_is_reported():
     bundle = bundles.load()
     assert describe_size_change(bundle) == ()
 

@@ -89,7 +89,7 @@ def test_a_session_does_what_the_pure_functions_do():
                 contexts[1],
                 4,
                 setup=setup,
-                rerun=setup.policy.recache(6),
+                recache=setup.policy.recache(6),
             )
         noise = stream.draw_noise(jax.random.key(0), start, np.zeros(1), setup=setup)
         state, block = stream.step(loaded.variables, state, noise, setup=setup)
@@ -228,7 +228,7 @@ def test_chained_restarts_run_on_without_doubled_frames():
 
 
 @pytest.mark.slow
-def test_a_restart_forgets_what_lies_before_its_overlap():
+def test_a_restart_forgets_frames_before_its_overlap():
     policy = dataclasses.replace(POLICIES["causvid"], restart=Restart(12, overlap=6))
     session = make(policy)
 
@@ -238,7 +238,7 @@ def test_a_restart_forgets_what_lies_before_its_overlap():
     assert [int(one.plan.frames) for one in handles] == [3, 6, 9, 12, 9, 12, 9]
 
 
-def test_an_overlap_that_is_no_block_is_refused():
+def test_an_overlap_that_is_not_a_block_is_refused():
     policy = dataclasses.replace(POLICIES["causvid"], restart=Restart(overlap=2))
 
     with pytest.raises(UserError, match="multiple of block=3"):
@@ -317,7 +317,7 @@ def test_a_prompt_that_is_cut_gives_a_warning(monkeypatch):
 
 
 @pytest.mark.parametrize("given", [{"prompt": "a\ud800"}, {"negative_prompt": "a\0"}])
-def test_what_is_no_text_is_refused(given):
+def test_invalid_text_is_refused(given):
     with pytest.raises(UserError, match="so this is not text"):
         make(**given)
     with pytest.raises(UserError, match="so this is not text"):

@@ -273,7 +273,7 @@ def test_a_pin_needs_a_store_and_a_store_one_video():
 
 @pytest.mark.parametrize("name", POLICIES_HERE)
 @pytest.mark.parametrize("frame", [3, 15, 24])
-def test_a_saved_session_goes_on_bit_for_bit(tmp_path, name, frame):
+def test_a_saved_session_continues_bit_for_bit(tmp_path, name, frame):
     session = ask(make(name))
     blocks(session, frame)
     session.save(tmp_path / "moment.safetensors")
@@ -394,7 +394,7 @@ def restore(path, content):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["anchor_forcing", "anchor_forcing_release"])
-def test_a_file_of_the_first_cache_layout_goes_on(tmp_path, name):
+def test_a_file_of_the_first_cache_layout_continues(tmp_path, name):
     session = make(name)
     blocks(session, 6)
     session.save(tmp_path / "new")
@@ -455,7 +455,7 @@ KEYS = "[0].cache.slots.k"
         (lambda t: t.update({KEYS: t[KEYS].astype(np.float16)}), "F16"),
         (
             lambda t: t.update({"[0].cache.index.start": np.array(9, "i4")}),
-            "stands at frame 9, expected 6",
+            "is at frame 9, expected 6",
         ),
     ],
 )
@@ -477,7 +477,7 @@ def test_tensors_of_another_setup_are_refused(saved, tmp_path, change, message):
         ({"origin": "0"}, "origin='0'"),
         ({"pending": [{"prompt": 3}]}, r"pending\[0\]"),
         ({"pending": {"prompt": RED}}, "pending: got"),
-        ({"frames": 3_000_000}, "stands at frame 6"),
+        ({"frames": 3_000_000}, "is at frame 6"),
         ({"batch": 1000}, "tensors are not those"),
         ({"fingerprint": {"weights": "0" * 64}}, "weights of SHA-256 0000"),
         ({"format_version": 2}, "format_version=2, expected 1"),
@@ -519,11 +519,11 @@ def test_recipes_from_before_noise_levels_had_names_stay_as_they_were():
         "timestep": [1000.0, 961.5384521484375, 909.0909423828125],
         "sigma": [1.0, 0.9615384340286255, 0.9090909361839294],
     }
-    begun = flow.even_levels(6, 5.0)
-    begun = flow.Levels(begun.timestep[:3], begun.sigma[:3])
+    first = flow.even_levels(6, 5.0)
+    first = flow.Levels(first.timestep[:3], first.sigma[:3])
 
-    assert rebuild(levels, "levels") == begun
-    assert describe(begun) == levels
+    assert rebuild(levels, "levels") == first
+    assert describe(first) == levels
     assert describe(SOLVERS["unipc"]) == {"kind": "UniPC", "floor": 0.001}
     assert describe(SOLVERS["euler"]) == {"kind": "Euler"}
 
@@ -614,7 +614,7 @@ def test_a_hostile_recipe_is_refused_by_name(recipe, path, value, message):
         (b'{"format_version": 1}', "prompts|setup"),
     ],
 )
-def test_a_file_that_is_no_recipe_is_refused(tmp_path, content, message):
+def test_a_file_that_is_not_a_recipe_is_refused(tmp_path, content, message):
     (tmp_path / "r.json").write_bytes(content)
 
     with pytest.raises(UserError, match=message):

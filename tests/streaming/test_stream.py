@@ -43,7 +43,7 @@ def network(x, timestep, context, query, own, visible=None, past=None, *,
     return model.apply(tiny.variables(), x, times, context, visible, query, own, past)
 
 
-def turned(stored, positions):
+def rotated(stored, positions):
     """Stored keys at the given positions."""
     by = rotary(jnp.asarray(positions), (2, 2), tiny.MODEL.head_dim, 100.0)
     return LayersKV(k=rotate(stored.k, by), v=stored.v)
@@ -390,7 +390,7 @@ def test_independent_sessions_step_together_under_vmap():
 @pytest.mark.slow
 def test_switch_acts_on_one_session_of_a_batch_by_dynamic_index():
     states = [standing(*session) for session in SESSIONS]
-    rerun = PAPER.policy.recache(27)
+    recache = PAPER.policy.recache(27)
     context = tiny.context(4, PAPER)
 
     after = stream.switch_slot(
@@ -400,7 +400,7 @@ def test_switch_acts_on_one_session_of_a_batch_by_dynamic_index():
         context,
         27,
         setup=PAPER,
-        rerun=rerun,
+        recache=recache,
     )
 
     expected = [*states[:2], tiny.switch(PAPER, tiny.copy(states[2]), 4, 27)]
@@ -424,7 +424,7 @@ def test_recache_of_9_frames_equals_the_official_one_of_12():
         context,
         jnp.arange(6, 18),
         jnp.arange(6, 18),
-        past=turned(sink, [0, 1, 2]),
+        past=rotated(sink, [0, 1, 2]),
         visible_static=Spans(((0, 12, ((3, 15),)),)),
     )
     assert after.keys() == before.keys() == {0, 1, 2, *range(12, 18)}
@@ -495,8 +495,8 @@ def test_junction_is_the_clean_pass_of_the_block_after_the_switch():
 
     past = jax.tree.map(
         lambda a, b: jnp.concatenate([a, b], axis=2),
-        turned(sink, [0, 1, 2]),
-        turned(ring, np.arange(9, 15)),
+        rotated(sink, [0, 1, 2]),
+        rotated(ring, np.arange(9, 15)),
     )
     position = jnp.arange(15, 18)
     _, own = network(
@@ -546,7 +546,7 @@ def test_both_rules_agree_until_the_third_switch_off_the_block_grid():
 
 
 @pytest.mark.parametrize("settings", [PAPER, RELEASE], ids=["paper", "release"])
-def test_a_saved_stream_goes_on_bit_for_bit(settings):
+def test_a_saved_stream_continues_bit_for_bit(settings):
     switches = (9, 12, 15)
     whole = tiny.latents(tiny.run(settings, 9, switches)[1])
     state = standing(settings, 6, switches)
@@ -698,6 +698,11 @@ def test_a_context_of_another_batch_is_refused():
     context = jax.tree.map(lambda x: jnp.repeat(x, 3, axis=1), tiny.context(1, PAPER))
 
     with pytest.raises(ValueError, match="one prompt for every video"):
+        stream.switch(tiny.variables(), state, context, 6, setup=PAPER, recache=None)
+    with (
+        pytest.warns(FutureWarning, match="rerun= is now called recache="),
+        pytest.raises(ValueError, match="project one prompt for every video"),
+    ):
         stream.switch(tiny.variables(), state, context, 6, setup=PAPER, rerun=None)
 
 

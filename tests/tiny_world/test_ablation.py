@@ -34,8 +34,8 @@ def test_every_arm_sees_the_same_scripts_and_noise(monkeypatch):
     seen = []
 
     def record(bundle, setup, prompts, blocks, seed, negative_prompt):
-        said = [[events.parse(text) for text in texts] for texts in prompts]
-        seen.append((setup.policy, said, blocks, seed))
+        meanings = [[events.parse(text) for text in texts] for texts in prompts]
+        seen.append((setup.policy, meanings, blocks, seed))
         return np.zeros((2, 4 * 18 - 3, 64, 64, 3), np.uint8)
 
     monkeypatch.setattr(world, "generate", record)

@@ -35,7 +35,7 @@ def test_motions_turn_around_more_often_than_by_chance():
     assert 0.5 < np.mean(turned) < 0.75
 
 
-def test_a_turn_that_is_held_out_is_not_drawn():
+def test_a_held_out_reversal_is_not_drawn():
     rng = np.random.default_rng(2)
     every = [events.Scene(one) for one in scene.all_attributes(False)]
     turns = [world_data.follow(rng, before, "motion") for before in every * 5]

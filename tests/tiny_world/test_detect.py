@@ -106,7 +106,7 @@ def test_a_late_latent_is_a_seam():
     assert measured.motion == "left"
 
 
-def test_motion_inside_latents_alone_is_no_direction():
+def test_motion_inside_latents_alone_has_no_direction():
     start = clip(frames=4)
     frames = np.concatenate([start[:1], start, start, start, start])
     assert detect.measure(frames).motion not in ("left", "right", "up", "down")

@@ -86,7 +86,7 @@ def test_the_table_has_a_line_for_every_group(monkeypatch, name):
 
 
 @pytest.mark.parametrize("count", [1, 7, 13])
-def test_exactly_as_many_videos_as_asked_for_are_scored(monkeypatch, count):
+def test_exactly_the_requested_number_of_videos_is_scored(monkeypatch, count):
     monkeypatch.setattr(world, "generate", rendered)
     trial = world.MatchTrial(count=count, batch=min(count, 5), segments=(2, 2))
 
@@ -109,7 +109,7 @@ def test_clips_are_cut_to_the_count(monkeypatch):
 
 
 @pytest.mark.slow
-def test_guidance_leads_away_from_the_negative_prompt():
+def test_guidance_uses_the_negative_prompt():
     setup = dataclasses.replace(SETUP, guidance=2.0)
     prompts = [[bundles.RED]]
 

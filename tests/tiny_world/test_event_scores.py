@@ -7,7 +7,7 @@ import pytest
 
 from anchor_jax.tiny_world import codec, detect, event_scores, events, scene
 from anchor_jax.tiny_world import data as world_data
-from anchor_jax.tiny_world.event_scores import Result
+from anchor_jax.tiny_world.event_scores import SegmentResult
 from anchor_jax.tiny_world.events import Scene
 from anchor_jax.tiny_world.scene import Attributes
 
@@ -53,7 +53,7 @@ def film(*played, frames: int = 24) -> np.ndarray:
     return events.render([(one, frames) for one in played], START)
 
 
-def results(video, *played, frames: int = 24) -> list[Result]:
+def results(video, *played, frames: int = 24) -> list[SegmentResult]:
     """Scores of a video against segments of equal length."""
     segments = event_scores.lay_out([(one, frames) for one in played])
     return event_scores.score_shown(event_scores.measure(video, segments), played)
@@ -289,8 +289,8 @@ def test_mixed_edges_have_their_objects_colour(background):
 
 def test_cells_have_n_and_interval():
     made = [
-        [Result("start", {"color": True}, {"jumps": 0.5, "speed": 1.0})],
-        [Result("start", {"color": False}, {"jumps": 0.0})],
+        [SegmentResult("start", {"color": True}, {"jumps": 0.5, "speed": 1.0})],
+        [SegmentResult("start", {"color": False}, {"jumps": 0.0})],
     ]
     cells = event_scores.aggregate(made)["by_event"]["start"]
     assert cells["color"]["rate"] == 0.5 and cells["color"]["n"] == 2
@@ -303,8 +303,8 @@ def test_cells_have_n_and_interval():
 
 
 def test_drift_compares_the_last_segment_with_the_first():
-    good = Result("start", {"color": True, "shape": True}, {"jumps": 0.0})
-    bad = Result("color", {"color": False}, {"jumps": 0.5, "speed": 1.0})
+    good = SegmentResult("start", {"color": True, "shape": True}, {"jumps": 0.0})
+    bad = SegmentResult("color", {"color": False}, {"jumps": 0.5, "speed": 1.0})
     drift = event_scores.drift([[good, good, bad]] * 9 + [[good, bad, good], [good]])
     assert drift["color"]["n"] == 10
     np.testing.assert_allclose(drift["color"]["difference"], -0.9)
@@ -325,7 +325,7 @@ def test_differences_of_shares():
 
 def test_wrong_segments_and_pixels_are_refused():
     video = film(ONE)
-    one = event_scores.Segment(ONE, 0, 24)
+    one = event_scores.SceneSpan(ONE, 0, 24)
     for segments in ([], [one._replace(end=25)], [one._replace(begin=1)], [one, one]):
         with pytest.raises(ValueError, match="lay_out"):
             event_scores.measure(video, segments)

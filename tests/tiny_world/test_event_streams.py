@@ -28,13 +28,15 @@ def scenes_of(texts):
     """Returns what captions say, one after the other; `it` is the first object."""
     first, found = None, []
     for text in texts:
-        said = events.parse(text)
-        if said.color is not None:
-            first = Attributes(said.color, said.shape, said.motion, said.background)
-        motion = said.motion or first.motion
-        now = Attributes(first.color, first.shape, motion, said.background)
-        named = said.color is not None or said.motion is None
-        found.append(Scene(now, said.second, said.motion is None, named))
+        meaning = events.parse(text)
+        if meaning.color is not None:
+            first = Attributes(
+                meaning.color, meaning.shape, meaning.motion, meaning.background
+            )
+        motion = meaning.motion or first.motion
+        now = Attributes(first.color, first.shape, motion, meaning.background)
+        named = meaning.color is not None or meaning.motion is None
+        found.append(Scene(now, meaning.second, meaning.motion is None, named))
     return found
 
 

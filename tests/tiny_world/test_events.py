@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from anchor_jax.tiny_world import events, scene
-from anchor_jax.tiny_world.events import Said, Scene
+from anchor_jax.tiny_world.events import Meaning, Scene
 from anchor_jax.tiny_world.scene import Attributes
 
 RED = Attributes("red", "square", "left", "black")
@@ -24,7 +24,7 @@ def test_captions_parse_back():
     for played in drawn_scripts(None, 80):
         for one in played:
             for text in (events.caption(one), events.caption(one, rng)):
-                assert events.parse(text) == events.said(one), text
+                assert events.parse(text) == events.meaning(one), text
                 assert len(scene.words(text)) <= 15
                 assert set(scene.words(text)) <= set(events.vocabulary())
 
@@ -67,9 +67,9 @@ def _captioners(one):
 
 
 def test_what_a_caption_leaves_open_is_none():
-    assert events.parse(events.caption(BACK)) == Said("black", "left")
-    assert events.parse(events.caption(HIDDEN)) == Said("black")
-    assert events.said(BACK) == events.said(
+    assert events.parse(events.caption(BACK)) == Meaning("black", "left")
+    assert events.parse(events.caption(HIDDEN)) == Meaning("black")
+    assert events.meaning(BACK) == events.meaning(
         Scene(dataclasses.replace(RED, color="green", shape="ring"), named=False)
     )
 
@@ -228,7 +228,7 @@ def test_redrawn_scripts_have_the_same_events():
         for number in range(7):
             pair = slice(number, number + 2)
             assert events.event(*other[pair]) == events.event(*played[pair])
-    with pytest.raises(ValueError, match="begin with one named object"):
+    with pytest.raises(ValueError, match="start with one named object"):
         events.redraw(rng, [TWO, ONE])
 
 

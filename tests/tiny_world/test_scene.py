@@ -16,11 +16,11 @@ def test_splits_are_disjoint_and_complete():
 
 def test_every_word_is_seen_in_training():
     rng = np.random.default_rng(0)
-    said = set()
+    used = set()
     for one in scene.all_attributes(False):
         for _ in range(8):
-            said.update(scene.words(scene.caption(one, rng)))
-    assert said == set(scene.vocabulary())
+            used.update(scene.words(scene.caption(one, rng)))
+    assert used == set(scene.vocabulary())
 
 
 @pytest.mark.parametrize("held_out", [False, True])

@@ -149,7 +149,7 @@ def test_checkpoints_that_cannot_be_read_stay(tmp_path, monkeypatch):
     chex.assert_trees_all_equal(attempt(tmp_path / "run", 6)[1], whole)
 
 
-def test_a_training_that_diverges_before_its_first_checkpoint_begins_anew(tmp_path):
+def test_a_training_that_diverges_before_its_first_checkpoint_starts_again(tmp_path):
     message, _ = attempt(tmp_path, 4, scaled("generator", 1e30, step=1))
 
     assert "No checkpoint is good. Rerun this command to start again" in message
@@ -173,7 +173,7 @@ def test_weights_that_a_training_begins_with_may_be_the_reason(tmp_path):
         ("opt_fake_score", "the critic's optimizer"),
     ],
 )
-def test_whatever_is_not_finite_is_named_and_not_saved(tmp_path, name, shown):
+def test_non_finite_state_is_named_and_not_saved(tmp_path, name, shown):
     attempt(tmp_path, 2)
 
     message, _ = attempt(tmp_path, 4, scaled(name, float("nan")))
@@ -276,7 +276,7 @@ def attempt_restore(folder):
         checkpoints.close()
 
 
-def test_a_checkpoint_under_way_is_removed_at_an_end_until_it_is_whole(tmp_path):
+def test_an_unfinished_checkpoint_is_removed_at_exit(tmp_path):
     checkpoints, seen = Checkpoints(tmp_path, {}), []
 
     class Slow:

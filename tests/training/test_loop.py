@@ -30,9 +30,9 @@ def test_only_steps_that_no_checkpoint_holds_would_be_lost(clock):
 
     clock[0] = 10.0
     assert work.since() == 10.0  # The first step compiles.
-    work.go_on()
+    work.step_started()
     clock[0] = 20.0
-    work.go_on()
+    work.step_started()
     assert work.since() == 10.0
     checkpoints.saving = True
     work.saved()
@@ -40,7 +40,7 @@ def test_only_steps_that_no_checkpoint_holds_would_be_lost(clock):
     assert work.since() == 10.0  # Until the checkpoint is whole.
     checkpoints.saving = False
     assert work.since() == 30.0
-    work.go_on()
+    work.step_started()
     clock[0] = 40.0
     assert work.since() == 30.0
 
@@ -50,11 +50,11 @@ def test_steps_that_are_run_while_a_checkpoint_is_written_count(clock):
     work = loop._Work(checkpoints)
 
     clock[0] = 10.0
-    work.go_on()
+    work.step_started()
     checkpoints.saving = True
     work.saved()
     clock[0] = 20.0
-    work.go_on()
+    work.step_started()
     checkpoints.saving = False
     clock[0] = 30.0
 

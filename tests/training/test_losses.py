@@ -88,7 +88,7 @@ def test_guidance_goes_beyond_the_prompt():
 
 
 @pytest.mark.slow
-def test_a_normalizer_of_zero_is_no_gradient():
+def test_a_normalizer_of_zero_gives_no_gradient():
     noisy = flow.add_noise(draw(0), draw(1), TIMES / 1000)
     context = SCORE.project(tiny.variables(), prompts(0))
     real = SCORE.x0(tiny.variables(), noisy, TIMES, context)

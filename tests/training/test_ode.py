@@ -135,7 +135,7 @@ def test_a_stopped_process_keeps_what_it_finished(
     )
 
 
-def test_a_process_that_is_asked_to_stop_ends_after_the_clips_under_way(
+def test_a_process_that_must_stop_ends_after_the_current_clips(
     model, written, tmp_path, monkeypatch
 ):
     made = ode.trajectories

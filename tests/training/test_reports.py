@@ -57,7 +57,7 @@ def test_of_a_large_file_the_first_texts_are_looked_at(
     assert len(lines) <= 12
 
 
-def test_durations_of_streams_are_no_words_of_a_training(tmp_path, tokenizer):
+def test_durations_of_streams_are_not_words_of_a_training(tmp_path, tokenizer):
     path = tmp_path / "a.txt"
     path.write_text("a red ring[5s]\na | b[20f#]\na [red] ring\n")
 

@@ -69,9 +69,9 @@ def by_the_chain_rule(params, exit_level, at, setup=SETUP):
         if at == 3 * number:
             prompt, graded = 1, True
             context = stream.project(fixed, tiny.embedding(1), setup=setup)
-            rerun = setup.policy.recache(at)
+            recache = setup.policy.recache(at)
             state, _ = stream.switch(
-                fixed, state, context, at, setup=setup, rerun=rerun
+                fixed, state, context, at, setup=setup, recache=recache
             )
         noise = tiny.noise(number, setup)
         after, block, _ = stream.advance(fixed, state, noise, exit_level, setup=setup)
@@ -252,17 +252,17 @@ def test_a_noised_clean_pass_changes_what_is_remembered_alone():
 def test_the_window_is_the_new_frames_after_a_renewed_one():
     previous = jnp.arange(21.0).reshape(1, 21, 1, 1, 1)
     new = 21 + jnp.arange(18.0).reshape(1, 18, 1, 1, 1)
-    asked = []
+    seen = []
 
     def renew(latents):
-        asked.append(latents[0, :, 0, 0, 0])
+        seen.append(latents[0, :, 0, 0, 0])
         return -jnp.ones((1, 1, 1, 1, 1))
 
     clip, mask = rollout.window(previous, new, renew)
 
     np.testing.assert_array_equal(clip[0, :, 0, 0, 0], [-1, *range(19, 39)])
     np.testing.assert_array_equal(mask, [False] * 3 + [True] * 18)
-    np.testing.assert_array_equal(asked[0], range(19))
+    np.testing.assert_array_equal(seen[0], range(19))
 
 
 @pytest.mark.slow

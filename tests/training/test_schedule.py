@@ -29,8 +29,8 @@ def test_a_switch_belongs_to_one_chunk():
 def test_a_switch_takes_effect_at_the_next_block(requested, start, frame):
     spans = SequencePlan().chunks(requested)
 
-    turns = {span.start: span.switch_at for span in spans if span.switch_at}
-    assert turns == {start: frame}
+    switches = {span.start: span.switch_at for span in spans if span.switch_at}
+    assert switches == {start: frame}
 
 
 def test_switches_are_drawn_from_the_choices_and_from_the_seed_alone():
@@ -75,6 +75,6 @@ def test_generator_updates_visit_chunks_whose_number_fits_theirs(length, visited
         {"switches": (240,)},
     ],
 )
-def test_plans_that_make_no_sense_are_refused(wrong):
+def test_invalid_plans_are_refused(wrong):
     with pytest.raises(ValueError, match="plan"):
         SequencePlan(**wrong)

@@ -30,8 +30,8 @@ def rotated(keys, frame):
         ],
         axis=1,
     )
-    turned = (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(1j * angle)[:, None]
-    return np.stack([turned.real, turned.imag], -1).reshape(keys.shape)
+    rotated = (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(1j * angle)[:, None]
+    return np.stack([rotated.real, rotated.imag], -1).reshape(keys.shape)
 
 
 def buffer(cache, layer, which, end):

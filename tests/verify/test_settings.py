@@ -114,7 +114,7 @@ def test_another_form_of_a_schedule_fails(tmp_path):
         assert next(iter(change)) in is_off(folder)
 
 
-def test_timesteps_are_compared_to_what_float32_can_tell_apart(tmp_path):
+def test_timesteps_are_compared_within_the_precision_of_float32(tmp_path):
     folder = tmp_path / "scheduler" / "near"
     shutil.copytree(GOLDEN / "scheduler" / "train_shift5", folder)
     outputs = load_file(folder / "outputs.safetensors")
@@ -283,7 +283,7 @@ def test_runs_of_other_steps_shifts_and_networks_pass(tmp_path, steps, shift):
         ({"network": NETWORK.replace("t/300", "t/0")}, "divides by 0"),
     ],
 )
-def test_runs_that_make_no_sense_are_reported(tmp_path, change, message):
+def test_invalid_runs_are_reported(tmp_path, change, message):
     folder = tmp_path / "solver" / "made"
     shutil.copytree(GOLDEN / "solver" / "wan_unipc_20_shift3", folder)
     config = json.loads((folder / "config.json").read_text())

@@ -53,8 +53,8 @@ def test_adjacent_channels_are_rotated_as_complex_numbers():
     ours = rope.rotate(jnp.asarray(x).reshape(2, 3, 6, 48), by).reshape(x.shape)
 
     angles = expected_angles([4, 18, 700], 24, 3, 2, 100.0).reshape(3, 6, 1, 12)
-    turned = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * angles)
-    expected = np.stack([turned.real, turned.imag], -1).reshape(x.shape)
+    rotated = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * angles)
+    expected = np.stack([rotated.real, rotated.imag], -1).reshape(x.shape)
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
 
 

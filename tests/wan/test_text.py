@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from anchor_jax.porting.convert import convert, load_safetensors
-from anchor_jax.porting.rules import UMT5
+from anchor_jax.porting.key_tables import UMT5
 from anchor_jax.wan import text
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "umt5"

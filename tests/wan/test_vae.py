@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from anchor_jax.porting.convert import convert, load_safetensors
-from anchor_jax.porting.rules import VAE
+from anchor_jax.porting.key_tables import VAE
 from anchor_jax.wan import vae
 from anchor_jax.wan.spec import WAN_2_1
 
@@ -183,7 +183,7 @@ def test_all_frames_at_once_give_what_one_at_a_time_does(run, golden, whole):
 
 
 @pytest.mark.slow
-def test_more_frames_are_no_larger_program(config, params):
+def test_more_frames_need_no_larger_program(config, params):
     apply = functools.partial(vae.WanVae(config).apply, {"params": params})
     decode = functools.partial(apply, method="decode_raw")
     latents = jnp.zeros((1, 9, 2, 2, config.z_dim))

@@ -23,7 +23,7 @@ def test_prompts_are_cleaned_and_rows_past_their_end_are_zero():
 
 
 @pytest.mark.slow
-def test_a_prompt_is_encoded_alike_wherever_the_encoder_lives(ported):
+def test_a_prompt_is_encoded_equally_for_every_placement(ported):
     texts = [bundles.RED, bundles.BLUE, bundles.RED]
     loaded = {
         mode: load_bundle(str(ported), dtype="float32", text_encoder=mode)

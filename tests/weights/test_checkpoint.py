@@ -165,7 +165,7 @@ def test_a_leaf_that_fails_leaves_nothing_behind(tmp_path, failing):
     assert left_in(tmp_path) == []
 
 
-def test_a_leaf_of_another_shape_than_announced_is_refused(tmp_path):
+def test_a_leaf_with_an_unexpected_shape_is_refused(tmp_path):
     wrong = Lazy((3,), np.float32, lambda: np.zeros(4, np.float32))
 
     with pytest.raises(ValueError, match=r"\(4,\), expected float32 \(3,\)"):
@@ -186,7 +186,7 @@ def test_a_taken_folder_is_kept_unless_it_is_to_be_overwritten(folder):
     assert left_in(folder.parent) == ["written"]
 
 
-def test_a_failed_overwrite_keeps_what_was_there(folder):
+def test_a_failed_overwrite_keeps_the_old_content(folder):
     def load():
         raise OSError("the source went away")
 
@@ -209,7 +209,7 @@ def test_only_checkpoints_are_overwritten(tmp_path):
 
 
 @pytest.mark.parametrize("step", ["2024", "0"])
-def test_folders_with_numbers_are_no_checkpoints(tmp_path, step):
+def test_folders_with_numbers_are_not_checkpoints(tmp_path, step):
     photo = tmp_path / "photos" / step / "a.jpg"
     photo.parent.mkdir(parents=True)
     photo.write_text("keep me")
@@ -220,7 +220,7 @@ def test_folders_with_numbers_are_no_checkpoints(tmp_path, step):
     assert photo.exists()
 
 
-def test_what_lies_beside_a_checkpoint_keeps_it(folder):
+def test_files_beside_a_checkpoint_prevent_its_replacement(folder):
     (folder / "thesis.txt").write_text("keep me")
 
     with pytest.raises(UserError, match="not overwritten"):
@@ -297,7 +297,7 @@ def test_broken_metadata_of_an_item_is_one_message(folder, name, text):
         assert name != "_METADATA"
 
 
-def test_whatever_is_raised_while_reading_is_one_message(folder, monkeypatch):
+def test_any_error_while_reading_is_one_message(folder, monkeypatch):
     def fail(*args, **options):
         raise Exception("line\n" * 535)
 

@@ -147,7 +147,7 @@ def test_the_digest_is_that_of_the_sources(ported_digest, rewrite_ported):
 
 
 @pytest.mark.parametrize("field", ["key", "alpha", "item"])
-def test_the_digest_tells_what_was_taken_apart(ported_digest, rewrite_ported, field):
+def test_the_digest_depends_on_what_was_taken(ported_digest, rewrite_ported, field):
     changed = rewrite_ported(lambda meta: meta["sources"][0].update({field: "x"}))
 
     assert load_bundle(str(changed)).digest != ported_digest

@@ -58,7 +58,7 @@ def test_a_missing_file_says_what_is_expected(tmp_path):
         load_bundle(str(tmp_path))
 
 
-def test_a_truncated_file_is_told_apart(tmp_path):
+def test_a_truncated_file_is_recognised(tmp_path):
     bundles.save(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -67,7 +67,7 @@ def test_a_truncated_file_is_told_apart(tmp_path):
         load_bundle(str(tmp_path))
 
 
-def test_foreign_tensors_are_told_apart(tmp_path):
+def test_foreign_tensors_are_recognised(tmp_path):
     bundles.save(tmp_path)
     content = safetensors.numpy.save({"x": np.zeros(2)})
     (tmp_path / "model.safetensors").write_bytes(content)

@@ -9,7 +9,7 @@ from anchor_jax.weights.load import load_bundle
 
 
 @pytest.mark.slow
-def test_updates_that_a_training_went_on_with_are_added_once(ported, tmp_path):
+def test_updates_that_a_training_continued_are_added_once(ported, tmp_path):
     given, base = draw_items(SMALL_VAE)["generator"], str(ported)
     for number in (2, 3):
         folder = tmp_path / str(number)

@@ -46,7 +46,7 @@ class Examples:
         """Returns an example.
 
         Raises:
-          IndexError: There are not that many examples.
+          IndexError: The number is not below the number of examples.
           UserError: The file of the example is damaged.
         """
         if number >= len(self):
@@ -252,7 +252,8 @@ def prepare(
             if not (target / _READY).is_file():
                 _build(make, target)
     with damaged(target, _REMEDY):
-        # The features are the kind's own: a file could name any Python module.
+        # The features come from the builder, because a file could name any Python
+        # module.
         return Examples(make(data_dir=target).as_data_source(SPLIT), target)
 
 

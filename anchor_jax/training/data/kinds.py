@@ -35,7 +35,8 @@ class DataConfig:
       path: for prompts, a file with one prompt per line, or JSON lines with `prompt`
         and `switch`; for videos, JSON lines with `video` and `caption`; for
         trajectories, the folder that `anchor-jax trajectories` wrote. Instead of JSON
-        lines, one JSON list or a `.csv` or `.tsv` file with these columns will do.
+        lines, the file may be one JSON list, or a `.csv` or `.tsv` file with these
+        columns.
       switch_path: file whose line k is the switch prompt of line k of `path`. None
         takes another line of `path`.
       cache: folder in which datasets are built. None takes the training's folder.

@@ -118,7 +118,7 @@ def open_clips(
 
 
 def _negative(bundle: Bundle, prompt: str, share: Share) -> np.ndarray:
-    """Returns the embedding that guidance leads away from, [row, text, dim]."""
+    """Returns the embedding of the negative prompt, [row, text, dim]."""
     return np.asarray(bundle.encode_prompts([prompt] * len(share.rows)))
 
 

@@ -37,7 +37,7 @@ def read_list(path: str) -> list[tuple[pathlib.Path, str]]:
     folder below it.
 
     Raises:
-      UserError: A line is wrong; the message says which.
+      UserError: A line is wrong; the message names it.
     """
     file = pairs.open_file(expand(path), ("video", "caption"))
     found = []
@@ -66,7 +66,7 @@ def _entry(value: Any, where: str) -> tuple[str, str]:
 
 
 def identity(path: str) -> str:
-    """Returns a hash of a list's videos and captions; their names do not count."""
+    """Returns a hash of a list's videos and captions, independent of their names."""
     found = [[digest(video), text] for video, text in read_list(path)]
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 

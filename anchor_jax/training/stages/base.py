@@ -39,7 +39,7 @@ class Cursor:
     Attributes:
       number: number of batches, or of sequences, taken so far.
       start: first latent frame of the sequence's next chunk. At 0 a new sequence
-        begins.
+        starts.
     """
 
     number: int = 0
@@ -186,10 +186,10 @@ class StageKind(abc.ABC):
 
     @abc.abstractmethod
     def describe_frames(self, config) -> str:
-        """Returns how many latent frames a video has, as text."""
+        """Returns the number of latent frames of a video, as text."""
 
     def warnings(self, prepared: Prepared) -> list[str]:
-        """Returns warnings about the stage as it is configured."""
+        """Returns warnings about the configured stage."""
         del prepared
         return []
 
@@ -246,7 +246,7 @@ class StageKind(abc.ABC):
         """Returns the number of latent frames of a clip that is denoised as a whole."""
 
     def sample_switches(self, config) -> bool:
-        """Returns whether sample videos switch prompts unless the config says how."""
+        """Returns whether sample videos switch prompts by default."""
         del config
         return False
 

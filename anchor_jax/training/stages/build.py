@@ -68,8 +68,8 @@ class SharedConfig:
         `regression.guidance`.
       critic: initial weights of the fake score: the critic of a distillation or of a
         ported checkpoint, or a network. None takes the teacher's.
-      rules: "paper" or "release". "release" continues published weights by the rules of
-        their training.
+      rules: "paper" or "release". "release" continues published weights under the rules
+        of their training.
       steps: total number of steps.
       batch: videos per step, over all devices.
       seed: seed of weights, noise and sequences.
@@ -88,7 +88,7 @@ class SharedConfig:
       best_of: name of a logged metric. Checkpoints are compared by its mean since the
         previous checkpoint; lower is better.
       log_every: steps between lines of metrics.
-      sample_every: steps between sample videos, which the last step makes too; 0 makes
+      sample_every: steps between sample videos; the last step makes them too. 0 makes
         none.
     """
 

@@ -41,9 +41,9 @@ class DistillationConfig:
       frames: latent frames that the loss sees, and the length of a sequence's first
         chunk.
       length: latent frames per sequence. If equal to `frames`, a sequence is one chunk.
-      switches: latent frames. Each sequence has its prompt switch at one of them.
-      every: steps to a generator update.
-      negative_prompt: prompt that guidance leads away from.
+      switches: latent frames. The prompt switch of each sequence is at one of them.
+      every: steps per generator update.
+      negative_prompt: negative prompt of the guidance.
     """
 
     policy: str = "anchor_forcing"
@@ -66,7 +66,7 @@ class CompiledDistillation(base.CompiledStage):
     Attributes:
       critic_tx: optimizer of the critic.
       seed: seed of the sequences' switch frames.
-      every: steps to a generator update.
+      every: steps per generator update.
     """
 
     spec: DistillationSpec
@@ -79,7 +79,7 @@ class CompiledDistillation(base.CompiledStage):
 
     @property
     def cycle(self) -> int:
-        """Steps to a generator update."""
+        """Steps per generator update."""
         return self.every
 
     def advance(self, state: TrainState, cursor: Cursor, step: int):
@@ -114,15 +114,14 @@ class CompiledDistillation(base.CompiledStage):
         return "critic" if step % self.every else "generator and critic"
 
     def settle(self, state: TrainState, cursor: Cursor) -> tuple[TrainState, Cursor]:
-        """Returns the state after a chunk: most chunks of a sequence are not first."""
+        """Returns the state after one chunk, as most chunks are not the first."""
         state, cursor, _ = self.advance(state, cursor, 1)
         return state, cursor
 
     def programs(self, state: TrainState, batch) -> dict[str, tuple[Callable, tuple]]:
         """Returns the jitted functions of steps and their arguments, by name.
 
-        Each chunk shape has a gradient program of its own; one of each kind is
-        returned.
+        Each chunk shape has its own gradient program; one of each kind is returned.
         """
         found, args = {}, (state, self.frozen, batch)
         for name, shape in self._kinds().items():
@@ -187,7 +186,7 @@ class CompiledDistillation(base.CompiledStage):
         return jax.jit(
             functools.partial(function, spec=self.spec, shape=shape),
             donate_argnums=0,
-            # A first chunk reads no rollout: the old one is donated for its memory.
+            # A first chunk reads no rollout; the old rollout is donated for its memory.
             keep_unused=True,
             out_shardings=(self.places, gradient, everywhere),
         )
@@ -215,7 +214,7 @@ class CompiledDistillation(base.CompiledStage):
 
 
 class DistillationKind(StageKind):
-    """Trains a generator and a critic by turns."""
+    """Trains a generator and a critic alternately."""
 
     section = DistillationConfig
     numbers = (
@@ -330,7 +329,7 @@ class DistillationKind(StageKind):
         return {**prompts, "requested": shape((), jnp.int32)}
 
     def bench_cycle(self, config) -> int:
-        """Returns the steps to a generator update, if sequences are one chunk."""
+        """Returns the steps per generator update, if sequences are one chunk."""
         section = config.distillation
         is_short = section.length == section.frames
         return section.every if is_short else super().bench_cycle(config)

@@ -7,7 +7,7 @@ from anchor_jax.training.stages.distillation_step import DistillationSpec
 def step_flops(spec: DistillationSpec, metrics) -> float:
     """Returns the operations of a step for the exit levels that it drew.
 
-    Counted are a rollout's passes up to its exit level and the clean pass. The
+    The count has a rollout's passes up to its exit level and the clean pass. The
     generator adds three forward passes of the scores and the backward of the exit pass,
     which counts twice; the critic adds one forward and one backward. The gradient of a
     chunk runs the exit pass forward a second time to save memory, which is not counted.

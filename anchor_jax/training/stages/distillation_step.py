@@ -57,7 +57,7 @@ class DistillationSpec:
 
 @dataclasses.dataclass(frozen=True)
 class ChunkShape:
-    """The static shape of a chunk. There are few, so few programs are compiled."""
+    """The static shape of a chunk. Few shapes exist, so few programs are compiled."""
 
     blocks: int
     is_first: bool
@@ -120,7 +120,7 @@ def generator_gradient(
         "exit_level": exit_level,
         "loss_timestep": jnp.mean(timestep),
     }
-    # The gap shows scores that are not finite; the direction counts them as 0.
+    # The gap shows scores that are not finite; the direction treats them as 0.
     return checked(state, gradient, found.loss + found.gap), gradient, metrics
 
 
@@ -221,7 +221,7 @@ def draw_chunk_noise(key: jax.Array, blocks: int, spec: DistillationSpec) -> Blo
 
 
 def _loss_noise(key: jax.Array, clip: jax.Array, spec: DistillationSpec):
-    """Returns the timesteps [batch] and the noise at which a loss compares."""
+    """Returns the timesteps [batch] and the noise of a loss."""
     first, second = jax.random.split(key)
     drawn = jax.random.randint(first, (clip.shape[0],), 0, flow.TRAIN_STEPS)
     timestep = flow.dmd_timestep(drawn.astype(jnp.float32), spec.shift)

@@ -18,4 +18,4 @@ STAGES: Registry[Any] = Registry(
         "distillation": f"{_HERE}.distillation:DISTILLATION",
     },
 )
-"""Each is a `stages.base.StageKind`. Importing it here would make a cycle."""
+"""Each is a `stages.base.StageKind`, which cannot be imported here without a cycle."""

@@ -46,7 +46,7 @@ class RegressionConfig:
       guidance: scale of the guided flow of `teacher`, a network of the same forcing:
         without + guidance (with - without). None takes the flow of the data as the
         target.
-      negative_prompt: prompt that guidance leads away from.
+      negative_prompt: negative prompt of the guidance.
     """
 
     forcing: str = "none"

@@ -31,7 +31,7 @@ class RegressionSpec:
 
     A batch holds `latents` [batch, frame, height, width, channel], prompts (either
     `embedding` [batch, prompt, text, dim], or `ids` and `mask` [batch, prompt, text]
-    for a text encoder that is trained too), and where it differs from the default
+    for a text encoder that is trained too), and optionally
     `which` [batch, block], the prompt of each block, `position` [frame], the temporal
     RoPE index of each frame, and `weight` [batch, block].
 
@@ -43,12 +43,13 @@ class RegressionSpec:
       endpoints: whether the batch holds the target: `target` has the shape of
         `latents`, and `noisy` at `sigma` [batch, block] is a state of the teacher's
         trajectory to it.
-      shift: shift of the noise levels, which are even before it. Not for `endpoints`.
+      shift: shift of the noise levels, which are evenly spaced before it. Not used for
+        `endpoints`.
       window: frames that a block sees, its own included. None shows all.
       text: the text encoder if it is trained too, or None.
       teacher: a frozen network of the same layout, whose guided flow is the target. A
-        batch then has `negative` [batch, text, dim], the embedding that guidance leads
-        away from. None takes the flow of the data.
+        batch then has `negative` [batch, text, dim], the embedding of the negative
+        prompt. None takes the flow of the data.
       guidance: target = without + guidance (with - without).
       kernel: attention kernel.
 
@@ -158,7 +159,7 @@ class RegressionSpec:
         return predicted[:, -frames:]
 
     def context(self, variables, batch) -> ContextKV:
-        """Returns each block's prompt as its frames attend to it."""
+        """Returns the keys and values of each block's prompt."""
         embedding = batch.get("embedding")
         if embedding is None:
             flat = (x.reshape(-1, x.shape[-1]) for x in (batch["ids"], batch["mask"]))

@@ -47,7 +47,7 @@ def test_prompts_are_embedded_unless_the_text_encoder_is_trained(
         np.testing.assert_array_equal(embedded[name], value)
 
 
-def test_guidance_leads_away_from_the_negative_prompt(tmp_path):
+def test_guidance_uses_the_negative_prompt(tmp_path):
     model = bundles.load()
     section = RegressionConfig(blocks=2, guidance=2.5, negative_prompt=bundles.BLUE)
     data = DataConfig("world_clips", size=6)

@@ -159,12 +159,12 @@ def within_a_sequence(prepared, other=None):
     past = state.rollout.replace(
         **{name: fill(name) for name in ("cache", "recent", "previous")}
     )
-    begun = index = past.cache.index
+    started = index = past.cache.index
     for _ in range(FRAMES // policy.block):
         _, index = policy.write(index)
     # Copied, since some share a buffer, which cannot be donated twice.
     index = jax.tree.map(
-        lambda x, y: jax.device_put(np.array(x), y.sharding), index, begun
+        lambda x, y: jax.device_put(np.array(x), y.sharding), index, started
     )
     past = past.replace(cache=past.cache.replace(index=index))
     return state.replace(rollout=past), Cursor(0, FRAMES)
@@ -207,8 +207,8 @@ def test_a_chunk_depends_on_what_its_sequence_holds(config, field, monkeypatch):
 )
 def test_four_devices_do_what_one_does(config, monkeypatch):
     def step(prepared):
-        begun = within_a_sequence(prepared) if config in (LATER, SWITCHED) else ()
-        return steps(prepared, 1, *begun)
+        started = within_a_sequence(prepared) if config in (LATER, SWITCHED) else ()
+        return steps(prepared, 1, *started)
 
     many, _, (seen,) = step(make(config, (2, 2, 1, 1)))
     with monkeypatch.context() as patch:
@@ -302,7 +302,7 @@ def test_blocks_are_given_the_gradient_of_their_own_frames(start, switch, monkey
 
 
 @pytest.mark.slow
-def test_unknown_words_and_cut_prompts_are_told(tmp_path, monkeypatch):
+def test_unknown_words_and_cut_prompts_are_reported(tmp_path, monkeypatch):
     on_one_device(monkeypatch)
     monkeypatch.setattr(build, "open_source", lambda *given: embeddings)
     weights, printed = tmp_path / "weights", []
@@ -317,7 +317,7 @@ def test_unknown_words_and_cut_prompts_are_told(tmp_path, monkeypatch):
         sample_every=0,
     )
 
-    run_command.open_job(config, printed.append).checkpoints.close()
+    run_command.open_training(config, printed.append).checkpoints.close()
 
     assert "warning: words that the model does not know: xyzzy" in printed
     (cut,) = [line for line in printed if "a.txt, line 3" in line]
@@ -325,7 +325,7 @@ def test_unknown_words_and_cut_prompts_are_told(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("every", "is_told"), [(2, True), (1, False)])
-def test_chunks_that_the_generator_never_learns_from_are_told(
+def test_chunks_that_the_generator_never_learns_from_are_reported(
     every, is_told, tmp_path, monkeypatch
 ):
     on_one_device(monkeypatch)
@@ -340,7 +340,7 @@ def test_chunks_that_the_generator_never_learns_from_are_told(
         out=str(tmp_path / "run"),
         sample_every=0,
     )
-    run_command.open_job(config, printed.append).checkpoints.close()
+    run_command.open_training(config, printed.append).checkpoints.close()
 
     if not is_told:
         assert not printed
@@ -717,7 +717,7 @@ def test_what_was_logged_beyond_the_checkpoint_is_logged_once(tmp_path):
         ),
     ],
 )
-def test_configs_that_make_no_sense_are_refused(wrong, named):
+def test_incompatible_configs_are_refused(wrong, named):
     config = dataclasses.replace(DISTILL, **wrong)
     with pytest.raises(UserError, match=named):
         build.prepare(config, bundles.load(), embeddings, bundles.load())

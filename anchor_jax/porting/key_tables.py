@@ -1,29 +1,29 @@
-"""The tables: official parameter names and ours, network by network.
+"""The key tables: official parameter names and ours, for each network.
 
 Source of the official names: porting/README.md, "Names". Tables ending in `_DIFFUSERS`
 and `_TRANSFORMERS` have the names of these libraries.
 """
 
-from anchor_jax.porting.convert import Rule
+from anchor_jax.porting.convert import KeyRule
 
 _LINEAR = "o i -> i o"
 
 UMT5 = (
-    Rule("token_embedding.weight", "token_embedding/embedding"),
-    Rule("norm.weight", "norm/scale"),
-    Rule("blocks.{layer}.{norm:norm1|norm2}.weight", "blocks/{norm}/scale"),
-    Rule(
+    KeyRule("token_embedding.weight", "token_embedding/embedding"),
+    KeyRule("norm.weight", "norm/scale"),
+    KeyRule("blocks.{layer}.{norm:norm1|norm2}.weight", "blocks/{norm}/scale"),
+    KeyRule(
         "blocks.{layer}.attn.{part:q|k|v|o}.weight",
         "blocks/attn/{part}/kernel",
         _LINEAR,
     ),
-    Rule("blocks.{layer}.ffn.gate.0.weight", "blocks/ffn/gate/kernel", _LINEAR),
-    Rule(
+    KeyRule("blocks.{layer}.ffn.gate.0.weight", "blocks/ffn/gate/kernel", _LINEAR),
+    KeyRule(
         "blocks.{layer}.ffn.{part:fc1|fc2}.weight",
         "blocks/ffn/{part}/kernel",
         _LINEAR,
     ),
-    Rule(
+    KeyRule(
         "blocks.{layer}.pos_embedding.embedding.weight",
         "blocks/position_bias/embedding",
     ),
@@ -37,20 +37,20 @@ _T5_FFN = _T5_LAYER + ".1.DenseReluDense"
 UMT5_ALIAS = ("encoder.embed_tokens.weight", "shared.weight")
 
 UMT5_TRANSFORMERS = (
-    Rule("shared.weight", "token_embedding/embedding"),
-    Rule("encoder.final_layer_norm.weight", "norm/scale"),
-    Rule(_T5_LAYER + ".0.layer_norm.weight", "blocks/norm1/scale"),
-    Rule(_T5_LAYER + ".1.layer_norm.weight", "blocks/norm2/scale"),
-    Rule(
+    KeyRule("shared.weight", "token_embedding/embedding"),
+    KeyRule("encoder.final_layer_norm.weight", "norm/scale"),
+    KeyRule(_T5_LAYER + ".0.layer_norm.weight", "blocks/norm1/scale"),
+    KeyRule(_T5_LAYER + ".1.layer_norm.weight", "blocks/norm2/scale"),
+    KeyRule(
         _T5_ATTENTION + ".{part:q|k|v|o}.weight", "blocks/attn/{part}/kernel", _LINEAR
     ),
-    Rule(
+    KeyRule(
         _T5_ATTENTION + ".relative_attention_bias.weight",
         "blocks/position_bias/embedding",
     ),
-    Rule(_T5_FFN + ".wi_0.weight", "blocks/ffn/gate/kernel", _LINEAR),
-    Rule(_T5_FFN + ".wi_1.weight", "blocks/ffn/fc1/kernel", _LINEAR),
-    Rule(_T5_FFN + ".wo.weight", "blocks/ffn/fc2/kernel", _LINEAR),
+    KeyRule(_T5_FFN + ".wi_0.weight", "blocks/ffn/gate/kernel", _LINEAR),
+    KeyRule(_T5_FFN + ".wi_1.weight", "blocks/ffn/fc1/kernel", _LINEAR),
+    KeyRule(_T5_FFN + ".wo.weight", "blocks/ffn/fc2/kernel", _LINEAR),
 )
 
 _CONV_3D = "o i t h w -> t h w i o"
@@ -60,44 +60,44 @@ _STAGE = _HALF + r".{stage:downsamples|upsamples|middle}.{at:\d+}"
 _OUR_STAGE = "{half}/{stage}_{at}"
 
 VAE = (
-    Rule("{mix:conv1|conv2}.weight", "{mix}/kernel", "o i 1 1 1 -> i o"),
-    Rule("{mix:conv1|conv2}.bias", "{mix}/bias"),
-    Rule(_HALF + ".conv1.weight", "{half}/conv1/kernel", _CONV_3D),
-    Rule(_HALF + ".conv1.bias", "{half}/conv1/bias"),
-    Rule(_HALF + ".head.0.gamma", "{half}/head_0/scale", "c 1 1 1 -> c"),
-    Rule(_HALF + ".head.2.weight", "{half}/head_2/kernel", _CONV_3D),
-    Rule(_HALF + ".head.2.bias", "{half}/head_2/bias"),
-    Rule(
+    KeyRule("{mix:conv1|conv2}.weight", "{mix}/kernel", "o i 1 1 1 -> i o"),
+    KeyRule("{mix:conv1|conv2}.bias", "{mix}/bias"),
+    KeyRule(_HALF + ".conv1.weight", "{half}/conv1/kernel", _CONV_3D),
+    KeyRule(_HALF + ".conv1.bias", "{half}/conv1/bias"),
+    KeyRule(_HALF + ".head.0.gamma", "{half}/head_0/scale", "c 1 1 1 -> c"),
+    KeyRule(_HALF + ".head.2.weight", "{half}/head_2/kernel", _CONV_3D),
+    KeyRule(_HALF + ".head.2.bias", "{half}/head_2/bias"),
+    KeyRule(
         _STAGE + ".residual.{norm:0|3}.gamma",
         _OUR_STAGE + "/residual_{norm}/scale",
         "c 1 1 1 -> c",
     ),
-    Rule(
+    KeyRule(
         _STAGE + ".residual.{conv:2|6}.weight",
         _OUR_STAGE + "/residual_{conv}/kernel",
         _CONV_3D,
     ),
-    Rule(
+    KeyRule(
         _STAGE + ".residual.{conv:2|6}.bias",
         _OUR_STAGE + "/residual_{conv}/bias",
     ),
-    Rule(
+    KeyRule(
         _STAGE + ".shortcut.weight",
         _OUR_STAGE + "/shortcut/kernel",
         "o i 1 1 1 -> i o",
     ),
-    Rule(_STAGE + ".shortcut.bias", _OUR_STAGE + "/shortcut/bias"),
-    Rule(_STAGE + ".norm.gamma", _OUR_STAGE + "/norm/scale", "c 1 1 -> c"),
-    Rule(
+    KeyRule(_STAGE + ".shortcut.bias", _OUR_STAGE + "/shortcut/bias"),
+    KeyRule(_STAGE + ".norm.gamma", _OUR_STAGE + "/norm/scale", "c 1 1 -> c"),
+    KeyRule(
         _STAGE + ".{part:to_qkv|proj}.weight",
         _OUR_STAGE + "/{part}/kernel",
         "o i 1 1 -> i o",
     ),
-    Rule(_STAGE + ".{part:to_qkv|proj}.bias", _OUR_STAGE + "/{part}/bias"),
-    Rule(_STAGE + ".resample.1.weight", _OUR_STAGE + "/resample/kernel", _CONV_2D),
-    Rule(_STAGE + ".resample.1.bias", _OUR_STAGE + "/resample/bias"),
-    Rule(_STAGE + ".time_conv.weight", _OUR_STAGE + "/time_conv/kernel", _CONV_3D),
-    Rule(_STAGE + ".time_conv.bias", _OUR_STAGE + "/time_conv/bias"),
+    KeyRule(_STAGE + ".{part:to_qkv|proj}.bias", _OUR_STAGE + "/{part}/bias"),
+    KeyRule(_STAGE + ".resample.1.weight", _OUR_STAGE + "/resample/kernel", _CONV_2D),
+    KeyRule(_STAGE + ".resample.1.bias", _OUR_STAGE + "/resample/bias"),
+    KeyRule(_STAGE + ".time_conv.weight", _OUR_STAGE + "/time_conv/kernel", _CONV_3D),
+    KeyRule(_STAGE + ".time_conv.bias", _OUR_STAGE + "/time_conv/bias"),
 )
 
 
@@ -107,32 +107,32 @@ _GAMMA_3D = "c 1 1 1 -> c"
 _GAMMA_2D = "c 1 1 -> c"
 
 
-def _layer(source: str, target: str, layout: str) -> tuple[Rule, Rule]:
+def _layer(source: str, target: str, layout: str) -> tuple[KeyRule, KeyRule]:
     """Returns the rules of a convolution with a bias."""
     return (
-        Rule(source + ".weight", target + "/kernel", layout),
-        Rule(source + ".bias", target + "/bias"),
+        KeyRule(source + ".weight", target + "/kernel", layout),
+        KeyRule(source + ".bias", target + "/bias"),
     )
 
 
-def _residual(source: str, target: str) -> tuple[Rule, ...]:
+def _residual(source: str, target: str) -> tuple[KeyRule, ...]:
     return (
-        Rule(source + ".norm1.gamma", target + "/residual_0/scale", _GAMMA_3D),
-        Rule(source + ".norm2.gamma", target + "/residual_3/scale", _GAMMA_3D),
+        KeyRule(source + ".norm1.gamma", target + "/residual_0/scale", _GAMMA_3D),
+        KeyRule(source + ".norm2.gamma", target + "/residual_3/scale", _GAMMA_3D),
         *_layer(source + ".conv1", target + "/residual_2", _CONV_3D),
         *_layer(source + ".conv2", target + "/residual_6", _CONV_3D),
         *_layer(source + ".conv_shortcut", target + "/shortcut", _POINT_3D),
     )
 
 
-def _resample(source: str, target: str) -> tuple[Rule, ...]:
+def _resample(source: str, target: str) -> tuple[KeyRule, ...]:
     return (
         *_layer(source + ".resample.1", target + "/resample", _CONV_2D),
         *_layer(source + ".time_conv", target + "/time_conv", _CONV_3D),
     )
 
 
-def _upward(levels: int = 4, blocks: int = 3) -> tuple[Rule, ...]:
+def _upward(levels: int = 4, blocks: int = 3) -> tuple[KeyRule, ...]:
     """Returns the rules of the decoder's stages, numbered by level and within it."""
     rules, at = [], 0
     for level in range(levels):
@@ -152,10 +152,10 @@ VAE_DIFFUSERS = (
     *_layer("post_quant_conv", "conv2", _POINT_3D),
     *_layer(_HALF + ".conv_in", "{half}/conv1", _CONV_3D),
     *_layer(_HALF + ".conv_out", "{half}/head_2", _CONV_3D),
-    Rule(_HALF + ".norm_out.gamma", "{half}/head_0/scale", _GAMMA_3D),
+    KeyRule(_HALF + ".norm_out.gamma", "{half}/head_0/scale", _GAMMA_3D),
     *_residual(_HALF + ".mid_block.resnets.0", "{half}/middle_0"),
     *_residual(_HALF + ".mid_block.resnets.1", "{half}/middle_2"),
-    Rule(
+    KeyRule(
         _HALF + ".mid_block.attentions.0.norm.gamma",
         "{half}/middle_1/norm/scale",
         _GAMMA_2D,
@@ -171,7 +171,7 @@ VAE_DIFFUSERS = (
 )
 
 
-def _linear(source: str, target: str) -> tuple[Rule, Rule]:
+def _linear(source: str, target: str) -> tuple[KeyRule, KeyRule]:
     """Returns the rules of a linear layer with a bias."""
     return _layer(source, target, _LINEAR)
 
@@ -226,7 +226,7 @@ def _dit(
     norm: str,
     block_table: str,
     head_table: str,
-) -> tuple[Rule, ...]:
+) -> tuple[KeyRule, ...]:
     """Returns the transformer's table for one way of naming.
 
     Args:
@@ -239,23 +239,23 @@ def _dit(
     """
     block = "blocks.{layer}."
     return (
-        Rule(
+        KeyRule(
             "patch_embedding.weight",
             "patch_embed/kernel",
             "o i t h w -> (t h w i) o",
             sizes=(("t", 1), ("h", 2), ("w", 2)),
         ),
-        Rule("patch_embedding.bias", "patch_embed/bias"),
-        Rule(head_table, "head/modulation", "1 part c -> part c"),
-        Rule(block + block_table, "blocks/modulation", "1 part c -> part c"),
-        Rule(
+        KeyRule("patch_embedding.bias", "patch_embed/bias"),
+        KeyRule(head_table, "head/modulation", "1 part c -> part c"),
+        KeyRule(block + block_table, "blocks/modulation", "1 part c -> part c"),
+        KeyRule(
             block + own + ".{norm:norm_q|norm_k}.weight",
             "blocks/self_attn/{norm}/scale",
         ),
-        Rule(f"{block}{norm}.weight", "blocks/norm3/scale"),
-        Rule(f"{block}{norm}.bias", "blocks/norm3/bias"),
-        Rule(f"{block}{cross}.norm_q.weight", "blocks/cross_attn/norm_q/scale"),
-        Rule(f"{block}{cross}.norm_k.weight", "context/norm_k/scale"),
+        KeyRule(f"{block}{norm}.weight", "blocks/norm3/scale"),
+        KeyRule(f"{block}{norm}.bias", "blocks/norm3/bias"),
+        KeyRule(f"{block}{cross}.norm_q.weight", "blocks/cross_attn/norm_q/scale"),
+        KeyRule(f"{block}{cross}.norm_k.weight", "context/norm_k/scale"),
         *(rule for source, target in linear for rule in _linear(source, target)),
     )
 
@@ -280,14 +280,14 @@ DIT_DIFFUSERS = _dit(
 PEFT = "base_model.model."
 
 
-def _adapters(linear: tuple[tuple[str, str], ...]) -> tuple[Rule, ...]:
+def _adapters(linear: tuple[tuple[str, str], ...]) -> tuple[KeyRule, ...]:
     """Returns the table of adapters on some linear layers."""
     return tuple(
         rule
         for source, target in linear
         for rule in (
-            Rule(PEFT + source + ".lora_A.weight", target + "/a", "r i -> i r"),
-            Rule(PEFT + source + ".lora_B.weight", target + "/b", "o r -> r o"),
+            KeyRule(PEFT + source + ".lora_A.weight", target + "/a", "r i -> i r"),
+            KeyRule(PEFT + source + ".lora_B.weight", target + "/b", "o r -> r o"),
         )
     )
 
@@ -307,6 +307,6 @@ TABLES = {
 }
 
 
-def table_of(item: str, layout: str) -> tuple[Rule, ...]:
+def table_of(item: str, layout: str) -> tuple[KeyRule, ...]:
     """Returns the table of a network's names in a layout."""
     return TABLES["generator" if item == "fake_score" else item, layout]

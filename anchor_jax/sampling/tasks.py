@@ -1,4 +1,4 @@
-"""The videos of one command: their files, requests, and checks before the first."""
+"""The videos of one command: their files, requests, and checks before making any."""
 
 import contextlib
 import dataclasses
@@ -25,7 +25,7 @@ _CHANGES_SHOWN = 3  # fields in which a recipe differs
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class VideoTask:
     """One video: its files, its script and setup, and its request as plain values."""
 
     stem: pathlib.Path
@@ -42,7 +42,7 @@ class Job:
         return tuple(self.file(suffix) for suffix in _SUFFIXES)
 
 
-class Jobs:
+class VideoTasks:
     """The videos of one command; each description is made on demand.
 
     A million videos therefore take little memory.
@@ -76,7 +76,7 @@ class Jobs:
     def __len__(self) -> int:
         return len(self.scripts.all)
 
-    def __getitem__(self, number: int) -> Job:
+    def __getitem__(self, number: int) -> VideoTask:
         script, setup = self.scripts.all[number], self.setup(number)
         seed = self.config.seed if script.seed is None else script.seed
         request = {
@@ -87,14 +87,14 @@ class Jobs:
             "weights": self.bundle.digest,
             "lora": self.config.lora,
         }
-        return Job(self.folder / f"{number:03d}", script, setup, request)
+        return VideoTask(self.folder / f"{number:03d}", script, setup, request)
 
     def key(self, number: int) -> tuple:
-        """Returns the values that determine a job's setup."""
+        """Returns the values that determine a task's setup."""
         return resolve.setup_key(self.config, self.scripts.all[number])
 
     def setup(self, number: int) -> StreamSetup:
-        """Returns the static setup of a job's stream."""
+        """Returns the static setup of a task's stream."""
         key = self.key(number)
         if key not in self._setups:
             script = self.scripts.all[number]
@@ -102,7 +102,7 @@ class Jobs:
         return self._setups[key]
 
     def texts(self, number: int) -> list[tuple[str, str]]:
-        """Returns the (location, text) pairs that are encoded for a job.
+        """Returns the (location, text) pairs that are encoded for a task.
 
         The negative prompt comes first.
         """
@@ -164,30 +164,30 @@ def own_folder(folder: pathlib.Path, tell: Callable[[str], None]) -> ownership.L
     )
 
 
-def choose(jobs: Jobs, overwrite: bool) -> tuple[list[int], list[int]]:
-    """Returns the numbers of the jobs to run, and of those that are finished.
+def choose(tasks: VideoTasks, overwrite: bool) -> tuple[list[int], list[int]]:
+    """Returns the numbers of the tasks to run, and of those that are finished.
 
     Raises:
-      UserError: A job would replace a folder, or files that another recipe made.
+      UserError: A task would replace a folder, or files that another recipe made.
     """
-    present = set(os.listdir(jobs.folder)) if jobs.folder.is_dir() else set()
+    present = set(os.listdir(tasks.folder)) if tasks.folder.is_dir() else set()
     todo, done, foreign = [], [], []
-    for number in range(len(jobs)):
+    for number in range(len(tasks)):
         names = [f"{number:03d}{suffix}" for suffix in _SUFFIXES]
         if present.isdisjoint(names):
             todo.append(number)
             continue
-        files = [jobs.folder / name for name in names if name in present]
+        files = [tasks.folder / name for name in names if name in present]
         _check_no_folder(files)
-        job = jobs[number]
-        stored = _stored_request(job, overwrite)
-        same = stored == job.request
+        task = tasks[number]
+        stored = _stored_request(task, overwrite)
+        same = stored == task.request
         if same and len(files) == len(names) and not overwrite:
             done.append(number)
             continue
         todo.append(number)
         if not same and not overwrite:
-            foreign.append((files[0], stored, job.request))
+            foreign.append((files[0], stored, task.request))
     if foreign:
         raise UserError(_describe_foreign(*foreign[0], len(foreign) - 1))
     return todo, done
@@ -196,13 +196,13 @@ def choose(jobs: Jobs, overwrite: bool) -> tuple[list[int], list[int]]:
 def _describe_foreign(
     file: pathlib.Path, stored: dict | None, request: dict, more: int
 ) -> str:
-    """Returns the message on a file that another recipe made; names the fields.
+    """Returns the message about a file of another recipe, with the fields.
 
     Args:
-      file: that is in the way.
+      file: the existing file.
       stored: the request in its recipe, or None.
       request: what the command would make in its place.
-      more: how many other videos differ too.
+      more: number of other videos that differ too.
     """
     videos = "video" if more == 1 else "videos"
     rest = f" (and {more} other {videos})" if more else ""
@@ -226,7 +226,7 @@ def _check_no_folder(files: Sequence[pathlib.Path]) -> None:
             )
 
 
-def _stored_request(job: Job, overwrite: bool) -> dict | None:
+def _stored_request(task: VideoTask, overwrite: bool) -> dict | None:
     """Returns the request in an existing recipe, or None.
 
     Raises:
@@ -234,7 +234,7 @@ def _stored_request(job: Job, overwrite: bool) -> dict | None:
     """
     remedy = "choose another --out, or replace the video with --overwrite"
     try:
-        return io.read_json(job.file(".json"), remedy=remedy).get("request")
+        return io.read_json(task.file(".json"), remedy=remedy).get("request")
     except FileNotFoundError:
         return None
     except UserError:
@@ -243,13 +243,13 @@ def _stored_request(job: Job, overwrite: bool) -> dict | None:
         raise
 
 
-def warnings(jobs: Jobs, todo: Sequence[int]) -> Iterator[str]:
+def warnings(tasks: VideoTasks, todo: Sequence[int]) -> Iterator[str]:
     """Yields a warning for each input that will not have its apparent effect."""
-    tokenizer, looked = jobs.bundle.tokenizer, todo[: jobs.prompts_checked]
-    yield from resolve.describe_size_change(jobs.bundle)
+    tokenizer, looked = tasks.bundle.tokenizer, todo[: tasks.prompts_checked]
+    yield from resolve.describe_size_change(tasks.bundle)
     if tokenizer.note:
         yield tokenizer.note
-    texts = [one for number in looked for one in jobs.texts(number)]
+    texts = [one for number in looked for one in tasks.texts(number)]
     known = watched(dict.fromkeys(text for _, text in texts), "checking words")
     found = [word for text in known for word in tokenizer.unknown_words(text)]
     if found:
@@ -261,34 +261,34 @@ def warnings(jobs: Jobs, todo: Sequence[int]) -> Iterator[str]:
             f"only the prompts of the first {len(looked)} of {len(todo)} videos were"
             " checked; later prompts that are too long are reported with their video"
         )
-    guided = any(jobs.setup(number).copies == 2 for number in looked)
-    if jobs.negative and todo and not guided:
+    guided = any(tasks.setup(number).copies == 2 for number in looked)
+    if tasks.negative and todo and not guided:
         yield "the negative prompt has no effect, because sampler.guidance is 1"
     for number in looked:
-        cuts = any(segment.cut for segment in jobs.scripts.all[number].segments)
-        if cuts and jobs.setup(number).policy.positions.cut is None:
+        cuts = any(segment.cut for segment in tasks.scripts.all[number].segments)
+        if cuts and tasks.setup(number).policy.positions.cut is None:
             yield "this policy has no scene cuts; # is read as an ordinary switch"
             return
 
 
-def check_lengths(jobs: Jobs, todo: Sequence[int]) -> None:
+def check_lengths(tasks: VideoTasks, todo: Sequence[int]) -> None:
     """Raises UserError unless every policy can make the longest of its videos."""
     longest: dict = {}
     for number in todo:
-        key = jobs.key(number)
+        key = tasks.key(number)
         best = longest.setdefault(key, number)
-        if jobs.scripts.all[number].frames > jobs.scripts.all[best].frames:
+        if tasks.scripts.all[number].frames > tasks.scripts.all[best].frames:
             longest[key] = number
     for number in longest.values():
         try:
-            make_session(jobs.bundle, jobs[number], jobs.negative)
+            make_session(tasks.bundle, tasks[number], tasks.negative)
         except UserError as error:
-            raise UserError(f"{jobs.scripts.place(number)}: {error}") from error
+            raise UserError(f"{tasks.scripts.place(number)}: {error}") from error
 
 
-def make_session(bundle: Bundle, job: Job, negative: str) -> Session:
-    """Returns a session for a job, after a check that it can play the script."""
-    first, seed = job.script.prompts[0], job.request["seed"]
-    session = Session(bundle, job.setup, first, seed, negative)
-    session.check(job.script.frames)
+def make_session(bundle: Bundle, task: VideoTask, negative: str) -> Session:
+    """Returns a session for a task, after a check that it can play the script."""
+    first, seed = task.script.prompts[0], task.request["seed"]
+    session = Session(bundle, task.setup, first, seed, negative)
+    session.check(task.script.frames)
     return session

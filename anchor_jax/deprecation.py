@@ -1,0 +1,32 @@
+"""Older names of keyword arguments, accepted for one release."""
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable
+
+
+def renamed_keyword(old: str, new: str) -> Callable:
+    """Returns a decorator of functions that accept `new` also under the name `old`.
+
+    The function warns (FutureWarning) when the older name is used. `jax.jit` may take
+    the older name as a static argument.
+    """
+
+    def decorate(function):
+        @functools.wraps(function)
+        def accepting(*args, **kwargs):
+            if old in kwargs:
+                message = f"{function.__name__}: {old}= is now called {new}="
+                warnings.warn(message, FutureWarning, stacklevel=2)
+                kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        extra = inspect.Parameter(old, inspect.Parameter.KEYWORD_ONLY, default=None)
+        own = inspect.signature(function)
+        accepting.__signature__ = own.replace(
+            parameters=[*own.parameters.values(), extra]
+        )
+        return accepting
+
+    return decorate
