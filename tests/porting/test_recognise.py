@@ -93,7 +93,7 @@ def test_a_file_of_all_networks_gives_its_transformer(planned):
             "quantised.*float8",
         ),
         ({"_fsdp_wrapped_module._flat_param": np.ones(9)}, "flat parameters of FSDP"),
-        ({"double_blocks.0.img_attn.weight": np.ones(2)}, "another network"),
+        ({"double_blocks.0.img_attn.weight": np.ones(2)}, "network that is not Wan's"),
         ({"encoder.downsamples.0.downsamples.0.x": np.ones(2)}, "Wan2.2-TI2V-5B"),
         ({"visual.transformer.0.weight": np.ones(2)}, "image or CLIP"),
     ],

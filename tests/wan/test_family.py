@@ -23,7 +23,7 @@ from anchor_jax.cli import main
 from anchor_jax.compile_cache import CACHE_VARIABLE
 from anchor_jax.config import load_config
 from anchor_jax.errors import UserError
-from anchor_jax.porting import convert, rules
+from anchor_jax.porting import convert, key_tables
 from anchor_jax.porting.export import export
 from anchor_jax.porting.sources import TEXT_FILE, VAE_FILE
 from anchor_jax.prompts import Timing, parse_entry, parse_inline
@@ -67,7 +67,7 @@ class OtherConfig(ModelConfig):
 
 
 NAMED = tuple(
-    dataclasses.replace(rule, source=f"net.{rule.source}") for rule in rules.DIT
+    dataclasses.replace(rule, source=f"net.{rule.source}") for rule in key_tables.DIT
 )
 SIZES = {"base_dim": 4, "num_res_blocks": 1, "z_dim": OTHER.latent_channels}
 NORMAL = {"latent_mean": OTHER.latent_mean, "latent_std": OTHER.latent_std}
@@ -108,8 +108,8 @@ def publish(folder):
     """Writes random weights of the family as published ones, and returns them."""
     networks = {
         "diffusion_pytorch_model": (draw(OtherConfig()), NAMED),
-        TEXT_FILE: (draw(bundles.TEXT), rules.UMT5),
-        VAE_FILE: (draw(PATCHED), rules.VAE),
+        TEXT_FILE: (draw(bundles.TEXT), key_tables.UMT5),
+        VAE_FILE: (draw(PATCHED), key_tables.VAE),
     }
     place = folder / "google" / "umt5-xxl"
     place.mkdir(parents=True)
@@ -127,7 +127,7 @@ def publish(folder):
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
     monkeypatch.setitem(spec.FAMILIES, OTHER.name, OtherConfig)
-    monkeypatch.setitem(rules.TABLES, ("generator", OTHER.name), NAMED)
+    monkeypatch.setitem(key_tables.TABLES, ("generator", OTHER.name), NAMED)
     monkeypatch.setitem(vae.VAES, OTHER.name, PATCHED)
     monkeypatch.setitem(recipe._PARTS, OtherConfig.__name__, OtherConfig)  # noqa: SLF001
 
