@@ -327,7 +327,7 @@ def test_every_part_of_a_policy_can_be_written_and_read():
         for module in (policies, positions)
         for kind in vars(module).values()
         if isinstance(kind, type) and dataclasses.is_dataclass(kind)
-    }
+    } - {positions.CacheIndex}
 
     assert len(kinds) >= 14
     for kind in kinds - {policies.RecachePass}:
