@@ -51,7 +51,7 @@ class TransformerBlock(nn.Module):
         query_rope: rope.Rotary,
         key_rope: rope.Rotary,
         visible: Prefix | Spans,
-        past: kernels.LaidOut | None,
+        past: kernels.LaidOut | LayersKV | None,
     ) -> tuple[Tokens, LayersKV]:
         config = self.config
         context, number = layer
@@ -161,7 +161,7 @@ class WanDit(nn.Module):
         visible: Prefix | Spans,
         query_position: Int[Array, " frame"],
         key_position: Int[Array, " frame"] | None = None,
-        past: kernels.LaidOut | None = None,
+        past: kernels.LaidOut | LayersKV | None = None,
     ) -> tuple[Latents, LayersKV]:
         """Returns the predicted flow and the pass's own keys and values, unrotated.
 
@@ -172,8 +172,8 @@ class WanDit(nn.Module):
           visible: `Prefix` or `Spans`, over own frames followed by past ones.
           query_position: temporal RoPE index of each frame.
           key_position: the same for the keys. None takes `query_position`.
-          past: past frames of every layer, with rotated keys, from
-            `anchor_jax.cache.memory.lay_out`.
+          past: past frames of every layer, with rotated keys: for `Prefix` from
+            `anchor_jax.cache.memory.lay_out`, for `Spans` as they are stored.
         """
         config = self.config
         _, rows, columns = config.patch

@@ -204,7 +204,9 @@ class ChannelNorm(nn.Module):
     config: VaeConfig
 
     @nn.compact
-    def __call__(self, x: Features) -> Features:
+    def __call__(
+        self, x: Float[Array, "*axes channel"]
+    ) -> Float[Array, "*axes channel"]:
         held = jnp.dtype(self.config.param_dtype)
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:], held)
         wide = x.astype(jnp.float32)
