@@ -85,7 +85,7 @@ def noise(block: int, settings: StreamSetup, batch: int = 1, seed: int = 0):
 
 
 def trace_at_most(monkeypatch, **counts):
-    """Lets functions of `stream`, by name, be traced only so many times more."""
+    """Limits how often functions of `stream`, by name, may be traced from now."""
     chex.clear_trace_counter()
     for name, most in counts.items():
         counted = chex.assert_max_traces(getattr(stream, name), n=most)
