@@ -5,10 +5,9 @@
 
 `faults.toml` holds the faults, each the replacement of a text that its module holds
 exactly once. First the tests run on an unchanged copy and must pass. Each fault then
-gets a copy of its own, on which the fast tests of one file run until one fails. A fault
-is caught only if an assertion of a test fails; errors of imports, of collection and of
-the changed code itself do not count. Prints a table, and ends with status 1 if a fault
-is not caught.
+gets a copy of its own, on which one fast test runs. A fault is caught only if an
+assertion of the test fails; errors of imports, of collection and of the changed code
+itself do not count. Prints a table, and ends with status 1 if a fault is not caught.
 
 With --out the results are stored after every fault. The same command then runs only
 faults that are missing there, or whose edit, module or test file has changed. --check
@@ -38,6 +37,7 @@ CACHE = ".jax_cache"
 REPORT = "report.xml"
 LIMIT = 1800
 """Seconds that the tests of one fault may take."""
+_REMEDY = "update the fault in launch/faults.toml"
 _ASSERTED = re.compile(r"AssertionError\b|assert\b|Failed: DID NOT (?:RAISE|WARN)")
 
 
@@ -60,28 +60,38 @@ class Fault:
     def path(self) -> pathlib.Path:
         return pathlib.Path("anchor_jax", self.module)
 
+    @property
+    def test_path(self) -> pathlib.Path:
+        return pathlib.Path("tests", self.test.partition("::")[0])
+
     def changed(self) -> str:
         """Returns the text of the module with the fault in it.
 
         Raises:
-          Stale: A file is missing, or the module does not hold the text exactly once.
+          Stale: The module does not hold the text exactly once, or the test is missing.
         """
-        for path in (self.path, pathlib.Path("tests", self.test)):
-            if not (ROOT / path).is_file():
-                raise Stale(f"{self.name!r}: {path} is missing; name another file")
-        text = (ROOT / self.path).read_text(encoding="utf-8")
-        if (count := text.count(self.old)) != 1:
-            raise Stale(
-                f"{self.name!r}: {self.path} holds {self.old!r} {count} times, must"
-                " hold it once; update the fault in launch/faults.toml"
-            )
+        text = self._require_once(self.path, self.old)
+        function = self.test.partition("::")[2].partition("[")[0]
+        self._require_once(self.test_path, f"\ndef {function}(")
         return text.replace(self.old, self.new)
+
+    def _require_once(self, path: pathlib.Path, wanted: str) -> str:
+        """Returns the text of a file that holds another text exactly once."""
+        if not (ROOT / path).is_file():
+            raise Stale(f"{self.name!r}: {path} is missing; {_REMEDY}")
+        text = (ROOT / path).read_text(encoding="utf-8")
+        if (count := text.count(wanted)) != 1:
+            raise Stale(
+                f"{self.name!r}: {path} holds {wanted!r} {count} times, must hold it"
+                f" once; {_REMEDY}"
+            )
+        return text
 
     def digest(self) -> str:
         """Returns a SHA-256 of the fault, its module and its test file."""
         total = hashlib.sha256(repr(self).encode())
-        for path in (ROOT / self.path, ROOT / "tests" / self.test):
-            total.update(path.read_bytes())
+        for path in (self.path, self.test_path):
+            total.update((ROOT / path).read_bytes())
         return total.hexdigest()
 
 
@@ -164,7 +174,7 @@ def check_import(folder: pathlib.Path) -> None:
 
 
 def run_tests(folder: pathlib.Path, tests: Iterable[str]) -> str:
-    """Runs the fast tests of some files until one fails, and returns their output."""
+    """Runs tests until one fails, slow ones left out, and returns their output."""
     options = ["-x", "-q", "-n", "0", "--no-header", "-p", "no:cacheprovider"]
     options += ["-m", "not slow", f"--junitxml={REPORT}"]
     files = [f"tests/{name}" for name in tests]

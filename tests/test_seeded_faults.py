@@ -54,7 +54,8 @@ def test_the_list_covers_every_part(faults):
         ({"old": "no such text"}, "holds 'no such text' 0 times"),
         ({"old": "return "}, r"holds 'return ' \d\d times"),
         ({"module": "nowhere.py"}, "anchor_jax/nowhere.py is missing"),
-        ({"test": "test_nothing.py"}, "tests/test_nothing.py is missing"),
+        ({"test": "test_no.py::test_a"}, "tests/test_no.py is missing"),
+        ({"test": "test_flow.py::test_no"}, r"holds '.*def test_no\(' 0 times"),
         ({"new": "("}, "never closed"),
     ],
 )
