@@ -35,8 +35,8 @@ LIST = ROOT / "launch" / "faults.toml"
 COPIED = ("anchor_jax", "configs", "tests", "setup.py", ".pytest.ini")
 CACHE = ".jax_cache"
 REPORT = "report.xml"
-LIMIT = 1800
-"""Seconds that the tests of one fault may take."""
+LIMIT = 7200
+"""Seconds that tests may take; the machine may be busy with other work."""
 _REMEDY = "update the fault in launch/faults.toml"
 _ASSERTED = re.compile(r"AssertionError\b|assert\b|Failed: DID NOT (?:RAISE|WARN)")
 
@@ -176,7 +176,7 @@ def check_import(folder: pathlib.Path) -> None:
 def run_tests(folder: pathlib.Path, tests: Iterable[str]) -> str:
     """Runs tests until one fails, slow ones left out, and returns their output."""
     options = ["-x", "-q", "-n", "0", "--no-header", "-p", "no:cacheprovider"]
-    options += ["-m", "not slow", f"--junitxml={REPORT}"]
+    options += ["-m", "not slow", "--timeout=0", f"--junitxml={REPORT}"]
     files = [f"tests/{name}" for name in tests]
     try:
         return run(folder, "-m", "pytest", *options, *files)
