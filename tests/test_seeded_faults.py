@@ -103,6 +103,7 @@ def test_tests_that_pass_or_do_not_run_catch_nothing(program, tmp_path):
     assert (crashed.caught, crashed.message) == (False, "output")
 
 
+@pytest.mark.slow
 def test_a_fault_is_caught_on_a_copy_and_not_tried_again(
     program, faults, tmp_path, monkeypatch
 ):
