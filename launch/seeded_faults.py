@@ -5,7 +5,7 @@
 
 `faults.toml` holds the faults, each the replacement of a text that its module holds
 exactly once. First the tests run on an unchanged copy and must pass. Each fault then
-gets a copy of its own, on which one fast test runs. A fault is caught only if an
+gets a copy of its own, on which one test runs. A fault is caught only if an
 assertion of the test fails; errors of imports, of collection and of the changed code
 itself do not count. Prints a table, and ends with status 1 if a fault is not caught.
 
@@ -15,6 +15,7 @@ runs no tests: it only checks that every replacement still applies.
 """
 
 import argparse
+import ast
 import dataclasses
 import hashlib
 import json
@@ -64,6 +65,10 @@ class Fault:
     def test_path(self) -> pathlib.Path:
         return pathlib.Path("tests", self.test.partition("::")[0])
 
+    @property
+    def function(self) -> str:
+        return self.test.partition("::")[2].partition("[")[0]
+
     def changed(self) -> str:
         """Returns the text of the module with the fault in it.
 
@@ -71,9 +76,19 @@ class Fault:
           Stale: The module does not hold the text exactly once, or the test is missing.
         """
         text = self._require_once(self.path, self.old)
-        function = self.test.partition("::")[2].partition("[")[0]
-        self._require_once(self.test_path, f"\ndef {function}(")
+        self._require_once(self.test_path, f"\ndef {self.function}(")
         return text.replace(self.old, self.new)
+
+    def is_slow(self) -> bool:
+        """Returns whether the test is marked as slow, for some values at least."""
+        tree = ast.parse((ROOT / self.test_path).read_text(encoding="utf-8"))
+        marks = [
+            ast.unparse(mark)
+            for node in tree.body
+            if isinstance(node, ast.FunctionDef) and node.name == self.function
+            for mark in node.decorator_list
+        ]
+        return any("mark.slow" in mark for mark in marks)
 
     def _require_once(self, path: pathlib.Path, wanted: str) -> str:
         """Returns the text of a file that holds another text exactly once."""
@@ -174,9 +189,9 @@ def check_import(folder: pathlib.Path) -> None:
 
 
 def run_tests(folder: pathlib.Path, tests: Iterable[str]) -> str:
-    """Runs tests until one fails, slow ones left out, and returns their output."""
+    """Runs tests until one fails, and returns their output."""
     options = ["-x", "-q", "-n", "0", "--no-header", "-p", "no:cacheprovider"]
-    options += ["-m", "not slow", "--timeout=0", f"--junitxml={REPORT}"]
+    options += ["--timeout=0", f"--junitxml={REPORT}"]
     files = [f"tests/{name}" for name in tests]
     try:
         return run(folder, "-m", "pytest", *options, *files)
@@ -266,10 +281,11 @@ def say(text: str) -> None:
 
 def table(faults: Iterable[Fault], results: Iterable[Result]) -> str:
     """Returns a Markdown table of faults and the tests that caught them."""
-    rows = ["| part | fault | module | caught by |", "|---|---|---|---|"]
+    rows = ["| part | fault | module | caught by | slow |", "|---|---|---|---|---|"]
     for fault, result in zip(faults, results, strict=True):
         by = f"`{result.test}`" if result.caught else "NOT CAUGHT"
-        rows.append(f"| {fault.part} | {fault.name} | `{fault.module}` | {by} |")
+        cells = (fault.part, fault.name, f"`{fault.module}`", by, fault.is_slow())
+        rows.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(rows)
 
 
@@ -300,7 +316,11 @@ def main() -> int:
         return 0
     results = try_all(faults, given.out)
     caught = sum(one.caught for one in results)
-    sys.stdout.write(f"{table(faults, results)}\n\n{caught} of {len(faults)} caught\n")
+    slow = sum(fault.is_slow() for fault in faults)
+    sys.stdout.write(
+        f"{table(faults, results)}\n\n{caught} of {len(faults)} caught; {slow} of the"
+        " tests are slow\n"
+    )
     return int(caught < len(faults))
 
 

@@ -67,6 +67,17 @@ def test_a_fault_that_does_not_apply_is_named(program, faults, changes, message)
     assert re.match(rf"error: .*{message}", line)
 
 
+@pytest.mark.parametrize(
+    ("test", "slow"),
+    [
+        ("test_seeded_faults.py::test_a_fault_is_caught_on_a_copy", True),
+        ("test_seeded_faults.py::test_the_list_covers_every_part", False),
+    ],
+)
+def test_marks_of_slow_tests_are_found(program, faults, test, slow):
+    assert dataclasses.replace(faults[0], test=test).is_slow() == slow
+
+
 def report(folder, *cases):
     path = folder / "report.xml"
     lines = [f'<testcase classname="t.a" name="n{i}">{x}' for i, x in enumerate(cases)]
@@ -104,9 +115,7 @@ def test_tests_that_pass_or_do_not_run_catch_nothing(program, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_fault_is_caught_on_a_copy_and_not_tried_again(
-    program, faults, tmp_path, monkeypatch
-):
+def test_a_fault_is_caught_on_a_copy(program, faults, tmp_path, monkeypatch):
     (fault,) = [one for one in faults if one.name == "the end token is masked"]
     source = (program.ROOT / fault.path).read_bytes()
     harmless = dataclasses.replace(fault, name="nothing", new=f"{fault.old}  # here")
@@ -125,5 +134,5 @@ def test_a_fault_is_caught_on_a_copy_and_not_tried_again(
     monkeypatch.setattr(program, "try_out", None)
     assert program.try_all([fault, harmless], out) == [caught, passed]
     lines = program.table([fault, harmless], [caught, passed]).splitlines()
-    assert lines[2].endswith("test_rows_end_and_are_padded` |")
-    assert lines[3].endswith("| NOT CAUGHT |")
+    assert lines[2].endswith("test_rows_end_and_are_padded` | False |")
+    assert lines[3].endswith("| NOT CAUGHT | False |")
