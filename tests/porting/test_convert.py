@@ -125,6 +125,15 @@ def test_layers_are_stacked_and_transposed():
         )
 
 
+def test_layers_are_in_order_in_any_file():
+    source = small(layers=11)
+    by_name = dict(sorted(source.items()))
+
+    assert [*by_name] != [*source]
+    expected, found = convert(source, TABLE), convert(by_name, TABLE)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 def test_transformer_tree():
     source = draw(dit_names())
     params = convert(source, key_tables.DIT)

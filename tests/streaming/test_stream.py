@@ -19,6 +19,7 @@ from anchor_jax.cache.positions import Absolute, Relative
 from anchor_jax.flow import few_step_levels
 from anchor_jax.streaming import stream
 from anchor_jax.streaming.loop import DpmPlusPlus, Euler, Renoise, UniPC
+from anchor_jax.streaming.types import PromptChange
 from anchor_jax.wan.attention import LayersKV, Prefix, Spans, block_causal
 from anchor_jax.wan.dit import WanDit
 from anchor_jax.wan.rope import rotary, rotate
@@ -675,6 +676,22 @@ def test_noise_is_a_function_of_key_and_frame():
     assert far(base.initial, draw(6, jax.random.key(1)).initial) > 1
     assert far(base.initial, base.fresh[0]) > 1
     assert far(base.initial[0], base.initial[1]) > 1
+
+
+def test_the_hosts_loop_switches_before_its_block():
+    key, changes = jax.random.key(3), {6: PromptChange(tiny.context(1, PAPER))}
+    state = stream.start(tiny.context(0, PAPER), setup=PAPER)
+
+    given = (tiny.variables(), tiny.copy(state), key, range(0, 12, 3), changes)
+    looped = [latents for _, latents, _ in stream.run(*given, setup=PAPER)]
+
+    for number, latents in enumerate(looped):
+        if number == 2:
+            state = tiny.switch(PAPER, state, 1, 6)
+        noise = stream.draw_noise(key, 3 * number, jnp.zeros(1), setup=PAPER)
+        state, block = stream.step(tiny.variables(), state, noise, setup=PAPER)
+        np.testing.assert_allclose(latents, block.latents, rtol=0, atol=2e-5)
+    assert len(looped) == 4
 
 
 @pytest.mark.slow

@@ -72,6 +72,19 @@ def test_the_gradient_is_that_of_the_loss():
     np.testing.assert_allclose(found.gradient, gradient, atol=1e-9)
 
 
+def test_the_generator_moves_from_the_critic_to_the_teacher():
+    found = match(draw(0))
+
+    distance = np.abs(draw(0) - found.real).mean(axis=(1, 2, 3, 4), keepdims=True)
+    expected = (found.fake - found.real) / distance / draw(0).size
+    np.testing.assert_allclose(found.gradient, expected, atol=1e-8)
+    assert np.abs(expected).max() > 1e-4
+
+
+def test_no_gradient_flows_through_the_scores():
+    assert not np.any(jax.grad(lambda x: match(x).loss)(draw(0)))
+
+
 def test_masked_frames_have_exactly_no_gradient():
     found = match(draw(0), np.arange(6) >= 3)
 

@@ -1,4 +1,4 @@
-"""Regression: guidance that a network learns from a frozen one."""
+"""Regression: the flow of data, and guidance from a frozen network."""
 
 import dataclasses
 
@@ -47,6 +47,22 @@ def blocks_prompts(plain, given):
 
 def loss(stage, student, teacher, given):
     return float(stage.loss(student, given, jax.random.key(7), teacher))
+
+
+def test_without_a_teacher_the_target_is_the_flow_of_the_data(plain):
+    given, key = blocks_prompts(plain, batch()), jax.random.key(7)
+    levels, second = jax.random.split(key)
+    latents = given["latents"]
+    sigma = plain._levels(levels, latents)
+    noise = jax.random.normal(second, latents.shape)
+
+    found = loss(plain, tiny.variables(), None, given)
+
+    share = np.asarray(sigma)[:, :, None, None, None]
+    noisy = (1 - share) * latents + share * noise
+    predicted = plain.predict(tiny.variables(), given, noisy, sigma)
+    error = np.square(predicted - (noise - latents)).mean()
+    np.testing.assert_allclose(found, error, rtol=1e-5)
 
 
 @pytest.mark.slow
