@@ -204,7 +204,7 @@ def test_a_change_of_a_finished_run_is_reported_as_ignored(trained, weights, cap
     assert train(weights, trained, "--config.optimizer.learning_rate=0.5") == 0
 
     printed = capsys.readouterr().out
-    assert "optimizer.learning_rate; ignored, because the run is already at" in printed
+    assert "and is now 0.5; ignored, because the run is already at" in printed
     assert "Already finished at step 4; nothing to do." in printed
     assert (trained / "config.json").read_bytes() == before
 
