@@ -46,7 +46,7 @@ setuptools.setup(
         "flax",
         "ftfy",
         "jax>=0.10.2,<0.13",
-        "jaxtyping",
+        "jaxtyping>=0.3",
         "ml-collections",
         "numpy",
         "optax",

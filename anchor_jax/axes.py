@@ -2,8 +2,9 @@
 
 `Float[Array, "batch frame dim"]` is an array of floating-point numbers with three axes.
 Within one call, and within one structure, equal names mean equal sizes. `*axes` stands
-for any number of axes, and `""` for none. The annotations cost nothing at run time; the
-tests check them in every call (`tests/array_checks.py`).
+for any number of axes, and `""` for none. The annotations cost nothing at run time. The
+tests check arguments and results of every call (`tests/array_checks.py`), but not what
+iterators yield.
 """
 
 from collections.abc import Mapping

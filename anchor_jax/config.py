@@ -363,7 +363,7 @@ def _suggest_fields(config: ConfigDict, section: ConfigDict, name: str) -> str:
     `lr`. If none fits, the closest field of the section is suggested.
     """
     for searched in (section, config):
-        found = [path for path in paths(searched) if name in _short_names(path)]
+        found = [path for path in paths(searched) if name in short_names(path)]
         if found:
             names = " or ".join(map(shown, sorted(found, key=len)))
             fields = suggest("", section, "fields").removeprefix(";")
@@ -371,7 +371,7 @@ def _suggest_fields(config: ConfigDict, section: ConfigDict, name: str) -> str:
     return suggest(name, section, "fields")
 
 
-def _short_names(path: str) -> tuple[str, str]:
+def short_names(path: str) -> tuple[str, str]:
     """Returns the last part of a dotted path, and its initials."""
     last = path.rpartition(".")[2]
     return last, "".join(word[:1] for word in last.split("_"))

@@ -18,6 +18,8 @@ def renamed_keyword(old: str, new: str) -> Callable:
         def accepting(*args, **kwargs):
             if old in kwargs:
                 message = f"{function.__name__}: {old}= is now called {new}="
+                if new in kwargs:
+                    raise TypeError(f"{message}; give one of them")
                 warnings.warn(message, FutureWarning, stacklevel=2)
                 kwargs[new] = kwargs.pop(old)
             return function(*args, **kwargs)

@@ -37,7 +37,7 @@ def check_processes() -> None:
     Raises:
       UserError: The environment asks for several processes, but JAX has only this one.
     """
-    count = os.environ.get("JAX_NUM_PROCESSES", "1")
+    count = os.environ.get("JAX_NUM_PROCESSES") or "1"
     if count != "1" and jax.process_count() == 1:
         raise UserError(
             f"JAX_NUM_PROCESSES={shown(count)}: anchor-jax does not start clusters yet,"

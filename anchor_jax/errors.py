@@ -102,10 +102,10 @@ def changes(before: Any, after: Any, name: str = "") -> list[str]:
     return [f"{name}: {shown(before, 40)} -> {shown(after, 40)}"]
 
 
-def closest(name: str, known: Iterable[str]) -> str:
+def closest(name: str, known: Iterable[str], prefix: str = "") -> str:
     """Returns a question for the known name that is most similar, or ""."""
     close = difflib.get_close_matches(name[:1000], list(known), n=1, cutoff=0.5)
-    return f"; did you mean {shown(close[0])}?" if close else ""
+    return f"; did you mean {shown(prefix + close[0])}?" if close else ""
 
 
 def suggest(name: str, known: Iterable[str], kind: str) -> str:

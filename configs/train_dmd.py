@@ -9,7 +9,7 @@ on one core.
 
 Expected: runs/dmd with checkpoints, log.jsonl and TensorBoard events. Every step makes
 a clip with the generator and updates the critic; every fifth step also updates the
-generator. `anchor_jax.training.stages.build.TrainConfig` explains the fields.
+generator. `anchor_jax/training/stages/build.py` explains the fields.
 """
 
 from typing import Literal

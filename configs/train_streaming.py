@@ -9,7 +9,7 @@ one core, with shorter sequences and without LoRA.
 
 Expected: runs/streaming with checkpoints, log.jsonl and TensorBoard events. Sequences
 of 240 latent frames extend over many steps, in chunks of 21 and then 18 new frames.
-`anchor_jax.training.stages.build.TrainConfig` explains the fields.
+`anchor_jax/training/stages/build.py` explains the fields.
 """
 
 from typing import Literal

@@ -68,6 +68,8 @@ def conforms(value, hint):
             and len(value) == len(parts)
             and all(map(conforms, value, parts))
         )
+    if origin is dict:
+        return all(conforms(one, parts[1]) for one in value.values())
     if hint in (None, type(None)):
         return value is None
     if origin is typing.Annotated and axes.Stacked[parts[0]] == hint:

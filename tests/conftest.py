@@ -65,7 +65,7 @@ def forget_programs():
 
 @pytest.fixture(scope="module")
 def optimized_compilation():
-    """Programs as users have them."""
+    """Programs optimized as for users, apart from the fusion emitters."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)

@@ -44,6 +44,8 @@ def test_the_advice_of_jax_is_replaced_by_ours(monkeypatch):
 
 def test_a_cluster_that_is_not_joined_is_refused(monkeypatch):
     devices.check_processes()
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "")
+    devices.check_processes()
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
     with pytest.raises(UserError, match="'2': anchor-jax does not start clusters"):
         devices.check_processes()

@@ -111,9 +111,13 @@ SENTENCES = [
     ),
     (
         TINY,
-        "in {ladder[streaming_switch][after_switch][smooth][rate]:.2f}, but in only"
-        " {ladder[streaming_switch][before_switch][smooth][rate]:.2f} of the videos"
-        " before the switch",
+        "In {ladder[streaming_switch][after_switch][smooth][rate]:.2f} of the videos,"
+        " no step across a border",
+    ),
+    (
+        TINY,
+        "before the switch, in"
+        " {ladder[streaming_switch][before_switch][smooth][rate]:.2f}.",
     ),
 ]
 # Numbers of these pages that no JSON has: measured once and not stored, settings of a

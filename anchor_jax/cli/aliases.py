@@ -43,6 +43,11 @@ def fields(argv: Sequence[str]) -> list[str]:
         return []
 
 
+def matching(name: str, argv: Sequence[str]) -> list[str]:
+    """Returns the config's fields with a last name or initials, such as "lr"."""
+    return [path for path in fields(argv) if name in config.short_names(path)]
+
+
 def _spelled(argv: Sequence[str], known: Collection[str]) -> Iterator[str]:
     waiting = collections.deque(argv)
     while waiting:

@@ -132,11 +132,13 @@ def _load(name: str) -> ModuleType:
 def _hint(flag: str, own: Sequence[str], argv: Sequence[str]) -> str:
     """Returns the part of a message that suggests flags, or fields of the config."""
     if "config" not in own:
-        return closest(flag, own)
+        return closest(flag, own, prefix="--")
     from anchor_jax.cli import aliases
 
+    short = aliases.matching(flag, argv)
     known = [*own, *aliases.fields(argv)]
-    return f"{closest(flag, known)}; set a config field with --config.FIELD=VALUE"
+    found = closest(short[0] if short else flag, short or known, prefix="--")
+    return f"{found}; set a config field with --config.FIELD=VALUE"
 
 
 @contextlib.contextmanager

@@ -52,10 +52,8 @@ def main(argv) -> None:
 
     compile_cache.enable()
     allocator.keep_freed_memory()
-    from anchor_jax import devices
     from anchor_jax.training import run
 
-    devices.check_processes()
     config = run.read_config(FLAGS.config)
     if FLAGS.dry_run:
         run.dry_run(config, tell=print)

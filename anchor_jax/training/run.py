@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-from anchor_jax import ownership
+from anchor_jax import devices, ownership
 from anchor_jax.config import from_config
 from anchor_jax.errors import UserError, naming, suggest
 from anchor_jax.io import expand, scratch_folder, write_json
@@ -202,6 +202,7 @@ def open_training(
       UserError: The config is wrong, the folder holds another run, or another job uses
         the folder.
     """
+    devices.check_processes()
     place = expand(config.out)
     missing = [one for one in (place / "data", place) if not one.exists()]
     folder = files.make_folder(config.out)

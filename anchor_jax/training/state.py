@@ -137,7 +137,7 @@ class Ema:
         if not 0 <= self.decay < 1 or self.start < 0:
             raise ValueError(
                 f"ema: decay={self.decay} must be in [0, 1) and start={self.start}"
-                f" must be at least 0"
+                " must be at least 0"
             )
 
     def next(self, mean, params, number, step):

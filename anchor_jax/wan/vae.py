@@ -354,7 +354,7 @@ class Trunk(nn.Module):
 
 @functools.partial(nn.scan, variable_broadcast="params", split_rngs={"params": False})
 def _scan_pieces(trunk: Trunk, past: Past, x: Features) -> tuple[Past, Resized]:
-    """Returns the last past, and the outputs on pieces x, one along its first axis."""
+    """Returns the past after a piece x, and its output; pieces are scanned."""
     y, past = trunk.run(x, past)
     return past, y
 
@@ -449,8 +449,10 @@ class WanVae(nn.Module):
         self.conv1 = _pointwise(config, 2 * config.z_dim)
         self.conv2 = _pointwise(config, config.z_dim)
 
-    def __call__(self, pixels: Pixels) -> Pixels:
-        """Returns the pixels after encoding and decoding."""
+    def __call__(
+        self, pixels: Pixels
+    ) -> Float[Array, "batch whole_frame pixel_height pixel_width 3"]:
+        """Returns the pixels of whole latent frames after encoding and decoding."""
         return self.decode(self.encode(pixels))
 
     def encode(self, pixels: Pixels) -> Latents:

@@ -74,7 +74,7 @@ class LoadOptions:
             return config
         return dataclasses.replace(config, dtype=self.dtype, param_dtype=self.dtype)
 
-    def mastered(self, model: ModelConfig) -> ModelConfig:
+    def with_param_dtype(self, model: ModelConfig) -> ModelConfig:
         """Returns the generator's config with the requested dtype of weights."""
         if self.param_dtype is None:
             return model

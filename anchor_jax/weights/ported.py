@@ -52,7 +52,7 @@ def load_ported(folder: pathlib.Path, options: LoadOptions) -> Bundle:
         _check_ported(ported)
         if "family" in meta:
             _check_strides(ported)
-    model, text = options.mastered(ported.model), ported.text
+    model, text = options.with_param_dtype(ported.model), ported.text
     expected = _expected_ported(folder, ported)
     network = options.item(checkpoint.items(folder))
     if network == "fake_score":

@@ -79,7 +79,7 @@ def load_saved(weights: str, options: LoadOptions) -> Bundle:
         )
     codec = CODECS[header.codec]
     tokenizer = _tokenizer(tokenizer_file, pieces, header.text)
-    model = options.mastered(options.typed(header.model))
+    model = options.with_param_dtype(options.typed(header.model))
     text = options.typed(header.text)
     with damaged_weights(model_file):
         stored = safetensors.numpy.load(content)

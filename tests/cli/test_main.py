@@ -107,7 +107,8 @@ def test_a_flag_of_the_command_is_not_a_field(say):
         (["--seed=x"], "config.seed: got 'x', expected int"),
         (["--sampler=1"], "unknown flag --sampler;"),
         (["--nothing=1"], "unknown flag --nothing; set a config field"),
-        (["--sed=1"], "unknown flag --sed; did you mean 'seed'?"),
+        (["--sed=1"], "unknown flag --sed; did you mean '--seed'?"),
+        (["--np=3"], "unknown flag --np; did you mean '--sampler.negative_prompt'?"),
     ],
 )
 def test_a_short_spelling_is_checked_like_a_long_one(say, argv, message):

@@ -1,5 +1,8 @@
 import contextlib
 import json
+import os
+import subprocess
+import sys
 
 import av
 import bundles
@@ -294,3 +297,23 @@ def test_a_recipe_with_invalid_text_is_refused(replay, field):
 
     assert status == 2
     assert "000.json" in err and field in err and "U+D800" in err
+
+
+@pytest.mark.slow
+def test_programs_as_users_have_them_make_the_same_video_again(made, tmp_path):
+    ours = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS", "NPROC")
+    env = {name: value for name, value in os.environ.items() if name not in ours}
+
+    def run(*given):
+        command = [sys.executable, "-m", "anchor_jax", *given]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    weights, clip = made / "weights", f"--config.prompt={CLIP}"
+    run("sample", "--config=tiny", "--out=out", clip, f"--config.weights={weights}")
+    printed = run("replay", "out/000.json", "--check", f"--weights={weights}")
+
+    assert "identical: 4 of 4 blocks" in printed

@@ -255,6 +255,11 @@ class StageKind(abc.ABC):
         """Returns the negative prompt of sample videos."""
 
 
+def section_of(config) -> Any:
+    """Returns the section of a config's stage."""
+    return getattr(config, config.stage)
+
+
 def training_sizes(config, model: ModelConfig) -> ModelConfig:
     """Returns a network's sizes for training, with parameters in float32."""
     return dataclasses.replace(model, remat=config.remat, param_dtype="float32")

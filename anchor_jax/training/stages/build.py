@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
 
 from jax.sharding import Mesh
 
@@ -120,14 +121,36 @@ class SharedConfig:
     out: str = "runs/train"
 
 
-TrainConfig = dataclasses.make_dataclass(
-    "TrainConfig",
-    [(name, kind.section, kind.section()) for name, kind in STAGES.items()],
-    bases=(SharedConfig,),
-    frozen=True,
-    namespace={"__doc__": SharedConfig.__doc__, "__module__": __name__},
-)
-"""The fields of a training's config: `SharedConfig`, and a section for each stage."""
+def train_config(stages: Mapping[str, StageKind]) -> type[SharedConfig]:
+    """Returns the class of a training's config.
+
+    Raises:
+      ValueError: A stage has the name of a field that every training has.
+    """
+    taken = {field.name for field in dataclasses.fields(SharedConfig)} & set(stages)
+    if taken:
+        raise ValueError(
+            f"stage {min(taken)!r}: every training has a field of this name; choose"
+            " another name for the stage"
+        )
+    sections = "\n".join(
+        f"  {name}: the section of the stage, a `{kind.section.__name__}`."
+        for name, kind in stages.items()
+    )
+    return dataclasses.make_dataclass(
+        "TrainConfig",
+        [(name, kind.section, kind.section()) for name, kind in stages.items()],
+        bases=(SharedConfig,),
+        frozen=True,
+        namespace={
+            "__doc__": "The config of a training: the fields of `SharedConfig`, and a"
+            f" section for each stage.\n\nAttributes:\n{sections}\n",
+            "__module__": __name__,
+        },
+    )
+
+
+TrainConfig = train_config(STAGES)
 
 
 def prepare(

@@ -236,9 +236,9 @@ class DistillationKind(StageKind):
         del most
         sources.check_kind(config.data, PROMPTS, config.stage)
         texts = sources.open_texts(config.data, folder)
-        if config.distillation.switches:
+        if base.section_of(config).switches:
             sources.check_switching(texts)
-        negative = config.distillation.negative_prompt
+        negative = base.section_of(config).negative_prompt
         return sources.open_prompts(texts, bundle, share, negative)
 
     def prepare(
@@ -249,7 +249,7 @@ class DistillationKind(StageKind):
         if teacher is None:
             raise UserError("config.teacher is missing; distillation needs a teacher")
         critic = networks.critic or teacher
-        section = config.distillation
+        section = base.section_of(config)
         spec = make_spec(config, bundle, teacher, critic, on)
         trained, frozen = base.split_collections(config, bundle.variables, 0, on)
         fake, fake_frozen = base.split_collections(config, critic.variables, 1, on)
@@ -296,12 +296,12 @@ class DistillationKind(StageKind):
 
     def texts(self, config) -> Iterator[tuple[str, str]]:
         """Yields the negative prompt of the teacher's guidance."""
-        text = config.distillation.negative_prompt
-        yield "config.distillation.negative_prompt", text
+        text = base.section_of(config).negative_prompt
+        yield f"config.{config.stage}.negative_prompt", text
 
     def describe_frames(self, config) -> str:
         """Returns the length of the loss's clip and of a sequence."""
-        section = config.distillation
+        section = base.section_of(config)
         sequence = f"sequences of {section.length}"
         return f"{section.frames} latent frames per update of {sequence}"
 
@@ -330,7 +330,7 @@ class DistillationKind(StageKind):
 
     def bench_cycle(self, config) -> int:
         """Returns the steps per generator update, if sequences are one chunk."""
-        section = config.distillation
+        section = base.section_of(config)
         is_short = section.length == section.frames
         return section.every if is_short else super().bench_cycle(config)
 
@@ -341,7 +341,7 @@ class DistillationKind(StageKind):
     def method(self, training: Mapping[str, Any], base: Method = SAVED) -> Method:
         """Returns the settings of a few-step generator."""
         del base
-        section = training["distillation"]
+        section = training[training["stage"]]
         return Method(
             section["policy"],
             training["rules"],
@@ -362,15 +362,15 @@ class DistillationKind(StageKind):
 
     def sample_frames(self, config) -> int:
         """Returns the length of the loss's clip."""
-        return config.distillation.frames
+        return base.section_of(config).frames
 
     def sample_switches(self, config) -> bool:
         """Returns whether sequences switch prompts."""
-        return bool(config.distillation.switches)
+        return bool(base.section_of(config).switches)
 
     def sample_negative(self, config) -> str:
         """Returns the negative prompt of the training."""
-        return config.distillation.negative_prompt
+        return base.section_of(config).negative_prompt
 
 
 DISTILLATION = DistillationKind()

@@ -23,10 +23,10 @@ def make_spec(
     Raises:
       UserError: A field of `distillation` is wrong.
     """
-    section = config.distillation
+    section = base.section_of(config)
     is_release = config.rules == "release"
     tables = ReleaseTables(shift=section.shift) if is_release else Tables()
-    with base.naming_section("config.distillation"):
+    with base.naming_section(f"config.{config.stage}"):
         policy = _policy(config)
         _check_length(policy, section)
         setup = StreamSetup(
@@ -76,10 +76,10 @@ def _check_length(policy: Policy, section) -> None:
 
 
 def _policy(config) -> Policy:
-    name = config.distillation.policy
+    name = base.section_of(config).policy
     if name not in POLICIES:
         known = suggest(name, POLICIES, "policies")
-        raise UserError(f"config.distillation.policy={name!r}{known}")
+        raise UserError(f"config.{config.stage}.policy={name!r}{known}")
     if config.rules not in RULES:
         known = suggest(config.rules, RULES, "rules")
         raise UserError(f"config.rules={config.rules!r}{known}")

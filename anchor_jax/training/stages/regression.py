@@ -122,7 +122,7 @@ class RegressionKind(StageKind):
         most: int | None = None,
     ) -> Batches:
         """Returns batches of clips, with `negative` if there is guidance."""
-        section = config.regression
+        section = base.section_of(config)
         sources.check_kind(config.data, CLIPS, config.stage)
         _check_endpoints(config)
         request = ClipRequest(
@@ -139,7 +139,7 @@ class RegressionKind(StageKind):
         teacher = _guided_teacher(config, networks.teacher)
         spec = _spec(config, bundle, teacher, on)
         trained, frozen = base.split_collections(config, bundle.variables, 0, on)
-        if config.regression.text:
+        if base.section_of(config).text:
             trained = {**trained, "text": bundle.encode_prompts.params}
         tx = config.optimizer.transform(config.steps)
         has_ema = base.used_ema(config) is not None
@@ -158,30 +158,30 @@ class RegressionKind(StageKind):
             counts["teacher"] = base.count(teacher.variables)
         placed, state = base.place(config, state, weights, on)
         compiled = CompiledRegression(spec=spec, tx=tx, batches=batches, **placed)
-        frames = config.batch * config.regression.frames
+        frames = config.batch * base.section_of(config).frames
         return Prepared(compiled, state, bundle, counts, frames)
 
     def texts(self, config) -> Iterator[tuple[str, str]]:
         """Yields the negative prompt of guidance."""
-        if config.regression.guidance is not None:
-            text = config.regression.negative_prompt
-            yield "config.regression.negative_prompt", text
+        if base.section_of(config).guidance is not None:
+            text = base.section_of(config).negative_prompt
+            yield f"config.{config.stage}.negative_prompt", text
 
     def describe_frames(self, config) -> str:
         """Returns the length of a clip."""
-        return f"{config.regression.frames} latent frames"
+        return f"{base.section_of(config).frames} latent frames"
 
     def check_plan(self, config) -> None:
         """Raises UserError if the text encoder is trained too."""
-        if config.regression.text:
+        if base.section_of(config).text:
             raise UserError(
-                "config.regression.text=True: a plan takes prompts that are encoded;"
-                " add --config.regression.text=False"
+                f"config.{config.stage}.text=True: a plan takes prompts that are"
+                f" encoded; add --config.{config.stage}.text=False"
             )
 
     def batch_shapes(self, config, bundle: Bundle) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns the shapes of a batch of clips with one prompt."""
-        model, grid, section = bundle.model, bundle.grid, config.regression
+        model, grid, section = bundle.model, bundle.grid, base.section_of(config)
         shape, size = jax.ShapeDtypeStruct, config.batch
         prompt = (model.text_len, model.text_dim)
         batch = {"embedding": shape((size, 1, *prompt), model.dtype)}
@@ -196,7 +196,7 @@ class RegressionKind(StageKind):
 
     def method(self, training: Mapping[str, Any], base: Method = SAVED) -> Method:
         """Returns the settings of a teacher, a causal flow, or a few-step generator."""
-        section, shared = training["regression"], training["distillation"]
+        section, shared = training[training["stage"]], training["distillation"]
         samples, rules = training["samples"], training["rules"]
         policy = shared["policy"] if section["forcing"] != "none" else TEACHER
         # Configs of older trainings lack `grid`; their noise levels were even.
@@ -234,7 +234,7 @@ class RegressionKind(StageKind):
 
     def sample_frames(self, config) -> int:
         """Returns the length of the clips."""
-        return config.regression.frames
+        return base.section_of(config).frames
 
     def sample_negative(self, config) -> str:
         """Returns the negative prompt with which the trained weights are sampled."""
@@ -246,9 +246,9 @@ REGRESSION = RegressionKind()
 
 def _spec(config, bundle: Bundle, teacher: Bundle | None, on: Arrays) -> RegressionSpec:
     """Returns the static settings of a regression."""
-    section = config.regression
+    section = base.section_of(config)
     blocks = (section.block,) * section.blocks if section.forcing != "none" else ()
-    with base.naming_section("config.regression"):
+    with base.naming_section(f"config.{config.stage}"):
         return RegressionSpec(
             model=base.training_sizes(config, bundle.model),
             blocks=blocks,
@@ -265,7 +265,7 @@ def _spec(config, bundle: Bundle, teacher: Bundle | None, on: Arrays) -> Regress
 
 def _guided_teacher(config, teacher: Bundle | None) -> Bundle | None:
     """Returns the network whose guided flow is regressed, or None without guidance."""
-    if config.regression.guidance is None:
+    if base.section_of(config).guidance is None:
         return None
     if teacher is None:
         raise UserError(
@@ -277,7 +277,7 @@ def _guided_teacher(config, teacher: Bundle | None) -> Bundle | None:
 
 def _check_endpoints(config) -> None:
     """Raises UserError unless stored states and endpoint regression go together."""
-    section, has_states = config.regression, CLIPS[config.data.kind].has_states
+    section, has_states = base.section_of(config), CLIPS[config.data.kind].has_states
     if has_states != section.endpoints or has_states and section.forcing != "noise":
         raise UserError(
             f"config.data.kind={config.data.kind!r} with regression.endpoints="

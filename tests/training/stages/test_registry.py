@@ -12,6 +12,7 @@ from anchor_jax import experiment
 from anchor_jax.errors import UserError
 from anchor_jax.training import run
 from anchor_jax.training.data.kinds import ClipKind, PromptKind
+from anchor_jax.training.stages import build
 from anchor_jax.training.stages.base import CompiledStage, StageKind
 from anchor_jax.training.stages.build import TrainConfig
 from anchor_jax.training.stages.registry import STAGES
@@ -46,12 +47,23 @@ tiny_world.PARTS["stages"] = {"again": place}
 
 from anchor_jax.training.stages import build, regression
 
-config = build.TrainConfig(stage="again")
-assert config.again == regression.RegressionConfig()
-assert build.find_stage(config) is regression.REGRESSION
+assert build.TrainConfig().again == regression.RegressionConfig()
+config = build.TrainConfig(
+    stage="again", again=regression.RegressionConfig(block=3, blocks=2)
+)
+kind = build.find_stage(config)
+assert kind is regression.REGRESSION
+assert kind.describe_frames(config) == "6 latent frames"
 """
 
 
+def test_a_stage_cannot_have_the_name_of_a_shared_field():
+    with pytest.raises(ValueError, match="stage 'data': every training has a field"):
+        build.train_config({**STAGES, "data": STAGES["regression"]})
+    assert "regression: the section of the stage" in TrainConfig.__doc__
+
+
+@pytest.mark.slow
 def test_a_domain_adds_a_stage_with_its_section():
     done = subprocess.run(
         [sys.executable, "-c", DOMAIN], capture_output=True, text=True, check=False
