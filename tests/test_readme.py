@@ -136,6 +136,7 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", known.RUN)
 def test_a_command_runs(command, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)

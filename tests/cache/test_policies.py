@@ -336,6 +336,7 @@ SHAPES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block, sink, window", SHAPES)
 def test_other_shapes_see_the_newest_frames(block, sink, window):
     policy = Policy(block=block, sink=sink, window=window)
@@ -344,6 +345,7 @@ def test_other_shapes_see_the_newest_frames(block, sink, window):
     assert_same(stream(policy, 70, requests), Paper(policy).stream(70, requests))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "block, sink, window",
     [(1, 1, 8), (2, 1, 6), (3, 2, 8), (3, 3, 18), (4, 3, 13), (5, 1, 16)],

@@ -89,6 +89,7 @@ def test_a_small_video_is_enlarged_and_its_digests_are_those_of_its_own_pixels(
     assert (chosen["config"]["enlarge"], made["config"]["enlarge"]) == (None, 1)
 
 
+@pytest.mark.slow
 def test_the_same_command_makes_the_same_bytes(sample, tmp_path):
     sample(out="a")
     sample(out="b")

@@ -39,6 +39,7 @@ def parts(content):
     return stored, safetensors.numpy.load(content)
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_is_refused_wherever_it_is(saved, tmp_path):
     content = saved[0]
     (length,) = struct.unpack("<Q", content[:8])

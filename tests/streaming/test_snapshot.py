@@ -122,6 +122,7 @@ def test_a_rewound_session_makes_the_same_again(kept, name, frame):
     assert [one.landed for one in session.segments] == [0, 6, 15, 18]
 
 
+@pytest.mark.slow
 def test_a_rewind_without_moments_starts_over(kept):
     session = ask(make())
     pixels = blocks(session, 21)

@@ -113,6 +113,7 @@ def test_equal_policies_share_a_program(monkeypatch):
     assert stream.step._cache_size() == before
 
 
+@pytest.mark.slow
 def test_a_warm_cache_of_programs_hides_no_trace(monkeypatch):
     other = dataclasses.replace(PAPER, levels=few_step_levels((987,), 5.0))
     tiny.trace_at_most(monkeypatch, advance=0)

@@ -49,6 +49,7 @@ def loss(stage, student, teacher, given):
     return float(stage.loss(student, given, jax.random.key(7), teacher))
 
 
+@pytest.mark.slow
 def test_without_a_teacher_the_target_is_the_flow_of_the_data(plain):
     given, key = blocks_prompts(plain, batch()), jax.random.key(7)
     levels, second = jax.random.split(key)
