@@ -148,8 +148,11 @@ def check(faults: Iterable[Fault]) -> list[str]:
     for fault in faults:
         try:
             compile(fault.changed(), fault.module, "exec")
-        except (Stale, SyntaxError) as error:
+        except Stale as error:
             lines.append(f"error: {error}")
+        except SyntaxError as error:
+            problem = f"the changed module is not valid Python: {error}"
+            lines.append(f"error: {fault.name!r}: {problem}; {_REMEDY}")
     return lines
 
 
