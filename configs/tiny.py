@@ -5,8 +5,8 @@
 
 It needs no GPU and no download, because the weights come with the package. Expected:
 out/<time>/000.mp4, 10 seconds of 64 x 64 pixels, enlarged four times; the object
-changes within a second after 4 s and 7 s. It takes about 20 seconds on one core the
-first time, and 5 seconds when the programs are in the cache.
+changes within a second after 4 s and 7 s. It takes about 15 seconds the first time,
+and 4 seconds when the programs are in the cache.
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +16,7 @@ from ml_collections.config_dict import placeholder
 def get_config(policy: str = "anchor_forcing") -> ConfigDict:
     """Returns the config; `anchor-jax policies` lists the values of `policy`."""
     config = ConfigDict()
-    config.weights = "tiny"  # or a folder with model.safetensors and tokenizer.model
+    config.weights = "tiny"  # or a folder of weights: ported, trained, or a bundle
     config.size = placeholder(str)  # pixels, such as "64x64"; default: the weights' own
     config.dtype = placeholder(str)  # bfloat16 or float32; default: the weights' own
     config.attention = "auto"  # or a kernel by name: plain runs on any machine

@@ -110,7 +110,7 @@ class Policy:
 
     @property
     def junction_start(self) -> int:
-        """First RoPE position of the junction, directly before a full local window."""
+        """First RoPE position of the junction. Default: range - window - junction."""
         given = self.positions.junction_start
         if given is not None:
             return given

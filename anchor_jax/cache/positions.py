@@ -1,6 +1,6 @@
 """RoPE rules: the temporal position that a latent frame has when it is read.
 
-A rule is a frozen dataclass with four functions over traced integers. `start` is the
+A rule is a frozen dataclass of functions over traced integers. `start` is the
 first latent frame of the pass and `frames` its length. `catalog.ROPES` names the rules.
 """
 
@@ -92,8 +92,8 @@ class Relative(RopeRule):
 
     While the stream is shorter than `range` a position is the frame's number;
     later the window stays at the end of the range. The sink stays at 0.
-    With `junction_start` this is tri-region RoPE. `cut` moves the block of a scene cut
-    to that position.
+    With a `range` beyond the window it is tri-region RoPE. `cut` moves the block of a
+    scene cut to that position.
 
     Source: cache/README.md, "Tri-region RoPE"; Anchor Forcing, Infinity-RoPE.
     """

@@ -23,7 +23,7 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     """Defines the command's flags."""
-    flags.DEFINE_string("weights", None, "Checkpoint that anchor-jax wrote.")
+    flags.DEFINE_string("weights", None, "Folder of weights, or tiny (as a bundle).")
     flags.DEFINE_string("out", None, "Folder for the files.")
     flags.DEFINE_string(
         "layout",

@@ -6,7 +6,7 @@ from anchor_jax.cli import compile_cache
 from anchor_jax.config import define_config_flag
 from anchor_jax.errors import UserError
 
-SUMMARY = "Measure how often tiny-world videos show what their captions say."
+SUMMARY = "Measure sampled videos: whether they show what their captions say, and more."
 USAGE = """\
 anchor-jax score --config=configs/tiny.py
 anchor-jax score --config=configs/tiny.py:longlive --count=240

@@ -21,7 +21,7 @@ tensorboard --logdir runs
 The same command resumes a stopped run, bit for bit. Ctrl-C or SIGTERM writes a
 checkpoint and stops with status 130. A second Ctrl-C stops at once.
 OUT/log.jsonl has a line of metrics every --config.log_every steps. OUT/events has the
-same for TensorBoard (pip install tensorboard tensorboardX). OUT/samples has a video and
+same for TensorBoard (pip install tensorboard). OUT/samples has a video and
 a contact sheet every --config.sample_every steps, of the prompts in --config.samples.
 OUT/400 is the checkpoint of step 400. The newest --config.keep checkpoints are
 retained, and the --config.keep_best checkpoints with the lowest --config.best_of.
