@@ -17,10 +17,11 @@ import datetime
 import json
 import os
 import pathlib
+import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ladder_results
@@ -345,36 +346,58 @@ def outdated() -> list[str]:
 
 def record(name: str, file: str, command: str) -> None:
     """Keeps a measurement with its date, commit and machine."""
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(git, cwd=LAUNCH, capture_output=True, text=True, check=True)
+    measured = json.loads(pathlib.Path(file).read_text(encoding="utf-8"))
     about = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": done.stdout.strip(),
-        "machine": machine(),
+        "commit": commit(),
+        "machine": machine(measured),
         "command": command,
     }
-    measured = json.loads(pathlib.Path(file).read_text(encoding="utf-8"))
     path = RESULTS / f"{name}.json"
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     title = {"title": kept["title"]} if "title" in kept else {}
     io.write_json(path, title | about | {"values": measured})
 
 
-def machine() -> str:
-    """Returns the number and name of this machine's cores."""
-    found = re.search(r"model name\s*: (.+)", pathlib.Path("/proc/cpuinfo").read_text())
-    name = found[1] if found else "unknown processor"
-    return f"{len(os.sched_getaffinity(0))} cores, {name}"
+def commit() -> str:
+    """Returns the short name of the checkout's commit, or ends the program."""
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        done = subprocess.run(
+            git, cwd=LAUNCH, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise SystemExit(
+            f"error: {LAUNCH} is not in a git checkout, so the result would have no"
+            " commit; record it in a checkout"
+        ) from error
+    return done.stdout.strip()
+
+
+def machine(measured: Mapping[str, Any]) -> str:
+    """Returns the accelerator that a result names, or this machine's cores."""
+    device = measured.get("device", "cpu")
+    if device != "cpu":
+        return f"one {device}"
+    cpus = pathlib.Path("/proc/cpuinfo")
+    found = cpus.exists() and re.search(r"model name\s*: (.+)", cpus.read_text())
+    name = found[1] if found else platform.processor() or "unknown processor"
+    return f"{os.cpu_count()} cores, {name}"
 
 
 def main() -> int:
     """Writes or checks the pages, or records a result; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true")
-    parser.add_argument("record", nargs="*", metavar="record NAME FILE COMMAND")
+    parser.add_argument("--check", action="store_true", help="only compare")
+    keep = parser.add_subparsers(dest="action").add_parser(
+        "record", help="keep a result"
+    )
+    keep.add_argument("name", help="name of the result, as in launch/results")
+    keep.add_argument("file", help="JSON that bench --out or plan --json wrote")
+    keep.add_argument("command", help="the command that measured it")
     given = parser.parse_args()
-    if given.record:
-        record(*given.record[1:])
+    if given.action == "record":
+        record(given.name, given.file, given.command)
     differing = outdated()
     for name in differing:
         if given.check:

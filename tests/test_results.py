@@ -1,5 +1,6 @@
 """Results: pages are generated from JSON, and what other pages repeat equals it."""
 
+import json
 import pathlib
 import re
 import runpy
@@ -312,7 +313,7 @@ def test_a_result_says_when_where_and_how(pages, path):
     made = pages["load"](path.stem)
     assert re.fullmatch(r"20\d\d-\d\d-\d\d", made["date"])
     assert re.fullmatch(r"[0-9a-f]{7,40}", made["commit"])
-    assert "core" in made["machine"] and made["values"]
+    assert made["machine"] and made["values"]
     assert made["command"].startswith(("anchor-jax ", "python launch/", "launch/"))
 
 
@@ -325,19 +326,45 @@ def test_every_result_is_on_a_page_or_in_a_sentence(pages):
         assert listed or f"{{{path.stem}[" in quoted, path.stem
 
 
-@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
-def test_a_measurement_is_kept_with_its_commit(pages, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("values", "machine"),
+    [
+        ({"threads": 1}, r"\d+ cores, .+"),
+        ({"device": "TPU v5 lite"}, "one TPU v5 lite"),
+    ],
+)
+def test_a_measurement_is_kept_with_its_commit(
+    pages, tmp_path, monkeypatch, values, machine
+):
     measured = tmp_path / "bench.json"
-    measured.write_text('{"threads": 1}')
+    measured.write_text(json.dumps(values))
     record = pages["record"]
     monkeypatch.setitem(record.__globals__, "RESULTS", tmp_path)
+    monkeypatch.setitem(record.__globals__, "commit", lambda: "abc1234")
 
     record("one", str(measured), "anchor-jax bench --threads=1")
 
-    made = pages["load"].__globals__["load"]("one")
-    assert made["values"] == {"threads": 1}
+    made = pages["load"]("one")
+    assert (made["values"], made["commit"]) == (values, "abc1234")
     assert made["command"] == "anchor-jax bench --threads=1"
+    assert re.fullmatch(machine, made["machine"])
     assert set(made) == {"date", "commit", "machine", "command", "values"}
+
+
+def test_a_result_without_a_commit_is_not_kept(pages, tmp_path, monkeypatch):
+    monkeypatch.setitem(pages["record"].__globals__, "LAUNCH", tmp_path)
+
+    with pytest.raises(SystemExit, match="not in a git checkout"):
+        pages["commit"]()
+
+
+def test_the_program_needs_all_that_a_result_has(pages, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["result_pages.py", "record", "one"])
+
+    with pytest.raises(SystemExit):
+        pages["main"]()
+
+    assert "required: file, command" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,15 @@ class Passes:
 Coefficients = dict[str, Float[Array, " level *coefficient"]]
 
 
+class _Memoryless:
+    """Base of solvers of one step, which remember nothing between levels."""
+
+    def init(self, noise: State) -> tuple[()]:
+        return ()
+
+
 @dataclasses.dataclass(frozen=True)
-class Renoise:
+class Renoise(_Memoryless):
     """Estimates x0, then adds new noise up to the next level.
 
     Source: Consistency Models (arXiv:2303.01469), algorithm 1.
@@ -44,9 +51,6 @@ class Renoise:
 
     def coefficients(self, levels: Levels) -> Coefficients:
         return {"next": np.asarray([*levels.sigma[1:], 0.0], np.float32)}
-
-    def init(self, noise: State) -> tuple[()]:
-        return ()
 
     def advance(
         self,
@@ -61,7 +65,7 @@ class Renoise:
 
 
 @dataclasses.dataclass(frozen=True)
-class Euler:
+class Euler(_Memoryless):
     """Euler's method on the flow."""
 
     def dtype(self, model: str) -> str:
@@ -72,9 +76,6 @@ class Euler:
     def coefficients(self, levels: Levels) -> Coefficients:
         sigma = np.asarray([*levels.sigma, 0.0], np.float64)
         return {"keep": (sigma[1:] / sigma[:-1]).astype(np.float32)}
-
-    def init(self, noise: State) -> tuple[()]:
-        return ()
 
     def advance(
         self,

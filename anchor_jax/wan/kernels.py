@@ -70,16 +70,24 @@ class PastLayer:
 Remembered = LaidOut | PastLayer | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Plain:
-    """Attention by XLA, for any machine and size; it stores the score matrix."""
-
-    implementation = "xla"
-    in_place = True
+class _Kernel:
+    """Base of kernels: by default they serve every model and pad nothing."""
 
     def refuses(self, dtype: str, head_dim: int) -> str:
         del dtype, head_dim
         return ""
+
+    def pad(self, x: LaidOutArray, own: int) -> LaidOutArray:
+        del own
+        return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain(_Kernel):
+    """Attention by XLA, for any machine and size; it stores the score matrix."""
+
+    implementation = "xla"
+    in_place = True
 
     def lay_out(
         self, x: Float[Array, "*axes frame token dim"], head_dim: int
@@ -89,10 +97,6 @@ class Plain:
 
     def split(self, videos: tuple[str, ...], heads: tuple[str, ...]) -> P:
         return P(videos, None, heads)
-
-    def pad(self, x: LaidOutArray, own: int) -> LaidOutArray:
-        del own
-        return x
 
     def attend(
         self,
@@ -127,7 +131,7 @@ class Cudnn(Plain):
         return ""
 
 
-class _ByHead:
+class _ByHead(_Kernel):
     """Base of kernels that read [batch, head, token, head dim]."""
 
     in_place = False
@@ -150,14 +154,6 @@ class Heads(_ByHead):
     """
 
     least: int = 2**16
-
-    def refuses(self, dtype: str, head_dim: int) -> str:
-        del dtype, head_dim
-        return ""
-
-    def pad(self, x: LaidOutArray, own: int) -> LaidOutArray:
-        del own
-        return x
 
     def attend(
         self,
