@@ -5,6 +5,8 @@ import inspect
 import warnings
 from collections.abc import Callable
 
+_BETWEEN = ("jax", "contextlib", "jaxtyping")
+
 
 def renamed_keyword(old: str, new: str) -> Callable:
     """Returns a decorator of functions that accept `new` also under the name `old`.
@@ -20,7 +22,7 @@ def renamed_keyword(old: str, new: str) -> Callable:
                 message = f"{function.__name__}: {old}= is now called {new}="
                 if new in kwargs:
                     raise TypeError(f"{message}; give one of them")
-                warnings.warn(message, FutureWarning, stacklevel=2)
+                warnings.warn(message, FutureWarning, stacklevel=_caller())
                 kwargs[new] = kwargs.pop(old)
             return function(*args, **kwargs)
 
@@ -32,3 +34,11 @@ def renamed_keyword(old: str, new: str) -> Callable:
         return accepting
 
     return decorate
+
+
+def _caller() -> int:
+    """Returns the stack level, for `warnings.warn`, of the code that called jax."""
+    frame, level = inspect.currentframe().f_back.f_back, 2
+    while frame.f_globals["__name__"].partition(".")[0] in _BETWEEN:
+        frame, level = frame.f_back, level + 1
+    return level

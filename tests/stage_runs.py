@@ -87,7 +87,7 @@ def make(config, mesh=(1, 1, 1, 1)):
 
 @functools.cache
 def _prepared(config, mesh):
-    """Returns a stage whose programs all tests of this file share."""
+    """Returns a stage whose programs all tests of a process share."""
     del mesh
     bundle = bundles.load()
     batches = clips if config.stage == "regression" else embeddings

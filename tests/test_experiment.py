@@ -6,6 +6,8 @@ from anchor_jax import experiment
 from anchor_jax.cache.actions import Flush
 from anchor_jax.cache.positions import Bounded
 from anchor_jax.sampling import config, methods, resolve
+from anchor_jax.training import build as old_build
+from anchor_jax.training.stages import build
 
 
 @pytest.mark.parametrize("name", experiment.__all__)
@@ -17,6 +19,10 @@ def test_an_old_name_is_that_of_the_package(name):
 
     if name not in ("ROPES", "SWITCHES", "parse_size", "told_choices"):
         assert getattr(experiment, name) is found[0]
+
+
+def test_configs_of_earlier_versions_find_their_class():
+    assert old_build.TrainConfig is build.TrainConfig
 
 
 def test_old_tables_hold_what_they_held():

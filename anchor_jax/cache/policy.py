@@ -4,6 +4,7 @@ A policy is composed of frozen parts, and makes plans from integers only.
 """
 
 import dataclasses
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -136,8 +137,12 @@ class Policy:
             return RecachePass(self.window, sink=True)
         return RecachePass(self.span, sink=False)
 
-    # Older name; without an annotation it is not a field.
-    rerun = recache
+    def rerun(self, start: int) -> RecachePass | None:
+        """Returns `recache(start)`; the older name, kept for one release."""
+        warnings.warn(
+            "Policy.rerun is now called Policy.recache", FutureWarning, stacklevel=2
+        )
+        return self.recache(start)
 
     def read(self, index: CacheIndex) -> ReadPlan:
         """Returns the read plan of the next block."""

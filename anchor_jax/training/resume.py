@@ -19,7 +19,7 @@ _FREE = (
     *("save_every", "keep", "keep_best", "best_of", "log_every", "sample_every"),
     *("samples", "mesh", "remat", "out", "data.cache"),
 )
-_TOLD = ("optimizer", "critic_optimizer")
+_REPORTED = ("optimizer", "critic_optimizer")
 
 
 def compare_config(
@@ -38,7 +38,7 @@ def compare_config(
         return
     changed = _changed(stored, as_json(config))
     decay = _decay(stored) or _decay(as_json(config))
-    free = _TOLD if decay else (*_TOLD, "steps")
+    free = _REPORTED if decay else (*_REPORTED, "steps")
     refused = {
         name: values
         for name, values in changed.items()
@@ -60,7 +60,7 @@ def compare_config(
 
 def _decay(config: Mapping[str, Any]) -> str:
     """Returns the field by which the learning rate depends on `steps`, or ""."""
-    for section in _TOLD:
+    for section in _REPORTED:
         value = config.get(section, {}).get("decay", 0)
         if value:
             return f"{section}.decay={value}"
