@@ -44,8 +44,12 @@ def fields(argv: Sequence[str]) -> list[str]:
 
 
 def matching(name: str, argv: Sequence[str]) -> list[str]:
-    """Returns the config's fields with a last name or initials, such as "lr"."""
-    return [path for path in fields(argv) if name in config.short_names(path)]
+    """Returns the config's fields with a last name or initials, such as "lr".
+
+    The shortest path comes first.
+    """
+    found = [path for path in fields(argv) if name in config.short_names(path)]
+    return sorted(found, key=len)
 
 
 def _spelled(argv: Sequence[str], known: Collection[str]) -> Iterator[str]:

@@ -121,9 +121,9 @@ def run(
 def _programs(task: VideoTask, session: Session) -> tuple[str, Any]:
     """Returns a description of a task's programs, and values that determine them."""
     setup, recaches = task.setup, session.recaches(task.script)
-    model = setup.model
+    model, switches = setup.model, ", prompt switches" if recaches else ""
     what = (
-        f"the block, switches of {len(recaches)} kind(s) and the decoder for"
+        f"the block{switches} and the decoder for"
         f" {model.family.describe_size(setup.grid)} ({model.num_layers} layers of"
         f" {model.dim})"
     )

@@ -140,7 +140,7 @@ def _departures(config: SampleConfig, method: Method) -> list[str]:
         if value != getattr(method, name)
     ]
     if _given(config):
-        differing.append(f"the policy's own parts, not {_given(config)}")
+        differing.append(f"{method.policy} unchanged, not with {_given(config)}")
     if not differing:
         return []
     return [

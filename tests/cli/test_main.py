@@ -116,6 +116,11 @@ def test_a_short_spelling_is_checked_like_a_long_one(say, argv, message):
     assert status == 2 and message in err
 
 
+def test_initials_suggest_the_shortest_field(say):
+    status, _, err = say("train", "--config=train_dmd:tiny", "--lr=1e-4")
+    assert status == 2 and "did you mean '--optimizer.learning_rate'?" in err
+
+
 def test_a_missing_package_in_a_config_is_named_with_its_extra(
     say, tmp_path, monkeypatch
 ):

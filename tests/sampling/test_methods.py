@@ -147,7 +147,7 @@ def test_a_warning_names_settings_that_differ_from_the_training():
     assert "trained for steps (1000, 500), not (1000, 750, 500, 250);" in warning
     first, warning = printed(policy="tri_region_no_junction", rope="bounded", window=9)
     assert "tri_region_no_junction with window=9, rope=bounded (as" in first
-    assert "the policy's own parts, not window=9, rope=bounded" in warning
+    assert "tri_region_no_junction unchanged, not with window=9, rope=bo" in warning
 
 
 def test_regressed_weights_are_sampled_as_their_network_is_used():
