@@ -39,3 +39,5 @@ Params = Mapping[str, Any]
 
 _T = TypeVar("_T")
 Stacked = Annotated[_T, "every array has one more axis, the first"]
+
+Specs = Annotated[_T, "a jax.sharding.PartitionSpec takes the place of arrays"]

@@ -1,87 +1,116 @@
-"""Sharding of parameters: tables from paths to logical axes, and from these to a mesh.
+"""Which part of each array a device has: a table for every network, and the mesh.
 
 The mesh has the axes data, fsdp, context and tensor. On one device all have size 1.
 """
 
+import dataclasses
 import math
 import re
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from anchor_jax import parallel
+
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 VIDEOS = ("data", "fsdp")
 """Mesh axes that videos are split over."""
-HEADS = ("tensor",)
-"""Mesh axes that attention heads are split over."""
+SMALL = 65536
+"""Bytes. A smaller array that a mesh axis does not divide is replicated."""
 
 TO_MESH = {
     "embed": "fsdp",
+    "rank": "fsdp",
     "heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
 }
 """Mesh axis by logical axis. Other axes are replicated."""
 
-# The first expression that matches the whole path counts. A leading `layer` is added
-# for parameters of the scanned layers.
-GENERATOR = (
-    (r"patch_embed/kernel", ("patch", "embed")),
-    (r"(text_in|time_in)/kernel", ("features", "embed")),
-    (r"(text_out|time_out)/kernel", ("embed", "heads")),
-    (r"(text_out|time_out)/bias", ("heads",)),
-    (r"time_projection/kernel", ("embed", "heads")),
-    (r"time_projection/bias", ("heads",)),
-    (r"(blocks/\w+|context)/(q|k|v)/kernel", ("embed", "heads")),
-    (r"(blocks/\w+|context)/(q|k|v)/bias", ("heads",)),
-    (r"(blocks/\w+|context)/norm_(q|k)/scale", ("heads",)),
-    (r"blocks/\w+/o/kernel", ("heads", "embed")),
-    (r"blocks/ffn_in/kernel", ("embed", "mlp")),
-    (r"blocks/ffn_in/bias", ("mlp",)),
-    (r"blocks/ffn_out/kernel", ("mlp", "embed")),
-    (r"blocks/modulation|head/modulation", ("parts", "embed")),
-    (r"head/out/kernel", ("embed", "patch")),
-    (r"head/out/bias", ("patch",)),
-    (r".*/(bias|scale)", ("embed",)),
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """The logical axes of a network's arrays.
+
+    Attributes:
+      name: the network, as messages name it.
+      rows: pairs of a regular expression for an array's whole path, and the names of
+        its axes. The first match counts. A leading `layer` is added for arrays of the
+        scanned layers.
+    """
+
+    name: str
+    rows: tuple[tuple[str, tuple[str, ...]], ...]
+
+
+GENERATOR = Table(
+    "transformer",
+    (
+        (r"patch_embed/kernel", ("patch", "embed")),
+        (r"(text_in|time_in)/kernel", ("features", "embed")),
+        (r"(text_out|time_out|time_projection)/kernel", ("embed", "features")),
+        (r"(blocks/\w+|context)/(q|k|v)/kernel", ("embed", "heads")),
+        (r"(blocks/\w+|context)/(q|k|v)/bias", ("heads",)),
+        (r"(blocks/\w+|context)/norm_(q|k)/scale", ("heads",)),
+        (r"blocks/\w+/o/kernel", ("heads", "embed")),
+        (r"blocks/ffn_in/kernel", ("embed", "mlp")),
+        (r"blocks/ffn_in/bias", ("mlp",)),
+        (r"blocks/ffn_out/kernel", ("mlp", "embed")),
+        (r"blocks/modulation|head/modulation", ("parts", "features")),
+        (r"head/out/kernel", ("embed", "patch")),
+        (r".*/(bias|scale)", ("features",)),
+    ),
+)
+"""Generator, critic and teacher. Vectors are replicated, except for those of heads."""
+
+LORA = Table(
+    "low-rank updates",
+    (
+        (r"blocks/ffn_out/a", ("mlp", "rank")),
+        (r"blocks/\w+/o/a", ("heads", "rank")),
+        (r".*/a", ("embed", "features")),
+        (r"(blocks/ffn_out|blocks/\w+/o)/b", ("features", "embed")),
+        (r"blocks/ffn_in/b", ("rank", "mlp")),
+        (r".*/b", ("rank", "heads")),
+    ),
 )
 
-LORA = (
-    (r"blocks/ffn_out/a", ("mlp", "rank")),
-    (r"blocks/\w+/o/a", ("heads", "rank")),
-    (r".*/a", ("embed", "rank")),
-    (r"(blocks/ffn_out|blocks/\w+/o)/b", ("rank", "embed")),
-    (r"blocks/ffn_in/b", ("rank", "mlp")),
-    (r".*/b", ("rank", "heads")),
+TEXT = Table(
+    "text encoder",
+    (
+        (r"token_embedding/embedding", ("vocab", "embed")),
+        (r"blocks/attn/(q|k|v)/kernel", ("embed", "heads")),
+        (r"blocks/attn/o/kernel", ("heads", "embed")),
+        (r"blocks/position_bias/embedding", ("buckets", "head_count")),
+        (r"blocks/ffn/(gate|fc1)/kernel", ("embed", "mlp")),
+        (r"blocks/ffn/fc2/kernel", ("mlp", "embed")),
+        (r".*/scale", ("embed",)),
+    ),
 )
 
-TEXT = (
-    (r"token_embedding/embedding", ("vocab", "embed")),
-    (r"blocks/attn/(q|k|v)/kernel", ("embed", "heads")),
-    (r"blocks/attn/o/kernel", ("heads", "embed")),
-    (r"blocks/position_bias/embedding", ("buckets", "head_count")),
-    (r"blocks/ffn/(gate|fc1)/kernel", ("embed", "mlp")),
-    (r"blocks/ffn/fc2/kernel", ("mlp", "embed")),
-    (r".*/scale", ("embed",)),
-)
-
-CODEC = ((r".*", ()),)
+CODEC = Table("VAE", ((r".*", ()),))
 """The codec has half a gigabyte in float32, and is replicated."""
 
+COLLECTIONS = {"params": GENERATOR, "lora": LORA, "text": TEXT}
+"""The table of each collection of a network."""
 
-def logical_axes(params, placements):
+
+def logical_axes(params, table: Table):
     """Returns a tree of tuples: a logical axis name for every axis of every array.
 
     Raises:
-      ValueError: No pattern matches a path, or it has another number of axes than the
+      ValueError: No row matches a path, or it has another number of axes than the
         array.
     """
 
     def choose(path, leaf):
         name = "/".join(key.key for key in path)
         stacked = name.split("/")[0] in ("blocks", "context")
-        for pattern, axes in placements:
+        for pattern, axes in table.rows:
             if not re.fullmatch(pattern, name):
                 continue
             axes = ("layer", *axes) if stacked and axes else axes
@@ -133,68 +162,110 @@ def make_mesh(shape: tuple[int, int, int, int] = (1, -1, 1, 1), found=None) -> M
     )
 
 
-def shardings(params, placements, mesh: Mesh):
-    """Returns a NamedSharding for every parameter.
-
-    An axis that the mesh axis does not divide is replicated.
-    """
-    axes = logical_axes(params, placements)
-
-    def place(leaf, names):
-        spec = []
-        for size, name in zip(leaf.shape, names, strict=True):
-            to = TO_MESH.get(name)
-            spec.append(to if to and size % mesh.shape[to] == 0 else None)
-        return NamedSharding(mesh, P(*spec))
-
-    return jax.tree.map(place, params, axes)
-
-
-def is_on_mesh() -> bool:
-    """Returns whether the traced program runs on several devices of `jax.set_mesh`."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and mesh.size > 1
-
-
-def dividing(axes: tuple[str, ...], size: int) -> tuple[str, ...]:
-    """Returns the axes of the mesh over which `size` items can be split.
-
-    Devices along other axes do the same work.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    found = tuple(axis for axis in axes if mesh.shape[axis] > 1)
-    while size % math.prod(mesh.shape[axis] for axis in found):
-        found = found[:-1]
-    return found
-
-
-def gathered(x: jax.Array, path: tuple[str, ...], placements) -> jax.Array:
-    """Returns a layer's parameter gathered on each device, except for split heads.
-
-    Cast it first, to send fewer bytes. Without this, compilers split each product by
-    device, and take minutes for a large mesh.
+def specs(params, table: Table, shape=None):
+    """Returns a `PartitionSpec` for every array of a network.
 
     Args:
-      x: parameter of one layer.
-      path: name of the parameter.
-      placements: a table such as `GENERATOR`. A parameter that it lacks is not split.
+      params: the arrays, or their shapes.
+      table: table of the network.
+      shape: number of devices by mesh axis. None takes the current mesh.
+
+    Raises:
+      ValueError: A mesh axis does not divide an axis of an array of `SMALL` bytes or
+        more. The message names the array and what divides it.
     """
-    if not is_on_mesh():
-        return x
-    name = "/".join(path)
-    axes = next((a for pattern, a in placements if re.fullmatch(pattern, name)), ())
-    split = [dividing(HEADS, n) for n in x.shape[: len(axes)]]
-    spec = [
-        s if TO_MESH.get(a) in HEADS else None for a, s in zip(axes, split, strict=True)
-    ]
-    return jax.lax.with_sharding_constraint(x, P(*spec))
+    shape = shape or jax.sharding.get_abstract_mesh().shape
+
+    def place(path, leaf, names):
+        spec = [_axis(path, leaf, n, to, shape, table) for n, to in enumerate(names)]
+        return P(*spec)
+
+    return jax.tree_util.tree_map_with_path(place, params, logical_axes(params, table))
 
 
-def by_video(x: jax.Array) -> jax.Array:
-    """Returns activations [batch, ...], with each device's videos on that device.
+def _axis(path, leaf, number: int, name: str, shape, table: Table) -> str | None:
+    """Returns the mesh axis of an array's axis, or None if it is replicated."""
+    to, size = TO_MESH.get(name), leaf.shape[number]
+    if to is None or size % shape[to] == 0:
+        return to
+    if math.prod(leaf.shape) * leaf.dtype.itemsize < SMALL:
+        return None
+    fit = [n for n in range(1, min(size, 512) + 1) if size % n == 0]
+    raise ValueError(
+        f"{to}={shape[to]} does not divide the {size} of {table.name}"
+        f" {'/'.join(key.key for key in path)} {list(leaf.shape)}; choose {to} from"
+        f" {', '.join(map(str, fit))}, and more devices along another axis"
+    )
 
-    Without this, compilers split features like the parameters, and gather videos.
+
+def of_collections(collections):
+    """Returns a `PartitionSpec` for every array of a network's collections."""
+    return {name: specs(tree, COLLECTIONS[name]) for name, tree in collections.items()}
+
+
+def shardings(params, table: Table, mesh: Mesh):
+    """Returns a NamedSharding for every array of a network, as `specs` splits them."""
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), specs(params, table, mesh.shape)
+    )
+
+
+def check_heads(mesh_shape, heads: int, tokens: int, text: int) -> None:
+    """Checks that devices can share the heads and the tokens of a network.
+
+    Args:
+      mesh_shape: number of devices by mesh axis.
+      heads: number of attention heads.
+      tokens: number of tokens in a latent frame.
+      text: number of text tokens.
+
+    Raises:
+      ValueError: They cannot. The message says what can be chosen.
     """
-    if not is_on_mesh():
-        return x
-    return jax.lax.with_sharding_constraint(x, P(dividing(VIDEOS, x.shape[0])))
+    tensor, context = mesh_shape["tensor"], mesh_shape["context"]
+    fit = [n for n in range(1, heads + 1) if heads % n == 0]
+    if heads % (tensor * context):
+        raise ValueError(
+            f"tensor={tensor} x context={context} does not divide the {heads} attention"
+            f" heads; choose a product from {', '.join(map(str, fit))}"
+        )
+    for what, count in (("tokens of a latent frame", tokens), ("text tokens", text)):
+        if count % context:
+            ok = [n for n in fit if tokens % n == 0 and text % n == 0]
+            raise ValueError(
+                f"context={context} does not divide the {count} {what}; choose context"
+                f" from {', '.join(map(str, ok))}"
+            )
+
+
+def spread(
+    function: Callable, variables, in_specs: tuple, out_specs: Any, dtype: Any = None
+) -> Callable:
+    """Returns `function(variables, *args)`, on a mesh with each device's parts.
+
+    Args:
+      function: function of a network's collections and of other arguments.
+      variables: the collections, or their shapes.
+      in_specs: `PartitionSpec`s of the other arguments.
+      out_specs: those of the result.
+      dtype: type in which all weights are gathered before the function runs. None
+        leaves it to the layers, each time that they use a weight; then one layer is in
+        memory at a time.
+    """
+    if not parallel.is_on_mesh():
+        return function
+    own = of_collections(variables)
+
+    def one_device(variables, *args):
+        found = parallel.parts(variables, own)
+        if dtype is not None:
+            found = parallel.gathered(found, dtype)
+        return function(found, *args)
+
+    return parallel.each_device(one_device, (own, *in_specs), out_specs)
+
+
+def split_videos(batch: int) -> tuple[str, ...]:
+    """Returns the axes of the current mesh over which a batch of videos is split."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return () if batch % math.prod(shape[axis] for axis in VIDEOS) else VIDEOS

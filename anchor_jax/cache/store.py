@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Int
 
+from anchor_jax import parallel
 from anchor_jax.axes import Array
 from anchor_jax.cache.policies import Policy
 from anchor_jax.cache.types import KVCache, ReadPlan, WritePlan
@@ -17,7 +18,8 @@ def init_cache(policy: Policy, config: ModelConfig, batch: int, tokens: int) -> 
     """Returns an empty cache of the policy's slots, in the model's dtype."""
 
     def zeros(frames: int) -> LayersKV:
-        shape = (config.num_layers, batch, frames, tokens, config.dim)
+        dim = config.dim // parallel.size(*parallel.HEADS)
+        shape = (config.num_layers, batch, frames, tokens, dim)
         # Two buffers: one array given twice could not be donated.
         return LayersKV(*(jnp.zeros(shape, config.dtype) for _ in range(2)))
 

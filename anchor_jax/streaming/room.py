@@ -8,7 +8,7 @@ import resource
 
 import jax
 
-from anchor_jax import sharding, trees
+from anchor_jax import parallel, trees
 from anchor_jax.errors import UserError
 from anchor_jax.streaming.types import StreamSetup
 
@@ -122,7 +122,7 @@ def available_bytes() -> float:
     if device.platform == "cpu":
         return _host_bytes()
     limit = (device.memory_stats() or {}).get("bytes_limit") or math.inf
-    return limit * (jax.device_count() if sharding.is_on_mesh() else 1)
+    return limit * (jax.device_count() if parallel.is_on_mesh() else 1)
 
 
 def _host_bytes() -> float:

@@ -11,9 +11,10 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Float
 
-from anchor_jax import flow
+from anchor_jax import flow, sharding
 from anchor_jax.axes import (
     Array,
     Embedding,
@@ -29,6 +30,7 @@ from anchor_jax.cache.memory import Memory
 from anchor_jax.cache.policies import Flush, RecachePass
 from anchor_jax.cache.types import KVCache, ReadPlan
 from anchor_jax.deprecation import renamed_keyword
+from anchor_jax.streaming import spread
 from anchor_jax.streaming.loop import approach, guide
 from anchor_jax.streaming.types import (
     Block,
@@ -57,6 +59,17 @@ def project(
         prompts' rows come first, then the negative prompts'.
       setup: static.
     """
+    split = spread.videos(setup, embedding.shape[0])
+    project = sharding.spread(
+        functools.partial(_project, setup=setup),
+        variables,
+        (P(split),),
+        spread.context(setup, split),
+    )
+    return project(variables, embedding)
+
+
+def _project(variables, embedding, *, setup: StreamSetup) -> ContextKV:
     return setup.network.apply(variables, embedding, method="project")
 
 
@@ -127,7 +140,19 @@ def step(
     All noise levels, the clean pass and the commit form one program. `state` is
     donated.
     """
-    return advance(variables, state, noise, setup=setup)[:2]
+
+    def one_device(variables, state, noise):
+        return advance(variables, state, noise, setup=setup)[:2]
+
+    split = spread.videos(setup, noise.initial.shape[0])
+    specs = spread.state(setup, split)
+    step = sharding.spread(
+        one_device,
+        variables,
+        (specs, spread.noise(split)),
+        (specs, spread.block(split)),
+    )
+    return step(variables, state, noise)
 
 
 def advance(
@@ -274,12 +299,37 @@ def switch(
     Raises:
       ValueError: The context's batch differs from the stream's.
     """
-    policy, cache, block = setup.policy, state.cache, None
     if context.k.shape != state.context.k.shape:
         raise ValueError(
             f"the new prompt's context has shape {context.k.shape}, the stream's"
             f" {state.context.k.shape}; project one prompt for every video"
         )
+    split = spread.videos(setup, state.recent.shape[0])
+    specs = spread.state(setup, split)
+    switch = sharding.spread(
+        functools.partial(change, setup=setup, recache=recache),
+        variables,
+        (specs, spread.context(setup, split), P(), P()),
+        (specs, spread.block(split) if recache else None),
+    )
+    return switch(variables, state, context, requested, jnp.asarray(cut))
+
+
+def change(
+    variables: Variables,
+    state: StreamState,
+    context: ContextKV,
+    requested: Number,
+    cut: Flag = False,
+    *,
+    setup: StreamSetup,
+    recache: RecachePass | None,
+) -> tuple[StreamState, Block | None]:
+    """Returns the result of `switch`, which compiles it.
+
+    Training calls it inside its own programs.
+    """
+    policy, cache, block = setup.policy, state.cache, None
     if isinstance(policy.on_switch, Flush):
         source, index = policy.flush(cache.index)
         slots = store.gather(cache.slots, source)
@@ -454,6 +504,15 @@ def resume(
 
 @functools.partial(jax.jit, static_argnames="setup", donate_argnames="state")
 def _resume(variables, state, latents, *, setup: StreamSetup):
+    split = spread.videos(setup, latents.shape[0])
+    specs = spread.state(setup, split)
+    resume = sharding.spread(
+        functools.partial(_resumed, setup=setup), variables, (specs, P(split)), specs
+    )
+    return resume(variables, state, latents)
+
+
+def _resumed(variables, state, latents, *, setup: StreamSetup):
     frames = latents.shape[1]
     index = state.cache.index.replace(start=jnp.int32(frames))
     recent = _remember(state.recent, latents, jnp.int32(0))

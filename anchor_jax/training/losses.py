@@ -10,9 +10,10 @@ import chex
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float, Num
 
-from anchor_jax import flow
+from anchor_jax import flow, sharding
 from anchor_jax.axes import Array, Embedding, Latents, Variables
 from anchor_jax.wan.attention import ContextKV, bidirectional
 from anchor_jax.wan.dit import WanDit
@@ -151,12 +152,7 @@ def distribution_matching(
     sigma = fake[0].tables.noising(timestep)
     noisy = flow.add_noise(latents, noise, sigma)
     fake_x0 = _x0(fake[0], fake[1], noisy, timestep, fake[2])
-    twice = jnp.concatenate([noisy, noisy])
-    both = jnp.concatenate([timestep, timestep])
-    embeddings = jnp.concatenate([real[2], real[3]])
-    real_with, real_without = jnp.split(
-        _x0(real[0], real[1], twice, both, embeddings), 2
-    )
+    real_with, real_without = _both(real[0], real[1], noisy, timestep, real[2:])
     real_x0 = real_with + guidance * (real_with - real_without)
     difference = fake_x0 - real_x0
     normalizer = jnp.mean(jnp.abs(latents - real_x0), axis=(1, 2, 3, 4))
@@ -260,9 +256,28 @@ def weighted_mean(
 
 
 def _x0(score: Score, variables, noisy, timestep, embedding) -> jax.Array:
-    context = score.project(variables, embedding)
-    x0 = score.x0(variables, noisy, timestep, context)
-    return x0.astype(jnp.float32)
+    videos = P(sharding.split_videos(noisy.shape[0]))
+
+    def one_device(variables, noisy, timestep, embedding):
+        context = score.project(variables, embedding)
+        return score.x0(variables, noisy, timestep, context).astype(jnp.float32)
+
+    run = sharding.spread(one_device, variables, (videos,) * 3, videos)
+    return run(variables, noisy, timestep, embedding)
+
+
+def _both(score: Score, variables, noisy, timestep, embeddings):
+    """Returns the clean clips under two prompts each, from one pass."""
+    videos = P(sharding.split_videos(noisy.shape[0]))
+
+    def one_device(variables, noisy, timestep, embeddings):
+        context = score.project(variables, jnp.concatenate(embeddings))
+        twice, both = (jnp.concatenate([x, x]) for x in (noisy, timestep))
+        x0 = score.x0(variables, twice, both, context).astype(jnp.float32)
+        return tuple(jnp.split(x0, 2))
+
+    run = sharding.spread(one_device, variables, (videos,) * 3, (videos, videos))
+    return run(variables, noisy, timestep, tuple(embeddings))
 
 
 def _frame_weights(mask: jax.Array, like: jax.Array) -> jax.Array:

@@ -10,16 +10,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from anchor_jax import sharding
+from anchor_jax.parallel import HEADS
 from anchor_jax.training.data import order
 from anchor_jax.training.state import TrainState
 from anchor_jax.wan import kernels
 from anchor_jax.wan.spec import ModelConfig
-
-TABLES = {
-    "params": sharding.GENERATOR,
-    "lora": sharding.LORA,
-    "text": sharding.TEXT,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +61,7 @@ class Shapes(Arrays):
 def of_collections(collections, mesh: Mesh):
     """Returns the shardings of a network's collections."""
     return {
-        name: sharding.shardings(tree, TABLES[name], mesh)
+        name: sharding.shardings(tree, sharding.COLLECTIONS[name], mesh)
         for name, tree in collections.items()
     }
 
@@ -99,16 +94,17 @@ def _names(path) -> tuple[str, ...]:
     return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
 
 
-def of_videos(tree, mesh: Mesh, axis: int = 0):
-    """Returns shardings that split an axis of every array by video."""
+def of_videos(tree, mesh: Mesh):
+    """Returns shardings that split the first axis of every array by video."""
 
     def place(leaf):
-        spec = [None] * leaf.ndim
-        if leaf.ndim > axis and leaf.shape[axis] % videos_at_once(mesh) == 0:
-            spec[axis] = sharding.VIDEOS
-        return NamedSharding(mesh, P(*spec))
+        return NamedSharding(mesh, P(_videos(mesh, leaf.shape[0])))
 
     return jax.tree.map(place, tree)
+
+
+def _videos(mesh: Mesh, batch: int) -> tuple[str, ...]:
+    return () if batch % videos_at_once(mesh) else sharding.VIDEOS
 
 
 def videos_at_once(mesh: Mesh) -> int:
@@ -121,11 +117,11 @@ def of_rollout(rollout, mesh: Mesh):
     if rollout is None:
         return None
     cache = rollout.cache
+    stored = P(None, _videos(mesh, rollout.recent.shape[0]), None, None, HEADS)
+    stored = NamedSharding(mesh, stored)
     return rollout.replace(
-        cache=cache.replace(
-            slots=of_videos(cache.slots, mesh, 1),
-            prior=of_videos(cache.prior, mesh, 1),
-            index=jax.tree.map(lambda _: everywhere(mesh), cache.index),
+        cache=jax.tree.map(lambda _: stored, cache).replace(
+            index=jax.tree.map(lambda _: everywhere(mesh), cache.index)
         ),
         recent=of_videos(rollout.recent, mesh),
         previous=of_videos(rollout.previous, mesh),

@@ -7,17 +7,21 @@ length.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import PartitionSpec as P
 
+from anchor_jax import parallel, sharding
+from anchor_jax.axes import Specs
 from anchor_jax.cache import store
 from anchor_jax.cache.policies import RecachePass
 from anchor_jax.cache.types import KVCache, ReadPlan
-from anchor_jax.streaming import stream
+from anchor_jax.streaming import spread, stream
 from anchor_jax.streaming.types import BlockNoise, StreamSetup, StreamState
 from anchor_jax.wan.attention import LayersKV
 
@@ -108,6 +112,22 @@ def roll(
       requested: latent frame of the sequence at which the switch was requested, traced.
     """
     variables, rollout = jax.lax.stop_gradient((variables, rollout))
+    split = sharding.split_videos(rollout.recent.shape[0])
+    specs = _specs(setup, split)
+    run = sharding.spread(
+        functools.partial(_roll, setup=setup, switch=switch),
+        variables,
+        (specs, P(split), _noise_specs(split), P(), P()),
+        (specs, _chunk_specs(split)),
+        setup.model.dtype,
+    )
+    return run(variables, rollout, prompts, noise, exit_level, requested)
+
+
+def _roll(
+    variables, rollout: Rollout, prompts, noise, exit_level, requested, *, setup, switch
+):
+    """Returns the result of `roll`, for the videos of one device."""
     state = StreamState(rollout.cache, _project(variables, prompts[0], setup), None)
     state = state.replace(recent=rollout.recent)
     parts, recache = [], None
@@ -121,7 +141,7 @@ def roll(
         )
         parts.append(part)
     if switch:
-        state, block = stream.switch(
+        state, block = stream.change(
             variables,
             state,
             _project(variables, prompts[1], setup),
@@ -181,6 +201,29 @@ def pull_back(
         last.
       setup: static.
     """
+    split = sharding.split_videos(cotangent.shape[0])
+    pull = functools.partial(_pull_back, setup=setup)
+    arrays = (_chunk_specs(split), P(split), P(), P(split))
+    if not parallel.is_on_mesh():
+        return pull(trainable, frozen, chunk, prompt, exit_level, cotangent)
+    own, fixed = map(sharding.of_collections, (trainable, frozen))
+
+    def one_device(trainable, frozen, chunk, prompt, exit_level, cotangent):
+        mine, others = parallel.parts(trainable, own), parallel.parts(frozen, fixed)
+        dtype = setup.model.dtype
+        total = pull(
+            parallel.gathered(mine, dtype),
+            parallel.gathered(others, dtype),
+            *(chunk, prompt, exit_level, parallel.once(cotangent)),
+        )
+        return parallel.reduced(total, mine, own)
+
+    run = parallel.each_device(one_device, (own, fixed, *arrays), own)
+    return run(trainable, frozen, chunk, prompt, exit_level, cotangent)
+
+
+def _pull_back(trainable, frozen, chunk, prompt, exit_level, cotangent, *, setup):
+    """Returns the result of `pull_back`, for the videos of one device."""
     blocks = chunk.noisy.shape[0]
     batch, frames, *rest = cotangent.shape
     by_block = cotangent.reshape(batch, blocks, frames // blocks, *rest)
@@ -259,6 +302,21 @@ def _blocks(variables, state: StreamState, noise: BlockNoise, exit_level, setup)
 
     (cache, recent), made = jax.lax.scan(one, (state.cache, state.recent), noise)
     return StreamState(cache, state.context, recent), made
+
+
+def _specs(setup: StreamSetup, split: tuple[str, ...]) -> Specs[Rollout]:
+    """Returns the specs of a sequence."""
+    return Rollout(spread.cache(split), P(split), P(split))
+
+
+def _noise_specs(split: tuple[str, ...]) -> Specs[BlockNoise]:
+    """Returns the specs of the noise of all blocks, along a leading axis."""
+    return jax.tree.map(lambda spec: P(None, *spec), spread.noise(split))
+
+
+def _chunk_specs(split: tuple[str, ...]) -> Specs[Chunk]:
+    own = P(None, None, split, None, None, parallel.HEADS)
+    return Chunk(P(split), spread.cache(split), P(None, split), own, P(), P())
 
 
 def _capturing(state: StreamState, captures: bool) -> StreamState:

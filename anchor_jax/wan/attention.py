@@ -11,6 +11,7 @@ from einops import rearrange
 from flax import struct
 from jaxtyping import Float
 
+from anchor_jax import parallel
 from anchor_jax.axes import Array, Number, Tokens
 from anchor_jax.wan import kernels
 from anchor_jax.wan.layers import Dense, RmsNorm
@@ -153,7 +154,10 @@ class _Projections(nn.Module):
 
     def dense(self, name: str) -> Dense:
         config = self.config
-        return Dense(config.dim, config.dtype, config.param_dtype, name=name)
+        split = "in" if name == "o" else "out"
+        return Dense(
+            config.dim, config.dtype, config.param_dtype, split=split, name=name
+        )
 
     def norm(self, name: str) -> RmsNorm:
         config = self.config
@@ -184,10 +188,10 @@ class SelfAttention(_Projections):
     ) -> tuple[Tokens, LayersKV]:
         q = self.norm("norm_q")(self.dense("q")(x))
         k = self.norm("norm_k")(self.dense("k")(x))
-        v = self.dense("v")(x)
+        q, k, v = (parallel.to_heads(one) for one in (q, k, self.dense("v")(x)))
         q, keys = rotate(q, query_rope), rotate(k, key_rope)
         out = visible.attend(self.attention, q, keys, v, past)
-        return self.dense("o")(out), LayersKV(k=k, v=v)
+        return self.dense("o")(parallel.to_tokens(out)), LayersKV(k=k, v=v)
 
 
 class CrossAttention(_Projections):
@@ -201,12 +205,13 @@ class CrossAttention(_Projections):
     def __call__(self, x: Tokens, context: ContextKV) -> Tokens:
         frames = x.shape[1]
         groups = context.k.shape[0] // x.shape[0]
-        q = self.norm("norm_q")(self.dense("q")(x))
+        q = parallel.to_heads(self.norm("norm_q")(self.dense("q")(x)))
         q = rearrange(q, "b (g f) t d -> (b g) (f t) d", g=groups)
         out = self.attention(q, None, None, context)
-        return self.dense("o")(
-            rearrange(out, "(b g) (f t) d -> b (g f) t d", g=groups, f=frames // groups)
+        out = rearrange(
+            out, "(b g) (f t) d -> b (g f) t d", g=groups, f=frames // groups
         )
+        return self.dense("o")(parallel.to_tokens(out))
 
 
 class ContextLayer(_Projections):
@@ -216,5 +221,5 @@ class ContextLayer(_Projections):
     def __call__(
         self, carry: None, text: Float[Array, "batch text dim"]
     ) -> tuple[None, ContextKV]:
-        k = self.norm("norm_k")(self.dense("k")(text))
-        return carry, ContextKV(k=k, v=self.dense("v")(text))
+        k, v = self.norm("norm_k")(self.dense("k")(text)), self.dense("v")(text)
+        return carry, ContextKV(k=parallel.to_heads(k), v=parallel.to_heads(v))

@@ -1,5 +1,6 @@
 """The Wan2.1 transformer, the module of generator, real score and fake score."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Float, Int
 
-from anchor_jax import sharding
+from anchor_jax import parallel
 from anchor_jax.axes import (
     Array,
     Embedding,
@@ -29,7 +30,7 @@ from anchor_jax.wan.attention import (
     Spans,
     bidirectional,
 )
-from anchor_jax.wan.layers import AffineNorm, Dense, gelu, layer_norm, modulate
+from anchor_jax.wan.layers import AffineNorm, Dense, gelu, layer_norm, modulate, weight
 from anchor_jax.wan.spec import ModelConfig
 
 
@@ -58,8 +59,8 @@ class TransformerBlock(nn.Module):
         if past is not None:
             past = kernels.PastLayer(past.k, past.v, number)
         normal = nn.initializers.normal(config.dim**-0.5)
-        table = self.param("modulation", normal, (6, config.dim), config.param_dtype)
-        x, time = sharding.by_video(x), time + table.astype(config.dtype)
+        table = weight(self, "modulation", normal, (6, config.dim), config.param_dtype)
+        time = time + parallel.whole(table, config.dtype)
         shift1, scale1, gate1, shift2, scale2, gate2 = (time[:, :, i] for i in range(6))
 
         h = modulate(layer_norm(x, config.eps), shift1, scale1)
@@ -74,9 +75,11 @@ class TransformerBlock(nn.Module):
         x = x + y
 
         h = modulate(layer_norm(x, config.eps), shift2, scale2)
-        h = Dense(config.ffn_dim, config.dtype, config.param_dtype, name="ffn_in")(h)
-        dense = Dense(config.dim, config.dtype, config.param_dtype, name="ffn_out")
-        y = dense(gelu(h))
+        dense = functools.partial(
+            Dense, dtype=config.dtype, param_dtype=config.param_dtype
+        )
+        h = gelu(dense(config.ffn_dim, split="out", name="ffn_in")(h))
+        y = dense(config.dim, split="in", name="ffn_out")(h)
         self.sow("intermediates", "ffn", y)
         x = x + y * gate2[:, :, None]
         self.sow("intermediates", "out", x)
@@ -97,8 +100,9 @@ class Head(nn.Module):
     ) -> Float[Array, "batch frame token patch"]:
         config = self.config
         normal = nn.initializers.normal(config.dim**-0.5)
-        table = self.param("modulation", normal, (2, config.dim), config.param_dtype)
-        shift, scale = (time + table.astype(config.dtype)[i] for i in range(2))
+        table = weight(self, "modulation", normal, (2, config.dim), config.param_dtype)
+        table = parallel.whole(table, config.dtype)
+        shift, scale = (time + table[i] for i in range(2))
         x = modulate(layer_norm(x, config.eps), shift, scale)
         features = config.patch_size * config.latent_channels
         zeros = nn.initializers.zeros
@@ -147,6 +151,7 @@ class WanDit(nn.Module):
         Rows of the embedding past the prompt's end are zero and are attended to, as in
         Wan2.1.
         """
+        embedding = parallel.own_tokens(embedding, axis=1)
         text = self.text_out(gelu(self.text_in(embedding)))
         self.sow("intermediates", "text_embedding", text)
         context = self.context(None, text)[1]
@@ -181,7 +186,7 @@ class WanDit(nn.Module):
         x = rearrange(
             latents, "b f (h p) (w q) c -> b f (h w) (p q c)", p=rows, q=columns
         )
-        x = self.patch_embed(sharding.by_video(x))
+        x = self.patch_embed(parallel.own_tokens(x, axis=2))
         self.sow("intermediates", "patch_embedding", x)
         time, modulation = self._time(timestep)
 
@@ -194,7 +199,7 @@ class WanDit(nn.Module):
         x, own = self.blocks(
             x, (context, numbers), modulation, query_rope, key_rope, visible, past
         )
-        y = self.head(sharding.by_video(x), time)
+        y = parallel.all_tokens(self.head(x, time), axis=2)
         self.sow("intermediates", "head_out", y)
         return unpatchify(y, tokens, config.patch), own
 

@@ -30,7 +30,6 @@ from flax import struct
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float
 
-from anchor_jax import sharding
 from anchor_jax.axes import Array, Number
 from anchor_jax.errors import UserError, suggest
 
@@ -263,29 +262,8 @@ def attend(
     past: Remembered = None,
     seen: Number | None = None,
 ) -> Flat:
-    """Returns `kernel.attend`; on a mesh each device has its own videos and heads.
-
-    The mesh is that of `jax.set_mesh`. Without a mesh, or on one device, nothing is
-    split.
-    """
-    if not sharding.is_on_mesh():
-        return kernel.attend(head_dim, q, k, v, past, seen)
-    videos = sharding.dividing(sharding.VIDEOS, q.shape[0])
-    heads = sharding.dividing(sharding.HEADS, q.shape[2] // head_dim)
-    by_token, stored = P(videos, None, heads), kernel.split(videos, heads)
-    if isinstance(past, PastLayer):
-        stored = PastLayer(P(None, *stored), P(None, *stored), P())
-    given = {"q": q, "k": k, "v": v, "past": past, "seen": seen}
-    specs = dict.fromkeys("qkv", by_token) | {"past": stored, "seen": P()}
-    # Arguments that are None have no sharding.
-    specs = {name: None if given[name] is None else specs[name] for name in given}
-    split = jax.shard_map(
-        lambda given: kernel.attend(head_dim, **given),
-        in_specs=(specs,),
-        out_specs=by_token,
-        check_vma=False,
-    )
-    return split(given)
+    """Returns `kernel.attend`."""
+    return kernel.attend(head_dim, q, k, v, past, seen)
 
 
 KERNELS = {"plain": Plain(), "heads": Heads(), "cudnn": Cudnn(), "splash": Splash()}

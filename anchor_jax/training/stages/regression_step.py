@@ -1,14 +1,16 @@
 """Steps of regression: one network, one loss, for teacher and causal initialisation."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
-from anchor_jax import flow
+from anchor_jax import flow, sharding
 from anchor_jax.training import losses
 from anchor_jax.training.state import Ema, TrainState, move_generator
 from anchor_jax.wan.attention import (
@@ -23,6 +25,8 @@ from anchor_jax.wan.spec import ModelConfig
 from anchor_jax.wan.text import TextConfig, Umt5Encoder
 
 FORCINGS = ("none", "noise", "teacher")
+NETWORK = ("params", "lora")
+"""The collections of the transformer; `text` is that of the text encoder."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,36 +152,52 @@ class RegressionSpec:
             latents = jnp.concatenate([batch["latents"], noisy], axis=1)
             times = jnp.concatenate([jnp.zeros_like(times), times], axis=1)
             position = jnp.tile(position, 2)
-        predicted, _ = WanDit(self.model, self.kernel).apply(
-            _of_network(variables),
-            latents,
-            times,
-            self.context(variables, batch),
-            self.visible(frames),
-            position,
+        which, embedding = batch.get("which"), self._embedding(variables, batch)
+        if which is not None and self.forcing == "teacher":
+            which = jnp.concatenate([which, which], axis=1)
+        videos = P(sharding.split_videos(noisy.shape[0]))
+        network = {name: variables[name] for name in NETWORK if name in variables}
+        run = sharding.spread(
+            functools.partial(self._flow, frames=frames),
+            network,
+            (videos, videos, videos, videos, P()),
+            videos,
         )
+        predicted = run(network, latents, times, embedding, which, position)
         return predicted[:, -frames:]
 
-    def context(self, variables, batch) -> ContextKV:
-        """Returns the keys and values of each block's prompt."""
-        embedding = batch.get("embedding")
-        if embedding is None:
-            flat = (x.reshape(-1, x.shape[-1]) for x in (batch["ids"], batch["mask"]))
-            embedding = Umt5Encoder(self.text).apply(
-                {"params": variables["text"]}, *flat
-            )
-            embedding = embedding.reshape(*batch["ids"].shape, -1)
+    def _flow(self, variables, latents, times, embedding, which, position, *, frames):
+        """Returns the flow of one device's videos."""
+        context = self.context(variables, embedding, which)
+        predicted, _ = WanDit(self.model, self.kernel).apply(
+            variables, latents, times, context, self.visible(frames), position
+        )
+        return predicted
+
+    def _embedding(self, variables, batch) -> jax.Array:
+        """Returns the embeddings [batch, prompt, text, dim] of the prompts."""
+        if "embedding" in batch:
+            return batch["embedding"]
+        flat = (x.reshape(-1, x.shape[-1]) for x in (batch["ids"], batch["mask"]))
+        found = Umt5Encoder(self.text).apply({"params": variables["text"]}, *flat)
+        return found.reshape(*batch["ids"].shape, -1)
+
+    def context(self, variables, embedding, which=None) -> ContextKV:
+        """Returns the keys and values of each block's prompt.
+
+        Args:
+          variables: collections of the network.
+          embedding: [batch, prompt, text, dim].
+          which: [batch, block], the prompt of each block. None if there is one prompt.
+        """
         videos, prompts = embedding.shape[:2]
         context = WanDit(self.model, self.kernel).apply(
-            _of_network(variables),
+            variables,
             embedding.reshape(videos * prompts, *embedding.shape[2:]),
             method="project",
         )
-        which = batch.get("which")
         if which is None:
             return context
-        if self.forcing == "teacher":
-            which = jnp.concatenate([which, which], axis=1)
         rows = (which + prompts * jnp.arange(videos)[:, None]).reshape(-1)
         return jax.tree.map(lambda x: x[:, rows], context)
 
@@ -205,10 +225,6 @@ def stratified(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     first, second = jax.random.split(key)
     cells = (jnp.arange(size) + jax.random.uniform(first, (size,))) / size
     return jax.random.permutation(second, cells).reshape(shape)
-
-
-def _of_network(variables):
-    return {name: variables[name] for name in ("params", "lora") if name in variables}
 
 
 def regression_step(
