@@ -265,6 +265,21 @@ def spread(
     return parallel.each_device(one_device, (own, *in_specs), out_specs)
 
 
+def by_column(clips: jax.Array) -> jax.Array:
+    """Returns clips [batch, frame, height, width, channel], split also over columns.
+
+    Devices of one video then share its decoding. Compilers exchange the borders.
+    """
+    if not parallel.is_on_mesh():
+        return clips
+    count = math.prod(
+        jax.sharding.get_abstract_mesh().shape[axis] for axis in parallel.HEADS
+    )
+    columns = None if clips.shape[3] % count else parallel.HEADS
+    spec = P(split_videos(clips.shape[0]), None, None, columns)
+    return jax.lax.with_sharding_constraint(clips, spec)
+
+
 def split_videos(batch: int) -> tuple[str, ...]:
     """Returns the axes of the current mesh over which a batch of videos is split."""
     shape = jax.sharding.get_abstract_mesh().shape

@@ -282,7 +282,7 @@ def renew_last(params, latents: jax.Array, *, codec) -> jax.Array:
       latents: [batch, frame, height, width, channel].
       codec: static.
     """
-    pixels, _ = codec.decode(params, None, latents)
+    pixels, _ = codec.decode(params, None, sharding.by_column(latents))
     return jnp.asarray(codec.encode(params, pixels[:, -1:]))
 
 
