@@ -32,6 +32,10 @@ TO_MESH = {
 """Mesh axis by logical axis. Other axes are replicated."""
 
 
+class Unsplittable(ValueError):
+    """A mesh axis does not divide what is to be split over it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Table:
     """The logical axes of a network's arrays.
@@ -130,11 +134,12 @@ def no_mesh():
     return jax.set_mesh(Mesh(np.empty((), object), ()))
 
 
-def make_mesh(shape: tuple[int, int, int, int] = (1, -1, 1, 1), found=None) -> Mesh:
+def make_mesh(shape: tuple[int, ...] = (1, -1, 1, 1), found=None) -> Mesh:
     """Returns the mesh of all devices.
 
     Args:
-      shape: devices along each axis. At most one is -1, which is inferred.
+      shape: devices along each axis. One may be -1, which is inferred. If data and fsdp
+        are, fsdp gets the devices of one machine, or up to 16 TPUs.
       found: the devices. None takes those of all processes.
 
     Raises:
@@ -147,19 +152,39 @@ def make_mesh(shape: tuple[int, int, int, int] = (1, -1, 1, 1), found=None) -> M
             f"got {tuple(shape)}, expected four integers: the devices along the axes"
             f" {', '.join(MESH_AXES)}, such as (1, -1, 1, 1)"
         )
-    devices = len(found)
-    known = math.prod(size for size in shape if size != -1)
-    if known > 0 and shape.count(-1) <= 1:
-        shape = tuple(devices // known if size == -1 else size for size in shape)
+    shape = _inferred(tuple(shape), found)
     needed = math.prod(shape)
-    if needed != devices or min(shape) < 1:
+    if needed != len(found) or min(shape) < 1:
         raise ValueError(
             f"mesh {dict(zip(MESH_AXES, shape, strict=True))} needs {needed} devices,"
-            f" found {devices}; set one axis to -1 to infer its size"
+            f" found {len(found)}; set one axis to -1 to infer its size"
         )
     return jax.make_mesh(
         shape, MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=found
     )
+
+
+def _inferred(shape: tuple[int, ...], found) -> tuple[int, ...]:
+    """Returns a shape with sizes in place of -1, as far as they follow."""
+    known = math.prod(size for size in shape if size != -1)
+    if known <= 0:
+        return shape
+    rest = len(found) // known
+    if shape[:2] == (-1, -1) and -1 not in shape[2:]:
+        close = math.gcd(_close(found) // math.gcd(_close(found), known), rest)
+        return (rest // close, close, *shape[2:])
+    if shape.count(-1) > 1:
+        return shape
+    return tuple(rest if size == -1 else size for size in shape)
+
+
+def _close(found) -> int:
+    """Returns the number of devices with fast links between them."""
+    if found[0].platform == "tpu":
+        return 16
+    here = sum(one.process_index == found[0].process_index for one in found)
+    # With one process for each device, machines cannot be told apart. Most have 8.
+    return here if here > 1 or len(found) == 1 else 8
 
 
 def specs(params, table: Table, shape=None):
@@ -171,7 +196,7 @@ def specs(params, table: Table, shape=None):
       shape: number of devices by mesh axis. None takes the current mesh.
 
     Raises:
-      ValueError: A mesh axis does not divide an axis of an array of `SMALL` bytes or
+      Unsplittable: A mesh axis does not divide an axis of an array of `SMALL` bytes or
         more. The message names the array and what divides it.
     """
     shape = shape or jax.sharding.get_abstract_mesh().shape
@@ -191,7 +216,7 @@ def _axis(path, leaf, number: int, name: str, shape, table: Table) -> str | None
     if math.prod(leaf.shape) * leaf.dtype.itemsize < SMALL:
         return None
     fit = [n for n in range(1, min(size, 512) + 1) if size % n == 0]
-    raise ValueError(
+    raise Unsplittable(
         f"{to}={shape[to]} does not divide the {size} of {table.name}"
         f" {'/'.join(key.key for key in path)} {list(leaf.shape)}; choose {to} from"
         f" {', '.join(map(str, fit))}, and more devices along another axis"
@@ -220,19 +245,19 @@ def check_heads(mesh_shape, heads: int, tokens: int, text: int) -> None:
       text: number of text tokens.
 
     Raises:
-      ValueError: They cannot. The message says what can be chosen.
+      Unsplittable: They cannot. The message says what can be chosen.
     """
     tensor, context = mesh_shape["tensor"], mesh_shape["context"]
     fit = [n for n in range(1, heads + 1) if heads % n == 0]
     if heads % (tensor * context):
-        raise ValueError(
+        raise Unsplittable(
             f"tensor={tensor} x context={context} does not divide the {heads} attention"
             f" heads; choose a product from {', '.join(map(str, fit))}"
         )
     for what, count in (("tokens of a latent frame", tokens), ("text tokens", text)):
         if count % context:
             ok = [n for n in fit if tokens % n == 0 and text % n == 0]
-            raise ValueError(
+            raise Unsplittable(
                 f"context={context} does not divide the {count} {what}; choose context"
                 f" from {', '.join(map(str, ok))}"
             )
@@ -283,4 +308,4 @@ def by_column(clips: jax.Array) -> jax.Array:
 def split_videos(batch: int) -> tuple[str, ...]:
     """Returns the axes of the current mesh over which a batch of videos is split."""
     shape = jax.sharding.get_abstract_mesh().shape
-    return () if batch % math.prod(shape[axis] for axis in VIDEOS) else VIDEOS
+    return () if batch % math.prod(shape.get(axis, 1) for axis in VIDEOS) else VIDEOS

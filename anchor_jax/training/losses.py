@@ -211,6 +211,7 @@ def clean_regression(
     target: Latents,
     timestep: Num[Array, "batch frame"],
     weight: FrameWeights | None = None,
+    total: Scalar | None = None,
 ) -> Scalar:
     """Returns the mean squared distance to clean latents over the noisy frames.
 
@@ -219,6 +220,7 @@ def clean_regression(
       target: clean latents.
       timestep: frames at 0 are left out.
       weight: weights of the other frames. None weights all equally.
+      total: as for `weighted_mean`, with weight 0 of frames at 0.
 
     Source: CausVid (arXiv:2412.07772) equation 6; training/README.md, "Endpoint
     regression".
@@ -226,11 +228,15 @@ def clean_regression(
     chex.assert_equal_shape([x0, target])
     error = jnp.mean(jnp.square(x0 - target), axis=(2, 3, 4))
     counted = timestep != 0
-    return weighted_mean(error, counted if weight is None else counted * weight)
+    weight = counted if weight is None else counted * weight
+    return weighted_mean(error, weight, total)
 
 
 def flow_matching(
-    predicted: Latents, target: Latents, weight: FrameWeights | None = None
+    predicted: Latents,
+    target: Latents,
+    weight: FrameWeights | None = None,
+    total: Scalar | None = None,
 ) -> Scalar:
     """Returns the mean squared distance of a flow to its target.
 
@@ -238,21 +244,32 @@ def flow_matching(
       predicted: predicted flow.
       target: noise - x of data, or a teacher's flow.
       weight: weights of the frames. None weights all equally.
+      total: as for `weighted_mean`.
 
     Source: flow matching (arXiv:2210.02747); training/README.md, "Flow matching".
     """
     chex.assert_equal_shape([predicted, target])
     error = jnp.mean(jnp.square(predicted - target), axis=(2, 3, 4))
-    return jnp.mean(error) if weight is None else weighted_mean(error, weight)
+    return jnp.mean(error) if weight is None else weighted_mean(error, weight, total)
 
 
 def weighted_mean(
-    values: Float[Array, "*axes"], weight: Num[Array, "*axes"] | Bool[Array, "*axes"]
+    values: Float[Array, "*axes"],
+    weight: Num[Array, "*axes"] | Bool[Array, "*axes"],
+    total: Scalar | None = None,
 ) -> Scalar:
-    """Returns the weighted mean, or 0 if all weights are 0."""
+    """Returns the weighted mean, or 0 if all weights are 0.
+
+    Args:
+      values: the values.
+      weight: their weights.
+      total: divisor in place of the sum of the weights. The mean weight of a batch's
+        parts makes the mean of their losses that of the whole batch.
+    """
     chex.assert_equal_shape([values, weight])
     weight = jnp.asarray(weight, jnp.float32)
-    return jnp.sum(values * weight) / jnp.maximum(jnp.sum(weight), 1e-9)
+    total = jnp.sum(weight) if total is None else total
+    return jnp.sum(values * weight) / jnp.maximum(total, 1e-9)
 
 
 def _x0(score: Score, variables, noisy, timestep, embedding) -> jax.Array:

@@ -113,11 +113,11 @@ def roll(
     """
     variables, rollout = jax.lax.stop_gradient((variables, rollout))
     split = sharding.split_videos(rollout.recent.shape[0])
-    specs = _specs(setup, split)
+    specs = sequence_specs(split)
     run = sharding.spread(
         functools.partial(_roll, setup=setup, switch=switch),
         variables,
-        (specs, P(split), _noise_specs(split), P(), P()),
+        (specs, P(split), noise_specs(split), P(), P()),
         (specs, _chunk_specs(split)),
         setup.model.dtype,
     )
@@ -304,12 +304,12 @@ def _blocks(variables, state: StreamState, noise: BlockNoise, exit_level, setup)
     return StreamState(cache, state.context, recent), made
 
 
-def _specs(setup: StreamSetup, split: tuple[str, ...]) -> Specs[Rollout]:
-    """Returns the specs of a sequence."""
+def sequence_specs(split: tuple[str, ...]) -> Specs[Rollout]:
+    """Returns the specs of a sequence whose videos are split over mesh axes."""
     return Rollout(spread.cache(split), P(split), P(split))
 
 
-def _noise_specs(split: tuple[str, ...]) -> Specs[BlockNoise]:
+def noise_specs(split: tuple[str, ...]) -> Specs[BlockNoise]:
     """Returns the specs of the noise of all blocks, along a leading axis."""
     return jax.tree.map(lambda spec: P(None, *spec), spread.noise(split))
 

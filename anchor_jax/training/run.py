@@ -20,6 +20,7 @@ from anchor_jax.training import files, placement, reports, resume, samples
 from anchor_jax.training.checkpoints import Checkpoints
 from anchor_jax.training.data import kinds, sources
 from anchor_jax.training.data.order import Share
+from anchor_jax.training.data.prefetch import Prefetch
 from anchor_jax.training.loop import Loop, train
 from anchor_jax.training.monitor import Monitor, memory_gb
 from anchor_jax.training.samples import Sampler
@@ -47,6 +48,7 @@ def read_config(config) -> TrainConfig:
     """
     read = from_config(TrainConfig, config, "config")
     least = {"steps": 1, "batch": 1, "keep": 1, "save_every": 1, "log_every": 1}
+    least |= {"microbatches": 1, "prefetch": 0}
     least |= {"keep_best": 0, "sample_every": 0, "lora.rank": 0, "data.size": 1}
     for stage in STAGES.values():
         least |= stage.least
@@ -248,6 +250,7 @@ def _open_training(
     share = Share(config.batch, rows)
     with naming("config.data"):
         batches = build.open_source(config, generator, folder, share, most)
+    batches = Prefetch(batches, config.prefetch)
     with _on_host():
         prepared = build.prepare(config, generator, batches, teacher, critic)
     for bundle in (generator, teacher, critic):

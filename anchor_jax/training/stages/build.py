@@ -1,8 +1,9 @@
 """The config of a training, and its stage with state, weights and data."""
 
+import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from jax.sharding import Mesh
 
@@ -74,8 +75,13 @@ class SharedConfig:
       steps: total number of steps.
       batch: videos per step, over all devices.
       seed: seed of weights, noise and sequences.
-      mesh: devices along data, fsdp, context, tensor. At most one is -1, which is
-        inferred from the number of devices.
+      mesh: devices along data, fsdp, context, tensor. One may be -1, which is
+        inferred from the number of devices. If data and fsdp are, fsdp gets the devices
+        of one machine, or up to 16 TPUs.
+      microbatches: number of parts of the batch whose gradients are computed one after
+        another and added, for less memory.
+      prefetch: number of batches that are made ahead of their step; 0 makes each when
+        its step starts.
       size: height and width in pixels, such as "480x832". None takes the size of the
         weights.
       dtype: type of activations. None takes the type that the weights name.
@@ -101,7 +107,9 @@ class SharedConfig:
     steps: int = 700
     batch: int = 64
     seed: int = 0
-    mesh: tuple[int, ...] = (1, -1, 1, 1)
+    mesh: tuple[int, ...] = (-1, -1, 1, 1)
+    microbatches: int = 1
+    prefetch: int = 1
     size: str | None = None
     dtype: str | None = None
     remat: str = "none"
@@ -178,7 +186,11 @@ def prepare(
     stage = find_stage(config)
     on = on or Arrays(make_mesh(config))
     _check_fits(bundle.model, teacher=teacher, critic=critic)
-    return stage.prepare(config, InitialNetworks(bundle, teacher, critic), batches, on)
+    _check_mesh(on.mesh, bundle, teacher, critic)
+    with _naming_mesh():
+        return stage.prepare(
+            config, InitialNetworks(bundle, teacher, critic), batches, on
+        )
 
 
 def open_source(
@@ -229,6 +241,27 @@ def _check_fits(model: ModelConfig, **others: Bundle | None) -> None:
                 )
 
 
+def _check_mesh(mesh: Mesh, bundle: Bundle, *others: Bundle | None) -> None:
+    """Raises UserError unless devices can share all heads and tokens."""
+    for one in (bundle, *others):
+        if one is not None:
+            model = one.model
+            rows, columns = bundle.grid.tokens(model.patch, model.family.strides)
+            with _naming_mesh():
+                sharding.check_heads(
+                    mesh.shape, model.num_heads, rows * columns, model.text_len
+                )
+
+
+@contextlib.contextmanager
+def _naming_mesh() -> Iterator[None]:
+    """Turns the refusal of a mesh into a UserError that names the field."""
+    try:
+        yield
+    except sharding.Unsplittable as error:
+        raise UserError(f"config.mesh: {error}") from error
+
+
 def make_mesh(config: TrainConfig, devices=None) -> Mesh:
     """Returns the mesh of a config, over all devices by default.
 
@@ -239,10 +272,12 @@ def make_mesh(config: TrainConfig, devices=None) -> Mesh:
         mesh = sharding.make_mesh(config.mesh, devices)
     except ValueError as error:
         raise UserError(f"config.mesh: {error}") from error
-    split = placement.videos_at_once(mesh)
+    split = placement.videos_at_once(mesh) * config.microbatches
     if config.batch % split:
+        fit = {config.batch // split * split, -(-config.batch // split) * split} - {0}
+        parts = " x microbatches" if config.microbatches > 1 else ""
         raise UserError(
-            f"config.batch={config.batch} must be a multiple of data x fsdp ="
-            f" {split} devices; choose {-(-config.batch // split) * split}"
+            f"config.batch={config.batch} must be a multiple of data x fsdp{parts} ="
+            f" {split}; choose {' or '.join(map(str, sorted(fit)))}"
         )
     return mesh

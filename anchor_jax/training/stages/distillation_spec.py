@@ -55,6 +55,7 @@ def make_spec(
             guidance=section.guidance,
             shift=section.shift,
             batch=config.batch,
+            microbatches=config.microbatches,
         )
 
 

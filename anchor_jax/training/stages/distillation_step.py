@@ -5,16 +5,19 @@ compiles them for a mesh.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
+from jax.sharding import PartitionSpec as P
 
-from anchor_jax import flow
+from anchor_jax import flow, sharding
 from anchor_jax.streaming.types import BlockNoise, StreamSetup
-from anchor_jax.training import losses, rollout
+from anchor_jax.training import losses, microbatches, rollout
 from anchor_jax.training.losses import Score
-from anchor_jax.training.rollout import ChunkSwitch
+from anchor_jax.training.rollout import ChunkSwitch, Rollout
 from anchor_jax.training.schedule import ChunkSpan, SequencePlan
 from anchor_jax.training.state import (
     Ema,
@@ -41,6 +44,7 @@ class DistillationSpec:
       guidance: real = with + guidance (with - without).
       shift: shift of the loss's noise levels towards noise.
       batch: number of videos.
+      microbatches: number of parts of the batch, computed one after another.
 
     Source: training/README.md, "The losses, exactly", "Sequences and chunks".
     """
@@ -53,6 +57,7 @@ class DistillationSpec:
     guidance: float = 3.0
     shift: float = 5.0
     batch: int = 1
+    microbatches: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,38 +95,40 @@ def generator_gradient(
       spec: static settings.
       shape: static shape of the chunk.
     """
-    state, clip, mask, chunk, prompts, exit_level = _next_chunk(
-        state, frozen, batch, spec, shape, GENERATOR
-    )
-    timestep, noise = _loss_noise(state.key(GENERATOR, 1), clip, spec)
+    videos, exit_level = _draw(state, batch, spec, shape, GENERATOR)
     fake = {**frozen["fake_score"], **state.fake_score}
-    found = losses.distribution_matching(
-        clip,
-        noise,
-        timestep,
-        mask,
-        fake=(spec.critic, fake, prompts[-1]),
-        real=(spec.teacher, frozen["real_score"], prompts[-1], batch["negative"]),
-        guidance=spec.guidance,
-    )
-    frames = chunk.noisy.shape[0] * chunk.noisy.shape[2]
-    gradient = rollout.pull_back(
-        state.generator,
-        frozen["generator"],
-        chunk,
-        prompts[-1],
-        exit_level,
-        found.gradient[:, clip.shape[1] - frames :],
-        setup=spec.setup,
-    )
-    metrics = {
-        "generator_loss": found.loss,
-        "score_gap": found.gap,
-        "exit_level": exit_level,
-        "loss_timestep": jnp.mean(timestep),
-    }
+
+    def gradient(part: Videos):
+        after, clip, mask, chunk, prompts = _next_chunk(
+            state, frozen, part, exit_level, batch["requested"], spec, shape
+        )
+        found = losses.distribution_matching(
+            clip,
+            part.noise,
+            part.timestep,
+            mask,
+            fake=(spec.critic, fake, prompts[-1]),
+            real=(spec.teacher, frozen["real_score"], prompts[-1], part.negative),
+            guidance=spec.guidance,
+        )
+        frames = chunk.noisy.shape[0] * chunk.noisy.shape[2]
+        pulled = rollout.pull_back(
+            state.generator,
+            frozen["generator"],
+            chunk,
+            prompts[-1],
+            exit_level,
+            found.gradient[:, clip.shape[1] - frames :],
+            setup=spec.setup,
+        )
+        return pulled, after, {"generator_loss": found.loss, "score_gap": found.gap}
+
+    found, after, metrics = _over_parts(gradient, videos, spec)
+    metrics |= {"exit_level": exit_level, "loss_timestep": jnp.mean(videos.timestep)}
+    state = state.replace(rollout=after)
     # The gap shows scores that are not finite; the direction treats them as 0.
-    return checked(state, gradient, found.loss + found.gap), gradient, metrics
+    loss = metrics["generator_loss"] + metrics["score_gap"]
+    return checked(state, found, loss), found, metrics
 
 
 def critic_gradient(
@@ -136,20 +143,32 @@ def critic_gradient(
       spec: static settings.
       shape: static shape of the chunk.
     """
-    state, clip, mask, _, prompts, exit_level = _next_chunk(
-        state, frozen, batch, spec, shape, CRITIC
-    )
-    timestep, noise = _loss_noise(state.key(CRITIC, 1), clip, spec)
+    videos, exit_level = _draw(state, batch, spec, shape, CRITIC)
 
-    def loss(trainable):
-        variables = {**frozen["fake_score"], **trainable}
-        return losses.score_flow(
-            variables, spec.critic, clip, noise, timestep, prompts[-1], mask
+    def gradient(part: Videos):
+        after, clip, mask, _, prompts = _next_chunk(
+            state, frozen, part, exit_level, batch["requested"], spec, shape
         )
 
-    value, gradient = jax.value_and_grad(loss)(state.fake_score)
-    metrics = {"critic_loss": value, "critic_exit_level": exit_level}
-    return checked(state, gradient, value), gradient, metrics
+        def loss(trainable):
+            variables = {**frozen["fake_score"], **trainable}
+            return losses.score_flow(
+                variables,
+                spec.critic,
+                clip,
+                part.noise,
+                part.timestep,
+                prompts[-1],
+                mask,
+            )
+
+        value, found = jax.value_and_grad(loss)(state.fake_score)
+        return found, after, {"critic_loss": value}
+
+    found, after, metrics = _over_parts(gradient, videos, spec)
+    state = state.replace(rollout=after)
+    metrics |= {"critic_exit_level": exit_level}
+    return checked(state, found, metrics["critic_loss"]), found, metrics
 
 
 def update_generator(state: TrainState, gradient, loss, *, tx, ema: Ema | None):
@@ -172,37 +191,75 @@ def update_critic(state: TrainState, gradient, loss, *, tx):
     return state, {"critic_gradient_norm": norm}
 
 
-def _next_chunk(
-    state: TrainState, frozen, batch, spec: DistillationSpec, shape, role: int
-):
-    """Returns the state after a chunk, the clip of the loss, and what made them."""
-    setup = spec.setup
-    sequence = state.rollout
+@struct.dataclass
+class Videos:
+    """What the gradient of some videos depends on, besides the weights.
+
+    Attributes:
+      sequence: state of their sequences.
+      prompts: embeddings of the chunk's prompts, as for `rollout.roll`.
+      negative: embeddings of the negative prompts.
+      blocks: noise of all blocks.
+      timestep: [batch], timesteps of the loss.
+      noise: noise of the loss, of the shape of its clip.
+    """
+
+    sequence: Rollout
+    prompts: tuple[jax.Array, ...]
+    negative: jax.Array
+    blocks: BlockNoise
+    timestep: jax.Array
+    noise: jax.Array
+
+
+def _draw(state: TrainState, batch, spec: DistillationSpec, shape: ChunkShape, role):
+    """Returns the `Videos` of a step's chunk, and the exit level of its blocks."""
+    setup, sequence = spec.setup, state.rollout
     if shape.is_first:
         sequence = rollout.begin(setup, spec.batch, spec.plan.frames)
     key = state.key(role, 0)
     exit_level = jax.random.randint(key, (), 0, len(setup.levels))
-    noise = draw_chunk_noise(jax.random.fold_in(key, 1), shape.blocks, spec)
+    blocks = draw_chunk_noise(jax.random.fold_in(key, 1), shape.blocks, spec)
     both = (batch["prompt"], batch["switch"])
     prompts = both if shape.switch else both[shape.prompt : shape.prompt + 1]
+    timestep, noise = _loss_noise(state.key(role, 1), sequence.previous, spec)
+    negative = batch["negative"]
+    return Videos(sequence, prompts, negative, blocks, timestep, noise), exit_level
+
+
+def _over_parts(gradient: Callable, videos: Videos, spec: DistillationSpec):
+    """Returns gradient, sequences and metrics of all videos, from those of parts."""
+    split = sharding.VIDEOS
+    specs = Videos(
+        rollout.sequence_specs(split),
+        *(P(split), P(split), rollout.noise_specs(split), P(split), P(split)),
+    )
+    return microbatches.over_parts(
+        gradient, videos, specs, specs.sequence, spec.microbatches
+    )
+
+
+def _next_chunk(
+    state: TrainState, frozen, videos: Videos, exit_level, requested, spec, shape
+):
+    """Returns the sequences after a chunk, the clip of the loss, and what made them."""
     variables = {**frozen["generator"], **state.generator}
     after, chunk = rollout.roll(
         variables,
-        sequence,
-        prompts,
-        noise,
+        videos.sequence,
+        videos.prompts,
+        videos.blocks,
         exit_level,
-        setup=setup,
+        setup=spec.setup,
         switch=shape.switch,
-        requested=batch["requested"],
+        requested=requested,
     )
     clip, mask = rollout.window(
-        sequence.previous,
+        videos.sequence.previous,
         chunk.latents,
         lambda x: rollout.renew_last(frozen["codec"], x, codec=spec.codec),
     )
-    state = state.replace(rollout=after)
-    return state, jax.lax.stop_gradient(clip), mask, chunk, prompts, exit_level
+    return after, jax.lax.stop_gradient(clip), mask, chunk, videos.prompts
 
 
 def draw_chunk_noise(key: jax.Array, blocks: int, spec: DistillationSpec) -> BlockNoise:

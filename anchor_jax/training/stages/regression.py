@@ -260,6 +260,7 @@ def _spec(config, bundle: Bundle, teacher: Bundle | None, on: Arrays) -> Regress
             teacher=base.training_sizes(config, teacher.model) if teacher else None,
             guidance=section.guidance if teacher else 1.0,
             kernel=on.kernel(config.attention, bundle.model),
+            microbatches=config.microbatches,
         )
 
 

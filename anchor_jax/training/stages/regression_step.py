@@ -11,7 +11,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from anchor_jax import flow, sharding
-from anchor_jax.training import losses
+from anchor_jax.training import losses, microbatches
+from anchor_jax.training.data import order
 from anchor_jax.training.state import Ema, TrainState, move_generator
 from anchor_jax.wan.attention import (
     ContextKV,
@@ -56,6 +57,7 @@ class RegressionSpec:
         prompt. None takes the flow of the data.
       guidance: target = without + guidance (with - without).
       kernel: attention kernel.
+      microbatches: number of parts of a batch, computed one after another.
 
     Source: training/README.md, "Flow matching", "Who sees whom"; teacher forcing and
     noise levels per block as in `dit_causal_nocache`, Diffusion Forcing
@@ -72,6 +74,7 @@ class RegressionSpec:
     teacher: ModelConfig | None = None
     guidance: float = 1.0
     kernel: Any = None
+    microbatches: int = 1
 
     def __post_init__(self):
         if self.forcing not in FORCINGS:
@@ -109,70 +112,108 @@ class RegressionSpec:
           key: random key of noise and levels.
           teacher: collections of the teacher, if there is one.
         """
+        return self.loss_of_part(variables, self.draw(batch, key), teacher)
+
+    def draw(self, batch, key: jax.Array) -> dict[str, jax.Array]:
+        """Returns a batch with all that its loss depends on besides the weights.
+
+        That is `noisy`, `sigma` [batch, frame], for a flow `noise`, and, if frames have
+        weights, `weight` [batch, frame] and `total`, the mean weight of a part.
+        """
+        drawn = {name: x for name, x in batch.items() if name != "weight"}
+        weight = self._weight(batch)
         if self.endpoints:
-            return self._to_endpoints(variables, batch)
-        latents = batch["latents"]
-        first, second = jax.random.split(key)
-        sigma = self._levels(first, latents)
-        noise = jax.random.normal(second, latents.shape, latents.dtype)
-        noisy = flow.add_noise(latents, noise, sigma)
-        predicted = self.predict(variables, batch, noisy, sigma)
-        target = noise - latents
+            drawn["sigma"] = self._by_frame(batch["sigma"])
+            counted = drawn["sigma"] != 0
+            weight = counted if weight is None else counted * weight
+        else:
+            latents, (first, second) = batch["latents"], jax.random.split(key)
+            drawn["sigma"] = self._levels(first, latents)
+            noise = jax.random.normal(second, latents.shape, latents.dtype)
+            drawn["noise"] = noise
+            drawn["noisy"] = flow.add_noise(latents, noise, drawn["sigma"])
+        if weight is None:
+            return drawn
+        total = jnp.sum(weight.astype(jnp.float32)) / self.microbatches
+        return drawn | {"weight": weight, "total": total}
+
+    def loss_of_part(self, variables, part, teacher=None) -> jax.Array:
+        """Returns the loss of a batch, or of a part of it, from `draw`."""
+        predicted = self.predict(variables, part, part["noisy"], part["sigma"])
+        weights = part.get("weight"), part.get("total")
+        if self.endpoints:
+            x0 = flow.x0_from_flow(predicted, part["noisy"], part["sigma"])
+            timestep = flow.TRAIN_STEPS * part["sigma"]
+            return losses.clean_regression(x0, part["target"], timestep, *weights)
+        target = part["noise"] - part["latents"]
         if self.teacher is not None:
-            target = jax.lax.stop_gradient(self.guided(teacher, batch, noisy, sigma))
-        return losses.flow_matching(predicted, target, self._weight(batch))
+            target = jax.lax.stop_gradient(
+                self.guided(teacher, part, part["noisy"], part["sigma"])
+            )
+        return losses.flow_matching(predicted, target, *weights)
 
     def guided(self, variables, batch, noisy: jax.Array, sigma: jax.Array):
-        """Returns the teacher's flow of noisy frames, with guidance."""
+        """Returns the teacher's flow of noisy frames, with guidance, from one pass."""
         network = dataclasses.replace(self, model=self.teacher)
-        negative = jnp.broadcast_to(
-            batch["negative"][:, None], batch["embedding"].shape
-        )
-        with_prompt, without = (
-            network.predict(variables, {**batch, "embedding": one}, noisy, sigma)
-            for one in (batch["embedding"], negative)
+        prompt = batch["embedding"]
+        negative = jnp.broadcast_to(batch["negative"][:, None], prompt.shape)
+        with_prompt, without = network.predictions(
+            variables, batch, noisy, sigma, (prompt, negative)
         )
         return without + self.guidance * (with_prompt - without)
 
-    def _to_endpoints(self, variables, batch) -> jax.Array:
-        noisy, sigma = batch["noisy"], self._by_frame(batch["sigma"])
-        predicted = self.predict(variables, batch, noisy, sigma)
-        x0 = flow.x0_from_flow(predicted, noisy, sigma)
-        timestep = flow.TRAIN_STEPS * sigma
-        return losses.clean_regression(
-            x0, batch["target"], timestep, self._weight(batch)
-        )
-
     def predict(self, variables, batch, noisy: jax.Array, sigma: jax.Array):
         """Returns the flow of noisy frames at levels [batch, frame]."""
-        frames = noisy.shape[1]
+        embeddings = (self._embedding(variables, batch),)
+        return self.predictions(variables, batch, noisy, sigma, embeddings)[0]
+
+    def predictions(self, variables, batch, noisy, sigma, embeddings):
+        """Returns the flows of noisy frames under several prompts each.
+
+        Args:
+          variables: as for `predict`.
+          batch: as for `predict`.
+          noisy: as for `predict`.
+          sigma: as for `predict`.
+          embeddings: [batch, prompt, text, dim] each.
+        """
+        times = flow.TRAIN_STEPS * sigma
+        frames, latents, which = noisy.shape[1], noisy, batch.get("which")
         position = batch.get("position", jnp.arange(frames))
-        times, latents = flow.TRAIN_STEPS * sigma, noisy
         if self.forcing == "teacher":
             latents = jnp.concatenate([batch["latents"], noisy], axis=1)
             times = jnp.concatenate([jnp.zeros_like(times), times], axis=1)
             position = jnp.tile(position, 2)
-        which, embedding = batch.get("which"), self._embedding(variables, batch)
-        if which is not None and self.forcing == "teacher":
-            which = jnp.concatenate([which, which], axis=1)
+            if which is not None:
+                which = jnp.concatenate([which, which], axis=1)
         videos = P(sharding.split_videos(noisy.shape[0]))
         network = {name: variables[name] for name in NETWORK if name in variables}
         run = sharding.spread(
-            functools.partial(self._flow, frames=frames),
+            functools.partial(self._flows, frames=frames),
             network,
             (videos, videos, videos, videos, P()),
             videos,
         )
-        predicted = run(network, latents, times, embedding, which, position)
-        return predicted[:, -frames:]
+        return run(network, latents, times, embeddings, which, position)
 
-    def _flow(self, variables, latents, times, embedding, which, position, *, frames):
-        """Returns the flow of one device's videos."""
-        context = self.context(variables, embedding, which)
+    def _flows(self, variables, latents, times, embeddings, which, position, *, frames):
+        """Returns the flows of one device's videos, from one pass."""
+        count = len(embeddings)
+
+        def repeated(x):
+            return x if count == 1 else jnp.concatenate([x] * count)
+
+        which = None if which is None else repeated(which)
+        embedding = embeddings[0] if count == 1 else jnp.concatenate(embeddings)
         predicted, _ = WanDit(self.model, self.kernel).apply(
-            variables, latents, times, context, self.visible(frames), position
+            variables,
+            repeated(latents),
+            repeated(times),
+            self.context(variables, embedding, which),
+            self.visible(frames),
+            position,
         )
-        return predicted
+        return tuple(jnp.split(predicted[:, -frames:], count))
 
     def _embedding(self, variables, batch) -> jax.Array:
         """Returns the embeddings [batch, prompt, text, dim] of the prompts."""
@@ -241,12 +282,22 @@ def regression_step(
       tx: gradient transformation of the optimizer.
       ema: settings of the running mean.
     """
+    teacher = frozen.get("teacher")
+    drawn = spec.draw(batch, state.key(0))
 
-    def loss(trainable):
-        variables = {**frozen["generator"], **trainable}
-        return spec.loss(variables, batch, state.key(0), frozen.get("teacher"))
+    def gradient(part):
+        def loss(trainable):
+            variables = {**frozen["generator"], **trainable}
+            return spec.loss_of_part(variables, part, teacher)
 
-    value, gradient = jax.value_and_grad(loss)(state.generator)
-    state, norm = move_generator(state, gradient, value, tx, ema)
+        value, found = jax.value_and_grad(loss)(state.generator)
+        return found, (), {"loss": value}
+
+    shared = ("total", *order.SHARED)
+    specs = {name: P() if name in shared else P(sharding.VIDEOS) for name in drawn}
+    found, _, metrics = microbatches.over_parts(
+        gradient, drawn, specs, (), spec.microbatches
+    )
+    state, norm = move_generator(state, found, metrics["loss"], tx, ema)
     state = state.replace(step=state.step + state.sound)
-    return state, {"loss": value, "gradient_norm": norm}
+    return state, metrics | {"gradient_norm": norm}

@@ -98,23 +98,31 @@ def test_a_chunk_depends_on_what_its_sequence_holds(config, field, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "config",
-    [LATER, SWITCHED, REGRESS, GUIDED],
-    ids=["later", "switched", "regress", "guided"],
+    ("config", "mesh"),
+    [
+        (LATER, (2, 2, 1, 1)),
+        (SWITCHED, (2, 1, 2, 1)),
+        (REGRESS, (1, 2, 1, 2)),
+        (GUIDED, (1, 2, 2, 1)),
+        (dataclasses.replace(LATER, lora=LoraConfig(rank=4)), (1, 2, 1, 2)),
+    ],
+    ids=["later", "switched", "regress", "guided", "lora"],
 )
-def test_four_devices_do_what_one_does(config, monkeypatch):
+def test_four_devices_do_what_one_does(config, mesh, monkeypatch):
     def step(prepared):
-        started = within_a_sequence(prepared) if config in (LATER, SWITCHED) else ()
-        return steps(prepared, 1, *started)
+        is_regression = config.stage == "regression"
+        return steps(
+            prepared, 1, *(() if is_regression else within_a_sequence(prepared))
+        )
 
-    many, _, (seen,) = step(make(config, (2, 2, 1, 1)))
+    many, _, (seen,) = step(make(config, mesh))
     with monkeypatch.context() as patch:
         on_one_device(patch)
         one, _, (expected,) = step(make(config))
 
-    kernel = many.generator["params"]["blocks"]["ffn_in"]["kernel"]
+    kernel = jax.tree.leaves(many.generator)[-1]
     assert len(kernel.sharding.device_set) == 4
-    assert not kernel.sharding.is_fully_replicated
+    assert mesh == (2, 1, 2, 1) or not kernel.sharding.is_fully_replicated
     assert seen.keys() == expected.keys()
     for name, value in seen.items():
         np.testing.assert_allclose(value, expected[name], rtol=1e-5, err_msg=name)
@@ -124,6 +132,27 @@ def test_four_devices_do_what_one_does(config, monkeypatch):
         close = 1e-5 * np.abs(theirs).max()
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=close)
     chex.assert_trees_all_close(many.ema, one.ema, rtol=1e-7, atol=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [LATER, REGRESS], ids=["later", "regress"])
+def test_parts_of_a_batch_do_what_the_batch_does(config):
+    def step(count):
+        one = make(dataclasses.replace(config, microbatches=count), (2, 1, 1, 2))
+        is_regression = config.stage == "regression"
+        return steps(one, 1, *(() if is_regression else within_a_sequence(one)))
+
+    parts, _, (seen,) = step(2)
+    whole, _, (expected,) = step(1)
+
+    assert seen == pytest.approx(expected, rel=1e-5)
+    for ours, theirs in zip(
+        *map(jax.tree.leaves, (gradients(parts), gradients(whole))), strict=True
+    ):
+        close = 1e-5 * np.abs(theirs).max()
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=close)
+    if parts.rollout is not None:
+        chex.assert_trees_all_close(parts.rollout, whole.rollout, atol=1e-5)
 
 
 @pytest.mark.slow
