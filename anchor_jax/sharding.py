@@ -152,7 +152,7 @@ def make_mesh(shape: tuple[int, ...] = (1, -1, 1, 1), found=None) -> Mesh:
             f"got {tuple(shape)}, expected four integers: the devices along the axes"
             f" {', '.join(MESH_AXES)}, such as (1, -1, 1, 1)"
         )
-    shape = _inferred(tuple(shape), found)
+    shape = infer(tuple(shape), found)
     needed = math.prod(shape)
     if needed != len(found) or min(shape) < 1:
         raise ValueError(
@@ -164,8 +164,13 @@ def make_mesh(shape: tuple[int, ...] = (1, -1, 1, 1), found=None) -> Mesh:
     )
 
 
-def _inferred(shape: tuple[int, ...], found) -> tuple[int, ...]:
-    """Returns a shape with sizes in place of -1, as far as they follow."""
+def infer(shape: tuple[int, ...], found) -> tuple[int, ...]:
+    """Returns a shape with sizes in place of -1, as far as they follow.
+
+    Args:
+      shape: as for `make_mesh`.
+      found: the devices.
+    """
     known = math.prod(size for size in shape if size != -1)
     if known <= 0:
         return shape

@@ -1,10 +1,13 @@
+import functools
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from anchor_jax import sharding
-from anchor_jax.wan import dit
+from anchor_jax.wan import dit, lora, shapes
 from anchor_jax.wan.attention import bidirectional
 from anchor_jax.wan.spec import WAN_1_3B, ModelConfig
 from anchor_jax.wan.text import TextConfig, Umt5Encoder
@@ -73,6 +76,85 @@ def test_a_mesh_that_does_not_fit_is_refused():
 def test_a_mesh_of_too_few_axes_names_the_four():
     with pytest.raises(ValueError, match="four integers.*data, fsdp, context, tensor"):
         sharding.make_mesh((2, 2))
+
+
+@pytest.mark.parametrize(
+    ("shape", "found", "expected"),
+    [
+        ((-1, -1, 1, 1), [0] * 8, (1, 8, 1, 1)),
+        ((-1, -1, 1, 1), [n // 8 for n in range(56)], (7, 8, 1, 1)),
+        ((-1, -1, 1, 1), list(range(56)), (7, 8, 1, 1)),
+        ((-1, -1, 1, 2), [n // 8 for n in range(16)], (2, 4, 1, 2)),
+        ((-1, -1, 1, 1), [0], (1, 1, 1, 1)),
+        ((2, -1, 1, 1), [0] * 8, (2, 4, 1, 1)),
+    ],
+    ids=["host", "hosts", "a process a device", "tensor", "one", "fsdp"],
+)
+def test_sizes_that_are_not_given_follow_from_the_machines(shape, found, expected):
+    devices = [
+        types.SimpleNamespace(platform="gpu", process_index=one) for one in found
+    ]
+
+    assert sharding.infer(shape, devices) == expected
+
+
+def test_on_a_tpu_up_to_sixteen_chips_split_the_weights():
+    devices = [types.SimpleNamespace(platform="tpu", process_index=0)] * 64
+
+    assert sharding.infer((-1, -1, 1, 1), devices) == (4, 16, 1, 1)
+
+
+MESH = dict(zip(sharding.MESH_AXES, (1, 1, 1, 1), strict=True))
+
+
+def test_an_axis_that_does_not_divide_a_large_array_is_refused_with_what_does():
+    tree = {"patch_embed": {"kernel": jnp.zeros((64, 1536))}}
+
+    with pytest.raises(sharding.Unsplittable) as refusal:
+        sharding.specs(tree, sharding.GENERATOR, MESH | {"fsdp": 56})
+
+    message = str(refusal.value)
+    assert "fsdp=56 does not divide the 1536 of transformer patch_embed" in message
+    assert "48, 64, 96" in message
+
+
+def test_a_small_array_that_an_axis_does_not_divide_is_replicated():
+    tree = {"patch_embed": {"kernel": jnp.zeros((4, 10))}}
+
+    (spec,) = jax.tree.leaves(
+        sharding.specs(tree, sharding.GENERATOR, MESH | {"fsdp": 4})
+    )
+
+    assert tuple(spec) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("axes", "named"),
+    [
+        ({"tensor": 8}, "tensor=8 x context=1 does not divide the 12 attention heads"),
+        ({"tensor": 4, "context": 2}, "tensor=4 x context=2 does not divide"),
+        ({"context": 3}, "context=3 does not divide the 1000 tokens"),
+        ({"context": 4}, "context=4 does not divide the 6 text tokens"),
+    ],
+)
+def test_heads_and_tokens_that_devices_cannot_share_are_refused(axes, named):
+    with pytest.raises(sharding.Unsplittable, match=named):
+        sharding.check_heads(MESH | axes, heads=12, tokens=1000, text=6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 256])
+def test_every_large_matrix_is_split_over_fsdp(rank):
+    params = shapes.of(WAN_1_3B)
+    tree, table = params, sharding.GENERATOR
+    if rank:
+        begin = functools.partial(lora.init, rank=rank, rng=jax.random.key(0))
+        tree, table = jax.eval_shape(begin, params), sharding.LORA
+
+    specs = sharding.specs(tree, table, MESH | {"fsdp": 16})
+
+    for leaf, spec in zip(jax.tree.leaves(tree), jax.tree.leaves(specs), strict=True):
+        assert "fsdp" in tuple(spec) or leaf.ndim < 3 or leaf.shape[-2] == 6
 
 
 @pytest.mark.slow
