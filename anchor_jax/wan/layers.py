@@ -13,7 +13,7 @@ from anchor_jax.axes import Array, Tokens
 
 def weight(
     module: nn.Module, name: str, init: Any, shape: tuple[int, ...], dtype: str
-) -> jax.Array | parallel.Part:
+) -> Float[Array, "*axes"] | parallel.Part:
     """Returns a module's parameter, or this device's part of it; made at `init`.
 
     Args:
