@@ -1,13 +1,13 @@
 """Starts an anchor-jax command on a cluster.
 
     python launch/cluster.py slurm --nodes=7 -- train --config=train_dmd ...
-    python launch/cluster.py gke run --name=dmd --topology=h100:7x8 --image=... -- train ...
+    python launch/cluster.py gke run --name=dmd --topology=h100:7x8 ... -- train ...
     python launch/cluster.py tpu run --name=dmd --zone=us-east5-a -- train ...
     python launch/cluster.py ssh run --hosts=alpha,beta -- train ...
 
 Everything after -- is the command and its flags. --dry_run prints a script that does
-the same, and runs nothing. It needs Python 3.11 and the platform's own programs (sbatch,
-kubectl, xpk, gcloud, ssh), and not this package.
+the same, and runs nothing. It needs Python 3.11 and the platform's own programs
+(sbatch, kubectl, xpk, gcloud, ssh), and not this package.
 """
 
 import argparse

@@ -25,6 +25,7 @@ _EXCLUSIVE = {
 }
 _JOBSET_LABEL = "jobset.sigs.k8s.io/jobset-name"
 _PURCHASES = ("spot", "on_demand", "flex")
+_INDENT = 20 * " "  # of the program's arguments
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -41,16 +42,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--slices", type=values.count, default=1, help="of TPUs")
     parser.add_argument(
-        "--image", type=values.image, help="built from launch/Dockerfile"
+        "--image", type=values.image, help="made from launch/Dockerfile"
     )
     parser.add_argument("--service_account", type=values.name, default="default")
     parser.add_argument(
         "--claim", type=values.claim, help="volume claim to mount, as CLAIM:/PATH"
     )
     parser.add_argument("--queue", type=values.name, help="local queue of Kueue")
-    parser.add_argument(
-        "--cache", type=values.path, help="ANCHOR_JAX_CACHE of the pods"
-    )
+    parser.add_argument("--cache", type=values.path, help="folder of compiled programs")
     parser.add_argument(
         "--grace",
         type=values.count,
@@ -105,7 +104,7 @@ def manifest(given: argparse.Namespace, job: list[str]) -> str:
         "selector": _selector(place),
         "pod_security": {"fsGroup": 1000},
         "security": _security(is_tpu),
-        "args": _arguments(given, job, is_tpu),
+        "args": _Lines(_arguments(given, job, is_tpu)),
         "env": [{"name": "ANCHOR_JAX_CACHE", "value": _literal(given.cache)}]
         if given.cache
         else [],
@@ -117,8 +116,14 @@ def manifest(given: argparse.Namespace, job: list[str]) -> str:
     )
 
 
+class _Lines(list):
+    """A list that is written with one item in each line."""
+
+
 def _yaml(value) -> str:
     """Returns a value in the JSON form of YAML, in which no text becomes a boolean."""
+    if isinstance(value, _Lines):
+        return "".join(f"\n{_INDENT}- {_yaml(one)}" for one in value)
     return json.dumps(value, ensure_ascii=False)
 
 

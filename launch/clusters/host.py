@@ -31,7 +31,7 @@ SETTLE = 90  # seconds
 
 def say(text):
     """Writes a line into the log."""
-    sys.stderr.write("host.py: %s\n" % text)
+    sys.stderr.write(f"host.py: {text}\n")
     sys.stderr.flush()
 
 
@@ -60,9 +60,9 @@ class Keeper:
             status = self.once()
             reason = self.reason_to_end(status, time.monotonic() - began)
             if reason is not None:
-                say("exit status %d; %s" % (status, reason))
+                say(f"exit status {status}; {reason}")
                 return status
-            say("exit status %d; starts again in %g s" % (status, self.settle))
+            say(f"exit status {status}; starts again in {self.settle:g} s")
             if self.stopping.wait(self.settle):
                 say("stopped")
                 return status
@@ -72,7 +72,7 @@ class Keeper:
         try:
             self.child = subprocess.Popen(self.command)
         except OSError as error:
-            say("%s: %s" % (self.command[0], error.strerror))
+            say(f"{self.command[0]}: {error.strerror}")
             return 127
         if self.stopping.is_set():  # The signal came before there was a child.
             self.child.terminate()
@@ -86,12 +86,12 @@ class Keeper:
         if status == AGAIN:
             self.quick = self.quick + 1 if seconds < QUICK else 0
             if self.quick > MOST_QUICK:
-                return "%d runs in a row were shorter than %d s" % (self.quick, QUICK)
+                return f"{self.quick} runs in a row were shorter than {QUICK} s"
             return None
         if status == WATCHDOG or (status > 128 and status != CTRL_C):
             self.failures += 1
             if self.failures > MOST_FAILURES:
-                return "not started again after %d restarts" % MOST_FAILURES
+                return f"not started again after {MOST_FAILURES} restarts"
             return None
         return "done" if status == 0 else "not started again"
 
@@ -105,7 +105,7 @@ def running(folder):
     """Returns the process id of a job's keeper, or None if it does not run."""
     try:
         number = int((folder / "pid").read_text())
-        line = pathlib.Path("/proc/%d/cmdline" % number).read_bytes()
+        line = pathlib.Path(f"/proc/{number}/cmdline").read_bytes()
     except (OSError, ValueError):
         return None
     return number if os.fsencode(str(SELF)) in line.split(b"\0") else None
@@ -116,9 +116,9 @@ def start(name, command, settle):
     folder = folder_of(name)
     folder.mkdir(parents=True, exist_ok=True)
     if running(folder) is not None:
-        say("%s already runs on this host; stop it first" % name)
+        say(f"{name} already runs on this host; stop it first")
         return 2
-    line = [sys.executable, str(SELF), "run", name, "--settle=%g" % settle, "--"]
+    line = [sys.executable, str(SELF), "run", name, f"--settle={settle:g}", "--"]
     with (folder / "log").open("a") as log:
         keeper = subprocess.Popen(
             line + command,
@@ -128,7 +128,7 @@ def start(name, command, settle):
             start_new_session=True,
         )
     (folder / "pid").write_text(str(keeper.pid))
-    say("%s runs as process %d; log: %s" % (name, keeper.pid, folder / "log"))
+    say(f"{name} runs as process {keeper.pid}; log: {folder / 'log'}")
     return 0
 
 
@@ -136,10 +136,10 @@ def stop(name):
     """Asks a job to save and leave, and returns the exit status."""
     number = running(folder_of(name))
     if number is None:
-        say("%s does not run on this host" % name)
+        say(f"{name} does not run on this host")
         return 0
     os.kill(number, signal.SIGTERM)
-    say("%s was asked to save and leave" % name)
+    say(f"{name} saves and leaves")
     return 0
 
 

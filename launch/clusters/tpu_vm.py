@@ -1,4 +1,4 @@
-"""TPU VMs: creates a slice with gcloud, installs the package, runs a job, deletes it."""
+"""TPU VMs: a slice made with gcloud, the package on its hosts, and a job."""
 
 import argparse
 import pathlib
@@ -9,6 +9,7 @@ from clusters.steps import Step
 SUMMARY = "run a job on a slice of TPU VMs"
 ROOT = pathlib.Path(__file__).parents[2]
 PYTHON = "3.11"
+PROGRAM = ".venv/bin/anchor-jax"
 BUILT = ROOT / "dist" / "tpu"
 CONFIG = pathlib.Path(__file__).with_name("wheel.cfg")
 ACTIONS = {
@@ -57,9 +58,7 @@ def steps(given: argparse.Namespace, job: list[str]) -> list[Step]:
     return {
         "create": lambda: [_create(given)],
         "setup": lambda: _setup(given),
-        "run": lambda: [
-            _on_all(given, ssh.start(given.name, [".venv/bin/anchor-jax", *job]))
-        ],
+        "run": lambda: [_on_all(given, ssh.start(given.name, [PROGRAM, *job]))],
         "logs": lambda: [_on(given, given.worker, ssh.follow(given.name))],
         "stop": lambda: [_on_all(given, ssh.stop(given.name))],
         "delete": lambda: [_delete(given)],
@@ -90,7 +89,7 @@ def _create(given: argparse.Namespace) -> Step:
 
 
 def _setup(given: argparse.Namespace) -> list[Step]:
-    """Builds a wheel, copies it with the host's program, and installs it on all hosts."""
+    """Builds a wheel, copies it with `host.py`, and installs it on all hosts."""
     wheel = BUILT / ".wheel"
     build = ("python3", "-m", "pip", "wheel", "--no-deps", f"--wheel-dir={wheel}")
     folder = _on_all(given, f"rm -rf {ssh.FOLDER}/.wheel && mkdir -p {ssh.FOLDER}")
@@ -106,7 +105,7 @@ def _setup(given: argparse.Namespace) -> list[Step]:
 
 
 def _install() -> str:
-    """Returns the command that installs the wheel; the images' own Python is too old."""
+    """Returns the command that installs the wheel; a VM's own Python is too old."""
     return " && ".join(
         (
             f"cd {ssh.FOLDER}",
@@ -114,7 +113,7 @@ def _install() -> str:
             f"python3 -m uv venv --quiet --allow-existing --python={PYTHON} .venv",
             "python3 -m uv pip install --quiet --python=.venv --reinstall-package"
             ' anchor_jax "$(echo .wheel/anchor_jax-*.whl)[tpu,train]"',
-            ".venv/bin/anchor-jax doctor",
+            f"{PROGRAM} doctor",
         )
     )
 

@@ -112,8 +112,8 @@ def path(text: str) -> str:
     """Returns a path or a bucket. Spaces and signs of the shell are quoted later."""
     if not text or text.startswith("-") or _CONTROL.search(text):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a path; it must not be empty, start with a hyphen, or hold"
-            " control characters"
+            f"{text!r} is not a path; it must not be empty, start with a hyphen, or"
+            " hold control characters"
         )
     return text
 
