@@ -14,11 +14,11 @@ class Kind:
     """A kind of TPU.
 
     Attributes:
-      prefix: of accelerator types, before the number.
+      prefix: begin of an accelerator type, before the number.
       per_chip: what that number counts for one chip: cores, or chips.
       selector: label of GKE's nodes.
       runtime: software of TPU VMs.
-      dimensions: of a topology.
+      dimensions: number of sizes in a topology.
     """
 
     prefix: str

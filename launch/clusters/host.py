@@ -1,6 +1,6 @@
 """Keeps one process of a job running on this host.
 
-    python3 host.py start NAME -- COMMAND ...   in the background; the log is NAME/log
+    python3 host.py start NAME -- COMMAND ...   in the background; log: NAME/HOST/log
     python3 host.py stop NAME                   SIGTERM: the process saves and leaves
     python3 host.py run NAME -- COMMAND ...     in the foreground
 
@@ -41,14 +41,21 @@ class Keeper:
     def __init__(self, command, settle):
         self.command, self.settle = command, settle
         self.failures = self.quick = 0
-        self.child = None
+        self.child = self.signal = None
         self.stopping = threading.Event()
 
     def stop(self, number, frame):
         """Passes a signal to the command, which is then not started again."""
         del frame
+        self.signal = number
         self.stopping.set()
-        if self.child is not None and self.child.poll() is None:
+        if self.child is not None:
+            self.pass_on()
+
+    def pass_on(self):
+        """Sends the last signal to the command, once."""
+        number, self.signal = self.signal, None
+        if number is not None:
             self.child.send_signal(number)
 
     def run(self):
@@ -74,8 +81,7 @@ class Keeper:
         except OSError as error:
             say(f"{self.command[0]}: {error.strerror}")
             return 127
-        if self.stopping.is_set():  # The signal came before there was a child.
-            self.child.terminate()
+        self.pass_on()  # A signal may come before there is a child.
         status = self.child.wait()
         return status if status >= 0 else 128 - status
 
@@ -97,8 +103,11 @@ class Keeper:
 
 
 def folder_of(name):
-    """Returns the folder of a job, which holds its log and process id."""
-    return SELF.parent / name
+    """Returns the folder of a job on this host, with its log and process id.
+
+    Hosts that share a home folder have one each.
+    """
+    return SELF.parent / name / os.uname().nodename
 
 
 def running(folder):

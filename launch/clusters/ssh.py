@@ -68,7 +68,7 @@ def stop(name: str) -> str:
 
 def follow(name: str) -> str:
     """Returns the shell command that shows a job's log and follows it."""
-    return f"tail -n 100 -F {FOLDER}/{name}/log"
+    return f'tail -n 100 -F {FOLDER}/{name}/"$(uname -n)"/log'
 
 
 def _start(given: argparse.Namespace, command: list[str]) -> str:

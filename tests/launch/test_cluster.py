@@ -1,5 +1,6 @@
 """`launch/cluster.py`: what it runs, what it shows, what it refuses."""
 
+import os
 import pathlib
 import re
 import shlex
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import page_commands
 import pytest
 from launch_lines import GKE, HOSTILE, LINES, TPU, TRAIN
 
@@ -131,7 +133,8 @@ def test_hostile_arguments_arrive_unchanged_over_ssh(launch, tmp_path):
 
     assert done.returncode == 0, done.stderr
     for number, host in enumerate(("alpha", "beta")):
-        log = tmp_path / host / "anchor_jax_jobs" / "anchor-jax" / "log"
+        folder = tmp_path / host / "anchor_jax_jobs" / "anchor-jax"
+        log = folder / os.uname().nodename / "log"
         wait_for(lambda log=log: "exit status 0; done" in log.read_text())
         arguments = (tmp_path / host / "arguments").read_bytes().decode().split("\0")
         assert arguments[: 1 + len(HOSTILE)] == ["train", *HOSTILE]
@@ -231,3 +234,17 @@ def test_it_is_a_program_that_needs_nothing_installed(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "python launch/cluster.py slurm" in done.stdout
+
+
+PAGE = [
+    command
+    for command in page_commands.ELSEWHERE
+    if command.startswith("python launch/cluster.py ")
+]
+
+
+@pytest.mark.parametrize("command", PAGE)
+def test_a_command_of_the_page(launch, command):
+    done = launch.cluster(*shlex.split(command)[2:])
+    assert done.returncode == 0, done.stderr
+    assert launch.calls()

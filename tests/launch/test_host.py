@@ -135,7 +135,7 @@ def test_a_job_in_the_background_is_one_and_can_be_stopped(folder):
     assert starts(folder) == 1
 
     assert host(folder, "stop", "dmd").returncode == 0
-    log = folder / "dmd" / "log"
+    log = folder / "dmd" / os.uname().nodename / "log"
     wait_for(lambda: "exit status 75; stopped" in log.read_text())
     wait_for(lambda: "does not run" in host(folder, "stop", "dmd").stderr)
     assert (folder / "starts").read_text() == "train -- --x=a b\n"
@@ -145,6 +145,7 @@ def test_a_job_in_the_background_is_one_and_can_be_stopped(folder):
 
 
 def test_a_process_id_of_another_program_is_not_a_job(folder):
-    (folder / "dmd").mkdir()
-    (folder / "dmd" / "pid").write_text(str(os.getpid()))
+    place = folder / "dmd" / os.uname().nodename
+    place.mkdir(parents=True)
+    (place / "pid").write_text(str(os.getpid()))
     assert "does not run" in host(folder, "stop", "dmd").stderr

@@ -1,6 +1,6 @@
 """The Dockerfile and the shell scripts, without a container engine.
 
-The steps of the images are run by hand: launch/README.md, "Images".
+The steps of the images are run by hand.
 """
 
 import fnmatch
