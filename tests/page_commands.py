@@ -59,8 +59,48 @@ ELSEWHERE = {
 }
 """Commands that another test runs, smaller or with stand-ins."""
 
+_CLUSTER = "python launch/cluster.py "
+_V5P = " --name=long --topology=v5p:4x4x4"
+_IMAGE = "us-docker.pkg.dev/my-project/images/anchor-jax"
+_ZONE = " --name=long --zone=us-east5-a"
+_HOSTS = " --hosts=alpha,me@beta"
+_LONG = (
+    " -- train --config=train_streaming --config.weights={0}/anchor"
+    " --config.teacher={0}/wan14b --config.critic={0}/wan --config.out={1}/long"
+).format
+_DMD = " -- train --config=train_dmd --config.weights={}/wan --config.out={}/dmd".format
+
+ELSEWHERE |= {
+    _CLUSTER + line: "launch/test_cluster.py::test_a_command_of_the_page"
+    for line in (
+        "slurm --nodes=7 --partition=h100" + _LONG("/shared/weights", "/shared/runs"),
+        "gke cluster --name=long --cluster=mine --topology=v5p:4x4x4"
+        " --project=my-project --zone=us-east5-a --reservation=my-reservation",
+        f"gke run{_V5P} --image={_IMAGE}:tpu --service_account=trainer"
+        + _LONG("gs://bucket", "gs://bucket"),
+        f"gke run --name=long --topology=h100:7x8 --image={_IMAGE}:gpu"
+        " --claim=shared:/mnt/shared" + _DMD("/mnt/shared", "/mnt/shared"),
+        "gke logs --name=long",
+        "gke stop --name=long",
+        f"gke xpk --name=long --cluster=mine --topology=v6e:8x8 --image={_IMAGE}:tpu"
+        + _DMD("gs://bucket", "gs://bucket"),
+        f"tpu create{_ZONE} --topology=v5p:4x4x4 --spot",
+        f"tpu setup{_ZONE}",
+        f"tpu run{_ZONE}" + _DMD("gs://bucket", "gs://bucket"),
+        f"tpu logs{_ZONE}",
+        f"tpu stop{_ZONE}",
+        f"tpu delete{_ZONE}",
+        f"ssh run{_HOSTS} --coordinator=10.0.0.1:8476 --directory=/shared/work"
+        " --program=/shared/venv/bin/anchor-jax" + _DMD("weights", "runs"),
+        f"ssh logs{_HOSTS}",
+        f"ssh stop{_HOSTS}",
+    )
+}
+_BUILD = "docker build --file=launch/Dockerfile --target="
+
 _PUBLISHED = "needs published weights (3 to 57 GB)"
 _ACCELERATOR = "needs an accelerator"
+_ENGINE = "needs a container engine; tests/launch/test_images.py reads the file"
 _COMPILER = "needs the compiler of a TPU or GPU, and minutes"
 _HOURS = "trains for minutes to hours; tests/cli and tests/training run short ones"
 _MINUTES = "takes minutes; the command runs in another test with smaller sizes"
@@ -134,6 +174,14 @@ NOT_RUN = {
     "anchor-jax plan --target=v5e": _COMPILER,
     'anchor-jax plan --config=configs/train_dmd.py --config.mesh="(4,16,1,1)"'
     " --target=h100 --chips=64 --remat=none,nothing_saveable": _COMPILER,
+    "sbatch --nodes=7 launch/clusters/slurm.sbatch train --config=train_dmd"
+    " --config.out=/shared/runs/dmd": (
+        "needs Slurm; tests/launch/test_slurm.py runs the script in a simulated job"
+    ),
+    f"{_BUILD}gpu --tag={_IMAGE}:gpu .": _ENGINE,
+    f"{_BUILD}tpu --tag={_IMAGE}:tpu .": _ENGINE,
+    f"docker push {_IMAGE}:gpu": _ENGINE,
+    f"docker run --gpus=all --shm-size=8g {_IMAGE}:gpu doctor": _ENGINE,
     "python launch/endurance.py --blocks=2000": _MINUTES,
     "python launch/two_jobs.py --commands=sample,train --times=20": _HOURS,
     "python launch/interrupts.py --presses=60": _HOURS,

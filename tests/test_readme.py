@@ -51,8 +51,13 @@ def commands(path):
 
 EVERY = sorted({one for path in PAGES for one in commands(path)})
 TABLES = (known.RUN, known.ELSEWHERE, known.NOT_RUN)
+CLUSTER = [one for one in EVERY if one.startswith("python launch/cluster.py ")]
+JOBS = [f"anchor-jax {one.split(' -- ')[1]}" for one in CLUSTER if " -- " in one]
 READ = [one for one in EVERY if one.startswith("anchor-jax ") and one not in known.RUN]
-LAUNCHED = [one for one in EVERY if one.startswith("python launch/")]
+READ += sorted(set(JOBS))
+LAUNCHED = [
+    one for one in EVERY if one.startswith("python launch/") and one not in CLUSTER
+]
 
 
 def test_the_first_page_is_short():

@@ -23,7 +23,13 @@ PAGES = [ROOT / "README.md"] + [
     for path in sorted((ROOT / name).rglob("*.md"))
 ]
 NOTEBOOKS = sorted((ROOT / "launch").glob("*.ipynb"))
-SCRIPTS = [ROOT / ".ci" / "run", *sorted((ROOT / "launch").glob("*.sh"))]
+SCRIPTS = [
+    ROOT / ".ci" / "run",
+    ROOT / "launch" / "Dockerfile",
+    ROOT / "launch" / "clusters" / "jobset.yaml",
+    *sorted((ROOT / "launch").rglob("*.sh")),
+    *sorted((ROOT / "launch").rglob("*.sbatch")),
+]
 AVOID = {
     r"\bso many\b": "the name of the number: '`steps` updates', 'this many devices'",
     r"\btold\b": "'is given', 'knows' or 'is known'",

@@ -1,0 +1,1 @@
+"""The launchers of `launch/cluster.py`, one module for each platform."""
