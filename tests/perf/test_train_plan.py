@@ -7,10 +7,10 @@ import jax
 import pytest
 
 from anchor_jax import trees
-from anchor_jax.cli import main
+from anchor_jax.cli import main, plan_tables
 from anchor_jax.cli import plan as command
 from anchor_jax.errors import UserError
-from anchor_jax.perf import aot
+from anchor_jax.perf import compiling, targets
 from anchor_jax.perf import train_plan as plan
 from anchor_jax.training.stages import build
 from anchor_jax.training.stages.build import LoraConfig, TrainConfig
@@ -55,7 +55,7 @@ def compiled(config, name):
     prepared = on_paper(config)
     program = plan.programs(prepared, config, NETWORKS)[name]
     with jax.set_mesh(prepared.compiled.mesh):
-        return aot.compile_program(program)
+        return compiling.compile_program(program)
 
 
 @pytest.mark.slow
@@ -124,15 +124,14 @@ def test_recomputing_activations_takes_less_memory():
 
 
 @pytest.mark.slow
-def test_a_plan_counts_what_stays_and_names_what_is_wrong(monkeypatch):
-    monkeypatch.setattr(aot, "find_target", aot.TARGETS.get)
+def test_a_plan_counts_what_stays_and_names_what_is_wrong(monkeypatch, tmp_path):
     monkeypatch.setattr(
-        aot, "devices_of", lambda target, count=1: jax.devices()[:count]
+        targets, "devices_of", lambda topology: jax.devices()[: topology.chips]
     )
     section = RegressionConfig(block=3, blocks=2)
     config = dataclasses.replace(DISTILL, stage="regression", regression=section)
 
-    one = plan.plan("h100", 4, config, NETWORKS)
+    one = plan.plan(targets.topology("h100", 4), config, NETWORKS, keep=tmp_path)
 
     held = on_paper(config).state
     assert one.resident["generator"] == trees.shard_nbytes(held.generator) > 0
@@ -141,6 +140,9 @@ def test_a_plan_counts_what_stays_and_names_what_is_wrong(monkeypatch):
     assert one.programs["text encoder"].outputs > 0
     assert one.needed > sum(one.resident.values()) + one.gradient
     assert one.problems()[0] == "step: no fused attention kernel"
+    sent = {row.kind: row for row in one.programs["step"].traffic}
+    assert sent["all-gather"].inside > 0 and sent["all-gather"].between == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["h100-1x4-step.txt"]
 
 
 def test_a_trained_text_encoder_is_refused():
@@ -153,7 +155,7 @@ def test_a_trained_text_encoder_is_refused():
 
 def made(temporaries, **changes):
     values = dict(outputs=GB, temporaries=temporaries, fused=2)
-    return aot.Compiled(**{
+    return compiling.Compiled(**{
         **dict(seconds=1.0, arguments=0, code=0, scores=(), reads=frozenset()),
         **values,
         **changes,
@@ -164,7 +166,7 @@ def report(**programs):
     resident = {"generator": 10 * GB, "optimizers": 20 * GB}
     programs = {name.replace("_", " "): one for name, one in programs.items()}
     return plan.TrainingReport(
-        aot.TARGETS["h100"], {"fsdp": 8}, programs, resident, 5 * GB
+        targets.TARGETS["h100"], {"fsdp": 8}, programs, resident, 5 * GB
     )
 
 
@@ -176,18 +178,18 @@ def test_memory_is_what_stays_and_the_largest_program():
 
 
 def test_a_program_that_does_not_fit_is_reported_with_a_remedy():
-    refused = aot.Refused("does not fit: Used 99G", 0, frozenset())
+    refused = compiling.Refused("does not fit: Used 99G", 0, frozenset())
 
     for one in (report(critic=made(60 * GB)), report(critic=refused)):
         assert "--remat=nothing_saveable" in one.problems()[-1]
     found = report(generator=made(GB), critic=refused)
     assert "critic: does not fit: Used 99G" in found.problems()
-    shown = "\n".join(command.training_table("h100", found.summary()))
+    shown = "\n".join(plan_tables.training_table("h100", found.summary()))
     assert "37.0 GB (only programs that fit are counted)" in shown
 
 
 def test_a_kernel_that_is_too_large_asks_for_no_memory():
-    refused = aot.Refused("a kernel takes 17M of vector memory", 0, frozenset())
+    refused = compiling.Refused("a kernel takes 17M of vector memory", 0, frozenset())
 
     (problem,) = report(generator=made(GB), critic=refused).problems()
 
@@ -207,37 +209,12 @@ def test_a_report_is_shown_and_can_be_written():
     one = report(generator=made(40 * GB), critic_update=made(GB, fused=None))
     summary = json.loads(json.dumps(one.summary()))
 
-    shown = "\n".join(command.training_table("h100, remat none", summary))
+    shown = "\n".join(plan_tables.training_table("h100, remat none", summary))
 
     assert "h100, remat none: H100 SXM, 80 GB" in shown
     assert "fsdp 8" in shown
     assert "needed per chip: 76.0 GB" in shown
     assert any(line.split()[-1:] == ["-"] for line in shown.splitlines())
-
-
-@pytest.mark.parametrize(
-    "target, chips, name",
-    [
-        ("v5p", 1, "v5p:1x1x1"),
-        ("v5p", 4, "v5p:2x2x1"),
-        ("v5p", 32, "v5p:2x4x4"),
-        ("v5p", 64, "v5p:4x4x4"),
-        ("v5e", 8, "v5e:2x4"),
-        ("v6e", 256, "v6e:16x16"),
-    ],
-)
-def test_pods_are_named_by_their_sides(target, chips, name):
-    assert aot.TARGETS[target].name(chips)[0] == name
-
-
-@pytest.mark.parametrize("chips, topology", [(1, "1x1x1"), (4, "1x1x4"), (64, "8x1x8")])
-def test_clusters_are_machines_of_eight(chips, topology):
-    assert aot.TARGETS["h100"].name(chips)[1]["topology"] == topology
-
-
-def test_a_number_of_chips_that_no_pod_has_is_refused():
-    with pytest.raises(UserError, match="chips=12: must be a power of two"):
-        aot.TARGETS["v5p"].name(12)
 
 
 @pytest.mark.parametrize(
@@ -252,9 +229,8 @@ def test_the_command_refuses_what_it_does_not_know(
     monkeypatch, capsys, arguments, message
 ):
     monkeypatch.setattr(command, "_prepare_environment", lambda: None)
-    monkeypatch.setattr(command, "_targets", lambda: ["v5p"])
 
-    given = ["plan", "--config=configs/train_dmd.py", *arguments]
+    given = ["plan", "--config=configs/train_dmd.py", "--target=v5p", *arguments]
     assert main.main(given) == 2
     assert message in capsys.readouterr().err
 
