@@ -127,6 +127,14 @@ class TrainingReport:
         is_full = any(reason.startswith("does not fit") for reason in refused)
         return not is_full and self.needed <= self.target.chip.memory
 
+    @property
+    def is_close(self) -> bool:
+        """Whether the error of the formula for working memory decides if it fits."""
+        if self.programs or self.estimate is None:
+            return False
+        error = work.ERROR * self.estimate.working
+        return abs(self.target.chip.memory - self.needed) < error
+
     def problems(self) -> tuple[str, ...]:
         """Returns the problems of the programs and the memory, with remedies."""
         found = []
@@ -136,10 +144,12 @@ class TrainingReport:
             elif name != aot.ENCODER and not name.endswith("update"):
                 found += [f"{name}: {problem}" for problem in made.problems()]
         if not self.fits:
-            chip = self.target.chip
+            again = "recompute activations with --remat=nothing_saveable, "
+            if self.estimate and self.estimate.setting.remat == "nothing_saveable":
+                again = ""
             found.append(
-                f"{chip.name} has too little memory; recompute activations with"
-                " --remat=nothing_saveable, use more --chips, or a smaller size"
+                f"{self.target.chip.name} has too little memory; {again}use more"
+                " --chips, or a smaller size"
             )
             found += [f"by formula it fits with {self.smaller}"] * bool(self.smaller)
         return tuple(found)
@@ -177,6 +187,7 @@ class TrainingReport:
             "gradient": self.gradient,
             "needed": self.needed,
             "fits": self.fits,
+            "is_close": self.is_close,
             "formula": self.estimate and self.estimate.summary(),
             "seconds_compiler": self.seconds_compiler(),
             "problems": list(self.problems()),

@@ -14,6 +14,8 @@ from anchor_jax.perf.hlo import Collective, Groups
 from anchor_jax.perf.links import Layout, Traffic
 from anchor_jax.wan.spec import ModelConfig
 
+ERROR = 1 / 3
+"""Largest error of `working_bytes`, as a share, where it was compared."""
 WIDTH = 2
 """Bytes of a weight in products, and of an activation."""
 _ACROSS_HEADS = 3

@@ -398,3 +398,43 @@ print(json.dumps(aot.plan("v5e", test_aot.SETUP, test_aot.TEXT).summary()))
     summary = json.loads(done.stdout.splitlines()[-1])
     assert summary["programs"]["step"]["fused"] >= 2
     assert summary["problems"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
+def test_a_small_training_compiles_for_a_slice_with_its_collectives(tmp_path):
+    program = f"""
+from anchor_jax.cli import plan
+plan._prepare_environment()
+import dataclasses, json, pathlib
+from anchor_jax.perf import targets, train_plan
+from anchor_jax.training.stages.regression import RegressionConfig
+import test_train_plan as small
+model = dataclasses.replace(small.SMALL, num_layers=3)
+networks = dataclasses.replace(small.NETWORKS, generator=model, teacher=model)
+config = dataclasses.replace(
+    small.DISTILL, batch=8, mesh=(2, 4, 1, 1), stage="regression",
+    regression=RegressionConfig(block=1, blocks=2),
+)
+slice_ = targets.parse_topology("v5e:2x4")
+keep = pathlib.Path({str(tmp_path)!r})
+made = train_plan.plan(slice_, config, networks, keep=keep)
+paper = train_plan.plan(slice_, config, networks, compiles=False)
+print(json.dumps([made.summary(), paper.summary()]))
+"""
+
+    done = compile_apart(program)
+
+    assert done.returncode == 0, done.stderr
+    compiled, paper = json.loads(done.stdout.splitlines()[-1])
+    step = compiled["programs"]["step"]
+    sent = {row["kind"]: row for row in step["traffic"]}
+    # Layers of a loop are gathered one by one, and every layer counts.
+    assert sent["all-gather"]["count"] >= 3
+    assert all(row["between"] == 0 < row["inside"] for row in sent.values())
+    assert "all-reduce" in sent or "reduce-scatter" in sent
+    assert 0 < step["estimate"] < compiled["seconds_compiler"] < 1
+    assert compiled["needed"] > sum(compiled["resident"].values())
+    # Devices of a missing compiler give every array the same sharding.
+    assert paper["resident"] == compiled["resident"]
+    assert "all-gather" in (tmp_path / "v5e-2x4-step.txt").read_text()

@@ -9,14 +9,18 @@ import pytest
 from anchor_jax import trees
 from anchor_jax.cli import main, plan_tables
 from anchor_jax.cli import plan as command
+from anchor_jax.config import find_config, load_config
 from anchor_jax.errors import UserError
 from anchor_jax.perf import compiling, targets
 from anchor_jax.perf import train_plan as plan
+from anchor_jax.perf.links import Traffic
+from anchor_jax.perf.work import Cost
+from anchor_jax.training.run import read_config
 from anchor_jax.training.stages import build
 from anchor_jax.training.stages.build import LoraConfig, TrainConfig
 from anchor_jax.training.stages.distillation import DistillationConfig
 from anchor_jax.training.stages.regression import RegressionConfig
-from anchor_jax.wan.spec import ModelConfig
+from anchor_jax.wan.spec import WAN_1_3B, WAN_14B, ModelConfig
 from anchor_jax.wan.text import TextConfig
 from anchor_jax.wan.vae import VaeConfig
 
@@ -215,6 +219,168 @@ def test_a_report_is_shown_and_can_be_written():
     assert "fsdp 8" in shown
     assert "needed per chip: 76.0 GB" in shown
     assert any(line.split()[-1:] == ["-"] for line in shown.splitlines())
+
+
+PAPER = plan.NetworkSizes(
+    dataclasses.replace(WAN_1_3B, param_dtype="bfloat16"),
+    dataclasses.replace(WAN_14B, param_dtype="bfloat16"),
+    VaeConfig(param_dtype="bfloat16"),
+    TextConfig(param_dtype="bfloat16"),
+)
+
+
+def long_tuning(**changes):
+    config = read_config(load_config(str(find_config("train_streaming.py"))))
+    return dataclasses.replace(config, **changes)
+
+
+def test_the_papers_training_is_estimated_without_a_compiler():
+    config = long_tuning(batch=56, mesh=(7, 8, 1, 1))
+    seven = targets.parse_topology("a100:7x8")
+
+    made = plan.plan(seven, config, PAPER, compiles=False)
+
+    assert made.programs == {} and made.fits and not made.is_close
+    # Compiled for 64 H100 as 4 x 16: launch/results/chips.md.
+    assert made.estimate.working / GB == pytest.approx(15.8, rel=0.1)
+    assert made.needed > sum(made.resident.values()) + made.estimate.working
+    step = made.estimate.step
+    assert step.flops / 56 == pytest.approx(2700e12, rel=0.02)
+    hours = Cost(3000, 56, step.seconds).chip_hours
+    assert 1100 < hours < 1200
+    sent = {row.kind: row for row in step.traffic}
+    # Weights are gathered inside a node; only gradients cross.
+    assert sent["all-gather"].between == 0 < sent["all-reduce"].between
+    parts = made.summary()["formula"]["parts"]
+    assert sum(parts.values()) == pytest.approx(step.flops + step.again)
+    assert {name.split(":")[0] for name in parts} == {"critic", "generator"}
+
+
+def test_a_training_that_does_not_fit_is_given_a_setting_that_does():
+    config = long_tuning(mesh=(8, 8, 1, 1), remat="none")
+    small = targets.parse_topology("v6e:8x8")
+
+    made = plan.plan(small, config, PAPER, compiles=False)
+    found = plan.find_smaller(small, config, PAPER)
+
+    assert not made.fits
+    flags, _, gigabytes = found.rpartition(": ")
+    assert flags.startswith('--remat=nothing_saveable --config.mesh="(1,-1,1,1)"')
+    assert float(gigabytes.removesuffix(" GB")) * GB < small.target.chip.memory
+    problems = dataclasses.replace(made, smaller=found).problems()
+    assert problems[-1] == f"by formula it fits with {found}"
+
+
+def test_smaller_settings_add_up():
+    config = dataclasses.replace(DISTILL, size="480x832", mesh=(2, 2, 1, 1))
+
+    found = dict(plan.smaller_settings(config, PAPER))
+
+    assert list(found) == [
+        "--remat=nothing_saveable",
+        '--remat=nothing_saveable --config.mesh="(1,-1,1,1)"',
+        '--remat=nothing_saveable --config.mesh="(1,-1,1,1)" --config.size=320x576',
+    ]
+    last = list(found.values())[-1]
+    assert (last.remat, last.mesh) == ("nothing_saveable", (1, -1, 1, 1))
+    assert last.size == "320x576"
+
+
+def test_a_mesh_that_a_slice_cannot_have_is_refused():
+    config = dataclasses.replace(DISTILL, batch=64, mesh=(4, 16, 1, 1))
+    pod = targets.parse_topology("v6e:8x8")
+
+    with pytest.raises(UserError, match="cannot lay it out on v6e:8x8: .*whole sides"):
+        plan.plan(pod, config, NETWORKS, compiles=False)
+
+
+def with_estimate(**programs):
+    config = dataclasses.replace(DISTILL, mesh=(1, -1, 1, 1))
+    one = plan.plan(targets.topology("v5e", 4), config, NETWORKS, compiles=False)
+    return dataclasses.replace(one, programs=programs)
+
+
+def test_the_compilers_seconds_weigh_the_slowest_program_of_each_role():
+    sent = Traffic("all-gather", 1, 1.0, 1.0, 0.0, seconds=0.25)
+    one = with_estimate(
+        **{
+            "critic, first chunk": made(1, estimate=1.0),
+            "critic, switch": made(1, estimate=2.0, traffic=(sent,)),
+            "generator, first chunk": made(1, estimate=10.0),
+        }
+    )
+    attention = [one.estimate.attention_seconds(r) for r in ("critic", "generator")]
+
+    expected = 2.25 + attention[0] + (10.0 + attention[1]) / 5
+    assert min(attention) > 0
+    assert one.seconds_compiler() == pytest.approx(expected)
+    # A GPU's compiler makes no estimate, and a refused program has none.
+    assert with_estimate(**{"critic": made(1)}).seconds_compiler() is None
+    refused = compiling.Refused("does not fit", 0, frozenset())
+    assert with_estimate(**{"critic": refused}).seconds_compiler() is None
+
+
+def test_what_the_formula_cannot_decide_is_said():
+    one = with_estimate()
+    needed = sum(one.resident.values()) + one.gradient + one.estimate.working
+    chip = dataclasses.replace(one.target.chip, memory=needed + 1)
+    close = dataclasses.replace(one, target=dataclasses.replace(one.target, chip=chip))
+
+    assert close.fits and close.is_close and not one.is_close
+    shown = "\n".join(plan_tables.training_table("v5e", close.summary()))
+    assert "fits, but within the formula's error" in shown
+
+
+def run_command(monkeypatch, *arguments):
+    monkeypatch.setattr(command, "_prepare_environment", lambda: None)
+    return main.main(["plan", *arguments])
+
+
+def test_the_command_says_time_and_cost_beside_the_papers(
+    monkeypatch, capsys, tmp_path
+):
+    file = tmp_path / "plan.json"
+
+    status = run_command(
+        monkeypatch,
+        "--config=configs/train_streaming.py",
+        *("--config.batch=56", "--config.mesh=(7,8,1,1)"),
+        *("--topology=h100:7x8,a100:7x8", "--price=2.5", "--mfu=0.5"),
+        *("--nocompile", f"--json={file}"),
+    )
+
+    shown = capsys.readouterr().out
+    assert status == 0
+    written = json.loads(file.read_text())
+    assert list(written) == [
+        "h100:7x8, remat nothing_saveable",
+        "a100:7x8, remat nothing_saveable",
+    ]
+    for summary in written.values():
+        cost, step = summary["cost"], summary["formula"]
+        assert step["efficiency"] == 0.5 and step["mfu"] < 0.5
+        assert cost["chip_hours"] == pytest.approx(3000 * step["seconds"] * 56 / 3600)
+        assert cost["total"] == pytest.approx(2.5 * cost["chip_hours"])
+        assert f"{cost['total']:,.0f} at 2.5 per chip-hour" in shown
+        assert summary["paper"]["chip_hours"] == 1344
+    assert "at an assumed 50 % of the peak" in shown
+    assert shown.count("the paper: 1,344 A800-hours for 56 videos per step") == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--config=configs/train_dmd.py"],
+        ["--config=configs/train_streaming.py", "--config.lora.rank=64"],
+        ["--config=configs/train_streaming.py", "--config.size=320x576"],
+        ["--config=configs/train_streaming.py", "--teacher=1.3B"],
+    ],
+)
+def test_other_trainings_are_not_the_papers(monkeypatch, capsys, arguments):
+    assert run_command(monkeypatch, *arguments, "--target=v5p", "--nocompile") == 0
+
+    shown = capsys.readouterr().out
+    assert "chip-hours" in shown and "the paper" not in shown
 
 
 @pytest.mark.parametrize(
