@@ -227,24 +227,29 @@ def planned_trainings() -> list[str]:
 def _planned_row(title: str, found: dict) -> list[str]:
     step, cost = found["formula"], found["cost"]
     mesh = (f"{axis} {n}" for axis, n in found["mesh"].items() if n > 1)
-    smaller = [line for line in found["problems"] if line.startswith("by formula")]
-    smaller = [line.replace("it fits with ", "") for line in smaller]
-    fits = (
-        "yes" if found["fits"] else f"no; {smaller[0] if smaller else 'nothing does'}"
-    )
     by_compiler = found["seconds_compiler"]
     return [
         f"{found['topology']}, {found['memory'] / _GB:.0f}",
         title,
         " x ".join(mesh),
         f"{found['needed'] / _GB:.1f}" + ("" if found["programs"] else " (formula)"),
-        fits,
+        _fits(found),
         f"{step['seconds']:.2f} / {f'{by_compiler:.2f}' if by_compiler else '-'}",
         f"{100 * step['mfu']:.0f} %",
         f"{step['links']:.2f}",
         f"{cost['hours']:.1f}",
         f"{cost['chip_hours']:,.0f}",
     ]
+
+
+def _fits(found: dict) -> str:
+    """Returns whether a training fits, and if not, a smaller setting that does."""
+    close = " (within the formula's error)" if found["is_close"] else ""
+    if found["fits"]:
+        return f"yes{close}"
+    (*_, last) = found["problems"]
+    flags = last.partition("it fits with ")[2]
+    return f"no{close}; `{flags.replace(': ', '` by formula: ')}" if flags else "no"
 
 
 def _paper(names: Sequence[str]) -> str:

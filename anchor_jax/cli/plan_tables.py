@@ -145,11 +145,17 @@ def _row(part: str, made: Mapping[str, Any]) -> str:
 
 
 def ranking(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns the lines of a sweep: meshes and policies, the fastest first."""
-    lines = ["  s/step  GB per chip  by formula"]
-    for row in rows:
-        fits = "" if row["fits"] else "  does not fit"
+    """Returns the lines of a sweep: what fits, and how many faster ones do not."""
+    fitting = [row for row in rows if row["fits"]]
+    others = [row for row in rows if not row["fits"]]
+    lines = ["  s/step  GB per chip  by formula", *map(_ranked, fitting)]
+    if others:
+        fastest = " ".join(_ranked(others[0]).split())
         lines.append(
-            f"  {row['seconds']:6.2f}  {row['needed'] / _GB:11.1f}  {row['name']}{fits}"
+            f"  {len(others)} faster ones do not fit; the fastest of them: {fastest}"
         )
     return lines
+
+
+def _ranked(row: Mapping[str, Any]) -> str:
+    return f"  {row['seconds']:6.2f}  {row['needed'] / _GB:11.1f}  {row['name']}"

@@ -99,14 +99,29 @@ def rank(
         )
     for remat in REMAT:
         progress(remat)
-        chosen = dataclasses.replace(config, remat=remat, mesh=shapes[0])
-        first = train_plan.plan(
-            topology, chosen, networks, compiles=False, efficiency=efficiency
-        )
+        chosen = dataclasses.replace(config, remat=remat)
+        first = _first(topology, chosen, networks, shapes, efficiency)
         for shape in shapes:
             other = dataclasses.replace(chosen, mesh=shape)
             found.append(Candidate(other, _seconds(first, shape)))
     return sorted(found, key=lambda one: one.seconds)
+
+
+def _first(topology, config, networks, shapes, efficiency: float) -> TrainingReport:
+    """Returns the plan of the first mesh that a config can have.
+
+    Raises:
+      UserError: It can have none.
+    """
+    for shape in shapes:
+        chosen = dataclasses.replace(config, mesh=shape)
+        try:
+            return train_plan.plan(
+                topology, chosen, networks, compiles=False, efficiency=efficiency
+            )
+        except UserError as error:
+            reason = error
+    raise reason
 
 
 def _seconds(report: TrainingReport, shape: Mesh) -> float:

@@ -280,6 +280,24 @@ def test_the_compilers_estimate_gets_attention_by_formula():
     assert "by the compiler's estimate, attention by formula: step 0.5" in shown
 
 
+def test_flags_of_the_command_reach_the_plan(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(plan, "_prepare_environment", lambda: None)
+    monkeypatch.setattr(targets, "find_target", targets.named)
+    reached = {}
+
+    def planned(name, *sizes, **options):
+        reached[name] = options
+        return report()
+
+    monkeypatch.setattr(aot, "plan", planned)
+    given = ["plan", "--topology=v5p,h100", f"--hlo={tmp_path}/hlo", "--mfu=0.25"]
+
+    assert main.main(given) == 0
+
+    keep = {"keep": tmp_path / "hlo", "efficiency": 0.25}
+    assert reached == {name: keep | {"compiles": True} for name in ("v5p", "h100")}
+
+
 @jax.jit
 def refuse(x):
     raise NotImplementedError("tile of 96 channels is not supported")

@@ -69,6 +69,28 @@ def test_the_fastest_come_first():
     assert report.estimate.step.seconds == pytest.approx(one.seconds)
 
 
+def test_meshes_that_a_slice_cannot_have_are_left_out():
+    pod = targets.parse_topology("v6e:8x8")
+    config = dataclasses.replace(CONFIG, batch=64)
+
+    fitting, others = train_sweep.best(pod, config, NETWORKS, count=50)
+
+    made = {one.config.mesh for one in (*fitting, *others)}
+    ranked = {one.config.mesh for one in train_sweep.rank(pod, config, NETWORKS)}
+    # An axis is a product of whole sides, here 1, 8 or 64.
+    assert made == {(1, 64, 1, 1), (8, 8, 1, 1), (64, 1, 1, 1)}
+    assert made < ranked and (4, 16, 1, 1) in ranked
+
+
+def test_a_slice_without_any_mesh_is_refused():
+    pod = targets.parse_topology("v6e:8x8")
+    config = dataclasses.replace(CONFIG, batch=16)
+
+    # Only heads split by four divide this batch, and no side is four.
+    with pytest.raises(UserError, match="cannot lay it out on v6e:8x8"):
+        train_sweep.best(pod, config, NETWORKS)
+
+
 def test_only_what_fits_is_chosen():
     fitting, others = train_sweep.best(TWO_NODES, CONFIG, NETWORKS, count=2)
 
@@ -97,12 +119,14 @@ def test_the_command_ranks_and_plans_the_best_three(monkeypatch, capsys, tmp_pat
 
     assert status == 0
     shown = capsys.readouterr().out
-    assert "a100:2x8, sweep" in shown and "does not fit" in shown
+    assert "a100:2x8, sweep" in shown
     written = json.loads(file.read_text())
     ranking = written.pop("a100:2x8, sweep")["ranking"]
     assert len([row for row in ranking if row["fits"]]) == 3 == len(written)
     assert all(summary["fits"] for summary in written.values())
-    assert "\n".join(plan_tables.ranking(ranking)) in shown
+    lines = plan_tables.ranking(ranking)
+    assert "\n".join(lines) in shown and len(lines) == 1 + 3 + 1
+    assert "faster ones do not fit; the fastest of them:" in lines[-1]
 
 
 def test_a_sweep_chooses_the_policy_itself(monkeypatch, capsys):
