@@ -281,7 +281,9 @@ def planned_collectives() -> list[str]:
 
 
 def _collectives(found: dict) -> list[list[str]]:
-    parts = {"a mean step (formula)": found["formula"]["traffic"]}
+    step = found["formula"]
+    title = "a mean step" if step["has_programs"] else "a mean step (formula)"
+    parts = {title: step["traffic"]}
     parts |= {name: one.get("traffic", ()) for name, one in found["programs"].items()}
     return [
         [

@@ -61,7 +61,7 @@ def _formula(summary: Mapping[str, Any]) -> list[str]:
     step = summary["formula"]
     links = sum(one["seconds"] for one in step["traffic"])
     lines = [
-        f"  mean step by formula: {step['seconds']:.2f} s; products"
+        f"  mean step: {step['seconds']:.2f} s; products"
         f" {step['compute']:.2f} s at an assumed {100 * step['efficiency']:.0f} % of"
         f" the peak, reading weights {step['memory']:.2f} s beside them, collectives"
         f" {links:.2f} s after them: {100 * step['mfu']:.0f} % MFU",
@@ -75,7 +75,8 @@ def _formula(summary: Mapping[str, Any]) -> list[str]:
         )
     if step["traffic"]:
         lines.append(_SENT)
-        lines += [_sent(f"formula: {one['kind']}", one) for one in step["traffic"]]
+        title = "mean step" if step["has_programs"] else "formula"
+        lines += [_sent(f"{title}: {one['kind']}", one) for one in step["traffic"]]
     if cost := summary.get("cost"):
         lines.append(_cost(cost, summary.get("paper")))
     return lines

@@ -90,6 +90,11 @@ class Compiled:
         return values | {"reads": sorted(self.reads), "scores": list(self.scores)}
 
 
+def link_seconds(program: Compiled) -> float:
+    """Returns the seconds of a program's collectives, one after another."""
+    return sum(one.seconds for one in program.traffic)
+
+
 @dataclasses.dataclass(frozen=True)
 class Refused:
     """The compiler's reason for refusing a program; `peak` is a lower bound."""

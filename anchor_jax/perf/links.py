@@ -48,6 +48,23 @@ class Traffic:
     between: float
     seconds: float
 
+    def repeated(self, times: float) -> "Traffic":
+        """Returns what it is if a program runs this often."""
+        kind, *values = dataclasses.astuple(self)
+        return Traffic(kind, *(times * value for value in values))
+
+
+def merged(rows: Iterable[Traffic]) -> tuple[Traffic, ...]:
+    """Returns sums by kind of collective."""
+    by_kind = defaultdict(list)
+    for row in rows:
+        kind, *values = dataclasses.astuple(row)
+        by_kind[kind].append(values)
+    return tuple(
+        Traffic(kind, *map(sum, zip(*parts, strict=True)))
+        for kind, parts in sorted(by_kind.items())
+    )
+
 
 def sent(kind: str, nbytes: float, group: Group) -> tuple[float, float]:
     """Returns the bytes that a chip sends inside its node, and to other nodes.
@@ -109,17 +126,11 @@ class Layout:
 
     def traffic(self, collectives: Iterable[Collective]) -> tuple[Traffic, ...]:
         """Returns what one chip sends in a program, by kind of collective."""
-        rows = defaultdict(list)
+        rows = []
         for one in collectives:
             group = self.group(one.groups)
-            values = (
-                1.0,
-                one.nbytes,
-                *sent(one.kind, one.nbytes, group),
-                self.seconds(one.kind, one.nbytes, group),
-            )
-            rows[one.kind].append([one.times * value for value in values])
-        return tuple(
-            Traffic(kind, *map(sum, zip(*parts, strict=True)))
-            for kind, parts in sorted(rows.items())
-        )
+            inside, between = sent(one.kind, one.nbytes, group)
+            time = self.seconds(one.kind, one.nbytes, group)
+            row = Traffic(one.kind, 1.0, one.nbytes, inside, between, time)
+            rows.append(row.repeated(one.times))
+        return merged(rows)

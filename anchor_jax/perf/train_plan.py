@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from anchor_jax import trees
 from anchor_jax.errors import UserError
-from anchor_jax.perf import aot, compiling, roofline, targets, work
+from anchor_jax.perf import aot, compiling, links, roofline, targets, work
 from anchor_jax.perf.compiling import Compiled, Program, Refused
 from anchor_jax.perf.links import Layout
 from anchor_jax.perf.targets import Target, Topology
@@ -54,6 +54,7 @@ class Estimate:
       uses: what the step does.
       setting: chips, mesh and batch.
       trained: bytes whose gradients a mean step reduces, by network.
+      has_programs: whether the step's collectives are those of compiled programs.
     """
 
     step: Step
@@ -61,6 +62,7 @@ class Estimate:
     uses: tuple[Use, ...]
     setting: Setting
     trained: Mapping[str, float]
+    has_programs: bool = False
 
     def attention_seconds(self, role: str) -> float:
         """Returns the seconds of self-attention of one run of a role's program."""
@@ -81,6 +83,7 @@ class Estimate:
             "efficiency": step.efficiency,
             **{name: getattr(step, name) for name in names},
             "working": self.working,
+            "has_programs": self.has_programs,
             "traffic": [dataclasses.asdict(one) for one in step.traffic],
             "parts": parts,
         }
@@ -154,26 +157,58 @@ class TrainingReport:
             found += [f"by formula it fits with {self.smaller}"] * bool(self.smaller)
         return tuple(found)
 
+    def runs(self, value: Callable[[Compiled], float]) -> list[tuple[float, Compiled]]:
+        """Returns what a mean step runs: programs, and how often.
+
+        For each role that is the program with the largest value, and the update.
+        Programs that were not compiled are left out.
+        """
+        roles = {use.role: use.each for use in self.estimate.uses}
+        found = []
+        for role, each in roles.items():
+            made = {
+                name: one
+                for name, one in self.programs.items()
+                if name.startswith(role) and isinstance(one, Compiled)
+            }
+            updates = [one for name, one in made.items() if name.endswith("update")]
+            others = [one for name, one in made.items() if not name.endswith("update")]
+            chosen = [max(others, key=value)] if others else []
+            found += [(each, one) for one in (*chosen, *updates)]
+        return found
+
+    def with_programs(self) -> "TrainingReport":
+        """Returns the report with a mean step that has the programs' collectives."""
+        if self.estimate is None or not self.programs:
+            return self
+        rows = [
+            row.repeated(each)
+            for each, one in self.runs(compiling.link_seconds)
+            for row in one.traffic
+        ]
+        step = dataclasses.replace(self.estimate.step, traffic=links.merged(rows))
+        made = dataclasses.replace(self.estimate, step=step, has_programs=True)
+        return dataclasses.replace(self, estimate=made)
+
     def seconds_compiler(self) -> float | None:
         """Returns the seconds of a mean step by the compiler, or None.
 
-        Its estimates leave kernels out; self-attention counts by formula. For each role
-        the slowest of its programs counts. Collectives overlap with nothing, and passes
-        that may be left out count as run.
+        Its estimates leave kernels out; self-attention counts by formula. Collectives
+        overlap with nothing, and passes that may be left out count as run.
         """
         if self.estimate is None:
             return None
-        times = {use.role: use.each for use in self.estimate.uses}
-        total = 0.0
-        for role, each in times.items():
-            made = [one for name, one in self.programs.items() if name.startswith(role)]
-            if not made or not all(
-                isinstance(m, Compiled) and m.estimate for m in made
-            ):
-                return None
-            slowest = max(m.estimate + sum(t.seconds for t in m.traffic) for m in made)
-            total += each * (slowest + self.estimate.attention_seconds(role))
-        return total
+        runs = self.runs(lambda one: one.estimate or 0.0)
+        refused = [one for one in self.programs.values() if isinstance(one, Refused)]
+        if not runs or refused or any(one.estimate is None for _, one in runs):
+            return None
+        total = sum(
+            each * (one.estimate + compiling.link_seconds(one)) for each, one in runs
+        )
+        roles = {use.role: use.each for use in self.estimate.uses}
+        return total + sum(
+            each * self.estimate.attention_seconds(role) for role, each in roles.items()
+        )
 
     def summary(self) -> dict[str, Any]:
         """Returns the report as plain values."""
@@ -247,7 +282,7 @@ def plan(
         gradient,
         estimate(config, prepared, Layout(topology), efficiency),
         topology.label,
-    )
+    ).with_programs()
 
 
 def _mesh(config: TrainConfig, topology: Topology, devices) -> Mesh:

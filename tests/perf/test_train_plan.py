@@ -306,18 +306,49 @@ def test_the_compilers_seconds_weigh_the_slowest_program_of_each_role():
         **{
             "critic, first chunk": made(1, estimate=1.0),
             "critic, switch": made(1, estimate=2.0, traffic=(sent,)),
+            "critic update": made(1, estimate=0.125),
             "generator, first chunk": made(1, estimate=10.0),
         }
     )
     attention = [one.estimate.attention_seconds(r) for r in ("critic", "generator")]
 
-    expected = 2.25 + attention[0] + (10.0 + attention[1]) / 5
+    expected = 2.25 + 0.125 + attention[0] + (10.0 + attention[1]) / 5
     assert min(attention) > 0
     assert one.seconds_compiler() == pytest.approx(expected)
     # A GPU's compiler makes no estimate, and a refused program has none.
     assert with_estimate(**{"critic": made(1)}).seconds_compiler() is None
     refused = compiling.Refused("does not fit", 0, frozenset())
     assert with_estimate(**{"critic": refused}).seconds_compiler() is None
+
+
+def test_a_mean_step_has_the_collectives_of_its_programs():
+    def sent(seconds):
+        row = Traffic("all-gather", 2, 8.0, 4.0, 1.0, seconds)
+        return made(1, traffic=(row,))
+
+    one = with_estimate(
+        **{
+            "critic, first chunk": sent(0.5),
+            "critic, switch": sent(0.25),
+            "critic update": sent(0.125),
+            "generator, first chunk": sent(1.0),
+        }
+    )
+
+    step = one.with_programs().estimate.step
+
+    # The slower critic, its update, and a fifth of the generator.
+    assert step.traffic == (
+        Traffic("all-gather", 4.4, 17.6, 8.8, 2.2, pytest.approx(0.825)),
+    )
+    assert step.seconds == pytest.approx(max(step.compute, step.memory) + 0.825)
+    summary = one.with_programs().summary()
+    assert (
+        summary["formula"]["has_programs"]
+        and not (one.summary()["formula"]["has_programs"])
+    )
+    shown = "\n".join(plan_tables.training_table("v5e", summary))
+    assert "mean step: all-gather" in shown and "formula: all-gather" not in shown
 
 
 def test_what_the_formula_cannot_decide_is_said():
