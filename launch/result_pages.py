@@ -40,6 +40,11 @@ TRAININGS = (
     "train_dmd_v5p",
     "train_streaming_v5p",
 )
+PLANNED = {
+    "streaming": "streaming long tuning, LoRA-256",
+    "dmd": "self-forcing DMD",
+}
+PLANNED_ON = ("gpus", "v5p", "v6e")
 SEEDS = {
     "seed1": "seed 1, 960 videos",
     "seed11": "seed 11, 480 videos",
@@ -204,6 +209,118 @@ def _working(found: dict, part: str) -> str | None:
     return f"{max(one['temporaries'] for one in programs) / _GB:.1f}"
 
 
+def planned_trainings() -> list[str]:
+    """Returns memory, time and cost of the paper's trainings on many chips."""
+    titles = (
+        "chips, memory", "training", "mesh", "needed", "fits",
+        "s per step: formula / compiler", "MFU", "collectives, s",
+        "hours", "chip-hours",
+    )  # fmt: skip
+    names = [f"plan_{one}_{chips}" for one in PLANNED for chips in PLANNED_ON]
+    rows = []
+    for name in names:
+        title = PLANNED[name.split("_")[1]]
+        rows += [_planned_row(title, found) for found in values(name).values()]
+    return [*table(titles, rows), "", _paper(names), *sources(*names)]
+
+
+def _planned_row(title: str, found: dict) -> list[str]:
+    step, cost = found["formula"], found["cost"]
+    mesh = (f"{axis} {n}" for axis, n in found["mesh"].items() if n > 1)
+    by_compiler = found["seconds_compiler"]
+    return [
+        f"{found['topology']}, {found['memory'] / _GB:.0f}",
+        title,
+        " x ".join(mesh),
+        f"{found['needed'] / _GB:.1f}" + ("" if found["programs"] else " (formula)"),
+        _fits(found),
+        f"{step['seconds']:.2f} / {f'{by_compiler:.2f}' if by_compiler else '-'}",
+        f"{100 * step['mfu']:.0f} %",
+        f"{step['links']:.2f}",
+        f"{cost['hours']:.1f}",
+        f"{cost['chip_hours']:,.0f}",
+    ]
+
+
+def _fits(found: dict) -> str:
+    """Returns whether a training fits, and if not, a smaller setting that does."""
+    close = " (within the formula's error)" if found["is_close"] else ""
+    if found["fits"]:
+        return f"yes{close}"
+    (*_, last) = found["problems"]
+    flags = last.partition("it fits with ")[2]
+    return f"no{close}; `{flags.replace(': ', '` by formula: ')}" if flags else "no"
+
+
+def _paper(names: Sequence[str]) -> str:
+    found = [one for name in names for one in values(name).values()]
+    (paper,) = {tuple(one["paper"].items()) for one in found if one["paper"]}
+    paper, share = dict(paper), found[0]["formula"]["efficiency"]
+    return (
+        f"Products are assumed to reach {100 * share:.0f} % of the peak, and"
+        " collectives the published speed of the links, after the products. The paper's"
+        f" long tuning took {paper['chip_hours']:,} {paper['chip']}-hours with"
+        f" {paper['batch']} videos per step."
+    )
+
+
+def planned_collectives() -> list[str]:
+    """Returns what a chip sends in a program of a training, or by formula in a step."""
+    titles = (
+        "chips", "training", "program", "collective", "arrays", "near", "other nodes",
+        "s",
+    )  # fmt: skip
+    rows = []
+    for training, title in PLANNED.items():
+        for chips in PLANNED_ON:
+            for found in values(f"plan_{training}_{chips}").values():
+                rows += [
+                    [found["topology"], title, *cells] for cells in _collectives(found)
+                ]
+    return table(titles, rows)
+
+
+def _collectives(found: dict) -> list[list[str]]:
+    step = found["formula"]
+    title = "a mean step" if step["has_programs"] else "a mean step (formula)"
+    parts = {title: step["traffic"]}
+    parts |= {name: one.get("traffic", ()) for name, one in found["programs"].items()}
+    return [
+        [
+            part,
+            one["kind"],
+            *(f"{one[key] / _GB:.2f}" for key in ("nbytes", "inside", "between")),
+            f"{one['seconds']:.3f}",
+        ]
+        for part, rows in parts.items()
+        for one in rows
+        if one["nbytes"] > 0.005 * _GB
+    ]
+
+
+def planned_streams() -> list[str]:
+    """Returns memory and time of a stream's programs on one chip."""
+    titles = (
+        "chip, memory", "needed, encoder kept / freed", "frames/s", "`step`",
+        "`switch`", "`decode`", "by the compiler",
+    )  # fmt: skip
+    rows = []
+    for found in values("plan_streams").values():
+        seconds, by = found["seconds"], found["seconds_compiler"]
+        rows.append(
+            [
+                f"{found['chip']}, {found['memory'] / _GB:.0f}",
+                f"{found['needed'] / _GB:.1f}"
+                f" / {found['needed_encoder_freed'] / _GB:.1f}"
+                + ("" if found["programs"] else " (formula)"),
+                f"{found['frames_per_second']:.1f}",
+                *(f"{seconds[name]:.3f} s" for name in ("step", "switch", "decode")),
+                ", ".join(f"`{k}` {v:.3f} s" for k, v in by.items()) or "-",
+            ]
+        )
+    return [*table(titles, rows), *sources("plan_streams")]
+
+
 def ladder() -> list[str]:
     """Returns the scores of all stages."""
     return [*ladder_results.rows(values("ladder")), *sources("ladder")]
@@ -298,6 +415,33 @@ PAGES: dict[str, tuple[str, Sequence[Part]]] = {
             ),
         ),
     ),
+    "launch/results/plans.md": (
+        "Plans for clusters",
+        (
+            (
+                "Trainings",
+                "Generator and critic of 1.3B, teacher of 14B, 480x832, one video per"
+                " chip, `nothing_saveable`. GB of 10^9 bytes for the fullest chip,"
+                " which also holds the text encoder. Nothing has run."
+                " [perf](../../anchor_jax/perf/README.md#what-plan-assumes) explains"
+                " the columns.",
+                planned_trainings,
+            ),
+            (
+                "Collectives",
+                "GB that a chip gathers or reduces, sends inside its node or slice, and"
+                " sends to other nodes. Compiled programs count passes after an early"
+                " exit.",
+                planned_collectives,
+            ),
+            (
+                "A stream on one chip",
+                "Wan2.1 1.3B at 480x832 in bfloat16, policy `anchor_forcing`, at 40 %"
+                " of the peak. `switch` is the re-cache alone.",
+                planned_streams,
+            ),
+        ),
+    ),
     "launch/ladder/results.md": (
         "Scores of the ladder",
         (
@@ -342,6 +486,13 @@ def outdated() -> list[str]:
         if not (ROOT / name).exists()
         or (ROOT / name).read_text(encoding="utf-8") != page(name)
     ]
+
+
+def write() -> None:
+    """Writes the pages that differ from their numbers."""
+    for name in outdated():
+        io.write_text(ROOT / name, page(name))
+        sys.stdout.write(f"Wrote {name}\n")
 
 
 def record(name: str, file: str, command: str) -> None:
@@ -398,14 +549,13 @@ def main() -> int:
     given = parser.parse_args()
     if given.action == "record":
         record(given.name, given.file, given.command)
+    if not given.check:
+        write()
+        return 0
     differing = outdated()
     for name in differing:
-        if given.check:
-            sys.stdout.write(f"{name} differs; run: python launch/result_pages.py\n")
-        else:
-            io.write_text(ROOT / name, page(name))
-            sys.stdout.write(f"Wrote {name}\n")
-    return int(given.check and bool(differing))
+        sys.stdout.write(f"{name} differs; run: python launch/result_pages.py\n")
+    return int(bool(differing))
 
 
 if __name__ == "__main__":

@@ -53,6 +53,16 @@ ELSEWHERE = {
     "anchor-jax export --weights=weights/anchor --out=export --layout=diffusers": (
         "cli/test_port.py::test_port_and_export"
     ),
+    "anchor-jax plan --config=configs/train_streaming.py --config.batch=56"
+    ' --config.mesh="(7,8,1,1)" --topology=h100:7x8,a100:7x8 --price=2.5 --nocompile': (
+        "perf/test_train_plan.py::test_the_command_says_time_and_cost_beside_the_papers"
+    ),
+    "anchor-jax plan --config=configs/train_dmd.py --topology=v6e:8x8 --sweep": (
+        "perf/test_train_sweep.py::test_the_command_ranks_and_plans_the_best_three"
+    ),
+    "python launch/chip_plans.py --nocompile": (
+        "test_results.py::test_a_plan_is_kept_with_its_command"
+    ),
     "launch/tiny_ladder.sh runs/ladder": (
         "test_ladder.py::test_each_stage_begins_with_an_earlier_one"
     ),

@@ -351,6 +351,62 @@ def test_a_measurement_is_kept_with_its_commit(
     assert set(made) == {"date", "commit", "machine", "command", "values"}
 
 
+@pytest.fixture
+def chip_plans(pages, monkeypatch):
+    """The names of the program that plans for chips, with commands that do nothing."""
+    found = runpy.run_path(str(LAUNCH / "chip_plans.py"))
+    commands = []
+
+    def run(arguments, **options):
+        commands.append(arguments)
+        (file,) = [one for one in arguments if one.startswith("--json=")]
+        pathlib.Path(file.partition("=")[2]).write_text('{"v5p": {}}')
+
+    monkeypatch.setattr(found["subprocess"], "run", run)
+    return found | {"commands": commands}
+
+
+def test_every_plan_of_the_page_is_made_by_one_program(pages, chip_plans):
+    shown = pages["page"]("launch/results/plans.md")
+    for name, command in chip_plans["PLANS"].items():
+        kept = pages["load"](name)["command"]
+        assert kept in (command, f"{command} --nocompile")
+        assert kept in shown
+    for chips in ("a100:7x8", "h100:7x8", "v5p:4x4x4", "v6e:8x8"):
+        assert shown.count(f"| {chips}, ") == 2
+    for chip in ("H100 SXM, 80", "TPU v6e, 32", "TPU v5p, 95"):
+        assert f"| {chip} |" in shown
+
+
+def test_a_plan_is_kept_with_its_command(chip_plans, tmp_path, monkeypatch):
+    monkeypatch.setattr(chip_plans["result_pages"], "RESULTS", tmp_path)
+    monkeypatch.setattr(chip_plans["result_pages"], "commit", lambda: "abc1234")
+    monkeypatch.setattr(chip_plans["result_pages"], "outdated", list)
+    given = ["chip_plans.py", "--nocompile", "--only=plan_dmd_v5p"]
+    monkeypatch.setattr(sys, "argv", given)
+
+    assert chip_plans["main"]() == 0
+
+    (arguments,) = chip_plans["commands"]
+    assert arguments[1:4] == ["-m", "anchor_jax", "plan"]
+    assert "--config.mesh=(4,16,1,1)" in arguments and "--nocompile" in arguments
+    kept = json.loads((tmp_path / "plan_dmd_v5p.json").read_text())
+    assert kept["values"] == {"v5p": {}} and kept["commit"] == "abc1234"
+    assert kept["command"] == f"{chip_plans['PLANS']['plan_dmd_v5p']} --nocompile"
+
+
+def test_a_plan_that_does_not_exist_is_refused(chip_plans, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["chip_plans.py", "--only=plan_dmd_tpu"])
+
+    with pytest.raises(SystemExit):
+        chip_plans["main"]()
+
+    assert "--only=plan_dmd_tpu: choose from plan_streaming_gpus" in (
+        capsys.readouterr().err
+    )
+    assert chip_plans["commands"] == []
+
+
 def test_a_result_without_a_commit_is_not_kept(pages, tmp_path, monkeypatch):
     monkeypatch.setitem(pages["record"].__globals__, "LAUNCH", tmp_path)
 

@@ -318,6 +318,42 @@ def block_seconds(stream: Stream, chip: Chip, efficiency: float = 1.0) -> float:
     return count * one + _decode_seconds(stream, chip, efficiency)
 
 
+def program_seconds(
+    stream: Stream, chip: Chip, efficiency: float = EFFICIENCY
+) -> dict[str, float]:
+    """Returns the seconds of a stream's programs: step, switch, decode, text.
+
+    `switch` is the re-cache alone, and is left out of a stream without one.
+    """
+    found = {
+        "step": block_seconds(dataclasses.replace(stream, codec=None), chip, efficiency)
+    }
+    if stream.recache:
+        found["switch"] = _recache(stream).main / (chip.flops * efficiency)
+    if stream.codec:
+        found["decode"] = _decode_seconds(stream, chip, efficiency)
+    if stream.text:
+        found["text"] = _prompt_seconds(stream, chip, efficiency)
+    return found
+
+
+def attention_seconds(
+    stream: Stream, chip: Chip, efficiency: float = EFFICIENCY
+) -> dict[str, float]:
+    """Returns the seconds of self-attention in `step` and `switch`."""
+    speed = chip.flops * efficiency
+    one = pass_flops(stream.model, stream.grid, stream.block, stream.keys)
+    found = {"step": (stream.levels + 1) * one.self_attention / speed}
+    if stream.recache:
+        found["switch"] = _recache(stream).self_attention / speed
+    return found
+
+
+def _recache(stream: Stream) -> Pass:
+    keys = stream.recache_keys
+    return pass_flops(stream.model, stream.grid, stream.recache, keys)
+
+
 def frames_per_second(stream: Stream, chip: Chip, efficiency: float = 1.0) -> float:
     """Returns pixel frames per second in a long stream."""
     return stream.pixel_frames / block_seconds(stream, chip, efficiency)
@@ -330,10 +366,7 @@ def switch_seconds(stream: Stream, chip: Chip, efficiency: float = EFFICIENCY) -
     """
     seconds = _prompt_seconds(stream, chip, efficiency)
     if stream.recache:
-        work = pass_flops(
-            stream.model, stream.grid, stream.recache, stream.recache_keys
-        )
-        seconds += work.main / (chip.flops * efficiency)
+        seconds += _recache(stream).main / (chip.flops * efficiency)
     return seconds + block_seconds(stream, chip, efficiency)
 
 

@@ -1,19 +1,24 @@
-"""Compiles the steps of a training for absent machines.
+"""Estimates the steps of a training on chips, and compiles them for absent machines.
 
 Weights are shapes, and every array has the sharding that it would have on the mesh.
 Memory is counted for the first chip of a machine, which also has the text encoder.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from anchor_jax import trees
-from anchor_jax.perf import aot
-from anchor_jax.perf.aot import Compiled, Program, Refused, Target
+from anchor_jax.errors import UserError
+from anchor_jax.perf import aot, compiling, links, roofline, targets, work
+from anchor_jax.perf.compiling import Compiled, Program, Refused
+from anchor_jax.perf.links import Layout
+from anchor_jax.perf.targets import Target, Topology
+from anchor_jax.perf.work import Setting, Step, Use
 from anchor_jax.training import placement
 from anchor_jax.training.stages import build
 from anchor_jax.training.stages.base import Prepared
@@ -26,7 +31,7 @@ from anchor_jax.weights.bundle import Bundle
 
 BLOCK = 3
 """Latent frames of a block. Smaller arrays are not counted as score matrices."""
-_MACHINE = 8  # chips of a process, the first of which encodes its prompts
+_GB = 10**9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,15 +45,64 @@ class NetworkSizes:
 
 
 @dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A training by formula.
+
+    Attributes:
+      step: a mean step.
+      working: rough bytes of the working memory of its largest program.
+      uses: what the step does.
+      setting: chips, mesh and batch.
+      trained: bytes whose gradients a mean step reduces, by network.
+      has_programs: whether the step's collectives are those of compiled programs.
+    """
+
+    step: Step
+    working: float
+    uses: tuple[Use, ...]
+    setting: Setting
+    trained: Mapping[str, float]
+    has_programs: bool = False
+
+    def attention_seconds(self, role: str) -> float:
+        """Returns the seconds of self-attention of one run of a role's program."""
+        done = sum(use.attention for use in self.uses if use.role == role)
+        speed = self.step.peak * self.step.efficiency
+        return done * self.setting.batch / speed
+
+    def summary(self) -> dict[str, Any]:
+        """Returns the numbers as plain values; operations are those of a step."""
+        step, batch = self.step, self.setting.batch
+        names = ("flops", "again", "compute", "memory", "links", "seconds", "mfu")
+        parts: dict[str, float] = {}
+        for use in self.uses:
+            done = use.each * (use.flops + use.again) * batch
+            key = f"{use.role}: {use.name}"
+            parts[key] = parts.get(key, 0.0) + done
+        return {
+            "efficiency": step.efficiency,
+            **{name: getattr(step, name) for name in names},
+            "working": self.working,
+            "has_programs": self.has_programs,
+            "traffic": [dataclasses.asdict(one) for one in step.traffic],
+            "parts": parts,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainingReport:
     """The programs of a training on one of the chips of a mesh; sizes in bytes.
 
     Attributes:
       target: name of the chip.
       mesh: number of devices by axis.
-      programs: programs by name, or the compiler's reason for a refusal.
+      programs: programs by name, or the compiler's reason for a refusal. Without a
+        compiler there are none, and working memory is a formula.
       resident: bytes of arrays that stay in memory between steps, by name.
       gradient: bytes of the largest gradient, which waits for the next program.
+      estimate: the training by formula, or None.
+      topology: the chips, as `parse_topology` reads them.
+      smaller: a smaller setting that fits, if this one does not.
     """
 
     target: Target
@@ -56,13 +110,33 @@ class TrainingReport:
     programs: Mapping[str, Compiled | Refused]
     resident: Mapping[str, int]
     gradient: int
+    estimate: Estimate | None = None
+    topology: str = ""
+    smaller: str = ""
 
     @property
     def needed(self) -> int:
         """The peak memory."""
         kept = sum(self.resident.values()) + self.gradient
+        if not self.programs:
+            return round(kept + (self.estimate.working if self.estimate else 0))
         made = [one for one in self.programs.values() if isinstance(one, Compiled)]
         return kept + max((m.outputs + m.temporaries + m.code for m in made), default=0)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the chip has enough memory."""
+        refused = (m.reason for m in self.programs.values() if isinstance(m, Refused))
+        is_full = any(reason.startswith("does not fit") for reason in refused)
+        return not is_full and self.needed <= self.target.chip.memory
+
+    @property
+    def is_close(self) -> bool:
+        """Whether the error of the formula for working memory decides if it fits."""
+        if self.programs or self.estimate is None:
+            return False
+        error = work.ERROR * self.estimate.working
+        return abs(self.target.chip.memory - self.needed) < error
 
     def problems(self) -> tuple[str, ...]:
         """Returns the problems of the programs and the memory, with remedies."""
@@ -72,67 +146,252 @@ class TrainingReport:
                 found.append(f"{name}: {made.reason}")
             elif name != aot.ENCODER and not name.endswith("update"):
                 found += [f"{name}: {problem}" for problem in made.problems()]
-        chip = self.target.chip
-        refused = (m.reason for m in self.programs.values() if isinstance(m, Refused))
-        is_full = any(reason.startswith("does not fit") for reason in refused)
-        if is_full or self.needed > chip.memory:
+        if not self.fits:
+            again = "recompute activations with --remat=nothing_saveable, "
+            if self.estimate and self.estimate.setting.remat == "nothing_saveable":
+                again = ""
             found.append(
-                f"{chip.name} has too little memory; recompute activations with"
-                " --remat=nothing_saveable, use more --chips, or a smaller size"
+                f"{self.target.chip.name} has too little memory; {again}use more"
+                " --chips, or a smaller size"
             )
+            found += [f"by formula it fits with {self.smaller}"] * bool(self.smaller)
         return tuple(found)
+
+    def runs(self, value: Callable[[Compiled], float]) -> list[tuple[float, Compiled]]:
+        """Returns what a mean step runs: programs, and how often.
+
+        For each role that is the program with the largest value, and the update.
+        Programs that were not compiled are left out.
+        """
+        roles = {use.role: use.each for use in self.estimate.uses}
+        found = []
+        for role, each in roles.items():
+            made = {
+                name: one
+                for name, one in self.programs.items()
+                if name.startswith(role) and isinstance(one, Compiled)
+            }
+            updates = [one for name, one in made.items() if name.endswith("update")]
+            others = [one for name, one in made.items() if not name.endswith("update")]
+            chosen = [max(others, key=value)] if others else []
+            found += [(each, one) for one in (*chosen, *updates)]
+        return found
+
+    def with_programs(self) -> "TrainingReport":
+        """Returns the report with a mean step that has the programs' collectives."""
+        if self.estimate is None or not self.programs:
+            return self
+        rows = [
+            row.repeated(each)
+            for each, one in self.runs(compiling.link_seconds)
+            for row in one.traffic
+        ]
+        step = dataclasses.replace(self.estimate.step, traffic=links.merged(rows))
+        made = dataclasses.replace(self.estimate, step=step, has_programs=True)
+        return dataclasses.replace(self, estimate=made)
+
+    def seconds_compiler(self) -> float | None:
+        """Returns the seconds of a mean step by the compiler, or None.
+
+        Its estimates leave kernels out; self-attention counts by formula. Collectives
+        overlap with nothing, and passes that may be left out count as run.
+        """
+        if self.estimate is None:
+            return None
+        runs = self.runs(lambda one: one.estimate or 0.0)
+        refused = [one for one in self.programs.values() if isinstance(one, Refused)]
+        if not runs or refused or any(one.estimate is None for _, one in runs):
+            return None
+        total = sum(
+            each * (one.estimate + compiling.link_seconds(one)) for each, one in runs
+        )
+        roles = {use.role: use.each for use in self.estimate.uses}
+        return total + sum(
+            each * self.estimate.attention_seconds(role) for role, each in roles.items()
+        )
 
     def summary(self) -> dict[str, Any]:
         """Returns the report as plain values."""
         return {
             "chip": self.target.chip.name,
+            "topology": self.topology,
             "memory": self.target.chip.memory,
             "mesh": dict(self.mesh),
             "programs": {k: v.summary() for k, v in self.programs.items()},
             "resident": dict(self.resident),
             "gradient": self.gradient,
             "needed": self.needed,
+            "fits": self.fits,
+            "is_close": self.is_close,
+            "formula": self.estimate and self.estimate.summary(),
+            "seconds_compiler": self.seconds_compiler(),
             "problems": list(self.problems()),
         }
 
 
 def plan(
-    name: str,
-    chips: int,
+    topology: Topology,
     config: TrainConfig,
     networks: NetworkSizes,
     progress: Callable[[str], None] = lambda _: None,
+    *,
+    compiles: bool = True,
+    efficiency: float = roofline.EFFICIENCY,
+    keep: pathlib.Path | None = None,
 ) -> TrainingReport:
-    """Compiles a training's programs for a target.
+    """Estimates a training's steps on a topology, and compiles its programs.
 
     Args:
-      name: name of the target.
-      chips: number of chips in the mesh, a power of two.
+      topology: the chips of the mesh.
       config: config of the training. Its weights are not read.
       networks: sizes of the networks.
       progress: called with each program's name before it is compiled.
+      compiles: whether to compile. If false, everything but the arrays that stay in
+        memory is a formula.
+      efficiency: share of the chips' peak that products are assumed to reach.
+      keep: folder for the texts of the compiled programs, or None.
 
     Raises:
-      UserError: The target is unknown, its compiler is not installed, or the config
-        does not fit the number of chips.
+      UserError: The compiler of the target is not installed, or the config does not fit
+        the number of chips.
     """
-    target = aot.find_target(name)
-    mesh = build.make_mesh(config, aot.devices_of(target, chips))
+    target = topology.target
+    find = targets.devices_of if compiles else targets.stand_ins
+    mesh = _mesh(config, topology, find(topology))
     vae = dataclasses.replace(networks.vae, conv=target.conv)
     networks = dataclasses.replace(networks, vae=vae)
     prepared = on_paper(config, networks, mesh)
-    made = {}
-    for part, program in programs(prepared, config, networks).items():
-        progress(part)
-        with jax.set_mesh(mesh):
-            made[part] = aot.compile_program(program)
     resident, gradient = _resident(prepared)
-    progress(aot.ENCODER)
-    prompts = max(1, config.batch * min(chips, _MACHINE) // chips)
-    encoder, resident[aot.ENCODER] = aot.text_program(networks.text, prompts)
-    (device,) = aot.devices_of(target, 1)
-    made[aot.ENCODER] = aot.compile_program(aot.on_device(encoder, device))
-    return TrainingReport(target, dict(mesh.shape), made, resident, gradient)
+    encoder, resident[aot.ENCODER] = aot.text_program(
+        networks.text, _prompts(config, topology)
+    )
+    layout = Layout(topology, tuple(device.id for device in mesh.devices.flat))
+    made = {}
+    if compiles:
+        found = programs(prepared, config, networks)
+        made = _compile(found, mesh, layout, progress, keep)
+        progress(aot.ENCODER)
+        (device,) = targets.devices_of(targets.topology(topology.name))
+        alone = compiling.on_device(encoder, device)
+        made[aot.ENCODER] = compiling.compile_program(alone)
+    return TrainingReport(
+        target,
+        dict(mesh.shape),
+        made,
+        resident,
+        gradient,
+        estimate(config, prepared, Layout(topology), efficiency),
+        topology.label,
+    ).with_programs()
+
+
+def _mesh(config: TrainConfig, topology: Topology, devices) -> Mesh:
+    """Returns the mesh of a config.
+
+    Raises:
+      UserError: It does not fit the number of chips, or the shape of a slice.
+    """
+    try:
+        return build.make_mesh(config, devices)
+    except NotImplementedError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"config.mesh={config.mesh}: jax cannot lay it out on {topology.label}:"
+            f" {reason}; choose axes that are products of whole sides"
+        ) from error
+
+
+def _prompts(config: TrainConfig, topology: Topology) -> int:
+    """Returns the prompts of a machine, which its first chip encodes."""
+    machine = min(topology.chips, targets.NODE)
+    return max(1, config.batch * machine // topology.chips)
+
+
+def _compile(
+    found: Mapping[str, Program],
+    mesh: Mesh,
+    layout: Layout,
+    progress: Callable[[str], None],
+    keep: pathlib.Path | None,
+) -> dict[str, Compiled | Refused]:
+    made = {}
+    for part, program in found.items():
+        progress(part)
+        file = keep and keep / targets.file_name(layout.topology, part)
+        with jax.set_mesh(mesh):
+            made[part] = compiling.compile_program(program, layout, file)
+    return made
+
+
+def estimate(
+    config: TrainConfig, prepared: Prepared, layout: Layout, efficiency: float
+) -> Estimate:
+    """Returns a training by formula."""
+    state, compiled = prepared.state, prepared.compiled
+    setting = Setting(
+        layout=layout,
+        mesh=dict(compiled.mesh.shape),
+        batch=config.batch,
+        remat=config.remat,
+        microbatches=getattr(config, "microbatches", 1),
+        efficiency=efficiency,
+    )
+    uses = build.find_stage(config).uses(config, prepared)
+    trained = {
+        "generator": trees.nbytes(state.generator) / compiled.cycle,
+        "critic": trees.nbytes(state.fake_score),
+    }
+    step = work.step(uses, setting, trained)
+    working = work.working_bytes(uses, setting)
+    return Estimate(step, working, uses, setting, trained)
+
+
+def find_smaller(
+    topology: Topology, config: TrainConfig, networks: NetworkSizes
+) -> str:
+    """Returns the first smaller setting that fits by formula, or an empty text."""
+    for text, smaller in smaller_settings(config, networks):
+        try:
+            report = plan(topology, smaller, networks, compiles=False)
+        except UserError:
+            continue
+        if report.fits:
+            return f"{text}: {report.needed / _GB:.1f} GB"
+    return ""
+
+
+def smaller_settings(
+    config: TrainConfig, networks: NetworkSizes
+) -> Iterator[tuple[str, TrainConfig]]:
+    """Yields settings that need less and less memory, as flags; each adds to the last.
+
+    Weights are split over all chips, activations are recomputed, a device takes one
+    video at a time, and the size falls.
+    """
+    flags: list[str] = []
+
+    def changed(flag: str, **fields) -> tuple[str, TrainConfig]:
+        nonlocal config
+        config = dataclasses.replace(config, **fields)
+        flags.append(flag)
+        return " ".join(flags), config
+
+    if config.remat != "nothing_saveable":
+        yield changed("--remat=nothing_saveable", remat="nothing_saveable")
+    if config.mesh[0] != 1:
+        mesh = (1, -1, *config.mesh[2:])
+        shown = ",".join(map(str, mesh))
+        yield changed(f'--config.mesh="({shown})"', mesh=mesh)
+    if getattr(config, "microbatches", None) == 1 and config.batch > 1:
+        for count in (2, 4):
+            yield changed(f"--config.microbatches={count}", microbatches=count)
+    family = networks.generator.family
+    grid = family.parse_size(config.size or family.size)
+    for size, other in sorted(
+        family.grids.items(), key=lambda item: -item[1].height * item[1].width
+    ):
+        if other.height * other.width < grid.height * grid.width:
+            yield changed(f"--config.size={size}", size=size)
 
 
 def _resident(prepared: Prepared) -> tuple[dict[str, int], int]:

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import math
 
@@ -219,3 +220,28 @@ def test_a_policy_decides_what_passes_see(name, keys, recache, recache_keys):
     made = roofline.make_stream(WAN_1_3B, GRID, POLICIES[name])
 
     assert (made.keys, made.recache, made.recache_keys) == (keys, recache, recache_keys)
+
+
+def test_a_streams_programs_take_these_seconds_on_an_h100():
+    chip = roofline.find("NVIDIA H100 80GB HBM3")
+    policy = POLICIES["anchor_forcing"]
+    sizes = roofline.make_stream(
+        WAN_1_3B, GRID, policy, text=TextConfig(), codec=VaeConfig()
+    )
+
+    seconds = roofline.program_seconds(sizes, chip, 0.4)
+    attention = roofline.attention_seconds(sizes, chip, 0.4)
+
+    # Five passes over 15 key frames of 32.33 TFLOP, and a re-cache of 9 frames.
+    assert seconds["step"] == pytest.approx(5 * 32.33 / (0.4 * 989), rel=1e-3)
+    recache = roofline.pass_flops(WAN_1_3B, GRID, sizes.recache, sizes.recache_keys)
+    assert seconds["switch"] == pytest.approx(recache.main / (0.4 * 989e12))
+    decode = 3 * roofline.decode_flops(VaeConfig(), GRID)
+    assert seconds["decode"] == pytest.approx(decode / (0.4 * 989e12))
+    assert set(seconds) == {"step", "switch", "decode", "text"}
+    one = roofline.pass_flops(WAN_1_3B, GRID, 3, 15).self_attention
+    assert attention["step"] == pytest.approx(5 * one / (0.4 * 989e12))
+    assert attention["switch"] < seconds["switch"]
+    alone = dataclasses.replace(sizes, recache=0, text=None, codec=None)
+    assert set(roofline.program_seconds(alone, chip)) == {"step"}
+    assert set(roofline.attention_seconds(alone, chip)) == {"step"}

@@ -7,16 +7,20 @@ import jax
 import pytest
 
 from anchor_jax import trees
-from anchor_jax.cli import main
+from anchor_jax.cli import main, plan_tables
 from anchor_jax.cli import plan as command
+from anchor_jax.config import find_config, load_config
 from anchor_jax.errors import UserError
-from anchor_jax.perf import aot
+from anchor_jax.perf import compiling, targets
 from anchor_jax.perf import train_plan as plan
+from anchor_jax.perf.links import Traffic
+from anchor_jax.perf.work import Cost
+from anchor_jax.training.run import read_config
 from anchor_jax.training.stages import build
 from anchor_jax.training.stages.build import LoraConfig, TrainConfig
 from anchor_jax.training.stages.distillation import DistillationConfig
 from anchor_jax.training.stages.regression import RegressionConfig
-from anchor_jax.wan.spec import ModelConfig
+from anchor_jax.wan.spec import WAN_1_3B, WAN_14B, ModelConfig
 from anchor_jax.wan.text import TextConfig
 from anchor_jax.wan.vae import VaeConfig
 
@@ -55,7 +59,7 @@ def compiled(config, name):
     prepared = on_paper(config)
     program = plan.programs(prepared, config, NETWORKS)[name]
     with jax.set_mesh(prepared.compiled.mesh):
-        return aot.compile_program(program)
+        return compiling.compile_program(program)
 
 
 @pytest.mark.slow
@@ -128,15 +132,14 @@ def test_recomputing_activations_takes_less_memory():
 
 
 @pytest.mark.slow
-def test_a_plan_counts_what_stays_and_names_what_is_wrong(monkeypatch):
-    monkeypatch.setattr(aot, "find_target", aot.TARGETS.get)
+def test_a_plan_counts_what_stays_and_names_what_is_wrong(monkeypatch, tmp_path):
     monkeypatch.setattr(
-        aot, "devices_of", lambda target, count=1: jax.devices()[:count]
+        targets, "devices_of", lambda topology: jax.devices()[: topology.chips]
     )
     section = RegressionConfig(block=3, blocks=2)
     config = dataclasses.replace(DISTILL, stage="regression", regression=section)
 
-    one = plan.plan("h100", 4, config, NETWORKS)
+    one = plan.plan(targets.topology("h100", 4), config, NETWORKS, keep=tmp_path)
 
     held = on_paper(config).state
     assert one.resident["generator"] == trees.shard_nbytes(held.generator) > 0
@@ -145,6 +148,9 @@ def test_a_plan_counts_what_stays_and_names_what_is_wrong(monkeypatch):
     assert one.programs["text encoder"].outputs > 0
     assert one.needed > sum(one.resident.values()) + one.gradient
     assert one.problems()[0] == "step: no fused attention kernel"
+    sent = {row.kind: row for row in one.programs["step"].traffic}
+    assert sent["all-gather"].inside > 0 and sent["all-gather"].between == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["h100-1x4-step.txt"]
 
 
 def test_a_trained_text_encoder_is_refused():
@@ -157,7 +163,7 @@ def test_a_trained_text_encoder_is_refused():
 
 def made(temporaries, **changes):
     values = dict(outputs=GB, temporaries=temporaries, fused=2)
-    return aot.Compiled(**{
+    return compiling.Compiled(**{
         **dict(seconds=1.0, arguments=0, code=0, scores=(), reads=frozenset()),
         **values,
         **changes,
@@ -168,7 +174,7 @@ def report(**programs):
     resident = {"generator": 10 * GB, "optimizers": 20 * GB}
     programs = {name.replace("_", " "): one for name, one in programs.items()}
     return plan.TrainingReport(
-        aot.TARGETS["h100"], {"fsdp": 8}, programs, resident, 5 * GB
+        targets.TARGETS["h100"], {"fsdp": 8}, programs, resident, 5 * GB
     )
 
 
@@ -180,18 +186,18 @@ def test_memory_is_what_stays_and_the_largest_program():
 
 
 def test_a_program_that_does_not_fit_is_reported_with_a_remedy():
-    refused = aot.Refused("does not fit: Used 99G", 0, frozenset())
+    refused = compiling.Refused("does not fit: Used 99G", 0, frozenset())
 
     for one in (report(critic=made(60 * GB)), report(critic=refused)):
         assert "--remat=nothing_saveable" in one.problems()[-1]
     found = report(generator=made(GB), critic=refused)
     assert "critic: does not fit: Used 99G" in found.problems()
-    shown = "\n".join(command.training_table("h100", found.summary()))
+    shown = "\n".join(plan_tables.training_table("h100", found.summary()))
     assert "37.0 GB (only programs that fit are counted)" in shown
 
 
 def test_a_kernel_that_is_too_large_asks_for_no_memory():
-    refused = aot.Refused("a kernel takes 17M of vector memory", 0, frozenset())
+    refused = compiling.Refused("a kernel takes 17M of vector memory", 0, frozenset())
 
     (problem,) = report(generator=made(GB), critic=refused).problems()
 
@@ -211,7 +217,7 @@ def test_a_report_is_shown_and_can_be_written():
     one = report(generator=made(40 * GB), critic_update=made(GB, fused=None))
     summary = json.loads(json.dumps(one.summary()))
 
-    shown = "\n".join(command.training_table("h100, remat none", summary))
+    shown = "\n".join(plan_tables.training_table("h100, remat none", summary))
 
     assert "h100, remat none: H100 SXM, 80 GB" in shown
     assert "fsdp 8" in shown
@@ -219,29 +225,197 @@ def test_a_report_is_shown_and_can_be_written():
     assert any(line.split()[-1:] == ["-"] for line in shown.splitlines())
 
 
+PAPER = plan.NetworkSizes(
+    dataclasses.replace(WAN_1_3B, param_dtype="bfloat16"),
+    dataclasses.replace(WAN_14B, param_dtype="bfloat16"),
+    VaeConfig(param_dtype="bfloat16"),
+    TextConfig(param_dtype="bfloat16"),
+)
+
+
+def long_tuning(**changes):
+    config = read_config(load_config(str(find_config("train_streaming.py"))))
+    return dataclasses.replace(config, **changes)
+
+
+def test_the_papers_training_is_estimated_without_a_compiler():
+    config = long_tuning(batch=56, mesh=(7, 8, 1, 1))
+    seven = targets.parse_topology("a100:7x8")
+
+    made = plan.plan(seven, config, PAPER, compiles=False)
+
+    assert made.programs == {} and made.fits and not made.is_close
+    # Compiled for 64 H100 as 4 x 16: launch/results/chips.md.
+    assert made.estimate.working / GB == pytest.approx(15.8, rel=0.1)
+    assert made.needed > sum(made.resident.values()) + made.estimate.working
+    step = made.estimate.step
+    assert step.flops / 56 == pytest.approx(2700e12, rel=0.02)
+    hours = Cost(3000, 56, step.seconds).chip_hours
+    assert 1100 < hours < 1200
+    sent = {row.kind: row for row in step.traffic}
+    # Weights are gathered inside a node; only gradients cross.
+    assert sent["all-gather"].between == 0 < sent["all-reduce"].between
+    parts = made.summary()["formula"]["parts"]
+    assert sum(parts.values()) == pytest.approx(step.flops + step.again)
+    assert {name.split(":")[0] for name in parts} == {"critic", "generator"}
+
+
+def test_a_training_that_does_not_fit_is_given_a_setting_that_does():
+    config = long_tuning(mesh=(8, 8, 1, 1), remat="none")
+    small = targets.parse_topology("v6e:8x8")
+
+    made = plan.plan(small, config, PAPER, compiles=False)
+    found = plan.find_smaller(small, config, PAPER)
+
+    assert not made.fits
+    flags, _, gigabytes = found.rpartition(": ")
+    assert flags.startswith('--remat=nothing_saveable --config.mesh="(1,-1,1,1)"')
+    assert float(gigabytes.removesuffix(" GB")) * GB < small.target.chip.memory
+    problems = dataclasses.replace(made, smaller=found).problems()
+    assert problems[-1] == f"by formula it fits with {found}"
+
+
+def test_smaller_settings_add_up():
+    config = dataclasses.replace(DISTILL, size="480x832", mesh=(2, 2, 1, 1))
+
+    found = dict(plan.smaller_settings(config, PAPER))
+
+    assert list(found) == [
+        "--remat=nothing_saveable",
+        '--remat=nothing_saveable --config.mesh="(1,-1,1,1)"',
+        '--remat=nothing_saveable --config.mesh="(1,-1,1,1)" --config.size=320x576',
+    ]
+    last = list(found.values())[-1]
+    assert (last.remat, last.mesh) == ("nothing_saveable", (1, -1, 1, 1))
+    assert last.size == "320x576"
+
+
+def test_a_mesh_that_a_slice_cannot_have_is_refused():
+    config = dataclasses.replace(DISTILL, batch=64, mesh=(4, 16, 1, 1))
+    pod = targets.parse_topology("v6e:8x8")
+
+    with pytest.raises(UserError, match="cannot lay it out on v6e:8x8: .*whole sides"):
+        plan.plan(pod, config, NETWORKS, compiles=False)
+
+
+def with_estimate(**programs):
+    config = dataclasses.replace(DISTILL, mesh=(1, -1, 1, 1))
+    one = plan.plan(targets.topology("v5e", 4), config, NETWORKS, compiles=False)
+    return dataclasses.replace(one, programs=programs)
+
+
+def test_the_compilers_seconds_weigh_the_slowest_program_of_each_role():
+    sent = Traffic("all-gather", 1, 1.0, 1.0, 0.0, seconds=0.25)
+    one = with_estimate(
+        **{
+            "critic, first chunk": made(1, estimate=1.0),
+            "critic, switch": made(1, estimate=2.0, traffic=(sent,)),
+            "critic update": made(1, estimate=0.125),
+            "generator, first chunk": made(1, estimate=10.0),
+        }
+    )
+    attention = [one.estimate.attention_seconds(r) for r in ("critic", "generator")]
+
+    expected = 2.25 + 0.125 + attention[0] + (10.0 + attention[1]) / 5
+    assert min(attention) > 0
+    assert one.seconds_compiler() == pytest.approx(expected)
+    # A GPU's compiler makes no estimate, and a refused program has none.
+    assert with_estimate(**{"critic": made(1)}).seconds_compiler() is None
+    refused = compiling.Refused("does not fit", 0, frozenset())
+    assert with_estimate(**{"critic": refused}).seconds_compiler() is None
+
+
+def test_a_mean_step_has_the_collectives_of_its_programs():
+    def sent(seconds):
+        row = Traffic("all-gather", 2, 8.0, 4.0, 1.0, seconds)
+        return made(1, traffic=(row,))
+
+    one = with_estimate(
+        **{
+            "critic, first chunk": sent(0.5),
+            "critic, switch": sent(0.25),
+            "critic update": sent(0.125),
+            "generator, first chunk": sent(1.0),
+        }
+    )
+
+    step = one.with_programs().estimate.step
+
+    # The slower critic, its update, and a fifth of the generator.
+    assert step.traffic == (
+        Traffic("all-gather", 4.4, 17.6, 8.8, 2.2, pytest.approx(0.825)),
+    )
+    assert step.seconds == pytest.approx(max(step.compute, step.memory) + 0.825)
+    summary = one.with_programs().summary()
+    assert (
+        summary["formula"]["has_programs"]
+        and not (one.summary()["formula"]["has_programs"])
+    )
+    shown = "\n".join(plan_tables.training_table("v5e", summary))
+    assert "mean step: all-gather" in shown and "formula: all-gather" not in shown
+
+
+def test_what_the_formula_cannot_decide_is_said():
+    one = with_estimate()
+    needed = sum(one.resident.values()) + one.gradient + one.estimate.working
+    chip = dataclasses.replace(one.target.chip, memory=needed + 1)
+    close = dataclasses.replace(one, target=dataclasses.replace(one.target, chip=chip))
+
+    assert close.fits and close.is_close and not one.is_close
+    shown = "\n".join(plan_tables.training_table("v5e", close.summary()))
+    assert "fits, but within the formula's error" in shown
+
+
+def run_command(monkeypatch, *arguments):
+    monkeypatch.setattr(command, "_prepare_environment", lambda: None)
+    return main.main(["plan", *arguments])
+
+
+def test_the_command_says_time_and_cost_beside_the_papers(
+    monkeypatch, capsys, tmp_path
+):
+    file = tmp_path / "plan.json"
+
+    status = run_command(
+        monkeypatch,
+        "--config=configs/train_streaming.py",
+        *("--config.batch=56", "--config.mesh=(7,8,1,1)"),
+        *("--topology=h100:7x8,a100:7x8", "--price=2.5", "--mfu=0.5"),
+        *("--nocompile", f"--json={file}"),
+    )
+
+    shown = capsys.readouterr().out
+    assert status == 0
+    written = json.loads(file.read_text())
+    assert list(written) == [
+        "h100:7x8, remat nothing_saveable",
+        "a100:7x8, remat nothing_saveable",
+    ]
+    for summary in written.values():
+        cost, step = summary["cost"], summary["formula"]
+        assert step["efficiency"] == 0.5 and step["mfu"] < 0.5
+        assert cost["chip_hours"] == pytest.approx(3000 * step["seconds"] * 56 / 3600)
+        assert cost["total"] == pytest.approx(2.5 * cost["chip_hours"])
+        assert f"{cost['total']:,.0f} at 2.5 per chip-hour" in shown
+        assert summary["paper"]["chip_hours"] == 1344
+    assert "at an assumed 50 % of the peak" in shown
+    assert shown.count("the paper: 1,344 A800-hours for 56 videos per step") == 2
+
+
 @pytest.mark.parametrize(
-    "target, chips, name",
+    "arguments",
     [
-        ("v5p", 1, "v5p:1x1x1"),
-        ("v5p", 4, "v5p:2x2x1"),
-        ("v5p", 32, "v5p:2x4x4"),
-        ("v5p", 64, "v5p:4x4x4"),
-        ("v5e", 8, "v5e:2x4"),
-        ("v6e", 256, "v6e:16x16"),
+        ["--config=configs/train_dmd.py"],
+        ["--config=configs/train_streaming.py", "--config.lora.rank=64"],
+        ["--config=configs/train_streaming.py", "--config.size=320x576"],
+        ["--config=configs/train_streaming.py", "--teacher=1.3B"],
     ],
 )
-def test_pods_are_named_by_their_sides(target, chips, name):
-    assert aot.TARGETS[target].name(chips)[0] == name
+def test_other_trainings_are_not_the_papers(monkeypatch, capsys, arguments):
+    assert run_command(monkeypatch, *arguments, "--target=v5p", "--nocompile") == 0
 
-
-@pytest.mark.parametrize("chips, topology", [(1, "1x1x1"), (4, "1x1x4"), (64, "8x1x8")])
-def test_clusters_are_machines_of_eight(chips, topology):
-    assert aot.TARGETS["h100"].name(chips)[1]["topology"] == topology
-
-
-def test_a_number_of_chips_that_no_pod_has_is_refused():
-    with pytest.raises(UserError, match="chips=12: must be a power of two"):
-        aot.TARGETS["v5p"].name(12)
+    shown = capsys.readouterr().out
+    assert "chip-hours" in shown and "the paper" not in shown
 
 
 @pytest.mark.parametrize(
@@ -256,9 +430,8 @@ def test_the_command_refuses_what_it_does_not_know(
     monkeypatch, capsys, arguments, message
 ):
     monkeypatch.setattr(command, "_prepare_environment", lambda: None)
-    monkeypatch.setattr(command, "_targets", lambda: ["v5p"])
 
-    given = ["plan", "--config=configs/train_dmd.py", *arguments]
+    given = ["plan", "--config=configs/train_dmd.py", "--target=v5p", *arguments]
     assert main.main(given) == 2
     assert message in capsys.readouterr().err
 

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from anchor_jax.cache.policies import Policy
 from anchor_jax.errors import UserError
+from anchor_jax.perf.work import Use
 from anchor_jax.sampling.methods import SAVED, Method
 from anchor_jax.streaming.types import StreamSetup
 from anchor_jax.training import placement
@@ -223,6 +224,10 @@ class StageKind(abc.ABC):
             f"the operations of {type(compiled).__name__} are not counted; bench"
             " measures distillations, such as configs/train_dmd.py:tiny"
         )
+
+    @abc.abstractmethod
+    def uses(self, config, prepared: Prepared) -> tuple[Use, ...]:
+        """Returns the uses of networks in a mean step, as `plan` counts them."""
 
     @abc.abstractmethod
     def method(self, training: Mapping[str, Any], base: Method = SAVED) -> Method:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from anchor_jax.cache.policies import Policy
 from anchor_jax.errors import UserError
+from anchor_jax.perf.work import Use
 from anchor_jax.sampling.methods import SAVED, Method
 from anchor_jax.streaming.types import StreamSetup
 from anchor_jax.training import placement, rollout
@@ -21,7 +22,7 @@ from anchor_jax.training.placement import Arrays
 from anchor_jax.training.schedule import ChunkSpan
 from anchor_jax.training.stages import base, distillation_step
 from anchor_jax.training.stages.base import Cursor, InitialNetworks, Prepared, StageKind
-from anchor_jax.training.stages.distillation_flops import step_flops
+from anchor_jax.training.stages.distillation_flops import mean_uses, step_flops
 from anchor_jax.training.stages.distillation_spec import make_spec, mean_chunk
 from anchor_jax.training.stages.distillation_step import ChunkShape, DistillationSpec
 from anchor_jax.training.state import TrainState, init_state
@@ -337,6 +338,11 @@ class DistillationKind(StageKind):
     def flops(self, compiled: CompiledDistillation, metrics) -> float:
         """Returns the operations of a step."""
         return step_flops(compiled.spec, metrics)
+
+    def uses(self, config, prepared: Prepared) -> tuple[Use, ...]:
+        """Returns what a mean step does."""
+        del config
+        return mean_uses(prepared.compiled.spec, prepared.compiled.every)
 
     def method(self, training: Mapping[str, Any], base: Method = SAVED) -> Method:
         """Returns the settings of a few-step generator."""

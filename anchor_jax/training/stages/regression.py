@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from anchor_jax.cache.catalog import TEACHER
 from anchor_jax.cache.policies import Policy
 from anchor_jax.errors import UserError
+from anchor_jax.perf.work import Use
 from anchor_jax.sampling.config import EVEN
 from anchor_jax.sampling.methods import SAVED, Method
 from anchor_jax.sampling.resolve import SOLVERS, noise_levels
@@ -23,6 +24,7 @@ from anchor_jax.training.data.order import Share
 from anchor_jax.training.placement import Arrays
 from anchor_jax.training.stages import base
 from anchor_jax.training.stages.base import Cursor, InitialNetworks, Prepared, StageKind
+from anchor_jax.training.stages.regression_flops import clip_uses
 from anchor_jax.training.stages.regression_step import RegressionSpec, regression_step
 from anchor_jax.training.state import TrainState, init_state
 from anchor_jax.weights.bundle import Bundle
@@ -231,6 +233,11 @@ class RegressionKind(StageKind):
             guidance=float(method.guidance),
             kernel=spec.kernel,
         )
+
+    def uses(self, config, prepared: Prepared) -> tuple[Use, ...]:
+        """Returns what a step does."""
+        frames = base.section_of(config).frames
+        return clip_uses(prepared.compiled.spec, prepared.bundle.grid, frames)
 
     def sample_frames(self, config) -> int:
         """Returns the length of the clips."""

@@ -1,0 +1,137 @@
+"""The ranking of meshes and rematerialisation policies."""
+
+import dataclasses
+import json
+
+import pytest
+
+from anchor_jax.cli import main, plan_tables
+from anchor_jax.cli import plan as command
+from anchor_jax.errors import UserError
+from anchor_jax.perf import targets, train_plan, train_sweep
+from anchor_jax.training.stages.build import TrainConfig
+from anchor_jax.training.stages.regression import RegressionConfig
+from anchor_jax.wan.spec import WAN_1_3B, WAN_14B
+from anchor_jax.wan.text import TextConfig
+from anchor_jax.wan.vae import VaeConfig
+
+HELD = {"param_dtype": "bfloat16"}
+NETWORKS = train_plan.NetworkSizes(
+    dataclasses.replace(WAN_1_3B, **HELD),
+    dataclasses.replace(WAN_14B, **HELD),
+    VaeConfig(**HELD),
+    TextConfig(**HELD),
+)
+CONFIG = TrainConfig(
+    stage="regression",
+    batch=16,
+    mesh=(1, -1, 1, 1),
+    regression=RegressionConfig(forcing="noise"),
+)
+TWO_NODES = targets.parse_topology("a100:2x8")
+
+
+def test_meshes_divide_the_chips_the_batch_and_the_heads():
+    found = list(train_sweep.meshes(16, CONFIG, NETWORKS))
+
+    # 12 and 40 heads allow a tensor axis of 1, 2 and 4.
+    assert {shape[3] for shape in found} == {1, 2, 4}
+    assert (2, 8, 1, 1) in found and (1, 4, 1, 4) in found
+    for data, fsdp, context, tensor in found:
+        assert data * fsdp * context * tensor == 16 and context == 1
+    halves = dataclasses.replace(CONFIG, batch=4)
+    assert {shape[3] for shape in train_sweep.meshes(16, halves, NETWORKS)} == {4}
+    kept = dataclasses.replace(CONFIG, mesh=(1, -1, 2, 1))
+    assert {shape[2] for shape in train_sweep.meshes(16, kept, NETWORKS)} == {2}
+
+
+def test_a_batch_that_no_mesh_divides_is_refused():
+    odd = dataclasses.replace(CONFIG, batch=5)
+
+    with pytest.raises(UserError, match="batch=5: no mesh of 16 chips.*such as 16"):
+        train_sweep.rank(TWO_NODES, odd, NETWORKS)
+
+
+def test_the_fastest_come_first():
+    ranked = train_sweep.rank(TWO_NODES, CONFIG, NETWORKS)
+
+    seconds = [one.seconds for one in ranked]
+    assert seconds == sorted(seconds)
+    assert len(ranked) == 3 * len(list(train_sweep.meshes(16, CONFIG, NETWORKS)))
+    # Recomputation takes time, and so do sums over split heads.
+    by_name = {(one.config.mesh, one.config.remat): one.seconds for one in ranked}
+    split, heads = (1, 16, 1, 1), (1, 4, 1, 4)
+    assert by_name[split, "none"] < by_name[split, "nothing_saveable"]
+    assert by_name[split, "none"] < by_name[heads, "none"]
+    # The ranking has the seconds of the plan itself.
+    one = ranked[0]
+    report = train_plan.plan(TWO_NODES, one.config, NETWORKS, compiles=False)
+    assert report.estimate.step.seconds == pytest.approx(one.seconds)
+
+
+def test_meshes_that_a_slice_cannot_have_are_left_out():
+    pod = targets.parse_topology("v6e:8x8")
+    config = dataclasses.replace(CONFIG, batch=64)
+
+    fitting, others = train_sweep.best(pod, config, NETWORKS, count=50)
+
+    made = {one.config.mesh for one in (*fitting, *others)}
+    ranked = {one.config.mesh for one in train_sweep.rank(pod, config, NETWORKS)}
+    # An axis is a product of whole sides, here 1, 8 or 64.
+    assert made == {(1, 64, 1, 1), (8, 8, 1, 1), (64, 1, 1, 1)}
+    assert made < ranked and (4, 16, 1, 1) in ranked
+
+
+def test_a_slice_without_any_mesh_is_refused():
+    pod = targets.parse_topology("v6e:8x8")
+    config = dataclasses.replace(CONFIG, batch=16)
+
+    # Only heads split by four divide this batch, and no side is four.
+    with pytest.raises(UserError, match="cannot lay it out on v6e:8x8"):
+        train_sweep.best(pod, config, NETWORKS)
+
+
+def test_only_what_fits_is_chosen():
+    fitting, others = train_sweep.best(TWO_NODES, CONFIG, NETWORKS, count=2)
+
+    assert len(fitting) == 2 and others
+    assert all(one.report.fits for one in fitting)
+    # 21 frames without recomputation fit on no chip.
+    assert {one.config.remat for one in others} >= {"none"}
+    assert all(one.seconds <= fitting[-1].seconds for one in others)
+
+
+def test_the_command_ranks_and_plans_the_best_three(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(command, "_prepare_environment", lambda: None)
+    file = tmp_path / "sweep.json"
+
+    status = main.main(
+        [
+            "plan",
+            "--config=configs/train_causal.py",
+            "--config.batch=16",
+            "--topology=a100:2x8",
+            "--sweep",
+            "--nocompile",
+            f"--json={file}",
+        ]
+    )
+
+    assert status == 0
+    shown = capsys.readouterr().out
+    assert "a100:2x8, sweep" in shown
+    written = json.loads(file.read_text())
+    ranking = written.pop("a100:2x8, sweep")["ranking"]
+    assert len([row for row in ranking if row["fits"]]) == 3 == len(written)
+    assert all(summary["fits"] for summary in written.values())
+    lines = plan_tables.ranking(ranking)
+    assert "\n".join(lines) in shown and len(lines) == 1 + 3 + 1
+    assert "faster ones do not fit; the fastest of them:" in lines[-1]
+
+
+def test_a_sweep_chooses_the_policy_itself(monkeypatch, capsys):
+    monkeypatch.setattr(command, "_prepare_environment", lambda: None)
+    given = ["plan", "--config=configs/train_dmd.py", "--sweep", "--remat=none"]
+
+    assert main.main([*given, "--topology=v5p:4x4x4"]) == 2
+    assert "--remat and --sweep" in capsys.readouterr().err
