@@ -23,6 +23,7 @@ from anchor_jax import ownership
 from anchor_jax.cache import memory
 from anchor_jax.errors import UserError
 from anchor_jax.io import unfinished, write_json
+from anchor_jax.training import placement
 from anchor_jax.training.files import SKIPPED, read_skipped
 from anchor_jax.training.stages.base import Cursor
 from anchor_jax.training.state import TrainState
@@ -285,7 +286,7 @@ class Checkpoints:
             "rng": np.asarray(data["rng"], np.uint32),
         }
         placed = {
-            name: jax.device_put(value, getattr(places, name))
+            name: placement.put(value, getattr(places, name))
             for name, value in scalars.items()
         }
         trees = {name: found[name] for name in items}
