@@ -37,7 +37,7 @@ AGAIN = 75
 """Exit status of a process of a job that asks to be started again."""
 
 on_request: list[Callable[[int], None]] = []
-"""Functions that are called with the first signal that this process receives."""
+"""Functions that are called with the signal of the first request."""
 at_end: list[Callable[[int], None]] = []
 """Functions that are called with the exit status before a process is ended early."""
 
@@ -64,6 +64,7 @@ class _Process:
       status: the command's exit status after it has ended.
       is_in_job: whether something starts this process again after `AGAIN`.
       numbers: the signals that were received, here or by other processes of the job.
+      is_quiet: whether the sections' lines are not shown.
       waker: file descriptor that wakes the watching thread.
     """
 
@@ -75,6 +76,7 @@ class _Process:
     status: int | None = None
     is_in_job: bool = False
     numbers: set[int] = dataclasses.field(default_factory=set)
+    is_quiet: bool = False
     waker: int | None = None
 
 
@@ -125,6 +127,11 @@ def join_job() -> None:
 def is_in_job() -> bool:
     """Returns whether `join_job` was called."""
     return _process.is_in_job
+
+
+def be_quiet() -> None:
+    """Prints no lines about requests, which another process of the job prints."""
+    _process.is_quiet = True
 
 
 def request(number: int) -> None:
@@ -268,6 +275,13 @@ def leave_with(given: int) -> int:
     return _process.status
 
 
+def leave_now(number: int) -> NoReturn:
+    """Exits with a status, without the libraries' own work at the exit."""
+    _flush_streams()
+    io.remove_unfinished()
+    os._exit(number)
+
+
 def _note(number: int, frame) -> None:
     """Handles a signal in the main thread."""
     del frame
@@ -297,7 +311,7 @@ def _watch(source: int) -> None:
             first = now
             _process.numbers.update(signals)
             _requested.set()
-            _announce(signals)
+            _announce()
         elif own is not None and now > own + _REBOUND and _is_second(signals):
             _end(status())
         own = now if own is None and signals else own
@@ -310,11 +324,11 @@ def _is_second(signals: list[int]) -> bool:
     return signal.SIGINT in signals or (_process.is_in_job and bool(signals))
 
 
-def _announce(signals: list[int]) -> None:
+def _announce() -> None:
     for section in _process.sections[-1:]:
-        if section.message:
+        if section.message and not _process.is_quiet:
             _show(section.message)
-    for one in signals:
+    for one in list(_process.numbers):
         for call in on_request:
             call(one)
 

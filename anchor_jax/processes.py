@@ -188,6 +188,13 @@ def _connect(place: clusters.Place, tell: Callable[[str], None], wait: int) -> N
         ) from error
 
 
+def why_alone(place: clusters.Place) -> str:
+    """Returns the message for a process that waited for the others in vain."""
+    return (
+        f"{_given(place)}: not all processes came within {clusters.WAIT} s; {_CHECKS}"
+    )
+
+
 _CHECKS = (
     "check that process 0 runs on that host, that the port is free there and open"
     " between the hosts, and that every process has its own --process_id"
@@ -414,9 +421,19 @@ def close(status: int, reason: str = "") -> int:
     return status
 
 
-def is_told_by_first(reason: str, seconds: float = 2.0) -> bool:
-    """Returns whether the first process ends for the same reason, and so says it."""
-    if _job is None or is_first():
+def is_joined() -> bool:
+    """Returns whether this process has joined a job of several processes."""
+    return _job is not None
+
+
+def is_printing() -> bool:
+    """Returns whether this process prints what all processes would print."""
+    return _job is None or is_first()
+
+
+def is_said_by_first(reason: str, seconds: float = 2.0) -> bool:
+    """Returns whether the first process ends for the same reason, and so prints it."""
+    if is_printing():
         return False
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

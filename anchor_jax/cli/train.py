@@ -4,6 +4,7 @@ import shlex
 
 from absl import flags
 
+from anchor_jax.cli import jobs
 from anchor_jax.config import define_config_flag
 from anchor_jax.errors import Stopped
 
@@ -19,7 +20,8 @@ anchor-jax sample --config=configs/tiny.py --config.weights=runs/dmd/400
 tensorboard --logdir runs
 
 The same command resumes a stopped run, bit for bit. Ctrl-C or SIGTERM writes a
-checkpoint and stops with status 130. A second Ctrl-C stops at once.
+checkpoint and stops with status 130 (SIGTERM in a job: 75). A second Ctrl-C stops at
+once.
 OUT/log.jsonl has a line of metrics every --config.log_every steps. OUT/events has the
 same for TensorBoard (pip install tensorboard). OUT/samples has a video and
 a contact sheet every --config.sample_every steps, of the prompts in --config.samples.
@@ -36,6 +38,7 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """Defines the command's flags."""
     define_config_flag()
+    jobs.define_flags()
     flags.DEFINE_bool("dry_run", False, "Print the plan without training.")
 
 
@@ -50,6 +53,7 @@ def main(argv) -> None:
     del argv
     from anchor_jax.cli import allocator, compile_cache
 
+    jobs.join("train")
     compile_cache.enable()
     allocator.keep_freed_memory()
     from anchor_jax.training import run

@@ -4,6 +4,7 @@ import sys
 
 from absl import flags
 
+from anchor_jax.cli import jobs
 from anchor_jax.config import define_config_flag
 from anchor_jax.errors import Stopped
 
@@ -23,6 +24,7 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """Defines the command's flags."""
     define_config_flag("configs/trajectories.py")
+    jobs.define_flags()
     flags.DEFINE_integer(
         "process",
         None,
@@ -44,6 +46,8 @@ def main(argv) -> None:
     del argv
     from anchor_jax.cli import compile_cache
 
+    if FLAGS.process is None:
+        jobs.join("trajectories")
     compile_cache.enable()
     import jax
 

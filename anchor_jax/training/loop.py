@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from anchor_jax import interrupts
+from anchor_jax import interrupts, processes
 from anchor_jax.errors import Stopped, UserError
 from anchor_jax.io import replacing
 from anchor_jax.training import divergence
@@ -28,6 +28,12 @@ _STOPPING = (
 )
 _SAVING = 3.5
 """Minimum seconds to wait for the last checkpoint."""
+_TOGETHER = 60.0
+"""The same with several processes, which must agree, and all save the same step."""
+_TORN = (
+    "Stopped without a checkpoint, because the processes did not agree on a step in"
+    " time. Rerun this command to resume from the previous one."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +70,7 @@ def train(
     failure came within a step. A request to stop takes effect after the current step.
     In a command-line process the loop does not wait for work that takes longer than the
     steps that would be lost: the compilation of the first step, or a checkpoint of few
-    steps on a slow disk.
+    steps on a slow disk. Several processes stop after the same step.
 
     Args:
       stage: compiled steps with their data.
@@ -79,16 +85,19 @@ def train(
       UserError: A loss or gradient was not finite. If other batches give finite values,
         the update was discarded, and the state before it and the batch are saved.
         Otherwise the weights are ruined, and the newest good checkpoint is searched.
-      Stopped: It stopped on request before the first step.
+      Stopped: It stopped on request before the first step, or several processes did
+        not agree on a step to stop at.
     """
     waiting, work = collections.deque(), _Work(checkpoints)
+    is_alone = processes.count() == 1
+    least = interrupts.GRACE if is_alone else _TOGETHER
     first = step = int(state.step)
     keeping = _saving_on_error(checkpoints, lambda: (state, cursor))
     with interrupts.listening():
         interrupts.check()
-        with interrupts.patient(_STOPPING, work.since), keeping:
+        with interrupts.patient(_STOPPING, work.since, least), keeping:
             for step in range(first, loop.steps):
-                if interrupts.stop_requested():
+                if not processes.may_start(step):
                     break
                 before = cursor
                 state, cursor, metrics = stage.advance(state, cursor, step)
@@ -103,8 +112,10 @@ def train(
                     work.saved()
                 if sample and loop.is_sampled(done):
                     _show(sample, state, done, monitor)
+        if not processes.leave_steps():
+            raise Stopped(_TORN)
         began = work.since()
-        with interrupts.patient("", lambda: began, _SAVING):
+        with interrupts.patient("", lambda: began, _SAVING if is_alone else _TOGETHER):
             _drain(waiting, state, stage, checkpoints, monitor)
             _save(state, cursor, stage, checkpoints, monitor)
             checkpoints.wait()
@@ -174,7 +185,7 @@ def _saving_on_error(
         state, cursor = now()
         is_whole = not any(x.is_deleted() for x in jax.tree.leaves(state))
         # A save waits for all processes, but the others may not have failed.
-        is_alone = jax.process_count() == 1
+        is_alone = processes.count() == 1
         if is_whole and is_alone and not divergence.wrong_networks(state):
             checkpoints.save(state, cursor)
             checkpoints.wait()
@@ -206,7 +217,7 @@ def _note(entry, state: TrainState, stage, checkpoints, monitor: Monitor) -> Non
         shown += ", and most other batches give non-finite values too"
         wrong = divergence.wrong_networks(state)
         _raise_diverged(shown, wrong, state, stage, checkpoints)
-    own = f"-{jax.process_index()}" if jax.process_count() > 1 else ""
+    own = f"-{processes.index()}" if processes.count() > 1 else ""
     place = checkpoints.folder / f"failed-{step}{own}.npz"
     write_batches(stage, taken, place)
     # Continue with the next batch, or the next sequence.

@@ -57,7 +57,8 @@ class Monitor:
         self.began = self.ended = time.monotonic()
         self.noted = 0
         self.quiet = quiet
-        _cut_log(folder, first)
+        if not quiet:
+            _cut_log(folder, first)
         self.bar = tqdm(initial=first, total=steps, unit="step", disable=quiet)
         self.events = None if quiet else _events(folder, first)
 
