@@ -162,6 +162,8 @@ def _connect(place: clusters.Place, tell: Callable[[str], None], wait: int) -> N
 
     # Requests to stop are handled in `interrupts`; jax would take SIGTERM away.
     jax.config.update("jax_enable_preemption_service", False)
+    # On CPUs, collectives of several steps at once may wait for each other's threads.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     bind = None
     if place.index == 0:
         bind = clusters.bind_address(place.coordinator, os.environ, tell)

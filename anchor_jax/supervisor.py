@@ -33,7 +33,7 @@ _PATIENCE = 10  # seconds after a second signal
 _REBOUND = 0.5  # seconds
 _MOST = 100_000  # characters of the C++ messages that are read
 _DEATH_SIGNAL = 1  # of `prctl`, PR_SET_PDEATHSIG
-_LEFT_TO_USERS = (0, FAILED, 130)  # statuses after which nothing is kept
+_CRASHES = (1, 76)  # statuses of a child after which its C++ messages are kept
 
 # Messages of jax's coordination service. The first names the processes that were lost;
 # the second means that process 0 is gone, because it answers for the service.
@@ -168,7 +168,7 @@ class _Parent:
         with contextlib.suppress(OSError):
             text = self.log.read_text(errors="replace")[-_MOST:]
         status, line = explain(result, self.facts, text)
-        kept = self._keep(status)
+        kept = self._keep(os.WIFSIGNALED(result) or status in _CRASHES)
         if kept and line:
             line += f"; messages of C++: {kept}"
         if line:
@@ -198,10 +198,10 @@ class _Parent:
                 with contextlib.suppress(ValueError):
                     self.facts.update(json.loads(line))
 
-    def _keep(self, status: int) -> pathlib.Path | None:
-        """Moves the messages into the run's folder; removes them after a good end."""
+    def _keep(self, is_crash: bool) -> pathlib.Path | None:
+        """Moves the messages into the run's folder after a crash, or removes them."""
         with contextlib.suppress(OSError):
-            if status in _LEFT_TO_USERS or not self.log.stat().st_size:
+            if not is_crash or not self.log.stat().st_size:
                 self.log.unlink()
                 return None
             folder = self.facts.get("folder")

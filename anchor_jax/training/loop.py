@@ -19,6 +19,7 @@ from anchor_jax.training.checkpoints import Checkpoints, NotSaved
 from anchor_jax.training.monitor import Monitor
 from anchor_jax.training.stages.base import CompiledStage, Cursor
 from anchor_jax.training.state import TrainState
+from anchor_jax.watchdog import Watchdog, WatchdogConfig
 
 _LAG = 2
 """Steps in flight whose metrics are not fetched yet, so that the device stays busy."""
@@ -29,7 +30,7 @@ _STOPPING = (
 _SAVING = 3.5
 """Minimum seconds to wait for the last checkpoint."""
 _TOGETHER = 60.0
-"""The same with several processes, which must agree, and all save the same step."""
+"""Further seconds with several processes, which agree on a step and all save it."""
 _TORN = (
     "Stopped without a checkpoint, because the processes did not agree on a step in"
     " time. Rerun this command to resume from the previous one."
@@ -63,6 +64,7 @@ def train(
     checkpoints: Checkpoints,
     monitor: Monitor,
     sample: Callable[[TrainState, int], None] | None = None,
+    watchdog: Watchdog | None = None,
 ) -> TrainState:
     """Runs a stage from a state to its last step and returns the last state.
 
@@ -80,6 +82,7 @@ def train(
       checkpoints: where states are saved.
       monitor: receives the metrics of each step.
       sample: makes sample videos of a state at a step.
+      watchdog: ends the process if the steps hang. None watches nothing.
 
     Raises:
       UserError: A loss or gradient was not finite. If other batches give finite values,
@@ -88,35 +91,40 @@ def train(
       Stopped: It stopped on request before the first step, or several processes did
         not agree on a step to stop at.
     """
-    waiting, work = collections.deque(), _Work(checkpoints)
-    is_alone = processes.count() == 1
-    least = interrupts.GRACE if is_alone else _TOGETHER
+    watchdog = watchdog or Watchdog(WatchdogConfig(medians=0), checkpoints.folder)
+    margin = _TOGETHER if processes.count() > 1 else 0.0
+    waiting, work = collections.deque(), _Work(checkpoints, margin)
     first = step = int(state.step)
     keeping = _saving_on_error(checkpoints, lambda: (state, cursor))
     with interrupts.listening():
         interrupts.check()
-        with interrupts.patient(_STOPPING, work.since, least), keeping:
+        with interrupts.patient(_STOPPING, work.since), keeping:
             for step in range(first, loop.steps):
                 if not processes.may_start(step):
                     break
                 before = cursor
+                watchdog.started((stage.updates(step), cursor.start))
                 state, cursor, metrics = stage.advance(state, cursor, step)
                 work.step_started()
                 waiting.append((step, _taken(before, cursor), metrics))
                 if len(waiting) > _LAG:
                     _note(waiting.popleft(), state, stage, checkpoints, monitor)
+                    watchdog.ended()
                 done = step + 1
                 if done % loop.save_every == 0 or done == loop.steps:
-                    _drain(waiting, state, stage, checkpoints, monitor)
-                    _save(state, cursor, stage, checkpoints, monitor)
+                    _drain(watchdog, waiting, state, stage, checkpoints, monitor)
+                    with watchdog.busy("saving"):
+                        _save(state, cursor, stage, checkpoints, monitor)
                     work.saved()
                 if sample and loop.is_sampled(done):
-                    _show(sample, state, done, monitor)
+                    with watchdog.busy("making sample videos"):
+                        _show(sample, state, done, monitor)
         if not processes.leave_steps():
             raise Stopped(_TORN)
         began = work.since()
-        with interrupts.patient("", lambda: began, _SAVING if is_alone else _TOGETHER):
-            _drain(waiting, state, stage, checkpoints, monitor)
+        last = interrupts.patient("", lambda: began, max(_SAVING, margin))
+        with last, watchdog.busy("saving"):
+            _drain(watchdog, waiting, state, stage, checkpoints, monitor)
             _save(state, cursor, stage, checkpoints, monitor)
             checkpoints.wait()
     return state
@@ -128,11 +136,13 @@ class _Work:
 
     Attributes:
       checkpoints: the checkpoints of the training.
+      margin: seconds that are added to the age.
       started: start times of the steps after the last checkpoint on disk, and of the
         steps after the checkpoint that is being written.
     """
 
     checkpoints: Checkpoints
+    margin: float = 0.0
     started: list[float | None] = dataclasses.field(default_factory=lambda: [None])
 
     def step_started(self) -> None:
@@ -146,7 +156,7 @@ class _Work:
     def since(self) -> float:
         """Returns the start time of the work that would be lost, or now if none."""
         began = self.started[0 if self.checkpoints.is_saving() else -1]
-        return began or time.monotonic()
+        return began - self.margin if began else time.monotonic()
 
 
 def _show(sample, state: TrainState, done: int, monitor: Monitor) -> None:
@@ -197,9 +207,10 @@ def _taken(before: Cursor, after: Cursor) -> range:
     return range(before.number, after.number + (after.start > 0))
 
 
-def _drain(waiting, *others) -> None:
+def _drain(watchdog: Watchdog, waiting, *others) -> None:
     while waiting:
         _note(waiting.popleft(), *others)
+        watchdog.ended()
 
 
 def _note(entry, state: TrainState, stage, checkpoints, monitor: Monitor) -> None:

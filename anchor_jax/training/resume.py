@@ -17,7 +17,7 @@ from anchor_jax.weights.bundle import Bundle
 # Fields that may differ when a run is resumed.
 _FREE = (
     *("save_every", "keep", "keep_best", "best_of", "log_every", "sample_every"),
-    *("samples", "mesh", "remat", "out", "data.cache"),
+    *("samples", "mesh", "remat", "out", "data.cache", "watchdog"),
 )
 _REPORTED = ("optimizer", "critic_optimizer")
 

@@ -27,6 +27,7 @@ from anchor_jax.training.stages import build
 from anchor_jax.training.stages.base import Cursor, Prepared
 from anchor_jax.training.stages.build import TrainConfig
 from anchor_jax.training.stages.registry import STAGES
+from anchor_jax.watchdog import Watchdog
 from anchor_jax.weights.bundle import Bundle
 from anchor_jax.weights.lineage import write_run
 from anchor_jax.weights.load import load_bundle
@@ -48,6 +49,7 @@ def read_config(config) -> TrainConfig:
     read = from_config(TrainConfig, config, "config")
     least = {"steps": 1, "batch": 1, "keep": 1, "save_every": 1, "log_every": 1}
     least |= {"keep_best": 0, "sample_every": 0, "lora.rank": 0, "data.size": 1}
+    least |= dict.fromkeys(("watchdog.medians", "watchdog.least", "watchdog.most"), 0)
     for stage in STAGES.values():
         least |= stage.least
     for name, smallest in least.items():
@@ -147,9 +149,11 @@ class TrainingRun:
         if self.sampler is not None:
             self.sampler.show = monitor.show
         try:
-            state = train(
-                stage, state, cursor, loop, self.checkpoints, monitor, self.sampler
-            )
+            with Watchdog(config.watchdog, self._stacks()) as watchdog:
+                state = train(
+                    *(stage, state, cursor, loop, self.checkpoints, monitor),
+                    *(self.sampler, watchdog),
+                )
             self._tell_best()
         finally:
             try:
@@ -157,6 +161,10 @@ class TrainingRun:
             finally:
                 self.checkpoints.close()
         return int(state.step)
+
+    def _stacks(self) -> pathlib.Path:
+        """Returns the file for the stacks of this process if it hangs."""
+        return self.folder / f"stacks-{processes.index()}.txt"
 
     def _tell_best(self) -> None:
         best = self.checkpoints.best()
