@@ -49,6 +49,7 @@ _LAST_CALL = 6.0  # seconds for each function in `at_end`
 _requested = threading.Event()
 _ending = threading.Event()
 _brief = threading.RLock()
+_end_once = threading.Lock()
 
 
 @dataclasses.dataclass(eq=False)
@@ -304,12 +305,14 @@ def _watch(source: int) -> None:
         wait = None if first is None else _POLL
         ready, _, _ = select.select([source], [], [], wait)
         numbers = os.read(source, 64) if ready else b""
+        if _ending.is_set():
+            _halt()
         signals = [one for one in _SIGNALS if one in numbers]
+        _process.numbers.update(signals)
         now = time.monotonic()
         # A request without a signal comes from another process.
         if first is None and (signals or 0 in numbers):
             first = now
-            _process.numbers.update(signals)
             _requested.set()
             _announce()
         elif own is not None and now > own + _REBOUND and _is_second(signals):
@@ -352,11 +355,14 @@ def end(number: int, line: str = "interrupted") -> None:
 
 def _end(number: int, line: str = "interrupted") -> NoReturn:
     """Ends the process with a status, and removes incomplete files."""
+    if not _end_once.acquire(blocking=False):
+        _halt()
     try:
         _brief.acquire(timeout=1)
         _ending.set()
         # The main thread must not write any more, so its handler never returns.
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        if threading.current_thread() is not threading.main_thread():
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         if line and not _process.stopping and _process.status is None:
             _show(line)
         _within(0.5, _flush_streams)
@@ -415,7 +421,7 @@ def _flush_streams() -> None:
 
 def _forget() -> None:
     """Restores the default handlers in a forked child."""
-    global _process, _requested, _ending, _brief
+    global _process, _requested, _ending, _brief, _end_once
     if _process.is_watched:
         signal.set_wakeup_fd(-1)
     if _process.is_listening:
@@ -423,6 +429,7 @@ def _forget() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _process, _brief = _Process(), threading.RLock()
     _requested, _ending = threading.Event(), threading.Event()
+    _end_once = threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):

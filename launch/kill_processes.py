@@ -33,6 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -100,15 +101,28 @@ class Job:
         if self.count > 1:
             address = f"127.0.0.1:{free_port()}"
             line += [f"--coordinator={address}", f"--num_processes={self.count}"]
-        return [
-            subprocess.Popen(
-                [*line, *([f"--process_id={number}"] if self.count > 1 else [])],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                env=self.environment(),
-            )
-            for number in range(self.count)
-        ]
+        running = []
+        for number in range(self.count):
+            own = [f"--process_id={number}"] if self.count > 1 else []
+            with self.output(number).open("wb") as output:
+                running.append(
+                    subprocess.Popen(
+                        [*line, *own],
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                        env=self.environment(),
+                    )
+                )
+        return running
+
+    def output(self, number: int) -> pathlib.Path:
+        """Returns the file of what a process prints."""
+        return self.out.with_name(f"{self.out.name}-output-{number}.txt")
+
+    def printed(self, number: int = 0) -> str:
+        """Returns what a process has printed."""
+        text = self.output(number).read_text(errors="replace")
+        return text.replace("\r", "\n")
 
     def environment(self) -> dict[str, str]:
         """Returns variables: one CPU device a process, and fast compilation."""
@@ -132,17 +146,23 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def finish(running: list[subprocess.Popen]) -> tuple[list[int], list[str]]:
+def finish(job: Job, running: list[subprocess.Popen]) -> tuple[list[int], list[str]]:
     """Returns status and output of all processes; kills those that hang."""
-    outputs, deadline = [], time.monotonic() + STUCK
+    wait_for(lambda: all(one.poll() is not None for one in running))
     for one in running:
-        try:
-            output, _ = one.communicate(timeout=max(1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
+        if one.poll() is None:
             kill_all(one.pid)
-            output, _ = one.communicate()
-        outputs.append(output.decode(errors="replace").replace("\r", "\n"))
-    return [one.returncode for one in running], outputs
+            one.wait()
+    return [one.returncode for one in running], [
+        job.printed(number) for number in range(job.count)
+    ]
+
+
+def wait_for(is_done: Callable[[], bool]) -> None:
+    """Waits until something is done, at most as long as nothing may hang."""
+    deadline = time.monotonic() + STUCK
+    while not is_done() and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def family(pid: int) -> list[int]:
@@ -173,6 +193,8 @@ def disturb(job: Job, kind: str, seconds: float) -> dict:
     """
     number, _ = DISTURBANCES[kind]
     running, first = job.start(), checkpoint_step(job.out)
+    # Before they have met, processes know nothing of one another.
+    wait_for(lambda: f"{job.count} processes on" in job.printed())
     time.sleep(random.uniform(0, seconds))
     chosen = random.randrange(job.count)
     lines, target = job.lines(), family(running[chosen].pid)
@@ -185,9 +207,9 @@ def disturb(job: Job, kind: str, seconds: float) -> dict:
     began = time.monotonic()
     others = [one for place, one in enumerate(running) if place != chosen]
     if kind == "stop":
-        wait_for(others)
+        wait_for(lambda: all(one.poll() is not None for one in others))
         kill_all(running[chosen].pid)
-    statuses, outputs = finish(running)
+    statuses, outputs = finish(job, running)
     return {
         "kind": kind,
         "process": chosen,
@@ -197,13 +219,6 @@ def disturb(job: Job, kind: str, seconds: float) -> dict:
         "faults": faults(job, kind, chosen, first, statuses, outputs)
         + ([f"took over {LIMIT} s"] if time.monotonic() - began > LIMIT else []),
     }
-
-
-def wait_for(running: list[subprocess.Popen]) -> None:
-    """Waits until processes have ended, or hang; their output is short."""
-    deadline = time.monotonic() + STUCK
-    while time.monotonic() < deadline and any(one.poll() is None for one in running):
-        time.sleep(0.1)
 
 
 def checkpoint_step(out: pathlib.Path) -> int | None:
@@ -227,9 +242,7 @@ def faults(job, kind, chosen, first, statuses, outputs) -> list[str]:
     if is_lost:
         lines = [outputs[n].strip().split("\n")[-1] for n in rest]
         name = f"process {chosen} ("
-        # Before the processes have met, they don't know one another.
-        has_met = job.lines() > 0
-        if has_met and not all(name in line for line in lines):
+        if not all(name in line for line in lines):
             found.append(f"{name}...) is not named: {lines}")
     elif stopped := re.search(r"Stopped at (\d+)/", outputs[0]):
         last = checkpoint_step(job.out)
@@ -257,12 +270,17 @@ def digests(folder: pathlib.Path) -> dict[str, str]:
     """Returns a hash of every array in the last checkpoint of a run."""
     names = [name for name in checkpoint.items(folder) if name not in ("data", "meta")]
     return {
-        f"{name}{jax.tree_util.keystr(path)}": digest(leaf)
+        name_of(name, path): digest(leaf)
         for name in names
         for path, leaf in jax.tree_util.tree_flatten_with_path(
             checkpoint.restore(folder, name)
         )[0]
     }
+
+
+def name_of(tree: str, path) -> str:
+    """Returns a name of an array; a tree of classes has that of a tree of mappings."""
+    return "/".join([tree, *re.findall(r"\w+", jax.tree_util.keystr(path))])
 
 
 def digest(leaf) -> str:
@@ -276,11 +294,14 @@ def endure(kind: str, count: int, folder: pathlib.Path, times: int, steps: int) 
     job = Job(folder / f"{kind}-{count}", count, steps, 4, cache)
     whole = dataclasses.replace(job, out=folder / f"whole-{count}")
     if checkpoint_step(whole.out) != steps:
-        finish(whole.start())
+        finish(whole, whole.start())
+    timed = dataclasses.replace(job, out=folder / f"timed-{count}")
+    running = timed.start()
+    wait_for(lambda: f"{count} processes on" in timed.printed())
     began = time.monotonic()
-    finish(dataclasses.replace(job, out=folder / f"timed-{count}").start())
+    finish(timed, running)
     seconds = time.monotonic() - began
-    shutil.rmtree(folder / f"timed-{count}")
+    shutil.rmtree(timed.out)
     events, found, ended = [], [], 0
     while len(events) < times:
         event = disturb(job, kind, seconds)
@@ -291,7 +312,7 @@ def endure(kind: str, count: int, folder: pathlib.Path, times: int, steps: int) 
             continue
         events.append(event)
         sys.stderr.write(f"{json.dumps(event)}\n")
-    statuses, outputs = finish(job.start())
+    statuses, outputs = finish(job, job.start())
     if any(statuses):
         found.append(f"the last start ended with {statuses}: {outputs[0][-1000:]}")
     else:
@@ -315,7 +336,7 @@ def resume(folder: pathlib.Path, times: int) -> dict:
         job = Job(folder / "resumed", 4, steps, 4, folder / "cache")
         if job.lines() >= steps:
             continue
-        statuses, outputs = finish(job.start())
+        statuses, outputs = finish(job, job.start())
         if any(statuses) or job.lines() != steps:
             found.append(
                 f"{steps}: {statuses}, {job.lines()} lines: {outputs[0][-500:]}"
@@ -323,7 +344,7 @@ def resume(folder: pathlib.Path, times: int) -> dict:
             break
     whole = Job(folder / "resumed-whole", 4, times, 4, folder / "cache")
     if not found and times > 1:
-        finish(whole.start())
+        finish(whole, whole.start())
         found += differing(whole.out, folder / "resumed")
     return {"times": times, "log lines": job.lines(), "faults": found}
 
@@ -335,11 +356,11 @@ def mesh(folder: pathlib.Path) -> dict:
         job = Job(folder / "mesh", count, steps, 4, folder / "cache")
         if checkpoint_step(job.out) is not None:
             saved = digests(job.out)
-            statuses, outputs = finish(job.start((__file__, "--digest")))
+            statuses, outputs = finish(job, job.start((__file__, "--digest")))
             restored = json.loads(outputs[0].strip().split("\n")[-1])
             if any(statuses) or saved != restored:
                 found.append(f"{count} processes restored another state")
-        statuses, outputs = finish(job.start())
+        statuses, outputs = finish(job, job.start())
         if any(statuses) or checkpoint_step(job.out) != steps:
             found.append(f"{count} processes: {statuses}, {outputs[0][-500:]}")
             break
@@ -362,9 +383,7 @@ def print_digests(words: list[str]) -> None:
         state, places = training.prepared.state, training.prepared.compiled.places
         restored, _ = training.checkpoints.restore(state, places)
     found = {
-        f"{name}{jax.tree_util.keystr(path)}": digest(
-            multihost_utils.process_allgather(leaf, tiled=True)
-        )
+        name_of(name, path): digest(multihost_utils.process_allgather(leaf, tiled=True))
         for name in present(restored)
         for path, leaf in jax.tree_util.tree_flatten_with_path(getattr(restored, name))[
             0

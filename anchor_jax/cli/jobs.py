@@ -7,6 +7,7 @@ from typing import Any
 
 from anchor_jax import clusters, interrupts, processes, supervisor
 from anchor_jax.cli.output import to_stderr
+from anchor_jax.errors import some
 
 COMMANDS = ("train", "sample", "trajectories", "score")
 """Commands that define these flags."""
@@ -112,7 +113,10 @@ def join(command: str) -> None:
     processes.agree({"command": command, **_given(), **processes.versions()})
     devices.check()
     processes.agree(processes.devices())
-    if not processes.is_first():
+    if processes.is_first():
+        hosts = ", ".join(some([*dict.fromkeys(processes.hosts())]))
+        to_stderr(f"{place.count} processes on {hosts}, at {place.coordinator}")
+    else:
         interrupts.be_quiet()
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
