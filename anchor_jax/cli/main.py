@@ -103,12 +103,16 @@ def _run(argv: list[str]) -> _Outcome:
 
 @contextlib.contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Prints the package's own warnings as "warning: MESSAGE" on standard error."""
+    """Prints the package's own warnings as "warning: MESSAGE" on standard error.
+
+    Only one process of a job prints them.
+    """
     shown = warnings.showwarning
 
     def show(message, category, *rest, **named) -> None:
         if category.__module__.startswith("anchor_jax."):
-            print(f"warning: {message}", file=sys.stderr)
+            if processes.is_printing():
+                print(f"warning: {message}", file=sys.stderr)
         else:
             shown(message, category, *rest, **named)
 

@@ -1,10 +1,9 @@
 """`anchor-jax trajectories`: writes a teacher's ODE trajectories."""
 
-import sys
-
 from absl import flags
 
 from anchor_jax.cli import jobs
+from anchor_jax.cli.output import to_stderr
 from anchor_jax.config import define_config_flag
 from anchor_jax.errors import Stopped
 
@@ -59,7 +58,7 @@ def main(argv) -> None:
     if not FLAGS.process:
         own = [("config.negative_prompt", config.negative_prompt)]
         for line in reports.report_texts(config.data, bundle.tokenizer, own):
-            print(line, file=sys.stderr)
+            to_stderr(line)
     process = jax.process_index() if FLAGS.process is None else FLAGS.process
     processes = jax.process_count() if FLAGS.processes is None else FLAGS.processes
     count, missing = ode.write(config, bundle, process, processes)
