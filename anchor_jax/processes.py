@@ -7,7 +7,7 @@
     processes.barrier("weights", 600)        # raises Missing after 600 s
 
 `gather`, `share`, `barrier` and `agree` wait for all processes. So every process must
-call them in the same order. Values are whatever JSON holds. All of them are instant in
+call them in the same order. Values are those of JSON. All of them are instant in
 a job of one process, which never opens a port.
 """
 
@@ -36,6 +36,7 @@ PATIENCE = 600.0
 
 _CLOSING = 30  # seconds to wait for the others at the end
 _VERDICT = HEARTBEAT + 15  # seconds until the loss of a process is known
+_THREADS = 32  # of XLA, on CPUs
 _PACKAGES = ("anchor_jax", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy")
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 # Flags of the compiler that may differ: paths of debug files, simulated devices.
@@ -162,8 +163,7 @@ def _connect(place: clusters.Place, tell: Callable[[str], None], wait: int) -> N
 
     # Requests to stop are handled in `interrupts`; jax would take SIGTERM away.
     jax.config.update("jax_enable_preemption_service", False)
-    # On CPUs, collectives of several steps at once may wait for each other's threads.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    _avoid_blocked_threads(jax)
     bind = None
     if place.index == 0:
         bind = clusters.bind_address(place.coordinator, os.environ, tell)
@@ -188,6 +188,17 @@ def _connect(place: clusters.Place, tell: Callable[[str], None], wait: int) -> N
             f"{_given(place)}: the processes cannot meet"
             f" ({' '.join(str(error).split())[:300]}); {_CHECKS}"
         ) from error
+
+
+def _avoid_blocked_threads(jax) -> None:
+    """Lets collective operations on CPUs have a thread each.
+
+    Each blocks a thread of XLA. With fewer threads, processes that start them in
+    different orders wait for each other without end.
+    """
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    if (os.cpu_count() or 1) < _THREADS:
+        os.environ.setdefault("NPROC", str(_THREADS))
 
 
 def why_alone(place: clusters.Place) -> str:

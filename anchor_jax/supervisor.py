@@ -143,7 +143,7 @@ class _Parent:
     Attributes:
       child: id of the child.
       log: file of the child's C++ messages.
-      facts: what the child has told.
+      facts: the values that the child gave.
       first: time of the first signal.
     """
 
@@ -218,7 +218,7 @@ def explain(result: int, facts: dict[str, Any], text: str) -> tuple[int, str]:
 
     Args:
       result: its result, as `os.waitpid` returns it.
-      facts: what it has told with `tell`.
+      facts: the values that it gave with `tell`.
       text: its C++ messages.
     """
     name = facts.get("name", "this process")

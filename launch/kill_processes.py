@@ -227,7 +227,7 @@ def checkpoint_step(out: pathlib.Path) -> int | None:
 
 
 def faults(job, kind, chosen, first, statuses, outputs) -> list[str]:
-    """Returns what is wrong with the end of a disturbed job."""
+    """Returns the faults of the end of a disturbed job."""
     _, expected = DISTURBANCES[kind]
     if set(statuses) == {0}:  # It had ended before.
         return []

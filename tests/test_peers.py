@@ -59,7 +59,7 @@ def test_all_stop_before_the_step_that_none_has_started(job):
     assert all(one.is_agreed() for one in job)
 
 
-def test_a_process_waits_until_the_others_have_told_their_steps(job):
+def test_a_process_waits_until_the_others_have_given_their_steps(job):
     for one in job:
         one.may_start(4)
     job[1].pass_on(15)

@@ -12,16 +12,6 @@ from anchor_jax.errors import some
 COMMANDS = ("train", "sample", "trajectories", "score")
 """Commands that define these flags."""
 
-USAGE = """
-Several processes, one command each; all must agree in everything but --process_id:
-anchor-jax COMMAND ... --coordinator=10.0.0.1:1234 --num_processes=2 --process_id=0
-anchor-jax COMMAND ... --coordinator=10.0.0.1:1234 --num_processes=2 --process_id=1
-Under Slurm (srun), on TPU slices and in indexed jobs of Kubernetes the flags are found.
-JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID do the same as the flags.
-Status 75 means "start me again": SIGTERM, or another process was lost. 76: no progress.
-Ctrl-C gives 130 on all processes. The coordinator's port has no password: use a private
-network. More: launch/README.md, "Several processes"."""
-
 _OWN = ("process_id", "process", "processes", *(f"{one}help" for one in ("", "?")))
 
 
