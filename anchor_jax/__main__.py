@@ -3,10 +3,12 @@
 import sys
 
 from anchor_jax import interrupts
+from anchor_jax.cli import jobs
 
 
 def main() -> int:
     """Runs the command line of this process and returns its exit status."""
+    jobs.supervise(sys.argv[1:])
     # Before imports that take long.
     interrupts.install()
     from anchor_jax.cli import main as cli

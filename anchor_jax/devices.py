@@ -40,10 +40,10 @@ def check_processes() -> None:
     count = os.environ.get("JAX_NUM_PROCESSES") or "1"
     if count != "1" and jax.process_count() == 1:
         raise UserError(
-            f"JAX_NUM_PROCESSES={shown(count)}: anchor-jax does not start clusters yet,"
-            " so each process would work alone; unset the variable to use one process,"
-            " or call jax.distributed.initialize() in a program of your own before"
-            " anchor_jax is used"
+            f"JAX_NUM_PROCESSES={shown(count)}: this process has not joined the others,"
+            " so each would work alone; use anchor-jax train, or call"
+            " anchor_jax.processes.join() in a program of your own before a device is"
+            " requested, or unset the variable to use one process"
         )
 
 

@@ -5,11 +5,16 @@ exception. Long work calls `check` wherever it can stop. In a command-line proce
 thread also watches for requests. It notices them even while the main thread loads or
 compiles, when no Python handler can run. The thread ends the process if the main thread
 does not stop within `GRACE` seconds, and immediately after a second Ctrl-C.
+
+In a job (`join_job`) SIGTERM means "stop, you will be started again", and a second one
+ends the process immediately too. Requests to one process of a job reach all: functions
+in `on_request` pass them on, and `request` takes them.
 """
 
 import atexit
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import select
@@ -27,15 +32,24 @@ GRACE = 1.5
 """Default number of seconds that work may take to stop."""
 
 STATUS = 130
-"""Exit status of a command that stopped on request."""
+"""Exit status of a command that stopped on request, and is not started again."""
+AGAIN = 75
+"""Exit status of a process of a job that asks to be started again."""
+
+on_request: list[Callable[[int], None]] = []
+"""Functions that are called with the signal of the first request."""
+at_end: list[Callable[[int], None]] = []
+"""Functions that are called with the exit status before a process is ended early."""
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _REBOUND = 0.2  # seconds; some launchers pass a single Ctrl-C to their children twice
 _POLL = 0.05  # seconds
+_LAST_CALL = 6.0  # seconds for each function in `at_end`
 
 _requested = threading.Event()
 _ending = threading.Event()
 _brief = threading.RLock()
+_end_once = threading.Lock()
 
 
 @dataclasses.dataclass(eq=False)
@@ -49,6 +63,10 @@ class _Process:
       calm: time at which the main thread last reached a point where it could stop.
       sections: active sections that must finish; the innermost is last.
       status: the command's exit status after it has ended.
+      is_in_job: whether something starts this process again after `AGAIN`.
+      numbers: the signals that were received, here or by other processes of the job.
+      is_quiet: whether the sections' lines are not shown.
+      waker: file descriptor that wakes the watching thread.
     """
 
     is_watched: bool = False
@@ -57,6 +75,10 @@ class _Process:
     calm: float = 0.0
     sections: list["_Section"] = dataclasses.field(default_factory=list)
     status: int | None = None
+    is_in_job: bool = False
+    numbers: set[int] = dataclasses.field(default_factory=set)
+    is_quiet: bool = False
+    waker: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -90,6 +112,36 @@ _process = _Process()
 def stop_requested() -> bool:
     """Returns whether the process was asked to stop."""
     return _requested.is_set()
+
+
+def status() -> int:
+    """Returns the exit status after a request: `AGAIN` after SIGTERM in a job."""
+    only_terminated = _process.numbers == {signal.SIGTERM}
+    return AGAIN if _process.is_in_job and only_terminated else STATUS
+
+
+def join_job() -> None:
+    """Declares that this process belongs to a job that may start it again."""
+    _process.is_in_job = True
+
+
+def is_in_job() -> bool:
+    """Returns whether `join_job` was called."""
+    return _process.is_in_job
+
+
+def be_quiet() -> None:
+    """Prints no lines about requests, which another process of the job prints."""
+    _process.is_quiet = True
+
+
+def request(number: int) -> None:
+    """Takes a request that another process of the job received as a signal."""
+    _process.numbers.add(number)
+    _requested.set()
+    if _process.waker is not None:
+        with contextlib.suppress(BlockingIOError):
+            os.write(_process.waker, b"\0")
 
 
 def check() -> None:
@@ -188,6 +240,7 @@ def listening() -> Iterator[None]:
         for one, handler in before.items():
             signal.signal(one, handler)
         _process.is_listening = _process.stopping = False
+        _process.numbers.clear()
         _requested.clear()
 
 
@@ -198,6 +251,7 @@ def install() -> None:
     _process.is_watched = _process.is_listening = True
     source, sink = os.pipe()
     os.set_blocking(sink, False)
+    _process.waker = sink
     signal.set_wakeup_fd(sink, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(source,), daemon=True).start()
     for one in _SIGNALS:
@@ -208,18 +262,25 @@ def install() -> None:
     atexit.register(_leave)
 
 
-def leave_with(status: int) -> int:
+def leave_with(given: int) -> int:
     """Returns the process's exit status, which a late request may still change.
 
     After a request nothing more is printed, because messages of libraries would only be
     confusing.
     """
-    _process.status = status
+    _process.status = given
     if _requested.is_set():
         _flush_streams()
         _silence()
-        _process.status = STATUS
+        _process.status = status()
     return _process.status
+
+
+def leave_now(number: int) -> NoReturn:
+    """Exits with a status, without the libraries' own work at the exit."""
+    _flush_streams()
+    io.remove_unfinished()
+    os._exit(number)
 
 
 def _note(number: int, frame) -> None:
@@ -230,6 +291,7 @@ def _note(number: int, frame) -> None:
     again = _requested.is_set() and number == signal.SIGINT
     if again and not _process.is_watched:
         raise KeyboardInterrupt
+    _process.numbers.add(number)
     _requested.set()
 
 
@@ -238,26 +300,40 @@ def _watch(source: int) -> None:
 
     Runs in its own thread.
     """
-    first = None
+    first = own = None  # times of the first request, and of the first signal
     while True:
         wait = None if first is None else _POLL
         ready, _, _ = select.select([source], [], [], wait)
         numbers = os.read(source, 64) if ready else b""
+        if _ending.is_set():
+            _halt()
+        signals = [one for one in _SIGNALS if one in numbers]
+        _process.numbers.update(signals)
         now = time.monotonic()
-        if first is None and any(one in numbers for one in _SIGNALS):
+        # A request without a signal comes from another process.
+        if first is None and (signals or 0 in numbers):
             first = now
             _requested.set()
             _announce()
-        elif first is not None and signal.SIGINT in numbers and now > first + _REBOUND:
-            _end()
+        elif own is not None and now > own + _REBOUND and _is_second(signals):
+            _end(status())
+        own = now if own is None and signals else own
         if first is not None and now > _deadline(first):
-            _end()
+            _end(status())
+
+
+def _is_second(signals: list[int]) -> bool:
+    """Returns whether signals after the first one end the process immediately."""
+    return signal.SIGINT in signals or (_process.is_in_job and bool(signals))
 
 
 def _announce() -> None:
     for section in _process.sections[-1:]:
-        if section.message:
+        if section.message and not _process.is_quiet:
             _show(section.message)
+    for one in list(_process.numbers):
+        for call in on_request:
+            call(one)
 
 
 def _deadline(first: float) -> float:
@@ -268,20 +344,34 @@ def _deadline(first: float) -> float:
     return max(first, _process.calm) + GRACE
 
 
-def _end() -> NoReturn:
-    """Ends the process and removes incomplete files."""
+def end(number: int, line: str = "interrupted") -> None:
+    """Ends a command-line process early, with a status and a last line.
+
+    Does nothing in other processes.
+    """
+    if _process.is_watched:
+        _end(number, line)
+
+
+def _end(number: int, line: str = "interrupted") -> NoReturn:
+    """Ends the process with a status, and removes incomplete files."""
+    if not _end_once.acquire(blocking=False):
+        _halt()
     try:
         _brief.acquire(timeout=1)
         _ending.set()
         # The main thread must not write any more, so its handler never returns.
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-        if not _process.stopping and _process.status is None:
-            _show("interrupted")
+        if threading.current_thread() is not threading.main_thread():
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        if line and not _process.stopping and _process.status is None:
+            _show(line)
         _within(0.5, _flush_streams)
         _silence()
         _within(1.5, io.remove_unfinished)
+        for call in at_end:
+            _within(_LAST_CALL, functools.partial(call, number))
     finally:
-        os._exit(STATUS)
+        os._exit(number)
 
 
 def _leave() -> None:
@@ -291,7 +381,7 @@ def _leave() -> None:
     if _process.status is None and not _requested.is_set():
         return
     _flush_streams()
-    os._exit(STATUS if _requested.is_set() else _process.status)
+    os._exit(status() if _requested.is_set() else _process.status)
 
 
 def _halt() -> NoReturn:
@@ -303,8 +393,17 @@ def _halt() -> NoReturn:
 def _show(line: str) -> None:
     """Writes a line to standard error without Python's lock on the stream."""
     with contextlib.suppress(OSError):
-        start = "\n" if os.isatty(2) else ""
-        os.write(2, f"{start}{line}\n".encode())
+        place = _terminal()
+        start = "\n" if os.isatty(place) else ""
+        os.write(place, f"{start}{line}\n".encode())
+
+
+def _terminal() -> int:
+    """Returns the descriptor of standard error, which a job may have moved."""
+    try:
+        return sys.stderr.fileno()
+    except (AttributeError, OSError, ValueError):
+        return 2
 
 
 def _within(seconds: float, work: Callable[[], None]) -> None:
@@ -322,7 +421,7 @@ def _flush_streams() -> None:
 
 def _forget() -> None:
     """Restores the default handlers in a forked child."""
-    global _process, _requested, _ending, _brief
+    global _process, _requested, _ending, _brief, _end_once
     if _process.is_watched:
         signal.set_wakeup_fd(-1)
     if _process.is_listening:
@@ -330,6 +429,7 @@ def _forget() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _process, _brief = _Process(), threading.RLock()
     _requested, _ending = threading.Event(), threading.Event()
+    _end_once = threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
@@ -340,5 +440,5 @@ def _silence() -> None:
     """Discards all further output, including that of libraries at exit."""
     with contextlib.suppress(OSError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)
-        os.dup2(nowhere, 2)
+        for place in {1, 2, _terminal()}:
+            os.dup2(nowhere, place)

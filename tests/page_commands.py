@@ -111,6 +111,7 @@ _BUILD = "docker build --file=launch/Dockerfile --target="
 _PUBLISHED = "needs published weights (3 to 57 GB)"
 _ACCELERATOR = "needs an accelerator"
 _ENGINE = "needs a container engine; tests/launch/test_images.py reads the file"
+_TWO_HOSTS = "needs two hosts; cli/test_jobs.py runs two processes on one"
 _COMPILER = "needs the compiler of a TPU or GPU, and minutes"
 _HOURS = "trains for minutes to hours; tests/cli and tests/training run short ones"
 _MINUTES = "takes minutes; the command runs in another test with smaller sizes"
@@ -196,6 +197,12 @@ NOT_RUN = {
     "python launch/two_jobs.py --commands=sample,train --times=20": _HOURS,
     "python launch/interrupts.py --presses=60": _HOURS,
     "python launch/kill_training.py --kills=7": _HOURS,
+    "python launch/kill_processes.py --sigterms=20 --kills=20 --stops=5"
+    " --resumes=50": _HOURS,
+    f"{_TRAIN}train_dmd.py --config.out=/shared/dmd"
+    " --coordinator=10.0.0.1:1234 --num_processes=2 --process_id=0": _TWO_HOSTS,
+    f"{_TRAIN}train_dmd.py --config.out=/shared/dmd"
+    " --coordinator=10.0.0.1:1234 --num_processes=2 --process_id=1": _TWO_HOSTS,
     "python launch/fuzz.py --count=10000": _MINUTES,
     "python launch/port_memory.py --folder=scratch": "needs 23 GB of disk",
     "python launch/result_pages.py record stream_1_thread bench.json"

@@ -47,7 +47,7 @@ def test_a_cluster_that_is_not_joined_is_refused(monkeypatch):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "")
     devices.check_processes()
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
-    with pytest.raises(UserError, match="'2': anchor-jax does not start clusters"):
+    with pytest.raises(UserError, match="'2': this process has not joined the others"):
         devices.check_processes()
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)

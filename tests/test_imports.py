@@ -14,8 +14,14 @@ PACKAGE = pathlib.Path(anchor_jax.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = [
     {"errors", "deprecation"},
-    {"io", "text", "plugins", "trees", "extras", "devices", "axes", "parallel"},
-    {"interrupts", "ownership", "filetypes", "compile_cache", "compile_times"},
+    {
+        *("io", "text", "plugins", "trees", "extras", "devices", "axes"),
+        *("clusters", "parallel"),
+    },
+    {
+        *("interrupts", "ownership", "filetypes", "compile_cache", "compile_times"),
+        *("peers", "processes", "supervisor", "watchdog"),
+    },
     {
         *("cache", "wan", "flow", "media", "prompts"),
         *("config", "limits", "sharding", "finite", "prompt_files"),

@@ -422,3 +422,88 @@ def test_progress_is_a_place_to_stop(tmp_path):
             report(2)
 
     assert seen == [1] and not scratch.exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)]
+)
+def test_only_sigterm_asks_a_job_to_be_started_again(number, status):
+    process = start("""
+interrupts.install()
+interrupts.join_job()
+ready()
+while not interrupts.stop_requested():
+    time.sleep(0.01)
+print("stopped")
+""")
+
+    press(process, number)
+
+    assert ends(process) == (status, "stopped\n", "")
+
+
+def test_ctrl_c_after_sigterm_does_not_ask_to_be_started_again():
+    process = start("""
+interrupts.install()
+interrupts.join_job()
+with interrupts.patient():
+    ready()
+    hang()
+""")
+
+    press(process, signal.SIGTERM)
+    time.sleep(2 * interrupts._REBOUND)
+    press(process)
+
+    assert ends(process)[0] == 130
+
+
+def test_a_second_sigterm_ends_a_process_of_a_job():
+    process = start("""
+interrupts.install()
+interrupts.join_job()
+with interrupts.patient("stopping soon"):
+    ready()
+    hang()
+""")
+
+    press(process, signal.SIGTERM)
+    time.sleep(2 * interrupts._REBOUND)
+    press(process, signal.SIGTERM)
+
+    assert ends(process) == (75, "", "stopping soon\ninterrupted\n")
+
+
+def test_a_request_of_another_process_is_passed_on_and_is_not_a_second_one():
+    process = start("""
+interrupts.install()
+interrupts.join_job()
+interrupts.be_quiet()
+interrupts.on_request.append(lambda number: print("passed on", number, flush=True))
+with interrupts.patient("not shown"):
+    ready()
+    interrupts.request(signal.SIGTERM)
+    work(2 * interrupts._REBOUND)
+    print("again", flush=True)
+    work(1)
+print("saved")
+""")
+    assert process.stdout.readline() == "passed on 15\n"
+    assert process.stdout.readline() == "again\n"
+
+    press(process, signal.SIGTERM)
+
+    assert ends(process) == (75, "saved\n", "")
+
+
+def test_a_process_tells_its_status_before_it_is_ended():
+    process = start("""
+interrupts.install()
+interrupts.at_end.append(lambda status: os.write(1, f"ends with {status}\\n".encode()))
+interrupts._silence = lambda: None
+ready()
+threading.Thread(target=interrupts.end, args=(76, "no progress")).start()
+work(60)
+""")
+
+    assert ends(process) == (76, "ends with 76\n", "no progress\n")

@@ -1,16 +1,18 @@
 """The command line `anchor-jax`: runs a command or prints its help."""
 
 import contextlib
+import dataclasses
 import importlib
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 from absl import flags
 
-from anchor_jax import extras, interrupts
+from anchor_jax import extras, interrupts, processes
 from anchor_jax.cli import COMMANDS, help_texts
 from anchor_jax.errors import UserError, closest, shown, suggest
 from anchor_jax.text import check_text
@@ -24,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status.
 
     A user error returns 2 and prints its message on standard error. An interrupt
-    returns 130. Any other failure is raised.
+    returns 130. Any other failure is raised. In a job of several processes all get the
+    status of the first failure, and SIGTERM is 75; see `processes`.
 
     Args:
       argv: The command and its flags. None takes those of `sys.argv`; an interrupt then
@@ -32,44 +35,84 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if argv is not None:
         with interrupts.listening():
-            return _run(list(argv))
+            return _run(list(argv)).status
     interrupts.install()
-    return interrupts.leave_with(_run(sys.argv[1:]))
+    outcome = _run_in_job(sys.argv[1:])
+    status = interrupts.leave_with(outcome.status)
+    final = processes.close(status, outcome.reason)
+    if final != status or processes.is_joined() and final:
+        interrupts.leave_now(final)
+    return final
 
 
-def _run(argv: list[str]) -> int:
+@dataclasses.dataclass
+class _Outcome:
+    """The exit status of a command, and the reason of a failure for other processes."""
+
+    status: int
+    reason: str = ""
+
+
+def _run_in_job(argv: list[str]) -> _Outcome:
+    """Runs a command; a failure in a job of several processes has a status too."""
+    try:
+        return _run(argv)
+    except processes.Missing as error:
+        processes.await_verdict()
+        return _report(interrupts.AGAIN, f"error: {error}; start all processes again")
+    except Exception as error:
+        if not processes.is_joined():
+            raise
+        if processes.blames_peer(error):
+            processes.await_verdict()
+        traceback.print_exc()
+        return _report(1, f"{type(error).__name__}: {error}")
+
+
+def _report(status: int, line: str) -> _Outcome:
+    """Prints an error, unless the first process of the job prints it too."""
+    if not processes.is_said_by_first(line):
+        own = f"{processes.name()}: " if processes.is_joined() else ""
+        print(f"{own}{line}", file=sys.stderr)
+    return _Outcome(status, line)
+
+
+def _run(argv: list[str]) -> _Outcome:
     """Runs a command, and returns its exit status for every expected outcome."""
     try:
         interrupts.check()
         _check_arguments(argv)
         with _plain_warnings():
-            return _dispatch(argv)
+            return _Outcome(_dispatch(argv))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _report(2, f"error: {error}")
     except ModuleNotFoundError as error:
         message = extras.explain(error)
         if message is None:
             raise
-        print(f"error: {message}", file=sys.stderr)
-        return 2
+        return _report(2, f"error: {message}")
     except KeyboardInterrupt as error:
-        print(str(error) or "interrupted", file=sys.stderr)
-        return interrupts.STATUS
+        if processes.is_printing():
+            print(str(error) or "interrupted", file=sys.stderr)
+        return _Outcome(interrupts.STATUS)
     except BrokenPipeError:
         # Python flushes stdout again at exit, but its reader has gone.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return _Outcome(141)
 
 
 @contextlib.contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Prints the package's own warnings as "warning: MESSAGE" on standard error."""
+    """Prints the package's own warnings as "warning: MESSAGE" on standard error.
+
+    Only one process of a job prints them.
+    """
     shown = warnings.showwarning
 
     def show(message, category, *rest, **named) -> None:
         if category.__module__.startswith("anchor_jax."):
-            print(f"warning: {message}", file=sys.stderr)
+            if processes.is_printing():
+                print(f"warning: {message}", file=sys.stderr)
         else:
             shown(message, category, *rest, **named)
 

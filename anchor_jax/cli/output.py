@@ -2,7 +2,10 @@
 
 import sys
 
+from anchor_jax import processes
+
 
 def to_stderr(line: str) -> None:
-    """Prints a line on standard error."""
-    print(line, file=sys.stderr)
+    """Prints a line on standard error, in one process of a job."""
+    if processes.is_printing():
+        print(line, file=sys.stderr)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from anchor_jax.cli import compile_cache, video_flags
+from anchor_jax.cli import compile_cache, jobs, video_flags
 from anchor_jax.cli.output import to_stderr
 
 SUMMARY = "Make one video per line of prompts, written while it streams."
@@ -48,6 +48,7 @@ EXCLUSIVE = video_flags.EXCLUSIVE
 def define_flags() -> None:
     """Defines the command's flags."""
     video_flags.define()
+    jobs.define_flags()
 
 
 def main(argv: Sequence[str]) -> None:
@@ -58,6 +59,7 @@ def main(argv: Sequence[str]) -> None:
         the videos that were finished before stay.
     """
     del argv
+    jobs.join("sample")
     cache = compile_cache.enable()
     from anchor_jax.sampling import render
 

@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from anchor_jax.cli import compile_cache
+from anchor_jax.cli import compile_cache, jobs
 from anchor_jax.config import define_config_flag
 from anchor_jax.errors import UserError
 
@@ -30,6 +30,7 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """Defines the command's flags."""
     define_config_flag("configs/tiny.py")
+    jobs.define_flags()
     flags.DEFINE_enum(
         "trial",
         TRIALS[0],
@@ -57,6 +58,7 @@ def main(argv) -> None:
       UserError: The config is wrong, or its policy cannot make the trial's videos.
     """
     del argv
+    jobs.join("score")
     compile_cache.enable()
     from anchor_jax import io
     from anchor_jax.cache.catalog import TEACHER

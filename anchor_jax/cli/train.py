@@ -4,6 +4,7 @@ import shlex
 
 from absl import flags
 
+from anchor_jax.cli import jobs
 from anchor_jax.config import define_config_flag
 from anchor_jax.errors import Stopped
 
@@ -18,8 +19,15 @@ anchor-jax sample --config=configs/tiny.py --config.weights=runs/dmd
 anchor-jax sample --config=configs/tiny.py --config.weights=runs/dmd/400
 tensorboard --logdir runs
 
+Several processes: the same command on each host or for each accelerator, and
+    --coordinator=10.0.0.1:1234 --num_processes=2 --process_id=0    # and 1
+which are found under Slurm (srun), on TPU slices and in indexed Kubernetes jobs. A
+process that is terminated stops all; 75 means "start me again". The coordinator's port
+has no password: use a private network. The page of launch/ has a section "Several processes".
+
 The same command resumes a stopped run, bit for bit. Ctrl-C or SIGTERM writes a
-checkpoint and stops with status 130. A second Ctrl-C stops at once.
+checkpoint and stops with status 130 (SIGTERM in a job: 75). A second Ctrl-C stops at
+once.
 OUT/log.jsonl has a line of metrics every --config.log_every steps. OUT/events has the
 same for TensorBoard (pip install tensorboard). OUT/samples has a video and
 a contact sheet every --config.sample_every steps, of the prompts in --config.samples.
@@ -36,6 +44,7 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """Defines the command's flags."""
     define_config_flag()
+    jobs.define_flags()
     flags.DEFINE_bool("dry_run", False, "Print the plan without training.")
 
 
@@ -50,6 +59,7 @@ def main(argv) -> None:
     del argv
     from anchor_jax.cli import allocator, compile_cache
 
+    jobs.join("train")
     compile_cache.enable()
     allocator.keep_freed_memory()
     from anchor_jax.training import run

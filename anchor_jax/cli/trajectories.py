@@ -1,9 +1,9 @@
 """`anchor-jax trajectories`: writes a teacher's ODE trajectories."""
 
-import sys
-
 from absl import flags
 
+from anchor_jax.cli import jobs
+from anchor_jax.cli.output import to_stderr
 from anchor_jax.config import define_config_flag
 from anchor_jax.errors import Stopped
 
@@ -23,6 +23,7 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """Defines the command's flags."""
     define_config_flag("configs/trajectories.py")
+    jobs.define_flags()
     flags.DEFINE_integer(
         "process",
         None,
@@ -44,6 +45,8 @@ def main(argv) -> None:
     del argv
     from anchor_jax.cli import compile_cache
 
+    if FLAGS.process is None:
+        jobs.join("trajectories")
     compile_cache.enable()
     import jax
 
@@ -55,7 +58,7 @@ def main(argv) -> None:
     if not FLAGS.process:
         own = [("config.negative_prompt", config.negative_prompt)]
         for line in reports.report_texts(config.data, bundle.tokenizer, own):
-            print(line, file=sys.stderr)
+            to_stderr(line)
     process = jax.process_index() if FLAGS.process is None else FLAGS.process
     processes = jax.process_count() if FLAGS.processes is None else FLAGS.processes
     count, missing = ode.write(config, bundle, process, processes)

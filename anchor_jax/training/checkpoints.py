@@ -16,13 +16,13 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
-from anchor_jax import ownership
+from anchor_jax import ownership, processes
 from anchor_jax.cache import memory
 from anchor_jax.errors import UserError
 from anchor_jax.io import unfinished, write_json
+from anchor_jax.training import placement
 from anchor_jax.training.files import SKIPPED, read_skipped
 from anchor_jax.training.stages.base import Cursor
 from anchor_jax.training.state import TrainState
@@ -124,8 +124,10 @@ class Checkpoints:
 
     def skip(self, *numbers: int) -> None:
         """Records batches, or sequences, that are skipped after a restore."""
-        known = dict.fromkeys([*self.skipped(), *numbers])
-        write_json(self.folder / SKIPPED, list(known))
+        if processes.is_first():
+            known = dict.fromkeys([*self.skipped(), *numbers])
+            write_json(self.folder / SKIPPED, list(known))
+        processes.barrier(SKIPPED)
 
     def skipped(self) -> list[int]:
         """Returns the numbers of the skipped batches, or sequences."""
@@ -140,12 +142,12 @@ class Checkpoints:
           state: a state of the same shapes.
           places: the state's shardings.
         """
-        for step in sorted(self.manager.all_steps(), reverse=True):
+        for step in self._steps():
             try:
                 read = self._restore(step, state, places)
             except Exception:  # noqa: BLE001
                 read = None
-            yield step, read
+            yield step, read if _is_read_by_all(read is not None) else None
 
     def restore(
         self, state: TrainState, places: TrainState
@@ -162,13 +164,15 @@ class Checkpoints:
           UserError: There are checkpoints, but none can be used.
         """
         reasons = {}
-        for step in sorted(self.manager.all_steps(), reverse=True):
+        for step in self._steps():
             try:
                 found, cursor = self._restore(step, state, places)
             # A damaged or foreign file may raise any error. An older one may be
             # complete.
             except Exception as error:  # noqa: BLE001
                 reasons[step] = " ".join(str(error).split())[:200]
+            if not _is_read_by_all(step not in reasons):
+                reasons.setdefault(step, "another process could not read it")
                 continue
             for torn, reason in reasons.items():
                 place = self.set_aside(torn, "torn")
@@ -185,6 +189,13 @@ class Checkpoints:
                 " that made them, or choose another --config.out"
             )
         return None
+
+    def _steps(self) -> list[int]:
+        """Returns the steps of all checkpoints, newest first, as process 0 sees them.
+
+        Processes on other hosts may see a shared disk a little later.
+        """
+        return processes.share(sorted(map(int, self.manager.all_steps()), reverse=True))
 
     def best(self) -> tuple[int, float] | None:
         """Returns the step and metric of the best retained checkpoint."""
@@ -247,11 +258,10 @@ class Checkpoints:
         """
         self.manager.close()
         place = self.folder / f"{reason}-{step}"
-        if jax.process_index() == 0:
+        if processes.is_first():
             shutil.rmtree(place, ignore_errors=True)
             (self.folder / str(step)).rename(place)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(str(place))
+        processes.barrier(str(place))
         del self.manager
         return place
 
@@ -285,7 +295,7 @@ class Checkpoints:
             "rng": np.asarray(data["rng"], np.uint32),
         }
         placed = {
-            name: jax.device_put(value, getattr(places, name))
+            name: placement.put(value, getattr(places, name))
             for name, value in scalars.items()
         }
         trees = {name: found[name] for name in items}
@@ -294,6 +304,11 @@ class Checkpoints:
             cache = upgrade(trees["rollout"].cache)
             trees["rollout"] = trees["rollout"].replace(cache=cache)
         return state.replace(**placed, **trees), Cursor(**data["cursor"])
+
+
+def _is_read_by_all(is_read: bool) -> bool:
+    """Returns whether every process could read a checkpoint."""
+    return all(processes.gather(is_read))
 
 
 def _checked(data: Any, step: int, state: TrainState) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from anchor_jax.errors import UserError
+from anchor_jax.training import placement
 from anchor_jax.training.checkpoints import Checkpoints, present
 from anchor_jax.training.stages.base import CompiledStage, Cursor
 from anchor_jax.training.state import TrainState
@@ -69,7 +70,7 @@ def try_others(
         for number in range(max(0, taken[0] - _TRIED), taken[-1] + 1 + _TRIED)
         if number not in taken and number not in leave_out
     ]
-    unsound = jax.device_put(np.array(False), stage.places.sound)
+    unsound = placement.put(np.array(False), stage.places.sound)
     state, step, finite = state.replace(sound=unsound), int(state.step), 0
     for number in numbers:
         state, _, metrics = stage.advance(state, Cursor(number), step)

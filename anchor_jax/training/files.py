@@ -5,10 +5,13 @@ All files are checked before anything else is done with the folder.
 
 import json
 import pathlib
+import secrets
+import time
 from collections.abc import Iterable
 from typing import Any
 
-from anchor_jax.errors import UserError, shown
+from anchor_jax import processes
+from anchor_jax.errors import UserError, shown, some
 from anchor_jax.io import expand, read_json
 
 CONFIG, INPUTS = "config.json", "inputs.json"
@@ -27,6 +30,7 @@ _LOG_REMEDY = (
 )
 _OF_STEPS = ("_CHECKPOINT_METADATA", METRICS)
 _MOST_NUMBER = 2**63
+_SEEN_BY = 15.0  # seconds until a new file is seen on a shared disk
 
 
 def make_folder(path: str) -> pathlib.Path:
@@ -44,6 +48,33 @@ def make_folder(path: str) -> pathlib.Path:
             " another folder"
         ) from error
     return folder
+
+
+def check_shared(folder: pathlib.Path) -> None:
+    """Checks that all processes of a job see the same folder.
+
+    Raises:
+      UserError: A process sees another folder of that name, on a disk of its own.
+    """
+    if processes.count() == 1:
+        return
+    name = processes.share(f".shared-{secrets.token_hex(6)}")
+    if processes.is_first():
+        (folder / name).touch()
+    processes.barrier(name)
+    deadline = time.monotonic() + _SEEN_BY
+    while not (folder / name).exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    seen = processes.gather((folder / name).exists())
+    if processes.is_first():
+        (folder / name).unlink(missing_ok=True)
+    blind = [processes.name(one) for one, sees in enumerate(seen) if not sees]
+    if blind:
+        raise UserError(
+            f"config.out={str(folder)!r}: {', '.join(some(blind))} cannot see the files"
+            " that process 0 writes there; choose a folder on a disk that all hosts"
+            " share"
+        )
 
 
 def check(folder: pathlib.Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from anchor_jax import interrupts
+from anchor_jax import interrupts, processes
 from anchor_jax.errors import Stopped, UserError
 from anchor_jax.io import replacing
 from anchor_jax.training import divergence
@@ -19,6 +19,7 @@ from anchor_jax.training.checkpoints import Checkpoints, NotSaved
 from anchor_jax.training.monitor import Monitor
 from anchor_jax.training.stages.base import CompiledStage, Cursor
 from anchor_jax.training.state import TrainState
+from anchor_jax.watchdog import Watchdog, WatchdogConfig
 
 _LAG = 2
 """Steps in flight whose metrics are not fetched yet, so that the device stays busy."""
@@ -28,6 +29,12 @@ _STOPPING = (
 )
 _SAVING = 3.5
 """Minimum seconds to wait for the last checkpoint."""
+_TOGETHER = 60.0
+"""Further seconds with several processes, which agree on a step and all save it."""
+_TORN = (
+    "Stopped without a checkpoint, because the processes did not agree on a step in"
+    " time. Rerun this command to resume from the previous one."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +64,7 @@ def train(
     checkpoints: Checkpoints,
     monitor: Monitor,
     sample: Callable[[TrainState, int], None] | None = None,
+    watchdog: Watchdog | None = None,
 ) -> TrainState:
     """Runs a stage from a state to its last step and returns the last state.
 
@@ -64,7 +72,7 @@ def train(
     failure came within a step. A request to stop takes effect after the current step.
     In a command-line process the loop does not wait for work that takes longer than the
     steps that would be lost: the compilation of the first step, or a checkpoint of few
-    steps on a slow disk.
+    steps on a slow disk. Several processes stop after the same step.
 
     Args:
       stage: compiled steps with their data.
@@ -74,38 +82,49 @@ def train(
       checkpoints: where states are saved.
       monitor: receives the metrics of each step.
       sample: makes sample videos of a state at a step.
+      watchdog: ends the process if the steps hang. None watches nothing.
 
     Raises:
       UserError: A loss or gradient was not finite. If other batches give finite values,
         the update was discarded, and the state before it and the batch are saved.
         Otherwise the weights are ruined, and the newest good checkpoint is searched.
-      Stopped: It stopped on request before the first step.
+      Stopped: It stopped on request before the first step, or several processes did
+        not agree on a step to stop at.
     """
-    waiting, work = collections.deque(), _Work(checkpoints)
+    watchdog = watchdog or Watchdog(WatchdogConfig(medians=0), checkpoints.folder)
+    margin = _TOGETHER if processes.count() > 1 else 0.0
+    waiting, work = collections.deque(), _Work(checkpoints, margin)
     first = step = int(state.step)
     keeping = _saving_on_error(checkpoints, lambda: (state, cursor))
     with interrupts.listening():
         interrupts.check()
         with interrupts.patient(_STOPPING, work.since), keeping:
             for step in range(first, loop.steps):
-                if interrupts.stop_requested():
+                if not processes.may_start(step):
                     break
                 before = cursor
+                watchdog.started((stage.updates(step), cursor.start))
                 state, cursor, metrics = stage.advance(state, cursor, step)
                 work.step_started()
                 waiting.append((step, _taken(before, cursor), metrics))
                 if len(waiting) > _LAG:
                     _note(waiting.popleft(), state, stage, checkpoints, monitor)
+                    watchdog.ended()
                 done = step + 1
                 if done % loop.save_every == 0 or done == loop.steps:
-                    _drain(waiting, state, stage, checkpoints, monitor)
-                    _save(state, cursor, stage, checkpoints, monitor)
+                    _drain(watchdog, waiting, state, stage, checkpoints, monitor)
+                    with watchdog.busy("saving"):
+                        _save(state, cursor, stage, checkpoints, monitor)
                     work.saved()
                 if sample and loop.is_sampled(done):
-                    _show(sample, state, done, monitor)
+                    with watchdog.busy("making sample videos"):
+                        _show(sample, state, done, monitor)
+        if not processes.leave_steps():
+            raise Stopped(_TORN)
         began = work.since()
-        with interrupts.patient("", lambda: began, _SAVING):
-            _drain(waiting, state, stage, checkpoints, monitor)
+        last = interrupts.patient("", lambda: began, max(_SAVING, margin))
+        with last, watchdog.busy("saving"):
+            _drain(watchdog, waiting, state, stage, checkpoints, monitor)
             _save(state, cursor, stage, checkpoints, monitor)
             checkpoints.wait()
     return state
@@ -117,11 +136,13 @@ class _Work:
 
     Attributes:
       checkpoints: the checkpoints of the training.
+      margin: seconds that are added to the age.
       started: start times of the steps after the last checkpoint on disk, and of the
         steps after the checkpoint that is being written.
     """
 
     checkpoints: Checkpoints
+    margin: float = 0.0
     started: list[float | None] = dataclasses.field(default_factory=lambda: [None])
 
     def step_started(self) -> None:
@@ -135,7 +156,7 @@ class _Work:
     def since(self) -> float:
         """Returns the start time of the work that would be lost, or now if none."""
         began = self.started[0 if self.checkpoints.is_saving() else -1]
-        return began or time.monotonic()
+        return began - self.margin if began else time.monotonic()
 
 
 def _show(sample, state: TrainState, done: int, monitor: Monitor) -> None:
@@ -174,7 +195,7 @@ def _saving_on_error(
         state, cursor = now()
         is_whole = not any(x.is_deleted() for x in jax.tree.leaves(state))
         # A save waits for all processes, but the others may not have failed.
-        is_alone = jax.process_count() == 1
+        is_alone = processes.count() == 1
         if is_whole and is_alone and not divergence.wrong_networks(state):
             checkpoints.save(state, cursor)
             checkpoints.wait()
@@ -186,9 +207,10 @@ def _taken(before: Cursor, after: Cursor) -> range:
     return range(before.number, after.number + (after.start > 0))
 
 
-def _drain(waiting, *others) -> None:
+def _drain(watchdog: Watchdog, waiting, *others) -> None:
     while waiting:
         _note(waiting.popleft(), *others)
+        watchdog.ended()
 
 
 def _note(entry, state: TrainState, stage, checkpoints, monitor: Monitor) -> None:
@@ -206,7 +228,7 @@ def _note(entry, state: TrainState, stage, checkpoints, monitor: Monitor) -> Non
         shown += ", and most other batches give non-finite values too"
         wrong = divergence.wrong_networks(state)
         _raise_diverged(shown, wrong, state, stage, checkpoints)
-    own = f"-{jax.process_index()}" if jax.process_count() > 1 else ""
+    own = f"-{processes.index()}" if processes.count() > 1 else ""
     place = checkpoints.folder / f"failed-{step}{own}.npz"
     write_batches(stage, taken, place)
     # Continue with the next batch, or the next sequence.

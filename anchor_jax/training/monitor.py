@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from anchor_jax import ownership
+from anchor_jax import ownership, processes
 from anchor_jax.io import explained, write_text
 from anchor_jax.training.files import LOG, read_log
 
@@ -57,7 +57,8 @@ class Monitor:
         self.began = self.ended = time.monotonic()
         self.noted = 0
         self.quiet = quiet
-        _cut_log(folder, first)
+        if processes.is_first():
+            _cut_log(folder, first)
         self.bar = tqdm(initial=first, total=steps, unit="step", disable=quiet)
         self.events = None if quiet else _events(folder, first)
 

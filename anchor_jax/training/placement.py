@@ -159,7 +159,10 @@ def put(tree, places):
 
 
 def _put(value: Any, place: NamedSharding) -> jax.Array:
-    if isinstance(value, jax.Array):
+    # `device_put` of a local array would compare it across processes, and needs equally
+    # many shards in each.
+    is_local = isinstance(value, jax.Array) and value.is_fully_addressable
+    if isinstance(value, jax.Array) and is_local == place.is_fully_addressable:
         return jax.device_put(value, place)
     value = np.asarray(value)
     return jax.make_array_from_callback(value.shape, place, lambda index: value[index])

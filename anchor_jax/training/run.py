@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-from anchor_jax import devices, ownership
+from anchor_jax import devices, ownership, processes, supervisor
 from anchor_jax.config import from_config
 from anchor_jax.errors import UserError, naming, suggest
 from anchor_jax.io import expand, scratch_folder, write_json
@@ -28,6 +28,7 @@ from anchor_jax.training.stages import build
 from anchor_jax.training.stages.base import Cursor, Prepared
 from anchor_jax.training.stages.build import TrainConfig
 from anchor_jax.training.stages.registry import STAGES
+from anchor_jax.watchdog import Watchdog
 from anchor_jax.weights.bundle import Bundle
 from anchor_jax.weights.lineage import write_run
 from anchor_jax.weights.load import load_bundle
@@ -50,6 +51,7 @@ def read_config(config) -> TrainConfig:
     least = {"steps": 1, "batch": 1, "keep": 1, "save_every": 1, "log_every": 1}
     least |= {"microbatches": 1, "prefetch": 0}
     least |= {"keep_best": 0, "sample_every": 0, "lora.rank": 0, "data.size": 1}
+    least |= dict.fromkeys(("watchdog.medians", "watchdog.least", "watchdog.most"), 0)
     for stage in STAGES.values():
         least |= stage.least
     for name, smallest in least.items():
@@ -144,14 +146,16 @@ class TrainingRun:
             first,
             config.log_every,
             self.prepared.frames,
-            quiet=done or jax.process_index() > 0,
+            quiet=done or not processes.is_first(),
         )
         if self.sampler is not None:
             self.sampler.show = monitor.show
         try:
-            state = train(
-                stage, state, cursor, loop, self.checkpoints, monitor, self.sampler
-            )
+            with Watchdog(config.watchdog, self._stacks()) as watchdog:
+                state = train(
+                    *(stage, state, cursor, loop, self.checkpoints, monitor),
+                    *(self.sampler, watchdog),
+                )
             self._tell_best()
         finally:
             try:
@@ -159,6 +163,10 @@ class TrainingRun:
             finally:
                 self.checkpoints.close()
         return int(state.step)
+
+    def _stacks(self) -> pathlib.Path:
+        """Returns the file for the stacks of this process if it hangs."""
+        return self.folder / f"stacks-{processes.index()}.txt"
 
     def _tell_best(self) -> None:
         best = self.checkpoints.best()
@@ -212,9 +220,9 @@ def open_training(
     lease = ownership.own(
         folder,
         ownership.job_id(
-            "train", jax.process_count(), {**resume.as_json(config), "out": ""}
+            "train", processes.count(), {**resume.as_json(config), "out": ""}
         ),
-        (str(jax.process_index()),),
+        (str(processes.index()),),
         patience,
         tell,
         "wait until it ends, stop it, or choose another --config.out",
@@ -229,16 +237,20 @@ def open_training(
                 empty.rmdir()
         raise
     training.lease = lease
+    supervisor.tell(folder=str(folder.resolve()))
     return training
 
 
 def _open_training(
     config: TrainConfig, folder: pathlib.Path, tell, most: int | None
 ) -> TrainingRun:
+    is_trial = most is not None  # in a temporary folder of each process
+    if not is_trial:
+        files.check_shared(folder)
     files.check(folder)
     resume.compare_config(config, folder, tell)
     stage = build.find_stage(config)
-    base = _base(config, folder)
+    base = _base(config, folder, is_trial or processes.is_first())
     initial = str(folder / base) if config.weights in INITIAL else base
     with naming("config.weights"):
         generator = _load(config, initial, trained=True)
@@ -255,12 +267,15 @@ def _open_training(
         prepared = build.prepare(config, generator, batches, teacher, critic)
     for bundle in (generator, teacher, critic):
         _forget_variables(bundle)
-    read = resume.inputs(config, generator, teacher, critic) if most is None else {}
+    read = {} if is_trial else resume.inputs(config, generator, teacher, critic)
     resume.compare_inputs(folder, read)
     sampler = samples.make_sampler(config, prepared, folder)
-    write_run(folder, base)
-    resume.write_config(config, folder)
-    write_json(folder / files.INPUTS, read)
+    processes.agree(read)
+    if is_trial or processes.is_first():
+        write_run(folder, base)
+        resume.write_config(config, folder)
+        write_json(folder / files.INPUTS, read)
+    processes.barrier("the run's files")
     for line in stage.warnings(prepared):
         tell(line)
     _warn_of_words(config, generator, folder, tell)
@@ -346,7 +361,7 @@ def _logged(folder: pathlib.Path) -> tuple[float, float] | None:
         return None
 
 
-def _base(config: TrainConfig, folder: pathlib.Path) -> str:
+def _base(config: TrainConfig, folder: pathlib.Path, writes: bool) -> str:
     """Returns the name of a run's initial weights; makes random ones if needed.
 
     Random weights are in the run's folder, and their name begins with "./".
@@ -355,7 +370,9 @@ def _base(config: TrainConfig, folder: pathlib.Path) -> str:
         inside = expand(config.weights)
         return str(inside.resolve()) if inside.exists() else config.weights
     save = INITIAL[config.weights]
-    save(folder / config.weights, config.seed, config.data.seed)
+    if writes:
+        save(folder / config.weights, config.seed, config.data.seed)
+    processes.barrier("initial weights")
     return f"./{config.weights}"
 
 

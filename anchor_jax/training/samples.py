@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from PIL import Image
 
-from anchor_jax import flow, media, prompts
+from anchor_jax import flow, media, processes, prompts
 from anchor_jax.cache.catalog import TEACHER
 from anchor_jax.cache.policies import Policy
 from anchor_jax.errors import UserError, suggest
@@ -148,7 +148,7 @@ def make_sampler(
     rate = prepared.bundle.model.family.latent_frames_per_second
     scripts = _scripts(config, block, rate)
     # A video's arrays would have to be gathered from other processes.
-    if not scripts or not config.sample_every or jax.process_count() > 1:
+    if not scripts or not config.sample_every or processes.count() > 1:
         return None
     negative = build.find_stage(config).sample_negative(config)
     with _naming():

@@ -17,6 +17,7 @@ from anchor_jax.training.stages.base import InitialNetworks, Prepared, StageKind
 from anchor_jax.training.stages.registry import STAGES
 from anchor_jax.training.state import Ema, Optimizer
 from anchor_jax.wan.spec import WAN_2_1, ModelConfig
+from anchor_jax.watchdog import WatchdogConfig
 from anchor_jax.weights.bundle import Bundle
 
 
@@ -88,6 +89,7 @@ class SharedConfig:
       remat: a member of jax.checkpoint_policies, or "none".
       attention: a kernel, or "auto".
       out: folder for checkpoints, logs and samples.
+      watchdog: when a training that makes no progress is ended.
       save_every: steps between checkpoints.
       keep: number of newest checkpoints to retain.
       keep_best: number of checkpoints to retain for the lowest `best_of`; 0 retains
@@ -126,6 +128,7 @@ class SharedConfig:
     best_of: str = "loss"
     log_every: int = 10
     sample_every: int = 250
+    watchdog: WatchdogConfig = WatchdogConfig()
     out: str = "runs/train"
 
 

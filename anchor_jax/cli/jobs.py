@@ -1,0 +1,140 @@
+"""Commands that run as several processes of one job: their flags, and how they join."""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from anchor_jax import clusters, interrupts, processes, supervisor
+from anchor_jax.cli.output import to_stderr
+from anchor_jax.errors import some
+
+COMMANDS = ("train", "sample", "trajectories", "score")
+"""Commands that define these flags."""
+
+_OWN = ("process_id", "process", "processes", *(f"{one}help" for one in ("", "?")))
+
+
+def define_flags() -> None:
+    """Defines `--coordinator`, `--num_processes` and `--process_id`."""
+    from absl import flags
+
+    flags.DEFINE_string(
+        clusters.COORDINATOR,
+        None,
+        "HOST:PORT of process 0 where the processes of a job meet: a private address of"
+        " its host and a free port. Whoever reaches the port controls the job. Default:"
+        " JAX_COORDINATOR_ADDRESS, or found under Slurm, Kubernetes and on TPU slices.",
+    )
+    flags.DEFINE_integer(
+        clusters.COUNT,
+        None,
+        "Number of processes of the job; 1 opens no port. Default: JAX_NUM_PROCESSES,"
+        " or found like the coordinator, or 1.",
+    )
+    flags.DEFINE_integer(
+        clusters.INDEX,
+        None,
+        "Number of this process, from 0. Process 0 writes logs and samples. Default:"
+        " JAX_PROCESS_ID, or found like the coordinator.",
+    )
+
+
+def supervise(argv: Sequence[str]) -> None:
+    """Starts a parent for this process if it may be one of several processes."""
+    if not argv or argv[0] not in COMMANDS or _asks_for_help(argv):
+        return
+    given = {
+        name: int(value) if name != clusters.COORDINATOR else value
+        for name in clusters.VARIABLES
+        if (value := _value(argv, name)) is not None
+        and (name == clusters.COORDINATOR or value.isdecimal())
+    }
+    if "--process" in {one.partition("=")[0] for one in argv}:
+        return
+    try:
+        is_needed = clusters.may_be_several(given, os.environ)
+    except ValueError:  # The command itself reports wrong values.
+        return
+    if is_needed:
+        supervisor.start()
+
+
+def _asks_for_help(argv: Sequence[str]) -> bool:
+    return any(one.lstrip("-").startswith("help") or one == "-h" for one in argv)
+
+
+def _value(argv: Sequence[str], name: str) -> str | None:
+    """Returns the text of a flag before the flags are parsed, or None."""
+    for place, one in enumerate(argv):
+        flag, is_joined, value = one.lstrip("-").partition("=")
+        if one.startswith("-") and flag == name:
+            return value if is_joined else (argv[place + 1 : place + 2] or [None])[0]
+    return None
+
+
+def join(command: str) -> None:
+    """Joins the processes of the job, before a device is requested.
+
+    All processes but the first then print nothing more than errors.
+
+    Args:
+      command: name of the command.
+
+    Raises:
+      UserError: The processes cannot meet, or were started differently.
+    """
+    from absl import flags
+
+    from anchor_jax import devices
+
+    given = {name: flags.FLAGS[name].value for name in clusters.VARIABLES}
+    place = clusters.find(given, tell=to_stderr)
+    if place is not None and place.count > 1:
+        supervisor.tell(index=place.index, joining=processes.why_alone(place))
+    processes.join(place, to_stderr)
+    if place is None or place.count == 1:
+        supervisor.release()
+        return
+    supervisor.tell(name=processes.name(), hosts=processes.hosts())
+    interrupts.on_request.append(
+        lambda number: supervisor.tell(status=interrupts.status())
+    )
+    processes.agree({"command": command, **_given(), **processes.versions()})
+    devices.check()
+    processes.agree(processes.devices())
+    if processes.is_first():
+        hosts = ", ".join(some([*dict.fromkeys(processes.hosts())]))
+        to_stderr(f"{place.count} processes on {hosts}, at {place.coordinator}")
+    else:
+        interrupts.be_quiet()
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def _given() -> dict[str, Any]:
+    """Returns the values of all flags and config fields but this process's number."""
+    from absl import flags
+
+    found = {}
+    for name in flags.FLAGS:
+        value = flags.FLAGS[name].value
+        if hasattr(value, "to_dict"):
+            found |= {f"config.{key}": one for key, one in _flat(value.to_dict())}
+        elif name not in _OWN:
+            found[f"--{name}"] = _plain(value)
+    return found
+
+
+def _flat(section: Mapping[str, Any]):
+    """Yields dotted names and values of nested mappings."""
+    for name, value in section.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}.{inner}", one) for inner, one in _flat(value))
+        else:
+            yield name, _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return value if isinstance(value, bool | int | float | type(None)) else str(value)

@@ -1,0 +1,472 @@
+"""The processes of one job: how they meet, exchange values, and end together.
+
+    processes.join(clusters.find(flags))     # before a device is requested
+    processes.count(), processes.index(), processes.is_first()
+    names = processes.gather(name)           # a value of each process, in order
+    step = processes.share(step)             # the first process's value
+    processes.barrier("weights", 600)        # raises Missing after 600 s
+
+`gather`, `share`, `barrier` and `agree` wait for all processes. So every process must
+call them in the same order. Values are those of JSON. All of them are instant in
+a job of one process, which never opens a port.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from anchor_jax import clusters, interrupts
+from anchor_jax.errors import UserError, shown, some
+from anchor_jax.peers import FOLLOWING, Peers
+
+HEARTBEAT = 30
+"""Seconds without a sign of life after which a process counts as lost."""
+PATIENCE = 600.0
+"""Default seconds to wait for the other processes."""
+
+_CLOSING = 30  # seconds to wait for the others at the end
+_VERDICT = HEARTBEAT + 15  # seconds until the loss of a process is known
+_THREADS = 32  # of XLA, on CPUs
+_PACKAGES = ("anchor_jax", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy")
+_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+# Flags of the compiler that may differ: paths of debug files, simulated devices.
+_FREE = ("--xla_dump_", "--xla_force_host_platform_device_count")
+_OF_JAX = (
+    *("jax_enable_x64", "jax_default_matmul_precision"),
+    *("jax_threefry_partitionable", "jax_default_prng_impl"),
+)
+# Errors of a process whose peer has gone.
+_FROM_PEER = re.compile(
+    r"gloo|nccl|rccl|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|barrier"
+    r"|coordination|heartbeat|connection (closed|reset|refused)|socket",
+    re.IGNORECASE,
+)
+
+
+class Missing(Exception):
+    """Other processes did not come to a point that all must reach."""
+
+
+@dataclasses.dataclass(eq=False)
+class _Job:
+    """The job that this process has joined.
+
+    Attributes:
+      place: the place of this process.
+      client: client of jax's coordinator.
+      peers: the other processes.
+      hosts: host names by process.
+      turns: numbers of the exchanges.
+    """
+
+    place: clusters.Place
+    client: Any
+    peers: Peers
+    hosts: list[str] = dataclasses.field(default_factory=list)
+    turns: Iterator[int] = dataclasses.field(default_factory=itertools.count)
+
+
+_job: _Job | None = None
+
+
+def count() -> int:
+    """Returns the number of processes."""
+    return _job.place.count if _job else _from_jax("process_count")
+
+
+def index() -> int:
+    """Returns the number of this process, from 0."""
+    return _job.place.index if _job else _from_jax("process_index")
+
+
+def is_first() -> bool:
+    """Returns whether this process writes what one process must write."""
+    return index() == 0
+
+
+def name(number: int | None = None) -> str:
+    """Returns the name of a process in messages; default: of this process."""
+    number = index() if number is None else number
+    hosts = _job.hosts if _job else []
+    host = f" ({hosts[number]})" if number < len(hosts) else ""
+    return f"process {number}{host}"
+
+
+def hosts() -> list[str]:
+    """Returns the host names of all processes."""
+    return list(_job.hosts) if _job else [socket.gethostname()]
+
+
+def _from_jax(what: str) -> int:
+    """Returns a number that a program of the user's own has given to jax."""
+    import jax
+
+    return getattr(jax, what)()
+
+
+def join(
+    place: clusters.Place | None,
+    tell: Callable[[str], None] = lambda line: None,
+    wait: int = clusters.WAIT,
+) -> None:
+    """Meets the other processes of a job; does nothing in a job of one process.
+
+    It must be called before a device is requested, by every process of the job.
+
+    Args:
+      place: the place of this process, from `clusters.find`.
+      tell: called with warnings.
+      wait: seconds to wait for the coordinator and the other processes.
+
+    Raises:
+      UserError: The coordinator or other processes cannot be reached.
+    """
+    global _job
+    if place is None:
+        return
+    interrupts.join_job()
+    if place.count == 1 or _job is not None:
+        return
+    _connect(place, tell, wait)
+    from jax._src import distributed
+
+    client = distributed.global_state.client
+    _job = _Job(place, client, Peers(client, place.index, place.count, _follow))
+    interrupts.at_end.append(_write_end)
+    _job.peers.start()
+    try:
+        _job.hosts = gather(socket.gethostname(), wait)
+    except Missing as error:
+        raise UserError(
+            f"--num_processes={place.count}: {error}; start all processes with the same"
+            " --coordinator and --num_processes, each with its own --process_id"
+        ) from error
+
+
+def _connect(place: clusters.Place, tell: Callable[[str], None], wait: int) -> None:
+    """Initializes jax for several processes.
+
+    Raises:
+      UserError: The coordinator cannot be reached, or its port is taken.
+    """
+    import jax
+
+    # Requests to stop are handled in `interrupts`; jax would take SIGTERM away.
+    jax.config.update("jax_enable_preemption_service", False)
+    _avoid_blocked_threads(jax)
+    bind = None
+    if place.index == 0:
+        bind = clusters.bind_address(place.coordinator, os.environ, tell)
+        _check_free(place, bind)
+    else:
+        _await_coordinator(place, wait)
+    try:
+        jax.distributed.initialize(
+            place.coordinator,
+            place.count,
+            place.index,
+            local_device_ids=place.devices,
+            cluster_detection_method="deactivate",
+            initialization_timeout=wait,
+            heartbeat_timeout_seconds=HEARTBEAT,
+            shutdown_timeout_seconds=_CLOSING,
+            coordinator_bind_address=bind,
+        )
+    # Jax raises the errors of its coordinator, whose types differ by version.
+    except Exception as error:
+        raise UserError(
+            f"{_given(place)}: the processes cannot meet"
+            f" ({' '.join(str(error).split())[:300]}); {_CHECKS}"
+        ) from error
+
+
+def _avoid_blocked_threads(jax) -> None:
+    """Lets collective operations on CPUs have a thread each.
+
+    Each blocks a thread of XLA. With fewer threads, processes that start them in
+    different orders wait for each other without end.
+    """
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    if (os.cpu_count() or 1) < _THREADS:
+        os.environ.setdefault("NPROC", str(_THREADS))
+
+
+def why_alone(place: clusters.Place) -> str:
+    """Returns the message for a process that waited for the others in vain."""
+    return (
+        f"{_given(place)}: not all processes came within {clusters.WAIT} s; {_CHECKS}"
+    )
+
+
+_CHECKS = (
+    "check that process 0 runs on that host, that the port is free there and open"
+    " between the hosts, and that every process has its own --process_id"
+)
+
+
+def _given(place: clusters.Place) -> str:
+    return (
+        f"--coordinator={place.coordinator} --num_processes={place.count}"
+        f" --process_id={place.index} (from {place.found_in})"
+    )
+
+
+def _check_free(place: clusters.Place, bind: str) -> None:
+    """Raises UserError if another program uses the coordinator's port."""
+    host, port = bind.rpartition(":")[::2]
+    family = socket.AF_INET6 if "[" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host.strip("[]"), int(port)))
+        except OSError as error:
+            raise UserError(
+                f"{_given(place)}: process 0 cannot open {bind} ({error.strerror});"
+                " choose another port, and give an address of process 0's host"
+            ) from error
+
+
+def _await_coordinator(place: clusters.Place, wait: int) -> None:
+    """Waits until process 0 listens.
+
+    Jax itself would end the process with messages of its network library.
+    """
+    deadline = time.monotonic() + wait
+    while True:
+        interrupts.check()
+        try:
+            socket.create_connection(
+                clusters.split_address(place.coordinator), timeout=5
+            ).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{_given(place)}: no answer within {wait} s ({error}); {_CHECKS}"
+                ) from error
+        time.sleep(0.2)
+
+
+def gather(value: Any, seconds: float = PATIENCE) -> list[Any]:
+    """Returns the values of all processes, by their numbers.
+
+    Raises:
+      Missing: A process did not call it in time.
+    """
+    if _job is None:
+        return [value]
+    return _exchange(f"turn-{next(_job.turns)}", value, seconds)
+
+
+def _exchange(turn: str, value: Any, seconds: float) -> list[Any]:
+    folder = f"anchor/{turn}/"
+    _job.client.key_value_set(f"{folder}{index()}", json.dumps(value))
+    try:
+        _job.client.wait_at_barrier(folder, round(1000 * seconds))
+    # The errors of jax's coordinator have no type of their own.
+    except Exception as error:
+        missing = [one for one in range(count()) if str(one) not in _stored(folder)]
+        names = ", ".join(name(one) for one in missing[:8]) or "another process"
+        raise Missing(f"{names} did not answer within {seconds:g} s") from error
+    found = _stored(folder)
+    return [json.loads(found[str(one)]) for one in range(count())]
+
+
+def _stored(folder: str) -> dict[str, str]:
+    entries = _job.client.key_value_dir_get(folder)
+    return {place.removeprefix(folder): text for place, text in entries}
+
+
+def share(value: Any, seconds: float = PATIENCE) -> Any:
+    """Returns the first process's value.
+
+    Raises:
+      Missing: A process did not call it in time.
+    """
+    return gather(value if is_first() else None, seconds)[0]
+
+
+def barrier(what: str, seconds: float = PATIENCE) -> None:
+    """Waits until all processes have called it.
+
+    Raises:
+      Missing: A process did not call it in time.
+    """
+    try:
+        gather(what, seconds)
+    except Missing as error:
+        raise Missing(f"{what}: {error}") from error
+
+
+def agree(facts: Mapping[str, Any]) -> None:
+    """Checks that all processes give the same values.
+
+    Args:
+      facts: JSON values by name.
+
+    Raises:
+      UserError: Values differ; each is named with the processes that have it.
+      Missing: A process did not call it in time.
+    """
+    text = json.dumps(dict(facts), sort_keys=True)
+    if len({*gather(hashlib.sha256(text.encode()).hexdigest())}) == 1:
+        return
+    differing = differences(gather(dict(facts)), name)
+    if differing:
+        raise UserError(
+            "the processes of this job disagree; start all with the same command,"
+            " versions and devices:\n" + "\n".join(differing)
+        )
+
+
+def differences(
+    facts: list[Mapping[str, Any]], name: Callable[[int], str]
+) -> list[str]:
+    """Returns a line for each fact in which processes differ from most of them.
+
+    Args:
+      facts: JSON values by name, of each process.
+      name: returns the name of a process.
+    """
+    lines = []
+    for fact in dict.fromkeys(key for one in facts for key in one):
+        values = [json.dumps(one.get(fact), sort_keys=True) for one in facts]
+        ((usual, times), *others) = collections.Counter(values).most_common()
+        if not others:
+            continue
+        odd = [n for n, value in enumerate(values) if value != usual]
+        own = [f"{name(n)} has {shown(json.loads(values[n]))}" for n in odd]
+        lines.append(
+            f"{fact}: {'; '.join(some(own))}; {times} have {shown(json.loads(usual))}"
+        )
+    return lines
+
+
+def versions() -> dict[str, Any]:
+    """Returns what determines the programs that a process compiles, for `agree`."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[f"version of {package}"] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[f"version of {package}"] = None
+    for variable in _FLAGS:
+        words = os.environ.get(variable, "").split()
+        found[variable] = sorted(x for x in words if not x.startswith(_FREE))
+    import jax
+
+    return found | {one: str(getattr(jax.config, one, None)) for one in _OF_JAX}
+
+
+def devices() -> dict[str, Any]:
+    """Returns the kind and number of this process's devices, for `agree`."""
+    import jax
+
+    found = jax.local_devices()
+    return {"devices per process": len(found), "kind of device": found[0].device_kind}
+
+
+def may_start(step: int) -> bool:
+    """Returns whether the next step of a loop may start.
+
+    In a job of several processes all get the same answer for the same step. Each must
+    call it before each step, and `leave_steps` after the last one.
+    """
+    if _job is None:
+        return not interrupts.stop_requested()
+    return _job.peers.may_start(step)
+
+
+def leave_steps() -> bool:
+    """Ends the loop of `may_start`; returns whether all stopped at the same step."""
+    if _job is None:
+        return True
+    _job.peers.leave_steps()
+    return _job.peers.is_agreed()
+
+
+def blames_peer(error: BaseException) -> bool:
+    """Returns whether an error may be the consequence of another process's end."""
+    if _job is None or isinstance(error, UserError):
+        return False
+    if isinstance(error, Missing) or "RESOURCE_EXHAUSTED" in str(error):
+        return isinstance(error, Missing)
+    return bool(_FROM_PEER.search(f"{type(error).__name__} {error}"))
+
+
+def await_verdict() -> None:
+    """Waits until it is known which process was lost; that ends this process.
+
+    Returns if none was. Then this process's own error is the cause.
+    """
+    time.sleep(_VERDICT)
+
+
+def close(status: int, reason: str = "") -> int:
+    """Ends the job's work in this process, and returns the job's exit status.
+
+    If it is not 0, the process must exit at once, without waiting for the others.
+
+    Args:
+      status: the exit status of this process.
+      reason: the message if the others need not finish their work.
+    """
+    if _job is None:
+        return status
+    if not reason:
+        # Otherwise a process that is still saving would lose the coordinator. If a
+        # process has failed, its reason ends this one.
+        with contextlib.suppress(Exception):
+            status = max(_exchange("close", status, _CLOSING))
+    if status:
+        _write_end(status, reason)
+    _job.peers.close()
+    return status
+
+
+def is_joined() -> bool:
+    """Returns whether this process has joined a job of several processes."""
+    return _job is not None
+
+
+def is_printing() -> bool:
+    """Returns whether this process prints what all processes would print."""
+    return _job is None or is_first()
+
+
+def is_said_by_first(reason: str, seconds: float = 2.0) -> bool:
+    """Returns whether the first process ends for the same reason, and so prints it."""
+    if is_printing():
+        return False
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if _job.peers.ends().get(0, {}).get("reason") == reason:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def _write_end(status: int, reason: str = "") -> None:
+    """Tells the others that this process ends; the coordinator ends last."""
+    _job.peers.write_end(status, reason)
+    deadline = time.monotonic() + FOLLOWING + 2
+    while is_first() and time.monotonic() < deadline:
+        time.sleep(0.2)
+        if len(_job.peers.ends()) == count():
+            return
+
+
+def _follow(number: int, status: int, reason: str) -> None:
+    """Ends this process, because another one has failed."""
+    why = f": {reason}" if reason else ""
+    interrupts.end(status, f"{name(number)} ended with status {status}{why}")

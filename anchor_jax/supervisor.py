@@ -1,0 +1,253 @@
+"""The small parent of a process of a job: it outlives a crash of jax, and explains it.
+
+When jax loses another process, its C++ code ends this one with a stack that names no
+host. So each process of a job is the child of a parent that imports no jax. The parent
+passes signals on, keeps the C++ messages in a file, and prints the last line: which
+process was lost, and where the messages are.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from typing import Any, NoReturn
+
+AGAIN, FAILED = 75, 2
+"""Exit statuses: "start me again", and wrong input (as in `interrupts` and `cli`)."""
+
+_FORWARDED = (
+    *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
+    *(signal.SIGUSR1, signal.SIGUSR2),
+)
+_PATIENCE = 10  # seconds after a second signal
+_REBOUND = 0.5  # seconds
+_MOST = 100_000  # characters of the C++ messages that are read
+_DEATH_SIGNAL = 1  # of `prctl`, PR_SET_PDEATHSIG
+_CRASHES = (1, 76)  # statuses of a child after which its C++ messages are kept
+
+# Messages of jax's coordination service. The first names the processes that were lost;
+# the second means that process 0 is gone, because it answers for the service.
+_SILENT = re.compile(r"stopped sending heartbeats\):\s*([^\n]*(?:\n[\d,\s]+)?)")
+_NO_LEADER = re.compile(r"leader task|remote target coordination_service")
+_SERVICE = re.compile(r"coordination service|JAX distributed service", re.IGNORECASE)
+
+_lock = threading.Lock()
+_parent: int | None = None  # the descriptor that the parent reads
+
+
+@dataclasses.dataclass
+class _Streams:
+    """Standard output and error of a child, before C++ messages go to a file."""
+
+    out: int
+    err: int
+
+
+_streams: _Streams | None = None
+
+
+def start() -> None:
+    """Splits this process: the child returns, and the parent never does.
+
+    The parent exits with the child's status, or with `AGAIN` if a process was lost.
+    Signals are blocked in the child until it handles them. Does nothing on systems
+    without `fork`.
+    """
+    if not hasattr(os, "fork"):
+        return
+    log, place = tempfile.mkstemp(prefix="anchor-jax-", suffix=".log")
+    source, sink = os.pipe()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
+    child = os.fork()
+    if child:
+        os.close(sink)
+        os.close(log)
+        parent = _Parent(child, pathlib.Path(place))
+        parent.listen(source)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        parent.exit()
+    os.close(source)
+    _begin(log, sink)
+
+
+def tell(**facts: Any) -> None:
+    """Tells the parent JSON values, which it uses in its last line.
+
+    Args:
+      **facts: `joining`: the message if the processes cannot meet; `name`, `hosts`: the
+        name of this process and all hosts; `folder`: where messages are kept; `status`:
+        the exit status if a process is lost; `last`: a line to print at the end.
+    """
+    if _parent is None:
+        return
+    with _lock, contextlib.suppress(OSError):
+        os.write(_parent, json.dumps(facts).encode() + b"\n")
+
+
+def release() -> None:
+    """Sends C++ messages to the terminal again, in a job of one process."""
+    global _streams
+    if _streams is None:
+        return
+    os.dup2(_streams.out, 1)
+    os.dup2(_streams.err, 2)
+    _streams = None
+
+
+def _begin(log: int, sink: int) -> None:
+    """Sends what C++ prints to a file, and what Python prints to the terminal."""
+    global _parent, _streams
+    _parent = sink
+    _die_with_parent()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    _streams = _Streams(os.dup(1), os.dup(2))
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    sys.stdout = _reopened(sys.stdout, _streams.out)
+    sys.stderr = _reopened(sys.stderr, _streams.err)
+
+
+def _reopened(stream: io.TextIOWrapper, place: int) -> io.TextIOWrapper:
+    """Returns a text stream like another one, on a descriptor."""
+    return open(  # noqa: SIM115 - it stays open until the process ends.
+        place,
+        "w",
+        buffering=1 if stream.line_buffering else -1,
+        encoding=stream.encoding,
+        errors=stream.errors,
+    )
+
+
+def _die_with_parent() -> None:
+    """Kills this process if its parent is killed; Linux only."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
+
+
+@dataclasses.dataclass(eq=False)
+class _Parent:
+    """The parent of a process of a job.
+
+    Attributes:
+      child: id of the child.
+      log: file of the child's C++ messages.
+      facts: the values that the child gave.
+      first: time of the first signal.
+    """
+
+    child: int
+    log: pathlib.Path
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    first: float | None = None
+
+    def listen(self, source: int) -> None:
+        """Passes signals on, and reads what the child tells."""
+        for one in _FORWARDED:
+            signal.signal(one, self._pass_on)
+        signal.signal(signal.SIGALRM, lambda number, frame: self._send(signal.SIGKILL))
+        self._reader = threading.Thread(target=self._read, args=(source,), daemon=True)
+        self._reader.start()
+
+    def exit(self) -> NoReturn:
+        """Waits for the child, prints the last line, and exits."""
+        _, result = os.waitpid(self.child, 0)
+        self._reader.join(1)
+        text = ""
+        with contextlib.suppress(OSError):
+            text = self.log.read_text(errors="replace")[-_MOST:]
+        status, line = explain(result, self.facts, text)
+        kept = self._keep(os.WIFSIGNALED(result) or status in _CRASHES)
+        if kept and line:
+            line += f"; messages of C++: {kept}"
+        if line:
+            with contextlib.suppress(OSError):
+                sys.stderr.write(f"{line}\n")
+                sys.stderr.flush()
+        os._exit(status)
+
+    def _pass_on(self, number: int, frame) -> None:
+        del frame
+        now = time.monotonic()
+        is_request = number in (signal.SIGINT, signal.SIGTERM)
+        if is_request and self.first is not None and now > self.first + _REBOUND:
+            # The child ends by itself unless its Python is blocked.
+            signal.alarm(_PATIENCE)
+        if is_request and self.first is None:
+            self.first = now
+        self._send(number)
+
+    def _send(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.child, number)
+
+    def _read(self, source: int) -> None:
+        with open(source, encoding="utf-8") as lines:
+            for line in lines:
+                with contextlib.suppress(ValueError):
+                    self.facts.update(json.loads(line))
+
+    def _keep(self, is_crash: bool) -> pathlib.Path | None:
+        """Moves the messages into the run's folder after a crash, or removes them."""
+        with contextlib.suppress(OSError):
+            if not is_crash or not self.log.stat().st_size:
+                self.log.unlink()
+                return None
+            folder = self.facts.get("folder")
+            if folder and pathlib.Path(folder).is_dir():
+                number = self.facts.get("index", 0)
+                place = pathlib.Path(folder) / f"process-{number}.log"
+                shutil.move(self.log, place)
+                return place
+        return self.log
+
+
+def explain(result: int, facts: dict[str, Any], text: str) -> tuple[int, str]:
+    """Returns the exit status and the last line for the end of a child.
+
+    Args:
+      result: its result, as `os.waitpid` returns it.
+      facts: the values that it gave with `tell`.
+      text: its C++ messages.
+    """
+    name = facts.get("name", "this process")
+    if os.WIFEXITED(result):
+        return os.WEXITSTATUS(result), facts.get("last", "")
+    number = os.WTERMSIG(result)
+    if number == signal.SIGABRT and _SERVICE.search(text):
+        if "hosts" not in facts:
+            why = facts.get("joining", "the processes did not meet")
+            return FAILED, f"error: {why}"
+        status = facts.get("status", AGAIN)
+        lost = ", ".join(lost_processes(text, facts["hosts"])) or "another process"
+        return status, f"{name} ends with status {status}: lost {lost}"
+    signs = {signal.SIGINT: 130, signal.SIGTERM: AGAIN, signal.SIGKILL: AGAIN}
+    status = signs.get(number, 128 + number)
+    why = ", perhaps because memory ran out" if number == signal.SIGKILL else ""
+    what = f"{signal.Signals(number).name} ended it{why}"
+    return status, f"{name} ends with status {status}: {what}"
+
+
+def lost_processes(text: str, hosts: list[str]) -> list[str]:
+    """Returns names of the processes that were lost, from jax's messages."""
+    found = _SILENT.search(text)
+    numbers = {int(one) for one in re.findall(r"\d+", found[1])} if found else set()
+    # Older versions write /job:jax_worker/replica:0/task:1.
+    if found and "task:" in found[1]:
+        numbers = {int(one) for one in re.findall(r"task:(\d+)", found[1])}
+    if not numbers and _NO_LEADER.search(text):
+        numbers = {0}
+    return [
+        f"process {one} ({hosts[one]})" for one in sorted(numbers) if one < len(hosts)
+    ]
