@@ -57,7 +57,7 @@ class Collective:
         reduced and scattered, or of the array that a device sends.
       groups: the devices that communicate; () is all of them.
       dtype: type of the largest array.
-      channel: number that the compiler gave it, or None.
+      chain: number that the parts of a collective share, or None if it has no parts.
       times: how often it runs; a loop's collective runs once per iteration.
     """
 
@@ -65,7 +65,7 @@ class Collective:
     nbytes: int
     groups: Groups
     dtype: str
-    channel: int | None = None
+    chain: int | None = None
     times: int = 1
 
 
@@ -157,11 +157,11 @@ def _work_of(name: str, inside: bool, bodies, work) -> Work:
 
 
 def _start(started: dict, found: Collective) -> None:
-    """Adds a collective; its parts on a TPU share a channel, and count once."""
-    if found.channel is None:
+    """Adds a collective; its parts on a TPU are a chain, and count once."""
+    if found.chain is None:
         started.setdefault(None, []).append(found)
     else:
-        started.setdefault((found.kind, found.channel), [found])
+        started.setdefault((found.kind, found.chain), [found])
 
 
 def _called(line: str, operation: str, inside: bool, work) -> Work:
@@ -235,8 +235,8 @@ def _collective(line: str, operation: str, within: str) -> Collective | None:
     nbytes = _moved(kind, array_bytes(result), is_start, _size(groups))
     if kind == "all-reduce" and within.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"  # how a TPU's program has it
-    channel = re.search(r"channel_id=(\d+)", line)
-    number = int(channel[1]) if channel else None
+    chain = re.search(r'chain_id="(\d+)"', line)
+    number = int(chain[1]) if chain else None
     return Collective(kind, nbytes, groups, _largest_type(result), number)
 
 

@@ -1,13 +1,11 @@
 import dataclasses
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
+from apart import compile_apart
 
 from anchor_jax.cache.policies import POLICIES
 from anchor_jax.cli import main, plan, plan_tables
@@ -355,20 +353,6 @@ def test_a_kernel_that_is_too_large_is_not_mistaken_for_a_lack_of_memory():
     assert reason == "a kernel needs 16.14M of vector memory, but has 16.00M"
     used = "RESOURCE_EXHAUSTED: Used 18.0G of 15.7G hbm. Exceeded by 2.3G."
     assert compiling._reason(used) == "does not fit: Used 18.0G of 15.7G hbm"
-
-
-def compile_apart(program):
-    """Returns the end of a program that compiles for a TPU, with its output."""
-    # The TPU's compiler knows other flags than the CPU's.
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    env["PYTHONPATH"] = os.path.dirname(__file__)
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=env,
-    )
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")

@@ -223,12 +223,12 @@ HloModule m
 
 %start (p: bf16[8]) -> bf16[32] {
   %p = bf16[8]{0} parameter(0)
-  ROOT %g.1 = bf16[32]{0} all-gather(%p), channel_id=9, replica_groups=[1,4]<=[4]
+  ROOT %g.1 = bf16[32]{0} all-gather(%p), channel_id=9, replica_groups=[1,4]<=[4], frontend_attributes={chain_id="3"}
 }
 
 %done (p: bf16[8]) -> bf16[32] {
   %p.1 = bf16[8]{0} parameter(0)
-  ROOT %g.2 = bf16[32]{0} all-gather(%p.1), channel_id=9, replica_groups=[1,4]<=[4]
+  ROOT %g.2 = bf16[32]{0} all-gather(%p.1), channel_id=9, replica_groups=[1,4]<=[4], frontend_attributes={chain_id="3"}
 }
 
 %all-reduce-scatter.3 (p: f32[32]) -> f32[8] {
