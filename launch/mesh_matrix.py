@@ -50,8 +50,8 @@ from anchor_jax.wan.vae import VaeCodec, VaeConfig  # noqa: E402
 from anchor_jax.weights.bundle import Bundle  # noqa: E402
 
 MODEL = ModelConfig(
-    dim=128,
-    ffn_dim=256,
+    dim=512,
+    ffn_dim=2048,
     num_heads=8,
     num_layers=2,
     freq_dim=16,
@@ -60,11 +60,12 @@ MODEL = ModelConfig(
     latent_channels=4,
     dtype="float32",
 )
-GRID = LatentGrid(8, 16)
+GRID = LatentGrid(4, 64)
 VAE = VaeConfig(
     base_dim=8,
     z_dim=4,
-    dim_mult=(1, 2, 2, 2),
+    dim_mult=(1, 2),
+    temporal_downsample=(True,),
     num_res_blocks=1,
     latent_mean=(0.0,) * 4,
     latent_std=(1.0,) * 4,
