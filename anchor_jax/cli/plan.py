@@ -177,7 +177,7 @@ def _plan_one(title: str, one, config, networks, options: dict, summaries) -> No
     from anchor_jax.perf.work import Cost
 
     report = train_plan.plan(one, config, networks, _say(title), **options)
-    if not report.fits:
+    if report.lacks_memory:
         smaller = train_plan.find_smaller(one, config, networks)
         report = dataclasses.replace(report, smaller=smaller)
     seconds = report.estimate.step.seconds

@@ -24,6 +24,8 @@ def training_table(title: str, summary: Mapping[str, Any]) -> list[str]:
     those = " (only programs that fit are counted)" if is_refused else ""
     those = those if made else " (working memory by formula)"
     fits = "fits" if summary["fits"] else "does not fit"
+    if is_refused:
+        fits = "a program is refused"
     fits += ", but within the formula's error" if summary["is_close"] else ""
     lines = [
         f"{title}: {chip}, {memory:.0f} GB, {mesh or 'one chip'}",

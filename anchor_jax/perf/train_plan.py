@@ -124,11 +124,17 @@ class TrainingReport:
         return kept + max((m.outputs + m.temporaries + m.code for m in made), default=0)
 
     @property
-    def fits(self) -> bool:
-        """Whether the chip has enough memory."""
+    def lacks_memory(self) -> bool:
+        """Whether the chip has too little memory."""
         refused = (m.reason for m in self.programs.values() if isinstance(m, Refused))
         is_full = any(reason.startswith("does not fit") for reason in refused)
-        return not is_full and self.needed <= self.target.chip.memory
+        return is_full or self.needed > self.target.chip.memory
+
+    @property
+    def fits(self) -> bool:
+        """Whether the chip has enough memory, and no program was refused."""
+        refused = [one for one in self.programs.values() if isinstance(one, Refused)]
+        return not refused and not self.lacks_memory
 
     @property
     def is_close(self) -> bool:
@@ -146,7 +152,7 @@ class TrainingReport:
                 found.append(f"{name}: {made.reason}")
             elif name != aot.ENCODER and not name.endswith("update"):
                 found += [f"{name}: {problem}" for problem in made.problems()]
-        if not self.fits:
+        if self.lacks_memory:
             again = "recompute activations with --remat=nothing_saveable, "
             if self.estimate and self.estimate.setting.remat == "nothing_saveable":
                 again = ""

@@ -199,9 +199,13 @@ def test_a_program_that_does_not_fit_is_reported_with_a_remedy():
 def test_a_kernel_that_is_too_large_asks_for_no_memory():
     refused = compiling.Refused("a kernel takes 17M of vector memory", 0, frozenset())
 
-    (problem,) = report(generator=made(GB), critic=refused).problems()
+    one = report(generator=made(GB), critic=refused)
+    (problem,) = one.problems()
 
     assert problem == "critic: a kernel takes 17M of vector memory"
+    assert not one.fits and not one.lacks_memory
+    shown = "\n".join(plan_tables.training_table("h100", one.summary()))
+    assert "a program is refused" in shown
 
 
 def test_score_matrices_and_a_missing_kernel_are_problems():
