@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -159,9 +160,14 @@ def make_mesh(shape: tuple[int, ...] = (1, -1, 1, 1), found=None) -> Mesh:
             f"mesh {dict(zip(MESH_AXES, shape, strict=True))} needs {needed} devices,"
             f" found {len(found)}; set one axis to -1 to infer its size"
         )
-    return jax.make_mesh(
-        shape, MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=found
-    )
+    kinds = (AxisType.Auto,) * 4
+    try:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=kinds, devices=found)
+    except NotImplementedError:  # An axis has a part of a TPU slice's side.
+        placed = mesh_utils.create_device_mesh(
+            shape, found, allow_split_physical_axes=True
+        )
+        return Mesh(placed, MESH_AXES, axis_types=kinds)
 
 
 def infer(shape: tuple[int, ...], found) -> tuple[int, ...]:

@@ -104,6 +104,18 @@ def test_on_a_tpu_up_to_sixteen_chips_split_the_weights():
     assert sharding.infer((-1, -1, 1, 1), devices) == (4, 16, 1, 1)
 
 
+def test_an_axis_may_have_a_part_of_a_slices_side(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise NotImplementedError("no product of whole sides")
+
+    monkeypatch.setattr(jax, "make_mesh", refuse)
+
+    mesh = sharding.make_mesh((2, -1, 1, 1))
+
+    assert dict(mesh.shape) == MESH | {"data": 2, "fsdp": jax.device_count() // 2}
+    assert set(mesh.devices.flat) == set(jax.devices())
+
+
 MESH = dict(zip(sharding.MESH_AXES, (1, 1, 1, 1), strict=True))
 
 

@@ -263,7 +263,7 @@ def plan(
     """
     target = topology.target
     find = targets.devices_of if compiles else targets.stand_ins
-    mesh = _mesh(config, topology, find(topology))
+    mesh = build.make_mesh(config, find(topology))
     vae = dataclasses.replace(networks.vae, conv=target.conv)
     networks = dataclasses.replace(networks, vae=vae)
     prepared = on_paper(config, networks, mesh)
@@ -289,22 +289,6 @@ def plan(
         estimate(config, prepared, Layout(topology), efficiency),
         topology.label,
     ).with_programs()
-
-
-def _mesh(config: TrainConfig, topology: Topology, devices) -> Mesh:
-    """Returns the mesh of a config.
-
-    Raises:
-      UserError: It does not fit the number of chips, or the shape of a slice.
-    """
-    try:
-        return build.make_mesh(config, devices)
-    except NotImplementedError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"config.mesh={config.mesh}: jax cannot lay it out on {topology.label}:"
-            f" {reason}; choose axes that are products of whole sides"
-        ) from error
 
 
 def _prompts(config: TrainConfig, topology: Topology) -> int:
