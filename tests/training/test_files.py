@@ -119,6 +119,8 @@ def test_a_new_folder_has_nothing_to_read(tmp_path):
 
 def test_a_folder_that_a_process_does_not_share_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "count", lambda: 3)
+    monkeypatch.setattr(processes, "share", lambda name: name)
+    monkeypatch.setattr(processes, "barrier", lambda name: None)
     monkeypatch.setattr(processes, "gather", lambda sees: [sees, True, True])
     files.check_shared(tmp_path)
     monkeypatch.setattr(processes, "gather", lambda sees: [sees, False, True])
@@ -131,6 +133,8 @@ def test_a_folder_that_a_process_does_not_share_is_refused(tmp_path, monkeypatch
 
 def test_a_missing_file_is_awaited_on_a_shared_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "share", lambda name: ".shared-by-first")
+    monkeypatch.setattr(processes, "barrier", lambda name: None)
     monkeypatch.setattr(processes, "is_first", lambda: False)
     monkeypatch.setattr(processes, "gather", lambda sees: [True, sees])
     monkeypatch.setattr(files, "_SEEN_BY", 0.2)
