@@ -4,16 +4,19 @@ All files are checked before anything else is done with the folder.
 """
 
 import json
-import pathlib
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from anchor_jax import io, ownership, places
 from anchor_jax.errors import UserError, shown
-from anchor_jax.io import expand, read_json
+from anchor_jax.io import read_json
 
 CONFIG, INPUTS = "config.json", "inputs.json"
 LOG, SKIPPED = "log.jsonl", "skipped.json"
 METRICS = "metrics/metrics"
+EVERY = 15.0
+"""Seconds between two writes of a log in a bucket."""
 
 _REMEDIES = {
     CONFIG: "restore it, or remove it if the run started with the given config",
@@ -29,15 +32,17 @@ _OF_STEPS = ("_CHECKPOINT_METADATA", METRICS)
 _MOST_NUMBER = 2**63
 
 
-def make_folder(path: str) -> pathlib.Path:
+def make_folder(path: str) -> io.Place:
     """Returns the folder of `config.out`, which is created if missing.
+
+    It may be in object storage.
 
     Raises:
       UserError: It cannot be written to.
     """
-    folder = expand(path)
+    folder = io.place(path)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        places.make_folder(folder)
     except OSError as error:
         raise UserError(
             f"config.out={path!r}: cannot be written to ({error.strerror}); choose"
@@ -46,7 +51,7 @@ def make_folder(path: str) -> pathlib.Path:
     return folder
 
 
-def check(folder: pathlib.Path) -> None:
+def check(folder: io.Place) -> None:
     """Checks that every existing file can be used.
 
     Raises:
@@ -60,7 +65,7 @@ def check(folder: pathlib.Path) -> None:
 
 
 def read_config(
-    folder: pathlib.Path, sections: Iterable[str] = ()
+    folder: io.Place, sections: Iterable[str] = ()
 ) -> dict[str, Any] | None:
     """Returns the config with which a run started, or None if there is no run.
 
@@ -81,7 +86,7 @@ def read_config(
     return found
 
 
-def read_inputs(folder: pathlib.Path) -> dict[str, Any]:
+def read_inputs(folder: io.Place) -> dict[str, Any]:
     """Returns the hashes of the inputs with which a run started.
 
     Raises:
@@ -90,7 +95,7 @@ def read_inputs(folder: pathlib.Path) -> dict[str, Any]:
     return _read(folder / INPUTS, dict) or {}
 
 
-def read_skipped(folder: pathlib.Path) -> list[int]:
+def read_skipped(folder: io.Place) -> list[int]:
     """Returns the numbers of the skipped batches, or sequences.
 
     Raises:
@@ -108,7 +113,7 @@ def read_skipped(folder: pathlib.Path) -> list[int]:
     return found
 
 
-def read_log(folder: pathlib.Path) -> list[dict[str, Any]]:
+def read_log(folder: io.Place) -> list[dict[str, Any]]:
     """Returns the metrics in a run's log, or [] if there is no log.
 
     A last line without a line end is skipped: the process was killed while writing it.
@@ -118,7 +123,8 @@ def read_log(folder: pathlib.Path) -> list[dict[str, Any]]:
     """
     path = folder / LOG
     try:
-        *lines, last = path.read_bytes().split(b"\n")
+        with places.explained(path):
+            *lines, last = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -132,7 +138,53 @@ def read_log(folder: pathlib.Path) -> list[dict[str, Any]]:
         return found
 
 
-def _check_steps(folder: pathlib.Path) -> None:
+class Log:
+    """Appends lines of numbers to a run's log.
+
+    Nothing can be appended to an object of a bucket. There the whole log is written,
+    at most every `EVERY` seconds, and by `flush`.
+    """
+
+    def __init__(self, folder: io.Place):
+        """Opens the log of a run, which may exist."""
+        self.path = folder / LOG
+        self._text = self._written = None
+        self._since = time.monotonic()
+        if places.is_remote(self.path):
+            found = places.exists(self.path)
+            self._text = self.path.read_text(encoding="utf-8") if found else ""
+            self._written = self._text
+
+    def add(self, numbers: Mapping[str, Any]) -> None:
+        """Appends a line.
+
+        Raises:
+          UserError: Another job has taken the folder over, or the disk is full.
+        """
+        line = json.dumps(numbers) + "\n"
+        if self._text is None:
+            ownership.check(self.path)
+            with io.explained(self.path), self.path.open("a", encoding="utf-8") as log:
+                log.write(line)
+            return
+        self._text += line
+        if time.monotonic() - self._since >= EVERY:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what is not written yet.
+
+        Call it before a checkpoint, so that no line of its steps is lost.
+
+        Raises:
+          UserError: As for `add`.
+        """
+        if self._text != self._written:
+            io.write_text(self.path, self._text)
+            self._written, self._since = self._text, time.monotonic()
+
+
+def _check_steps(folder: io.Place) -> None:
     """Raises UserError unless the metadata files of all checkpoints are readable."""
     steps = [x for x in folder.glob("[0-9]*") if x.name.isdecimal()]
     for step in sorted(steps, key=lambda x: int(x.name)):
@@ -149,7 +201,7 @@ def _check_steps(folder: pathlib.Path) -> None:
                 )
 
 
-def _numbers(path: pathlib.Path, number: int, line: bytes) -> dict[str, Any]:
+def _numbers(path: io.Place, number: int, line: bytes) -> dict[str, Any]:
     try:
         found = json.loads(line.decode("utf-8"))
         whole = type(found["step"]) is int
@@ -164,7 +216,7 @@ def _numbers(path: pathlib.Path, number: int, line: bytes) -> dict[str, Any]:
     return found
 
 
-def _read(path: pathlib.Path, kind: type) -> Any:
+def _read(path: io.Place, kind: type) -> Any:
     try:
         return read_json(path, kind, _REMEDIES[path.name])
     except FileNotFoundError:

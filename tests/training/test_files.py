@@ -114,3 +114,11 @@ def test_a_new_folder_has_nothing_to_read(tmp_path):
     assert files.read_config(tmp_path) is None
     assert files.read_inputs(tmp_path) == {}
     assert files.read_skipped(tmp_path) == files.read_log(tmp_path) == []
+
+
+@pytest.mark.parametrize("out", ["s3://bucket/run", "memory://run", "gs:/bucket/run"])
+def test_an_unknown_scheme_makes_no_folder(tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="gs://BUCKET"):
+        files.make_folder(out)
+    assert not list(tmp_path.iterdir())
