@@ -9,12 +9,13 @@ import logging
 import os
 import pathlib
 import stat
+import time
 import warnings
 from collections.abc import Callable
 
 import jax
 
-from anchor_jax import io, processes
+from anchor_jax import compile_writes, io, processes
 from anchor_jax.errors import UserError
 
 CACHE_VARIABLE = "ANCHOR_JAX_CACHE"
@@ -28,6 +29,8 @@ _OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _REACHABLE = stat.S_IXGRP | stat.S_IXOTH
 _OF_JAX = "persistent compilation cache entry"
 _PROGRAM = "*-cache"  # names of jax's files
+_PART = ".*-cache.*.part"  # files that a killed process was writing
+_OLD = 86400.0  # seconds
 
 
 def enable(
@@ -39,7 +42,12 @@ def enable(
     otherwise a folder in the user's cache folder. If the folder cannot be used, one
     line says so, nothing is cached, and the result is None. `ANCHOR_JAX_CACHE=off`
     leaves jax's own settings unchanged. Several processes on CPUs cache nothing, unless
-    `SAME_ORDER` is in `XLA_FLAGS`.
+    `SAME_ORDER` is in `XLA_FLAGS`. Each process of a job writes what it compiled, so
+    that all of them find their programs at the next start, in one shared folder or in a
+    folder of each host.
+
+    A folder in a bucket, which only jax's own setting can name, is not checked: whoever
+    can write to the bucket can run code in this process.
 
     Args:
       tell: called with each warning. Default: it goes to the log.
@@ -50,6 +58,7 @@ def enable(
     if _may_deadlock():
         jax.config.update("jax_enable_compilation_cache", False)
         return None
+    compile_writes.install()
     of_jax = jax.config.jax_compilation_cache_dir
     if of_jax and "://" in of_jax:  # on another machine
         return pathlib.Path(of_jax)
@@ -164,7 +173,11 @@ def _check_parent(folder: pathlib.Path, status: os.stat_result, trusted) -> None
 
 
 def _remove_empty(folder: pathlib.Path) -> None:
-    """Removes empty program files, which a killed process may have left."""
+    """Removes empty and old incomplete files, which a killed process may have left."""
+    for path in folder.glob(_PART):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.lstat().st_mtime > _OLD:
+                path.unlink()
     for path in folder.glob(_PROGRAM):
         with contextlib.suppress(FileNotFoundError):
             found = path.lstat()

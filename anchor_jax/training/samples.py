@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import pathlib
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from PIL import Image
 
-from anchor_jax import flow, media, processes, prompts
+from anchor_jax import flow, io, media, processes, prompts
 from anchor_jax.cache.catalog import TEACHER
 from anchor_jax.cache.policies import Policy
 from anchor_jax.errors import UserError, suggest
@@ -61,7 +60,7 @@ class Sampler:
       show: called with the contact sheet, uint8 [height, width, 3], and the step.
     """
 
-    folder: pathlib.Path
+    folder: io.Place
     videos: Sequence[Video]
     bundle: Bundle
     frozen: Mapping[str, Any]
@@ -86,14 +85,17 @@ class Sampler:
                 self._play(bundle, video, self.seed + number)
                 for number, video in enumerate(self.videos)
             ]
-        stem = self.folder / f"step-{step:06d}"
+        name = f"step-{step:06d}"
         rate = bundle.model.family.frames_per_second
         labels = [" | ".join(video.script.prompts) for video in self.videos]
-        with media.VideoWriter(stem.with_suffix(".mp4"), rate) as video:
-            video.append(side_by_side(made))
-            media.contact_sheet(made, labels, stem.with_suffix(".png"))
-        with Image.open(stem.with_suffix(".png")) as sheet:
-            self.show(np.asarray(sheet.convert("RGB")), step)
+        with io.filling(self.folder) as folder:
+            movie, sheet = (folder / f"{name}{end}" for end in (".mp4", ".png"))
+            with media.VideoWriter(movie, rate) as video:
+                video.append(side_by_side(made))
+                media.contact_sheet(made, labels, sheet)
+            with Image.open(sheet) as image:
+                shown = np.asarray(image.convert("RGB"))
+        self.show(shown, step)
 
     def _with(self, trained: Mapping[str, Any]) -> Bundle:
         """Returns the bundle with the weights of a state."""
@@ -130,7 +132,7 @@ def side_by_side(videos: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def make_sampler(
-    config: TrainConfig, prepared: Prepared, folder: pathlib.Path
+    config: TrainConfig, prepared: Prepared, folder: io.Place
 ) -> Sampler | None:
     """Returns the maker of a training's sample videos, or None if there are none.
 

@@ -140,3 +140,11 @@ def test_a_missing_file_is_awaited_on_a_shared_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_SEEN_BY", 0.2)
     with pytest.raises(UserError, match="process 1 cannot see"):
         files.check_shared(tmp_path)
+
+
+@pytest.mark.parametrize("out", ["s3://bucket/run", "memory://run", "gs:/bucket/run"])
+def test_an_unknown_scheme_makes_no_folder(tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="gs://BUCKET"):
+        files.make_folder(out)
+    assert not list(tmp_path.iterdir())
