@@ -109,10 +109,7 @@ class TrainingRun:
 
     def _shown(self) -> str:
         if self.sampler is None:
-            return (
-                "none (sample_every is 0, there are no prompts, or there are several"
-                " processes)"
-            )
+            return "none (sample_every is 0, or there are no prompts)"
         texts = [" | ".join(one.script.prompts) for one in self.sampler.videos]
         often = f"every {self.config.sample_every} steps and at the end"
         return f"{often}, {'; '.join(texts)}"
