@@ -2,6 +2,8 @@
 
 import os
 import sys
+import threading
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -97,6 +99,7 @@ def join(command: str) -> None:
         supervisor.release()
         return
     supervisor.tell(name=processes.name(), hosts=processes.hosts())
+    threading.excepthook = _report_thread
     interrupts.on_request.append(
         lambda number: supervisor.tell(status=interrupts.status())
     )
@@ -109,6 +112,19 @@ def join(command: str) -> None:
     else:
         interrupts.be_quiet()
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def _report_thread(failed) -> None:
+    """Prints the error of a thread, such as one that saves a checkpoint.
+
+    An error that the loss of another process causes goes to the messages of C++: the
+    last line says what happened.
+    """
+    if failed.exc_value is None or not processes.blames_peer(failed.exc_value):
+        threading.__excepthook__(failed)
+        return
+    lines = traceback.format_exception(failed.exc_value)
+    os.write(2, "".join(lines).encode(errors="replace"))
 
 
 def _given() -> dict[str, Any]:

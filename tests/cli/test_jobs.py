@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import bundles
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from anchor_jax import compile_cache, supervisor
+from anchor_jax import compile_cache, processes, supervisor
 from anchor_jax.cli import jobs
 from anchor_jax.cli.main import main
 from anchor_jax.weights import checkpoint
@@ -62,6 +63,29 @@ def test_a_flag_alone_is_refused(capsys):
     assert main(["train", "--config=train_teacher", "--process_id=1"]) == 2
 
     assert "--process_id=1 alone does not describe a job" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "on_terminal"),
+    [(ValueError("UNAVAILABLE: Task 1 heartbeat timeout"), False), (KeyError(1), True)],
+)
+def test_threads_that_a_lost_process_stops_print_no_stack(
+    monkeypatch, capfd, error, on_terminal
+):
+    monkeypatch.setattr(processes, "_job", object())
+    monkeypatch.setattr(threading, "excepthook", jobs._report_thread)
+    shown = []
+    monkeypatch.setattr(threading, "__excepthook__", shown.append)
+
+    def fail():
+        raise error
+
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join()
+
+    assert bool(shown) is on_terminal
+    assert ("heartbeat timeout" in capfd.readouterr().err) is not on_terminal
 
 
 @pytest.fixture(scope="module")
