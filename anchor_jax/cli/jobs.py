@@ -1,5 +1,7 @@
 """Commands that run as several processes of one job: their flags, and how they join."""
 
+import contextlib
+import logging
 import os
 import sys
 import threading
@@ -14,6 +16,7 @@ from anchor_jax.errors import some
 COMMANDS = ("train", "sample", "trajectories", "score")
 """Commands that define these flags."""
 
+_ORBAX_LOG = "absl"  # the logger of Orbax and jax
 _OWN = ("process_id", "process", "processes")
 
 
@@ -100,6 +103,7 @@ def join(command: str) -> None:
         return
     supervisor.tell(name=processes.name(), hosts=processes.hosts())
     threading.excepthook = _report_thread
+    logging.getLogger(_ORBAX_LOG).addFilter(_is_shown)
     interrupts.on_request.append(
         lambda number: supervisor.tell(status=interrupts.status())
     )
@@ -123,8 +127,23 @@ def _report_thread(failed) -> None:
     if failed.exc_value is None or not processes.blames_peer(failed.exc_value):
         threading.__excepthook__(failed)
         return
-    lines = traceback.format_exception(failed.exc_value)
-    os.write(2, "".join(lines).encode(errors="replace"))
+    _write_to_file(failed.exc_value)
+
+
+def _is_shown(record: logging.LogRecord) -> bool:
+    """Returns whether a library's log record goes to the terminal; see above."""
+    error = record.exc_info[1] if record.exc_info else None
+    if error is None or not processes.blames_peer(error):
+        return True
+    _write_to_file(error)
+    return False
+
+
+def _write_to_file(error: BaseException) -> None:
+    """Writes a stack beside the messages of C++."""
+    lines = traceback.format_exception(error)
+    with contextlib.suppress(OSError):
+        os.write(2, "".join(lines).encode(errors="replace"))
 
 
 def _given() -> dict[str, Any]:

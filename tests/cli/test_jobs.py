@@ -1,6 +1,7 @@
 """Commands as several processes of one job, started by their own flags or by Slurm."""
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -86,6 +87,23 @@ def test_threads_that_a_lost_process_stops_print_no_stack(
 
     assert bool(shown) is on_terminal
     assert ("heartbeat timeout" in capfd.readouterr().err) is not on_terminal
+
+
+def test_logs_of_a_lost_process_go_to_the_file(monkeypatch, capfd):
+    monkeypatch.setattr(processes, "_job", object())
+    log = logging.getLogger("a library")
+    log.addFilter(jobs._is_shown)
+
+    for text in ("waiting for async_write_complete barrier", "another fault"):
+        try:
+            raise TimeoutError(text)
+        except TimeoutError:
+            log.error("cannot save", exc_info=True)
+
+    shown = capfd.readouterr().err
+    assert shown.count("cannot save") <= 1
+    assert "complete barrier" in shown  # Descriptor 2 is the file in a job.
+    assert shown.index("complete barrier") < shown.rindex("another fault")
 
 
 @pytest.fixture(scope="module")
