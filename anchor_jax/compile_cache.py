@@ -19,8 +19,6 @@ from anchor_jax import compile_writes, io, processes
 from anchor_jax.errors import UserError
 
 CACHE_VARIABLE = "ANCHOR_JAX_CACHE"
-SAME_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-"""Flag with which cached programs for CPUs order their operations like new ones."""
 _LOG = logging.getLogger(__name__)
 
 _OFF = ("off", "0", "no", "none")
@@ -41,10 +39,10 @@ def enable(
     The folder is jax's own setting if there is one, otherwise `ANCHOR_JAX_CACHE`,
     otherwise a folder in the user's cache folder. If the folder cannot be used, one
     line says so, nothing is cached, and the result is None. `ANCHOR_JAX_CACHE=off`
-    leaves jax's own settings unchanged. Several processes on CPUs cache nothing, unless
-    `SAME_ORDER` is in `XLA_FLAGS`. Each process of a job writes what it compiled, so
-    that all of them find their programs at the next start, in one shared folder or in a
-    folder of each host.
+    leaves jax's own settings unchanged. Each process of a job writes what it compiled,
+    so that all of them find their programs at the next start, in one shared folder or
+    in a folder of each host. Several processes on CPUs cache nothing unless
+    JAX_PLATFORMS is cpu, or `processes.SAME_ORDER` is in XLA_FLAGS.
 
     A folder in a bucket, which only jax's own setting can name, is not checked: whoever
     can write to the bucket can run code in this process.
@@ -83,10 +81,13 @@ def enable(
 def _may_deadlock() -> bool:
     """Returns whether processes would wait for each other with cached programs.
 
-    On CPUs jax finds only the programs of process 0. Such a program may run its
-    collective operations in an order that differs from those that others compile.
+    On CPUs a cached program may run its collective operations in another order than one
+    that a process without a cached copy compiles.
     """
-    if processes.count() == 1 or SAME_ORDER in os.environ.get("XLA_FLAGS", ""):
+    # A program of the user's own may still have to call jax.distributed.initialize.
+    if not jax.distributed.is_initialized() or processes.count() == 1:
+        return False
+    if processes.SAME_ORDER in os.environ.get("XLA_FLAGS", ""):
         return False
     return jax.default_backend() == "cpu"
 

@@ -12,7 +12,7 @@ import warnings
 import jax
 import pytest
 
-from anchor_jax import compile_cache, compile_writes
+from anchor_jax import compile_cache, compile_writes, processes
 from anchor_jax.cli.output import to_stderr
 from anchor_jax.compile_cache import CACHE_VARIABLE
 from anchor_jax.errors import UserError
@@ -302,6 +302,7 @@ def test_several_processes_on_cpus_cache_nothing_that_could_block_them(
     monkeypatch, tmp_path
 ):
     monkeypatch.setenv("ANCHOR_JAX_CACHE", str(tmp_path))
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(compile_cache.processes, "count", lambda: 2)
     updated = {}
     monkeypatch.setattr(
@@ -311,5 +312,5 @@ def test_several_processes_on_cpus_cache_nothing_that_could_block_them(
     monkeypatch.setenv("XLA_FLAGS", "")
     assert compile_cache.enable() is None
     assert updated == {"jax_enable_compilation_cache": False}
-    monkeypatch.setenv("XLA_FLAGS", f"--xla_a=1 {compile_cache.SAME_ORDER}")
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_a=1 {processes.SAME_ORDER}")
     assert compile_cache.enable() is not None

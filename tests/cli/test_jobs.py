@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -15,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from anchor_jax import compile_cache, processes, supervisor
+from anchor_jax import processes, supervisor
 from anchor_jax.cli import jobs
 from anchor_jax.cli.main import main
 from anchor_jax.weights import checkpoint
@@ -123,7 +124,8 @@ def command(weights, out, *more):
 
 
 def start(line, **variables):
-    cache = jax.config.jax_compilation_cache_dir
+    # Another test may have changed the setting of this process.
+    cache = jax.config.jax_compilation_cache_dir or tempfile.gettempdir() + "/jobs"
     return subprocess.Popen(
         [sys.executable, "-m", "anchor_jax", *line],
         stdout=subprocess.PIPE,
@@ -133,7 +135,6 @@ def start(line, **variables):
             **os.environ,
             "ANCHOR_JAX_CACHE": cache,
             "JAX_NUM_CPU_DEVICES": "1",
-            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {compile_cache.SAME_ORDER}",
             **variables,
         },
     )
