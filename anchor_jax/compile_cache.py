@@ -14,10 +14,12 @@ from collections.abc import Callable
 
 import jax
 
-from anchor_jax import io
+from anchor_jax import io, processes
 from anchor_jax.errors import UserError
 
 CACHE_VARIABLE = "ANCHOR_JAX_CACHE"
+SAME_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+"""Flag with which cached programs for CPUs order their operations like new ones."""
 _LOG = logging.getLogger(__name__)
 
 _OFF = ("off", "0", "no", "none")
@@ -36,13 +38,17 @@ def enable(
     The folder is jax's own setting if there is one, otherwise `ANCHOR_JAX_CACHE`,
     otherwise a folder in the user's cache folder. If the folder cannot be used, one
     line says so, nothing is cached, and the result is None. `ANCHOR_JAX_CACHE=off`
-    leaves jax's own settings unchanged.
+    leaves jax's own settings unchanged. Several processes on CPUs cache nothing, unless
+    `SAME_ORDER` is in `XLA_FLAGS`.
 
     Args:
       tell: called with each warning. Default: it goes to the log.
     """
     given = os.environ.get(CACHE_VARIABLE, "")
     if given.lower() in _OFF:
+        return None
+    if _may_deadlock():
+        jax.config.update("jax_enable_compilation_cache", False)
         return None
     of_jax = jax.config.jax_compilation_cache_dir
     if of_jax and "://" in of_jax:  # on another machine
@@ -63,6 +69,17 @@ def enable(
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     return folder
+
+
+def _may_deadlock() -> bool:
+    """Returns whether processes would wait for each other with cached programs.
+
+    On CPUs jax finds the programs of process 0 only. Its cached program may run its
+    collective operations in another order than the one that others compile.
+    """
+    if processes.count() == 1 or SAME_ORDER in os.environ.get("XLA_FLAGS", ""):
+        return False
+    return jax.default_backend() == "cpu"
 
 
 def check(folder: pathlib.Path) -> None:

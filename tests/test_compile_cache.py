@@ -228,3 +228,20 @@ def test_a_user_without_name_and_home(tmp_path):
     assert (done.returncode, done.stdout) == (0, "None\n"), done.stderr
     assert "home folder of this user is unknown" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_several_processes_on_cpus_cache_nothing_that_could_block_them(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setenv("ANCHOR_JAX_CACHE", str(tmp_path))
+    monkeypatch.setattr(compile_cache.processes, "count", lambda: 2)
+    updated = {}
+    monkeypatch.setattr(
+        jax.config, "update", lambda name, value: updated.update({name: value})
+    )
+
+    monkeypatch.setenv("XLA_FLAGS", "")
+    assert compile_cache.enable() is None
+    assert updated == {"jax_enable_compilation_cache": False}
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_a=1 {compile_cache.SAME_ORDER}")
+    assert compile_cache.enable() is not None

@@ -12,7 +12,7 @@ from anchor_jax.errors import some
 COMMANDS = ("train", "sample", "trajectories", "score")
 """Commands that define these flags."""
 
-_OWN = ("process_id", "process", "processes", *(f"{one}help" for one in ("", "?")))
+_OWN = ("process_id", "process", "processes")
 
 
 def define_flags() -> None:

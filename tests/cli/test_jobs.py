@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from anchor_jax import supervisor
+from anchor_jax import compile_cache, supervisor
 from anchor_jax.cli import jobs
 from anchor_jax.cli.main import main
 from anchor_jax.weights import checkpoint
@@ -92,6 +92,7 @@ def start(line, **variables):
             **os.environ,
             "ANCHOR_JAX_CACHE": cache,
             "JAX_NUM_CPU_DEVICES": "1",
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {compile_cache.SAME_ORDER}",
             **variables,
         },
     )
