@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import jax
 
-from anchor_jax import io, processes
+from anchor_jax import io
 from anchor_jax.errors import UserError
 
 CACHE_VARIABLE = "ANCHOR_JAX_CACHE"
@@ -77,7 +77,7 @@ def _may_deadlock() -> bool:
     On CPUs jax finds the programs of process 0 only. Its cached program may run its
     collective operations in another order than the one that others compile.
     """
-    if processes.count() == 1 or SAME_ORDER in os.environ.get("XLA_FLAGS", ""):
+    if jax.process_count() == 1 or SAME_ORDER in os.environ.get("XLA_FLAGS", ""):
         return False
     return jax.default_backend() == "cpu"
 

@@ -20,7 +20,7 @@ LEVELS = [
     },
     {
         *("interrupts", "ownership", "filetypes", "compile_cache", "compile_times"),
-        *("peers", "processes", "supervisor", "watchdog"),
+        *("peers", "processes", "shares", "supervisor", "watchdog"),
     },
     {
         *("cache", "wan", "flow", "media", "prompts"),

@@ -1,6 +1,7 @@
 """What one process needs no others for; several are in tests/cli/test_jobs.py."""
 
 import socket
+import types
 
 import pytest
 
@@ -85,7 +86,7 @@ def test_flags_that_change_no_program_may_differ(monkeypatch):
     ],
 )
 def test_errors_that_another_processs_end_may_cause(monkeypatch, error, expected):
-    monkeypatch.setattr(processes, "_job", object())
+    monkeypatch.setattr(processes, "_job", types.SimpleNamespace(peers=object()))
 
     assert processes.blames_peer(error) is expected
 

@@ -5,6 +5,7 @@ A function that takes `tell` calls it with each line for the user.
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -14,10 +15,11 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from anchor_jax import interrupts, io, media, trees
+from anchor_jax import interrupts, io, media, processes, trees
 from anchor_jax.compile_times import CompileTimes
-from anchor_jax.sampling import resolve
+from anchor_jax.sampling import batch, resolve
 from anchor_jax.sampling.config import negative_prompt, read_config
+from anchor_jax.sampling.manifest import NAME
 from anchor_jax.sampling.tasks import (
     VideoTask,
     VideoTasks,
@@ -74,12 +76,17 @@ def sample(
             tell(f"warning: {warning}")
         check_lengths(tasks, todo)
         if todo:
-            with own_folder(folder, tell):
+            with own_folder(folder, tell) as lease:
                 # Another process may have made some videos in the meantime.
                 todo, skipped = choose(tasks, overwrite)
                 kept = f"; compiled programs are cached in {cache}" if cache else ""
                 tell(f"preparing the model{kept}")
-                run(tasks, todo, overwrite, CompileTimes(cache), tell)
+                work = functools.partial(
+                    run, overwrite=overwrite, times=CompileTimes(cache), tell=tell
+                )
+                batch.work_on(tasks, todo, lease, work, tell)
+        else:
+            batch.keep_manifest(tasks, tell)
     return _written(tasks, todo, skipped)
 
 
@@ -89,8 +96,12 @@ def run(
     overwrite: bool,
     times: CompileTimes,
     tell: Tell,
+    after: Callable[[], None] = lambda: None,
 ) -> None:
-    """Makes the videos with these numbers, one after another."""
+    """Makes the videos with these numbers, one after another.
+
+    `after` is called after each of them.
+    """
     warm, encoded, bundle, negative = set(), frozenset(), tasks.bundle, tasks.negative
     config = dataclasses.asdict(tasks.config)
     for place, number in enumerate(todo):
@@ -110,12 +121,13 @@ def run(
             with times.reported(*_programs(task, session), tell):
                 session.warm_up(task.script)
         warm.add(needed)
-        about = {"request": task.request, "config": config}
+        about = {"request": task.request, "config": config} | batch.made_by()
         blocks = session.play(task.script)
         write_video(task, session, blocks, about, overwrite, tasks.config.enlarge)
         for line in describe_switches(session.segments):
             tell(f"{task.stem.name}: {line}")
         del session
+        after()
 
 
 def _programs(task: VideoTask, session: Session) -> tuple[str, Any]:
@@ -252,8 +264,12 @@ def _stream(task: VideoTask, blocks, video) -> tuple[list[np.ndarray], list[str]
 
 
 def progress(name: str, frames: int) -> tqdm:
-    """Returns the progress bar of a video of `frames` pixel frames."""
-    return tqdm(total=frames, unit="frame", disable=None, desc=name)
+    """Returns the progress bar of a video of `frames` pixel frames.
+
+    Only one process of a job shows its own.
+    """
+    hidden = None if processes.is_printing() else True
+    return tqdm(total=frames, unit="frame", disable=hidden, desc=name)
 
 
 def describe_switches(switches) -> list[str]:
@@ -294,4 +310,6 @@ def _written(
         lines.append(f"Wrote {len(todo)} videos, contact sheets and recipes.")
     else:
         lines.append(f"Nothing to do in {tasks.folder}.")
+    if todo and batch.has_manifest(tasks):
+        lines.append(f"Manifest: {tasks.folder / NAME}")
     return lines
