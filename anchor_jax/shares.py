@@ -40,7 +40,9 @@ class Share:
 
     def __init__(self, lease: ownership.Lease):
         """Initializes; the lease is this process's place in the job's folder."""
-        self.index, self.count = processes.index(), processes.count()
+        self.index, self.count = 0, 1
+        if processes.is_joined():
+            self.index, self.count = processes.index(), processes.count()
         self._lease, self._others = lease, lease.others
 
     def of(self, numbers: Sequence[int]) -> list[int]:
