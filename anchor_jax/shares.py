@@ -60,7 +60,7 @@ class Share:
         self._lease.release()
         while living := self._others.living():
             tick(len(living))
-            # All read the file of each, so many processes look less often.
+            # Each reads the files of all others.
             _pause(max(_POLL, len(living) / 16))
 
     def is_last(self) -> bool:
@@ -114,7 +114,7 @@ def _passing_requests(file: pathlib.Path) -> Iterator[None]:
                 return
 
     interrupts.on_request.append(pass_on)
-    if interrupts.stop_requested():  # Perhaps the others were not told before.
+    if interrupts.stop_requested():  # Perhaps it was not passed on before.
         is_again = interrupts.status() == interrupts.AGAIN
         pass_on(signal.SIGTERM if is_again else signal.SIGINT)
     threading.Thread(target=watch, name="requests", daemon=True).start()

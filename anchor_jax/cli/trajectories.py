@@ -77,7 +77,7 @@ def main(argv) -> None:
 
 
 def _check_count() -> None:
-    """Raises UserError if the work is shared by another number than the job's."""
+    """Raises UserError unless the job's processes share the work."""
     given, found = FLAGS.processes, processes.count()
     if processes.is_joined() and given not in (None, found):
         raise UserError(

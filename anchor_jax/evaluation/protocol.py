@@ -39,7 +39,7 @@ class Division:
     use the division generates everything in every process.
 
     Attributes:
-      is_used: whether the trial has asked for its batches.
+      is_used: whether the trial uses the division.
     """
 
     def __init__(

@@ -2,8 +2,8 @@
 
     {"number": 0, "state": "finished", "prompts": ["..."], "seed": 0, ...}
 
-It is made from the prompts and from the recipes beside the videos. So it is right
-whatever process made a video, and whoever was lost meanwhile.
+It is made from the prompts and from the recipes beside the videos. So processes that
+write it at the same time, or are lost, cannot make it wrong.
 """
 
 import hashlib
