@@ -56,9 +56,9 @@ class Batch:
         return self.folder / "prompts.jsonl"
 
     def write_prompts(self) -> None:
-        """Writes the file of the prompts, each of a second, with its own seed."""
+        """Writes the file of the prompts, each of 6 seconds, with its own seed."""
         lines = [
-            {"prompt": "a red ring moves up on gray", "durations": [1], "seed": number}
+            {"prompt": "a red ring moves up on gray", "durations": [6], "seed": number}
             for number in range(self.count)
         ]
         self.prompts.write_text("".join(f"{json.dumps(one)}\n" for one in lines))
@@ -117,15 +117,14 @@ def disturb(
         and time.monotonic() < began + STUCK
     ):
         time.sleep(0.05)
-    killed = [n for n in range(len(running)) if random.random() < CHANCE]
-    moments = sorted((random.uniform(0, seconds), number) for number in killed)
-    began = time.monotonic()
+    chosen = [n for n in range(len(running)) if random.random() < CHANCE]
+    moments = sorted((random.uniform(0, seconds), number) for number in chosen)
+    began, killed = time.monotonic(), []
     for moment, number in moments:
         time.sleep(max(0, began + moment - time.monotonic()))
-        try:
+        if running[number].poll() is None:
             os.kill(random.choice(family(running[number].pid)), signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+            killed.append(number)
     return killed
 
 
@@ -202,7 +201,7 @@ def main() -> int:
     parser.add_argument("--videos", type=int, default=30)
     parser.add_argument("--processes", type=int, default=3)
     parser.add_argument("--starts", type=int, default=6, help="with kills")
-    parser.add_argument("--seconds", type=float, default=5, help="of the kills")
+    parser.add_argument("--seconds", type=float, default=3, help="of the kills")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=pathlib.Path, help="kept; default: temporary")
     given = parser.parse_args()
