@@ -4,7 +4,7 @@
 
 Every process is started by the command's own flags, on one simulated CPU device. In
 each of the first --starts starts, each process is killed (SIGKILL, of it or of its
-child) with a chance of 2 in 3, at a random moment after the job has begun; the number
+child) with a chance of 2 in 3, at a random moment after the job has started; the number
 of processes varies. Then the same command is started once more, undisturbed. Checks:
 
 * Each video is made once: the files of a finished video never change again.
@@ -56,9 +56,9 @@ class Batch:
         return self.folder / "prompts.jsonl"
 
     def write_prompts(self) -> None:
-        """Writes the file of the prompts, each of 6 seconds, with its own seed."""
+        """Writes the file of the prompts, each of 10 seconds, with its own seed."""
         lines = [
-            {"prompt": "a red ring moves up on gray", "durations": [6], "seed": number}
+            {"prompt": "a red ring moves up on gray", "durations": [10], "seed": number}
             for number in range(self.count)
         ]
         self.prompts.write_text("".join(f"{json.dumps(one)}\n" for one in lines))
@@ -201,7 +201,7 @@ def main() -> int:
     parser.add_argument("--videos", type=int, default=30)
     parser.add_argument("--processes", type=int, default=3)
     parser.add_argument("--starts", type=int, default=6, help="with kills")
-    parser.add_argument("--seconds", type=float, default=3, help="of the kills")
+    parser.add_argument("--seconds", type=float, default=2, help="of the kills")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=pathlib.Path, help="kept; default: temporary")
     given = parser.parse_args()

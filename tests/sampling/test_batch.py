@@ -153,7 +153,7 @@ def test_a_failure_leaves_a_list_of_what_exists(tasks):
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"request": {}}', "[1]"])
-def test_a_torn_or_foreign_recipe_is_no_finished_video(tasks, content):
+def test_a_video_with_a_torn_or_foreign_recipe_is_missing(tasks, content):
     make(tasks, 2)
     tasks[2].file(".json").write_text(content)
 
