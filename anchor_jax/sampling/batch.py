@@ -20,7 +20,7 @@ def work_on(
     tasks: VideoTasks,
     todo: Sequence[int],
     lease: ownership.Lease,
-    work: Callable[..., None],
+    work: Callable[[Sequence[int], Callable[[], None]], None],
     tell: Tell,
 ) -> None:
     """Makes this process's share of the videos, and waits for the other processes.
@@ -29,8 +29,8 @@ def work_on(
       tasks: the videos.
       todo: numbers of those to make, the same in all processes.
       lease: this process's place in the folder.
-      work: called with the tasks, this process's numbers, and `after`, a function that
-        it calls after each video.
+      work: called with this process's numbers, and with a function that it calls after
+        each video.
       tell: called with lines for the user.
 
     Raises:
@@ -39,7 +39,7 @@ def work_on(
     """
     with shares.working(lease) as share, _manifest(tasks, todo):
         progress = _Progress(tasks, todo, tell)
-        work(tasks, share.of(todo), after=progress.show)
+        work(share.of(todo), progress.show)
         share.await_others(progress.wait)
         absent = missing(tasks, todo) if share.count > 1 else []
         if absent:

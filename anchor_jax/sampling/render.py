@@ -5,7 +5,6 @@ A function that takes `tell` calls it with each line for the user.
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -81,10 +80,12 @@ def sample(
                 todo, skipped = choose(tasks, overwrite)
                 kept = f"; compiled programs are cached in {cache}" if cache else ""
                 tell(f"preparing the model{kept}")
-                work = functools.partial(
-                    run, overwrite=overwrite, times=CompileTimes(cache), tell=tell
+                times = CompileTimes(cache)
+                batch.work_on(
+                    *(tasks, todo, lease),
+                    lambda mine, after: run(tasks, mine, overwrite, times, tell, after),
+                    tell,
                 )
-                batch.work_on(tasks, todo, lease, work, tell)
         else:
             batch.keep_manifest(tasks, tell)
     return _written(tasks, todo, skipped)

@@ -56,10 +56,13 @@ def make(tasks, number):
     task.file(".png").write_text("sheet")
 
 
-def work(tasks, numbers, after):
-    for number in numbers:
-        make(tasks, number)
-        after()
+def making(tasks):
+    def work(numbers, after):
+        for number in numbers:
+            make(tasks, number)
+            after()
+
+    return work
 
 
 def lines(tasks):
@@ -67,10 +70,11 @@ def lines(tasks):
     return [json.loads(line) for line in text.splitlines()]
 
 
-def start(tasks, index, count, todo, work=work):
+def start(tasks, index, count, todo, work=None):
     """Does what a process of a job does."""
     own = (str(index),) if count > 1 else ("",)
     with ownership.own(tasks.folder, "job", own) as lease:
+        work = work or making(tasks)
         batch.work_on(tasks, todo, lease, work, lambda line: None)
 
 
@@ -135,14 +139,14 @@ def test_the_first_process_waits_for_the_others_and_lists_theirs(tasks, as_proce
     with ownership.own(tasks.folder, "job", ("0",)) as lease:
         timer = threading.Timer(0.3, theirs)
         timer.start()
-        batch.work_on(tasks, range(5), lease, work, told.append)
+        batch.work_on(tasks, range(5), lease, making(tasks), told.append)
 
     assert {one["state"] for one in lines(tasks)} == {"finished"}
     assert told[0] == "1 of 5 videos are finished"
 
 
 def test_a_failure_leaves_a_list_of_what_exists(tasks):
-    def fail(tasks, numbers, after):
+    def fail(numbers, after):
         make(tasks, numbers[0])
         raise RuntimeError("no device")
 
