@@ -74,8 +74,8 @@ def enable(
 def _may_deadlock() -> bool:
     """Returns whether processes would wait for each other with cached programs.
 
-    On CPUs jax finds the programs of process 0 only. Its cached program may run its
-    collective operations in another order than the one that others compile.
+    On CPUs jax finds only the programs of process 0. Such a program may run its
+    collective operations in an order that differs from those that others compile.
     """
     if jax.process_count() == 1 or SAME_ORDER in os.environ.get("XLA_FLAGS", ""):
         return False

@@ -68,9 +68,9 @@ class _Job:
 
     Attributes:
       place: the place of this process.
-      client: client of jax's coordinator; None after `part`.
+      client: client of jax's coordinator.
       service: the coordinator, if this process has it and jax does not know of it.
-      peers: the other processes; None after `part`.
+      peers: the other processes.
       hosts: host names by process.
       key: random text of the first process, which is new at every start of the job.
       turns: numbers of the exchanges.
@@ -79,13 +79,14 @@ class _Job:
     place: clusters.Place
     client: Any
     service: Any
-    peers: Peers | None
+    peers: Peers
     hosts: list[str] = dataclasses.field(default_factory=list)
     key: str = ""
     turns: Iterator[int] = dataclasses.field(default_factory=itertools.count)
 
 
 _job: _Job | None = None
+_has_parted = False
 
 
 def count() -> int:
@@ -198,15 +199,16 @@ def part(seconds: float = PATIENCE) -> None:
     Raises:
       Missing: A process did not call it in time.
     """
-    if _job is None or _job.client is None:
+    global _has_parted
+    if not _is_connected():
         return
     barrier("the others are not ready", seconds)
     interrupts.at_end.remove(_write_end)
     _job.peers.stop()
+    _has_parted = True
     _job.client.shutdown()
     if _job.service is not None:
         _job.service.shutdown()
-    _job.client = _job.service = _job.peers = None
 
 
 def _connect(
@@ -494,7 +496,7 @@ def close(status: int, reason: str = "") -> int:
 
 
 def _is_connected() -> bool:
-    return _job is not None and _job.peers is not None
+    return _job is not None and not _has_parted
 
 
 def is_joined() -> bool:

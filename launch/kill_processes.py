@@ -415,6 +415,7 @@ def main() -> int:
     parser.add_argument("--folder", type=pathlib.Path, help="kept; default: temporary")
     given = parser.parse_args()
     folder = (given.folder or pathlib.Path(tempfile.mkdtemp())).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
     random.seed(given.seed)
     report = {}
     for part in given.parts:

@@ -4,7 +4,6 @@ import signal
 import socket
 import subprocess
 import sys
-import types
 
 import pytest
 
@@ -89,7 +88,7 @@ def test_flags_that_change_no_program_may_differ(monkeypatch):
     ],
 )
 def test_errors_that_another_processs_end_may_cause(monkeypatch, error, expected):
-    monkeypatch.setattr(processes, "_job", types.SimpleNamespace(peers=object()))
+    monkeypatch.setattr(processes, "_job", object())
 
     assert processes.blames_peer(error) is expected
 
