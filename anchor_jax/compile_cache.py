@@ -85,7 +85,7 @@ def _may_deadlock() -> bool:
     that a process without a cached copy compiles.
     """
     # A program of the user's own may still have to call jax.distributed.initialize.
-    if not jax.distributed.is_initialized() or processes.count() == 1:
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
         return False
     if processes.SAME_ORDER in os.environ.get("XLA_FLAGS", ""):
         return False

@@ -78,6 +78,37 @@ class Lease:
         """Raises UserError if another job has taken the folder over."""
         self._hold.check()
 
+    @property
+    def folder(self) -> pathlib.Path:
+        """The folder."""
+        return self._hold.claim.folder
+
+    @property
+    def others(self) -> "Others":
+        """The other processes of the job that own the folder now or later."""
+        return Others(self._hold.claim, self._hold.id)
+
+
+class Others:
+    """The other processes of a job that own a folder, observed by their heartbeats."""
+
+    def __init__(self, claim: "_Claim", own: str):
+        self._claim, self._own, self._watch = claim, own, _Watch()
+
+    def living(self) -> list[str]:
+        """Returns the seats of those that live.
+
+        A process whose heartbeat stays away for `LEASE` seconds does not live, even if
+        this machine has such a process: it hangs, or was suspended.
+        """
+        return [
+            seat
+            for one in _members(self._claim.place)
+            if one.id != self._own and one.facts.get("job") == self._claim.job
+            if one.is_alive() is not False and self._watch.beats(one) is not False
+            for seat in one.facts["seats"]
+        ]
+
 
 def own(
     folder: str | os.PathLike,
@@ -363,8 +394,10 @@ class _Watch:
     def is_alive(self, member: _Member) -> bool | None:
         """Returns whether a process lives, or None while it is unknown."""
         known = member.is_alive()
-        if known is not None:
-            return known
+        return self.beats(member) if known is None else known
+
+    def beats(self, member: _Member) -> bool | None:
+        """Returns whether a process writes heartbeats, or None while it is unknown."""
         now = time.monotonic()
         shown = member.content, member.beat
         before, since, moved = self._seen.get(member.id, (shown, now, False))

@@ -60,11 +60,19 @@ class Peers:
         self._frozen: float | None = None
         self._failed: float | None = None
         self._is_closing = False
+        self._has_stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
 
     def start(self) -> None:
         """Starts the thread, and passes requests of this process on to the others."""
         interrupts.on_request.append(self.pass_on)
-        threading.Thread(target=self._watch, name="peers", daemon=True).start()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread; the other processes are not watched any more."""
+        interrupts.on_request.remove(self.pass_on)
+        self._has_stopped.set()
+        self._thread.join()
 
     def pass_on(self, number: int) -> None:
         """Tells the others that this process received a signal."""
@@ -128,8 +136,7 @@ class Peers:
         self._follow()
 
     def _watch(self) -> None:
-        while True:
-            time.sleep(_POLLS[interrupts.stop_requested()])
+        while not self._has_stopped.wait(_POLLS[interrupts.stop_requested()]):
             # Without its coordinator jax ends the process.
             with contextlib.suppress(Exception):
                 self.look()

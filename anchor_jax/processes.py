@@ -9,6 +9,10 @@
 `gather`, `share`, `barrier` and `agree` wait for all processes. So every process must
 call them in the same order. Values are those of JSON. All of them are instant in
 a job of one process, which never opens a port.
+
+With `join(..., is_apart=True)` each process computes on its own devices only, as if it
+were alone. `part` then ends the connection: no process waits for another afterwards,
+and the loss of one does not disturb the others.
 """
 
 import collections
@@ -23,6 +27,7 @@ import mmap
 import os
 import pathlib
 import re
+import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -69,19 +74,24 @@ class _Job:
     Attributes:
       place: the place of this process.
       client: client of jax's coordinator.
+      service: the coordinator, if this process has it and jax does not know of it.
       peers: the other processes.
       hosts: host names by process.
+      key: random text of the first process, which is new at every start of the job.
       turns: numbers of the exchanges.
     """
 
     place: clusters.Place
     client: Any
+    service: Any
     peers: Peers
     hosts: list[str] = dataclasses.field(default_factory=list)
+    key: str = ""
     turns: Iterator[int] = dataclasses.field(default_factory=itertools.count)
 
 
 _job: _Job | None = None
+_has_parted = False
 
 
 def count() -> int:
@@ -112,6 +122,11 @@ def hosts() -> list[str]:
     return list(_job.hosts) if _job else [socket.gethostname()]
 
 
+def key() -> str:
+    """Returns a text that is new at every start of a job; "" for one process."""
+    return _job.key if _job else ""
+
+
 def _from_jax(what: str) -> int:
     """Returns a number that a program of the user's own has given to jax."""
     import jax
@@ -123,6 +138,7 @@ def join(
     place: clusters.Place | None,
     tell: Callable[[str], None] = lambda line: None,
     wait: int = clusters.WAIT,
+    is_apart: bool = False,
 ) -> None:
     """Meets the other processes of a job; does nothing in a job of one process.
 
@@ -132,6 +148,7 @@ def join(
       place: the place of this process, from `clusters.find`.
       tell: called with warnings.
       wait: seconds to wait for the coordinator and the other processes.
+      is_apart: whether jax sees only this process and its devices.
 
     Raises:
       UserError: The coordinator or other processes cannot be reached.
@@ -142,15 +159,15 @@ def join(
     interrupts.join_job()
     if place.count == 1 or _job is not None:
         return
-    _connect(place, tell, wait)
-    from jax._src import distributed
-
-    client = distributed.global_state.client
-    _job = _Job(place, client, Peers(client, place.index, place.count, _follow))
+    _connect(place, tell, wait, is_apart)
+    client, service = _connection(is_apart)
+    peers = Peers(client, place.index, place.count, _follow)
+    _job = _Job(place, client, service, peers)
     interrupts.at_end.append(_write_end)
     _job.peers.start()
     try:
-        _job.hosts = gather(socket.gethostname(), wait)
+        found = gather([socket.gethostname(), secrets.token_hex(8)], wait)
+        _job.hosts, _job.key = [host for host, _ in found], found[0][1]
     except Missing as error:
         raise UserError(
             f"--num_processes={place.count}: {error}; start all processes with the same"
@@ -158,7 +175,50 @@ def join(
         ) from error
 
 
-def _connect(place: clusters.Place, tell: Callable[[str], None], wait: int) -> None:
+def _connection(is_apart: bool) -> tuple[Any, Any]:
+    """Returns the client and the coordinator of jax, or None for the coordinator.
+
+    Args:
+      is_apart: whether they are taken away from jax, which then sees one process.
+    """
+    from jax._src import distributed
+
+    state = distributed.global_state
+    client, service = state.client, state.service
+    if not is_apart:
+        return client, None
+    state.client = state.service = None
+    state.process_id, state.num_processes = 0, 1
+    return client, service
+
+
+def part(seconds: float = PATIENCE) -> None:
+    """Ends the connection of a job that was joined with `is_apart`.
+
+    All processes must call it. Each is then independent: it receives no requests of the
+    others, is not ended with them, and may call nothing here that waits for them.
+
+    Args:
+      seconds: time to wait for the others to call it.
+
+    Raises:
+      Missing: A process did not call it in time.
+    """
+    global _has_parted
+    if not _is_connected():
+        return
+    barrier("the others are not ready", seconds)
+    interrupts.at_end.remove(_write_end)
+    _job.peers.stop()
+    _has_parted = True
+    _job.client.shutdown()
+    if _job.service is not None:
+        _job.service.shutdown()
+
+
+def _connect(
+    place: clusters.Place, tell: Callable[[str], None], wait: int, is_apart: bool
+) -> None:
     """Initializes jax for several processes.
 
     Raises:
@@ -168,8 +228,9 @@ def _connect(place: clusters.Place, tell: Callable[[str], None], wait: int) -> N
 
     # Requests to stop are handled in `interrupts`; jax would take SIGTERM away.
     jax.config.update("jax_enable_preemption_service", False)
-    _avoid_blocked_threads(jax)
-    _keep_order()
+    if not is_apart:
+        _avoid_blocked_threads(jax)
+        _keep_order()
     bind = None
     if place.index == 0:
         bind = clusters.bind_address(place.coordinator, os.environ, tell)
@@ -427,7 +488,7 @@ def leave_steps() -> bool:
 
 def blames_peer(error: BaseException) -> bool:
     """Returns whether an error may be the consequence of another process's end."""
-    if _job is None or isinstance(error, UserError):
+    if not _is_connected() or isinstance(error, UserError):
         return False
     if isinstance(error, Missing) or "RESOURCE_EXHAUSTED" in str(error):
         return isinstance(error, Missing)
@@ -451,7 +512,7 @@ def close(status: int, reason: str = "") -> int:
       status: the exit status of this process.
       reason: the message if the others need not finish their work.
     """
-    if _job is None:
+    if not _is_connected():
         return status
     if not reason:
         # Otherwise a process that is still saving would lose the coordinator. If a
@@ -462,6 +523,10 @@ def close(status: int, reason: str = "") -> int:
         _write_end(status, reason)
     _job.peers.close()
     return status
+
+
+def _is_connected() -> bool:
+    return _job is not None and not _has_parted
 
 
 def is_joined() -> bool:
@@ -476,7 +541,7 @@ def is_printing() -> bool:
 
 def is_said_by_first(reason: str, seconds: float = 2.0) -> bool:
     """Returns whether the first process ends for the same reason, and so prints it."""
-    if is_printing():
+    if is_printing() or not _is_connected():
         return False
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

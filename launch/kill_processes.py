@@ -39,7 +39,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from anchor_jax import clusters, compile_cache, processes
+from anchor_jax import clusters, processes
 from anchor_jax.config import load_config
 from anchor_jax.training import files, run
 from anchor_jax.training.checkpoints import present
@@ -131,7 +131,6 @@ class Job:
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": "1",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            "XLA_FLAGS": compile_cache.SAME_ORDER,
         }
 
     def lines(self) -> int:

@@ -118,6 +118,7 @@ _PUBLISHED = "needs published weights (3 to 57 GB)"
 _ACCELERATOR = "needs an accelerator"
 _ENGINE = "needs a container engine; tests/launch/test_images.py reads the file"
 _TWO_HOSTS = "needs two hosts; cli/test_jobs.py runs two processes on one"
+_SHARED = "needs several hosts; cli/test_shared_jobs.py runs two processes on one"
 _COMPILER = "needs the compiler of a TPU or GPU, and minutes"
 _HOURS = "trains for minutes to hours; tests/cli and tests/training run short ones"
 _MINUTES = "takes minutes; the command runs in another test with smaller sizes"
@@ -205,6 +206,10 @@ NOT_RUN = {
     "python launch/kill_training.py --kills=7": _HOURS,
     "python launch/kill_processes.py --sigterms=20 --kills=20 --stops=5"
     " --resumes=50": _HOURS,
+    "python launch/kill_samples.py --videos=30 --processes=3": _MINUTES,
+    "anchor-jax sample --config=configs/interactive.py --config.weights=/shared/anchor"
+    " --config.prompt_file=prompts.jsonl --out=/shared/batch"
+    " --coordinator=10.0.0.1:1234 --num_processes=3 --process_id=0": _SHARED,
     f"{_TRAIN}train_dmd.py --config.out=/shared/dmd"
     " --coordinator=10.0.0.1:1234 --num_processes=2 --process_id=0": _TWO_HOSTS,
     f"{_TRAIN}train_dmd.py --config.out=/shared/dmd"

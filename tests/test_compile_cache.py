@@ -303,7 +303,7 @@ def test_several_processes_on_cpus_cache_nothing_that_could_block_them(
 ):
     monkeypatch.setenv("ANCHOR_JAX_CACHE", str(tmp_path))
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(compile_cache.processes, "count", lambda: 2)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
     updated = {}
     monkeypatch.setattr(
         jax.config, "update", lambda name, value: updated.update({name: value})

@@ -1,7 +1,10 @@
 """What one process needs no others for; several are in tests/cli/test_jobs.py."""
 
 import os
+import signal
 import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -137,3 +140,43 @@ def test_a_flag_that_the_installed_xla_lacks_is_not_set(monkeypatch):
     processes._keep_order()
 
     assert not os.environ["XLA_FLAGS"]
+
+
+APART = """
+import os, signal, sys, time
+from anchor_jax import clusters, interrupts, processes
+number, port = int(sys.argv[1]), sys.argv[2]
+place = clusters.Place("flags", 2, number, f"127.0.0.1:{port}")
+processes.join(place, is_apart=True)
+import jax
+keys = processes.gather(processes.key())
+assert keys[0] == keys[1] != "", keys
+assert (jax.process_count(), len(jax.devices())) == (1, jax.local_device_count())
+processes.part(60)
+assert not interrupts.on_request and not interrupts.at_end
+assert (processes.index(), processes.count()) == (number, 2)
+if number == 0:
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(4)
+print(processes.name(), processes.close(7, "a reason"), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_processes_apart_see_their_own_devices_and_survive_the_first():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", APART, str(number), port],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    outputs = [one.communicate(timeout=120) for one in started]
+
+    assert [one.returncode for one in started] == [-signal.SIGKILL, 0], outputs
+    assert outputs[1][0] == f"process 1 ({socket.gethostname()}) 7\n"

@@ -16,6 +16,8 @@ from anchor_jax.errors import some
 COMMANDS = ("train", "sample", "trajectories", "score")
 """Commands that define these flags."""
 
+_APART = ("sample", "trajectories", "score")
+"""Commands whose processes compute apart, each on its own devices."""
 _ORBAX_LOG = "absl"  # the logger of Orbax and jax
 _OWN = ("process_id", "process", "processes")
 
@@ -97,7 +99,7 @@ def join(command: str) -> None:
     place = clusters.find(given, tell=to_stderr)
     if place is not None and place.count > 1:
         supervisor.tell(index=place.index, joining=processes.why_alone(place))
-    processes.join(place, to_stderr)
+    processes.join(place, to_stderr, is_apart=command in _APART)
     if place is None or place.count == 1:
         supervisor.release()
         return

@@ -12,7 +12,7 @@ from types import ModuleType
 
 from absl import flags
 
-from anchor_jax import extras, interrupts, processes
+from anchor_jax import extras, interrupts, processes, shares
 from anchor_jax.cli import COMMANDS, help_texts
 from anchor_jax.errors import UserError, closest, shown, suggest
 from anchor_jax.text import check_text
@@ -86,6 +86,8 @@ def _run(argv: list[str]) -> _Outcome:
             return _Outcome(_dispatch(argv))
     except UserError as error:
         return _report(2, f"error: {error}")
+    except shares.Unfinished as error:
+        return _report(interrupts.AGAIN, str(error))
     except ModuleNotFoundError as error:
         message = extras.explain(error)
         if message is None:

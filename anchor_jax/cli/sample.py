@@ -36,6 +36,10 @@ anchor-jax sample --config=configs/interactive.py --config.weights=FOLDER \\
 # number is reported, and so is every prompt that is too long for the text encoder.
 # If you repeat a command with the same --out, finished videos are skipped. Files of
 # another recipe are replaced only with --overwrite.
+# A file of prompts also makes manifest.jsonl, which has a line for each video: state,
+# prompts, seed, files, digest. Several processes of a job (--num_processes) share the
+# videos; each makes its own on its own devices. 75 means that videos are missing:
+# start all processes again. launch/README.md says more.
 # Compiled programs are cached in ~/.cache/anchor_jax. ANCHOR_JAX_CACHE=FOLDER sets
 # another folder, ANCHOR_JAX_CACHE=off turns the cache off. Cached programs run as code,
 # so a folder that other users own or can write to is not used.

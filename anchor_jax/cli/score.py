@@ -1,5 +1,7 @@
 """`anchor-jax score`: measures how well tiny-world videos match their captions."""
 
+import functools
+
 from absl import flags
 
 from anchor_jax.cli import compile_cache, jobs
@@ -20,8 +22,12 @@ smooth: no step across a latent border is longer than 2.3 times the commanded st
 steady: there is no seam at all. adopted_soon: an event is visible within two blocks.
 on_its_way: the motion continues. recalled: the object that returns is the hidden one.
 persists: the first object is still visible.
-temporal_flickering: 1 minus the mean difference of neighbouring frames."""
+temporal_flickering: 1 minus the mean difference of neighbouring frames.
+Several processes of a job (--num_processes) share the batches; the rates are those of
+one process, and process 0 prints and writes them. With --batch=B there are COUNT / B
+batches, so more processes than that are idle."""
 
+_SLOWEST = 7 * 86400.0  # seconds that the first process waits for the last one
 TRIALS = ("switch", "events", "minute")
 
 FLAGS = flags.FLAGS
@@ -91,15 +97,28 @@ def main(argv) -> None:
         FLAGS.blocks,
         FLAGS.seed,
         negative_prompt(config),
+        _division(),
     )
     result = trial.run(model, setup, sizes, is_clip, metrics)
+    metrics.join(sizes.division)
     print(trial.table(result))
     if FLAGS.metrics:
         result = {**result, "metrics": metrics.summary()}
         print(registry.table(result["metrics"]))
-    if out and processes.is_first():
+    if out and processes.is_printing():
         io.write_json(out, result)
         print(f"Wrote {out}")
+
+
+def _division():
+    """Returns the division of the batches among the processes of the job."""
+    from anchor_jax import processes
+    from anchor_jax.evaluation.protocol import Division
+
+    if not processes.is_joined():
+        return Division()
+    gather = functools.partial(processes.gather, seconds=_SLOWEST)
+    return Division(processes.index(), processes.count(), gather)
 
 
 def _check_policy(name: str, policy, segments: tuple[int, ...]) -> None:

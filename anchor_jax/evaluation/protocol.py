@@ -31,6 +31,49 @@ class Metric(Protocol):
         """
 
 
+class Division:
+    """How the batches of a trial are divided among the processes of a job.
+
+    Process i of n generates the batches i, i + n, i + 2n, ... All processes draw the
+    same prompts for all batches, so a batch does not depend on n. A trial that does not
+    use the division generates everything in every process.
+
+    Attributes:
+      is_used: whether the trial uses the division.
+    """
+
+    def __init__(
+        self,
+        index: int = 0,
+        count: int = 1,
+        gather: Callable[[Any], list[Any]] = lambda value: [value],
+    ):
+        """Initializes.
+
+        Args:
+          index: number of this process.
+          count: number of processes.
+          gather: returns the JSON value that each process calls it with, by number.
+        """
+        self._index, self._count, self._gather = index, count, gather
+        self.is_used = False
+
+    def has(self, batch: int) -> bool:
+        """Returns whether this process generates a batch, by its number from 0."""
+        self.is_used = True
+        return batch % self._count == self._index
+
+    def join(self, batches: Sequence[Any]) -> list[Any]:
+        """Returns the values of all batches, in order.
+
+        Args:
+          batches: a JSON value for each batch of this process.
+        """
+        found = self._gather(list(batches))
+        total = sum(map(len, found))
+        return [found[n % self._count][n // self._count] for n in range(total)]
+
+
 @dataclasses.dataclass(frozen=True)
 class TrialSizes:
     """The number of videos that a trial generates.
@@ -41,6 +84,7 @@ class TrialSizes:
       blocks: blocks per segment.
       seed: random seed of prompts and noise.
       negative_prompt: negative prompt of the guidance.
+      division: the division of the batches among processes.
     """
 
     count: int
@@ -48,6 +92,7 @@ class TrialSizes:
     blocks: int
     seed: int
     negative_prompt: str = ""
+    division: Division = dataclasses.field(default_factory=Division, compare=False)
 
 
 class Trial(Protocol):

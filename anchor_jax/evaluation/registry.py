@@ -12,7 +12,7 @@ import numpy as np
 
 from anchor_jax.errors import UserError, suggest
 from anchor_jax.evaluation import metrics
-from anchor_jax.evaluation.protocol import Ablation, Metric, Row, Trial
+from anchor_jax.evaluation.protocol import Ablation, Division, Metric, Row, Trial
 from anchor_jax.plugins import Registry
 
 METRICS: Registry[Metric] = Registry(
@@ -33,10 +33,14 @@ class Collector:
     Attributes:
       names: names of the metrics.
       rows: the rows of each metric, in the order of the videos.
+      batches: the same rows, for each call.
     """
 
     names: Sequence[str]
     rows: dict[str, list[Row]] = dataclasses.field(default_factory=dict, init=False)
+    batches: list[dict[str, list[Row]]] = dataclasses.field(
+        default_factory=list, init=False
+    )
 
     def __post_init__(self):
         for name in self.names:
@@ -46,8 +50,22 @@ class Collector:
 
     def __call__(self, pixels: np.ndarray, prompts: Sequence[str]) -> None:
         """Measures videos; arguments as for `Metric`."""
-        for name in self.names:
-            measured = METRICS[name](pixels, prompts)
+        self.batches.append(
+            {name: METRICS[name](pixels, prompts) for name in self.names}
+        )
+        self._add(self.batches[-1])
+
+    def join(self, division: Division) -> None:
+        """Adds the rows of the other processes of a job, in the order of the videos."""
+        if not division.is_used:
+            return
+        self.batches = division.join(self.batches)
+        self.rows = {}
+        for rows in self.batches:
+            self._add(rows)
+
+    def _add(self, rows: dict[str, list[Row]]) -> None:
+        for name, measured in rows.items():
             self.rows.setdefault(name, []).extend(measured)
 
     def summary(self) -> dict[str, dict[str, dict[str, float]]]:

@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from anchor_jax import interrupts, io, media, processes, trees
 from anchor_jax.compile_times import CompileTimes
-from anchor_jax.errors import UserError
-from anchor_jax.sampling import resolve
+from anchor_jax.sampling import batch, resolve
 from anchor_jax.sampling.config import negative_prompt, read_config
+from anchor_jax.sampling.manifest import NAME
 from anchor_jax.sampling.tasks import (
     VideoTask,
     VideoTasks,
@@ -27,7 +27,6 @@ from anchor_jax.sampling.tasks import (
     make_session,
     open_folder,
     own_folder,
-    own_share,
     warnings,
 )
 from anchor_jax.streaming.clock import landings
@@ -67,35 +66,29 @@ def sample(
     negative = negative_prompt(resolved)
     for line in scripts.notes:
         tell(f"note: {line}")
-    _check_job(out or resolved.out)
     with open_folder(out or resolved.out) as folder:
         tasks = VideoTasks(folder, scripts, resolved, bundle, negative)
         for line in resolve.describe_choices(given, resolved, bundle.metadata):
             tell(line)
         todo, skipped = choose(tasks, overwrite)
-        processes.barrier("the videos that are missing")
-        todo = own_share(todo)
         for warning in warnings(tasks, todo):
             tell(f"warning: {warning}")
         check_lengths(tasks, todo)
         if todo:
-            with own_folder(folder, tell):
-                if processes.count() == 1:
-                    # Another process may have made some videos in the meantime.
-                    todo, skipped = choose(tasks, overwrite)
+            with own_folder(folder, tell) as lease:
+                # Another process may have made some videos in the meantime.
+                todo, skipped = choose(tasks, overwrite)
                 kept = f"; compiled programs are cached in {cache}" if cache else ""
                 tell(f"preparing the model{kept}")
-                run(tasks, todo, overwrite, CompileTimes(cache), tell)
+                times = CompileTimes(cache)
+                batch.work_on(
+                    *(tasks, todo, lease),
+                    lambda mine, after: run(tasks, mine, overwrite, times, tell, after),
+                    tell,
+                )
+        else:
+            batch.keep_manifest(tasks, tell)
     return _written(tasks, todo, skipped)
-
-
-def _check_job(out: str | None) -> None:
-    """Raises UserError unless several processes write into one named folder."""
-    if processes.count() > 1 and not out:
-        raise UserError(
-            f"--out is missing; give the folder that all {processes.count()} processes"
-            " write into"
-        )
 
 
 def run(
@@ -104,8 +97,12 @@ def run(
     overwrite: bool,
     times: CompileTimes,
     tell: Tell,
+    after: Callable[[], None] = lambda: None,
 ) -> None:
-    """Makes the videos with these numbers, one after another."""
+    """Makes the videos with these numbers, one after another.
+
+    `after` is called after each of them.
+    """
     warm, encoded, bundle, negative = set(), frozenset(), tasks.bundle, tasks.negative
     config = dataclasses.asdict(tasks.config)
     for place, number in enumerate(todo):
@@ -125,12 +122,13 @@ def run(
             with times.reported(*_programs(task, session), tell):
                 session.warm_up(task.script)
         warm.add(needed)
-        about = {"request": task.request, "config": config}
+        about = {"request": task.request, "config": config} | batch.made_by()
         blocks = session.play(task.script)
         write_video(task, session, blocks, about, overwrite, tasks.config.enlarge)
         for line in describe_switches(session.segments):
             tell(f"{task.stem.name}: {line}")
         del session
+        after()
 
 
 def _programs(task: VideoTask, session: Session) -> tuple[str, Any]:
@@ -267,8 +265,12 @@ def _stream(task: VideoTask, blocks, video) -> tuple[list[np.ndarray], list[str]
 
 
 def progress(name: str, frames: int) -> tqdm:
-    """Returns the progress bar of a video of `frames` pixel frames."""
-    return tqdm(total=frames, unit="frame", disable=None, desc=name)
+    """Returns the progress bar of a video of `frames` pixel frames.
+
+    Only one process of a job shows its own.
+    """
+    hidden = None if processes.is_printing() else True
+    return tqdm(total=frames, unit="frame", disable=hidden, desc=name)
 
 
 def describe_switches(switches) -> list[str]:
@@ -309,4 +311,6 @@ def _written(
         lines.append(f"Wrote {len(todo)} videos, contact sheets and recipes.")
     else:
         lines.append(f"Nothing to do in {tasks.folder}.")
+    if todo and batch.has_manifest(tasks):
+        lines.append(f"Manifest: {tasks.folder / NAME}")
     return lines

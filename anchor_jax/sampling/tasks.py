@@ -8,7 +8,7 @@ import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 
-from anchor_jax import io, ownership, processes
+from anchor_jax import io, ownership, processes, shares
 from anchor_jax.errors import UserError, changes
 from anchor_jax.prompt_files import watched
 from anchor_jax.prompts import Script, Scripts
@@ -78,16 +78,20 @@ class VideoTasks:
 
     def __getitem__(self, number: int) -> VideoTask:
         script, setup = self.scripts.all[number], self.setup(number)
-        seed = self.config.seed if script.seed is None else script.seed
         request = {
             "script": describe(script),
-            "seed": seed,
+            "seed": self.seed(number),
             "setup": describe(setup),
             "negative_prompt": self.negative if setup.copies == 2 else "",
             "weights": self.bundle.digest,
             "lora": self.config.lora,
         }
         return VideoTask(self.folder / f"{number:03d}", script, setup, request)
+
+    def seed(self, number: int) -> int:
+        """Returns the seed of a task's noise."""
+        own = self.scripts.all[number].seed
+        return self.config.seed if own is None else own
 
     def key(self, number: int) -> tuple:
         """Returns the values that determine a task's setup."""
@@ -120,15 +124,20 @@ class VideoTasks:
 def open_folder(out: str | None) -> Iterator[pathlib.Path]:
     """Yields the requested folder, or makes a new one named after the time.
 
-    A new folder that is empty at the end is removed.
+    A new folder that is empty at the end is removed. All processes of a job get the
+    folder of the first one.
     """
     if out:
         yield io.expand(out)
+        return
+    if not processes.is_printing():
+        yield pathlib.Path(processes.share(None, shares.START))
         return
     parent = pathlib.Path("out")
     made = [] if parent.exists() else [parent]
     folder = _new_folder(parent)
     try:
+        processes.share(str(folder), shares.START)
         yield folder
     finally:
         for empty in (folder, *made):
@@ -152,7 +161,7 @@ def _new_folder(parent: pathlib.Path) -> pathlib.Path:
 def own_folder(folder: pathlib.Path, tell: Callable[[str], None]) -> ownership.Lease:
     """Returns a lease on a folder, and checks early that it is writable.
 
-    The processes of one job share the folder.
+    The processes of a job share the folder.
 
     Args:
       folder: the folder; it is made if it is missing.
@@ -161,16 +170,12 @@ def own_folder(folder: pathlib.Path, tell: Callable[[str], None]) -> ownership.L
     Raises:
       UserError: Another process writes into it, or it is not writable.
     """
+    job, seat = "", ""
+    if processes.is_joined():
+        job = ownership.job_id("sample", processes.count(), processes.key())
+        seat = str(processes.index())
     remedy = "wait until it ends, stop it, or choose another --out"
-    if processes.count() == 1:
-        return ownership.own(folder, tell=tell, remedy=remedy)
-    job = ownership.job_id("sample", processes.count())
-    return ownership.own(folder, job, (str(processes.index()),), 0.0, tell, remedy)
-
-
-def own_share(numbers: Sequence[int]) -> list[int]:
-    """Returns the tasks of this process: number i belongs to process i mod n."""
-    return [one for one in numbers if one % processes.count() == processes.index()]
+    return ownership.own(folder, job, (seat,), tell=tell, remedy=remedy)
 
 
 def choose(tasks: VideoTasks, overwrite: bool) -> tuple[list[int], list[int]]:
@@ -182,7 +187,7 @@ def choose(tasks: VideoTasks, overwrite: bool) -> tuple[list[int], list[int]]:
     present = set(os.listdir(tasks.folder)) if tasks.folder.is_dir() else set()
     todo, done, foreign = [], [], []
     for number in range(len(tasks)):
-        names = [f"{number:03d}{suffix}" for suffix in _SUFFIXES]
+        names = file_names(number)
         if present.isdisjoint(names):
             todo.append(number)
             continue
@@ -200,6 +205,17 @@ def choose(tasks: VideoTasks, overwrite: bool) -> tuple[list[int], list[int]]:
     if foreign:
         raise UserError(_describe_foreign(*foreign[0], len(foreign) - 1))
     return todo, done
+
+
+def file_names(number: int) -> list[str]:
+    """Returns the names of a video's files; the video comes last."""
+    return [f"{number:03d}{suffix}" for suffix in _SUFFIXES]
+
+
+def missing(tasks: VideoTasks, numbers: Sequence[int]) -> list[int]:
+    """Returns the numbers of the videos that do not have all their files."""
+    present = set(os.listdir(tasks.folder)) if tasks.folder.is_dir() else set()
+    return [one for one in numbers if not present.issuperset(file_names(one))]
 
 
 def _describe_foreign(

@@ -2,18 +2,19 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from anchor_jax import interrupts
-from anchor_jax.evaluation.protocol import Observe
+from anchor_jax import interrupts, processes
+from anchor_jax.evaluation.protocol import Division, Observe
 from anchor_jax.streaming import stream
 from anchor_jax.streaming.types import PromptChange, StreamSetup
 from anchor_jax.tiny_world import codec as codecs
-from anchor_jax.tiny_world import scene, score
+from anchor_jax.tiny_world import detect, scene, score
 
 CLIP_FRAMES = 6
 """Latent frames of a single-prompt clip, as in the training of the shipped teacher."""
@@ -27,7 +28,8 @@ class MatchTrial:
     """The number of videos to score, and the length of their segments in blocks.
 
     `negative_prompt` is the negative prompt of the guidance, if the setup has guidance.
-    `observe` is called with every generated video and its prompts.
+    `observe` is called with every generated video and its prompts. `division` divides
+    the batches among processes.
     """
 
     count: int = 240
@@ -38,6 +40,7 @@ class MatchTrial:
     observe: Observe = dataclasses.field(
         default=lambda pixels, prompts: None, compare=False
     )
+    division: Division = dataclasses.field(default_factory=Division, compare=False)
 
 
 def generate(
@@ -102,17 +105,22 @@ def score_clips(bundle, setup: StreamSetup, trial: MatchTrial) -> dict:
     from the same videos scored against other captions.
     """
     rng = np.random.default_rng(trial.seed)
-    wanted, videos = [], []
-    for number in tqdm(range(0, trial.count, trial.batch), desc="clips"):
+    wanted, batches = [], []
+    for place, number in _numbered(trial, "clips"):
         batch = [scene.sample_attributes(rng, True) for _ in range(trial.batch)]
         texts = [[scene.caption(one) for one in batch]]
-        videos += list(_generate(bundle, setup, trial, texts, number))
         wanted += batch
+        if trial.division.has(place):
+            videos = _generate(bundle, setup, trial, texts, number)
+            batches.append([videos.shape[1], _measured(videos)])
     wanted = wanted[: trial.count]
-    frames = videos[0].shape[0]
+    joined = trial.division.join(batches)
+    measured = _read(one for _, rows in joined for one in rows)
+    others = score.random_attributes(rng, len(measured))
+    frames = joined[0][0]
     return {
-        "held_out": _rows(score.score(videos, wanted)),
-        "mismatched": _rows(score.mismatch_control(rng, videos)),
+        "held_out": _rows(score.score_measured(measured, wanted)),
+        "mismatched": _rows(score.score_measured(measured, others)),
         "ceiling": _rows(ceiling(bundle, trial, frames)),
         "pixel_frames": frames,
     }
@@ -125,8 +133,8 @@ def score_switches(bundle, setup: StreamSetup, trial: MatchTrial) -> dict:
     """
     rng = np.random.default_rng(trial.seed)
     cut = scene.latent_to_pixel_frames(trial.segments[0] * setup.policy.block)
-    before, after, first, second, kinds = [], [], [], [], []
-    for number in tqdm(range(0, trial.count, trial.batch), desc="switches"):
+    before, after, batches, kinds = [], [], [], []
+    for place, number in _numbered(trial, "switches"):
         new = [scene.sample_attributes(rng, True) for _ in range(trial.batch)]
         kind = [SWITCH_KINDS[i % len(SWITCH_KINDS)] for i in range(trial.batch)]
         old = [
@@ -134,14 +142,17 @@ def score_switches(bundle, setup: StreamSetup, trial: MatchTrial) -> dict:
             for one, k in zip(new, kind, strict=True)
         ]
         texts = [[scene.caption(one) for one in group] for group in (old, new)]
-        videos = _generate(bundle, setup, trial, texts, number)
         before, after, kinds = before + old, after + new, kinds + kind
-        first += list(videos[:, :cut])
-        second += list(videos[:, cut:])
+        if trial.division.has(place):
+            videos = _generate(bundle, setup, trial, texts, number)
+            both = _measured(videos[:, :cut]), _measured(videos[:, cut:], cut)
+            batches.append(both)
     before, after, kinds = (rows[: trial.count] for rows in (before, after, kinds))
-    measured = score.measure_all(second, phase=cut)
+    joined = trial.division.join(batches)
+    first = _read(one for rows, _ in joined for one in rows)
+    measured = _read(one for _, rows in joined for one in rows)
     result = {
-        "before_switch": _rows(score.score(first, before)),
+        "before_switch": _rows(score.score_measured(first, before)),
         "after_switch": _rows(score.score_measured(measured, after)),
         "after_switch_old_prompt": _rows(score.score_measured(measured, before)),
         "mismatched": _rows(
@@ -157,6 +168,26 @@ def score_switches(bundle, setup: StreamSetup, trial: MatchTrial) -> dict:
         )
         result[f"after_switch_of_{kind}"] = _rows(picked)
     return result
+
+
+def _numbered(trial: MatchTrial, what: str):
+    """Yields the number of each batch and of its first video, with a progress bar."""
+    hidden = not processes.is_printing()
+    firsts = range(0, trial.count, trial.batch)
+    yield from enumerate(tqdm(firsts, desc=what, disable=hidden))
+
+
+def _measured(videos, phase: int = 0) -> list[dict]:
+    """Returns the contents of clips as JSON values; `phase` as in `detect.measure`."""
+    return [dataclasses.asdict(one) for one in score.measure_all(videos, phase)]
+
+
+def _read(found: Iterable[dict]) -> list[detect.Measured]:
+    """Returns the contents of clips from JSON values."""
+    return [
+        detect.Measured(**{**one, "displacement": tuple(one["displacement"])})
+        for one in found
+    ]
 
 
 def ceiling(bundle, trial: MatchTrial, pixel_frames: int) -> dict:

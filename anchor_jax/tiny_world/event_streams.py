@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from tqdm import tqdm
 
+from anchor_jax import processes
 from anchor_jax.streaming.types import StreamSetup
 from anchor_jax.tiny_world import evaluate as world
 from anchor_jax.tiny_world import event_scores, events, scene
-from anchor_jax.tiny_world.event_scores import SceneSpan, Shown
+from anchor_jax.tiny_world.event_scores import SceneSpan, SegmentResult, Shown
 from anchor_jax.tiny_world.events import Scene
 
 MINUTE = (14, 13, 13, 14, 13, 13)
@@ -46,18 +47,24 @@ def score_long(bundle, setup: StreamSetup, trial: world.MatchTrial) -> dict:
 
 
 def _score(bundle, setup, trial: world.MatchTrial, scripts, rng) -> dict:
-    order, measured = [], []
-    for rows, seen in watch(bundle, setup, trial, scripts):
-        order += rows
-        measured += seen
+    order = [row for rows in _batches(scripts, trial.batch) for row in rows]
     ordered = [scripts[row] for row in order]
-    results = [
-        event_scores.score_shown(*pair) for pair in zip(measured, ordered, strict=True)
+    others = {row: events.redraw(rng, scripts[row]) for row in order}
+    batches = [
+        [
+            [_plain(event_scores.score_shown(one, scripts[row])) for one, row in pairs],
+            [_plain(event_scores.score_shown(one, others[row])) for one, row in pairs],
+        ]
+        for pairs in (
+            list(zip(seen, rows, strict=True))
+            for rows, seen in watch(bundle, setup, trial, scripts)
+        )
     ]
+    joined = trial.division.join(batches)
     few = ordered[:: -(-len(ordered) // 60)]
     return {
-        "generated": event_scores.aggregate(results),
-        "mismatched": event_scores.mismatch_control(rng, measured, ordered),
+        "generated": event_scores.aggregate(_read(joined, 0)),
+        "mismatched": event_scores.aggregate(_read(joined, 1)),
         "ceiling": event_scores.ceiling(
             rng,
             functools.partial(world.roundtrip, bundle),
@@ -68,22 +75,47 @@ def _score(bundle, setup, trial: world.MatchTrial, scripts, rng) -> dict:
     }
 
 
+def _plain(results: Sequence[SegmentResult]) -> list[list]:
+    """Returns the scores of a video's segments as JSON values."""
+    return [
+        [
+            one.event,
+            {name: bool(value) for name, value in one.flags.items()},
+            {name: float(value) for name, value in one.numbers.items()},
+        ]
+        for one in results
+    ]
+
+
+def _read(joined: Sequence[Sequence], which: int) -> list[list[SegmentResult]]:
+    """Returns the scores of the videos of all batches from JSON values."""
+    return [
+        [SegmentResult(*one) for one in video]
+        for batch in joined
+        for video in batch[which]
+    ]
+
+
 def watch(
     bundle,
     setup: StreamSetup,
     trial: world.MatchTrial,
     scripts: Sequence[Sequence[Scene]],
 ) -> Iterator[tuple[list[int], list[list[Shown]]]]:
-    """Yields numbers of scripts, and the content of their segments.
+    """Yields numbers of this process's scripts, and the content of their segments.
 
     Scripts of the same length are generated together. Every batch is full, so that one
     program serves all, and is then cut.
     """
     rng = np.random.default_rng((trial.seed, 1))
-    for rows in tqdm(_batches(scripts, trial.batch), desc="streams"):
+    hidden = not processes.is_printing()
+    bar = tqdm(_batches(scripts, trial.batch), desc="streams", disable=hidden)
+    for place, rows in enumerate(bar):
         filled = [scripts[rows[i % len(rows)]] for i in range(trial.batch)]
         by_segment = zip(*filled, strict=True)
         texts = [[events.caption(one, rng) for one in now] for now in by_segment]
+        if not trial.division.has(place):
+            continue
         blocks = trial.segments[: len(texts)]
         seed, negative = trial.seed + rows[0], trial.negative_prompt
         videos = world.generate(bundle, setup, texts, blocks, seed, negative)

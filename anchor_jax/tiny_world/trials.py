@@ -60,6 +60,7 @@ class WorldTrial:
             sizes.seed,
             sizes.negative_prompt,
             observe,
+            sizes.division,
         )
         score = self.score_clips if is_clip else self.score
         return score(bundle, setup, trial)

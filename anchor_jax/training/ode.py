@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from anchor_jax import flow, interrupts
+from anchor_jax import flow, interrupts, shares
+from anchor_jax import processes as jobs
 from anchor_jax.cache import policies
 from anchor_jax.config import from_config
 from anchor_jax.errors import UserError
@@ -154,10 +155,12 @@ def write(
     """Writes the missing trajectories of this process.
 
     Returns the numbers of trajectories written and still missing. SIGTERM or one Ctrl-C
-    stops it after the current clips.
+    stops it after the current clips. In a job it then waits for the other processes.
 
     Raises:
       UserError: The folder holds other trajectories, or a file is wrong.
+      shares.Unfinished: Another process of the job was lost or has failed, and its
+        trajectories are missing.
     """
     folder = files.make_folder(config.out)
     setup = make_setup(config, bundle)
@@ -167,7 +170,13 @@ def write(
     writer = TrajectoryWriter(folder, process, processes, shape, inputs=inputs)
     with contextlib.closing(writer):
         texts = sources.open_texts(config.data, folder)
-        return _write(config, bundle, setup, writer, texts, (process, processes))
+        with shares.working(writer.lease) as share:
+            written, missing = _write(
+                config, bundle, setup, writer, texts, (process, processes)
+            )
+            if not missing and jobs.is_joined():
+                _await_others(config, writer, share)
+    return written, missing
 
 
 def _write(config, bundle, setup, writer, texts, share: tuple[int, int]):
@@ -201,6 +210,22 @@ def _write(config, bundle, setup, writer, texts, share: tuple[int, int]):
     return written, len(missing) - written
 
 
+def _await_others(
+    config: TrajectoryConfig, writer: TrajectoryWriter, share: shares.Share
+) -> None:
+    """Waits for the other processes of a job.
+
+    Raises:
+      shares.Unfinished: Trajectories are missing at the end.
+    """
+    hidden = None if jobs.is_printing() else True
+    with tqdm(desc="waiting for other processes", disable=hidden) as bar:
+        share.await_others(lambda others: bar.set_postfix(left=others))
+    absent = sorted({*range(config.count)} - writer.done())
+    if absent:
+        raise shares.unfinished(absent, config.count, "trajectories")
+
+
 def _inputs(config: TrajectoryConfig, bundle: Bundle, setup: StreamSetup) -> dict:
     """Returns everything that the examples depend on."""
     kept = dataclasses.asdict(config)
@@ -221,7 +246,9 @@ def _prompts_of(data: DataConfig) -> dict:
 @contextlib.contextmanager
 def _bar(config, writer, process: int, processes: int, missing) -> Iterator[tqdm]:
     mine = len(range(process, config.count, processes))
-    with tqdm(total=mine, initial=mine - len(missing), unit="clip") as bar:
+    hidden = None if jobs.is_printing() else True
+    done = mine - len(missing)
+    with tqdm(total=mine, initial=done, unit="clip", disable=hidden) as bar:
         bar.set_description("trajectories")
         try:
             yield bar

@@ -52,7 +52,7 @@ class LoadOptions:
         """The mesh that the text encoder is split over, or None."""
         if self.text_encoder != "sharded":
             return None
-        return self.mesh or sharding.make_mesh()
+        return self.mesh or sharding.make_mesh(found=jax.local_devices())
 
     def item(self, present: Sequence[str]) -> str:
         """Returns the item of a checkpoint that holds the requested network."""

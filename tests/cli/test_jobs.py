@@ -5,16 +5,13 @@ import logging
 import os
 import signal
 import socket
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 
 import bundles
-import jax
 import numpy as np
 import pytest
+from running import by_flags, ends, free_port, start
 
 from anchor_jax import processes, supervisor
 from anchor_jax.cli import jobs
@@ -121,39 +118,6 @@ def command(weights, out, *more):
         *("--config.regression.blocks=1", "--config.data.size=8"),
         *("--config.sample_every=0", *more),
     ]
-
-
-def start(line, **variables):
-    # Another test may have changed the setting of this process.
-    cache = jax.config.jax_compilation_cache_dir or tempfile.gettempdir() + "/jobs"
-    return subprocess.Popen(
-        [sys.executable, "-m", "anchor_jax", *line],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={
-            **os.environ,
-            "ANCHOR_JAX_CACHE": cache,
-            "JAX_NUM_CPU_DEVICES": "1",
-            **variables,
-        },
-    )
-
-
-def ends(running):
-    outputs = [one.communicate(timeout=240)[0] for one in running]
-    return [one.returncode for one in running], outputs
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def by_flags(line, port, number):
-    own = (f"--coordinator=127.0.0.1:{port}", "--num_processes=2")
-    return start([*line, *own, f"--process_id={number}"])
 
 
 def by_slurm(line, port, number):

@@ -1,5 +1,6 @@
 """Metrics by name: what they measure, and how their numbers are collected."""
 
+import divided
 import numpy as np
 import pytest
 
@@ -58,3 +59,33 @@ def test_numbers_are_collected_over_batches():
 def test_an_unknown_metric_is_refused():
     with pytest.raises(UserError, match="did you mean 'temporal_flickering'"):
         Collector(["temporal_flicker"])
+
+
+def test_processes_collect_the_numbers_of_all_in_order():
+    def video(value):
+        pixels = np.zeros((1, 2, 4, 4, 3), np.uint8)
+        pixels[:, 1] = value
+        return pixels
+
+    def collect(division):
+        collector = Collector(["temporal_flickering"])
+        for batch in range(5):
+            if division.has(batch):
+                collector(video(10 * batch), [""])
+        collector.join(division)
+        return collector
+
+    (alone,) = divided.run(collect, 1)
+    for shared in divided.run(collect, 3):
+        assert shared.rows == alone.rows and shared.summary() == alone.summary()
+
+
+def test_a_trial_that_every_process_runs_whole_is_counted_once():
+    def collect(division):
+        collector = Collector(["temporal_flickering"])
+        collector(np.zeros((2, 2, 4, 4, 3), np.uint8), ["", ""])
+        collector.join(division)
+        return collector.summary()
+
+    for summary in divided.run(collect, 2):
+        assert summary["temporal_flickering"]["temporal_flickering"]["n"] == 2

@@ -22,18 +22,9 @@ def test_two_jobs_in_one_second_get_two_folders(tmp_path, monkeypatch):
 
 
 def as_process(monkeypatch, index, count=2):
+    monkeypatch.setattr(processes, "is_joined", lambda: count > 1)
     monkeypatch.setattr(processes, "count", lambda: count)
     monkeypatch.setattr(processes, "index", lambda: index)
-
-
-def test_each_video_belongs_to_one_process(monkeypatch):
-    todo = [0, 1, 4, 5, 6, 9]
-    shares = []
-    for index in range(3):
-        as_process(monkeypatch, index, 3)
-        shares.append(tasks.own_share(todo))
-
-    assert shares == [[0, 6, 9], [1, 4], [5]]
 
 
 def test_the_processes_of_a_job_share_a_folder_and_others_do_not(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@ import dataclasses
 import json
 
 import bundles
+import divided
 import numpy as np
 import pytest
 import tiny
@@ -209,3 +210,35 @@ def test_observers_see_videos_with_their_prompts(monkeypatch):
         for prompt in prompts:
             before, after = prompt.split(" | ")
             assert scene.parse_caption(before) != scene.parse_caption(after)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize(
+    ("score", "segments"), [(world.score_switches, (2, 2)), (world.score_clips, (2,))]
+)
+def test_processes_that_share_the_batches_get_the_numbers_of_one(
+    monkeypatch, score, segments, count
+):
+    made = []
+
+    def generate(bundle, setup, prompts, blocks, seed, negative_prompt):
+        made.append(seed)
+        prompts = prompts if seed % 2 else [list(reversed(texts)) for texts in prompts]
+        return rendered(bundle, setup, prompts, blocks, seed, negative_prompt)
+
+    monkeypatch.setattr(world, "generate", generate)
+    monkeypatch.setattr(world, "ceiling", lambda *_: {})
+    trial = world.MatchTrial(count=7, batch=3, segments=segments, seed=4)
+    alone, seeds = score(None, SETUP, trial), sorted(made)
+    made.clear()
+
+    shared = divided.run(
+        lambda division: score(
+            None, SETUP, dataclasses.replace(trial, division=division)
+        ),
+        count,
+    )
+
+    assert shared == [alone] * count
+    assert sorted(made) == seeds == [4, 7, 10]
+    assert json.dumps(shared[0]) == json.dumps(alone)

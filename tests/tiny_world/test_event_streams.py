@@ -1,3 +1,6 @@
+import dataclasses
+
+import divided
 import numpy as np
 import pytest
 import tiny
@@ -110,3 +113,27 @@ def test_the_ceiling_has_every_event(monkeypatch):
     result = trials.score_events(None, SETUP, trial)
 
     assert set(result["ceiling"]["by_event"]) == {"start", *trials.KINDS, "hide"}
+
+
+def test_processes_that_share_the_batches_get_the_numbers_of_one(monkeypatch):
+    made = []
+
+    def generate(bundle, setup, prompts, blocks, seed, negative_prompt):
+        made.append(seed)
+        draw = forgetful if seed % 2 else rendered
+        return draw(bundle, setup, prompts, blocks, seed, negative_prompt)
+
+    monkeypatch.setattr(world, "generate", generate)
+    trial = world.MatchTrial(count=9, batch=2, segments=(1, 1, 1), seed=4)
+    alone, seeds = trials.score_events(None, SETUP, trial), sorted(made)
+    made.clear()
+
+    shared = divided.run(
+        lambda division: trials.score_events(
+            None, SETUP, dataclasses.replace(trial, division=division)
+        ),
+        3,
+    )
+
+    assert shared == [alone] * 3
+    assert sorted(made) == seeds and len(seeds) > 3

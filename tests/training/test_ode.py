@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import shares
 
-from anchor_jax import flow
+from anchor_jax import flow, processes
 from anchor_jax.cli.main import main
 from anchor_jax.config import load_config
 from anchor_jax.errors import UserError
+from anchor_jax.shares import Unfinished
 from anchor_jax.training import ode, run
 from anchor_jax.training.data import sources
 from anchor_jax.training.data.kinds import DataConfig
@@ -188,6 +189,21 @@ def test_batches_hold_each_block_at_a_stored_level(model, written, tmp_path):
     for name, value in batch.items():
         np.testing.assert_array_equal(value, again[name])
     assert not np.array_equal(draw(5)["noisy"], batch["noisy"])
+
+
+def test_a_lost_process_of_a_job_leaves_its_share_missing(model, tmp_path, monkeypatch):
+    for name, value in (("is_joined", True), ("count", 2), ("key", "key")):
+        monkeypatch.setattr(processes, name, lambda value=value: value)
+    monkeypatch.setattr(processes, "part", lambda seconds: None)
+    monkeypatch.setattr(processes, "index", lambda: 1)
+
+    with pytest.raises(Unfinished, match="3 of 5 trajectories are missing, because of"):
+        ode.write(_in(tmp_path), model, 1, 2)
+    assert sorted(states(tmp_path)) == [1, 3]
+
+    monkeypatch.setattr(processes, "index", lambda: 0)
+    assert ode.write(_in(tmp_path), model, 0, 2) == (3, 0)
+    assert sorted(states(tmp_path)) == [0, 1, 2, 3, 4]
 
 
 def test_processes_share_a_batch(model, written, tmp_path):

@@ -98,6 +98,11 @@ class TrajectoryWriter:
             self.close()
             raise
 
+    @property
+    def lease(self) -> ownership.Lease:
+        """This process's place in the folder."""
+        return self._lease
+
     def done(self) -> frozenset[int]:
         """Returns the numbers of the examples in finished shards, of all processes."""
         return frozenset(_index(self._folder))

@@ -1,0 +1,141 @@
+"""Shares of a large job: processes that write into one folder, each without the others.
+
+    with shares.working(lease) as share:     # all processes of the job, at the start
+        for number in share.of(numbers): ...
+        share.await_others(tell_progress)
+
+Process i of n does the items i, i + n, i + 2n, ... A process that is slow or lost
+disturbs no other one. A request to stop reaches all of them through a file in the
+folder. For one process there is nothing to wait for.
+"""
+
+import contextlib
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from anchor_jax import interrupts, io, ownership, processes
+from anchor_jax.errors import some
+
+START = 3600.0
+"""Seconds that a process may take to load and check its inputs after the first one."""
+
+_POLL = 1.0  # seconds
+_STOP = ".stop-"
+
+
+class Unfinished(Exception):
+    """Items are missing, because a process of the job was lost or has failed."""
+
+
+class Share:
+    """What this process does of a job.
+
+    Attributes:
+      index: number of this process.
+      count: number of processes.
+    """
+
+    def __init__(self, lease: ownership.Lease):
+        """Initializes; the lease is this process's place in the job's folder."""
+        self.index, self.count = 0, 1
+        if processes.is_joined():
+            self.index, self.count = processes.index(), processes.count()
+        self._lease, self._others = lease, lease.others
+
+    def of(self, numbers: Sequence[int]) -> list[int]:
+        """Returns the numbers of items that this process does."""
+        return [one for one in numbers if one % self.count == self.index]
+
+    def await_others(self, tick: Callable[[int], None]) -> None:
+        """Leaves the folder, and waits until all others have left it or are lost.
+
+        Args:
+          tick: called about once a second with the number of the others.
+        """
+        if self.count == 1:
+            return
+        self._lease.release()
+        while living := self._others.living():
+            tick(len(living))
+            # Each reads the files of all others.
+            _pause(max(_POLL, len(living) / 16))
+
+    def is_last(self) -> bool:
+        """Returns whether no other process works in the folder."""
+        return self.count == 1 or not self._others.living()
+
+
+def _pause(seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        interrupts.check()
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def working(lease: ownership.Lease) -> Iterator[Share]:
+    """Yields this process's share when all processes are ready to start.
+
+    Raises:
+      processes.Missing: Another process did not come.
+    """
+    share = Share(lease)
+    if share.count == 1:
+        yield share
+        return
+    for old in lease.folder.glob(f"{_STOP}*"):
+        io.remove(old)
+    processes.part(START)
+    with _passing_requests(lease.folder / f"{_STOP}{processes.key()}"):
+        try:
+            yield share
+        finally:
+            if share.is_last():
+                io.remove(lease.folder / f"{_STOP}{processes.key()}")
+
+
+@contextlib.contextmanager
+def _passing_requests(file: pathlib.Path) -> Iterator[None]:
+    """Passes requests to stop on to the other processes, and takes theirs."""
+    has_ended = threading.Event()
+
+    def pass_on(number: int) -> None:
+        with contextlib.suppress(OSError):
+            file.write_text(str(int(number)))
+
+    def watch() -> None:
+        while not has_ended.wait(_POLL):
+            # A file that another process is just writing is empty.
+            with contextlib.suppress(OSError, ValueError):
+                interrupts.request(int(file.read_text()))
+                return
+
+    interrupts.on_request.append(pass_on)
+    if interrupts.stop_requested():  # Perhaps it was not passed on before.
+        is_again = interrupts.status() == interrupts.AGAIN
+        pass_on(signal.SIGTERM if is_again else signal.SIGINT)
+    threading.Thread(target=watch, name="requests", daemon=True).start()
+    try:
+        yield
+    finally:
+        has_ended.set()
+        interrupts.on_request.remove(pass_on)
+
+
+def unfinished(missing: Sequence[int], total: int, what: str) -> Unfinished:
+    """Returns the error for missing items, which names the processes to blame.
+
+    Args:
+      missing: numbers of the missing items.
+      total: number of all items.
+      what: name of several items.
+    """
+    lost = sorted({number % processes.count() for number in missing})
+    names = ", ".join(some([processes.name(one) for one in lost]))
+    return Unfinished(
+        f"{len(missing)} of {total} {what} are missing, because of {names}; start all"
+        " processes again with the same command to make them"
+    )

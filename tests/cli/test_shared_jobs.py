@@ -1,0 +1,101 @@
+"""Work that several processes of one job share: samples, scores, trajectories."""
+
+import json
+
+import pytest
+import running
+
+from anchor_jax import processes
+from anchor_jax.cli import score
+from anchor_jax.cli.main import main
+from anchor_jax.evaluation.protocol import Division
+
+pytestmark = pytest.mark.usefixtures("optimized_compilation")
+
+
+def run(line):
+    """Runs a command as two processes; returns statuses and outputs."""
+    port = running.free_port()
+    return running.ends([running.by_flags(line, port, number) for number in range(2)])
+
+
+def sampling(weights, prompts, out):
+    return [
+        *("sample", "--config=tiny", f"--config.weights={weights}"),
+        *(f"--config.prompt_file={prompts}", f"--out={out}"),
+        "--config.sampler.steps=(1000, 500)",
+    ]
+
+
+def contents(folder):
+    """Returns the bytes of all files, and the recipes as values."""
+    found = {one.name: one.read_bytes() for one in folder.iterdir()}
+    recipes = {
+        name: json.loads(found.pop(name)) for name in [*found] if "json" in name[-4:]
+    }
+    found.pop("manifest.jsonl")
+    return found, recipes
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_videos_of_one_each_once(weights, tmp_path, capsys):
+    prompts, out, alone = (tmp_path / name for name in ("p.txt", "out", "alone"))
+    prompts.write_text("".join(f"a red ring {n}[3f]\n" for n in range(3)))
+
+    statuses, outputs = run(sampling(weights, prompts, out))
+
+    assert statuses == [0, 0], outputs
+    assert "Wrote 3 videos" in outputs[0] and "002.mp4" in outputs[0]
+    assert "Wrote" not in outputs[1] and "preparing" not in outputs[1]
+    lines = (out / "manifest.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    assert [one["state"] for one in found] == ["finished"] * 3
+    assert [one["made_by"]["process"] for one in found] == [0, 1, 0]
+
+    # One process has nothing to do in the folder, and makes the same elsewhere.
+    assert main(sampling(weights, prompts, out)) == 0
+    assert "Skipped 3 existing videos" in capsys.readouterr().out
+    assert running.ends([running.start(sampling(weights, prompts, alone))])[0] == [0]
+    ours, theirs = contents(out), contents(alone)
+    assert ours[0] == theirs[0]
+    assert [*ours[1]] and ours[1].keys() == theirs[1].keys()
+    for name, recipe in ours[1].items():
+        del recipe["made_by"]
+        assert recipe == theirs[1][name]
+
+
+@pytest.mark.slow
+def test_two_processes_score_like_one(weights, tmp_path):
+    line = [
+        *("score", "--config=tiny", f"--config.weights={weights}"),
+        *("--config.size=64x64", "--count=3", "--batch=2", "--blocks=1"),
+        *("--config.sampler.steps=(1000, 500)", "--metrics=temporal_flickering"),
+    ]
+
+    statuses, outputs = run([*line, f"--out={tmp_path / 'two.json'}"])
+
+    assert statuses == [0, 0], outputs
+    assert outputs[0].count("Wrote") == 1 and "Wrote" not in outputs[1]
+    assert main([*line, f"--out={tmp_path / 'one.json'}"]) == 0
+    two, one = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("two", "one")
+    )
+    assert two == one
+    assert two["metrics"]["temporal_flickering"]["temporal_flickering"]["n"] == 3
+
+
+def test_the_sharing_of_trajectories_is_given_once(monkeypatch, capsys):
+    monkeypatch.setattr(processes, "is_joined", lambda: True)
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "is_said_by_first", lambda line: False)
+    monkeypatch.setattr("anchor_jax.cli.jobs.join", lambda command: None)
+
+    assert main(["trajectories", "--config=trajectories", "--processes=3"]) == 2
+    assert "the job has 2 processes" in capsys.readouterr().err
+
+
+def test_one_process_scores_every_batch():
+    division = score._division()
+
+    assert isinstance(division, Division) and all(map(division.has, range(3)))
+    assert division.join([1, 2]) == [1, 2]

@@ -1,0 +1,217 @@
+"""Manifests, and the videos of a job of several processes, without making them."""
+
+import contextlib
+import json
+import threading
+
+import bundles
+import pytest
+
+from anchor_jax import ownership, processes, shares
+from anchor_jax.config import load_config
+from anchor_jax.sampling import batch, resolve
+from anchor_jax.sampling.config import read_config
+from anchor_jax.sampling.manifest import NAME, Manifest
+from anchor_jax.sampling.tasks import VideoTasks
+
+
+@pytest.fixture
+def tasks(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    lines = [
+        {"prompt": f"a red ring {number}", "seed": number, "durations": [1]}
+        for number in range(5)
+    ]
+    file.write_text("".join(f"{json.dumps(one)}\n" for one in lines))
+    bundle = bundles.load()
+    given = load_config("tiny", [f"--config.prompt_file={file}"])
+    config = resolve.resolve(read_config(given), bundle.metadata)
+    scripts = resolve.read_scripts(config, bundle.model.family)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    return VideoTasks(folder, scripts, config, bundle, "")
+
+
+@pytest.fixture
+def as_process(monkeypatch):
+    def become(index, count):
+        monkeypatch.setattr(processes, "is_joined", lambda: count > 1)
+        monkeypatch.setattr(processes, "is_printing", lambda: index == 0)
+        monkeypatch.setattr(processes, "index", lambda: index)
+        monkeypatch.setattr(processes, "count", lambda: count)
+        monkeypatch.setattr(processes, "hosts", lambda: ["alpha", "beta", "gamma"])
+        monkeypatch.setattr(processes, "key", lambda: "key")
+        monkeypatch.setattr(processes, "part", lambda seconds: None)
+        monkeypatch.setattr(shares, "_POLL", 0.01)
+
+    return become
+
+
+def make(tasks, number):
+    """Writes small files in place of a video's."""
+    task = tasks[number]
+    recipe = {"request": task.request, "blocks": [f"{number}a", f"{number}b"]}
+    task.file(".mp4").write_text("video")
+    task.file(".json").write_text(json.dumps(recipe | batch.made_by()))
+    task.file(".png").write_text("sheet")
+
+
+def making(tasks):
+    def work(numbers, after):
+        for number in numbers:
+            make(tasks, number)
+            after()
+
+    return work
+
+
+def lines(tasks):
+    text = (tasks.folder / NAME).read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def start(tasks, index, count, todo, work=None):
+    """Does what a process of a job does."""
+    own = (str(index),) if count > 1 else ("",)
+    with ownership.own(tasks.folder, "job", own) as lease:
+        work = work or making(tasks)
+        batch.work_on(tasks, todo, lease, work, lambda line: None)
+
+
+def test_one_process_lists_every_video(tasks):
+    make(tasks, 3)
+    start(tasks, 0, 1, [0, 1, 2, 4])
+
+    found = lines(tasks)
+    assert [one["number"] for one in found] == list(range(5))
+    assert {one["state"] for one in found} == {"finished"}
+    digest = found[3].pop("digest")
+    assert found[3] == {
+        "number": 3,
+        "state": "finished",
+        "source": f"{tasks.scripts.place(3)}",
+        "prompts": ["a red ring 3"],
+        "starts": [0],
+        "frames": tasks.scripts.all[3].frames,
+        "seed": 3,
+        "files": {"video": "003.mp4", "sheet": "003.png", "recipe": "003.json"},
+        "made_by": {"process": 0, "processes": 1},
+    }
+    assert len(digest) == 64 and len({one.get("digest") for one in found}) == 5
+
+
+def test_a_job_that_another_number_of_processes_resumes(tasks, as_process):
+    as_process(1, 3)
+    with pytest.raises(shares.Unfinished, match="3 of 5 videos are missing"):
+        start(tasks, 1, 3, range(5))
+    # Process 0 has not done its share, so another one has written the manifest.
+    assert [one["state"] for one in lines(tasks)] == [
+        "missing", "finished", "missing", "missing", "finished"
+    ]  # fmt: skip
+    before = tasks[4].file(".mp4").stat().st_mtime_ns
+
+    as_process(1, 2)
+    with pytest.raises(shares.Unfinished, match="because of process 0"):
+        start(tasks, 1, 2, [0, 2, 3])
+    as_process(0, 2)
+    start(tasks, 0, 2, [0, 2])
+
+    assert [one["made_by"] for one in lines(tasks)] == [
+        {"process": 0, "processes": 2, "host": "alpha"},
+        {"process": 1, "processes": 3, "host": "beta"},
+        {"process": 0, "processes": 2, "host": "alpha"},
+        {"process": 1, "processes": 2, "host": "beta"},
+        {"process": 1, "processes": 3, "host": "beta"},
+    ]
+    assert tasks[4].file(".mp4").stat().st_mtime_ns == before
+
+
+def test_the_first_process_waits_for_the_others_and_lists_theirs(tasks, as_process):
+    as_process(0, 2)
+    other = ownership.own(tasks.folder, "job", ("1",))
+    told = []
+
+    def theirs():
+        for number in (1, 3):
+            make(tasks, number)
+        other.release()
+
+    with ownership.own(tasks.folder, "job", ("0",)) as lease:
+        timer = threading.Timer(0.3, theirs)
+        timer.start()
+        batch.work_on(tasks, range(5), lease, making(tasks), told.append)
+
+    assert {one["state"] for one in lines(tasks)} == {"finished"}
+    assert told[0] == "1 of 5 videos are finished"
+
+
+def test_a_failure_leaves_a_list_of_what_exists(tasks):
+    def fail(numbers, after):
+        make(tasks, numbers[0])
+        raise RuntimeError("no device")
+
+    with pytest.raises(RuntimeError, match="no device"):
+        start(tasks, 0, 1, range(5), fail)
+
+    assert [one["state"] for one in lines(tasks)] == ["finished"] + ["missing"] * 4
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"request": {}}', "[1]"])
+def test_a_video_with_a_torn_or_foreign_recipe_is_missing(tasks, content):
+    make(tasks, 2)
+    tasks[2].file(".json").write_text(content)
+
+    assert Manifest(tasks)._entry(2)["state"] == "missing"
+
+
+def test_a_video_without_its_sheet_is_missing(tasks):
+    make(tasks, 2)
+    tasks[2].file(".png").unlink()
+
+    assert Manifest(tasks)._entry(2)["state"] == "missing"
+
+
+def test_a_reader_sees_whole_manifests_of_concurrent_writers(tasks):
+    for number in range(5):
+        make(tasks, number)
+    Manifest(tasks).write()
+    has_ended = threading.Event()
+
+    def write():
+        with contextlib.suppress(StopIteration):
+            while not has_ended.is_set():
+                Manifest(tasks).write()
+
+    writers = [threading.Thread(target=write) for _ in range(3)]
+    for one in writers:
+        one.start()
+    try:
+        for _ in range(200):
+            assert [one["number"] for one in lines(tasks)] == list(range(5))
+    finally:
+        has_ended.set()
+        for one in writers:
+            one.join()
+    assert sorted(one.name for one in tasks.folder.glob("[.m]*")) == [NAME]
+
+
+def test_the_next_start_repairs_a_manifest(tasks):
+    for number in range(5):
+        make(tasks, number)
+    (tasks.folder / NAME).write_text('{"number": 0, "sta')
+
+    batch.keep_manifest(tasks, pytest.fail)
+    assert {one["state"] for one in lines(tasks)} == {"finished"}
+
+    before = (tasks.folder / NAME).stat().st_ino
+    batch.keep_manifest(tasks, pytest.fail)
+    assert (tasks.folder / NAME).stat().st_ino == before
+
+
+def test_a_folder_in_use_keeps_its_manifest(tasks):
+    told = []
+    with ownership.own(tasks.folder, "another"):
+        batch.keep_manifest(tasks, told.append)
+
+    assert "in use by" in told[0]
+    assert not (tasks.folder / NAME).exists()
