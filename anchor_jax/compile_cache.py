@@ -81,8 +81,8 @@ def enable(
 def _may_deadlock() -> bool:
     """Returns whether processes would wait for each other with cached programs.
 
-    On CPUs a cached program may run its collective operations in another order than one
-    that a process without a cached copy compiles.
+    On CPUs the collective operations of a cached program may have a different order
+    from those of the program that a process without a cached copy compiles.
     """
     # A program of the user's own may still have to call jax.distributed.initialize.
     if not jax.distributed.is_initialized() or jax.process_count() == 1:

@@ -93,7 +93,7 @@ class Others:
     """The other processes of a job that own a folder, observed by their heartbeats."""
 
     def __init__(self, claim: "_Claim", own: str):
-        self._claim, self._own, self._watch = claim, own, _Watch()
+        self._claim, self._own, self._watch = claim, own, _Watch(claim.lease)
 
     def living(self) -> list[str]:
         """Returns the seats of those that live.

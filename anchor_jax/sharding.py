@@ -196,7 +196,7 @@ def _close(found) -> int:
     if found[0].platform == "tpu":
         return 16
     here = sum(one.process_index == found[0].process_index for one in found)
-    # With one process for each device, machines cannot be told apart. Most have 8.
+    # With one process for each device, machines are not known. Most have 8 devices.
     return here if here > 1 or len(found) == 1 else 8
 
 

@@ -6,7 +6,7 @@ from anchor_jax.errors import UserError
 from anchor_jax.training.data.prefetch import Prefetch
 
 
-def test_the_next_batches_are_made_before_they_are_asked_for():
+def test_the_next_batches_are_made_before_they_are_requested():
     made = {number: threading.Event() for number in range(5)}
 
     def batches(number):
@@ -20,7 +20,7 @@ def test_the_next_batches_are_made_before_they_are_asked_for():
     assert ahead(1) == {"number": 1} and made[3].wait(10)
 
 
-def test_every_batch_is_made_once_and_in_any_order_asked():
+def test_every_batch_is_made_once_and_in_any_order():
     taken = []
     ahead = Prefetch(lambda number: taken.append(number) or number, 1)
 
