@@ -16,6 +16,7 @@ from anchor_jax.io import expand, read_json
 
 CONFIG, INPUTS = "config.json", "inputs.json"
 LOG, SKIPPED = "log.jsonl", "skipped.json"
+GOODPUT = "goodput.json"
 METRICS = "metrics/metrics"
 
 _REMEDIES = {
@@ -23,6 +24,7 @@ _REMEDIES = {
     INPUTS: "restore it, or remove it if data and weights have not changed since the"
     " run started",
     SKIPPED: "restore it, or remove it; the batches in it are then tried again",
+    GOODPUT: "remove it; goodput then counts from this start",
 }
 _LOG_REMEDY = (
     "remove that line, or move the file away; it has only metrics, and the training"
@@ -86,6 +88,7 @@ def check(folder: pathlib.Path) -> None:
     read_config(folder)
     read_inputs(folder)
     read_skipped(folder)
+    read_goodput(folder)
     read_log(folder)
     _check_steps(folder)
 
@@ -135,6 +138,34 @@ def read_skipped(folder: pathlib.Path) -> list[int]:
         raise UserError(
             f"{folder / SKIPPED} holds {shown(wrong[0])}, expected batch numbers of at"
             f" least 0; {_REMEDIES[SKIPPED]}"
+        )
+    return found
+
+
+def read_goodput(folder: pathlib.Path) -> dict[str, Any] | None:
+    """Returns the record of a run's wall time, or None if there is none.
+
+    It has `seconds` by cause, the time `at` which it was written, and `points`: numbers
+    of steps, and the seconds that the run took for them.
+
+    Raises:
+      UserError: The file is damaged.
+    """
+    found = _read(folder / GOODPUT, dict)
+    if found is None:
+        return None
+    try:
+        steps = [step for step, _ in found["points"]]
+        numbers = [found["at"], *found["seconds"].values(), *steps]
+        numbers += [seconds for _, seconds in found["points"]]
+        whole = all(type(one) in (int, float) for one in numbers)
+        whole &= bool(steps) and sorted(steps) == steps
+    except (LookupError, TypeError, ValueError, AttributeError):
+        whole = False
+    if not whole:
+        raise UserError(
+            f"{folder / GOODPUT} holds {shown(found)}, expected at, seconds and points;"
+            f" {_REMEDIES[GOODPUT]}"
         )
     return found
 

@@ -3,9 +3,10 @@
 import contextlib
 import json
 import pathlib
+import re
 import resource
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -17,6 +18,15 @@ from anchor_jax.io import explained, write_text
 from anchor_jax.training.files import LOG, read_log
 
 EVENTS = "events"
+MEASURED = re.compile(
+    r"seconds_per_step|latent_frames_per_second|mfu|goodput|share_\w+|\w*memory_gb"
+    r"|step_time_max_over_median|slow_process"
+)
+"""Names of the numbers that are different if the same steps are made again."""
+
+Gauge = Callable[[int, int, float], Mapping[str, float]]
+"""Returns numbers of a line: (finished steps, steps of the line, seconds per step)."""
+
 _SHOWN = ("loss", "generator_loss", "critic_loss")
 
 
@@ -35,6 +45,7 @@ class Monitor:
         every: int,
         frames_per_step: float = 0.0,
         quiet: bool = False,
+        gauge: Gauge | None = None,
     ):
         """Opens the logs.
 
@@ -45,6 +56,7 @@ class Monitor:
           every: steps per line of metrics.
           frames_per_step: latent frames that a step processes.
           quiet: whether to write and show nothing, as in all processes but the first.
+          gauge: returns further numbers; it is called in every process.
 
         Raises:
           UserError: The log is damaged.
@@ -56,7 +68,7 @@ class Monitor:
         self.unsaved: dict[str, list[float]] = {}
         self.began = self.ended = time.monotonic()
         self.noted = 0
-        self.quiet = quiet
+        self.quiet, self.gauge = quiet, gauge
         if processes.is_first():
             _cut_log(folder, first)
         self.bar = tqdm(initial=first, total=steps, unit="step", disable=quiet)
@@ -108,6 +120,8 @@ class Monitor:
         if self.frames:
             means["latent_frames_per_second"] = self.frames / seconds
         means["memory_gb"] = memory_gb()
+        if self.gauge is not None:
+            means |= self.gauge(step, self.noted, seconds)
         self.sums, self.began, self.noted = {}, self.ended, 0
         shown = {name: f"{means[name]:.4f}" for name in _SHOWN if name in means}
         self.bar.set_postfix(shown)
@@ -119,6 +133,16 @@ class Monitor:
         if self.events is not None:
             for name, value in means.items():
                 self.events.add_scalar(name, value, step)
+
+
+def beside_bar(tell: Callable[[str], None]) -> Callable[[str], None]:
+    """Returns a function that prints a line while a progress bar is shown."""
+
+    def tell_beside(line: str) -> None:
+        with tqdm.external_write_mode():
+            tell(line)
+
+    return tell_beside
 
 
 def _means(values: Mapping[str, list[float]]) -> dict[str, float]:
