@@ -136,10 +136,16 @@ def lines(folder):
 
 @pytest.mark.slow
 def test_two_processes_stop_together_and_resume_under_slurm(weights, tmp_path):
-    line, port = command(weights, tmp_path / "run"), free_port()
+    line = command(weights, tmp_path / "run", "--config.preflight.run=on")
+    line, port = [*line, "--config.profile.steps=1"], free_port()
     running = [by_flags(line, port, number) for number in range(2)]
     while len(lines(tmp_path / "run")) < 3 and running[0].poll() is None:
         time.sleep(0.05)
+    running[1].send_signal(signal.SIGUSR1)
+    made = tmp_path / "run" / "profiles"
+    while not (made.exists() and any(made.rglob("*.xplane.pb"))):
+        assert running[0].poll() is None
+        time.sleep(0.02)
     running[1].send_signal(signal.SIGTERM)
 
     statuses, outputs = ends(running)
@@ -149,8 +155,8 @@ def test_two_processes_stop_together_and_resume_under_slurm(weights, tmp_path):
     assert f"Stopped at {step}/{STEPS}. Rerun this command" in outputs[0]
     assert "stage regression" in outputs[0]
     # The data may be built, with a progress bar, by any process.
-    assert "clips" in outputs[1] or not outputs[1]
     assert not any(word in outputs[1] for word in ("stage", "step/s", "Stopped"))
+    assert_is_watched(tmp_path / "run", outputs)
 
     port = free_port()
     statuses, outputs = ends([by_slurm(line, port, number) for number in range(2)])
@@ -159,6 +165,18 @@ def test_two_processes_stop_together_and_resume_under_slurm(weights, tmp_path):
     assert f"Resuming at step {step}." in outputs[0] and outputs[1] == ""
     assert checkpoint.last_step(tmp_path / "run") == STEPS
     assert_equals_one_process(weights, tmp_path)
+
+
+def assert_is_watched(folder, outputs):
+    """Checks measurements, the requested profile, and the times of both processes."""
+    assert "preflight: 2 devices, matrix products at" in outputs[0]
+    (made,) = (folder / "profiles").iterdir()
+    assert made.name.endswith("-1")
+    host = socket.gethostname()
+    assert f"process 1 ({host}): profile of steps" in outputs[1]
+    last = json.loads(lines(folder)[-1])
+    assert last["step_time_max_over_median"] >= 1
+    assert 0 < last["goodput"] < 1
 
 
 def assert_equals_one_process(weights, folder):

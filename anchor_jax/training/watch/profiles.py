@@ -105,7 +105,8 @@ class Profiles:
           step: number of steps before it.
         """
         if self.config.steps:
-            self._requests.extend([self.say] * interrupts.counted(signal.SIGUSR1))
+            # A scheduler's signal reaches a process and its parent, which passes it on.
+            self._requests.extend([self.say] * bool(interrupts.counted(signal.SIGUSR1)))
         while self._requests:
             tell = self._requests.popleft()
             if self._now is None:
