@@ -37,7 +37,7 @@ echo "$@" >> "$HOME/starts.$SLURM_PROCID"
 line=$(sed -n "$(wc -l < "$HOME/starts.$SLURM_PROCID")p" "$HOME/plan")
 words=($line)
 status=${words[SLURM_PROCID]}
-[[ $status != wait ]] || { for i in {1..400}; do sleep 0.05; done; }
+[[ $status != wait ]] || { echo >> "$HOME/waiting"; for i in {1..400}; do sleep 0.05; done; }
 [[ $status != kill ]] || kill -9 $$
 exit "$status"
 """
@@ -131,11 +131,11 @@ def test_the_signal_before_the_time_limit_requeues(job, tmp_path):
 
 def test_a_request_for_a_profile_reaches_the_tasks_which_continue(job, tmp_path):
     process = job(["wait wait"])
-    wait_for(lambda: len(list(tmp_path.glob("starts.*"))) == 2)
+    waiting, profiles = tmp_path / "waiting", tmp_path / "profiles"
+    wait_for(lambda: waiting.exists() and waiting.read_text() == "\n\n")
     children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
     (srun,) = children.read_text().split()
     subprocess.run(["kill", "-USR2", srun], check=True)
-    profiles = tmp_path / "profiles"
     wait_for(lambda: profiles.exists() and profiles.read_text() == "\n\n")
     subprocess.run(["kill", "-USR1", srun], check=True)
 

@@ -139,6 +139,7 @@ def test_the_parts_of_a_loop_have_their_causes(tmp_path, clock):
 @pytest.mark.parametrize("config", [REGRESS, DISTILL], ids=["regress", "distill"])
 def test_a_stages_operations_are_those_of_the_plan(tmp_path, monkeypatch, config):
     monkeypatch.setattr(observer, "peak_flops", lambda: 1e15)
+    on_one_device(monkeypatch)
     prepared = make(config)
     uses = build.find_stage(config).uses(config, prepared)
 
