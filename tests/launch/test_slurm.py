@@ -37,7 +37,8 @@ echo "$@" >> "$HOME/starts.$SLURM_PROCID"
 line=$(sed -n "$(wc -l < "$HOME/starts.$SLURM_PROCID")p" "$HOME/plan")
 words=($line)
 status=${words[SLURM_PROCID]}
-[[ $status != wait ]] || { echo >> "$HOME/waiting"; for i in {1..400}; do sleep 0.05; done; }
+[[ $status != wait ]] || echo >> "$HOME/waiting"
+[[ $status != wait ]] || { for i in {1..400}; do sleep 0.05; done; }
 [[ $status != kill ]] || kill -9 $$
 exit "$status"
 """
