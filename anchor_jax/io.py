@@ -1,4 +1,8 @@
-"""Writes files atomically, and reads files with errors that name them."""
+"""Writes files atomically, and reads files with errors that name them.
+
+Paths that `place` returned may be in object storage; the functions that say so take
+them like those of this machine.
+"""
 
 import contextlib
 import errno
@@ -13,9 +17,10 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from anchor_jax import places, remote
 from anchor_jax.errors import UserError, shown
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -48,41 +53,33 @@ _numbers = itertools.count()
 _process = secrets.token_hex(6)
 
 
-def expand(path: str | os.PathLike) -> pathlib.Path:
-    """Returns a path with `~` replaced by the home folder.
+Place = places.Place
+place, expand, resolved = places.place, places.expand, places.resolved
 
-    Raises:
-      UserError: The path starts with `~` and there is no home folder, or the path has a
-        NUL character.
+
+def move_folder(folder: Place, target: Place) -> None:
+    """Renames a folder; an existing folder of that name is removed first."""
+    if places.is_remote(folder):
+        remote.rename_folder(folder, target)
+        return
+    shutil.rmtree(target, ignore_errors=True)
+    folder.rename(target)
+
+
+@contextlib.contextmanager
+def local_copies(folder: Place, names: Sequence[str]) -> Iterator[pathlib.Path]:
+    """Yields a folder of this machine with the files of these names that exist.
+
+    It is the folder itself unless that is in object storage.
     """
-    path = pathlib.Path(path)
-    if "\0" in str(path):
-        raise UserError(
-            f"{str(path)!r:.200}: a path cannot contain a NUL character; remove it"
-        )
-    try:
-        return path.expanduser()
-    except RuntimeError as error:
-        raise UserError(
-            f"{path}: the home folder of this user is unknown; set HOME, or give a"
-            " path without ~"
-        ) from error
-
-
-def resolved(path: str | os.PathLike) -> pathlib.Path:
-    """Returns the absolute path, with links, `~` and `..` resolved.
-
-    Raises:
-      UserError: There is no home folder, links form a loop, or the path is relative and
-        the current folder was removed.
-    """
-    try:
-        return expand(path).resolve()
-    except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:_SHOWN]
-        raise UserError(
-            f"{path} cannot be resolved ({reason}); choose another path"
-        ) from error
+    if not places.is_remote(folder):
+        yield folder
+        return
+    with scratch_folder() as scratch:
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                remote.download(folder / name, scratch / name)
+        yield scratch
 
 
 def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
@@ -270,7 +267,8 @@ def replacing(
 ) -> Iterator[pathlib.Path]:
     """Yields a temporary path that is renamed to `path` on a clean exit.
 
-    After an error the temporary file is removed and `path` is unchanged.
+    After an error the temporary file is removed and `path` is unchanged. For a path in
+    object storage the temporary file is on this machine, and is uploaded.
 
     Args:
       path: the final path.
@@ -280,13 +278,82 @@ def replacing(
       UserError: The folder is not writable, the disk is full, or another program made
         the file meanwhile and `keep_new` is set.
     """
-    path = pathlib.Path(path)
+    path = places.given(path)
+    if places.is_remote(path):
+        with _uploading(path, keep_new) as part:
+            yield part
+        return
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         is_new = keep_new and not path.exists()
         with unfinished(temporary_name(path)) as part:
             yield part
             publish(part, path, is_new)
+
+
+@contextlib.contextmanager
+def _uploading(path: Place, keep_new: bool) -> Iterator[pathlib.Path]:
+    """Yields a local path whose file is uploaded to `path` on a clean exit."""
+    is_new = keep_new and not places.exists(path)
+    with scratch_folder() as scratch:
+        part = scratch / path.name
+        with explained(part):
+            yield part
+        for call in before_replacing:
+            call(path)
+        if is_new and places.exists(path):
+            raise _made_meanwhile(path)
+        remote.upload(part, path)
+
+
+@contextlib.contextmanager
+def filling(folder: Place) -> Iterator[pathlib.Path]:
+    """Yields a folder of this machine for new files, which are uploaded if needed.
+
+    It is the folder itself unless that is in object storage. After an error nothing is
+    uploaded.
+    """
+    if not places.is_remote(folder):
+        yield folder
+        return
+    with scratch_folder() as scratch:
+        yield scratch
+        for call in before_replacing:
+            call(folder)
+        for path in sorted(scratch.iterdir()):
+            remote.upload(path, folder / path.name)
+
+
+class Mirror:
+    """A folder of this machine for files that a library appends to.
+
+    For a folder in object storage it is a temporary one, whose files `upload` copies.
+    Otherwise it is the folder itself.
+    """
+
+    def __init__(self, folder: Place):
+        self._folder, self._sizes = folder, {}
+        self._made = contextlib.ExitStack()
+        self.local = folder
+        if places.is_remote(folder):
+            self.local = self._made.enter_context(scratch_folder())
+
+    def upload(self) -> None:
+        """Copies the files that have grown since the last call."""
+        if not places.is_remote(self._folder):
+            return
+        for path in sorted(self.local.iterdir()):
+            size = path.stat().st_size
+            if self._sizes.get(path.name) != size:
+                for call in before_replacing:
+                    call(self._folder)
+                remote.upload(path, self._folder / path.name)
+                self._sizes[path.name] = size
+
+    def close(self) -> None:
+        """Copies what has grown, and removes the temporary folder."""
+        with self._made:
+            self.upload()
 
 
 def publish(part: pathlib.Path, path: pathlib.Path, is_new: bool = False) -> None:
@@ -308,10 +375,14 @@ def publish(part: pathlib.Path, path: pathlib.Path, is_new: bool = False) -> Non
     try:
         _link(part, path)
     except FileExistsError as error:
-        raise UserError(
-            f"{path} was made by another program meanwhile and is not replaced; choose"
-            " another folder"
-        ) from error
+        raise _made_meanwhile(path) from error
+
+
+def _made_meanwhile(path: Place) -> UserError:
+    return UserError(
+        f"{path} was made by another program meanwhile and is not replaced; choose"
+        " another folder"
+    )
 
 
 def _link(part: pathlib.Path, path: pathlib.Path) -> None:
@@ -374,10 +445,10 @@ def read_json(path: str | os.PathLike, kind: type = dict, remedy: str = "") -> A
       FileNotFoundError: There is no such file.
       UserError: The file is damaged or too large, or has another type.
     """
-    path = pathlib.Path(path)
+    path = places.given(path)
     end = f"; {remedy}" if remedy else ""
     try:
-        size = path.stat().st_size
+        size = places.size_of(path)
         if size > _MOST_JSON:
             raise ValueError(f"{size} bytes; at most {_MOST_JSON} are allowed")
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -472,7 +543,8 @@ def explained(path: pathlib.Path) -> Iterator[None]:
     Errors that concern other files are raised unchanged.
     """
     try:
-        yield
+        with places.explained(path):
+            yield
     except OSError as error:
         if isinstance(error, BrokenPipeError) or not _concerns(error, path):
             raise

@@ -15,7 +15,7 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from anchor_jax import io, ownership
+from anchor_jax import io, ownership, places
 from anchor_jax.errors import Stopped, UserError
 from anchor_jax.io import (
     explained,
@@ -68,7 +68,7 @@ class VideoWriter:
         keep_new: bool = False,
         enlarge: int | None = 1,
     ) -> None:
-        self.path = pathlib.Path(path)
+        self.path = places.local(path)
         if self.path.suffix != ".mp4":
             raise UserError(f"{path}: videos are written as .mp4; name it NAME.mp4")
         self.part = io.temporary_name(self.path)

@@ -5,6 +5,12 @@ updates a counter in that file every few seconds. The subfolder is renamed into 
 a whole. The rename fails if another lease exists, so that exactly one job succeeds.
 Files of dead processes are removed first. File names are unique, so two jobs that take
 over at the same time cannot remove each other's files.
+
+Buckets have no such rename. There each process writes its object first, and then lists
+all objects; if it sees a rival it withdraws and tries again. Buckets list an object as
+soon as it is written, so of two rivals at least one sees the other, and never do both
+stay. Heartbeats are objects of their own: a late one cannot bring back a member that
+was removed.
 """
 
 import atexit
@@ -25,18 +31,22 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from anchor_jax import io
+from anchor_jax import io, places, remote
 from anchor_jax.errors import UserError
 
 BEAT, LEASE = 3.0, 30.0
 """Heartbeat interval, and seconds without a heartbeat after which an owner is dead."""
 
+BUCKET_BEAT, BUCKET_LEASE = 10.0, 90.0
+"""The same in a bucket, where each heartbeat is a request that may be tried again."""
+
 REMEDY = "wait until it ends, stop it, or choose another folder"
 
 _NAME = ".owner"
+_MEMBER, _BEATS = ".json", ".beat"
 _MOST = 65536  # bytes of a member's file
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 _MOVED_IN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)
@@ -124,10 +134,11 @@ def job_id(*about: Any) -> str:
 
 def check(path: str | os.PathLike) -> None:
     """Raises UserError if this process owned the folder of `path` and lost it."""
-    path = pathlib.Path(path)
-    path = path.parent.resolve() / path.name
+    if not places.is_remote(path):
+        path = pathlib.Path(path)
+        path = path.parent.resolve() / path.name
     for hold in list(_held.values()):
-        if path.is_relative_to(hold.claim.folder):
+        if places.is_within(path, hold.claim.folder):
             hold.check()
 
 
@@ -141,18 +152,34 @@ def release_all() -> None:
 class _Claim:
     """A request for a lease: its place, the folder, the job and its seats."""
 
-    place: pathlib.Path
-    folder: pathlib.Path
+    place: io.Place
+    folder: io.Place
     job: str = ""
     seats: tuple[str, ...] = ("",)
+
+    @property
+    def is_remote(self) -> bool:
+        return places.is_remote(self.place)
+
+    @property
+    def lease(self) -> float:
+        """Seconds without a heartbeat after which an owner is dead."""
+        return BUCKET_LEASE if self.is_remote else LEASE
 
 
 @dataclasses.dataclass(frozen=True)
 class _Member:
-    """A process of the job that owns a folder, as described by its file."""
+    """A process of the job that owns a folder, as described by its file.
 
-    path: pathlib.Path
+    Attributes:
+      path: its file.
+      content: the content of the file, with the heartbeat unless it is in a bucket.
+      beat: the heartbeat in a bucket.
+    """
+
+    path: io.Place
     content: bytes
+    beat: bytes = b""
 
     @property
     def id(self) -> str:
@@ -215,7 +242,7 @@ class _Hold:
 
     @property
     def file(self) -> pathlib.Path:
-        return self.claim.place / f"{self.id}.json"
+        return self.claim.place / f"{self.id}{_MEMBER}"
 
     def content(self) -> bytes:
         """Returns the content of the file; its length is constant."""
@@ -230,8 +257,7 @@ class _Hold:
 
     def check(self) -> None:
         try:
-            # On a network file system, unlike stat, opening a file asks the server.
-            os.close(os.open(self.file, os.O_RDONLY))
+            self._open()
         except OSError as error:
             if error.errno not in _GONE:
                 return
@@ -239,9 +265,14 @@ class _Hold:
             by = f" by {others[0]}" if others else ""
             raise UserError(
                 f"{self.claim.folder} was taken over{by}: this process had written no"
-                f" heartbeat for {LEASE:g} s, or its lease was removed; it will write"
-                " nothing more"
+                f" heartbeat for {self.claim.lease:g} s, or its lease was removed; it"
+                " will write nothing more"
             ) from error
+
+    def _open(self) -> None:
+        """Raises OSError if the file of this process was removed."""
+        # On a network file system, unlike stat, opening a file asks the server.
+        os.close(os.open(self.file, os.O_RDONLY))
 
     def leave(self) -> None:
         if self.pid != os.getpid():
@@ -275,11 +306,59 @@ class _Hold:
         return True
 
 
-class _Watch:
-    """Observes owners' heartbeats with this machine's own clock."""
+class _BucketHold(_Hold):
+    """A folder of a bucket that this process owns."""
 
-    def __init__(self):
-        self._seen: dict[str, tuple[bytes, float, bool]] = {}
+    def beat(self) -> None:
+        """Writes a heartbeat, beside the file that it must not bring back."""
+        self.beats += 1
+        # A bucket may be out of reach for a while.
+        with contextlib.suppress(Exception):
+            _beat_of(self.file).write_bytes(f"{self.beats:012d}".encode())
+
+    def _open(self) -> None:
+        """Raises FileNotFoundError if the object of this process was removed."""
+        is_there = True
+        # Only an answer counts: a bucket may be out of reach for a while.
+        with contextlib.suppress(UserError):
+            is_there = places.is_file(self.file)
+        if not is_there:
+            raise FileNotFoundError(errno.ENOENT, "removed", str(self.file))
+
+    def leave(self) -> None:
+        if self.pid != os.getpid():
+            return
+        for path in (self.file, _beat_of(self.file)):
+            with contextlib.suppress(Exception):
+                path.unlink(missing_ok=True)
+
+    def enter(self, living: Sequence[_Member]) -> bool:
+        """Writes this process's object; withdraws it if a rival has one, too."""
+        del living
+        self.file.write_bytes(self.content())
+        others = [one for one in _members(self.claim.place) if one.id != self.id]
+        if any(one.rivals(self.claim) for one in others):
+            self.leave()
+            return False
+        self.beat()
+        return True
+
+
+def _beat_of(file: io.Place) -> io.Place:
+    """Returns the object with the heartbeats of a member of a bucket's lease."""
+    return file.with_suffix(_BEATS)
+
+
+class _Watch:
+    """Observes owners' heartbeats with this machine's own clock.
+
+    Attributes:
+      lease: seconds without a heartbeat after which an owner is dead.
+    """
+
+    def __init__(self, lease: float):
+        self.lease = lease
+        self._seen: dict[str, tuple[tuple[bytes, bytes], float, bool]] = {}
 
     def is_alive(self, member: _Member) -> bool | None:
         """Returns whether a process lives, or None while it is unknown."""
@@ -287,11 +366,12 @@ class _Watch:
         if known is not None:
             return known
         now = time.monotonic()
-        content, since, moved = self._seen.get(member.id, (member.content, now, False))
-        if content != member.content:
+        shown = member.content, member.beat
+        before, since, moved = self._seen.get(member.id, (shown, now, False))
+        if before != shown:
             since, moved = now, True
-        self._seen[member.id] = member.content, since, moved
-        if now - since >= LEASE:
+        self._seen[member.id] = shown, since, moved
+        if now - since >= self.lease:
             return False
         return moved or None
 
@@ -305,22 +385,22 @@ def _take(claim: _Claim, patience: float, tell, remedy: str) -> Lease:
         hold = _claim(claim, patience, tell, remedy)
     with _lock:
         _held[claim] = hold
-        _begin_to_beat()
+        _begin_to_beat(claim.is_remote)
         return Lease(hold)
 
 
 def _claim(claim: _Claim, patience: float, tell, remedy: str) -> _Hold:
     """Takes the lease, or raises UserError if another job has it."""
-    watch, began = _Watch(), time.monotonic()
+    watch, began = _Watch(claim.lease), time.monotonic()
     while True:
-        claim.place.parent.mkdir(parents=True, exist_ok=True)
+        places.make_folder(claim.place.parent)
         fates = {one: watch.is_alive(one) for one in _members(claim.place)}
         for one in [one for one, alive in fates.items() if alive is False]:
             _bury(claim, one)
             del fates[one]
         rivals = [one for one in fates if one.rivals(claim)]
         if not rivals:
-            hold = _Hold(claim)
+            hold = _BucketHold(claim) if claim.is_remote else _Hold(claim)
             if hold.enter(list(fates)):
                 return hold
         sure = next((one for one in rivals if fates[one]), None)
@@ -328,15 +408,17 @@ def _claim(claim: _Claim, patience: float, tell, remedy: str) -> _Hold:
             raise UserError(f"{claim.folder} is in use by {sure}; {remedy}")
         if rivals and not sure and tell:
             tell(
-                f"{claim.folder}: waiting up to {LEASE:g} s for a heartbeat of"
+                f"{claim.folder}: waiting up to {claim.lease:g} s for a heartbeat of"
                 f" {rivals[0]}"
             )
             tell = None
         time.sleep(random.uniform(0.01, BEAT / 10))
 
 
-def _members(place: pathlib.Path) -> list[_Member]:
+def _members(place: io.Place) -> list[_Member]:
     """Returns the processes that own a folder."""
+    if places.is_remote(place):
+        return list(_bucket_members(place))
     found = []
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISDIR(os.lstat(place).st_mode):
@@ -349,11 +431,31 @@ def _members(place: pathlib.Path) -> list[_Member]:
     return found
 
 
+def _bucket_members(place: io.Place) -> Iterator[_Member]:
+    """Yields the processes that own a folder of a bucket."""
+    with remote.explained(place):
+        names = [one.name for one in place.iterdir()] if places.is_dir(place) else []
+        for name in sorted(names):
+            path = place / name
+            # It may leave meanwhile, or not have written a heartbeat yet.
+            with contextlib.suppress(FileNotFoundError):
+                if path.suffix == _MEMBER:
+                    content, beat = path.read_bytes()[:_MOST], b""
+                    with contextlib.suppress(FileNotFoundError):
+                        beat = _beat_of(path).read_bytes()[:_MOST]
+                    yield _Member(path, content, beat)
+
+
 def _bury(claim: _Claim, dead: _Member) -> None:
     """Removes a dead owner's temporary files, then its file in the lease.
 
-    The temporary files are beside the lease, or one folder deeper.
+    The temporary files are beside the lease, or one folder deeper. In a bucket there
+    are none.
     """
+    if claim.is_remote:
+        for path in (_beat_of(dead.path), dead.path):
+            path.unlink(missing_ok=True)
+        return
     process = dead.id.partition("-")[0]
     entries = _entries(claim.place.parent)
     if claim.folder == claim.place.parent:
@@ -383,16 +485,21 @@ def _let_go(hold: _Hold) -> None:
     hold.leave()
 
 
-def _begin_to_beat() -> None:
-    if not any(one.name == _NAME for one in threading.enumerate()):
-        threading.Thread(target=_beat_all, name=_NAME, daemon=True).start()
+def _begin_to_beat(is_remote: bool) -> None:
+    # A bucket out of reach must not hold up the heartbeats of this machine's folders.
+    name = f"{_NAME} of buckets" if is_remote else _NAME
+    if not any(one.name == name for one in threading.enumerate()):
+        beating = threading.Thread(target=_beat_all, args=(is_remote,), name=name)
+        beating.daemon = True
+        beating.start()
 
 
-def _beat_all() -> None:
+def _beat_all(is_remote: bool) -> None:
     while True:
-        time.sleep(BEAT)
+        time.sleep(BUCKET_BEAT if is_remote else BEAT)
         for hold in list(_held.values()):
-            hold.beat()
+            if hold.claim.is_remote == is_remote:
+                hold.beat()
 
 
 def _about_this_process() -> dict[str, Any]:

@@ -201,6 +201,20 @@ def summed(x: jax.Array) -> jax.Array:
     return jax.lax.psum(x, TENSOR) if size(TENSOR) > 1 else x
 
 
+def with_rank(h: jax.Array, rank: int) -> jax.Array:
+    """Returns x A of a low-rank update with the part of the rank that B has.
+
+    Args:
+      h: [..., rank], x A with a device's part of the rank, or its part of a sum.
+      rank: rank that the device's part of B has.
+    """
+    if h.shape[-1] < rank:
+        return jax.lax.all_gather(h, TENSOR, axis=h.ndim - 1, tiled=True)
+    if h.shape[-1] > rank:
+        return jax.lax.psum_scatter(h, TENSOR, scatter_dimension=h.ndim - 1, tiled=True)
+    return h
+
+
 def own_tokens(x: jax.Array, axis: int) -> jax.Array:
     """Returns this device's tokens of an array with all of them."""
     count = size(CONTEXT)

@@ -17,9 +17,12 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
+import importlib.util
 import itertools
 import json
+import mmap
 import os
+import pathlib
 import re
 import socket
 import time
@@ -32,6 +35,8 @@ from anchor_jax.peers import FOLLOWING, Peers
 
 HEARTBEAT = 30
 """Seconds without a sign of life after which a process counts as lost."""
+SAME_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+"""Flag with which cached programs for CPUs order their operations like new ones."""
 PATIENCE = 600.0
 """Default seconds to wait for the other processes."""
 
@@ -166,6 +171,7 @@ def _connect(place: clusters.Place, tell: Callable[[str], None], wait: int) -> N
     # Requests to stop are handled in `interrupts`; jax would take SIGTERM away.
     jax.config.update("jax_enable_preemption_service", False)
     _avoid_blocked_threads(jax)
+    _keep_order()
     bind = None
     if place.index == 0:
         bind = clusters.bind_address(place.coordinator, os.environ, tell)
@@ -201,6 +207,30 @@ def _avoid_blocked_threads(jax) -> None:
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     if (os.cpu_count() or 1) < _THREADS:
         os.environ.setdefault("NPROC", str(_THREADS))
+
+
+def _keep_order() -> None:
+    """Makes CPUs run collective operations in the order of the program.
+
+    XLA ends the process if it does not know a flag, and so does the library for TPUs.
+    """
+    given = os.environ.get("XLA_FLAGS", "")
+    if os.environ.get("JAX_PLATFORMS") != "cpu" or SAME_ORDER in given:
+        return
+    if _is_flag(SAME_ORDER.partition("=")[0].lstrip("-")):
+        os.environ["XLA_FLAGS"] = f"{given} {SAME_ORDER}".strip()
+
+
+def _is_flag(name: str) -> bool:
+    """Returns whether the installed XLA has a flag."""
+    found = importlib.util.find_spec("jaxlib")
+    folder = pathlib.Path(found.origin).parent if found and found.origin else None
+    for path in folder.glob("libjax_common.*") if folder else ():
+        with path.open("rb") as file:
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                if content.find(name.encode()) >= 0:
+                    return True
+    return False
 
 
 def why_alone(place: clusters.Place) -> str:

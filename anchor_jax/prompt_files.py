@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from anchor_jax import places
 from anchor_jax.errors import UserError, shown
 from anchor_jax.text import check_text
 
@@ -106,7 +107,9 @@ class PromptFile:
         self._columns, self._others = columns, others
         with _explained(path):
             is_pipe = path.exists() and not path.is_file() and not path.is_dir()
-        self._content = self._pipe() if is_pipe else None
+        # Objects of a bucket have no lines either.
+        is_whole = is_pipe or places.is_remote(path)
+        self._content = self._read_whole() if is_whole else None
         self._hashes = array.array("q")
         self._first_hash = ""
         self._notes: list[str] = []
@@ -153,13 +156,14 @@ class PromptFile:
             )
         return notes
 
-    def _pipe(self) -> bytes:
-        """Returns the content of a pipe, which can be read only once."""
+    def _read_whole(self) -> bytes:
+        """Returns the content of a pipe, which is read only once, or of an object."""
         with _explained(self.path), self.path.open("rb") as file:
             content = file.read(_MOST_PIPED + 1)
         if len(content) > _MOST_PIPED:
+            kind = "in a bucket" if places.is_remote(self.path) else "from a pipe"
             raise UserError(
-                f"{self.path}: more than {_MOST_PIPED} bytes from a pipe; use a file"
+                f"{self.path}: more than {_MOST_PIPED} bytes {kind}; use a file"
             )
         return content
 
@@ -507,6 +511,7 @@ def _unreadable(path: pathlib.Path, error: OSError) -> UserError:
 def _explained(path: pathlib.Path) -> Iterator[None]:
     """Converts an OSError on opening or reading a file into a UserError."""
     try:
-        yield
+        with places.explained(path):
+            yield
     except OSError as error:
         raise _unreadable(path, error) from error

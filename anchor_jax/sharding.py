@@ -26,6 +26,7 @@ SMALL = 65536
 TO_MESH = {
     "embed": "fsdp",
     "rank": "fsdp",
+    "shared_rank": "tensor",
     "heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
@@ -77,12 +78,13 @@ LORA = Table(
     (
         (r"blocks/ffn_out/a", ("mlp", "rank")),
         (r"blocks/\w+/o/a", ("heads", "rank")),
-        (r".*/a", ("embed", "features")),
-        (r"(blocks/ffn_out|blocks/\w+/o)/b", ("features", "embed")),
+        (r".*/a", ("embed", "shared_rank")),
+        (r"(blocks/ffn_out|blocks/\w+/o)/b", ("shared_rank", "embed")),
         (r"blocks/ffn_in/b", ("rank", "mlp")),
         (r".*/b", ("rank", "heads")),
     ),
 )
+"""Devices that share a matrix's features also share the rank of its update."""
 
 TEXT = Table(
     "text encoder",

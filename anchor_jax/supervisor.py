@@ -25,10 +25,8 @@ from typing import Any, NoReturn
 AGAIN, FAILED = 75, 2
 """Exit statuses: "start me again", and wrong input (as in `interrupts` and `cli`)."""
 
-_FORWARDED = (
-    *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
-    *(signal.SIGUSR1, signal.SIGUSR2),
-)
+_REQUESTS = (signal.SIGINT, signal.SIGTERM)
+_FORWARDED = (*_REQUESTS, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _PATIENCE = 10  # seconds after a second signal
 _REBOUND = 0.5  # seconds
 _MOST = 100_000  # characters of the C++ messages that are read
@@ -38,7 +36,9 @@ _CRASHES = (1, 76)  # statuses of a child after which its C++ messages are kept
 # Messages of jax's coordination service. The first names the processes that were lost;
 # the second means that process 0 is gone, because it answers for the service.
 _SILENT = re.compile(r"stopped sending heartbeats\):\s*([^\n]*(?:\n[\d,\s]+)?)")
-_NO_LEADER = re.compile(r"leader task|remote target coordination_service")
+_NO_LEADER = re.compile(
+    r"leader task|remote target coordination_service|CoordinationService/Heartbeat"
+)
 _SERVICE = re.compile(r"coordination service|JAX distributed service", re.IGNORECASE)
 
 _lock = threading.Lock()
@@ -60,14 +60,14 @@ def start() -> None:
     """Splits this process: the child returns, and the parent never does.
 
     The parent exits with the child's status, or with `AGAIN` if a process was lost.
-    Signals are blocked in the child until it handles them. Does nothing on systems
-    without `fork`.
+    Requests to stop are blocked in the child until it handles them. Does nothing on
+    systems without `fork`.
     """
     if not hasattr(os, "fork"):
         return
     log, place = tempfile.mkstemp(prefix="anchor-jax-", suffix=".log")
     source, sink = os.pipe()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _REQUESTS)
     child = os.fork()
     if child:
         os.close(sink)
@@ -180,7 +180,7 @@ class _Parent:
     def _pass_on(self, number: int, frame) -> None:
         del frame
         now = time.monotonic()
-        is_request = number in (signal.SIGINT, signal.SIGTERM)
+        is_request = number in _REQUESTS
         if is_request and self.first is not None and now > self.first + _REBOUND:
             # The child ends by itself unless its Python is blocked.
             signal.alarm(_PATIENCE)

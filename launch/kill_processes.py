@@ -39,7 +39,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from anchor_jax import clusters, processes
+from anchor_jax import clusters, compile_cache, processes
 from anchor_jax.config import load_config
 from anchor_jax.training import files, run
 from anchor_jax.training.checkpoints import present
@@ -51,7 +51,7 @@ TINY = (
     "--config.save_every=2",
     "--config.log_every=1",
     "--config.sample_every=0",
-    "--config.regression.blocks=2",
+    "--config.regression.blocks=1",
     "--config.data.size=16",
     "--config.optimizer.decay=0",
 )
@@ -130,6 +130,7 @@ class Job:
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": "1",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "XLA_FLAGS": compile_cache.SAME_ORDER,
         }
 
     def lines(self) -> int:
@@ -413,6 +414,7 @@ def main() -> int:
     parser.add_argument("--folder", type=pathlib.Path, help="kept; default: temporary")
     given = parser.parse_args()
     folder = (given.folder or pathlib.Path(tempfile.mkdtemp())).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
     random.seed(given.seed)
     report = {}
     for part in given.parts:

@@ -44,7 +44,13 @@ Segments of a prompt are cut to one second.
 
 _BENCH = "anchor-jax bench --config=configs/bench_medium.py --threads=1"
 
+_BUCKET = "cli/test_buckets.py::test_a_run_in_a_bucket_resumes_and_is_sampled"
 ELSEWHERE = {
+    "anchor-jax train --config=configs/train_teacher.py"
+    " --config.out=gs://my-bucket/runs/teacher"
+    " --config.data.cache=/tmp/data": _BUCKET,
+    "anchor-jax sample --config=configs/tiny.py"
+    " --config.weights=gs://my-bucket/runs/teacher": _BUCKET,
     _BENCH: "perf/test_stream_bench.py::test_latencies_and_sizes_are_reported",
     f"{_BENCH} --out=bench.json": (
         "perf/test_stream_bench.py::test_every_program_is_traced_once"

@@ -3,14 +3,16 @@
 import os
 import pathlib
 import shutil
+import socket
 import subprocess
 import sys
+import time
 import warnings
 
 import jax
 import pytest
 
-from anchor_jax import compile_cache
+from anchor_jax import compile_cache, compile_writes, processes
 from anchor_jax.cli.output import to_stderr
 from anchor_jax.compile_cache import CACHE_VARIABLE
 from anchor_jax.errors import UserError
@@ -205,6 +207,72 @@ def test_other_warnings_are_shown_as_before(folder, monkeypatch):
     assert shown == ["something else"]
 
 
+def test_old_incomplete_programs_are_removed(folder):
+    for name in ("new", "old"):
+        (folder / f".jit_{name}-cache.0123456789ab-0.part").write_bytes(b"x")
+    long_ago = time.time() - 100_000
+    os.utime(folder / ".jit_old-cache.0123456789ab-0.part", (long_ago, long_ago))
+
+    assert enable() == folder
+
+    assert [one.name for one in folder.iterdir()] == [
+        ".jit_new-cache.0123456789ab-0.part"
+    ]
+
+
+def test_another_version_of_jax_is_left_as_it_is(monkeypatch):
+    def other(key):
+        pass
+
+    monkeypatch.setattr(compile_writes.compiler, "_cache_write", other)
+
+    assert not compile_writes.install()
+    assert compile_writes.compiler._cache_write is other
+
+
+def test_a_program_that_exists_is_kept_and_a_new_one_is_whole(folder):
+    assert compile_writes.install()
+    cache = compile_writes.lru_cache.LRUCache(str(folder), max_size=-1)
+
+    cache.put("jit_a", b"first")
+    cache.put("jit_a", b"second")
+
+    assert cache.get("jit_a") == b"first"
+    assert [one.name for one in folder.iterdir()] == ["jit_a-cache"]
+
+
+def start_both(folders):
+    """Runs a job of two processes; returns (asked, found) of each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    script = str(ROOT / "tests" / "two_processes.py")
+    running = [
+        subprocess.Popen(
+            [sys.executable, script, str(port), str(number)],
+            env={**os.environ, CACHE_VARIABLE: str(folder), "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number, folder in enumerate(folders)
+    ]
+    outputs = [one.communicate(timeout=120)[0] for one in running]
+    assert [one.returncode for one in running] == [0, 0], "\n".join(outputs)
+    return [tuple(map(int, one.splitlines()[-1].split())) for one in outputs]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", [True, False], ids=["one folder", "one a host"])
+def test_a_second_start_compiles_nothing_on_any_process(tmp_path, shared):
+    folders = [tmp_path / "a"] * 2 if shared else [tmp_path / "a", tmp_path / "b"]
+
+    first, second = start_both(folders), start_both(folders)
+
+    assert all(found < asked for asked, found in first)
+    assert all(found == asked >= 3 for asked, found in second), second
+
+
 @pytest.mark.slow
 def test_a_user_without_name_and_home(tmp_path):
     """As in a container that was started with `--user 12345`."""
@@ -228,3 +296,21 @@ def test_a_user_without_name_and_home(tmp_path):
     assert (done.returncode, done.stdout) == (0, "None\n"), done.stderr
     assert "home folder of this user is unknown" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_several_processes_on_cpus_cache_nothing_that_could_block_them(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setenv("ANCHOR_JAX_CACHE", str(tmp_path))
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(compile_cache.processes, "count", lambda: 2)
+    updated = {}
+    monkeypatch.setattr(
+        jax.config, "update", lambda name, value: updated.update({name: value})
+    )
+
+    monkeypatch.setenv("XLA_FLAGS", "")
+    assert compile_cache.enable() is None
+    assert updated == {"jax_enable_compilation_cache": False}
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_a=1 {processes.SAME_ORDER}")
+    assert compile_cache.enable() is not None

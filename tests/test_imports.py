@@ -14,14 +14,17 @@ PACKAGE = pathlib.Path(anchor_jax.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = [
     {"errors", "deprecation"},
+    {"remote"},
+    {"places"},
     {
         *("io", "text", "plugins", "trees", "extras", "devices", "axes"),
         *("clusters", "parallel"),
     },
     {
-        *("interrupts", "ownership", "filetypes", "compile_cache", "compile_times"),
+        *("interrupts", "ownership", "filetypes", "compile_writes", "compile_times"),
         *("peers", "processes", "supervisor", "watchdog"),
     },
+    {"compile_cache"},
     {
         *("cache", "wan", "flow", "media", "prompts"),
         *("config", "limits", "sharding", "finite", "prompt_files"),

@@ -1,5 +1,6 @@
 """What one process needs no others for; several are in tests/cli/test_jobs.py."""
 
+import os
 import socket
 
 import pytest
@@ -113,3 +114,26 @@ def test_a_coordinator_that_does_not_answer_is_named_with_what_to_check():
 
     parts = [address, "--process_id=1 (from Slurm)", "no answer within 0 s", "the port"]
     assert [part for part in parts if part not in str(caught.value)] == []
+
+
+def test_processes_on_cpus_keep_the_order_of_collective_operations(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_a=1")
+    processes._keep_order()
+    processes._keep_order()
+    assert os.environ["XLA_FLAGS"] == f"--xla_a=1 {processes.SAME_ORDER}"
+
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
+    processes._keep_order()
+    assert not os.environ["XLA_FLAGS"]
+
+
+def test_a_flag_that_the_installed_xla_lacks_is_not_set(monkeypatch):
+    monkeypatch.setattr(processes, "SAME_ORDER", "--xla_cpu_no_such_flag=false")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("XLA_FLAGS", "")
+
+    processes._keep_order()
+
+    assert not os.environ["XLA_FLAGS"]

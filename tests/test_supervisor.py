@@ -28,6 +28,12 @@ F1128 07:05:25 client.h:80] Terminating process because the JAX distributed serv
 detected fatal errors. absl::Status: UNAVAILABLE: Failed to send RPC to coordination
 service. Either the leader task was preempted/died/restarted unexpectedly or this task
 """
+NO_ANSWER = """\
+F1128 08:11:07 client.h:80] Terminating process because the JAX distributed service
+detected fatal errors. absl::Status: DEADLINE_EXCEEDED: Deadline Exceeded
+
+RPC: /xla.coordination.CoordinationService/Heartbeat
+"""
 
 
 def test_its_statuses_are_those_of_the_command():
@@ -43,6 +49,7 @@ def test_its_statuses_are_those_of_the_command():
         (SILENT.format("1, 2"), "process 1 (host-b), process 2 (host-c)"),
         (SILENT.format("/job:jax_worker/replica:0/task:2"), "process 2 (host-c)"),
         (NO_LEADER, "process 0 (host-a)"),
+        (NO_ANSWER, "process 0 (host-a)"),
         ("F1128 JAX distributed service: another text", "another process"),
     ],
 )

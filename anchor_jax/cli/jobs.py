@@ -1,7 +1,11 @@
 """Commands that run as several processes of one job: their flags, and how they join."""
 
+import contextlib
+import logging
 import os
 import sys
+import threading
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +16,8 @@ from anchor_jax.errors import some
 COMMANDS = ("train", "sample", "trajectories", "score")
 """Commands that define these flags."""
 
-_OWN = ("process_id", "process", "processes", *(f"{one}help" for one in ("", "?")))
+_ORBAX_LOG = "absl"  # the logger of Orbax and jax
+_OWN = ("process_id", "process", "processes")
 
 
 def define_flags() -> None:
@@ -97,6 +102,8 @@ def join(command: str) -> None:
         supervisor.release()
         return
     supervisor.tell(name=processes.name(), hosts=processes.hosts())
+    threading.excepthook = _report_thread
+    logging.getLogger(_ORBAX_LOG).addFilter(_is_shown)
     interrupts.on_request.append(
         lambda number: supervisor.tell(status=interrupts.status())
     )
@@ -109,6 +116,34 @@ def join(command: str) -> None:
     else:
         interrupts.be_quiet()
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def _report_thread(failed) -> None:
+    """Prints the error of a thread, such as one that saves a checkpoint.
+
+    An error that the loss of another process causes goes to the messages of C++: the
+    last line says what happened.
+    """
+    if failed.exc_value is None or not processes.blames_peer(failed.exc_value):
+        threading.__excepthook__(failed)
+        return
+    _write_to_file(failed.exc_value)
+
+
+def _is_shown(record: logging.LogRecord) -> bool:
+    """Returns whether a library's log record goes to the terminal; see above."""
+    error = record.exc_info[1] if record.exc_info else None
+    if error is None or not processes.blames_peer(error):
+        return True
+    _write_to_file(error)
+    return False
+
+
+def _write_to_file(error: BaseException) -> None:
+    """Writes a stack beside the messages of C++."""
+    lines = traceback.format_exception(error)
+    with contextlib.suppress(OSError):
+        os.write(2, "".join(lines).encode(errors="replace"))
 
 
 def _given() -> dict[str, Any]:

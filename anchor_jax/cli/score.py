@@ -60,7 +60,7 @@ def main(argv) -> None:
     del argv
     jobs.join("score")
     compile_cache.enable()
-    from anchor_jax import io
+    from anchor_jax import io, processes
     from anchor_jax.cache.catalog import TEACHER
     from anchor_jax.evaluation import registry
     from anchor_jax.evaluation.protocol import TrialSizes
@@ -97,7 +97,7 @@ def main(argv) -> None:
     if FLAGS.metrics:
         result = {**result, "metrics": metrics.summary()}
         print(registry.table(result["metrics"]))
-    if out:
+    if out and processes.is_first():
         io.write_json(out, result)
         print(f"Wrote {out}")
 

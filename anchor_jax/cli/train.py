@@ -26,8 +26,7 @@ Several processes: the same command on each host or for each accelerator, and
     --coordinator=10.0.0.1:1234 --num_processes=2 --process_id=0    # and 1
 which are found under Slurm (srun), on TPU slices and in indexed Kubernetes jobs. A
 process that is terminated stops all; 75 means "start me again". The coordinator's port
-has no password: use a private network. launch/README.md has a section "Several
-processes".
+has no password: use a private network. The page of launch/ says more.
 
 The same command resumes a stopped run, bit for bit. Ctrl-C or SIGTERM writes a
 checkpoint and stops with status 130 (SIGTERM in a job: 75). A second Ctrl-C stops at

@@ -39,6 +39,8 @@ class Use:
       live: tokens of one pass.
       gathers: how often split weights are gathered.
       backward: whether activations are stored for a backward pass.
+      whole: whether all layers are gathered at once, and stay.
+      gradient: bytes of a gradient that is added up whole on each device.
     """
 
     name: str
@@ -53,6 +55,8 @@ class Use:
     live: int = 0
     gathers: int = 0
     backward: bool = False
+    whole: bool = False
+    gradient: float = 0.0
 
 
 def repeated(remat: str, forward: roofline.Pass) -> float:
@@ -204,8 +208,8 @@ def _traffic(uses, setting: Setting, trained: Mapping[str, float]):
 def working_bytes(uses: Iterable[Use], setting: Setting) -> float:
     """Returns a rough size of the working memory of a step's largest program.
 
-    It holds two layers' weights, the arrays of one layer, and for a backward pass what
-    the rematerialisation policy keeps of all layers.
+    It holds the weights of two layers or of the whole network, the arrays of one layer,
+    and for a backward pass what the rematerialisation policy keeps of all layers.
     """
     split = setting.mesh["tensor"]
     return max(
@@ -216,7 +220,9 @@ def working_bytes(uses: Iterable[Use], setting: Setting) -> float:
 
 def _working(use: Use, setting: Setting) -> float:
     model, tokens = use.model, use.live * setting.videos / setting.microbatches
-    weights = 2.0 * WIDTH * roofline.model_params(model) / model.num_layers
+    tokens /= setting.mesh["context"]
+    held = 1.0 if use.whole else 2.0 / model.num_layers
+    weights = held * WIDTH * roofline.model_params(model) + use.gradient
     arrays, wide = (20, 5) if use.backward else (15, 2)
     layer = WIDTH * (arrays * model.dim + wide * model.ffn_dim)
     kept = _kept(setting.remat, model) * model.num_layers if use.backward else 0

@@ -14,8 +14,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from anchor_jax import interrupts, io, media, trees
+from anchor_jax import interrupts, io, media, processes, trees
 from anchor_jax.compile_times import CompileTimes
+from anchor_jax.errors import UserError
 from anchor_jax.sampling import resolve
 from anchor_jax.sampling.config import negative_prompt, read_config
 from anchor_jax.sampling.tasks import (
@@ -26,6 +27,7 @@ from anchor_jax.sampling.tasks import (
     make_session,
     open_folder,
     own_folder,
+    own_share,
     warnings,
 )
 from anchor_jax.streaming.clock import landings
@@ -65,22 +67,35 @@ def sample(
     negative = negative_prompt(resolved)
     for line in scripts.notes:
         tell(f"note: {line}")
+    _check_job(out or resolved.out)
     with open_folder(out or resolved.out) as folder:
         tasks = VideoTasks(folder, scripts, resolved, bundle, negative)
         for line in resolve.describe_choices(given, resolved, bundle.metadata):
             tell(line)
         todo, skipped = choose(tasks, overwrite)
+        processes.barrier("the videos that are missing")
+        todo = own_share(todo)
         for warning in warnings(tasks, todo):
             tell(f"warning: {warning}")
         check_lengths(tasks, todo)
         if todo:
             with own_folder(folder, tell):
-                # Another process may have made some videos in the meantime.
-                todo, skipped = choose(tasks, overwrite)
+                if processes.count() == 1:
+                    # Another process may have made some videos in the meantime.
+                    todo, skipped = choose(tasks, overwrite)
                 kept = f"; compiled programs are cached in {cache}" if cache else ""
                 tell(f"preparing the model{kept}")
                 run(tasks, todo, overwrite, CompileTimes(cache), tell)
     return _written(tasks, todo, skipped)
+
+
+def _check_job(out: str | None) -> None:
+    """Raises UserError unless several processes write into one named folder."""
+    if processes.count() > 1 and not out:
+        raise UserError(
+            f"--out is missing; give the folder that all {processes.count()} processes"
+            " write into"
+        )
 
 
 def run(

@@ -8,7 +8,7 @@ import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 
-from anchor_jax import io, ownership
+from anchor_jax import io, ownership, processes
 from anchor_jax.errors import UserError, changes
 from anchor_jax.prompt_files import watched
 from anchor_jax.prompts import Script, Scripts
@@ -152,6 +152,8 @@ def _new_folder(parent: pathlib.Path) -> pathlib.Path:
 def own_folder(folder: pathlib.Path, tell: Callable[[str], None]) -> ownership.Lease:
     """Returns a lease on a folder, and checks early that it is writable.
 
+    The processes of one job share the folder.
+
     Args:
       folder: the folder; it is made if it is missing.
       tell: called with a line while another process has the folder.
@@ -159,9 +161,16 @@ def own_folder(folder: pathlib.Path, tell: Callable[[str], None]) -> ownership.L
     Raises:
       UserError: Another process writes into it, or it is not writable.
     """
-    return ownership.own(
-        folder, tell=tell, remedy="wait until it ends, stop it, or choose another --out"
-    )
+    remedy = "wait until it ends, stop it, or choose another --out"
+    if processes.count() == 1:
+        return ownership.own(folder, tell=tell, remedy=remedy)
+    job = ownership.job_id("sample", processes.count())
+    return ownership.own(folder, job, (str(processes.index()),), 0.0, tell, remedy)
+
+
+def own_share(numbers: Sequence[int]) -> list[int]:
+    """Returns the tasks of this process: number i belongs to process i mod n."""
+    return [one for one in numbers if one % processes.count() == processes.index()]
 
 
 def choose(tasks: VideoTasks, overwrite: bool) -> tuple[list[int], list[int]]:

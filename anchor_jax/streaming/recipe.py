@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 import anchor_jax
-from anchor_jax import limits, media
+from anchor_jax import limits, media, places
 from anchor_jax.axes import Array
 from anchor_jax.cache import catalog
 from anchor_jax.cache.policies import Policy
@@ -207,7 +207,7 @@ def load_recipe(path: str | os.PathLike) -> Recipe:
     Raises:
       UserError: The file cannot be read, or a field is wrong.
     """
-    path = pathlib.Path(path)
+    path = places.local(path)
     try:
         with path.open("rb") as file:
             content = file.read(_LONGEST_FILE + 1)

@@ -14,7 +14,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from anchor_jax import trees
+from anchor_jax import places, trees
 from anchor_jax.axes import Latents
 from anchor_jax.cache import memory
 from anchor_jax.errors import UserError, shown, some
@@ -222,7 +222,7 @@ def write_moment(
     text = json.dumps(header)
     stored = {_HEADER: text, _SUM: _sum(text, tensors)}
     content = safetensors.numpy.save(tensors, stored)
-    with replacing(path) as part:
+    with replacing(places.local(path)) as part:
         part.write_bytes(content)
 
 
@@ -237,7 +237,7 @@ def read_moment(path: str | os.PathLike, bundle: Bundle) -> tuple[Recipe, Moment
       UserError: The file is incomplete or not a moment, its checksum is wrong, it was
         made with other weights, or its tensors do not fit its setup.
     """
-    path = pathlib.Path(path)
+    path = places.local(path)
     try:
         with safetensors.safe_open(path, "np") as opened:
             header = _header(path, opened.metadata())

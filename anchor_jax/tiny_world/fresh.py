@@ -1,12 +1,12 @@
 """Random tiny weights, from which a training of the tiny world can start."""
 
 import functools
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from anchor_jax import places
 from anchor_jax.io import scratch_folder
 from anchor_jax.tiny_world import clips as world_clips
 from anchor_jax.tiny_world import data as world_data
@@ -27,7 +27,7 @@ def init_params(seed: int):
     return jax.tree.map(np.asarray, {"generator": generator, "text": text["params"]})
 
 
-def save_fresh(folder: pathlib.Path, seed: int, data_seed: int) -> None:
+def save_fresh(folder: places.Place, seed: int, data_seed: int) -> None:
     """Writes a bundle of random networks unless it exists.
 
     Args:
@@ -35,7 +35,7 @@ def save_fresh(folder: pathlib.Path, seed: int, data_seed: int) -> None:
       seed: seed of the networks.
       data_seed: seed of the clips that the codec is fitted to.
     """
-    if (folder / "model.safetensors").exists():
+    if places.exists(folder / "model.safetensors"):
         return
     with scratch_folder() as scratch:
         words = train_tokenizer(world_clips.captions(), scratch)

@@ -8,8 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import pathlib
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -18,14 +16,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from anchor_jax import ownership, processes
+from anchor_jax import io, ownership, places, processes
 from anchor_jax.cache import memory
 from anchor_jax.errors import UserError
-from anchor_jax.io import unfinished, write_json
+from anchor_jax.io import write_json
 from anchor_jax.training import placement
 from anchor_jax.training.files import SKIPPED, read_skipped
 from anchor_jax.training.stages.base import Cursor
 from anchor_jax.training.state import TrainState
+from anchor_jax.weights import checkpoint
 from anchor_jax.weights.checkpoint import FORMAT_VERSION, ITEMS, shapes
 
 TREES = ITEMS[: ITEMS.index("data")]
@@ -49,7 +48,7 @@ class Checkpoints:
       best_of: name of the metric; lower is better.
     """
 
-    folder: pathlib.Path
+    folder: io.Place
     meta: Mapping[str, Any]
     keep: int = 2
     tell: Callable[[str], None] = lambda line: None
@@ -62,6 +61,9 @@ class Checkpoints:
     @functools.cached_property
     def manager(self) -> ocp.CheckpointManager:
         """Orbax's manager; its threads start with the first use."""
+        is_remote = places.is_remote(self.folder)
+        if is_remote:
+            self._remove_incomplete()
         kept = [policies.LatestN(self.keep)]
         if self.keep_best:
             best = policies.BestN(
@@ -77,10 +79,22 @@ class Checkpoints:
             # a run is resumed.
             best_fn=self._metric if self.keep_best else None,
             best_mode="min",
-            cleanup_tmp_directories=True,
+            # In a bucket Orbax would remove every folder that is not a checkpoint.
+            cleanup_tmp_directories=not is_remote,
             create=True,
         )
-        return ocp.CheckpointManager(self.folder.absolute(), options=options)
+        return ocp.CheckpointManager(places.absolute(self.folder), options=options)
+
+    def _remove_incomplete(self) -> None:
+        """Removes the incomplete steps in a bucket, which a killed process has left."""
+        if processes.is_first():
+            ownership.check(self.folder)
+            is_there = places.is_dir(self.folder)
+            for one in list(self.folder.iterdir()) if is_there else ():
+                is_step = one.name.isdecimal() and places.is_dir(one)
+                if is_step and not checkpoint.is_complete(one):
+                    one.rmtree(missing_ok=True)
+        processes.barrier(f"{self.folder} has complete steps")
 
     def save(
         self,
@@ -113,9 +127,11 @@ class Checkpoints:
         if self.keep_best and means and self.best_of in means:
             metrics = {self.best_of: means[self.best_of]}
         self.wait()
-        # Otherwise Orbax leaves incomplete files if it fails or the process ends.
-        part = self.folder / f"{step}.orbax-checkpoint-tmp"
-        self._part.enter_context(unfinished(part, is_ours=False))
+        # Otherwise Orbax leaves incomplete files if it fails or the process ends. In a
+        # bucket it leaves them too, but without the mark of a complete checkpoint.
+        if not places.is_remote(self.folder):
+            part = self.folder / f"{step}.orbax-checkpoint-tmp"
+            self._part.enter_context(io.unfinished(part, is_ours=False))
         args = ocp.args.Composite(
             **items, data=ocp.args.JsonSave(data), meta=ocp.args.JsonSave(meta)
         )
@@ -249,7 +265,7 @@ class Checkpoints:
         """Returns a checkpoint's metric; infinity if it has another metric."""
         return metrics.get(self.best_of, math.inf)
 
-    def set_aside(self, step: int, reason: str) -> pathlib.Path:
+    def set_aside(self, step: int, reason: str) -> io.Place:
         """Renames an unusable checkpoint, so that its step can be saved again.
 
         Args:
@@ -259,8 +275,7 @@ class Checkpoints:
         self.manager.close()
         place = self.folder / f"{reason}-{step}"
         if processes.is_first():
-            shutil.rmtree(place, ignore_errors=True)
-            (self.folder / str(step)).rename(place)
+            io.move_folder(self.folder / str(step), place)
         processes.barrier(str(place))
         del self.manager
         return place

@@ -4,20 +4,21 @@ All files are checked before anything else is done with the folder.
 """
 
 import json
-import pathlib
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from anchor_jax import processes
+from anchor_jax import io, ownership, places, processes
 from anchor_jax.errors import UserError, shown, some
-from anchor_jax.io import expand, read_json
+from anchor_jax.io import read_json
 
 CONFIG, INPUTS = "config.json", "inputs.json"
 LOG, SKIPPED = "log.jsonl", "skipped.json"
 GOODPUT = "goodput.json"
 METRICS = "metrics/metrics"
+EVERY = 15.0
+"""Seconds between two writes of a log in a bucket."""
 
 _REMEDIES = {
     CONFIG: "restore it, or remove it if the run started with the given config",
@@ -35,15 +36,17 @@ _MOST_NUMBER = 2**63
 _SEEN_BY = 15.0  # seconds until a new file is seen on a shared disk
 
 
-def make_folder(path: str) -> pathlib.Path:
+def make_folder(path: str) -> io.Place:
     """Returns the folder of `config.out`, which is created if missing.
+
+    It may be in object storage.
 
     Raises:
       UserError: It cannot be written to.
     """
-    folder = expand(path)
+    folder = io.place(path)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        places.make_folder(folder)
     except OSError as error:
         raise UserError(
             f"config.out={path!r}: cannot be written to ({error.strerror}); choose"
@@ -52,7 +55,7 @@ def make_folder(path: str) -> pathlib.Path:
     return folder
 
 
-def check_shared(folder: pathlib.Path) -> None:
+def check_shared(folder: io.Place) -> None:
     """Checks that all processes of a job see the same folder.
 
     Raises:
@@ -62,14 +65,14 @@ def check_shared(folder: pathlib.Path) -> None:
         return
     name = processes.share(f".shared-{secrets.token_hex(6)}")
     if processes.is_first():
-        (folder / name).touch()
+        io.write_text(folder / name, "")
     processes.barrier(name)
     deadline = time.monotonic() + _SEEN_BY
-    while not (folder / name).exists() and time.monotonic() < deadline:
+    while not places.exists(folder / name) and time.monotonic() < deadline:
         time.sleep(0.1)
-    seen = processes.gather((folder / name).exists())
+    seen = processes.gather(places.exists(folder / name))
     if processes.is_first():
-        (folder / name).unlink(missing_ok=True)
+        io.remove(folder / name)
     blind = [processes.name(one) for one, sees in enumerate(seen) if not sees]
     if blind:
         raise UserError(
@@ -79,7 +82,7 @@ def check_shared(folder: pathlib.Path) -> None:
         )
 
 
-def check(folder: pathlib.Path) -> None:
+def check(folder: io.Place) -> None:
     """Checks that every existing file can be used.
 
     Raises:
@@ -94,7 +97,7 @@ def check(folder: pathlib.Path) -> None:
 
 
 def read_config(
-    folder: pathlib.Path, sections: Iterable[str] = ()
+    folder: io.Place, sections: Iterable[str] = ()
 ) -> dict[str, Any] | None:
     """Returns the config with which a run started, or None if there is no run.
 
@@ -115,7 +118,7 @@ def read_config(
     return found
 
 
-def read_inputs(folder: pathlib.Path) -> dict[str, Any]:
+def read_inputs(folder: io.Place) -> dict[str, Any]:
     """Returns the hashes of the inputs with which a run started.
 
     Raises:
@@ -124,7 +127,7 @@ def read_inputs(folder: pathlib.Path) -> dict[str, Any]:
     return _read(folder / INPUTS, dict) or {}
 
 
-def read_skipped(folder: pathlib.Path) -> list[int]:
+def read_skipped(folder: io.Place) -> list[int]:
     """Returns the numbers of the skipped batches, or sequences.
 
     Raises:
@@ -142,7 +145,7 @@ def read_skipped(folder: pathlib.Path) -> list[int]:
     return found
 
 
-def read_goodput(folder: pathlib.Path) -> dict[str, Any] | None:
+def read_goodput(folder: io.Place) -> dict[str, Any] | None:
     """Returns the record of a run's wall time, or None if there is none.
 
     It has `seconds` by cause, the time `at` which it was written, and `points`: numbers
@@ -170,7 +173,7 @@ def read_goodput(folder: pathlib.Path) -> dict[str, Any] | None:
     return found
 
 
-def read_log(folder: pathlib.Path) -> list[dict[str, Any]]:
+def read_log(folder: io.Place) -> list[dict[str, Any]]:
     """Returns the metrics in a run's log, or [] if there is no log.
 
     A last line without a line end is skipped: the process was killed while writing it.
@@ -180,7 +183,8 @@ def read_log(folder: pathlib.Path) -> list[dict[str, Any]]:
     """
     path = folder / LOG
     try:
-        *lines, last = path.read_bytes().split(b"\n")
+        with places.explained(path):
+            *lines, last = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -194,7 +198,53 @@ def read_log(folder: pathlib.Path) -> list[dict[str, Any]]:
         return found
 
 
-def _check_steps(folder: pathlib.Path) -> None:
+class Log:
+    """Appends lines of numbers to a run's log.
+
+    Nothing can be appended to an object of a bucket. There the whole log is written,
+    at most every `EVERY` seconds, and by `flush`.
+    """
+
+    def __init__(self, folder: io.Place):
+        """Opens the log of a run, which may exist."""
+        self.path = folder / LOG
+        self._text = self._written = None
+        self._since = time.monotonic()
+        if places.is_remote(self.path):
+            found = places.exists(self.path)
+            self._text = self.path.read_text(encoding="utf-8") if found else ""
+            self._written = self._text
+
+    def add(self, numbers: Mapping[str, Any]) -> None:
+        """Appends a line.
+
+        Raises:
+          UserError: Another job has taken the folder over, or the disk is full.
+        """
+        line = json.dumps(numbers) + "\n"
+        if self._text is None:
+            ownership.check(self.path)
+            with io.explained(self.path), self.path.open("a", encoding="utf-8") as log:
+                log.write(line)
+            return
+        self._text += line
+        if time.monotonic() - self._since >= EVERY:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what is not written yet.
+
+        Call it before a checkpoint, so that no line of its steps is lost.
+
+        Raises:
+          UserError: As for `add`.
+        """
+        if self._text != self._written:
+            io.write_text(self.path, self._text)
+            self._written, self._since = self._text, time.monotonic()
+
+
+def _check_steps(folder: io.Place) -> None:
     """Raises UserError unless the metadata files of all checkpoints are readable."""
     steps = [x for x in folder.glob("[0-9]*") if x.name.isdecimal()]
     for step in sorted(steps, key=lambda x: int(x.name)):
@@ -211,7 +261,7 @@ def _check_steps(folder: pathlib.Path) -> None:
                 )
 
 
-def _numbers(path: pathlib.Path, number: int, line: bytes) -> dict[str, Any]:
+def _numbers(path: io.Place, number: int, line: bytes) -> dict[str, Any]:
     try:
         found = json.loads(line.decode("utf-8"))
         whole = type(found["step"]) is int
@@ -226,7 +276,7 @@ def _numbers(path: pathlib.Path, number: int, line: bytes) -> dict[str, Any]:
     return found
 
 
-def _read(path: pathlib.Path, kind: type) -> Any:
+def _read(path: io.Place, kind: type) -> Any:
     try:
         return read_json(path, kind, _REMEDIES[path.name])
     except FileNotFoundError:

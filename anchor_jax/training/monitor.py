@@ -13,9 +13,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from anchor_jax import ownership, processes
-from anchor_jax.io import explained, write_text
-from anchor_jax.training.files import LOG, read_log
+from anchor_jax import io, places, processes
+from anchor_jax.io import write_text
+from anchor_jax.training.files import LOG, Log, read_log
 
 EVENTS = "events"
 MEASURED = re.compile(
@@ -62,7 +62,6 @@ class Monitor:
           UserError: The log is damaged.
         """
         self.every, self.frames = every, frames_per_step
-        self.path = folder / LOG
         self.sums: dict[str, list[float]] = {}
         self.last = first
         self.unsaved: dict[str, list[float]] = {}
@@ -71,8 +70,10 @@ class Monitor:
         self.quiet, self.gauge = quiet, gauge
         if processes.is_first():
             _cut_log(folder, first)
+        self.log = Log(folder)
         self.bar = tqdm(initial=first, total=steps, unit="step", disable=quiet)
-        self.events = None if quiet else _events(folder, first)
+        self.mirror = io.Mirror(folder / EVENTS)
+        self.events = None if quiet else _events(self.mirror.local, first)
 
     def note(self, step: int, numbers: Mapping[str, float]) -> None:
         """Records the metrics of a step; not every step has every metric."""
@@ -86,7 +87,9 @@ class Monitor:
             self._write(self.last)
 
     def means(self) -> dict[str, float]:
-        """Returns the means since the last call."""
+        """Returns the means since the last call, for a checkpoint; the log is whole."""
+        self.log.flush()
+        self.mirror.upload()
         unsaved, self.unsaved = self.unsaved, {}
         return _means(unsaved)
 
@@ -107,10 +110,12 @@ class Monitor:
         try:
             if self.noted:
                 self._write(self.last)
+            self.log.flush()
         finally:
             self.bar.close()
             if self.events is not None:
                 self.events.close()
+            self.mirror.close()
 
     def _write(self, step: int) -> None:
         means = _means(self.sums)
@@ -127,9 +132,7 @@ class Monitor:
         self.bar.set_postfix(shown)
         if self.quiet:
             return
-        ownership.check(self.path)
-        with explained(self.path), self.path.open("a", encoding="utf-8") as log:
-            log.write(json.dumps({"step": step, **means}) + "\n")
+        self.log.add({"step": step, **means})
         if self.events is not None:
             for name, value in means.items():
                 self.events.add_scalar(name, value, step)
@@ -159,7 +162,7 @@ def _ratio(means: Mapping[str, float]) -> dict[str, float]:
 def _cut_log(folder: pathlib.Path, first: int) -> None:
     """Removes log lines of steps that will be repeated."""
     kept = [line for line in read_log(folder) if line["step"] <= first]
-    if (folder / LOG).exists():
+    if places.exists(folder / LOG):
         write_text(folder / LOG, "".join(json.dumps(line) + "\n" for line in kept))
 
 
@@ -169,7 +172,7 @@ def _events(folder: pathlib.Path, first: int) -> Any:
         from tensorboardX import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder / EVENTS), purge_step=first + 1)
+    return SummaryWriter(str(folder), purge_step=first + 1)
 
 
 def memory_gb() -> float:

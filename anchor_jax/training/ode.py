@@ -14,7 +14,7 @@ from anchor_jax import flow, interrupts
 from anchor_jax.cache import policies
 from anchor_jax.config import from_config
 from anchor_jax.errors import UserError
-from anchor_jax.io import expand
+from anchor_jax.io import place
 from anchor_jax.streaming import stream
 from anchor_jax.streaming.loop import Euler
 from anchor_jax.streaming.types import BlockNoise, StreamSetup
@@ -214,7 +214,7 @@ def _inputs(config: TrajectoryConfig, bundle: Bundle, setup: StreamSetup) -> dic
 
 def _prompts_of(data: DataConfig) -> dict:
     """Returns everything that the prompts depend on: files by content, not by path."""
-    hashes = [digest(expand(path)) for path in data.paths]
+    hashes = [digest(place(path)) for path in data.paths]
     return {"kind": data.kind, "seed": data.seed, "files": hashes}
 
 

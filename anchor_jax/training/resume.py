@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from anchor_jax import places
 from anchor_jax.errors import UserError, shown
 from anchor_jax.io import write_json
 from anchor_jax.training import files
@@ -112,7 +113,7 @@ def write_config(config: TrainConfig, folder: pathlib.Path) -> None:
     The config of a finished run stays unchanged, because a change has no effect.
     """
     path = folder / files.CONFIG
-    if not path.exists() or finished_step(config, folder) is None:
+    if not places.exists(path) or finished_step(config, folder) is None:
         write_json(path, as_json(config))
 
 

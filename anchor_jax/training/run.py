@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-from anchor_jax import devices, ownership, processes, supervisor
+from anchor_jax import devices, io, ownership, places, processes, supervisor
 from anchor_jax.config import from_config
 from anchor_jax.errors import UserError, naming, suggest
-from anchor_jax.io import expand, scratch_folder, write_json
+from anchor_jax.io import scratch_folder, write_json
 from anchor_jax.plugins import Registry
 from anchor_jax.training import files, placement, reports, resume, samples
 from anchor_jax.training.checkpoints import Checkpoints
@@ -116,10 +116,7 @@ class TrainingRun:
 
     def _shown(self) -> str:
         if self.sampler is None:
-            return (
-                "none (sample_every is 0, there are no prompts, or there are several"
-                " processes)"
-            )
+            return "none (sample_every is 0, or there are no prompts)"
         texts = [" | ".join(one.script.prompts) for one in self.sampler.videos]
         often = f"every {self.config.sample_every} steps and at the end"
         return f"{often}, {'; '.join(texts)}"
@@ -246,8 +243,7 @@ def open_training(
     """
     times = Times()
     devices.check_processes()
-    place = expand(config.out)
-    missing = [one for one in (place / "data", place) if not one.exists()]
+    missing = _missing(io.place(config.out))
     folder = files.make_folder(config.out)
     # The processes of one training share its folder; each has its own number.
     lease = ownership.own(
@@ -270,8 +266,15 @@ def open_training(
                 empty.rmdir()
         raise
     training.lease, training.say = lease, say
-    supervisor.tell(folder=str(folder.resolve()))
+    supervisor.tell(folder=str(io.resolved(folder)))
     return training
+
+
+def _missing(folder: io.Place) -> list[pathlib.Path]:
+    """Returns the folders of a training that its start makes; a bucket has none."""
+    if places.is_remote(folder):
+        return []
+    return [one for one in (folder / "data", folder) if not one.exists()]
 
 
 def _open_training(
@@ -354,7 +357,7 @@ def dry_run(config: TrainConfig, tell: Callable[[str], None]) -> None:
     Raises:
       UserError: The config is wrong, or the folder holds another run.
     """
-    folder = expand(config.out)
+    folder = io.place(config.out)
     files.check(folder)
     resume.compare_config(config, folder, tell)
     with scratch_folder() as scratch:
@@ -402,8 +405,9 @@ def _base(config: TrainConfig, folder: pathlib.Path, writes: bool) -> str:
     Random weights are in the run's folder, and their name begins with "./".
     """
     if config.weights not in INITIAL:
-        inside = expand(config.weights)
-        return str(inside.resolve()) if inside.exists() else config.weights
+        inside = io.place(config.weights)
+        is_path = places.exists(inside)
+        return str(io.resolved(inside)) if is_path else config.weights
     save = INITIAL[config.weights]
     if writes:
         save(folder / config.weights, config.seed, config.data.seed)

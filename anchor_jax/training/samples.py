@@ -2,9 +2,9 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
-import pathlib
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from PIL import Image
 
-from anchor_jax import flow, media, processes, prompts
+from anchor_jax import flow, io, media, processes, prompts, sharding
 from anchor_jax.cache.catalog import TEACHER
 from anchor_jax.cache.policies import Policy
 from anchor_jax.errors import UserError, suggest
@@ -34,6 +34,8 @@ from anchor_jax.weights.bundle import Bundle
 FOLDER = "samples"
 """Name of the videos' folder, in the folder of a training."""
 _MOST = 64
+_LONGEST = 3600.0
+"""Seconds that other processes wait for the sample videos of the first."""
 _OWN = dict.fromkeys(("window", "sink", "block", "rope", "on_switch"))
 
 
@@ -61,7 +63,7 @@ class Sampler:
       show: called with the contact sheet, uint8 [height, width, 3], and the step.
     """
 
-    folder: pathlib.Path
+    folder: io.Place
     videos: Sequence[Video]
     bundle: Bundle
     frozen: Mapping[str, Any]
@@ -79,34 +81,67 @@ class Sampler:
         Raises:
           UserError: The files cannot be written.
         """
-        bundle = self._with(state.generator if state.ema is None else state.ema)
-        # Attention kernels are split over the current mesh.
-        with jax.set_mesh(self.place.mesh):
-            made = [
-                self._play(bundle, video, self.seed + number)
-                for number, video in enumerate(self.videos)
-            ]
-        stem = self.folder / f"step-{step:06d}"
+        trained = state.generator if state.ema is None else state.ema
+        if processes.count() == 1:
+            # Attention kernels are split over the current mesh.
+            with jax.set_mesh(self.place.mesh):
+                self._make(self._with(trained, self.frozen, self.codec), step)
+            return
+        arrays = self._on_one_device((trained, self.frozen, self.codec))
+        try:
+            if processes.is_first():
+                self._make(self._with(*arrays), step)
+        finally:
+            processes.barrier("sample videos", _LONGEST)
+
+    def _make(self, bundle: Bundle, step: int) -> None:
+        """Writes the videos of a bundle."""
+        made = [
+            self._play(bundle, video, self.seed + number)
+            for number, video in enumerate(self.videos)
+        ]
+        name = f"step-{step:06d}"
         rate = bundle.model.family.frames_per_second
         labels = [" | ".join(video.script.prompts) for video in self.videos]
-        with media.VideoWriter(stem.with_suffix(".mp4"), rate) as video:
-            video.append(side_by_side(made))
-            media.contact_sheet(made, labels, stem.with_suffix(".png"))
-        with Image.open(stem.with_suffix(".png")) as sheet:
-            self.show(np.asarray(sheet.convert("RGB")), step)
+        with io.filling(self.folder) as folder:
+            movie, sheet = (folder / f"{name}{end}" for end in (".mp4", ".png"))
+            with media.VideoWriter(movie, rate) as video:
+                video.append(side_by_side(made))
+                media.contact_sheet(made, labels, sheet)
+            with Image.open(sheet) as image:
+                shown = np.asarray(image.convert("RGB"))
+        self.show(shown, step)
 
-    def _with(self, trained: Mapping[str, Any]) -> Bundle:
+    def _on_one_device(self, arrays):
+        """Returns arrays of all processes on a device of each; all take part."""
+        leaves, form = jax.tree.flatten(arrays)
+        found = self._gather(leaves, tuple(map(_is_split, leaves)))
+        return jax.tree.unflatten(form, [x.addressable_data(0) for x in found])
+
+    @functools.cached_property
+    def _gather(self) -> Callable:
+        """Matrices take the activations' type, to which the layers cast them anyway."""
+        dtype = self.bundle.model.dtype
+
+        def gather(leaves, split):
+            pairs = zip(leaves, split, strict=True)
+            return [x.astype(dtype) if is_split else x for x, is_split in pairs]
+
+        return jax.jit(gather, static_argnums=1, out_shardings=self.place)
+
+    def _with(self, trained: Mapping[str, Any], frozen, codec) -> Bundle:
         """Returns the bundle with the weights of a state."""
         networks = {name: tree for name, tree in trained.items() if name != "text"}
-        variables = {**self.frozen, **networks}
+        variables = {**frozen, **networks}
         encoder = self.bundle.encode_prompts
         text = trained.get("text", encoder.params)
-        encoder = dataclasses.replace(encoder, load=lambda: text, place=self.place)
+        place = jax.tree.leaves(codec)[0].sharding
+        encoder = dataclasses.replace(encoder, load=lambda: text, place=place)
         return dataclasses.replace(
             self.bundle,
             encode_prompts=encoder,
             load_variables=lambda: variables,
-            load_codec=lambda: self.codec,
+            load_codec=lambda: codec,
         )
 
     def _play(self, bundle: Bundle, video: Video, seed: int) -> np.ndarray:
@@ -114,6 +149,11 @@ class Sampler:
         script = video.script
         session = _session(bundle, video, seed, self.negative_prompt)
         return np.concatenate([frames for frames, _ in session.play(script)])
+
+
+def _is_split(x: jax.Array) -> bool:
+    axes = jax.tree.leaves(tuple(x.sharding.spec))
+    return any(axis in sharding.VIDEOS for axis in axes)
 
 
 def side_by_side(videos: Sequence[np.ndarray]) -> np.ndarray:
@@ -130,7 +170,7 @@ def side_by_side(videos: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def make_sampler(
-    config: TrainConfig, prepared: Prepared, folder: pathlib.Path
+    config: TrainConfig, prepared: Prepared, folder: io.Place
 ) -> Sampler | None:
     """Returns the maker of a training's sample videos, or None if there are none.
 
@@ -147,8 +187,7 @@ def make_sampler(
         block = _block(config)
     rate = prepared.bundle.model.family.latent_frames_per_second
     scripts = _scripts(config, block, rate)
-    # A video's arrays would have to be gathered from other processes.
-    if not scripts or not config.sample_every or processes.count() > 1:
+    if not scripts or not config.sample_every:
         return None
     negative = build.find_stage(config).sample_negative(config)
     with _naming():

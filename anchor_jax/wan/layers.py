@@ -55,7 +55,7 @@ class Dense(nn.Module):
         if self.has_variable("lora", "a"):
             down, up = (self.get_variable("lora", name) for name in ("a", "b"))
             down, up = (parallel.whole(one, self.dtype) for one in (down, up))
-            y = y + (x @ down) @ up
+            y = y + parallel.with_rank(x @ down, up.shape[0]) @ up
         if self.split == "in":
             y = parallel.summed(y)
         return y + parallel.whole(bias, self.dtype)

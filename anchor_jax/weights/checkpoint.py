@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import logging
 import math
-import os
 import pathlib
 import shutil
 import threading
@@ -18,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
-from anchor_jax import io, ownership, trees
+from anchor_jax import io, ownership, places, remote, trees
 from anchor_jax.errors import UserError, damaged, shown, suggest
 from anchor_jax.io import expand
 
@@ -144,7 +143,7 @@ def write(
     Raises:
       UserError: The folder exists, is in use, or cannot be written.
     """
-    target = io.resolved(path)
+    target = io.resolved(expand(path))
     unknown = [name for name in items if name not in ITEMS or name == "meta"]
     if unknown:
         raise ValueError(f"items {unknown}; expected names among {ITEMS[:-1]}")
@@ -277,14 +276,14 @@ def _recover(target: pathlib.Path) -> None:
 
 def is_checkpoint(path: str | pathlib.Path) -> bool:
     """Returns whether a folder holds a checkpoint or is a step of one."""
-    folder = expand(path)
+    folder = io.place(path)
     return _is_step(folder) or bool(_steps(folder))
 
 
 def items(path: str | pathlib.Path) -> tuple[str, ...]:
     """Returns the names of the existing items, in the order of `ITEMS`."""
     step = _step(path)
-    return tuple(name for name in ITEMS if os.path.isdir(step / name))
+    return tuple(name for name in ITEMS if places.is_dir(step / name))
 
 
 def read_meta(path: str | pathlib.Path) -> dict[str, Any]:
@@ -405,16 +404,15 @@ def file(path: str | pathlib.Path, name: str) -> pathlib.Path:
     Raises:
       UserError: The file does not exist, or the name leads out of the folder.
     """
-    place = _inside(expand(path), name)
-    if not place.is_file():
+    place = _inside(io.place(path), name)
+    if not places.is_file(place):
         raise UserError(f"{path} has no file {name!r}; write the checkpoint again")
     return place
 
 
 def _inside(folder: pathlib.Path, name: str) -> pathlib.Path:
     """Returns the path of a file in a folder. Raises UserError if it is outside."""
-    folder = folder.resolve()
-    place = (folder / name).resolve()
+    folder, place = io.resolved(folder), io.resolved(folder / name)
     beside = place.is_relative_to(folder) and place != folder
     if not beside or place.relative_to(folder).parts[0].isdigit():
         raise UserError(
@@ -430,14 +428,24 @@ def _reader(stored: Any = None) -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(restore_concurrent_gb=-(-at_once // 10**9))
 
 
-def _is_step(folder: pathlib.Path) -> bool:
-    return folder.name.isdecimal() and os.path.isdir(folder / "meta")
+def _is_step(folder: io.Place) -> bool:
+    is_named = folder.name.isdecimal() and places.is_dir(folder / "meta")
+    return is_named and is_complete(folder)
 
 
-def _steps(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the folders of steps in ascending order."""
+def is_complete(step: io.Place) -> bool:
+    """Returns whether a step was saved to its end.
+
+    Folders of this machine have their name only then. In a bucket an object says so.
+    """
+    return not places.is_remote(step) or places.is_file(step / remote.COMPLETE)
+
+
+def _steps(folder: io.Place) -> list[io.Place]:
+    """Returns the folders of complete steps in ascending order."""
     try:
-        found = [x for x in folder.iterdir() if x.name.isdecimal() and x.is_dir()]
+        named = [one for one in folder.iterdir() if one.name.isdecimal()]
+        found = [one for one in named if one.is_dir() and is_complete(one)]
     except OSError:
         return []
     return sorted(found, key=lambda x: int(x.name))
@@ -445,7 +453,7 @@ def _steps(folder: pathlib.Path) -> list[pathlib.Path]:
 
 def steps(path: str | pathlib.Path) -> tuple[int, ...]:
     """Returns the numbers of all steps in ascending order."""
-    return tuple(int(one.name) for one in _steps(pathlib.Path(path)))
+    return tuple(int(one.name) for one in _steps(io.place(path)))
 
 
 def last_step(path: str | pathlib.Path) -> int:
@@ -457,9 +465,9 @@ def last_step(path: str | pathlib.Path) -> int:
     return int(_step(path).name)
 
 
-def _step(path: str | pathlib.Path) -> pathlib.Path:
+def _step(path: str | io.Place) -> io.Place:
     folder = io.resolved(path)
-    if not os.path.isdir(folder):
+    if not places.is_dir(folder):
         raise UserError(f"{path} is not a folder; give the folder of a checkpoint")
     if _is_step(folder):
         return folder
@@ -472,7 +480,7 @@ def _step(path: str | pathlib.Path) -> pathlib.Path:
     return steps[-1]
 
 
-def _item(path: str | pathlib.Path, item: str) -> pathlib.Path:
+def _item(path: str | io.Place, item: str) -> io.Place:
     present = items(path)
     if item not in present:
         raise UserError(f"{path} has no item {item!r}{suggest(item, present, 'has')}")

@@ -1,18 +1,17 @@
 """The file that marks a training's folder and names its initial weights."""
 
 import contextlib
-import os
-import pathlib
 
+from anchor_jax import io, places
 from anchor_jax.errors import UserError, shown
-from anchor_jax.io import expand, read_json, write_json
+from anchor_jax.io import read_json, write_json
 
 FORMAT_VERSION = 1
 RUN = "run.json"
 """File that marks the folder of a training."""
 
 
-def write_run(folder: pathlib.Path, base: str) -> None:
+def write_run(folder: io.Place, base: str) -> None:
     """Marks a folder as that of a training.
 
     Args:
@@ -23,14 +22,14 @@ def write_run(folder: pathlib.Path, base: str) -> None:
     write_json(folder / RUN, {"format_version": FORMAT_VERSION, "base": base})
 
 
-def run_folder(folder: pathlib.Path) -> pathlib.Path | None:
+def run_folder(folder: io.Place) -> io.Place | None:
     """Returns the folder of the training that a folder or a step belongs to."""
-    folder = folder.absolute()
-    places = [folder, folder.parent] if folder.name.isdecimal() else [folder]
-    return next((one for one in places if os.path.isfile(one / RUN)), None)
+    folder = places.absolute(folder)
+    near = [folder, folder.parent] if folder.name.isdecimal() else [folder]
+    return next((one for one in near if places.is_file(one / RUN)), None)
 
 
-def run_base(folder: pathlib.Path) -> str:
+def run_base(folder: io.Place) -> str:
     """Returns the name of a training's initial weights.
 
     Raises:
@@ -40,7 +39,7 @@ def run_base(folder: pathlib.Path) -> str:
     return _read_run(folder)
 
 
-def _read_run(folder: pathlib.Path) -> str:
+def _read_run(folder: io.Place) -> str:
     path = folder / RUN
     remedy = "rerun its training command, which writes the file again"
     try:
@@ -64,12 +63,12 @@ def _is_path(text: str) -> bool:
     return False
 
 
-def _check_bases(folder: pathlib.Path) -> None:
+def _check_bases(folder: io.Place) -> None:
     """Raises UserError if trainings name one another in a circle."""
     seen, run = [], run_folder(folder)
     while run is not None:
-        run = run.resolve()
+        run = io.resolved(run)
         if run in seen:
             raise UserError(f"{run / RUN} leads back to itself by its base")
         seen.append(run)
-        run = run_folder(expand(_read_run(run)))
+        run = run_folder(io.place(_read_run(run)))

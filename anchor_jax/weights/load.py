@@ -4,15 +4,12 @@ Orbax takes long to import, so it is imported only for checkpoints.
 """
 
 import dataclasses
-import os
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
 from jax.sharding import Mesh
 
-from anchor_jax import finite
-from anchor_jax.io import expand
+from anchor_jax import finite, io, places, remote
 from anchor_jax.wan.spec import LatentGrid
 from anchor_jax.weights.bundle import Bundle
 from anchor_jax.weights.lineage import run_folder
@@ -61,7 +58,9 @@ def load_bundle(
 
 
 def _load(weights: str, options: LoadOptions) -> Bundle:
-    folder = expand(weights)
+    folder = io.place(weights)
+    if places.is_remote(folder):
+        remote.check(folder)
     if weights != "tiny" and run_folder(folder) is not None:
         from anchor_jax.weights.trained import find_trained
 
@@ -99,7 +98,7 @@ def _watched(weights: str, bundle: Bundle) -> Bundle:
 
 def _remedy(weights: str) -> str:
     """Returns the remedy for weights that are not finite."""
-    run = run_folder(expand(weights))
+    run = run_folder(io.place(weights))
     if run is None:
         return "use an undamaged copy; float16 cannot hold values above 65504"
     from anchor_jax.weights import checkpoint
@@ -108,8 +107,8 @@ def _remedy(weights: str) -> str:
     return f"the training diverged; use an earlier checkpoint: {kept or 'none exists'}"
 
 
-def _is_checkpoint(folder: pathlib.Path) -> bool:
-    if not os.path.isdir(folder) or os.path.exists(folder / "model.safetensors"):
+def _is_checkpoint(folder: io.Place) -> bool:
+    if not places.is_dir(folder) or places.exists(folder / "model.safetensors"):
         return False
     from anchor_jax.weights import checkpoint
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from anchor_jax import sharding, trees
+from anchor_jax import io, places, sharding, trees
 from anchor_jax.config import from_config
 from anchor_jax.errors import UserError, reason, shown, suggest
 from anchor_jax.limits import check_sizes
@@ -213,12 +213,13 @@ def _load_network(folder: pathlib.Path, item: str, expected, options: LoadOption
 def _ported_tokenizer(folder: pathlib.Path, text: TextConfig) -> Tokenizer:
     """Returns the ported tokenizer, checked against the text encoder's vocabulary."""
     names = ("tokenizer.json", "spiece.model")
-    found = [name for name in names if (folder / "tokenizer" / name).exists()]
+    place = folder / "tokenizer"
+    found = [name for name in names if places.exists(place / name)]
     for name in found:
         checkpoint.file(folder, f"tokenizer/{name}")
-    place = folder / "tokenizer"
     try:
-        tokenizer = load_tokenizer(place, text.text_len)
+        with io.local_copies(place, found) as copies:
+            tokenizer = load_tokenizer(copies, text.text_len)
     # The package `tokenizers` raises plain exceptions for unreadable files.
     except Exception as error:
         raise UserError(

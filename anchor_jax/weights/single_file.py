@@ -18,11 +18,11 @@ import safetensors
 import safetensors.numpy
 from jax.sharding import Mesh
 
-from anchor_jax import sharding, trees
+from anchor_jax import io, places, sharding, trees
 from anchor_jax.config import from_config
 from anchor_jax.errors import UserError, shown, suggest
 from anchor_jax.filetypes import check_start
-from anchor_jax.io import expand, parse_json, replacing
+from anchor_jax.io import parse_json, replacing
 from anchor_jax.limits import check_sizes
 from anchor_jax.wan.spec import TINY, LatentGrid, ModelConfig
 from anchor_jax.wan.text import TextConfig
@@ -69,9 +69,10 @@ class _Header:
 def load_saved(weights: str, options: LoadOptions) -> Bundle:
     """Returns the bundle in a safetensors file."""
     model_file, tokenizer_file = _files(weights)
-    content = _read(model_file, weights)
-    pieces = _read(tokenizer_file, weights)
-    header = _header(model_file)
+    names = model_file.name, tokenizer_file.name
+    with io.local_copies(model_file.parent, names) as folder:
+        content, pieces = (_read(folder / name, weights) for name in names)
+        header = _header(folder / model_file.name)
     if header.tokenizer != hashlib.sha256(pieces).hexdigest():
         raise UserError(
             f"{tokenizer_file} is not the tokenizer of {model_file}; use two files that"
@@ -119,7 +120,7 @@ def load_saved(weights: str, options: LoadOptions) -> Bundle:
 def save_bundle(
     params: Mapping[str, Any],
     tokenizer: bytes,
-    path: str | pathlib.Path,
+    path: str | io.Place,
     metadata: Mapping[str, Any],
     *,
     model: ModelConfig = TINY,
@@ -142,7 +143,7 @@ def save_bundle(
       UserError: The tensors do not fit the sizes, a value overflows, or the files
         cannot be written.
     """
-    model_file, tokenizer_file = _files_in(pathlib.Path(path))
+    model_file, tokenizer_file = _files_in(places.given(path))
     header = {
         "format_version": FORMAT_VERSION,
         "model": dataclasses.asdict(model),
@@ -197,15 +198,15 @@ def _without_places(value: Any) -> Any:
     return pathlib.PurePath(value).name if is_path else value
 
 
-def _files(weights: str) -> tuple[pathlib.Path, pathlib.Path]:
+def _files(weights: str) -> tuple[io.Place, io.Place]:
     """Returns the files of a bundle by name or path."""
     if weights == "tiny":
         assets = pathlib.Path(str(importlib.resources.files("anchor_jax"))) / "assets"
         return _files_in(assets / "tiny.safetensors")
-    return _files_in(expand(weights))
+    return _files_in(io.place(weights))
 
 
-def _files_in(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+def _files_in(path: io.Place) -> tuple[io.Place, io.Place]:
     if path.suffix == ".safetensors":
         return path, path.with_suffix(".model")
     return path / "model.safetensors", path / "tokenizer.model"
@@ -219,7 +220,7 @@ def _read(path: pathlib.Path, weights: str) -> bytes:
         check_start(path)
         return path.read_bytes()
     except OSError as error:
-        if not os.path.exists(expand(weights)):
+        if not places.exists(io.place(weights)):
             raise UserError(
                 f"weights={name}: no such folder; run the stage that writes it, or give"
                 " a folder of a training, of anchor-jax port or of anchor-jax export,"

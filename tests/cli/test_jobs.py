@@ -1,11 +1,14 @@
 """Commands as several processes of one job, started by their own flags or by Slurm."""
 
 import json
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 
 import bundles
@@ -13,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from anchor_jax import supervisor
+from anchor_jax import processes, supervisor
 from anchor_jax.cli import jobs
 from anchor_jax.cli.main import main
 from anchor_jax.training.monitor import MEASURED
@@ -64,6 +67,45 @@ def test_a_flag_alone_is_refused(capsys):
     assert "--process_id=1 alone does not describe a job" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("error", "on_terminal"),
+    [(ValueError("UNAVAILABLE: Task 1 heartbeat timeout"), False), (KeyError(1), True)],
+)
+def test_threads_that_a_lost_process_stops_print_no_stack(
+    monkeypatch, capfd, error, on_terminal
+):
+    monkeypatch.setattr(processes, "_job", object())
+    monkeypatch.setattr(threading, "excepthook", jobs._report_thread)
+    shown = []
+    monkeypatch.setattr(threading, "__excepthook__", shown.append)
+
+    def fail():
+        raise error
+
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join()
+
+    assert bool(shown) is on_terminal
+    assert ("heartbeat timeout" in capfd.readouterr().err) is not on_terminal
+
+
+def test_logs_of_a_lost_process_go_to_the_file(monkeypatch, capfd, caplog):
+    monkeypatch.setattr(processes, "_job", object())
+    log = logging.getLogger("a library")
+    log.addFilter(jobs._is_shown)
+
+    for text in ("waiting for async_write_complete barrier", "another fault"):
+        try:
+            raise TimeoutError(text)
+        except TimeoutError:
+            log.error("cannot save", exc_info=True)
+
+    assert "another fault" in caplog.text and "barrier" not in caplog.text
+    # In a job, descriptor 2 is the file.
+    assert "write_complete barrier" in capfd.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
@@ -82,7 +124,8 @@ def command(weights, out, *more):
 
 
 def start(line, **variables):
-    cache = jax.config.jax_compilation_cache_dir
+    # Another test may have changed the setting of this process.
+    cache = jax.config.jax_compilation_cache_dir or tempfile.gettempdir() + "/jobs"
     return subprocess.Popen(
         [sys.executable, "-m", "anchor_jax", *line],
         stdout=subprocess.PIPE,

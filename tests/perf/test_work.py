@@ -97,6 +97,26 @@ def test_working_memory_is_about_that_of_compiled_programs(use, remat, gigabytes
     assert found / 1e9 == pytest.approx(gigabytes, rel=0.1)
 
 
+def test_a_whole_network_and_its_gradient_are_held():
+    held = dataclasses.replace(GRADIENT, whole=True, gradient=5e9)
+    params = roofline.model_params(GRADIENT.model)
+
+    more = work.working_bytes([held], SETTING) - work.working_bytes([GRADIENT], SETTING)
+
+    layers = GRADIENT.model.num_layers
+    assert more == pytest.approx(5e9 + 2 * params * (1 - 2 / layers))
+
+
+def test_devices_along_context_have_their_tokens_only():
+    mesh = {"data": 7, "fsdp": 4, "context": 2, "tensor": 1}
+    split = dataclasses.replace(SETTING, mesh=mesh)
+
+    # Two videos on two devices take as much as one on each.
+    assert work.working_bytes([GRADIENT], split) == pytest.approx(
+        work.working_bytes([GRADIENT], SETTING)
+    )
+
+
 def test_microbatches_halve_the_activations():
     pairs = dataclasses.replace(SETTING, batch=112)
     halved = dataclasses.replace(pairs, microbatches=2)

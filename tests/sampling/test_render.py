@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
 
+from anchor_jax.errors import UserError
 from anchor_jax.prompts import Script, Segment
+from anchor_jax.sampling import render
 from anchor_jax.sampling.render import describe_switches, tile_frames
 from anchor_jax.streaming.recipe import Switch
 
@@ -26,3 +28,11 @@ def test_switches_that_waited_are_printed():
 
     assert line == "Switch requested at frame 16; starts at 18, the next block."
     assert describe_switches([switches[0]]) == []
+
+
+def test_several_processes_need_a_named_folder(monkeypatch):
+    render._check_job(None)
+    monkeypatch.setattr(render.processes, "count", lambda: 3)
+    render._check_job("out")
+    with pytest.raises(UserError, match="--out is missing.*all 3 processes"):
+        render._check_job(None)

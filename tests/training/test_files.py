@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from anchor_jax import processes
 from anchor_jax.errors import UserError
 from anchor_jax.training import files
 from anchor_jax.training.monitor import Monitor
@@ -114,3 +115,36 @@ def test_a_new_folder_has_nothing_to_read(tmp_path):
     assert files.read_config(tmp_path) is None
     assert files.read_inputs(tmp_path) == {}
     assert files.read_skipped(tmp_path) == files.read_log(tmp_path) == []
+
+
+def test_a_folder_that_a_process_does_not_share_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "count", lambda: 3)
+    monkeypatch.setattr(processes, "share", lambda name: name)
+    monkeypatch.setattr(processes, "barrier", lambda name: None)
+    monkeypatch.setattr(processes, "gather", lambda sees: [sees, True, True])
+    files.check_shared(tmp_path)
+    monkeypatch.setattr(processes, "gather", lambda sees: [sees, False, True])
+    with pytest.raises(UserError) as caught:
+        files.check_shared(tmp_path)
+
+    assert "process 1 cannot see the files that process 0 writes" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_file_is_awaited_on_a_shared_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "share", lambda name: ".shared-by-first")
+    monkeypatch.setattr(processes, "barrier", lambda name: None)
+    monkeypatch.setattr(processes, "is_first", lambda: False)
+    monkeypatch.setattr(processes, "gather", lambda sees: [True, sees])
+    monkeypatch.setattr(files, "_SEEN_BY", 0.2)
+    with pytest.raises(UserError, match="process 1 cannot see"):
+        files.check_shared(tmp_path)
+
+
+@pytest.mark.parametrize("out", ["s3://bucket/run", "memory://run", "gs:/bucket/run"])
+def test_an_unknown_scheme_makes_no_folder(tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="gs://BUCKET"):
+        files.make_folder(out)
+    assert not list(tmp_path.iterdir())

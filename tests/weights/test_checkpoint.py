@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore as ts
 from jax.sharding import PartitionSpec as P
 
 from anchor_jax import ownership
@@ -401,3 +402,26 @@ def test_the_state_of_an_optimizer_is_read(tmp_path):
 
     np.testing.assert_array_equal(found[0]["mu"], state[0]["mu"])
     assert found[1]["count"] == 3
+
+
+def bytes_read():
+    """Returns the bytes that tensorstore has read from files in this process."""
+    name = "/tensorstore/kvstore/file/bytes_read"
+    (found,) = ts.experimental_collect_matching_metrics(name, include_zero_metrics=True)
+    return sum(one["value"] for one in found["values"])
+
+
+def test_one_network_is_read_without_the_others(tmp_path):
+    rng = np.random.default_rng(0)
+    small, large = (
+        {"params": {"w": rng.random((side, side), np.float32)}} for side in (128, 1024)
+    )
+    items = {"generator": small, "opt_generator": large}
+    checkpoint.write(tmp_path / "written", items, {})
+    before = bytes_read()
+
+    found = checkpoint.restore(tmp_path / "written", "generator")
+
+    np.testing.assert_array_equal(found["params"]["w"], small["params"]["w"])
+    size = small["params"]["w"].nbytes
+    assert size <= bytes_read() - before <= 2 * size

@@ -21,7 +21,7 @@ import tqdm
 
 from anchor_jax import interrupts, ownership
 from anchor_jax.errors import UserError, damaged
-from anchor_jax.io import expand, making_folder
+from anchor_jax.io import making_folder, place
 from anchor_jax.prompt_files import watched
 from anchor_jax.training.data import pairs
 from anchor_jax.training.data.digests import digest
@@ -122,7 +122,7 @@ class PromptPairs(_Builder, skip_registration=True):
         """
         self._seed, self._pairs = seed, ()
         given = (path,) if switch_path is None else (path, switch_path)
-        paths = [expand(one) for one in given]
+        paths = [place(one) for one in given]
         self._digests = [digest(path) for path in paths]
         self._files = pairs.PairFiles(paths)
         super().__init__(data_dir)

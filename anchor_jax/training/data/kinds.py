@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from anchor_jax import io, places
 from anchor_jax.errors import UserError, suggest
 from anchor_jax.io import expand
 from anchor_jax.plugins import Registry
@@ -59,7 +60,17 @@ class DataConfig:
         return tuple(x for x in (self.path, self.switch_path) if x is not None)
 
     def cache_in(self, folder: pathlib.Path) -> pathlib.Path:
-        """Returns the folder in which a training's datasets are built."""
+        """Returns the folder in which a training's datasets are built.
+
+        Raises:
+          UserError: It would be in object storage, where datasets cannot be built.
+        """
+        if not self.cache and places.is_remote(folder):
+            raise UserError(
+                f"datasets cannot be built in the bucket of config.out={folder}; give"
+                " a folder of this machine, or of a mounted disk, with"
+                " --config.data.cache=FOLDER"
+            )
         return expand(self.cache) if self.cache else folder / "data"
 
 
@@ -110,7 +121,7 @@ class DataKind:
         """
         if data.path is None:
             return {}
-        return {path: digest(expand(path)) for path in data.paths}
+        return {path: digest(io.place(path)) for path in data.paths}
 
     def text_files(self, data: DataConfig) -> list[PromptFile]:
         """Returns the opened files that hold prompts or captions.
@@ -120,7 +131,7 @@ class DataKind:
         """
         if not self.columns or data.path is None:
             return []
-        return [pairs.open_file(expand(path), self.columns) for path in data.paths]
+        return [pairs.open_file(io.place(path), self.columns) for path in data.paths]
 
     def first_texts(self, data: DataConfig, num: int) -> list[tuple[str, str]]:
         """Returns at most `num` prompts of the data, each with a prompt to switch to.
@@ -232,8 +243,8 @@ def path_of(data: DataConfig, reads: str) -> str:
 
 def _first_lines(path: str, columns, num: int) -> list[tuple[str, ...]]:
     """Returns the prompts in the first lines of a file; empty if there is no file."""
-    place = expand(path)
-    if not place.is_file():
+    place = io.place(path)
+    if not places.is_file(place):
         return []
     file = pairs.open_file(place, columns)
     values = itertools.islice(file, num)

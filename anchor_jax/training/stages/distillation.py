@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from anchor_jax import trees
 from anchor_jax.cache.policies import Policy
 from anchor_jax.errors import UserError
 from anchor_jax.perf.work import Use
@@ -342,7 +343,8 @@ class DistillationKind(StageKind):
     def uses(self, config, prepared: Prepared) -> tuple[Use, ...]:
         """Returns what a mean step does."""
         del config
-        return mean_uses(prepared.compiled.spec, prepared.compiled.every)
+        stage, gradient = prepared.compiled, trees.nbytes(prepared.state.generator)
+        return mean_uses(stage.spec, stage.every, gradient)
 
     def method(self, training: Mapping[str, Any], base: Method = SAVED) -> Method:
         """Returns the settings of a few-step generator."""

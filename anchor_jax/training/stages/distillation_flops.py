@@ -31,7 +31,9 @@ def step_flops(spec: DistillationSpec, metrics) -> float:
     return spec.batch * total
 
 
-def mean_uses(spec: DistillationSpec, every: int) -> tuple[Use, ...]:
+def mean_uses(
+    spec: DistillationSpec, every: int, gradient: float = 0.0
+) -> tuple[Use, ...]:
     """Returns what a mean step does: a critic's step, and a generator's now and then.
 
     Exit levels have their mean. The operations of networks are those of `step_flops`.
@@ -39,6 +41,7 @@ def mean_uses(spec: DistillationSpec, every: int) -> tuple[Use, ...]:
     Args:
       spec: static settings of the distillation.
       every: steps per generator update.
+      gradient: bytes of the generator's gradient.
     """
     found = (
         *_chunk_uses(spec, "critic"),
@@ -46,7 +49,7 @@ def mean_uses(spec: DistillationSpec, every: int) -> tuple[Use, ...]:
         *_chunk_uses(spec, "generator"),
         _clip_use(spec, "generator", spec.critic.model),
         _clip_use(spec, "generator", spec.teacher.model, calls=2),
-        _pull_back_use(spec),
+        _pull_back_use(spec, gradient),
     )
     return tuple(
         dataclasses.replace(one, each=1 / every) if one.role == "generator" else one
@@ -74,6 +77,7 @@ def _chunk_uses(spec: DistillationSpec, role: str) -> Iterator[Use]:
         tokens=times * len(rows) * live,
         live=live,
         gathers=1,
+        whole=True,
     )
     if isinstance(spec.codec, VaeCodec) and len(chunks) > 1:
         frames = (chunks[1].new + 1) * (len(chunks) - 1) / len(chunks)
@@ -113,7 +117,7 @@ def _clip_use(
     )
 
 
-def _pull_back_use(spec: DistillationSpec) -> Use:
+def _pull_back_use(spec: DistillationSpec, gradient: float) -> Use:
     """Returns the generator's gradient, block by block, after a second forward pass."""
     model, rows = spec.setup.model, list(_mean_passes(spec))
     chunks = len(spec.plan.chunks(None))
@@ -132,8 +136,10 @@ def _pull_back_use(spec: DistillationSpec) -> Use:
         passes=passes,
         tokens=passes * live,
         live=live,
-        gathers=2,
+        gathers=1,
         backward=True,
+        whole=True,
+        gradient=gradient,
     )
 
 

@@ -1,14 +1,13 @@
 """Goodput: the share of a run's wall time that its steps took, over all its starts."""
 
 import dataclasses
-import pathlib
 import time
 from collections.abc import Callable
 
 import numpy as np
 
 from anchor_jax import processes
-from anchor_jax.io import write_json
+from anchor_jax.io import Place, write_json
 from anchor_jax.training import files
 from anchor_jax.training.watch.times import (
     COMPILING,
@@ -46,7 +45,7 @@ class Goodput:
       clock: returns the seconds of a calendar, which survive a restart.
     """
 
-    folder: pathlib.Path
+    folder: Place
     times: Times
     first: int
     clock: Callable[[], float] = time.time

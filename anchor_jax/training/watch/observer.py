@@ -4,11 +4,12 @@ import contextlib
 import dataclasses
 import pathlib
 import resource
+import tempfile
 from collections.abc import Callable, Hashable, Iterable, Iterator
 
 import jax
 
-from anchor_jax import processes
+from anchor_jax import io, places, processes
 from anchor_jax.perf import roofline, work
 from anchor_jax.training.watch.goodput import Goodput
 from anchor_jax.training.watch.pace import Pace
@@ -51,7 +52,7 @@ class Watch:
     )
 
     @classmethod
-    def nothing(cls, folder: pathlib.Path) -> "Watch":
+    def nothing(cls, folder: io.Place) -> "Watch":
         """Returns an object that watches nothing."""
         profiles = Profiles(ProfileConfig(steps=0), folder, str, str)
         return cls(Watchdog(WatchdogConfig(medians=0), folder), profiles)
@@ -180,7 +181,7 @@ def peak_flops() -> float | None:
 def open_watch(
     config,
     uses: Callable[[], Iterable[work.Use]],
-    folder: pathlib.Path,
+    folder: io.Place,
     first: int,
     times: Times,
     tell: Tell,
@@ -197,7 +198,9 @@ def open_watch(
       tell: prints a line in the first process.
       say: prints a line in every process.
     """
-    stacks = folder / f"stacks-{processes.index()}.txt"
+    is_remote = places.is_remote(folder)
+    near = pathlib.Path(tempfile.gettempdir()) if is_remote else folder
+    stacks = near / f"stacks-{processes.index()}.txt"
     goodput = Goodput(folder, times, first)
     watch = Watch(
         Watchdog(config.watchdog, stacks),

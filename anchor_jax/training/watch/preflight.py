@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import pathlib
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,7 +9,7 @@ from typing import Any
 
 import jax
 
-from anchor_jax import processes
+from anchor_jax import io, places, processes
 from anchor_jax.errors import UserError, some
 from anchor_jax.training.watch import speeds
 from anchor_jax.training.watch.pace import median
@@ -56,7 +55,7 @@ class PreflightConfig:
 
 def check(
     config: PreflightConfig,
-    folder: pathlib.Path,
+    folder: io.Place,
     size: int,
     missing: int,
     tell: Callable[[str], None],
@@ -91,11 +90,10 @@ def check(
         raise UserError(f"preflight: {'; '.join(some(problems))}{_HELP}")
 
 
-def _check_space(folder: pathlib.Path, size: int, missing: int, tell) -> None:
-    try:
-        free = shutil.disk_usage(folder).free
-    except (OSError, TypeError):  # Object storage has no limit that could be asked.
+def _check_space(folder: io.Place, size: int, missing: int, tell) -> None:
+    if places.is_remote(folder):  # Nothing says how much more it can hold.
         return
+    free = shutil.disk_usage(folder).free
     space = f"a checkpoint needs {_gb(size)}, and {_gb(free)} are free at {folder}"
     if free < size:
         raise UserError(
@@ -112,7 +110,7 @@ def _gb(size: float) -> str:
     return f"{size / _GB:.3g} GB"
 
 
-def _measure_all(config: PreflightConfig, folder: pathlib.Path) -> list[dict[str, Any]]:
+def _measure_all(config: PreflightConfig, folder: io.Place) -> list[dict[str, Any]]:
     """Returns the measurements of all processes.
 
     Raises:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import jax
 
-from anchor_jax import interrupts, processes
+from anchor_jax import interrupts, io, places, processes
 
 FILE, FOLDER = "profile", "profiles"
 
@@ -65,9 +65,7 @@ class Profiles:
     As a context it takes requests.
     """
 
-    def __init__(
-        self, config: ProfileConfig, folder: pathlib.Path, tell: Tell, say: Tell
-    ):
+    def __init__(self, config: ProfileConfig, folder: io.Place, tell: Tell, say: Tell):
         """Initializes.
 
         Args:
@@ -140,7 +138,7 @@ class Profiles:
     def look(self) -> None:
         """Takes a request by the file, which only the first process reads."""
         if processes.is_first():
-            if not (self.folder / FILE).exists():
+            if not places.exists(self.folder / FILE):
                 return
             (self.folder / FILE).unlink()
             seen = self._seen + 1
@@ -167,11 +165,12 @@ class Profiles:
             tell(f"warning: the profile failed ({reason}); the training continues")
 
 
-def _move(source: pathlib.Path, folder: pathlib.Path) -> None:
-    """Moves files into a folder, which may be on another disk."""
+def _move(source: pathlib.Path, folder: io.Place) -> None:
+    """Moves files into a folder, which may be in object storage."""
     for path in sorted(source.rglob("*")):
         if path.is_file():
-            to = folder / path.relative_to(source).as_posix()
-            to.parent.mkdir(parents=True, exist_ok=True)
-            to.write_bytes(path.read_bytes())
+            inner = path.parent.relative_to(source).as_posix()
+            with io.filling(folder / inner) as there:
+                there.mkdir(parents=True, exist_ok=True)
+                shutil.move(path, there)
     shutil.rmtree(source, ignore_errors=True)

@@ -2,7 +2,6 @@
 
 import functools
 import os
-import pathlib
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from anchor_jax import io, places
 
 _REPEATS = 3
 _PRODUCTS = 20  # per measurement, in one program
@@ -100,7 +101,7 @@ def all_reduce() -> float:
     return 4 * size / seconds
 
 
-def disk(folder: pathlib.Path, name: str) -> tuple[float, float]:
+def disk(folder: io.Place, name: str) -> tuple[float, float]:
     """Returns the bytes per second at which a file is written, and read again.
 
     Args:
@@ -117,7 +118,8 @@ def disk(folder: pathlib.Path, name: str) -> tuple[float, float]:
         began = time.perf_counter()
         with path.open("wb") as file:
             file.write(content)
-            _settle(file)
+            if not places.is_remote(path):
+                _settle(file)
         written = time.perf_counter()
         found = path.read_bytes()
         seconds = time.perf_counter() - written
@@ -129,9 +131,7 @@ def disk(folder: pathlib.Path, name: str) -> tuple[float, float]:
 
 
 def _settle(file) -> None:
-    """Puts a local file on its disk, and forgets what memory keeps of it."""
-    if not hasattr(file, "fileno"):
-        return
+    """Writes a file to its disk, and forgets what memory keeps of it."""
     file.flush()
     os.fsync(file.fileno())
     if hasattr(os, "posix_fadvise"):

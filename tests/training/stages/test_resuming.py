@@ -275,3 +275,28 @@ def test_what_was_logged_beyond_the_checkpoint_is_logged_once(tmp_path):
 
     kept = (tmp_path / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in kept] == [1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(1, 4, 1, 1), (1, 1, 1, 1)])
+def test_a_checkpoint_is_restored_onto_another_mesh(tmp_path, monkeypatch, mesh):
+    saved = make(REGRESS, mesh=(2, 2, 1, 1))
+    other = jax.tree.map(lambda x: x if x.dtype == bool else x + 1, saved.state)
+    other = other.replace(step=jax.numpy.int32(7))
+    checkpoints = Checkpoints(tmp_path, {}, 2)
+    checkpoints.save(other, Cursor(3))
+    checkpoints.close()
+    if mesh == (1, 1, 1, 1):
+        on_one_device(monkeypatch)
+    prepared = make(REGRESS, mesh=mesh)
+
+    state, cursor = Checkpoints(tmp_path, {}, 2).restore(
+        prepared.state, prepared.compiled.places
+    )
+
+    assert cursor == Cursor(3)
+    wanted = other.replace(sound=state.sound)  # not saved
+    for ours, theirs in zip(leaves(state), leaves(wanted), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    places = jax.tree.map(lambda x: x.sharding, state)
+    chex.assert_trees_all_equal(places, prepared.compiled.places)
