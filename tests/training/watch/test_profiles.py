@@ -5,12 +5,13 @@ import os
 import pathlib
 import signal
 
+import fake_gcs
 import jax
 import jax.numpy as jnp
 import pytest
 
-from anchor_jax import interrupts, processes
-from anchor_jax.training.watch import profiles
+from anchor_jax import interrupts, io, processes
+from anchor_jax.training.watch import profiles, speeds
 from anchor_jax.training.watch.profiles import ProfileConfig, Profiles
 
 
@@ -76,6 +77,20 @@ def test_the_file_makes_a_profile_once(tmp_path, traces):
     assert line.startswith(f"profile of steps 1 to 3: {tmp_path / 'profiles'};")
     assert (tmp_path / "profiles/1-0/plugins/host.xplane.pb").read_bytes() == b"trace"
     assert not traces[0].exists()
+
+
+def test_a_run_in_a_bucket_takes_the_request_there(traces):
+    with fake_gcs.serving() as (store, _):
+        run = io.place(f"gs://{fake_gcs.BUCKET}/run")
+        store.write("run/profile", b"", {})
+        steps = Steps(run)
+        steps.profiles.look()
+        steps.run(6)
+        assert "run/profile" not in store.objects
+        assert "run/profiles/1-0/plugins/host.xplane.pb" in store.objects
+
+        assert min(speeds.disk(run, "measured")) > 0
+        assert "run/measured" not in store.objects
 
 
 def test_the_file_is_seen_while_steps_run(tmp_path, traces, monkeypatch):
