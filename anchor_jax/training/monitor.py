@@ -24,9 +24,6 @@ MEASURED = re.compile(
 )
 """Names of the numbers that are different if the same steps are made again."""
 
-Gauge = Callable[[int, int, float], Mapping[str, float]]
-"""Returns numbers of a line: (finished steps, steps of the line, seconds per step)."""
-
 _SHOWN = ("loss", "generator_loss", "critic_loss")
 
 
@@ -45,7 +42,7 @@ class Monitor:
         every: int,
         frames_per_step: float = 0.0,
         quiet: bool = False,
-        gauge: Gauge | None = None,
+        gauge: Callable[[int, int, float], Mapping[str, float]] | None = None,
     ):
         """Opens the logs.
 
@@ -56,7 +53,8 @@ class Monitor:
           every: steps per line of metrics.
           frames_per_step: latent frames that a step processes.
           quiet: whether to write and show nothing, as in all processes but the first.
-          gauge: returns further numbers; it is called in every process.
+          gauge: returns further numbers of a line, from the finished steps, the steps
+            of the line, and the seconds per step. It is called in every process.
 
         Raises:
           UserError: The log is damaged.
@@ -179,6 +177,9 @@ def memory_gb() -> float:
     """Returns the peak memory in GB of the first device, or of the host process."""
     stats = jax.local_devices()[0].memory_stats() or {}
     peak = stats.get("peak_bytes_in_use")
-    if peak is None:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return peak / 1e9
+    return (host_peak() if peak is None else peak) / 1e9
+
+
+def host_peak() -> int:
+    """Returns the peak memory of this process in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -211,6 +211,8 @@ def test_two_processes_stop_together_and_resume_under_slurm(weights, tmp_path):
     assert f"Resuming at step {step}." in outputs[0] and outputs[1] == ""
     assert checkpoint.last_step(tmp_path / "run") == STEPS
     assert_equals_one_process(weights, tmp_path)
+    last = json.loads(lines(tmp_path / "run")[-1])
+    assert last["share_stopped"] > 0, "goodput includes the time between two starts"
 
 
 def assert_is_watched(folder, outputs):

@@ -52,7 +52,7 @@ class Goodput:
 
     def __post_init__(self):
         found = files.read_goodput(self.folder)
-        self.points = [(0, 0.0)]
+        self.points = [(self.first, 0.0)]
         self.before: dict[str, float] = {}
         self._written = -EVERY
         if found is not None:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import pathlib
-import resource
 import tempfile
 from collections.abc import Callable, Hashable, Iterable, Iterator
 
@@ -11,6 +10,7 @@ import jax
 
 from anchor_jax import io, places, processes
 from anchor_jax.perf import roofline, work
+from anchor_jax.training.monitor import host_peak
 from anchor_jax.training.watch.goodput import Goodput
 from anchor_jax.training.watch.pace import Pace
 from anchor_jax.training.watch.profiles import ProfileConfig, Profiles, Tell
@@ -134,7 +134,7 @@ class Gauge:
           steps: number of steps of the line.
           seconds: seconds per step.
         """
-        now, memory = self.times.seconds(), memory_gb()
+        now, memory = self.times.seconds(), peak_memory()
         own = {
             name: (now.get(name, 0.0) - self._before.get(name, 0.0)) / steps
             for name in (HOST, DATA)
@@ -155,7 +155,7 @@ class Gauge:
         return {"mfu": self.flops / (seconds * self.peak)}
 
 
-def memory_gb() -> dict[str, float]:
+def peak_memory() -> dict[str, float]:
     """Returns the peak memory in GB of this process, and of its fullest device.
 
     Not every device reports it.
@@ -164,11 +164,6 @@ def memory_gb() -> dict[str, float]:
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [one["peak_bytes_in_use"] for one in stats if "peak_bytes_in_use" in one]
     return found | ({"device_memory_gb": max(peaks) / 1e9} if peaks else {})
-
-
-def host_peak() -> int:
-    """Returns the peak memory of this process in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def peak_flops() -> float | None:

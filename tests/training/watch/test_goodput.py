@@ -89,6 +89,16 @@ def test_an_older_checkpoint_loses_its_part_of_the_time(tmp_path):
     close(again.goodput.totals(), steps=10 + 15, lost=15, stopped=0)
 
 
+def test_a_run_that_is_older_than_the_record_counts_from_now(tmp_path):
+    run = Run(tmp_path, 1000)
+    run.steps(10)
+    run.save()
+    run.steps(20)
+
+    close(Run(tmp_path, 1010).goodput.totals(), steps=10, lost=15)
+    close(Run(tmp_path, 1005).goodput.totals(), steps=5, lost=20)
+
+
 def test_an_orderly_stop_loses_nothing(tmp_path):
     run = Run(tmp_path, 0)
     run.steps(7)

@@ -103,9 +103,9 @@ def test_a_line_shows_a_processs_own_times_per_step(tmp_path, clock):
 def test_memory_is_that_of_the_fullest_device(monkeypatch):
     stats = [{"peak_bytes_in_use": 3 * 10**9}, {"peak_bytes_in_use": 5 * 10**9}, {}]
     monkeypatch.setattr(jax, "local_devices", lambda: [device("x", s) for s in stats])
-    assert observer.memory_gb()["device_memory_gb"] == 5.0
+    assert observer.peak_memory()["device_memory_gb"] == 5.0
     monkeypatch.setattr(jax, "local_devices", lambda: [device("cpu")])
-    assert set(observer.memory_gb()) == {"host_memory_gb"}
+    assert set(observer.peak_memory()) == {"host_memory_gb"}
 
 
 def test_the_parts_of_a_loop_have_their_causes(tmp_path, clock):
