@@ -195,3 +195,29 @@ def test_a_training_is_watched_and_profiled_while_it_runs(tmp_path, monkeypatch)
     for cause in ("steps", "compiling", "saving", "profiling"):
         assert totals[cause] > 0, cause
     assert totals["lost"] == totals["stopped"] == 0
+
+
+def test_a_step_that_never_ends_is_seen_after_steps_that_did(tmp_path, clock):
+    ends = []
+    dog = Watchdog(
+        WatchdogConfig(medians=10, least=20, most=500),
+        tmp_path / "stacks",
+        lambda *end: ends.append(end),
+        clock,
+    )
+    profiles = Profiles(ProfileConfig(0), tmp_path, ends.append, ends.append)
+    watch = Watch(dog, profiles, Times(clock))
+    for step in range(3):
+        with watch.step(step, "kind"):
+            clock.now += 2
+        with watch.fetching(step):
+            clock.now += 1
+    with watch.step(3, "kind"):
+        clock.now += 15  # It is checked every second.
+        dog.check()
+        assert not ends
+        clock.now += 16
+        dog.check()
+
+    ((status, line),) = ends
+    assert status == 76 and "while a step usually takes 3 s" in line
