@@ -198,7 +198,7 @@ def test_a_training_is_watched_and_profiled_while_it_runs(tmp_path, monkeypatch)
 
 
 def test_a_step_that_never_ends_is_seen_after_steps_that_did(tmp_path, clock):
-    ends = []
+    ends, clock.now = [], 100.0
     dog = Watchdog(
         WatchdogConfig(medians=10, least=20, most=500),
         tmp_path / "stacks",
@@ -212,6 +212,7 @@ def test_a_step_that_never_ends_is_seen_after_steps_that_did(tmp_path, clock):
             clock.now += 2
         with watch.fetching(step):
             clock.now += 1
+        dog.check()
     with watch.step(3, "kind"):
         clock.now += 15  # It is checked every second.
         dog.check()
