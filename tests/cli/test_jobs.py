@@ -179,9 +179,9 @@ def lines(folder):
 
 @pytest.mark.slow
 def test_two_processes_stop_together_and_resume_under_slurm(weights, tmp_path):
-    line = command(weights, tmp_path / "run", "--config.preflight.run=on")
-    line, port = [*line, "--config.profile.steps=1"], free_port()
-    running = [by_flags(line, port, number) for number in range(2)]
+    line, port = command(weights, tmp_path / "run"), free_port()
+    watched = [*line, "--config.preflight.run=on", "--config.profile.steps=1"]
+    running = [by_flags(watched, port, number) for number in range(2)]
     while len(lines(tmp_path / "run")) < 3 and running[0].poll() is None:
         time.sleep(0.05)
     running[1].send_signal(signal.SIGUSR1)
