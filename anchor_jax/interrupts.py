@@ -12,6 +12,7 @@ in `on_request` pass them on, and `request` takes them.
 """
 
 import atexit
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -46,6 +47,7 @@ _REBOUND = 0.2  # seconds; some launchers pass a single Ctrl-C to their children
 _POLL = 0.05  # seconds
 _LAST_CALL = 6.0  # seconds for each function in `at_end`
 
+_counts: collections.Counter[int] = collections.Counter()
 _requested = threading.Event()
 _ending = threading.Event()
 _brief = threading.RLock()
@@ -242,6 +244,39 @@ def listening() -> Iterator[None]:
         _process.is_listening = _process.stopping = False
         _process.numbers.clear()
         _requested.clear()
+
+
+@contextlib.contextmanager
+def counting(number: int) -> Iterator[None]:
+    """Counts a signal that requests something and would else end the process.
+
+    It may be nested. Does nothing outside the main thread. A command-line process
+    ignores the signal afterwards.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(number, _count)
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, (number,))
+    try:
+        yield
+    finally:
+        if number in mask:
+            signal.pthread_sigmask(signal.SIG_BLOCK, (number,))
+        if before is not _count:
+            _counts.pop(number, None)
+            before = signal.SIG_IGN if _process.is_watched else before
+        signal.signal(number, before)
+
+
+def counted(number: int) -> int:
+    """Returns how often a signal has come since the last call."""
+    return _counts.pop(number, 0)
+
+
+def _count(number: int, frame) -> None:
+    del frame
+    _counts[number] += 1
 
 
 def install() -> None:

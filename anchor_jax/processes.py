@@ -3,6 +3,7 @@
     processes.join(clusters.find(flags))     # before a device is requested
     processes.count(), processes.index(), processes.is_first()
     names = processes.gather(name)           # a value of each process, in order
+    processes.post("pace", seconds)          # for all to see; `posted` reads
     step = processes.share(step)             # the first process's value
     processes.barrier("weights", 600)        # raises Missing after 600 s
 
@@ -44,6 +45,7 @@ SAME_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 PATIENCE = 600.0
 """Default seconds to wait for the other processes."""
 
+_POSTS = "anchor/posts/"
 _CLOSING = 30  # seconds to wait for the others at the end
 _VERDICT = HEARTBEAT + 15  # seconds until the loss of a process is known
 _THREADS = 32  # of XLA, on CPUs
@@ -385,6 +387,25 @@ def share(value: Any, seconds: float = PATIENCE) -> Any:
       Missing: A process did not call it in time.
     """
     return gather(value if is_first() else None, seconds)[0]
+
+
+def post(name: str, value: Any) -> None:
+    """Shows a value to the other processes, instead of an earlier one of this name.
+
+    It waits for the coordinator, but for no other process.
+    """
+    if _job is not None:
+        _job.client.key_value_set(
+            f"{_POSTS}{name}/{index()}", json.dumps(value), allow_overwrite=True
+        )
+
+
+def posted(name: str) -> dict[int, Any]:
+    """Returns the newest value of each process that has posted one, by its number."""
+    if _job is None:
+        return {}
+    found = _stored(f"{_POSTS}{name}/")
+    return {int(number): json.loads(text) for number, text in found.items()}
 
 
 def barrier(what: str, seconds: float = PATIENCE) -> None:

@@ -104,14 +104,14 @@ class Watchdog:
         Args:
           what: the work, for the message.
         """
-        began, self._busy = self._clock(), what
+        began, before, self._busy = self._clock(), self._busy, what
         since, self._since = self._since, began
         try:
             yield
         finally:
             # The time before the section still belongs to the step.
             self._since = since and since + self._clock() - began
-            self._busy = ""
+            self._busy = before
 
     def check(self) -> None:
         """Ends the process if the training hangs."""

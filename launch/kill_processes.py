@@ -43,6 +43,7 @@ from anchor_jax import clusters, processes
 from anchor_jax.config import load_config
 from anchor_jax.training import files, run
 from anchor_jax.training.checkpoints import present
+from anchor_jax.training.monitor import MEASURED
 from anchor_jax.weights import checkpoint
 
 TINY = (
@@ -63,8 +64,6 @@ DISTURBANCES = {
     "kill": (signal.SIGKILL, AGAIN),
     "stop": (signal.SIGSTOP, AGAIN),
 }
-# Metrics of the machine, not of the training.
-MEASURED = ("seconds_per_step", "latent_frames_per_second", "memory_gb")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,7 +257,7 @@ def differing(first: pathlib.Path, second: pathlib.Path) -> list[str]:
     a, b = digests(first), digests(second)
     found = [name for name in a.keys() | b.keys() if a.get(name) != b.get(name)]
     logs = [
-        [{k: v for k, v in one.items() if k not in MEASURED} for one in lines]
+        [{k: v for k, v in one.items() if not MEASURED.fullmatch(k)} for one in lines]
         for lines in map(files.read_log, (first, second))
     ]
     if logs[0] != logs[1]:

@@ -69,6 +69,13 @@ ELSEWHERE = {
     "python launch/chip_plans.py --nocompile": (
         "test_results.py::test_a_plan_is_kept_with_its_command"
     ),
+    "touch OUT/profile": (
+        "training/watch/test_profiles.py::test_the_file_makes_a_profile_once"
+    ),
+    "kill -USR1 PID": (
+        "training/watch/test_profiles.py"
+        "::test_a_signal_makes_a_profile_that_can_be_opened"
+    ),
     "launch/tiny_ladder.sh runs/ladder": (
         "test_ladder.py::test_each_stage_begins_with_an_earlier_one"
     ),

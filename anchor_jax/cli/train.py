@@ -1,10 +1,13 @@
 """`anchor-jax train`: runs or resumes a training stage."""
 
 import shlex
+import signal
 
 from absl import flags
 
+from anchor_jax import interrupts
 from anchor_jax.cli import jobs
+from anchor_jax.cli.output import own_line
 from anchor_jax.config import define_config_flag
 from anchor_jax.errors import Stopped
 
@@ -31,6 +34,8 @@ once.
 OUT/log.jsonl has a line of metrics every --config.log_every steps. OUT/events has the
 same for TensorBoard (pip install tensorboard). OUT/samples has a video and
 a contact sheet every --config.sample_every steps, of the prompts in --config.samples.
+The command "kill -USR1 PID", or the file OUT/profile ("touch OUT/profile"), makes a
+profile of the next --config.profile.steps steps in OUT/profiles.
 OUT/400 is the checkpoint of step 400. The newest --config.keep checkpoints are
 retained, and the --config.keep_best checkpoints with the lowest --config.best_of.
 Files of prompts or captions hold text, JSON lines, a JSON list or a table (.csv, .tsv
@@ -57,6 +62,12 @@ def main(argv) -> None:
       Stopped: It stopped on request before the last step.
     """
     del argv
+    # The signal requests a profile; before the loop starts it must end nothing.
+    with interrupts.counting(signal.SIGUSR1):
+        _train()
+
+
+def _train() -> None:
     from anchor_jax.cli import allocator, compile_cache
 
     jobs.join("train")
@@ -68,7 +79,7 @@ def main(argv) -> None:
     if FLAGS.dry_run:
         run.dry_run(config, tell=print)
         return
-    training = run.open_training(config, tell=print)
+    training = run.open_training(config, tell=print, say=own_line)
     print(training.describe())
     step = training.run()
     _report(training)

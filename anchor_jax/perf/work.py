@@ -136,6 +136,11 @@ class Step:
         return self.flops / (self.seconds * self.peak)
 
 
+def step_flops(uses: Iterable[Use], batch: int) -> float:
+    """Returns the operations of the models in a mean step, as MFU counts them."""
+    return batch * sum(one.each * one.flops for one in uses)
+
+
 def step(uses: Iterable[Use], setting: Setting, trained: Mapping[str, float]) -> Step:
     """Returns a mean step.
 
@@ -148,7 +153,7 @@ def step(uses: Iterable[Use], setting: Setting, trained: Mapping[str, float]) ->
     uses = tuple(uses)
     chip = setting.layout.topology.target.chip
     peak = chip.flops * setting.chips
-    flops = setting.batch * sum(one.each * one.flops for one in uses)
+    flops = step_flops(uses, setting.batch)
     again = setting.batch * sum(one.each * one.again for one in uses)
     read = sum(one.each * one.passes * _weights(one, setting) for one in uses)
     return Step(

@@ -15,6 +15,7 @@ from anchor_jax.io import read_json
 
 CONFIG, INPUTS = "config.json", "inputs.json"
 LOG, SKIPPED = "log.jsonl", "skipped.json"
+GOODPUT = "goodput.json"
 METRICS = "metrics/metrics"
 EVERY = 15.0
 """Seconds between two writes of a log in a bucket."""
@@ -24,6 +25,7 @@ _REMEDIES = {
     INPUTS: "restore it, or remove it if data and weights have not changed since the"
     " run started",
     SKIPPED: "restore it, or remove it; the batches in it are then tried again",
+    GOODPUT: "remove it; goodput then counts from this start",
 }
 _LOG_REMEDY = (
     "remove that line, or move the file away; it has only metrics, and the training"
@@ -89,6 +91,7 @@ def check(folder: io.Place) -> None:
     read_config(folder)
     read_inputs(folder)
     read_skipped(folder)
+    read_goodput(folder)
     read_log(folder)
     _check_steps(folder)
 
@@ -138,6 +141,34 @@ def read_skipped(folder: io.Place) -> list[int]:
         raise UserError(
             f"{folder / SKIPPED} holds {shown(wrong[0])}, expected batch numbers of at"
             f" least 0; {_REMEDIES[SKIPPED]}"
+        )
+    return found
+
+
+def read_goodput(folder: io.Place) -> dict[str, Any] | None:
+    """Returns the record of a run's wall time, or None if there is none.
+
+    It has `seconds` by cause, the time `at` which it was written, and `points`: numbers
+    of steps, and the seconds that the run took for them.
+
+    Raises:
+      UserError: The file is damaged.
+    """
+    found = _read(folder / GOODPUT, dict)
+    if found is None:
+        return None
+    try:
+        steps = [step for step, _ in found["points"]]
+        numbers = [found["at"], *found["seconds"].values(), *steps]
+        numbers += [seconds for _, seconds in found["points"]]
+        whole = all(type(one) in (int, float) for one in numbers)
+        whole &= bool(steps) and sorted(steps) == steps
+    except (LookupError, TypeError, ValueError, AttributeError):
+        whole = False
+    if not whole:
+        raise UserError(
+            f"{folder / GOODPUT} holds {shown(found)}, expected at, seconds and points;"
+            f" {_REMEDIES[GOODPUT]}"
         )
     return found
 

@@ -19,7 +19,8 @@ from anchor_jax.training.checkpoints import Checkpoints, NotSaved
 from anchor_jax.training.monitor import Monitor
 from anchor_jax.training.stages.base import CompiledStage, Cursor
 from anchor_jax.training.state import TrainState
-from anchor_jax.watchdog import Watchdog, WatchdogConfig
+from anchor_jax.training.watch.observer import Watch
+from anchor_jax.training.watch.times import SAMPLING
 
 _LAG = 2
 """Steps in flight whose metrics are not fetched yet, so that the device stays busy."""
@@ -64,7 +65,7 @@ def train(
     checkpoints: Checkpoints,
     monitor: Monitor,
     sample: Callable[[TrainState, int], None] | None = None,
-    watchdog: Watchdog | None = None,
+    watch: Watch | None = None,
 ) -> TrainState:
     """Runs a stage from a state to its last step and returns the last state.
 
@@ -82,7 +83,7 @@ def train(
       checkpoints: where states are saved.
       monitor: receives the metrics of each step.
       sample: makes sample videos of a state at a step.
-      watchdog: ends the process if the steps hang. None watches nothing.
+      watch: watches the steps. None watches nothing.
 
     Raises:
       UserError: A loss or gradient was not finite. If other batches give finite values,
@@ -91,10 +92,10 @@ def train(
       Stopped: It stopped on request before the first step, or several processes did
         not agree on a step to stop at.
     """
-    watchdog = watchdog or Watchdog(WatchdogConfig(medians=0), checkpoints.folder)
+    watch = watch or Watch.nothing(checkpoints.folder)
     margin = _TOGETHER if processes.count() > 1 else 0.0
     waiting, work = collections.deque(), _Work(checkpoints, margin)
-    first = step = int(state.step)
+    first = done = int(state.step)
     keeping = _saving_on_error(checkpoints, lambda: (state, cursor))
     with interrupts.listening():
         interrupts.check()
@@ -103,28 +104,27 @@ def train(
                 if not processes.may_start(step):
                     break
                 before = cursor
-                watchdog.started((stage.updates(step), cursor.start))
-                state, cursor, metrics = stage.advance(state, cursor, step)
+                with watch.step(step, (stage.updates(step), cursor.start)):
+                    state, cursor, metrics = stage.advance(state, cursor, step)
                 work.step_started()
                 waiting.append((step, _taken(before, cursor), metrics))
                 if len(waiting) > _LAG:
-                    _note(waiting.popleft(), state, stage, checkpoints, monitor)
-                    watchdog.ended()
+                    _note(waiting.popleft(), watch, state, stage, checkpoints, monitor)
                 done = step + 1
                 if done % loop.save_every == 0 or done == loop.steps:
-                    _drain(watchdog, waiting, state, stage, checkpoints, monitor)
-                    with watchdog.busy("saving"):
+                    _drain(waiting, watch, state, stage, checkpoints, monitor)
+                    with watch.saving(done):
                         _save(state, cursor, stage, checkpoints, monitor)
                     work.saved()
                 if sample and loop.is_sampled(done):
-                    with watchdog.busy("making sample videos"):
+                    with watch.busy(SAMPLING):
                         _show(sample, state, done, monitor)
         if not processes.leave_steps():
             raise Stopped(_TORN)
         began = work.since()
         last = interrupts.patient("", lambda: began, max(_SAVING, margin))
-        with last, watchdog.busy("saving"):
-            _drain(watchdog, waiting, state, stage, checkpoints, monitor)
+        with last, watch.saving(done):
+            _drain(waiting, watch, state, stage, checkpoints, monitor)
             _save(state, cursor, stage, checkpoints, monitor)
             checkpoints.wait()
     return state
@@ -207,16 +207,18 @@ def _taken(before: Cursor, after: Cursor) -> range:
     return range(before.number, after.number + (after.start > 0))
 
 
-def _drain(watchdog: Watchdog, waiting, *others) -> None:
+def _drain(waiting, *others) -> None:
     while waiting:
         _note(waiting.popleft(), *others)
-        watchdog.ended()
 
 
-def _note(entry, state: TrainState, stage, checkpoints, monitor: Monitor) -> None:
+def _note(
+    entry, watch: Watch, state: TrainState, stage, checkpoints, monitor: Monitor
+) -> None:
     """Fetches and logs the metrics of a step; stops if one is not finite."""
     step, taken, metrics = entry
-    numbers = {name: float(np.asarray(value)) for name, value in metrics.items()}
+    with watch.fetching(step):
+        numbers = {name: float(np.asarray(value)) for name, value in metrics.items()}
     bad = {name: value for name, value in numbers.items() if not np.isfinite(value)}
     if not bad:
         monitor.note(step, numbers)

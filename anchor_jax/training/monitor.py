@@ -3,9 +3,10 @@
 import contextlib
 import json
 import pathlib
+import re
 import resource
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -17,6 +18,12 @@ from anchor_jax.io import write_text
 from anchor_jax.training.files import LOG, Log, read_log
 
 EVENTS = "events"
+MEASURED = re.compile(
+    r"seconds_per_step|latent_frames_per_second|mfu|goodput|share_\w+|\w*memory_gb"
+    r"|step_time_max_over_median|slow_process"
+)
+"""Names of the numbers that are different if the same steps are made again."""
+
 _SHOWN = ("loss", "generator_loss", "critic_loss")
 
 
@@ -35,6 +42,7 @@ class Monitor:
         every: int,
         frames_per_step: float = 0.0,
         quiet: bool = False,
+        gauge: Callable[[int, int, float], Mapping[str, float]] | None = None,
     ):
         """Opens the logs.
 
@@ -45,6 +53,8 @@ class Monitor:
           every: steps per line of metrics.
           frames_per_step: latent frames that a step processes.
           quiet: whether to write and show nothing, as in all processes but the first.
+          gauge: returns further numbers of a line, from the finished steps, the steps
+            of the line, and the seconds per step. It is called in every process.
 
         Raises:
           UserError: The log is damaged.
@@ -55,7 +65,7 @@ class Monitor:
         self.unsaved: dict[str, list[float]] = {}
         self.began = self.ended = time.monotonic()
         self.noted = 0
-        self.quiet = quiet
+        self.quiet, self.gauge = quiet, gauge
         if processes.is_first():
             _cut_log(folder, first)
         self.log = Log(folder)
@@ -113,6 +123,8 @@ class Monitor:
         if self.frames:
             means["latent_frames_per_second"] = self.frames / seconds
         means["memory_gb"] = memory_gb()
+        if self.gauge is not None:
+            means |= self.gauge(step, self.noted, seconds)
         self.sums, self.began, self.noted = {}, self.ended, 0
         shown = {name: f"{means[name]:.4f}" for name in _SHOWN if name in means}
         self.bar.set_postfix(shown)
@@ -122,6 +134,16 @@ class Monitor:
         if self.events is not None:
             for name, value in means.items():
                 self.events.add_scalar(name, value, step)
+
+
+def beside_bar(tell: Callable[[str], None]) -> Callable[[str], None]:
+    """Returns a function that prints a line while a progress bar is shown."""
+
+    def tell_beside(line: str) -> None:
+        with tqdm.external_write_mode():
+            tell(line)
+
+    return tell_beside
 
 
 def _means(values: Mapping[str, list[float]]) -> dict[str, float]:
@@ -155,6 +177,9 @@ def memory_gb() -> float:
     """Returns the peak memory in GB of the first device, or of the host process."""
     stats = jax.local_devices()[0].memory_stats() or {}
     peak = stats.get("peak_bytes_in_use")
-    if peak is None:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return peak / 1e9
+    return (host_peak() if peak is None else peak) / 1e9
+
+
+def host_peak() -> int:
+    """Returns the peak memory of this process in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

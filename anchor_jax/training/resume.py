@@ -19,7 +19,7 @@ from anchor_jax.weights.bundle import Bundle
 _FREE = (
     *("save_every", "keep", "keep_best", "best_of", "log_every", "sample_every"),
     *("samples", "mesh", "microbatches", "prefetch", "remat", "out", "data.cache"),
-    "watchdog",
+    *("watchdog", "preflight", "profile"),
 )
 _REPORTED = ("optimizer", "critic_optimizer")
 

@@ -6,7 +6,6 @@ import json
 import operator
 import pathlib
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 
@@ -23,13 +22,16 @@ from anchor_jax.training.data import kinds, sources
 from anchor_jax.training.data.order import Share
 from anchor_jax.training.data.prefetch import Prefetch
 from anchor_jax.training.loop import Loop, train
-from anchor_jax.training.monitor import Monitor, memory_gb
+from anchor_jax.training.monitor import Monitor, beside_bar, memory_gb
 from anchor_jax.training.samples import Sampler
 from anchor_jax.training.stages import build
 from anchor_jax.training.stages.base import Cursor, Prepared
 from anchor_jax.training.stages.build import TrainConfig
 from anchor_jax.training.stages.registry import STAGES
-from anchor_jax.watchdog import Watchdog
+from anchor_jax.training.state import TrainState
+from anchor_jax.training.watch import preflight
+from anchor_jax.training.watch.observer import Gauge, Watch, open_watch
+from anchor_jax.training.watch.times import DATA, Times
 from anchor_jax.weights.bundle import Bundle
 from anchor_jax.weights.lineage import write_run
 from anchor_jax.weights.load import load_bundle
@@ -53,6 +55,7 @@ def read_config(config) -> TrainConfig:
     least |= {"microbatches": 1, "prefetch": 0}
     least |= {"keep_best": 0, "sample_every": 0, "lora.rank": 0, "data.size": 1}
     least |= dict.fromkeys(("watchdog.medians", "watchdog.least", "watchdog.most"), 0)
+    least |= {"profile.steps": 0, "preflight.slow": 0, "preflight.seconds": 1}
     for stage in STAGES.values():
         least |= stage.least
     for name, smallest in least.items():
@@ -80,6 +83,8 @@ class TrainingRun:
       tell: a function that prints a line.
       sampler: makes sample videos, or None.
       lease: the lease on the folder.
+      times: the seconds since the training was opened, by cause.
+      say: a function that prints a line in every process. None takes `tell`.
     """
 
     config: TrainConfig
@@ -89,6 +94,8 @@ class TrainingRun:
     tell: Callable[[str], None]
     sampler: Sampler | None = None
     lease: ownership.Lease | None = None
+    times: Times = dataclasses.field(default_factory=Times)
+    say: Callable[[str], None] | None = None
 
     def describe(self) -> str:
         """Returns a description of the training, as text."""
@@ -138,6 +145,10 @@ class TrainingRun:
         loop = Loop(
             config.steps, config.save_every, config.log_every, config.sample_every
         )
+        watch, gauge = Watch.nothing(self.folder), None
+        if not done:
+            self._preflight(state)
+            watch, gauge = self._open_watch(first)
         monitor = Monitor(
             self.folder,
             config.steps,
@@ -145,14 +156,15 @@ class TrainingRun:
             config.log_every,
             self.prepared.frames,
             quiet=done or not processes.is_first(),
+            gauge=gauge,
         )
         if self.sampler is not None:
             self.sampler.show = monitor.show
         try:
-            with Watchdog(config.watchdog, self._stacks()) as watchdog:
+            with watch:
                 state = train(
                     *(stage, state, cursor, loop, self.checkpoints, monitor),
-                    *(self.sampler, watchdog),
+                    *(self.sampler, watch),
                 )
             self._tell_best()
         finally:
@@ -162,11 +174,26 @@ class TrainingRun:
                 self.checkpoints.close()
         return int(state.step)
 
-    def _stacks(self) -> pathlib.Path:
-        """Returns the file for the stacks of this process if it hangs."""
-        is_remote = places.is_remote(self.folder)
-        folder = pathlib.Path(tempfile.gettempdir()) if is_remote else self.folder
-        return folder / f"stacks-{processes.index()}.txt"
+    def _preflight(self, state: TrainState) -> None:
+        """Checks disk, devices and hosts."""
+        config = self.config
+        kept = len(self.checkpoints.manager.all_steps())
+        # The next one is written before the oldest is removed.
+        missing = max(1, config.keep + config.keep_best + 1 - kept)
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        preflight.check(config.preflight, self.folder, size, missing, self.tell)
+
+    def _open_watch(self, first: int) -> tuple[Watch, Gauge]:
+        config = self.config
+        return open_watch(
+            config,
+            lambda: build.find_stage(config).uses(config, self.prepared),
+            self.folder,
+            first,
+            self.times,
+            beside_bar(self.tell),
+            beside_bar(self.say or self.tell),
+        )
 
     def _tell_best(self) -> None:
         best = self.checkpoints.best()
@@ -199,6 +226,7 @@ def open_training(
     tell: Callable[[str], None],
     most: int | None = None,
     patience: float = 0.0,
+    say: Callable[[str], None] | None = None,
 ) -> TrainingRun:
     """Returns a stage with its weights and data, and a lease on its folder.
 
@@ -207,11 +235,13 @@ def open_training(
       tell: a function that prints a line.
       most: number of examples to read from data that is slow to prepare. Default: all.
       patience: seconds to wait for another training in the folder to end.
+      say: a function that prints a line in every process. None takes `tell`.
 
     Raises:
       UserError: The config is wrong, the folder holds another run, or another job uses
         the folder.
     """
+    times = Times()
     devices.check_processes()
     missing = _missing(io.place(config.out))
     folder = files.make_folder(config.out)
@@ -227,7 +257,7 @@ def open_training(
         "wait until it ends, stop it, or choose another --config.out",
     )
     try:
-        training = _open_training(config, folder, tell, most)
+        training = _open_training(config, folder, tell, most, times)
     except BaseException:
         lease.release()
         # If the start is refused, no folder that looks like a training may stay.
@@ -235,7 +265,7 @@ def open_training(
             with contextlib.suppress(OSError):
                 empty.rmdir()
         raise
-    training.lease = lease
+    training.lease, training.say = lease, say
     supervisor.tell(folder=str(io.resolved(folder)))
     return training
 
@@ -248,7 +278,7 @@ def _missing(folder: io.Place) -> list[pathlib.Path]:
 
 
 def _open_training(
-    config: TrainConfig, folder: pathlib.Path, tell, most: int | None
+    config: TrainConfig, folder: pathlib.Path, tell, most: int | None, times: Times
 ) -> TrainingRun:
     is_trial = most is not None  # in a temporary folder of each process
     if not is_trial:
@@ -268,7 +298,7 @@ def _open_training(
     share = Share(config.batch, rows)
     with naming("config.data"):
         batches = build.open_source(config, generator, folder, share, most)
-    batches = Prefetch(batches, config.prefetch)
+    batches = times.counted(DATA, Prefetch(batches, config.prefetch))
     with _on_host():
         prepared = build.prepare(config, generator, batches, teacher, critic)
     for bundle in (generator, teacher, critic):
@@ -295,7 +325,9 @@ def _open_training(
     checkpoints = Checkpoints(
         folder, meta, config.keep, tell, config.keep_best, config.best_of
     )
-    return TrainingRun(config, folder, prepared, checkpoints, tell, sampler)
+    return TrainingRun(
+        config, folder, prepared, checkpoints, tell, sampler, times=times
+    )
 
 
 def _warn_of_words(config: TrainConfig, bundle: Bundle, folder, tell) -> None:

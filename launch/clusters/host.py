@@ -58,8 +58,15 @@ class Keeper:
         if number is not None:
             self.child.send_signal(number)
 
+    def request(self, number, frame):
+        """Passes a signal to the command, which continues: it requests a profile."""
+        del frame
+        if self.child is not None:
+            self.child.send_signal(number)
+
     def run(self):
         """Returns the last exit status."""
+        signal.signal(signal.SIGUSR1, self.request)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.stop)
         while True:

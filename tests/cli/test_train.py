@@ -76,10 +76,13 @@ def test_a_run_leaves_checkpoints_numbers_and_its_config(trained):
     lines = (trained / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
     names = {"loss", "gradient_norm", "latent_frames_per_second", "memory_gb"}
+    names |= {"goodput", "host_memory_gb", "share_compiling", "share_sampling"}
     for line in map(json.loads, lines):
         assert all(np.isfinite(line[name]) for name in names)
         frames = line["latent_frames_per_second"] * line["seconds_per_step"]
         np.testing.assert_allclose(frames, 4 * 3)
+        shares = [line[name] for name in line if name.startswith("share_")]
+        np.testing.assert_allclose(line["goodput"] + sum(shares), 1)
     made = sorted(place.name for place in (trained / "samples").iterdir())
     assert made == ["step-000004.mp4", "step-000004.png"]
     assert json.loads((trained / "config.json").read_text())["batch"] == 4
@@ -122,6 +125,7 @@ def test_a_runs_weights_are_a_bundle(trained, weights):
         ("inputs.json", b""),
         ("inputs.json", b"[1, 2]"),
         ("skipped.json", b'["1"]'),
+        ("goodput.json", b'{"at": 1}'),
         ("log.jsonl", b"\xff\n"),
     ],
 )

@@ -15,6 +15,7 @@ PROGRAM = pathlib.Path(__file__).parents[2] / "launch" / "clusters" / "host.py"
 COMMAND = """#!/usr/bin/env bash
 trap 'echo TERM >> signals; exit 75' TERM
 trap 'echo INT >> signals; exit 130' INT
+trap 'echo USR1 >> signals' USR1
 echo "$@" >> starts
 status=$(sed -n "$(wc -l < starts)p" plan)
 [[ $status != wait ]] || { for i in {1..400}; do sleep 0.05; done; }
@@ -111,6 +112,20 @@ def test_a_signal_reaches_the_command_which_is_not_started_again(
     assert starts(folder) == 1
     assert (folder / "signals").read_text() == f"{number.name[3:]}\n"
     assert "stopped; the same command resumes" in log
+
+
+def test_a_request_for_a_profile_reaches_the_command_which_continues(folder):
+    (folder / "plan").write_text("wait\n0\n")
+    line = [sys.executable, "host.py", "run", "job", "--settle=0", "--", "./command"]
+    keeper = subprocess.Popen(line, cwd=folder, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: starts(folder))
+    keeper.send_signal(signal.SIGUSR1)
+    wait_for((folder / "signals").exists)
+    keeper.terminate()
+    keeper.communicate(timeout=20)
+
+    assert (folder / "signals").read_text() == "USR1\nTERM\n"
+    assert (keeper.returncode, starts(folder)) == (75, 1)
 
 
 def test_a_signal_between_two_runs_ends_the_job(folder):

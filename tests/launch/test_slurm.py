@@ -20,6 +20,7 @@ for ((i = 0; i < SLURM_NTASKS; i++)); do
   SLURM_PROCID=$i "$@" & tasks+=($!)
 done
 trap 'kill -TERM -- "${tasks[@]/#/-}"' USR1
+trap 'kill -USR1 -- "${tasks[@]/#/-}"' USR2
 highest=0
 for task in "${tasks[@]}"; do
   until wait "$task"; status=$?; ! kill -0 "$task" 2> /dev/null; do :; done
@@ -31,10 +32,12 @@ SCONTROL = '#!/usr/bin/env bash\necho "$@" >> "$HOME/scontrol"\n'
 # Ends as the file `plan` says: a line for each run, a word for each task.
 PROGRAM = """#!/usr/bin/env bash
 trap 'exit 75' TERM
+trap 'echo >> "$HOME/profiles"' USR1
 echo "$@" >> "$HOME/starts.$SLURM_PROCID"
 line=$(sed -n "$(wc -l < "$HOME/starts.$SLURM_PROCID")p" "$HOME/plan")
 words=($line)
 status=${words[SLURM_PROCID]}
+[[ $status != wait ]] || echo >> "$HOME/waiting"
 [[ $status != wait ]] || { for i in {1..400}; do sleep 0.05; done; }
 [[ $status != kill ]] || kill -9 $$
 exit "$status"
@@ -124,6 +127,19 @@ def test_the_signal_before_the_time_limit_requeues(job, tmp_path):
     children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
     (srun,) = children.read_text().split()
     subprocess.run(["kill", "-USR1", srun], check=True)
+    assert finish(process, tmp_path) == (75, 1, REQUEUED)
+
+
+def test_a_request_for_a_profile_reaches_the_tasks_which_continue(job, tmp_path):
+    process = job(["wait wait"])
+    waiting, profiles = tmp_path / "waiting", tmp_path / "profiles"
+    wait_for(lambda: waiting.exists() and waiting.read_text() == "\n\n")
+    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    (srun,) = children.read_text().split()
+    subprocess.run(["kill", "-USR2", srun], check=True)
+    wait_for(lambda: profiles.exists() and profiles.read_text() == "\n\n")
+    subprocess.run(["kill", "-USR1", srun], check=True)
+
     assert finish(process, tmp_path) == (75, 1, REQUEUED)
 
 

@@ -16,6 +16,8 @@ from anchor_jax.training.placement import Arrays
 from anchor_jax.training.stages.base import InitialNetworks, Prepared, StageKind
 from anchor_jax.training.stages.registry import STAGES
 from anchor_jax.training.state import Ema, Optimizer
+from anchor_jax.training.watch.preflight import PreflightConfig
+from anchor_jax.training.watch.profiles import ProfileConfig
 from anchor_jax.wan.spec import WAN_2_1, ModelConfig
 from anchor_jax.watchdog import WatchdogConfig
 from anchor_jax.weights.bundle import Bundle
@@ -90,6 +92,8 @@ class SharedConfig:
       attention: a kernel, or "auto".
       out: folder for checkpoints, logs and samples.
       watchdog: when a training that makes no progress is ended.
+      preflight: checks before the first step.
+      profile: profiles of a running training, on request.
       save_every: steps between checkpoints.
       keep: number of newest checkpoints to retain.
       keep_best: number of checkpoints to retain for the lowest `best_of`; 0 retains
@@ -129,6 +133,8 @@ class SharedConfig:
     log_every: int = 10
     sample_every: int = 250
     watchdog: WatchdogConfig = WatchdogConfig()
+    preflight: PreflightConfig = PreflightConfig()
+    profile: ProfileConfig = ProfileConfig()
     out: str = "runs/train"
 
 

@@ -1,0 +1,1 @@
+"""What operators watch while a training runs: time, profiles, slow hosts."""
