@@ -51,6 +51,10 @@ class Loop:
     log_every: int = 10
     sample_every: int = 0
 
+    def is_saved(self, done: int) -> bool:
+        """Returns whether a checkpoint is saved after `done` steps."""
+        return done % self.save_every == 0 or done == self.steps
+
     def is_sampled(self, done: int) -> bool:
         """Returns whether sample videos are made after `done` steps."""
         every = self.sample_every
@@ -70,10 +74,8 @@ def train(
     """Runs a stage from a state to its last step and returns the last state.
 
     If the loop ends early, it saves a checkpoint of the last complete step, unless the
-    failure came within a step. A request to stop takes effect after the current step.
-    In a command-line process the loop does not wait for work that takes longer than the
-    steps that would be lost: the compilation of the first step, or a checkpoint of few
-    steps on a slow disk. Several processes stop after the same step.
+    failure came within a step. A request to stop takes effect after the current step,
+    which is the same in all processes.
 
     Args:
       stage: compiled steps with their data.
@@ -93,14 +95,12 @@ def train(
         not agree on a step to stop at.
     """
     watch = watch or Watch.nothing(checkpoints.folder)
-    margin = _TOGETHER if processes.count() > 1 else 0.0
-    waiting, work = collections.deque(), _Work(checkpoints, margin)
-    first = done = int(state.step)
-    keeping = _saving_on_error(checkpoints, lambda: (state, cursor))
+    waiting, work = collections.deque(), _Work(checkpoints)
+    done, now = int(state.step), lambda: (state, cursor)
     with interrupts.listening():
         interrupts.check()
-        with interrupts.patient(_STOPPING, work.since), keeping:
-            for step in range(first, loop.steps):
+        with work.patient(), _saving_on_error(checkpoints, now):
+            for step in range(done, loop.steps):
                 if not processes.may_start(step):
                     break
                 before = cursor
@@ -108,23 +108,16 @@ def train(
                     state, cursor, metrics = stage.advance(state, cursor, step)
                 work.step_started()
                 waiting.append((step, _taken(before, cursor), metrics))
-                if len(waiting) > _LAG:
-                    _note(waiting.popleft(), watch, state, stage, checkpoints, monitor)
+                _settle(waiting, _LAG, watch, state, stage, checkpoints, monitor)
                 done = step + 1
-                if done % loop.save_every == 0 or done == loop.steps:
-                    _drain(waiting, watch, state, stage, checkpoints, monitor)
+                if loop.is_saved(done):
+                    _settle(waiting, 0, watch, state, stage, checkpoints, monitor)
                     with watch.saving(done):
                         _save(state, cursor, stage, checkpoints, monitor)
                     work.saved()
-                if sample and loop.is_sampled(done):
-                    with watch.busy(SAMPLING):
-                        _show(sample, state, done, monitor)
-        if not processes.leave_steps():
-            raise Stopped(_TORN)
-        began = work.since()
-        last = interrupts.patient("", lambda: began, max(_SAVING, margin))
-        with last, watch.saving(done):
-            _drain(waiting, watch, state, stage, checkpoints, monitor)
+                _show(sample, loop, state, done, watch, monitor)
+        with work.last_save(), watch.saving(done):
+            _settle(waiting, 0, watch, state, stage, checkpoints, monitor)
             _save(state, cursor, stage, checkpoints, monitor)
             checkpoints.wait()
     return state
@@ -134,15 +127,17 @@ def train(
 class _Work:
     """Tracks the age of steps that are in no checkpoint yet.
 
+    After a request to stop, a command-line process does not wait for work that takes
+    longer than the steps that would be lost: the compilation of the first step, or a
+    checkpoint of few steps on a slow disk.
+
     Attributes:
       checkpoints: the checkpoints of the training.
-      margin: seconds that are added to the age.
       started: start times of the steps after the last checkpoint on disk, and of the
         steps after the checkpoint that is being written.
     """
 
     checkpoints: Checkpoints
-    margin: float = 0.0
     started: list[float | None] = dataclasses.field(default_factory=lambda: [None])
 
     def step_started(self) -> None:
@@ -156,12 +151,34 @@ class _Work:
     def since(self) -> float:
         """Returns the start time of the work that would be lost, or now if none."""
         began = self.started[0 if self.checkpoints.is_saving() else -1]
-        return began - self.margin if began else time.monotonic()
+        return began - self._margin() if began else time.monotonic()
+
+    def _margin(self) -> float:
+        return _TOGETHER if processes.count() > 1 else 0.0
+
+    def patient(self) -> contextlib.AbstractContextManager:
+        """The steps, which wait for a checkpoint no longer than for what it saves."""
+        return interrupts.patient(_STOPPING, self.since)
+
+    def last_save(self) -> contextlib.AbstractContextManager:
+        """The last checkpoint, which may take a little longer.
+
+        Raises:
+          Stopped: The processes did not agree on its step.
+        """
+        if not processes.leave_steps():
+            raise Stopped(_TORN)
+        began = self.since()
+        return interrupts.patient("", lambda: began, max(_SAVING, self._margin()))
 
 
-def _show(sample, state: TrainState, done: int, monitor: Monitor) -> None:
-    """Makes sample videos; a request to stop cancels them."""
-    with monitor.paused(), contextlib.suppress(Stopped):
+def _show(
+    sample, loop: Loop, state: TrainState, done: int, watch: Watch, monitor: Monitor
+) -> None:
+    """Makes sample videos if it is time; a request to stop cancels them."""
+    if not sample or not loop.is_sampled(done):
+        return
+    with watch.busy(SAMPLING), monitor.paused(), contextlib.suppress(Stopped):
         interrupts.check()
         sample(state, done)
 
@@ -207,8 +224,9 @@ def _taken(before: Cursor, after: Cursor) -> range:
     return range(before.number, after.number + (after.start > 0))
 
 
-def _drain(waiting, *others) -> None:
-    while waiting:
+def _settle(waiting, most: int, *others) -> None:
+    """Notes the oldest steps until at most `most` are in flight."""
+    while len(waiting) > most:
         _note(waiting.popleft(), *others)
 
 

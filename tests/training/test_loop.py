@@ -61,8 +61,11 @@ def test_steps_that_are_run_while_a_checkpoint_is_written_count(clock):
     assert work.since() == 20.0
 
 
-def test_several_processes_have_more_time_to_save_but_none_for_compiling(clock):
-    work = loop._Work(Pretended(), margin=60.0)
+def test_several_processes_have_more_time_to_save_but_none_for_compiling(
+    clock, monkeypatch
+):
+    monkeypatch.setattr(loop.processes, "count", lambda: 2)
+    work = loop._Work(Pretended())
 
     clock[0] = 100.0
     assert work.since() == 100.0
