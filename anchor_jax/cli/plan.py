@@ -47,7 +47,10 @@ _HELD = {"param_dtype": "bfloat16"}  # as weights are stored
 _COMPILED = 3  # of a sweep
 PAPER = ("train_streaming.py", {"chip_hours": 1344, "chip": "A800", "batch": 56})
 """The shipped config of the paper's long tuning, and what that took."""
-_FREE = ("weights", "teacher", "critic", "batch", "mesh", "remat", "attention", "out")
+_FREE = (
+    *("weights", "teacher", "critic", "batch", "mesh", "microbatches", "prefetch"),
+    *("remat", "attention", "out", "watchdog", "profile", "preflight"),
+)
 
 
 def define_flags() -> None:
@@ -223,7 +226,7 @@ def is_of_the_paper(config) -> bool:
     free = {name: getattr(theirs, name) for name in _FREE}
     sizes = (FLAGS.model, FLAGS.teacher, config.size or WAN_2_1.size)
     same = dataclasses.replace(config, size=None, **free) == theirs
-    return same and sizes == ("1.3B", "14B", "480x832")
+    return same and sizes == (*_MODELS, WAN_2_1.size)
 
 
 def _title(one) -> str:

@@ -358,13 +358,13 @@ def smaller_settings(
     Weights are split over all chips, activations are recomputed, a device takes one
     video at a time, and the size falls.
     """
-    flags: list[str] = []
+    flags: dict[str, str] = {}
 
     def changed(flag: str, **fields) -> tuple[str, TrainConfig]:
         nonlocal config
         config = dataclasses.replace(config, **fields)
-        flags.append(flag)
-        return " ".join(flags), config
+        flags[min(fields)] = flag
+        return " ".join(flags.values()), config
 
     if config.remat != "nothing_saveable":
         yield changed("--remat=nothing_saveable", remat="nothing_saveable")

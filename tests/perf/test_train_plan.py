@@ -284,22 +284,26 @@ def test_smaller_settings_add_up():
 
     found = dict(plan.smaller_settings(config, PAPER))
 
+    split = '--remat=nothing_saveable --config.mesh="(1,-1,1,1)"'
     assert list(found) == [
         "--remat=nothing_saveable",
-        '--remat=nothing_saveable --config.mesh="(1,-1,1,1)"',
-        '--remat=nothing_saveable --config.mesh="(1,-1,1,1)" --config.size=320x576',
+        split,
+        f"{split} --config.microbatches=2",
+        f"{split} --config.microbatches=4",
+        f"{split} --config.microbatches=4 --config.size=320x576",
     ]
     last = list(found.values())[-1]
     assert (last.remat, last.mesh) == ("nothing_saveable", (1, -1, 1, 1))
     assert last.size == "320x576"
 
 
-def test_a_mesh_that_a_slice_cannot_have_is_refused():
+def test_a_mesh_may_split_the_sides_of_a_slice():
     config = dataclasses.replace(DISTILL, batch=64, mesh=(4, 16, 1, 1))
     pod = targets.parse_topology("v6e:8x8")
 
-    with pytest.raises(UserError, match="cannot lay it out on v6e:8x8: .*whole sides"):
-        plan.plan(pod, config, NETWORKS, compiles=False)
+    made = plan.plan(pod, config, NETWORKS, compiles=False)
+
+    assert (made.mesh["data"], made.mesh["fsdp"]) == (4, 16)
 
 
 def with_estimate(**programs):
