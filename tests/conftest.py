@@ -68,6 +68,10 @@ def forget_programs():
 @pytest.fixture(scope="module")
 def optimized_compilation():
     """Programs optimized as for users, apart from the fusion emitters."""
+    # Compiled programs are forgotten: the two kinds differ in the last bits, and what
+    # another test compares would depend on the order of the tests.
     jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
     yield
     jax.config.update("jax_disable_most_optimizations", True)
+    jax.clear_caches()
