@@ -21,7 +21,7 @@ MESH_AXES = ("data", "fsdp", "context", "tensor")
 VIDEOS = ("data", "fsdp")
 """Mesh axes that videos are split over."""
 SMALL = 65536
-"""Bytes. A smaller array that a mesh axis does not divide is replicated."""
+"""Bytes. A smaller array is replicated if a mesh axis does not divide it."""
 
 TO_MESH = {
     "embed": "fsdp",
@@ -32,6 +32,9 @@ TO_MESH = {
     "vocab": "tensor",
 }
 """Mesh axis by logical axis. Other axes are replicated."""
+
+SUMMED = ("heads", "mlp")
+"""Axes of features that layers add up over devices, hence always split."""
 
 
 class Unsplittable(ValueError):
@@ -99,10 +102,19 @@ TEXT = Table(
     ),
 )
 
+TRAINED_TEXT = Table(
+    "trained text encoder",
+    tuple(
+        (path, tuple(axis if axis == "embed" else "features" for axis in axes))
+        for path, axes in TEXT.rows
+    ),
+)
+"""A text encoder that is trained is gathered to run, hence split over fsdp alone."""
+
 CODEC = Table("VAE", ((r".*", ()),))
 """The codec has half a gigabyte in float32, and is replicated."""
 
-COLLECTIONS = {"params": GENERATOR, "lora": LORA, "text": TEXT}
+COLLECTIONS = {"params": GENERATOR, "lora": LORA, "text": TRAINED_TEXT}
 """The table of each collection of a network."""
 
 
@@ -210,7 +222,8 @@ def specs(params, table: Table, shape=None):
 
     Raises:
       Unsplittable: A mesh axis does not divide an axis of an array of `SMALL` bytes or
-        more. The message names the array and what divides it.
+        more, or the features in `SUMMED`. The message names the array and what divides
+        it.
     """
     shape = shape or jax.sharding.get_abstract_mesh().shape
 
@@ -226,7 +239,8 @@ def _axis(path, leaf, number: int, name: str, shape, table: Table) -> str | None
     to, size = TO_MESH.get(name), leaf.shape[number]
     if to is None or size % shape[to] == 0:
         return to
-    if math.prod(leaf.shape) * leaf.dtype.itemsize < SMALL:
+    is_small = math.prod(leaf.shape) * leaf.dtype.itemsize < SMALL
+    if is_small and name not in SUMMED:
         return None
     fit = [n for n in range(1, min(size, 512) + 1) if size % n == 0]
     raise Unsplittable(

@@ -6,7 +6,8 @@ The devices are simulated on the CPU. Each row of the printed table is one mesh.
 gradients and latents are compared with those of one device. `arrays` is the largest
 ratio of an array's bytes on a device to its size over the product of the mesh axes that
 split it; `flops` is the largest ratio of a program's operations on a device to those on
-one device over 8. It takes about 20 minutes on two cores.
+one device over 8. The status is 1 if a number is above its limit. It takes about 20
+minutes on two cores.
 """
 
 import argparse
@@ -90,6 +91,13 @@ REGRESS = dataclasses.replace(
     stage="regression",
     regression=RegressionConfig(forcing="teacher", blocks=2, guidance=2.5),
 )
+LIMITS = {
+    "losses": 1e-5,
+    "gradients": 5e-5,
+    "latents": 1e-5,
+    "arrays": 1.1,
+    "flops": 1.15,
+}
 CASES = {
     "first chunk": (DISTILL, 0),
     "switch, LoRA": (LORA, FRAMES),
@@ -257,9 +265,13 @@ def sample(mesh) -> np.ndarray:
 
 def distance(ours, theirs) -> float:
     """Returns the largest difference relative to the largest value of each array."""
-    return max(
-        float(np.max(np.abs(a - b)) / max(np.max(np.abs(b)), 1e-12))
-        for a, b in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True)
+    return float(
+        np.max(
+            [
+                np.max(np.abs(a - b)) / max(np.max(np.abs(b)), 1e-12)
+                for a, b in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True)
+            ]
+        )
     )
 
 
@@ -288,17 +300,23 @@ def compare(shape: tuple[int, ...], expected: dict) -> dict:
     return row
 
 
-def line(row: dict) -> str:
-    """Returns a row of the table."""
+def largest(row: dict) -> dict[str, float]:
+    """Returns the largest number of all cases, by its name in `LIMITS`."""
     cases = [row[name] for name in CASES]
-    numbers = {
-        key: max(case[key] for case in cases)
+    found = {
+        key: float(np.max([case[key] for case in cases]))
         for key in ("losses", "gradients", "arrays", "flops")
     }
+    return found | {"latents": row["latents"]}
+
+
+def line(row: dict) -> str:
+    """Returns a row of the table."""
+    found = largest(row)
     mesh = " x ".join(map(str, row["mesh"]))
     return (
-        f"| {mesh} | {numbers['losses']:.1e} | {numbers['gradients']:.1e} |"
-        f" {row['latents']:.1e} | {numbers['arrays']:.2f} | {numbers['flops']:.2f} |"
+        f"| {mesh} | {found['losses']:.1e} | {found['gradients']:.1e} |"
+        f" {found['latents']:.1e} | {found['arrays']:.2f} | {found['flops']:.2f} |"
     )
 
 
@@ -308,8 +326,8 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def main() -> None:
-    """Runs the command."""
+def main() -> int:
+    """Runs the command, and returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", help="JSON file for the numbers")
     parser.add_argument("--only", help="one mesh, such as 2,2,1,2")
@@ -335,7 +353,16 @@ def main() -> None:
         if given.out:
             with open(given.out, "w", encoding="utf-8") as file:
                 json.dump(rows, file, indent=1)
+    # Numbers that are not finite are above every limit, too.
+    above = [
+        (row["mesh"], name)
+        for row in rows
+        for name, value in largest(row).items()
+        if not value <= LIMITS[name]
+    ]
+    say(f"{len(rows)} meshes, {len(above)} numbers above their limits: {above}")
+    return int(bool(above))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

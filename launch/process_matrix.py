@@ -15,6 +15,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import time
 
 import jax
 import kill_processes
@@ -35,6 +36,7 @@ SHORT = (
     "--config.sample_every=0",
 )
 MOST = 1e-5
+STUCK = 900  # seconds after which a run counts as hanging
 
 
 def folder_of(stage: str, shape: tuple[int, int], folder: pathlib.Path) -> pathlib.Path:
@@ -64,6 +66,12 @@ def train(stage: str, shape: tuple[int, int], folder: pathlib.Path) -> None:
                     [*line, *own], stdout=output, stderr=output, env=environment
                 )
             )
+    deadline = time.monotonic() + STUCK
+    while any(one.poll() is None for one in running) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for one in running:
+        if one.poll() is None:
+            kill_processes.kill_all(one.pid)
     if any([one.wait() for one in running]):
         raise SystemExit((folder / "output-0.txt").read_text()[-3000:])
 
@@ -95,10 +103,14 @@ def distance(ours: dict, theirs: dict) -> float:
     """Returns the largest difference relative to the largest value of each entry."""
     if not ours or ours.keys() != theirs.keys():
         raise SystemExit(f"names differ: {sorted(ours)}, {sorted(theirs)}")
-    return max(
-        float(np.max(np.abs(ours[key] - theirs[key])))
-        / max(float(np.max(np.abs(theirs[key]))), 1e-12)
-        for key in ours
+    return float(
+        np.max(
+            [
+                np.max(np.abs(ours[key] - theirs[key]))
+                / max(np.max(np.abs(theirs[key])), 1e-12)
+                for key in ours
+            ]
+        )
     )
 
 
@@ -122,7 +134,7 @@ def main() -> int:
             kill_training.finish(kill_training.command(stage, out))
     say("| stage | processes x devices | losses | gradients |")
     say("|---|---|---|---|")
-    worst = 0.0
+    worst = []
     for stage in given.stages:
         for shape in SHAPES:
             train(stage, shape, folder)
@@ -130,10 +142,10 @@ def main() -> int:
                 continue
             pair = [folder_of(stage, one, folder) for one in (shape, SHAPES[0])]
             numbers = [distance(*map(read, pair)) for read in (losses, gradients)]
-            worst = max(worst, *numbers)
+            worst += numbers
             row = [stage, " x ".join(map(str, shape)), *(f"{n:.1e}" for n in numbers)]
             say(f"| {' | '.join(row)} |")
-    return int(worst > MOST)
+    return int(not np.max(worst) <= MOST)
 
 
 if __name__ == "__main__":

@@ -140,6 +140,13 @@ def test_a_small_array_that_an_axis_does_not_divide_is_replicated():
     assert tuple(spec) == (None, None)
 
 
+def test_features_that_layers_add_up_are_split_however_small_they_are():
+    tree = {"blocks": {"ffn_out": {"kernel": jnp.zeros((1, 64, 24))}}}
+
+    with pytest.raises(sharding.Unsplittable, match="tensor=3 does not divide the 64"):
+        sharding.specs(tree, sharding.GENERATOR, MESH | {"tensor": 3})
+
+
 @pytest.mark.parametrize(
     ("axes", "named"),
     [

@@ -17,7 +17,9 @@ import jax
 from anchor_jax import sharding
 from anchor_jax.perf import hlo, targets, train_plan
 from anchor_jax.training.stages import build
+from anchor_jax.training.stages.build import LoraConfig
 from anchor_jax.training.stages.distillation import DistillationConfig
+from anchor_jax.training.stages.regression import RegressionConfig
 import test_train_plan as small
 
 model = dataclasses.replace(small.SMALL, num_layers=3)
@@ -27,31 +29,46 @@ config = dataclasses.replace(
     small.DISTILL, batch=8, mesh=(2, 4, 1, 1), remat="nothing_saveable",
     distillation=DistillationConfig(frames=9, length=15),
 )
+lora = dataclasses.replace(config, lora=LoraConfig(rank=256))
+regression = dataclasses.replace(
+    config, stage="regression", distillation=DistillationConfig(),
+    regression=RegressionConfig(forcing="teacher", blocks=3),
+)
 devices = targets.devices_of(targets.parse_topology("v5e:2x4"))
-prepared = train_plan.on_paper(config, networks, build.make_mesh(config, devices))
-found = train_plan.programs(prepared, config, networks)
 
-def moved(name):
-    with jax.set_mesh(prepared.compiled.mesh):
-        program = found[name]
+def moved(config, name):
+    mesh = build.make_mesh(config, devices)
+    prepared = train_plan.on_paper(config, networks, mesh)
+    program = train_plan.programs(prepared, config, networks)[name]
+    with jax.set_mesh(mesh):
         compiled = program.function.lower(*program.args).compile()
-    return [
+    moved = [
         [one.kind, one.nbytes, one.dtype, one.times]
         for one in hlo.read(compiled.as_text()).collectives
     ]
+    return prepared, moved
 
 def split(params):
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return sum(leaf.size for path, leaf in leaves if path[-1].key == "kernel")
 
+def adapters(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+prepared, by_generator = moved(config, "generator, later chunk")
+updated, by_lora = moved(lora, "generator, later chunk")
 print(json.dumps({
     "generator": split(prepared.state.generator["params"]),
     "critic": split(prepared.state.fake_score["params"]),
     "teacher": split(prepared.compiled.frozen["real_score"]["params"]),
+    "lora": adapters(updated.state.generator["lora"]),
     "layers": model.num_layers,
     "programs": {
-        name: moved(name) for name in ("generator, later chunk", "critic, later chunk")
+        "generator, later chunk": by_generator,
+        "critic, later chunk": moved(config, "critic, later chunk")[1],
     },
+    "with LoRA": by_lora,
+    "regression": moved(regression, "step")[1],
 }))
 """
 
@@ -104,3 +121,28 @@ def test_gradients_are_reduced_once_in_float32(found):
         assert scattered == pytest.approx(4 * network, rel=0.02)
         # Then over the axis data, a part for each device; vectors are small.
         assert total(collectives, "all-reduce") < 1.3 * 4 * network / 4
+
+
+def test_low_rank_updates_are_reduced_instead_of_the_matrices(found):
+    collectives = found["with LoRA"]
+    reductions = [one for one in collectives if "reduce" in one[0]]
+
+    assert {dtype for _, _, dtype, _ in reductions} == {"f32"}
+    # Each update is split over fsdp on one side, which is scattered.
+    scattered = total(collectives, "reduce-scatter")
+    assert 0 < scattered <= 1.02 * 4 * found["lora"]
+    assert total(collectives, "all-reduce") < 1.3 * 4 * found["lora"]
+    gathers = [one for one in collectives if one[0] == "all-gather"]
+    assert max(times for _, _, _, times in gathers) <= found["layers"]
+
+
+def test_a_regression_reduces_once_in_float32(found):
+    collectives, generator = found["regression"], found["generator"]
+    reductions = [one for one in collectives if "reduce" in one[0]]
+
+    assert {dtype for _, _, dtype, _ in reductions} == {"f32"}
+    assert total(collectives, "reduce-scatter") == pytest.approx(
+        4 * generator, rel=0.02
+    )
+    # To run, and for some of the layers' matrices again for the gradient.
+    assert 0.9 * 2 * generator < total(collectives, "all-gather") < 1.02 * 4 * generator

@@ -219,9 +219,17 @@ class RegressionSpec:
         """Returns the embeddings [batch, prompt, text, dim] of the prompts."""
         if "embedding" in batch:
             return batch["embedding"]
-        flat = (x.reshape(-1, x.shape[-1]) for x in (batch["ids"], batch["mask"]))
+        encoder, ids = {"text": variables["text"]}, batch["ids"]
+        videos = P(sharding.split_videos(ids.shape[0]))
+        run = sharding.spread(
+            self._encoded, encoder, (videos, videos), videos, self.text.param_dtype
+        )
+        return run(encoder, ids, batch["mask"])
+
+    def _encoded(self, variables, ids, mask) -> jax.Array:
+        flat = (x.reshape(-1, x.shape[-1]) for x in (ids, mask))
         found = Umt5Encoder(self.text).apply({"params": variables["text"]}, *flat)
-        return found.reshape(*batch["ids"].shape, -1)
+        return found.reshape(*ids.shape, -1)
 
     def context(self, variables, embedding, which=None) -> ContextKV:
         """Returns the keys and values of each block's prompt.

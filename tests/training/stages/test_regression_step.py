@@ -2,12 +2,16 @@
 
 import dataclasses
 
+import bundles
+import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
+import ported
 import pytest
 import tiny
 
-from anchor_jax import flow
+from anchor_jax import flow, sharding
 from anchor_jax.training.stages.regression_step import RegressionSpec
 
 BLOCKS = (3, 3)
@@ -118,3 +122,29 @@ def test_no_gradient_reaches_the_teacher(plain):
 
     assert any(np.any(x) for x in jax.tree.leaves(ours))
     assert not any(np.any(x) for x in jax.tree.leaves(theirs))
+
+
+@pytest.mark.slow
+def test_devices_train_the_text_encoder_like_one():
+    spec = RegressionSpec(model=tiny.MODEL, text=bundles.TEXT)
+    rng = np.random.default_rng(3)
+    params = {"text": ported.draw_items()["text_encoder"]}
+    ids = rng.integers(0, bundles.TEXT.vocab, (4, 1, bundles.TEXT.text_len))
+    given = {"ids": ids, "mask": np.ones(ids.shape, bool)}
+    weights = rng.standard_normal((*ids.shape, bundles.TEXT.dim)).astype(np.float32)
+
+    def gradient():
+        def loss(params):
+            return jnp.sum(spec._embedding(params, given) * weights)
+
+        return jax.jit(jax.grad(loss))
+
+    expected = gradient()(params)
+    mesh = sharding.make_mesh((1, 2, 1, 2))
+    places = sharding.shardings(params["text"], sharding.TRAINED_TEXT, mesh)
+    with jax.set_mesh(mesh):
+        found = gradient()({"text": jax.device_put(params["text"], places)})
+
+    kernel = found["text"]["blocks"]["attn"]["q"]["kernel"]
+    assert not kernel.sharding.is_fully_replicated
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-5)
