@@ -35,6 +35,9 @@ SHORT = (
     "--config.log_every=1",
     "--config.sample_every=0",
 )
+# A teacher of a few steps hardly follows prompts: its guidance, the gradient of a
+# distillation whose critic starts from it, would be rounding.
+TAUGHT = {stage: ("--config.teacher=tiny",) for stage in ("dmd", "streaming")}
 MOST = 1e-5
 STUCK = 900  # seconds after which a run counts as hanging
 
@@ -47,7 +50,8 @@ def folder_of(stage: str, shape: tuple[int, int], folder: pathlib.Path) -> pathl
 def train(stage: str, shape: tuple[int, int], folder: pathlib.Path) -> None:
     """Trains a stage by processes with a number of devices each."""
     count, devices = shape
-    line = [*kill_training.command(stage, folder_of(stage, shape, folder)), *SHORT]
+    line = kill_training.command(stage, folder_of(stage, shape, folder))
+    line += [*SHORT, *TAUGHT.get(stage, ())]
     environment = os.environ | {
         "ANCHOR_JAX_CACHE": str(folder / "cache"),
         "JAX_PLATFORMS": "cpu",
