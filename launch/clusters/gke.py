@@ -14,7 +14,7 @@ TEMPLATE = pathlib.Path(__file__).with_name("jobset.yaml")
 FAILURES = 3
 ACTIONS = {
     "cluster": "create the cluster with xpk",
-    "run": "create the JobSet",
+    "run": "create the JobSet; replaces one that has ended",
     "logs": "follow the logs of all pods",
     "stop": "delete the JobSet; its pods save first",
     "xpk": "create a similar job with xpk, on TPUs",
@@ -25,6 +25,18 @@ _EXCLUSIVE = {
 }
 _JOBSET_LABEL = "jobset.sigs.k8s.io/jobset-name"
 _PURCHASES = ("spot", "on_demand", "flex")
+# Deletes what is left of an ended job, and refuses if a job has not ended. It gets the
+# name, the namespace and the command that stops the job. `--ignore-not-found` prints
+# nothing for a JobSet that does not exist.
+_MAKE_ROOM = """\
+found=$(kubectl get "jobset/$1" "--namespace=$2" --ignore-not-found \
+  --output="jsonpath=state:{.status.terminalState}") || exit
+case $found in
+  "" | state:Completed | state:Failed) ;;
+  *) echo "error: the JobSet $1 has not ended; stop it first: $3" >&2; exit 2 ;;
+esac
+kubectl delete "jobset/$1" "networkpolicy/$1" "--namespace=$2" --ignore-not-found \
+  --cascade=foreground"""
 _INDENT = 20 * " "  # of the program's arguments
 
 
@@ -181,7 +193,10 @@ def _volumes(claim: str | None, is_tpu: bool) -> tuple[list[dict], list[dict]]:
 
 def _run(given: argparse.Namespace, job: list[str]) -> list[Step]:
     text = manifest(given, job)
-    return [Step(("kubectl", "create", "--filename=-"), text=text)]
+    stop = f"python launch/cluster.py gke stop --name={given.name}"
+    stop += f" --namespace={given.namespace}"
+    room = ("sh", "-c", _MAKE_ROOM, "sh", given.name, given.namespace, stop)
+    return [Step(room), Step(("kubectl", "create", "--filename=-"), text=text)]
 
 
 def _logs(given: argparse.Namespace, job: list[str]) -> list[Step]:
@@ -194,7 +209,9 @@ def _logs(given: argparse.Namespace, job: list[str]) -> list[Step]:
 def _stop(given: argparse.Namespace, job: list[str]) -> list[Step]:
     del job
     line = ("kubectl", "delete", f"jobset/{given.name}", f"networkpolicy/{given.name}")
-    return [Step((*line, f"--namespace={given.namespace}"))]
+    # It returns when the pods are gone, so that the next start meets none of them.
+    line = (*line, f"--namespace={given.namespace}", "--cascade=foreground")
+    return [Step(line)]
 
 
 def _make_cluster(given: argparse.Namespace, job: list[str]) -> list[Step]:
