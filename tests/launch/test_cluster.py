@@ -94,7 +94,7 @@ def test_setup_copies_a_wheel_to_all_hosts_and_checks_it(launch):
     assert {"wheel", "--no-deps", str(ROOT)} < set(built)
     assert {"scp", "dmd:anchor_jax_jobs/", "--worker=all"} < set(copied)
     command = next(word for word in installed if word.startswith("--command="))
-    assert "[tpu,train]" in command and command.endswith("anchor-jax doctor")
+    assert "[tpu,train,gcs]" in command and command.endswith("anchor-jax doctor")
     assert "--worker=all" in folder and "--worker=all" in installed
 
 

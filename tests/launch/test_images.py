@@ -56,7 +56,7 @@ def test_an_image_is_checked_and_runs_without_root(name):
         'ENTRYPOINT ["anchor-jax"]',
         'CMD ["doctor"]',
     ]
-    assert any(f"'/source[{name},train]'" in line for line in lines[:user])
+    assert any(f"'/source[{name},train,gcs]'" in line for line in lines[:user])
     assert f'"{name}": ' in (ROOT / "setup.py").read_text()
 
 
