@@ -162,6 +162,20 @@ def test_a_folder_that_others_can_replace_is_refused(folder, capsys):
     assert enable() == folder
 
 
+def test_a_folder_on_a_volume_of_the_users_own_group_is_used(tmp_path, monkeypatch):
+    """As on Kubernetes, where `fsGroup` is the number of the user."""
+    volume = tmp_path / "volume"
+    volume.mkdir()
+    if volume.stat().st_gid != os.geteuid():
+        pytest.skip("needs a user whose group has the same number")
+    volume.chmod(0o2770)
+    monkeypatch.setenv(CACHE_VARIABLE, str(volume / "cache"))
+
+    for _ in range(2):
+        assert enable() == volume / "cache"
+        jax.config.update("jax_compilation_cache_dir", None)
+
+
 def test_a_link_is_followed_to_what_it_names(folder, tmp_path, monkeypatch, capsys):
     folder.chmod(0o777)
     link = tmp_path / "link"

@@ -140,6 +140,24 @@ def test_stop_returns_when_the_pods_are_gone(launch):
     assert "--cascade=foreground" in words
 
 
+def test_volumes_belong_to_the_user_of_the_pod(launch):
+    gpus, _ = documents(launch, *LINES["gke gpu"])
+    tpus, _ = documents(launch, *LINES["gke tpu"])
+
+    # Without the second field all files become writable for the group at each start.
+    assert spec(gpus)["template"]["spec"]["securityContext"] == {
+        "fsGroup": container(gpus)["securityContext"]["runAsUser"],
+        "fsGroupChangePolicy": "OnRootMismatch",
+    }
+    assert spec(tpus)["template"]["spec"]["securityContext"] == {}
+
+
+def test_compiled_programs_are_kept_on_the_claim(launch):
+    line = (*LINES["gke gpu"][:6], "--cache=/mnt/data/cache", *TRAIN)
+    jobset, _ = documents(launch, *line)
+    assert container(jobset)["env"][0]["value"] == "/mnt/data/cache"
+
+
 def expanded(text, variables):
     """Returns a text as Kubernetes gives it to a container."""
 
