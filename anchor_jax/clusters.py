@@ -252,22 +252,22 @@ def _seen_gpus(environ: Mapping[str, str]) -> int:
 def _by_jax(environ: Mapping[str, str], tell: Callable[[str], None]) -> Place | None:
     """Returns the place that jax finds on TPU hosts and in Kubernetes jobs, or None."""
     in_kubernetes = all(name in environ for name in _KUBERNETES)
-    if in_kubernetes and importlib.util.find_spec("kubernetes") is None:
-        in_kubernetes = False
+    can_ask = importlib.util.find_spec("kubernetes") is not None
+    from jax._src import clusters
+
+    for kind in clusters.ClusterEnv._cluster_types:  # noqa: SLF001
+        name = _FROM_JAX.get(kind.__name__)
+        if name and (kind.__name__ != "K8sCluster" or (in_kubernetes and can_ask)):
+            found = _ask(kind, name, environ)
+            if found is not None:
+                return found
+    if in_kubernetes and not can_ask:
         tell(
             "warning: this pod belongs to an indexed job of Kubernetes, but jax cannot"
             " ask for its other pods; this process works alone. Set"
             f" {', '.join(VARIABLES.values())}, or install jax[k8s] and let the pods"
             " read jobs and pods"
         )
-    from jax._src import clusters
-
-    for kind in clusters.ClusterEnv._cluster_types:  # noqa: SLF001
-        name = _FROM_JAX.get(kind.__name__)
-        if name and (in_kubernetes or kind.__name__ != "K8sCluster"):
-            found = _ask(kind, name, environ)
-            if found is not None:
-                return found
     return None
 
 

@@ -1,6 +1,7 @@
 """A persistent cache of compiled programs, in a folder that only the user can write.
 
 Cached programs run as code. A folder that other users can write to is therefore unsafe.
+The owners of objects in a bucket say nothing: there the bucket's permissions decide.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ from collections.abc import Callable
 
 import jax
 
-from anchor_jax import compile_writes, io, processes
+from anchor_jax import compile_writes, io, places, processes, remote
 from anchor_jax.errors import UserError
 
 CACHE_VARIABLE = "ANCHOR_JAX_CACHE"
@@ -33,7 +34,7 @@ _OLD = 86400.0  # seconds
 
 def enable(
     tell: Callable[[str], None] = _LOG.warning,
-) -> pathlib.Path | None:
+) -> places.Place | None:
     """Turns on the cache of compiled programs and returns its folder, or None.
 
     The folder is jax's own setting if there is one, otherwise `ANCHOR_JAX_CACHE`,
@@ -44,8 +45,10 @@ def enable(
     in a folder of each host. Several processes on CPUs cache nothing unless
     JAX_PLATFORMS is cpu, or `processes.SAME_ORDER` is in XLA_FLAGS.
 
-    A folder in a bucket, which only jax's own setting can name, is not checked: whoever
-    can write to the bucket can run code in this process.
+    The folder may be in a bucket (gs://BUCKET/NAME). Only the user can check who may
+    write to it: whoever can, can run code in this process. A program that is compiled
+    within a second is not kept there, because reading it takes about as long; jax's own
+    setting changes that.
 
     Args:
       tell: called with each warning. Default: it goes to the log.
@@ -58,10 +61,8 @@ def enable(
         return None
     compile_writes.install()
     of_jax = jax.config.jax_compilation_cache_dir
-    if of_jax and "://" in of_jax:  # on another machine
-        return pathlib.Path(of_jax)
     try:
-        folder = io.expand(of_jax or given or _default())
+        folder = places.place(of_jax or given or _default())
         check(folder)
     except UserError as error:
         tell(
@@ -74,7 +75,8 @@ def enable(
         warnings.showwarning = _Shortened(folder, warnings.showwarning, tell)
     if not of_jax:
         jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        if not places.is_remote(folder):
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     return folder
 
 
@@ -92,12 +94,15 @@ def _may_deadlock() -> bool:
     return jax.default_backend() == "cpu"
 
 
-def check(folder: pathlib.Path) -> None:
-    """Makes the folder, and checks that it is safe to use.
+def check(folder: places.Place) -> None:
+    """Makes the folder, and checks that it is safe to use, as far as that can be known.
 
     Raises:
       UserError: The folder is not writable, or other users can write to it.
     """
+    if places.is_remote(folder):
+        _check_bucket(folder)
+        return
     try:
         _make(folder)
         with io.unfinished(io.temporary_name(folder / "writable")) as test:
@@ -106,6 +111,15 @@ def check(folder: pathlib.Path) -> None:
         _remove_empty(folder)
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror}") from error
+
+
+def _check_bucket(folder: places.Place) -> None:
+    """Checks that objects can be written and removed, which jax does not report."""
+    places.make_folder(folder)
+    test = io.temporary_name(folder / "writable")
+    with remote.explained(folder):
+        test.write_bytes(b"x")
+        test.unlink()
 
 
 def _default() -> pathlib.Path:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 import anchor_jax
-from anchor_jax import compile_cache, trees
+from anchor_jax import compile_cache, places, trees
 from anchor_jax.cache.policies import POLICIES
 from anchor_jax.errors import UserError
 from anchor_jax.io import expand
@@ -44,7 +44,7 @@ _OF_MATMUL = 0.6  # a stream's FLOP/s relative to one large matrix product
 _ITEMS = ("generator", "text_encoder", "vae")
 
 
-def examine(weights: str | None = None, cache: pathlib.Path | None = None) -> dict:
+def examine(weights: str | None = None, cache: places.Place | None = None) -> dict:
     """Returns the report as plain values; `do` lists suggested fixes.
 
     Args:
@@ -131,9 +131,9 @@ def _kernels(place: str) -> dict[str, str]:
     return chosen
 
 
-def _compiled(folder: pathlib.Path | None) -> dict:
-    """Returns the folder of cached programs and its size in bytes."""
-    if folder is None or not folder.is_dir():
+def _compiled(folder: places.Place | None) -> dict:
+    """Returns the folder of cached programs and its size in bytes; 0 in a bucket."""
+    if folder is None or places.is_remote(folder) or not folder.is_dir():
         return {"folder": folder and str(folder), "bytes": 0}
     files = (path for path in folder.rglob("*") if path.is_file())
     return {"folder": str(folder), "bytes": sum(path.stat().st_size for path in files)}

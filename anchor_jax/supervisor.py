@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 AGAIN, FAILED = 75, 2
 """Exit statuses: "start me again", and wrong input (as in `interrupts` and `cli`)."""
 
-_REQUESTS = (signal.SIGINT, signal.SIGTERM)
+_REQUESTS = {signal.SIGINT: 130, signal.SIGTERM: AGAIN}
 _FORWARDED = (*_REQUESTS, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _PATIENCE = 10  # seconds after a second signal
 _REBOUND = 0.5  # seconds
@@ -59,9 +59,10 @@ _streams: _Streams | None = None
 def start() -> None:
     """Splits this process: the child returns, and the parent never does.
 
-    The parent exits with the child's status, or with `AGAIN` if a process was lost.
-    Requests to stop are blocked in the child until it handles them. Does nothing on
-    systems without `fork`.
+    The parent exits with the child's status, with `AGAIN` if another process was lost,
+    or with 128 and the signal's number if a signal ended the child. Requests to stop
+    are blocked in the child until it handles them. Does nothing on systems without
+    `fork`.
     """
     if not hasattr(os, "fork"):
         return
@@ -86,7 +87,8 @@ def tell(**facts: Any) -> None:
     Args:
       **facts: `joining`: the message if the processes cannot meet; `name`, `hosts`: the
         name of this process and all hosts; `folder`: where messages are kept; `status`:
-        the exit status if a process is lost; `last`: a line to print at the end.
+        the exit status if a process is lost, or this one is killed, after a request to
+        stop; `last`: a line to print at the end.
     """
     if _parent is None:
         return
@@ -186,6 +188,7 @@ class _Parent:
             signal.alarm(_PATIENCE)
         if is_request and self.first is None:
             self.first = now
+            self.facts.setdefault("status", _REQUESTS[number])
         self._send(number)
 
     def _send(self, number: int) -> None:
@@ -232,8 +235,9 @@ def explain(result: int, facts: dict[str, Any], text: str) -> tuple[int, str]:
         status = facts.get("status", AGAIN)
         lost = ", ".join(lost_processes(text, facts["hosts"])) or "another process"
         return status, f"{name} ends with status {status}: lost {lost}"
-    signs = {signal.SIGINT: 130, signal.SIGTERM: AGAIN, signal.SIGKILL: AGAIN}
-    status = signs.get(number, 128 + number)
+    status = _REQUESTS.get(number, 128 + number)
+    if number == signal.SIGKILL:  # after a request: the parent, or the launcher
+        status = facts.get("status", status)
     why = ", perhaps because memory ran out" if number == signal.SIGKILL else ""
     what = f"{signal.Signals(number).name} ended it{why}"
     return status, f"{name} ends with status {status}: {what}"

@@ -129,6 +129,7 @@ _SHARED = "needs several hosts; cli/test_shared_jobs.py runs two processes on on
 _COMPILER = "needs the compiler of a TPU or GPU, and minutes"
 _HOURS = "trains for minutes to hours; tests/cli and tests/training run short ones"
 _MINUTES = "takes minutes; the command runs in another test with smaller sizes"
+_MATRIX = "takes 20 minutes; tests/training runs some meshes, tests/cli two processes"
 _LADDER = (
     " --config.weights=launch/ladder/guided --config.teacher=launch/ladder/teacher"
 )
@@ -221,6 +222,8 @@ NOT_RUN = {
     " --coordinator=10.0.0.1:1234 --num_processes=2 --process_id=0": _TWO_HOSTS,
     f"{_TRAIN}train_dmd.py --config.out=/shared/dmd"
     " --coordinator=10.0.0.1:1234 --num_processes=2 --process_id=1": _TWO_HOSTS,
+    "python launch/process_matrix.py": _MATRIX,
+    "python launch/mesh_matrix.py": _MATRIX,
     "python launch/fuzz.py --count=10000": _MINUTES,
     "python launch/port_memory.py --folder=scratch": "needs 23 GB of disk",
     "python launch/result_pages.py record stream_1_thread bench.json"

@@ -3,6 +3,7 @@
 import socket
 
 import pytest
+from jax._src.clusters import cloud_tpu_cluster
 
 from anchor_jax import clusters
 from anchor_jax.clusters import Place
@@ -197,6 +198,28 @@ def test_a_pod_without_the_means_to_find_others_is_warned(monkeypatch):
 
     assert clusters.find(NONE, environ, told.append) is None
     assert "jax[k8s]" in told[0] and "JAX_NUM_PROCESSES" in told[0]
+
+
+def test_a_pod_of_a_tpu_slice_is_found_without_a_warning(monkeypatch):
+    monkeypatch.setattr(clusters.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    slice_ = {
+        "KUBERNETES_SERVICE_HOST": "10.0.0.1",
+        "JOB_COMPLETION_INDEX": "1",
+        "TPU_SKIP_MDS_QUERY": "true",
+        "TPU_WORKER_HOSTNAMES": "localhost,other",
+        "TPU_WORKER_ID": "1",
+        "MEGASCALE_COORDINATOR_ADDRESS": "localhost",
+        "MEGASCALE_NUM_SLICES": "1",
+        "MEGASCALE_SLICE_ID": "0",
+    }
+    for name, value in slice_.items():
+        monkeypatch.setenv(name, value)
+
+    place = find(slice_)  # It fails at a warning.
+
+    assert (place.found_in, place.count, place.index) == ("TPU slice", 2, 1)
+    assert place.coordinator.startswith("localhost:")
 
 
 @pytest.mark.parametrize(

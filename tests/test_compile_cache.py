@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 
+import fake_gcs
 import jax
 import pytest
 
@@ -89,11 +90,42 @@ def test_a_folder_that_jax_was_given_is_kept_and_checked(folder, capsys):
     assert "other users can write to" in refused(capsys)
 
 
-def test_a_bucket_is_left_to_jax():
-    jax.config.update("jax_compilation_cache_dir", "gs://bucket/cache")
+@pytest.fixture
+def store():
+    with fake_gcs.serving() as (store, _):
+        yield store
 
-    assert enable() is not None
-    assert jax.config.jax_compilation_cache_dir == "gs://bucket/cache"
+
+BUCKET = f"gs://{fake_gcs.BUCKET}/cache"
+
+
+@pytest.mark.parametrize("is_of_jax", [False, True])
+def test_a_bucket_keeps_programs(store, is_of_jax, monkeypatch):
+    if is_of_jax:
+        jax.config.update("jax_compilation_cache_dir", BUCKET)
+    else:
+        monkeypatch.setenv(CACHE_VARIABLE, BUCKET)
+
+    assert str(enable()) == jax.config.jax_compilation_cache_dir == BUCKET
+    assert store.objects == {}, "the test of the permission is removed"
+
+    cache = compile_writes.lru_cache.LRUCache(BUCKET, max_size=-1)
+    cache.put("jit_a", b"first")
+    cache.put("jit_a", b"second")
+    assert cache.get("jit_a") == b"first" and cache.get("jit_b") is None
+    assert store.objects.keys() == {"cache/jit_a-cache"}
+
+
+def test_a_bucket_that_cannot_be_used_is_named(store, monkeypatch, capsys):
+    monkeypatch.setenv(CACHE_VARIABLE, "gs://nobodys/cache")
+    assert "the bucket nobodys does not exist" in refused(capsys)
+
+    monkeypatch.setenv(CACHE_VARIABLE, BUCKET)
+    store.forbids = True
+    assert f"{BUCKET} cannot be reached" in refused(capsys)
+
+    monkeypatch.setenv(CACHE_VARIABLE, "s3://bucket/cache")
+    assert "the scheme s3:// is unknown" in refused(capsys)
 
 
 def test_without_a_home_nothing_is_kept(monkeypatch, capsys):
@@ -128,6 +160,20 @@ def test_a_folder_that_others_can_replace_is_refused(folder, capsys):
 
     folder.parent.chmod(0o1777)
     assert enable() == folder
+
+
+def test_a_folder_on_a_volume_of_the_users_own_group_is_used(tmp_path, monkeypatch):
+    """As on Kubernetes, where `fsGroup` is the number of the user."""
+    volume = tmp_path / "volume"
+    volume.mkdir()
+    if volume.stat().st_gid != os.geteuid():
+        pytest.skip("needs a user whose group has the same number")
+    volume.chmod(0o2770)
+    monkeypatch.setenv(CACHE_VARIABLE, str(volume / "cache"))
+
+    for _ in range(2):
+        assert enable() == volume / "cache"
+        jax.config.update("jax_compilation_cache_dir", None)
 
 
 def test_a_link_is_followed_to_what_it_names(folder, tmp_path, monkeypatch, capsys):

@@ -77,7 +77,7 @@ def test_processes_that_did_not_meet_are_an_error_of_the_user():
 @pytest.mark.parametrize(
     ("number", "status", "part"),
     [
-        (signal.SIGKILL, 75, "SIGKILL ended it, perhaps because memory ran out"),
+        (signal.SIGKILL, 137, "SIGKILL ended it, perhaps because memory ran out"),
         (signal.SIGSEGV, 139, "SIGSEGV ended it"),
         (signal.SIGABRT, 134, "SIGABRT ended it"),
     ],
@@ -86,6 +86,12 @@ def test_a_crash_is_named(number, status, part):
     found, line = supervisor.explain(number, MET, "some other text")
 
     assert found == status and part in line
+
+
+def test_a_process_that_is_killed_after_a_request_has_the_status_of_the_request():
+    for status in (75, 130):
+        facts = {**MET, "status": status}
+        assert supervisor.explain(signal.SIGKILL, facts, "")[0] == status
 
 
 def test_a_command_that_ends_by_itself_keeps_its_status():
@@ -103,9 +109,9 @@ supervisor.tell(name="process 0 (host-a)", hosts=["host-a", "host-b"], index=0)
 """
 
 
-def start(program, *arguments):
+def start(program, *arguments, begin=BEGIN):
     return subprocess.Popen(
-        [sys.executable, "-c", BEGIN + program, *map(str, arguments)],
+        [sys.executable, "-c", begin + program, *map(str, arguments)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -174,6 +180,40 @@ sys.exit(interrupts.leave_with(0))
     process.send_signal(number)
 
     assert ends(process) == (status, "stopped\n", "")
+
+
+def test_a_child_that_is_killed_for_memory_is_not_started_again_without_limit():
+    process = start("os.kill(os.getpid(), signal.SIGKILL)")
+
+    status, _, err = ends(process)
+
+    assert status == 137
+    assert "ends with status 137: SIGKILL ended it" in err
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)]
+)
+def test_a_child_that_does_not_react_is_killed_with_the_status_of_the_request(
+    number, status
+):
+    begin = BEGIN.replace(
+        "supervisor.start()", "supervisor._PATIENCE = 1\nsupervisor.start()"
+    )
+    program = """
+for one in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(one, signal.SIG_IGN)
+print("ready", flush=True)
+time.sleep(60)
+"""
+    process = start(program, begin=begin)
+    assert process.stdout.readline() == "ready\n"
+
+    process.send_signal(number)
+    time.sleep(0.6)
+    process.send_signal(number)
+
+    assert ends(process)[0] == status
 
 
 def test_a_signal_before_the_child_listens_is_not_lost():

@@ -1,11 +1,10 @@
 """The cache of compiled programs, with its warnings on standard error."""
 
-import pathlib
-
 from anchor_jax.cli.output import to_stderr
+from anchor_jax.places import Place
 
 
-def enable() -> pathlib.Path | None:
+def enable() -> Place | None:
     """Turns on the cache of compiled programs and returns its folder, or None.
 
     Raises:

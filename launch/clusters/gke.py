@@ -14,7 +14,7 @@ TEMPLATE = pathlib.Path(__file__).with_name("jobset.yaml")
 FAILURES = 3
 ACTIONS = {
     "cluster": "create the cluster with xpk",
-    "run": "create the JobSet",
+    "run": "create the JobSet; replaces one that has ended",
     "logs": "follow the logs of all pods",
     "stop": "delete the JobSet; its pods save first",
     "xpk": "create a similar job with xpk, on TPUs",
@@ -23,8 +23,23 @@ ACTIONS = {
 _EXCLUSIVE = {
     "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
 }
+# The user of the image may write to volumes. Otherwise Kubernetes would let the group
+# write to all files at each start, and such compiled programs are not used.
+_GROUP = {"fsGroup": 1000, "fsGroupChangePolicy": "OnRootMismatch"}
 _JOBSET_LABEL = "jobset.sigs.k8s.io/jobset-name"
 _PURCHASES = ("spot", "on_demand", "flex")
+# Deletes what is left of an ended job, and refuses if a job has not ended. It gets the
+# name, the namespace and the command that stops the job. `--ignore-not-found` prints
+# nothing for a JobSet that does not exist.
+_MAKE_ROOM = """\
+found=$(kubectl get "jobset/$1" "--namespace=$2" --ignore-not-found \
+  --output="jsonpath=state:{.status.terminalState}") || exit
+case $found in
+  "" | state:Completed | state:Failed) ;;
+  *) echo "error: the JobSet $1 has not ended; stop it first: $3" >&2; exit 2 ;;
+esac
+kubectl delete "jobset/$1" "networkpolicy/$1" "--namespace=$2" --ignore-not-found \
+  --cascade=foreground"""
 _INDENT = 20 * " "  # of the program's arguments
 
 
@@ -49,7 +64,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--claim", type=values.claim, help="volume claim to mount, as CLAIM:/PATH"
     )
     parser.add_argument("--queue", type=values.name, help="local queue of Kueue")
-    parser.add_argument("--cache", type=values.path, help="folder of compiled programs")
+    parser.add_argument(
+        "--cache",
+        type=values.path,
+        help="compiled programs: gs://BUCKET/NAME, or a folder below --claim's path",
+    )
     parser.add_argument(
         "--grace",
         type=values.count,
@@ -86,6 +105,7 @@ def manifest(given: argparse.Namespace, job: list[str]) -> str:
     is_tpu = isinstance(place, chips.Slice)
     if not is_tpu and given.slices > 1:
         raise ValueError("--slices is for TPUs; give more GPU hosts in --topology")
+    _check_cache(given)
     volumes, mounts = _volumes(given.claim, is_tpu)
     fields = {
         "name": given.name,
@@ -102,7 +122,7 @@ def manifest(given: argparse.Namespace, job: list[str]) -> str:
         "labels": {"kueue.x-k8s.io/queue-name": given.queue} if given.queue else {},
         "annotations": _EXCLUSIVE if is_tpu else {},
         "selector": _selector(place),
-        "pod_security": {"fsGroup": 1000},
+        "pod_security": {} if is_tpu else _GROUP,
         "security": _security(is_tpu),
         "args": _Lines(_arguments(given, job, is_tpu)),
         "env": [{"name": "ANCHOR_JAX_CACHE", "value": _literal(given.cache)}]
@@ -125,6 +145,19 @@ def _yaml(value) -> str:
     if isinstance(value, _Lines):
         return "".join(f"\n{_INDENT}- {_yaml(one)}" for one in value)
     return json.dumps(value, ensure_ascii=False)
+
+
+def _check_cache(given: argparse.Namespace) -> None:
+    """Raises ValueError unless compiled programs outlive the pods."""
+    if not given.cache or given.cache.startswith("gs://"):
+        return
+    mount = given.claim.partition(":")[2] if given.claim else ""
+    parents = map(str, pathlib.PurePosixPath(given.cache).parents)
+    if not mount or mount not in parents or ".." in given.cache.split("/"):
+        raise ValueError(
+            f"--cache={given.cache} would end with its pod; give gs://BUCKET/NAME, or a"
+            f" folder below {mount or 'the path of --claim'}"
+        )
 
 
 def _selector(place: chips.Slice | chips.Gpus) -> dict[str, str]:
@@ -181,7 +214,10 @@ def _volumes(claim: str | None, is_tpu: bool) -> tuple[list[dict], list[dict]]:
 
 def _run(given: argparse.Namespace, job: list[str]) -> list[Step]:
     text = manifest(given, job)
-    return [Step(("kubectl", "create", "--filename=-"), text=text)]
+    stop = f"python launch/cluster.py gke stop --name={given.name}"
+    stop += f" --namespace={given.namespace}"
+    room = ("sh", "-c", _MAKE_ROOM, "sh", given.name, given.namespace, stop)
+    return [Step(room), Step(("kubectl", "create", "--filename=-"), text=text)]
 
 
 def _logs(given: argparse.Namespace, job: list[str]) -> list[Step]:
@@ -194,7 +230,9 @@ def _logs(given: argparse.Namespace, job: list[str]) -> list[Step]:
 def _stop(given: argparse.Namespace, job: list[str]) -> list[Step]:
     del job
     line = ("kubectl", "delete", f"jobset/{given.name}", f"networkpolicy/{given.name}")
-    return [Step((*line, f"--namespace={given.namespace}"))]
+    # It returns when the pods are gone, so that the next start meets none of them.
+    line = (*line, f"--namespace={given.namespace}", "--cascade=foreground")
+    return [Step(line)]
 
 
 def _make_cluster(given: argparse.Namespace, job: list[str]) -> list[Step]:

@@ -112,7 +112,7 @@ def _install() -> str:
             "python3 -m pip install --quiet --user uv",
             f"python3 -m uv venv --quiet --allow-existing --python={PYTHON} .venv",
             "python3 -m uv pip install --quiet --python=.venv --reinstall-package"
-            ' anchor_jax "$(echo .wheel/anchor_jax-*.whl)[tpu,train]"',
+            ' anchor_jax "$(echo .wheel/anchor_jax-*.whl)[tpu,train,gcs]"',
             f"{PROGRAM} doctor",
         )
     )

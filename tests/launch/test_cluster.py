@@ -12,6 +12,8 @@ import page_commands
 import pytest
 from launch_lines import GKE, HOSTILE, LINES, TPU, TRAIN
 
+from anchor_jax.perf import targets
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -94,7 +96,7 @@ def test_setup_copies_a_wheel_to_all_hosts_and_checks_it(launch):
     assert {"wheel", "--no-deps", str(ROOT)} < set(built)
     assert {"scp", "dmd:anchor_jax_jobs/", "--worker=all"} < set(copied)
     command = next(word for word in installed if word.startswith("--command="))
-    assert "[tpu,train]" in command and command.endswith("anchor-jax doctor")
+    assert "[tpu,train,gcs]" in command and command.endswith("anchor-jax doctor")
     assert "--worker=all" in folder and "--worker=all" in installed
 
 
@@ -179,6 +181,11 @@ REFUSED = {
     "shape": (*GKE, "--topology=v5p:8x8", *TRAIN, "has 3 dimensions"),
     "chips": (*GKE, "--topology=v6e:3x3", *TRAIN, "has 9 chips"),
     "gpus": (*GKE, "--topology=h100:7x4", *TRAIN, "as KIND:HOSTSx8"),
+    "cache": (*GKE, "--topology=v6e:8x8", "--cache=/tmp/c", *TRAIN, "end with its pod"),
+    "cache above": (
+        *(*GKE, "--topology=v6e:8x8", "--claim=disk:/mnt/data", "--cache=/mnt/data"),
+        *(*TRAIN, "a folder below /mnt/data"),
+    ),
     "slices": (*GKE, "--topology=h100:7x8", "--slices=2", *TRAIN, "is for TPUs"),
     "xpk": (*LINES["gke xpk"], "--x=a b", "xpk cannot pass"),
     "tpu": ("tpu", "create", *TPU, "--topology=h100:7x8", "is not a TPU slice"),
@@ -234,6 +241,16 @@ def test_it_is_a_program_that_needs_nothing_installed(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "python launch/cluster.py slurm" in done.stdout
+
+
+def test_the_page_names_the_topologies_that_plan_does_not_know(launcher):
+    chips = launcher("clusters.chips")
+    page = (ROOT / "launch" / "clusters" / "README.md").read_text()
+    (named,) = re.findall(r"`plan`, which does not know ([^|]*)", page)
+
+    unknown = {*chips.TPUS, *chips.GPUS} - targets.TARGETS.keys()
+
+    assert unknown <= set(re.findall(r"`([\w-]+)`", named))
 
 
 PAGE = [

@@ -56,8 +56,17 @@ def test_an_image_is_checked_and_runs_without_root(name):
         'ENTRYPOINT ["anchor-jax"]',
         'CMD ["doctor"]',
     ]
-    assert any(f"'/source[{name},train]'" in line for line in lines[:user])
+    assert any(f"'/source[{name},train,gcs]'" in line for line in lines[:user])
     assert f'"{name}": ' in (ROOT / "setup.py").read_text()
+
+
+def test_the_driver_is_found_where_gke_mounts_it():
+    settings = [line for line in lines_of("gpu") if line.startswith("ENV ")]
+    values = dict(one.split("=", 1) for line in settings for one in line.split()[1:])
+
+    assert values["LD_LIBRARY_PATH"] == "/usr/local/nvidia/lib64"
+    assert "/usr/local/nvidia/bin" in values["PATH"].split(":")
+    assert not any("nvidia" in line for line in lines_of("tpu"))
 
 
 @pytest.mark.parametrize("name", ["gpu", "tpu"])

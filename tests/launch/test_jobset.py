@@ -16,7 +16,7 @@ NAMES = ("gke tpu", "gke gpu")
 def documents(launch, *line):
     done = launch.cluster(*line)
     assert done.returncode == 0, done.stderr
-    ((*words, text),) = launch.calls()
+    *_, (*words, text) = launch.calls()
     assert words == ["kubectl", "create", "--filename=-"]
     return list(yaml.safe_load_all(text))
 
@@ -91,6 +91,71 @@ def test_gpu_pods_get_their_place_and_are_not_root(launch):
     assert container(jobset)["securityContext"]["runAsNonRoot"]
     mounts = [one["mountPath"] for one in container(jobset)["volumeMounts"]]
     assert mounts == ["/dev/shm", "/mnt/data"]
+
+
+# As kubectl, of a cluster in which a JobSet has the state that the file says.
+KUBECTL = """#!/usr/bin/env bash
+echo "$@" >> "$HOME/kubectl"
+[[ $1 != create ]] || cat > /dev/null
+[[ $1 != get ]] || cat "$HOME/state"
+"""
+LEFT = "delete jobset/dmd networkpolicy/dmd --namespace=default --ignore-not-found"
+
+
+@pytest.mark.parametrize("state", ["", "state:Completed", "state:Failed"])
+def test_a_run_replaces_what_an_ended_job_left(launch, tmp_path, state):
+    launch.install("kubectl", KUBECTL)
+    (tmp_path / "state").write_text(state)
+
+    assert launch.cluster(*LINES["gke gpu"]).returncode == 0
+
+    found, removed, made = (tmp_path / "kubectl").read_text().splitlines()
+    assert found.startswith("get jobset/dmd --namespace=default --ignore-not-found")
+    assert removed == f"{LEFT} --cascade=foreground"
+    assert made == "create --filename=-"
+
+
+def test_a_run_does_not_touch_a_job_that_has_not_ended(launch, tmp_path, capfd):
+    launch.install("kubectl", KUBECTL)
+    (tmp_path / "state").write_text("state:")
+
+    assert launch.cluster(*LINES["gke gpu"]).returncode == 2
+
+    (only,) = (tmp_path / "kubectl").read_text().splitlines()
+    assert only.startswith("get ")
+    assert "gke stop --name=dmd --namespace=default" in capfd.readouterr().err
+
+
+def test_nothing_is_deleted_if_the_cluster_does_not_answer(launch, tmp_path):
+    launch.install("kubectl", '#!/bin/sh\necho "$@" >> "$HOME/kubectl"\nexit 1\n')
+
+    assert launch.cluster(*LINES["gke gpu"]).returncode == 1
+    assert len((tmp_path / "kubectl").read_text().splitlines()) == 1
+
+
+def test_stop_returns_when_the_pods_are_gone(launch):
+    assert launch.cluster(*LINES["gke stop"]).returncode == 0
+    ((*words, _),) = launch.calls()
+    assert words[:4] == ["kubectl", "delete", "jobset/dmd", "networkpolicy/dmd"]
+    assert "--cascade=foreground" in words
+
+
+def test_volumes_belong_to_the_user_of_the_pod(launch):
+    gpus, _ = documents(launch, *LINES["gke gpu"])
+    tpus, _ = documents(launch, *LINES["gke tpu"])
+
+    # Without the second field all files become writable for the group at each start.
+    assert spec(gpus)["template"]["spec"]["securityContext"] == {
+        "fsGroup": container(gpus)["securityContext"]["runAsUser"],
+        "fsGroupChangePolicy": "OnRootMismatch",
+    }
+    assert spec(tpus)["template"]["spec"]["securityContext"] == {}
+
+
+def test_compiled_programs_are_kept_on_the_claim(launch):
+    line = (*LINES["gke gpu"][:6], "--cache=/mnt/data/cache", *TRAIN)
+    jobset, _ = documents(launch, *line)
+    assert container(jobset)["env"][0]["value"] == "/mnt/data/cache"
 
 
 def expanded(text, variables):

@@ -50,6 +50,7 @@ def job(launch, tmp_path):
     launch.install("srun", SRUN)
     launch.install("scontrol", SCONTROL)
     launch.install("anchor-jax", PROGRAM)
+    (launch.folder / "rm").unlink()
     slurm = {
         "SLURM_JOB_ID": "42",
         "SLURM_NTASKS": "2",
@@ -57,11 +58,12 @@ def job(launch, tmp_path):
         "SLURM_CPUS_ON_NODE": "64",
     }
 
-    def start(plan, *arguments, **variables):
+    def start(plan, *arguments, script=SCRIPT):
         (tmp_path / "plan").write_text("\n".join(plan) + "\n")
         return subprocess.Popen(
-            ["bash", SCRIPT, "train", *arguments],
-            env=os.environ | slurm | variables,
+            ["bash", script, "train", *arguments],
+            cwd=tmp_path,
+            env=os.environ | slurm,
             stderr=subprocess.PIPE,
             stdin=subprocess.DEVNULL,
             text=True,
@@ -152,8 +154,36 @@ def test_scancel_does_not_requeue(job, tmp_path):
     assert finish(process, tmp_path) == (75, 1, "")
 
 
+def run_again(job, folder, **script):
+    """Runs a requeued job once; returns whether it is requeued."""
+    (folder / "starts.0").unlink(missing_ok=True)
+    (folder / "starts.1").unlink(missing_ok=True)
+    (folder / "scontrol").unlink(missing_ok=True)
+    status, _, calls = finish(job(["75 75"], **script), folder)
+    assert status == 75
+    return calls == REQUEUED
+
+
 def test_a_job_that_never_gets_far_is_not_requeued(job, tmp_path):
-    assert finish(job(["75 75"], SLURM_RESTART_COUNT="5"), tmp_path) == (75, 1, "")
+    assert [run_again(job, tmp_path) for _ in range(6)] == [True] * 5 + [False]
+    assert not list(tmp_path.glob("*.quick"))
+    assert run_again(job, tmp_path), "a job that a user requeues begins again"
+
+
+def test_requeues_after_long_runs_have_no_limit(job, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "70")
+    long = tmp_path / "long.sbatch"
+    long.write_text(SCRIPT.read_text().replace("\nquick=600\n", "\nquick=0\n"))
+
+    assert all(run_again(job, tmp_path) for _ in range(5))
+    assert run_again(job, tmp_path, script=long)
+    assert [run_again(job, tmp_path) for _ in range(6)] == [True] * 5 + [False]
+
+
+def test_a_quick_run_that_cannot_be_counted_is_not_requeued(job, tmp_path):
+    (tmp_path / "anchor-jax-42.quick").mkdir()
+
+    assert not run_again(job, tmp_path)
 
 
 def test_launchers_agree_on_the_rule(launcher):
