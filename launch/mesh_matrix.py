@@ -352,7 +352,8 @@ def main() -> int:
         say(line(rows[-1]))
         if given.out:
             with open(given.out, "w", encoding="utf-8") as file:
-                json.dump(rows, file, indent=1)
+                compared = [{"mesh": row["mesh"], **largest(row)} for row in rows]
+                json.dump({"limits": LIMITS, "meshes": compared}, file, indent=1)
     # Numbers that are not finite are above every limit, too.
     above = [
         (row["mesh"], name)

@@ -10,6 +10,7 @@ status is 1 if a difference is above 1e-5. It takes about 20 minutes on two core
 """
 
 import argparse
+import json
 import os
 import pathlib
 import subprocess
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 
+import device_results
 import jax
 import kill_processes
 import kill_training
@@ -128,6 +130,7 @@ def main() -> int:
     """Runs the command, and returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES)
+    parser.add_argument("--out", type=pathlib.Path, help="JSON file for the numbers")
     parser.add_argument("--folder", type=pathlib.Path, help="kept; default: temporary")
     given = parser.parse_args()
     folder = (given.folder or pathlib.Path(tempfile.mkdtemp())).resolve()
@@ -136,9 +139,8 @@ def main() -> int:
         out = kill_training.whole(stage, folder)
         if not out.exists():
             kill_training.finish(kill_training.command(stage, out))
-    say("| stage | processes x devices | losses | gradients |")
-    say("|---|---|---|---|")
-    worst = []
+    say(f"| {' | '.join(device_results.STAGE_TITLES)} |\n|---|---|---|---|")
+    rows = []
     for stage in given.stages:
         for shape in SHAPES:
             train(stage, shape, folder)
@@ -146,9 +148,13 @@ def main() -> int:
                 continue
             pair = [folder_of(stage, one, folder) for one in (shape, SHAPES[0])]
             numbers = [distance(*map(read, pair)) for read in (losses, gradients)]
-            worst += numbers
-            row = [stage, " x ".join(map(str, shape)), *(f"{n:.1e}" for n in numbers)]
+            names = ("stage", "processes", "devices", "losses", "gradients")
+            rows.append(dict(zip(names, (stage, *shape, *numbers), strict=True)))
+            _, row = device_results.stages({"rows": rows[-1:]})
             say(f"| {' | '.join(row)} |")
+            if given.out:
+                given.out.write_text(json.dumps({"most": MOST, "rows": rows}, indent=1))
+    worst = [row[name] for row in rows for name in ("losses", "gradients")]
     return int(not np.max(worst) <= MOST)
 
 

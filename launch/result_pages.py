@@ -14,6 +14,7 @@ A result has the fields `date`, `commit`, `machine`, `command`, and either `valu
 
 import argparse
 import datetime
+import functools
 import json
 import os
 import pathlib
@@ -24,6 +25,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import device_results
 import ladder_results
 
 from anchor_jax import io
@@ -379,6 +381,12 @@ def probe() -> list[str]:
     return [*text.splitlines(), *sources("swaps")]
 
 
+def devices(name: str) -> list[str]:
+    """Returns the table of a result on several devices or processes."""
+    titles, *rows = device_results.lines(name, values(name))
+    return table(titles, rows) + sources(name)
+
+
 Part = tuple[str, str, Callable[[], list[str]]]
 """A heading, a sentence, and the lines below it."""
 
@@ -441,6 +449,13 @@ PAGES: dict[str, tuple[str, Sequence[Part]]] = {
                 planned_streams,
             ),
         ),
+    ),
+    "launch/results/devices.md": (
+        "Several devices and processes",
+        [
+            (*text, functools.partial(devices, name))
+            for name, text in device_results.TEXTS.items()
+        ],
     ),
     "launch/ladder/results.md": (
         "Scores of the ladder",
