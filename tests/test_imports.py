@@ -13,7 +13,7 @@ from anchor_jax.training.stages.registry import STAGES
 PACKAGE = pathlib.Path(anchor_jax.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = [
-    {"errors", "deprecation"},
+    {"errors", "deprecation", "pids"},
     {"remote"},
     {"places"},
     {
