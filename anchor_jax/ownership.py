@@ -80,6 +80,10 @@ class Lease:
         """Raises UserError if another job has taken the folder over."""
         self._hold.check()
 
+    def with_seats(self, *seats: str) -> "Lease":
+        """Returns another lease of the same job on the folder, with other seats."""
+        return own(self.folder, self._hold.claim.job, seats)
+
     @property
     def folder(self) -> pathlib.Path:
         """The folder."""

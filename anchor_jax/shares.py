@@ -24,6 +24,7 @@ START = 3600.0
 
 _POLL = 1.0  # seconds
 _STOP = ".stop-"
+_WAITS = "waits-"  # start of the seat of a process that has done its share
 
 
 class Unfinished(Exception):
@@ -44,28 +45,45 @@ class Share:
         if processes.is_joined():
             self.index, self.count = processes.index(), processes.count()
         self._lease, self._others = lease, lease.others
+        self._rest: ownership.Lease | None = None
 
     def of(self, numbers: Sequence[int]) -> list[int]:
         """Returns the numbers of items that this process does."""
         return [one for one in numbers if one % self.count == self.index]
 
     def await_others(self, tick: Callable[[int], None]) -> None:
-        """Leaves the folder, and waits until all others have left it or are lost.
+        """Ends this process's work, and waits until all others work no more.
+
+        The folder stays this job's until `leave`. A process that waits is not awaited.
 
         Args:
           tick: called about once a second with the number of the others.
+
+        Raises:
+          UserError: Another job has taken the folder over.
         """
         if self.count == 1:
             return
+        self._rest = self._lease.with_seats(f"{_WAITS}{self.index}")
         self._lease.release()
-        while living := self._others.living():
+        while living := self._working():
             tick(len(living))
             # Each reads the files of all others.
             _pause(max(_POLL, len(living) / 16))
 
     def is_last(self) -> bool:
         """Returns whether no other process works in the folder."""
-        return self.count == 1 or not self._others.living()
+        return self.count == 1 or not self._working()
+
+    def leave(self) -> None:
+        """Gives the folder up, after what is written at the end."""
+        if self._rest is not None:
+            self._rest.release()
+
+    def _working(self) -> list[str]:
+        """Returns the seats of the others that live and still do their share."""
+        living = self._others.living()
+        return [one for one in living if not one.startswith(_WAITS)]
 
 
 def _pause(seconds: float) -> None:
@@ -95,6 +113,7 @@ def working(lease: ownership.Lease) -> Iterator[Share]:
         finally:
             if share.is_last():
                 io.remove(lease.folder / f"{_STOP}{processes.key()}")
+            share.leave()
 
 
 @contextlib.contextmanager

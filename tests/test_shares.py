@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from anchor_jax import interrupts, ownership, processes, shares
+from anchor_jax import interrupts, io, ownership, processes, shares
 from anchor_jax.errors import UserError
 
 JOB = "job"
@@ -62,6 +62,23 @@ def test_a_process_waits_until_the_others_have_left(as_process, tmp_path):
 
     assert seen == [2, 2, 2, 1, 1, 1]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_is_taken_until_what_is_written_at_the_end(as_process, tmp_path):
+    as_process(0, 2)
+    other = ownership.own(tmp_path, JOB, ("1",))
+    waits = other.with_seats("waits-1")
+    other.release()
+
+    with ownership.own(tmp_path, JOB, ("0",)) as lease, shares.working(lease) as share:
+        share.await_others(lambda others: pytest.fail("awaits one that waits"))
+        waits.release()
+        with pytest.raises(UserError, match="in use by"):
+            ownership.own(tmp_path, "another")
+        io.write_text(tmp_path / "manifest", "")
+
+    ownership.own(tmp_path, "another").release()
+    assert [one.name for one in tmp_path.iterdir()] == ["manifest"]
 
 
 def test_a_process_without_a_heartbeat_is_not_awaited(
