@@ -1,6 +1,6 @@
 """Shares of a large job: processes that write into one folder, each without the others.
 
-    with shares.working(lease) as share:     # all processes of the job, at the start
+    with shares.working(lease, "--out") as share:     # all processes, at the start
         for number in share.of(numbers): ...
         share.await_others(tell_progress)
 
@@ -11,20 +11,72 @@ folder. For one process there is nothing to wait for.
 
 import contextlib
 import pathlib
+import secrets
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
-from anchor_jax import interrupts, io, ownership, processes
-from anchor_jax.errors import some
+from anchor_jax import interrupts, io, ownership, places, processes
+from anchor_jax.errors import UserError, some
 
 START = 3600.0
 """Seconds that a process may take to load and check its inputs after the first one."""
 
 _POLL = 1.0  # seconds
+_SEEN_BY = 15.0  # seconds until a new file is seen on a shared disk
 _STOP = ".stop-"
 _WAITS = "waits-"  # start of the seat of a process that has done its share
+
+
+def check_shared(
+    folder: io.Place, name: str, seconds: float = processes.PATIENCE
+) -> None:
+    """Checks that all processes of a job see the same folder.
+
+    Args:
+      folder: the folder, which exists.
+      name: the flag or field that gives it, for the message.
+      seconds: time to wait for the others.
+
+    Raises:
+      UserError: A process sees another folder of that name, on a disk of its own.
+      processes.Missing: Another process did not come.
+    """
+    if processes.count() == 1:
+        return
+    file = folder / processes.share(f".shared-{secrets.token_hex(6)}", seconds)
+    if processes.is_first():
+        io.write_text(file, "")
+    processes.barrier(file.name)
+    deadline = time.monotonic() + _SEEN_BY
+    while not places.exists(file) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    seen = processes.gather(places.exists(file))
+    if processes.is_first():
+        io.remove(file)
+    blind = [processes.name(one) for one, sees in enumerate(seen) if not sees]
+    if blind:
+        raise UserError(
+            f"{name}={str(folder)!r}: {', '.join(some(blind))} cannot see the files"
+            " that process 0 writes there; choose a folder on a disk that all hosts"
+            " share"
+        )
+
+
+def agree(facts: Mapping[str, Any]) -> None:
+    """Checks that all processes have read the same inputs.
+
+    Args:
+      facts: JSON values by name, such as hashes of files.
+
+    Raises:
+      UserError: Values differ; each is named with the processes that have it.
+      processes.Missing: Another process did not come.
+    """
+    processes.barrier("the others have not read their inputs", START)
+    processes.agree(facts)
 
 
 class Unfinished(Exception):
@@ -94,16 +146,22 @@ def _pause(seconds: float) -> None:
 
 
 @contextlib.contextmanager
-def working(lease: ownership.Lease) -> Iterator[Share]:
+def working(lease: ownership.Lease, name: str) -> Iterator[Share]:
     """Yields this process's share when all processes are ready to start.
 
+    Args:
+      lease: this process's place in the job's folder.
+      name: the flag or field that gives the folder, for messages.
+
     Raises:
+      UserError: A process sees another folder, on a disk of its own.
       processes.Missing: Another process did not come.
     """
     share = Share(lease)
     if share.count == 1:
         yield share
         return
+    check_shared(lease.folder, name, START)
     for old in lease.folder.glob(f"{_STOP}*"):
         io.remove(old)
     processes.part(START)

@@ -1,6 +1,8 @@
 """Divides the videos of a command among the processes of a job, and lists them."""
 
 import contextlib
+import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -9,6 +11,7 @@ from anchor_jax import ownership, processes, shares
 from anchor_jax.errors import UserError
 from anchor_jax.sampling.manifest import MADE_BY, Manifest
 from anchor_jax.sampling.tasks import VideoTasks, missing, own_folder
+from anchor_jax.streaming.recipe import describe
 
 _QUIET = 10.0  # least seconds between two lines about the others
 _SHARE = 20  # a line may take this fraction of the time
@@ -37,13 +40,42 @@ def work_on(
       shares.Unfinished: Another process was lost or has failed, and its videos are
         missing.
     """
-    with shares.working(lease) as share, _manifest(tasks, todo):
+    with shares.working(lease, "--out") as share, _manifest(tasks, todo):
         progress = _Progress(tasks, todo, tell)
         work(share.of(todo), progress.show)
         share.await_others(progress.wait)
         absent = missing(tasks, todo) if share.count > 1 else []
         if absent:
             raise shares.unfinished(absent, len(tasks), "videos")
+
+
+def agree(tasks: VideoTasks) -> None:
+    """Checks that all processes of a job have read the same inputs.
+
+    Raises:
+      UserError: Prompts or weights differ.
+    """
+    if not processes.is_joined():
+        return
+    prompts = hashlib.sha256(tasks.negative.encode())
+    for number, script in enumerate(tasks.scripts.all):
+        about = [describe(script), tasks.seed(number)]
+        prompts.update(json.dumps(about, sort_keys=True).encode())
+    shares.agree(
+        {
+            "hash of the prompts": prompts.hexdigest(),
+            "hash of the weights": tasks.bundle.digest,
+        }
+    )
+
+
+def agree_on_missing(todo: Sequence[int]) -> None:
+    """Checks that all processes of a job find the same number of videos to make.
+
+    Raises:
+      UserError: They differ, because the processes see different folders.
+    """
+    shares.agree({"videos that --out, a folder of all hosts, lacks": len(todo)})
 
 
 def keep_manifest(tasks: VideoTasks, tell: Tell) -> None:

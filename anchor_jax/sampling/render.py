@@ -68,12 +68,14 @@ def sample(
         tell(f"note: {line}")
     with open_folder(out or resolved.out) as folder:
         tasks = VideoTasks(folder, scripts, resolved, bundle, negative)
+        batch.agree(tasks)
         for line in resolve.describe_choices(given, resolved, bundle.metadata):
             tell(line)
         todo, skipped = choose(tasks, overwrite)
         for warning in warnings(tasks, todo):
             tell(f"warning: {warning}")
         check_lengths(tasks, todo)
+        batch.agree_on_missing(todo)
         if todo:
             with own_folder(folder, tell) as lease:
                 # Another process may have made some videos in the meantime.

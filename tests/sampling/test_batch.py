@@ -1,6 +1,7 @@
 """Manifests, and the videos of a job of several processes, without making them."""
 
 import contextlib
+import dataclasses
 import json
 import threading
 
@@ -42,6 +43,7 @@ def as_process(monkeypatch):
         monkeypatch.setattr(processes, "hosts", lambda: ["alpha", "beta", "gamma"])
         monkeypatch.setattr(processes, "key", lambda: "key")
         monkeypatch.setattr(processes, "part", lambda seconds: None)
+        monkeypatch.setattr(shares, "check_shared", lambda *given: None)
         monkeypatch.setattr(shares, "_POLL", 0.01)
 
     return become
@@ -76,6 +78,27 @@ def start(tasks, index, count, todo, work=None):
     with ownership.own(tasks.folder, "job", own) as lease:
         work = work or making(tasks)
         batch.work_on(tasks, todo, lease, work, lambda line: None)
+
+
+def test_processes_agree_on_prompts_seeds_and_weights(tasks, monkeypatch):
+    facts = []
+    monkeypatch.setattr(shares, "agree", facts.append)
+    batch.agree(tasks)
+    assert not facts  # one process reads no million prompts twice
+    monkeypatch.setattr(processes, "is_joined", lambda: True)
+
+    batch.agree(tasks)
+    for changed in (("negative", "ugly"), ("scripts", shortened(tasks.scripts))):
+        with monkeypatch.context() as change:
+            change.setattr(tasks, *changed)
+            batch.agree(tasks)
+
+    assert facts[0]["hash of the weights"] == tasks.bundle.digest
+    assert len({one["hash of the prompts"] for one in facts}) == 3
+
+
+def shortened(scripts):
+    return dataclasses.replace(scripts, all=scripts.all[:-1])
 
 
 def test_one_process_lists_every_video(tasks):
