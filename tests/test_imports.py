@@ -18,7 +18,7 @@ LEVELS = [
     {"places"},
     {
         *("io", "text", "plugins", "trees", "extras", "devices", "axes"),
-        *("clusters", "parallel"),
+        *("clusters", "parallel", "tpu_hosts"),
     },
     {
         *("interrupts", "ownership", "filetypes", "compile_writes", "compile_times"),
