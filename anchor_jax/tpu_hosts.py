@@ -33,7 +33,7 @@ def separate(environ: MutableMapping[str, str], chips: int) -> None:
       chips: number of TPU chips of this host.
 
     Raises:
-      UserError: The arrangement of so many chips is not known.
+      UserError: The arrangement of this number of chips is not known.
     """
     if not chips or any(environ.get(name) for name in _GIVEN):
         return

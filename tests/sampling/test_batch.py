@@ -165,7 +165,7 @@ def test_old_videos_do_not_count_in_a_job_that_replaces_them(tasks, as_process):
             batch.work_on(tasks, todo, lease, making(tasks), told.append)
 
     assert told == ["1 of 5 videos are finished"]
-    # The next start goes on; one that replaces nothing has nothing to do.
+    # The next start resumes; one that replaces nothing has nothing to do.
     assert choose(tasks, True) == ([1, 3], [0, 2, 4])
     assert choose(tasks, False) == ([], [0, 1, 2, 3, 4])
     as_process(1, 2)
