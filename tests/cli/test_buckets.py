@@ -101,7 +101,8 @@ def test_a_run_in_a_bucket_resumes_and_is_sampled(store, cache, tmp_path, capsys
 def test_two_processes_train_in_a_bucket_and_resume(store, cache, tmp_path):
     bundles.save(tmp_path / "weights")
     for steps in (2, 4):
-        line = training(tmp_path / "weights", OUT, cache, f"--config.steps={steps}")
+        more = (f"--config.steps={steps}", "--config.sample_every=0")
+        line = training(tmp_path / "weights", OUT, cache, *more)
         port = running.free_port()
         started = [running.by_flags(line, port, number) for number in range(2)]
         statuses, outputs = running.ends(started)
