@@ -39,7 +39,7 @@ class CompileTimes:
           about: plain values that determine the programs.
           tell: called with one line.
         """
-        device = jax.devices()[0]
+        device = jax.local_devices()[0]
         key = _digest([about, jax.__version__, device.platform, device.device_kind])
         last = self.load().get(key)
         known = (

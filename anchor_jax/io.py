@@ -245,11 +245,16 @@ def _stop_writing(part: pathlib.Path, is_ours: bool) -> None:
             return
 
 
-def remove(part: pathlib.Path) -> None:
+def remove(part: Place) -> None:
     """Removes a file, or a folder with its content, if possible.
 
-    Tries again if a thread of a library still writes into the folder.
+    Tries again if a thread of a library still writes into the folder. It may be in
+    object storage.
     """
+    if places.is_remote(part):
+        with contextlib.suppress(UserError):
+            remote.remove(part)
+        return
     for seconds in (0, *_PAUSES):
         time.sleep(seconds)
         with contextlib.suppress(OSError):

@@ -36,6 +36,8 @@ from typing import Any
 
 from anchor_jax import io, places, remote
 from anchor_jax.errors import UserError
+from anchor_jax.pids import began as _began
+from anchor_jax.pids import where as _where
 
 BEAT, LEASE = 3.0, 30.0
 """Heartbeat interval, and seconds without a heartbeat after which an owner is dead."""
@@ -77,6 +79,10 @@ class Lease:
     def check(self) -> None:
         """Raises UserError if another job has taken the folder over."""
         self._hold.check()
+
+    def with_seats(self, *seats: str) -> "Lease":
+        """Returns another lease of the same job on the folder, with other seats."""
+        return own(self.folder, self._hold.claim.job, seats)
 
     @property
     def folder(self) -> pathlib.Path:
@@ -340,12 +346,17 @@ class _Hold:
 class _BucketHold(_Hold):
     """A folder of a bucket that this process owns."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        self._has_left, self._beating = False, threading.Lock()
+
     def beat(self) -> None:
         """Writes a heartbeat, beside the file that it must not bring back."""
         self.beats += 1
         # A bucket may be out of reach for a while.
-        with contextlib.suppress(Exception):
-            _beat_of(self.file).write_bytes(f"{self.beats:012d}".encode())
+        with self._beating, contextlib.suppress(Exception):
+            if not self._has_left:
+                _beat_of(self.file).write_bytes(f"{self.beats:012d}".encode())
 
     def _open(self) -> None:
         """Raises FileNotFoundError if the object of this process was removed."""
@@ -359,9 +370,14 @@ class _BucketHold(_Hold):
     def leave(self) -> None:
         if self.pid != os.getpid():
             return
+        self._has_left = True
+        # A heartbeat that is on its way would bring its object back.
+        is_idle = self._beating.acquire(timeout=BUCKET_BEAT)
         for path in (self.file, _beat_of(self.file)):
             with contextlib.suppress(Exception):
                 path.unlink(missing_ok=True)
+        if is_idle:
+            self._beating.release()
 
     def enter(self, living: Sequence[_Member]) -> bool:
         """Writes this process's object; withdraws it if a rival has one, too."""
@@ -550,30 +566,6 @@ def _about_this_process() -> dict[str, Any]:
 def _program() -> str:
     path = pathlib.Path(sys.argv[0])
     return path.parent.name if path.name == "__main__.py" else path.name
-
-
-def _where() -> list[str] | None:
-    """Returns an identifier of this machine, boot and container, or None.
-
-    Process ids are unique only within one boot and one container.
-    """
-    try:
-        if os.readlink("/proc/self") != str(os.getpid()):
-            return None  # /proc shows the processes of another container.
-        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text("ascii")
-        return [boot.strip(), os.readlink("/proc/self/ns/pid"), socket.gethostname()]
-    except (OSError, ValueError):
-        return None
-
-
-def _began(pid: int) -> str | None:
-    """Returns a process's start time in ticks, or "ended" for a zombie."""
-    try:
-        status = pathlib.Path(f"/proc/{pid}/stat").read_text("utf-8", "replace")
-        state, *numbers = status.rpartition(")")[2].split()
-        return "ended" if state in "ZX" else numbers[18]
-    except (OSError, ValueError, IndexError):
-        return None
 
 
 def _short(value: Any) -> str:

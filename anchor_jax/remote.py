@@ -160,6 +160,20 @@ def download(path: Any, place: pathlib.Path) -> None:
         _objects().get_file(str(path), str(place))
 
 
+def remove(path: Any) -> None:
+    """Removes an object, or all objects below a name, if there are any.
+
+    Raises:
+      UserError: The bucket cannot be reached.
+    """
+    if is_folder(path):
+        with explained(path):
+            path.rmtree(missing_ok=True)
+        return
+    with explained(path):
+        path.unlink(missing_ok=True)
+
+
 def rename_folder(folder: Any, target: Any) -> None:
     """Moves all objects below a name, one by one; those of `target` are removed.
 

@@ -1,6 +1,6 @@
 """Shares of a large job: processes that write into one folder, each without the others.
 
-    with shares.working(lease) as share:     # all processes of the job, at the start
+    with shares.working(lease, "--out") as share:     # all processes, at the start
         for number in share.of(numbers): ...
         share.await_others(tell_progress)
 
@@ -11,19 +11,72 @@ folder. For one process there is nothing to wait for.
 
 import contextlib
 import pathlib
+import secrets
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
-from anchor_jax import interrupts, io, ownership, processes
-from anchor_jax.errors import some
+from anchor_jax import interrupts, io, ownership, places, processes
+from anchor_jax.errors import UserError, some
 
 START = 3600.0
 """Seconds that a process may take to load and check its inputs after the first one."""
 
 _POLL = 1.0  # seconds
+_SEEN_BY = 15.0  # seconds until a new file is seen on a shared disk
 _STOP = ".stop-"
+_WAITS = "waits-"  # start of the seat of a process that has done its share
+
+
+def check_shared(
+    folder: io.Place, name: str, seconds: float = processes.PATIENCE
+) -> None:
+    """Checks that all processes of a job see the same folder.
+
+    Args:
+      folder: the folder, which exists.
+      name: the flag or field that gives it, for the message.
+      seconds: time to wait for the others.
+
+    Raises:
+      UserError: A process sees another folder of that name, on a disk of its own.
+      processes.Missing: Another process did not come.
+    """
+    if processes.count() == 1:
+        return
+    file = folder / processes.share(f".shared-{secrets.token_hex(6)}", seconds)
+    if processes.is_first():
+        io.write_text(file, "")
+    processes.barrier(file.name)
+    deadline = time.monotonic() + _SEEN_BY
+    while not places.exists(file) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    seen = processes.gather(places.exists(file))
+    if processes.is_first():
+        io.remove(file)
+    blind = [processes.name(one) for one, sees in enumerate(seen) if not sees]
+    if blind:
+        raise UserError(
+            f"{name}={str(folder)!r}: {', '.join(some(blind))} cannot see the files"
+            " that process 0 writes there; choose a folder on a disk that all hosts"
+            " share"
+        )
+
+
+def agree(facts: Mapping[str, Any]) -> None:
+    """Checks that all processes have read the same inputs.
+
+    Args:
+      facts: JSON values by name, such as hashes of files.
+
+    Raises:
+      UserError: Values differ; each is named with the processes that have it.
+      processes.Missing: Another process did not come.
+    """
+    processes.barrier("the others have not read their inputs", START)
+    processes.agree(facts)
 
 
 class Unfinished(Exception):
@@ -44,28 +97,45 @@ class Share:
         if processes.is_joined():
             self.index, self.count = processes.index(), processes.count()
         self._lease, self._others = lease, lease.others
+        self._rest: ownership.Lease | None = None
 
     def of(self, numbers: Sequence[int]) -> list[int]:
         """Returns the numbers of items that this process does."""
         return [one for one in numbers if one % self.count == self.index]
 
     def await_others(self, tick: Callable[[int], None]) -> None:
-        """Leaves the folder, and waits until all others have left it or are lost.
+        """Ends this process's work, and waits until all others work no more.
+
+        The folder stays this job's until `leave`. A process that waits is not awaited.
 
         Args:
           tick: called about once a second with the number of the others.
+
+        Raises:
+          UserError: Another job has taken the folder over.
         """
         if self.count == 1:
             return
+        self._rest = self._lease.with_seats(f"{_WAITS}{self.index}")
         self._lease.release()
-        while living := self._others.living():
+        while living := self._working():
             tick(len(living))
             # Each reads the files of all others.
             _pause(max(_POLL, len(living) / 16))
 
     def is_last(self) -> bool:
         """Returns whether no other process works in the folder."""
-        return self.count == 1 or not self._others.living()
+        return self.count == 1 or not self._working()
+
+    def leave(self) -> None:
+        """Gives the folder up, after what is written at the end."""
+        if self._rest is not None:
+            self._rest.release()
+
+    def _working(self) -> list[str]:
+        """Returns the seats of the others that live and still do their share."""
+        living = self._others.living()
+        return [one for one in living if not one.startswith(_WAITS)]
 
 
 def _pause(seconds: float) -> None:
@@ -76,16 +146,22 @@ def _pause(seconds: float) -> None:
 
 
 @contextlib.contextmanager
-def working(lease: ownership.Lease) -> Iterator[Share]:
+def working(lease: ownership.Lease, name: str) -> Iterator[Share]:
     """Yields this process's share when all processes are ready to start.
 
+    Args:
+      lease: this process's place in the job's folder.
+      name: the flag or field that gives the folder, for messages.
+
     Raises:
+      UserError: A process sees another folder, on a disk of its own.
       processes.Missing: Another process did not come.
     """
     share = Share(lease)
     if share.count == 1:
         yield share
         return
+    check_shared(lease.folder, name, START)
     for old in lease.folder.glob(f"{_STOP}*"):
         io.remove(old)
     processes.part(START)
@@ -95,6 +171,7 @@ def working(lease: ownership.Lease) -> Iterator[Share]:
         finally:
             if share.is_last():
                 io.remove(lease.folder / f"{_STOP}{processes.key()}")
+            share.leave()
 
 
 @contextlib.contextmanager

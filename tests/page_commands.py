@@ -91,6 +91,7 @@ _LONG = (
     " -- train --config=train_streaming --config.weights={0}/anchor"
     " --config.teacher={0}/wan14b --config.critic={0}/wan --config.out={1}/long"
 ).format
+_PROMPTS = " --config.data.path=gs://bucket/prompts.txt --config.data.cache=/tmp/data"
 _DMD = " -- train --config=train_dmd --config.weights={}/wan --config.out={}/dmd".format
 
 ELSEWHERE |= {
@@ -100,16 +101,18 @@ ELSEWHERE |= {
         "gke cluster --name=long --cluster=mine --topology=v5p:4x4x4"
         " --project=my-project --zone=us-east5-a --reservation=my-reservation",
         f"gke run{_V5P} --image={_IMAGE}:tpu --service_account=trainer"
-        + _LONG("gs://bucket", "gs://bucket"),
+        + _LONG("gs://bucket", "gs://bucket")
+        + _PROMPTS,
         f"gke run --name=long --topology=h100:7x8 --image={_IMAGE}:gpu"
         " --claim=shared:/mnt/shared" + _DMD("/mnt/shared", "/mnt/shared"),
         "gke logs --name=long",
         "gke stop --name=long",
         f"gke xpk --name=long --cluster=mine --topology=v6e:8x8 --image={_IMAGE}:tpu"
-        + _DMD("gs://bucket", "gs://bucket"),
+        + _DMD("gs://bucket", "gs://bucket")
+        + _PROMPTS,
         f"tpu create{_ZONE} --topology=v5p:4x4x4 --spot",
         f"tpu setup{_ZONE}",
-        f"tpu run{_ZONE}" + _DMD("gs://bucket", "gs://bucket"),
+        f"tpu run{_ZONE}" + _DMD("gs://bucket", "gs://bucket") + _PROMPTS,
         f"tpu logs{_ZONE}",
         f"tpu stop{_ZONE}",
         f"tpu delete{_ZONE}",

@@ -124,6 +124,17 @@ def test_files_are_written_whole_or_not_at_all(store):
         io.read_json(path.with_name("b.json"))
 
 
+def test_objects_and_folders_are_removed(store):
+    for name in ("runs/a", "runs/b/c", "runs/b/d", "runs/ab"):
+        store.write(name, b"", {})
+    for name in ("a", "b", "none"):
+        io.remove(io.place(f"{ROOT}/runs/{name}"))
+    assert store.objects.keys() == {"runs/ab"}
+
+    store.forbids = True
+    io.remove(io.place(f"{ROOT}/runs/ab"))  # as on a disk, only if possible
+
+
 def test_what_another_program_made_meanwhile_is_kept(store):
     path = io.place(f"{ROOT}/a.txt")
     with (
@@ -454,6 +465,17 @@ def test_a_heartbeat_does_not_bring_a_member_back(store):
         hold.check()
     store.forbids = True
     hold.check()  # out of reach is not an answer
+
+
+def test_a_late_heartbeat_leaves_nothing_behind(store):
+    place = io.place(f"{ROOT}/run/.owner")
+    hold = ownership._BucketHold(ownership._Claim(place, place.parent))
+    assert hold.enter([])
+
+    hold.leave()
+    hold.beat()
+
+    assert not store.objects
 
 
 def test_processes_of_one_job_share_a_bucket(store):

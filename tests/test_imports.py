@@ -13,12 +13,12 @@ from anchor_jax.training.stages.registry import STAGES
 PACKAGE = pathlib.Path(anchor_jax.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = [
-    {"errors", "deprecation"},
+    {"errors", "deprecation", "pids"},
     {"remote"},
     {"places"},
     {
         *("io", "text", "plugins", "trees", "extras", "devices", "axes"),
-        *("clusters", "parallel"),
+        *("clusters", "parallel", "tpu_hosts"),
     },
     {
         *("interrupts", "ownership", "filetypes", "compile_writes", "compile_times"),

@@ -5,10 +5,14 @@ import time
 
 import pytest
 
-from anchor_jax import interrupts, ownership, processes, shares
+from anchor_jax import interrupts, io, ownership, processes, shares
 from anchor_jax.errors import UserError
 
 JOB = "job"
+
+
+def working(lease):
+    return shares.working(lease, "--out")
 
 
 @pytest.fixture
@@ -21,6 +25,7 @@ def as_process(monkeypatch):
         monkeypatch.setattr(processes, "count", lambda: count)
         monkeypatch.setattr(processes, "key", lambda: "key")
         monkeypatch.setattr(processes, "part", lambda seconds: None)
+        monkeypatch.setattr(processes, "share", lambda value, seconds: value)
         monkeypatch.setattr(shares, "_POLL", 0.01)
 
     return become
@@ -41,7 +46,7 @@ def test_each_item_belongs_to_one_process(as_process, tmp_path, count):
 
 
 def test_one_process_waits_for_nothing(tmp_path):
-    with ownership.own(tmp_path) as lease, shares.working(lease) as share:
+    with ownership.own(tmp_path) as lease, working(lease) as share:
         assert share.of(range(3)) == [0, 1, 2]
         share.await_others(lambda others: pytest.fail("waits"))
         assert (tmp_path / ".owner").exists()
@@ -57,11 +62,34 @@ def test_a_process_waits_until_the_others_have_left(as_process, tmp_path):
         if len(seen) % 3 == 0:
             others.pop().release()
 
-    with ownership.own(tmp_path, JOB, ("0",)) as lease, shares.working(lease) as share:
+    with (
+        ownership.own(tmp_path, JOB, ("0",)) as lease,
+        working(lease) as share,
+    ):
         share.await_others(tick)
 
     assert seen == [2, 2, 2, 1, 1, 1]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_is_taken_until_what_is_written_at_the_end(as_process, tmp_path):
+    as_process(0, 2)
+    other = ownership.own(tmp_path, JOB, ("1",))
+    waits = other.with_seats("waits-1")
+    other.release()
+
+    with (
+        ownership.own(tmp_path, JOB, ("0",)) as lease,
+        working(lease) as share,
+    ):
+        share.await_others(lambda others: pytest.fail("awaits one that waits"))
+        waits.release()
+        with pytest.raises(UserError, match="in use by"):
+            ownership.own(tmp_path, "another")
+        io.write_text(tmp_path / "manifest", "")
+
+    ownership.own(tmp_path, "another").release()
+    assert [one.name for one in tmp_path.iterdir()] == ["manifest"]
 
 
 def test_a_process_without_a_heartbeat_is_not_awaited(
@@ -72,7 +100,10 @@ def test_a_process_without_a_heartbeat_is_not_awaited(
     monkeypatch.setattr(ownership._Hold, "beat", lambda hold: None)
     hung = ownership.own(tmp_path, JOB, ("1",))
     began, seen = time.monotonic(), []
-    with ownership.own(tmp_path, JOB, ("0",)) as lease, shares.working(lease) as share:
+    with (
+        ownership.own(tmp_path, JOB, ("0",)) as lease,
+        working(lease) as share,
+    ):
         share.await_others(seen.append)
 
     assert set(seen) == {1} and 0.2 < time.monotonic() - began < 20
@@ -96,7 +127,7 @@ def test_a_request_reaches_the_other_processes(as_process, tmp_path):
         interrupts.listening(),
         ownership.own(tmp_path, JOB, ("1",)),
         ownership.own(tmp_path, JOB, ("0",)) as lease,
-        shares.working(lease),
+        working(lease),
     ):
         assert not file.exists()
         for call in interrupts.on_request:
@@ -112,7 +143,7 @@ def test_a_request_of_an_earlier_start_is_forgotten(as_process, tmp_path):
     as_process(0, 2)
     (tmp_path / ".stop-old").write_text("15")
     (tmp_path / ".stop-key").write_text("15")
-    with ownership.own(tmp_path, JOB, ("0",)) as lease, shares.working(lease):
+    with ownership.own(tmp_path, JOB, ("0",)) as lease, working(lease):
         time.sleep(0.1)
         assert not interrupts.stop_requested()
         assert [one.name for one in tmp_path.iterdir()] == [".owner"]

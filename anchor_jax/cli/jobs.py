@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from anchor_jax import clusters, interrupts, processes, supervisor
+from anchor_jax import clusters, interrupts, processes, supervisor, tpu_hosts
 from anchor_jax.cli.output import to_stderr
 from anchor_jax.errors import some
 
@@ -91,15 +91,15 @@ def join(command: str) -> None:
     Raises:
       UserError: The processes cannot meet, or were started differently.
     """
-    from absl import flags
-
     from anchor_jax import devices
 
-    given = {name: flags.FLAGS[name].value for name in clusters.VARIABLES}
-    place = clusters.find(given, tell=to_stderr)
+    is_apart = command in _APART
+    place = clusters.find(_flags_of_place(), tell=to_stderr)
     if place is not None and place.count > 1:
         supervisor.tell(index=place.index, joining=processes.why_alone(place))
-    processes.join(place, to_stderr, is_apart=command in _APART)
+        if is_apart:
+            tpu_hosts.separate(os.environ, tpu_hosts.chips_of_host())
+    processes.join(place, to_stderr, is_apart=is_apart)
     if place is None or place.count == 1:
         supervisor.release()
         return
@@ -111,6 +111,8 @@ def join(command: str) -> None:
     )
     processes.agree({"command": command, **_given(), **processes.versions()})
     devices.check()
+    if is_apart:
+        tpu_hosts.check()
     processes.agree(processes.devices())
     if processes.is_first():
         hosts = ", ".join(some([*dict.fromkeys(processes.hosts())]))
@@ -118,6 +120,13 @@ def join(command: str) -> None:
     else:
         interrupts.be_quiet()
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def _flags_of_place() -> dict[str, Any]:
+    """Returns the values of the flags that `define_flags` defines."""
+    from absl import flags
+
+    return {name: flags.FLAGS[name].value for name in clusters.VARIABLES}
 
 
 def _report_thread(failed) -> None:

@@ -66,7 +66,7 @@ def main(argv) -> None:
     del argv
     jobs.join("score")
     compile_cache.enable()
-    from anchor_jax import io, processes
+    from anchor_jax import io, processes, shares
     from anchor_jax.cache.catalog import TEACHER
     from anchor_jax.evaluation import registry
     from anchor_jax.evaluation.protocol import TrialSizes
@@ -78,6 +78,7 @@ def main(argv) -> None:
     trial, metrics = registry.TRIALS[FLAGS.trial], registry.Collector(FLAGS.metrics)
     given = read_config(FLAGS.config)
     model = load_weights(given)
+    shares.agree({"hash of the weights": model.digest})
     config = resolve(given, model.metadata)
     is_clip = config.policy == TEACHER
     if is_clip and not trial.takes_clips:

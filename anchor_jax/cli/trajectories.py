@@ -1,8 +1,10 @@
 """`anchor-jax trajectories`: writes a teacher's ODE trajectories."""
 
+import os
+
 from absl import flags
 
-from anchor_jax import processes
+from anchor_jax import processes, tpu_hosts
 from anchor_jax.cli import jobs
 from anchor_jax.cli.output import to_stderr
 from anchor_jax.config import define_config_flag
@@ -55,6 +57,8 @@ def main(argv) -> None:
     if FLAGS.process is None:
         jobs.join("trajectories")
         _check_count()
+    else:
+        tpu_hosts.separate(os.environ, tpu_hosts.chips_of_host())
     compile_cache.enable()
     from anchor_jax.training import ode, reports
     from anchor_jax.weights.load import load_bundle

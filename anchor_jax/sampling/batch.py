@@ -1,14 +1,18 @@
 """Divides the videos of a command among the processes of a job, and lists them."""
 
 import contextlib
+import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from anchor_jax import ownership, processes, shares
 from anchor_jax.errors import UserError
-from anchor_jax.sampling.manifest import MADE_BY, Manifest
-from anchor_jax.sampling.tasks import VideoTasks, missing, own_folder
+from anchor_jax.sampling import overwriting
+from anchor_jax.sampling.manifest import Manifest
+from anchor_jax.sampling.tasks import MADE_BY, Targets, VideoTasks, own_folder
+from anchor_jax.streaming.recipe import describe
 
 _QUIET = 10.0  # least seconds between two lines about the others
 _SHARE = 20  # a line may take this fraction of the time
@@ -37,13 +41,47 @@ def work_on(
       shares.Unfinished: Another process was lost or has failed, and its videos are
         missing.
     """
-    with shares.working(lease) as share, _manifest(tasks, todo):
-        progress = _Progress(tasks, todo, tell)
+    targets = Targets(tasks, todo)
+    with (
+        shares.working(lease, "--out") as share,
+        _manifest(tasks, targets, todo),
+    ):
+        progress = _Progress(len(tasks), targets, tell)
         work(share.of(todo), progress.show)
         share.await_others(progress.wait)
-        absent = missing(tasks, todo) if share.count > 1 else []
+        absent = targets.missing() if share.count > 1 else []
         if absent:
             raise shares.unfinished(absent, len(tasks), "videos")
+        overwriting.finish(tasks.folder)
+
+
+def agree(tasks: VideoTasks) -> None:
+    """Checks that all processes of a job have read the same inputs.
+
+    Raises:
+      UserError: Prompts or weights differ.
+    """
+    if not processes.is_joined():
+        return
+    prompts = hashlib.sha256(tasks.negative.encode())
+    for number, script in enumerate(tasks.scripts.all):
+        about = [describe(script), tasks.seed(number)]
+        prompts.update(json.dumps(about, sort_keys=True).encode())
+    shares.agree(
+        {
+            "hash of the prompts": prompts.hexdigest(),
+            "hash of the weights": tasks.bundle.digest,
+        }
+    )
+
+
+def agree_on_missing(todo: Sequence[int]) -> None:
+    """Checks that all processes of a job find the same number of videos to make.
+
+    Raises:
+      UserError: They differ, because the processes see different folders.
+    """
+    shares.agree({"videos that --out, a folder of all hosts, lacks": len(todo)})
 
 
 def keep_manifest(tasks: VideoTasks, tell: Tell) -> None:
@@ -69,7 +107,8 @@ def made_by() -> dict[str, Any]:
         return {}
     number = processes.index()
     host = processes.hosts()[number]
-    return {MADE_BY: {"process": number, "processes": processes.count(), "host": host}}
+    place = {"process": number, "processes": processes.count(), "host": host}
+    return {MADE_BY: place | {overwriting.START: processes.key()}}
 
 
 def has_manifest(tasks: VideoTasks) -> bool:
@@ -78,7 +117,9 @@ def has_manifest(tasks: VideoTasks) -> bool:
 
 
 @contextlib.contextmanager
-def _manifest(tasks: VideoTasks, todo: Sequence[int]) -> Iterator[None]:
+def _manifest(
+    tasks: VideoTasks, targets: Targets, todo: Sequence[int]
+) -> Iterator[None]:
     """Writes the manifest before and after the work, also if that fails.
 
     The first process does it, and others if the first has not done its share.
@@ -98,7 +139,7 @@ def _manifest(tasks: VideoTasks, todo: Sequence[int]) -> Iterator[None]:
     try:
         yield
     except shares.Unfinished:
-        if any(number % processes.count() == 0 for number in missing(tasks, todo)):
+        if any(number % processes.count() == 0 for number in targets.missing()):
             Manifest(tasks).write()
         raise
 
@@ -106,8 +147,8 @@ def _manifest(tasks: VideoTasks, todo: Sequence[int]) -> Iterator[None]:
 class _Progress:
     """Lines about the progress of all processes of a job."""
 
-    def __init__(self, tasks: VideoTasks, todo: Sequence[int], tell: Tell):
-        self._tasks, self._todo, self._tell = tasks, todo, tell
+    def __init__(self, total: int, targets: Targets, tell: Tell):
+        self._total, self._targets, self._tell = total, targets, tell
         self._next, self._last = 0.0, ""
 
     def show(self) -> None:
@@ -123,9 +164,8 @@ class _Progress:
         began = time.monotonic()
         if processes.count() == 1 or not processes.is_printing() or began < self._next:
             return
-        total = len(self._tasks)
-        finished = total - len(missing(self._tasks, self._todo))
-        line = f"{finished} of {total} videos are finished{end}"
+        finished = self._total - len(self._targets.missing())
+        line = f"{finished} of {self._total} videos are finished{end}"
         if line != self._last:
             self._tell(line)
         now = time.monotonic()

@@ -13,12 +13,17 @@ from typing import Any
 
 from anchor_jax import io
 from anchor_jax.errors import UserError
-from anchor_jax.sampling.tasks import VideoTask, VideoTasks, file_names, missing
+from anchor_jax.sampling import overwriting
+from anchor_jax.sampling.tasks import (
+    MADE_BY,
+    VideoTask,
+    VideoTasks,
+    file_names,
+    missing,
+)
 
 NAME = "manifest.jsonl"
 FINISHED, MISSING = "finished", "missing"
-MADE_BY = "made_by"
-"""Entry of a recipe: the process of a job that made the video."""
 
 
 class Manifest:
@@ -84,6 +89,7 @@ def _read(task: VideoTask) -> dict[str, Any] | None:
     if recipe.get("request") != task.request:
         return None
     blocks = "\n".join(map(str, recipe.get("blocks", ())))
-    made_by = recipe.get(MADE_BY, {"process": 0, "processes": 1})
+    made_by = {**recipe.get(MADE_BY, {"process": 0, "processes": 1})}
+    made_by.pop(overwriting.START, None)
     digest = hashlib.sha256(blocks.encode()).hexdigest()
     return {"digest": digest, MADE_BY: made_by}

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from anchor_jax import interrupts, io, media, processes, trees
 from anchor_jax.compile_times import CompileTimes
-from anchor_jax.sampling import batch, resolve
+from anchor_jax.sampling import batch, overwriting, resolve
 from anchor_jax.sampling.config import negative_prompt, read_config
 from anchor_jax.sampling.manifest import NAME
 from anchor_jax.sampling.tasks import (
@@ -68,16 +68,20 @@ def sample(
         tell(f"note: {line}")
     with open_folder(out or resolved.out) as folder:
         tasks = VideoTasks(folder, scripts, resolved, bundle, negative)
+        batch.agree(tasks)
         for line in resolve.describe_choices(given, resolved, bundle.metadata):
             tell(line)
         todo, skipped = choose(tasks, overwrite)
         for warning in warnings(tasks, todo):
             tell(f"warning: {warning}")
         check_lengths(tasks, todo)
+        batch.agree_on_missing(todo)
         if todo:
             with own_folder(folder, tell) as lease:
                 # Another process may have made some videos in the meantime.
                 todo, skipped = choose(tasks, overwrite)
+                if overwrite:
+                    overwriting.begin(folder)
                 kept = f"; compiled programs are cached in {cache}" if cache else ""
                 tell(f"preparing the model{kept}")
                 times = CompileTimes(cache)

@@ -12,13 +12,16 @@ from anchor_jax import io, ownership, processes, shares
 from anchor_jax.errors import UserError, changes
 from anchor_jax.prompt_files import watched
 from anchor_jax.prompts import Script, Scripts
-from anchor_jax.sampling import resolve
+from anchor_jax.sampling import overwriting, resolve
 from anchor_jax.sampling.config import SampleConfig
 from anchor_jax.streaming.recipe import describe
 from anchor_jax.streaming.session import Session
 from anchor_jax.streaming.types import StreamSetup
 from anchor_jax.wan.tokenizer import listed, report_cuts
 from anchor_jax.weights.bundle import Bundle
+
+MADE_BY = "made_by"
+"""Entry of a recipe: the process of a job that made the video."""
 
 _SUFFIXES = (".png", ".json", ".mp4")
 _CHANGES_SHOWN = 3  # fields in which a recipe differs
@@ -181,10 +184,14 @@ def own_folder(folder: pathlib.Path, tell: Callable[[str], None]) -> ownership.L
 def choose(tasks: VideoTasks, overwrite: bool) -> tuple[list[int], list[int]]:
     """Returns the numbers of the tasks to run, and of those that are finished.
 
+    With `overwrite`, only those are finished that an earlier start of the same job of
+    several processes has replaced.
+
     Raises:
       UserError: A task would replace a folder, or files that another recipe made.
     """
     present = set(os.listdir(tasks.folder)) if tasks.folder.is_dir() else set()
+    starts = overwriting.earlier_starts(tasks.folder) if overwrite else ()
     todo, done, foreign = [], [], []
     for number in range(len(tasks)):
         names = file_names(number)
@@ -194,9 +201,12 @@ def choose(tasks: VideoTasks, overwrite: bool) -> tuple[list[int], list[int]]:
         files = [tasks.folder / name for name in names if name in present]
         _check_no_folder(files)
         task = tasks[number]
-        stored = _stored_request(task, overwrite)
+        recipe = _stored_recipe(task, overwrite)
+        stored = recipe.get("request")
         same = stored == task.request
-        if same and len(files) == len(names) and not overwrite:
+        made_by = recipe.get(MADE_BY)
+        is_ours = isinstance(made_by, dict) and made_by.get(overwriting.START) in starts
+        if same and len(files) == len(names) and (is_ours or not overwrite):
             done.append(number)
             continue
         todo.append(number)
@@ -216,6 +226,36 @@ def missing(tasks: VideoTasks, numbers: Sequence[int]) -> list[int]:
     """Returns the numbers of the videos that do not have all their files."""
     present = set(os.listdir(tasks.folder)) if tasks.folder.is_dir() else set()
     return [one for one in numbers if not present.issuperset(file_names(one))]
+
+
+class Targets:
+    """The videos that a job makes, and the files that they replace."""
+
+    def __init__(self, tasks: VideoTasks, numbers: Sequence[int]):
+        """Notes the existing files. Call it before any process makes a video."""
+        self._tasks, self._numbers = tasks, numbers
+        found = {number: self._state(number) for number in numbers}
+        self._old = {number: state for number, state in found.items() if state}
+
+    def missing(self) -> list[int]:
+        """Returns the numbers of the videos that the job has not made yet."""
+        absent = set(missing(self._tasks, self._numbers))
+        old = {one for one, state in self._old.items() if self._state(one) == state}
+        return [one for one in self._numbers if one in absent or one in old]
+
+    def _state(self, number: int) -> tuple[int, int] | None:
+        """Returns what differs when another file takes the place of a sheet.
+
+        A video's sheet is replaced last. On a network file system, unlike stat, opening
+        a file asks the server.
+        """
+        sheet = self._tasks.folder / file_names(number)[0]
+        try:
+            with sheet.open("rb") as file:
+                found = os.fstat(file.fileno())
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns
 
 
 def _describe_foreign(
@@ -251,20 +291,20 @@ def _check_no_folder(files: Sequence[pathlib.Path]) -> None:
             )
 
 
-def _stored_request(task: VideoTask, overwrite: bool) -> dict | None:
-    """Returns the request in an existing recipe, or None.
+def _stored_recipe(task: VideoTask, overwrite: bool) -> dict:
+    """Returns an existing recipe, or {}.
 
     Raises:
       UserError: The recipe is damaged, and --overwrite was not given.
     """
     remedy = "choose another --out, or replace the video with --overwrite"
     try:
-        return io.read_json(task.file(".json"), remedy=remedy).get("request")
+        return io.read_json(task.file(".json"), remedy=remedy)
     except FileNotFoundError:
-        return None
+        return {}
     except UserError:
         if overwrite:
-            return None
+            return {}
         raise
 
 

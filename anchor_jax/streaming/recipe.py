@@ -148,7 +148,7 @@ def describe(value: Any) -> Any:
 
 def fingerprint(bundle: Bundle) -> dict[str, str]:
     """Returns the factors besides the recipe that determine a video's bits."""
-    config, device = jax.config, jax.devices()[0]
+    config, device = jax.config, jax.local_devices()[0]
     return {
         "anchor_jax": f"{anchor_jax.__version__} {_source()}",
         "jax": jax.__version__,

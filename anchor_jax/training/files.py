@@ -4,13 +4,12 @@ All files are checked before anything else is done with the folder.
 """
 
 import json
-import secrets
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from anchor_jax import io, ownership, places, processes
-from anchor_jax.errors import UserError, shown, some
+from anchor_jax import io, ownership, places, shares
+from anchor_jax.errors import UserError, shown
 from anchor_jax.io import read_json
 
 CONFIG, INPUTS = "config.json", "inputs.json"
@@ -33,7 +32,6 @@ _LOG_REMEDY = (
 )
 _OF_STEPS = ("_CHECKPOINT_METADATA", METRICS)
 _MOST_NUMBER = 2**63
-_SEEN_BY = 15.0  # seconds until a new file is seen on a shared disk
 
 
 def make_folder(path: str) -> io.Place:
@@ -61,25 +59,7 @@ def check_shared(folder: io.Place) -> None:
     Raises:
       UserError: A process sees another folder of that name, on a disk of its own.
     """
-    if processes.count() == 1:
-        return
-    name = processes.share(f".shared-{secrets.token_hex(6)}")
-    if processes.is_first():
-        io.write_text(folder / name, "")
-    processes.barrier(name)
-    deadline = time.monotonic() + _SEEN_BY
-    while not places.exists(folder / name) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    seen = processes.gather(places.exists(folder / name))
-    if processes.is_first():
-        io.remove(folder / name)
-    blind = [processes.name(one) for one, sees in enumerate(seen) if not sees]
-    if blind:
-        raise UserError(
-            f"config.out={str(folder)!r}: {', '.join(some(blind))} cannot see the files"
-            " that process 0 writes there; choose a folder on a disk that all hosts"
-            " share"
-        )
+    shares.check_shared(folder, "config.out")
 
 
 def check(folder: io.Place) -> None:

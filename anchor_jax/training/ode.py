@@ -167,10 +167,11 @@ def write(
     grid, channels = bundle.grid, bundle.model.latent_channels
     shape = (STORED + 1, config.frames, grid.height, grid.width, channels)
     inputs = _inputs(config, bundle, setup)
+    shares.agree({f"config.{name}": value for name, value in inputs.items()})
     writer = TrajectoryWriter(folder, process, processes, shape, inputs=inputs)
     with contextlib.closing(writer):
         texts = sources.open_texts(config.data, folder)
-        with shares.working(writer.lease) as share:
+        with shares.working(writer.lease, "config.out") as share:
             written, missing = _write(
                 config, bundle, setup, writer, texts, (process, processes)
             )

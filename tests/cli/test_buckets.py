@@ -4,6 +4,7 @@ import bundles
 import chex
 import fake_gcs
 import pytest
+import running
 
 from anchor_jax import io
 from anchor_jax.cli.main import main
@@ -31,27 +32,29 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-def train(weights, out, cache, *more):
-    return main(
-        [
-            "train",
-            "--config=train_teacher",
-            f"--config.weights={weights}",
-            f"--config.out={out}",
-            f"--config.data.cache={cache}",
-            "--config.steps=4",
-            "--config.save_every=2",
-            "--config.batch=4",
-            "--config.regression.blocks=1",
-            "--config.data.size=8",
-            "--config.log_every=1",
-            "--config.sample_every=4",
-            "--config.samples.num=1",
-            "--config.samples.steps=1",
-            "--config.optimizer.decay=0",
-            *more,
-        ]
-    )
+def training(weights, out, cache, *more):
+    return [
+        "train",
+        "--config=train_teacher",
+        f"--config.weights={weights}",
+        f"--config.out={out}",
+        f"--config.data.cache={cache}",
+        "--config.steps=4",
+        "--config.save_every=2",
+        "--config.batch=4",
+        "--config.regression.blocks=1",
+        "--config.data.size=8",
+        "--config.log_every=1",
+        "--config.sample_every=4",
+        "--config.samples.num=1",
+        "--config.samples.steps=1",
+        "--config.optimizer.decay=0",
+        *more,
+    ]
+
+
+def train(*arguments):
+    return main(training(*arguments))
 
 
 def put(store, folder, name):
@@ -92,3 +95,22 @@ def test_a_run_in_a_bucket_resumes_and_is_sampled(store, cache, tmp_path, capsys
     arguments = ["sample", "--config=interactive", f"--config.weights={OUT}/4"]
     assert main([*arguments, "--config.prompt=a red ring[1s]", f"--out={made}"]) == 0
     assert any(path.suffix == ".mp4" for path in made.rglob("*"))
+
+
+@pytest.mark.slow
+def test_two_processes_train_in_a_bucket_and_resume(store, cache, tmp_path):
+    bundles.save(tmp_path / "weights")
+    for steps in (2, 4):
+        more = (f"--config.steps={steps}", "--config.sample_every=0")
+        line = training(tmp_path / "weights", OUT, cache, *more)
+        port = running.free_port()
+        started = [running.by_flags(line, port, number) for number in range(2)]
+        statuses, outputs = running.ends(started)
+        assert statuses == [0, 0], "\n".join(outputs)
+        assert ("Resuming at step 2" in outputs[0]) is (steps == 4)
+
+    assert checkpoint.steps(OUT) == (2, 4)
+    assert [line["step"] for line in files.read_log(io.place(OUT))] == [1, 2, 3, 4]
+    left = [one for one in below(store, "runs/teacher") if one.startswith(".")]
+    assert left == []
+    assert load_bundle(OUT).digest != load_bundle(str(tmp_path / "weights")).digest

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import running
 
@@ -9,6 +10,7 @@ from anchor_jax import processes
 from anchor_jax.cli import score
 from anchor_jax.cli.main import main
 from anchor_jax.evaluation.protocol import Division
+from anchor_jax.training.data.trajectories import Trajectories
 
 pytestmark = pytest.mark.usefixtures("optimized_compilation")
 
@@ -99,3 +101,55 @@ def test_one_process_scores_every_batch():
 
     assert isinstance(division, Division) and all(map(division.has, range(3)))
     assert division.join([1, 2]) == [1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("second", "expected"),
+    [
+        ("a blue ring[3f]", "hash of the prompts: process 1"),
+        ("a red ring[3f]", "cannot see the files that process 0 writes"),
+    ],
+)
+def test_hosts_with_files_of_their_own_are_refused(weights, tmp_path, second, expected):
+    line = sampling(weights, "~/p.txt", "~/out")
+    line += [f"--coordinator=127.0.0.1:{running.free_port()}", "--num_processes=2"]
+    started = []
+    for number, prompts in enumerate(("a red ring[3f]", second)):
+        home = tmp_path / str(number)
+        home.mkdir()
+        (home / "p.txt").write_text(prompts)
+        own = f"--process_id={number}"
+        started.append(running.start([*line, own], HOME=str(home)))
+
+    statuses, outputs = running.ends(started)
+
+    assert statuses == [2, 2], outputs
+    assert expected in outputs[0]
+    assert not [*tmp_path.rglob("*.mp4")]
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_trajectories_of_one(weights, tmp_path):
+    def line(out):
+        return [
+            *("trajectories", "--config=trajectories", f"--config.weights={weights}"),
+            *(f"--config.out={tmp_path / out}", "--config.count=3"),
+            *("--config.batch=1", "--config.frames=3", "--config.steps=4"),
+        ]
+
+    statuses, outputs = run(line("two"))
+
+    assert statuses == [0, 0], outputs
+    assert "All 3 trajectories are in" in outputs[0]
+    assert "trajectories are in" not in outputs[1]
+    # Programs of this process are compiled with other flags.
+    assert running.ends([running.start(line("one"))])[0] == [0]
+    two, one = (Trajectories(tmp_path / name) for name in ("two", "one"))
+    assert two.numbers == one.numbers == (0, 1, 2) and two.inputs == one.inputs
+    for place in range(3):
+        assert two[place]["prompt"] == one[place]["prompt"]
+        np.testing.assert_array_equal(two[place]["states"], one[place]["states"])
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {
+        *("spec.json", "000000000.array_record", "000000001.array_record"),
+    }

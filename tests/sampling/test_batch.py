@@ -1,6 +1,7 @@
 """Manifests, and the videos of a job of several processes, without making them."""
 
 import contextlib
+import dataclasses
 import json
 import threading
 
@@ -9,10 +10,10 @@ import pytest
 
 from anchor_jax import ownership, processes, shares
 from anchor_jax.config import load_config
-from anchor_jax.sampling import batch, resolve
+from anchor_jax.sampling import batch, overwriting, resolve
 from anchor_jax.sampling.config import read_config
 from anchor_jax.sampling.manifest import NAME, Manifest
-from anchor_jax.sampling.tasks import VideoTasks
+from anchor_jax.sampling.tasks import VideoTasks, choose
 
 
 @pytest.fixture
@@ -37,11 +38,13 @@ def as_process(monkeypatch):
     def become(index, count):
         monkeypatch.setattr(processes, "is_joined", lambda: count > 1)
         monkeypatch.setattr(processes, "is_printing", lambda: index == 0)
+        monkeypatch.setattr(processes, "is_first", lambda: index == 0)
         monkeypatch.setattr(processes, "index", lambda: index)
         monkeypatch.setattr(processes, "count", lambda: count)
         monkeypatch.setattr(processes, "hosts", lambda: ["alpha", "beta", "gamma"])
         monkeypatch.setattr(processes, "key", lambda: "key")
         monkeypatch.setattr(processes, "part", lambda seconds: None)
+        monkeypatch.setattr(shares, "check_shared", lambda *given: None)
         monkeypatch.setattr(shares, "_POLL", 0.01)
 
     return become
@@ -76,6 +79,27 @@ def start(tasks, index, count, todo, work=None):
     with ownership.own(tasks.folder, "job", own) as lease:
         work = work or making(tasks)
         batch.work_on(tasks, todo, lease, work, lambda line: None)
+
+
+def test_processes_agree_on_prompts_seeds_and_weights(tasks, monkeypatch):
+    facts = []
+    monkeypatch.setattr(shares, "agree", facts.append)
+    batch.agree(tasks)
+    assert not facts  # one process reads no million prompts twice
+    monkeypatch.setattr(processes, "is_joined", lambda: True)
+
+    batch.agree(tasks)
+    for changed in (("negative", "ugly"), ("scripts", shortened(tasks.scripts))):
+        with monkeypatch.context() as change:
+            change.setattr(tasks, *changed)
+            batch.agree(tasks)
+
+    assert facts[0]["hash of the weights"] == tasks.bundle.digest
+    assert len({one["hash of the prompts"] for one in facts}) == 3
+
+
+def shortened(scripts):
+    return dataclasses.replace(scripts, all=scripts.all[:-1])
 
 
 def test_one_process_lists_every_video(tasks):
@@ -124,6 +148,52 @@ def test_a_job_that_another_number_of_processes_resumes(tasks, as_process):
         {"process": 1, "processes": 3, "host": "beta"},
     ]
     assert tasks[4].file(".mp4").stat().st_mtime_ns == before
+
+
+def test_old_videos_do_not_count_in_a_job_that_replaces_them(tasks, as_process):
+    for number in range(5):
+        make(tasks, number)
+    as_process(0, 2)
+    told = []
+
+    # Process 1 is lost before it has made one.
+    todo, done = choose(tasks, True)
+    assert (todo, done) == ([0, 1, 2, 3, 4], [])
+    with ownership.own(tasks.folder, "job", ("0",)) as lease:
+        overwriting.begin(tasks.folder)
+        with pytest.raises(shares.Unfinished, match="2 of 5 .* because of process 1"):
+            batch.work_on(tasks, todo, lease, making(tasks), told.append)
+
+    assert told == ["1 of 5 videos are finished"]
+    # The next start resumes; one that replaces nothing has nothing to do.
+    assert choose(tasks, True) == ([1, 3], [0, 2, 4])
+    assert choose(tasks, False) == ([], [0, 1, 2, 3, 4])
+    as_process(1, 2)
+    assert choose(tasks, True) == ([1, 3], [0, 2, 4])
+    start(tasks, 1, 2, [1, 3])
+
+    assert not [*tasks.folder.glob(".over*")]
+    assert choose(tasks, True)[1] == []  # the whole job is finished
+    assert {one["state"] for one in lines(tasks)} == {"finished"}
+
+
+def test_one_process_replaces_every_video(tasks, as_process):
+    as_process(0, 2)
+    make(tasks, 0)
+    overwriting.begin(tasks.folder)
+    assert choose(tasks, True)[1] == [0]
+
+    as_process(0, 1)
+    assert choose(tasks, True)[1] == []
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '["other"]'])
+def test_a_damaged_list_of_starts_replaces_every_video(tasks, as_process, content):
+    as_process(0, 2)
+    make(tasks, 0)
+    (tasks.folder / ".overwriting").write_text(content)
+
+    assert choose(tasks, True)[1] == []
 
 
 def test_the_first_process_waits_for_the_others_and_lists_theirs(tasks, as_process):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from anchor_jax import processes
+from anchor_jax import processes, shares
 from anchor_jax.errors import UserError
 from anchor_jax.training import files
 from anchor_jax.training.monitor import Monitor
@@ -119,7 +119,7 @@ def test_a_new_folder_has_nothing_to_read(tmp_path):
 
 def test_a_folder_that_a_process_does_not_share_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "count", lambda: 3)
-    monkeypatch.setattr(processes, "share", lambda name: name)
+    monkeypatch.setattr(processes, "share", lambda name, seconds: name)
     monkeypatch.setattr(processes, "barrier", lambda name: None)
     monkeypatch.setattr(processes, "gather", lambda sees: [sees, True, True])
     files.check_shared(tmp_path)
@@ -133,11 +133,11 @@ def test_a_folder_that_a_process_does_not_share_is_refused(tmp_path, monkeypatch
 
 def test_a_missing_file_is_awaited_on_a_shared_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "count", lambda: 2)
-    monkeypatch.setattr(processes, "share", lambda name: ".shared-by-first")
+    monkeypatch.setattr(processes, "share", lambda name, seconds: ".shared-by-first")
     monkeypatch.setattr(processes, "barrier", lambda name: None)
     monkeypatch.setattr(processes, "is_first", lambda: False)
     monkeypatch.setattr(processes, "gather", lambda sees: [True, sees])
-    monkeypatch.setattr(files, "_SEEN_BY", 0.2)
+    monkeypatch.setattr(shares, "_SEEN_BY", 0.2)
     with pytest.raises(UserError, match="process 1 cannot see"):
         files.check_shared(tmp_path)
 
