@@ -54,9 +54,16 @@ def test_programs_compile_on_this_machine_and_do_not_copy_the_cache():
     assert step.summary()["peak"] == step.peak
 
 
-def test_a_program_that_cannot_be_printed_is_measured_all_the_same(monkeypatch):
+class KernelError(Exception):
+    """Like the errors of Pallas, it derives from no error of jax."""
+
+
+@pytest.mark.parametrize(
+    "error", [jax.errors.JaxRuntimeError, NotImplementedError, KernelError]
+)
+def test_a_program_that_cannot_be_printed_is_measured_all_the_same(monkeypatch, error):
     def fail(self):
-        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
+        raise error("INTERNAL: RET_CHECK failure")
 
     monkeypatch.setattr(jax.stages.Compiled, "as_text", fail)
     x = jax.ShapeDtypeStruct((96, 8), jnp.float32)
@@ -296,22 +303,40 @@ def test_flags_of_the_command_reach_the_plan(monkeypatch, capsys, tmp_path):
     assert reached == {name: keep | {"compiles": True} for name in ("v5p", "h100")}
 
 
-@jax.jit
-def refuse(x):
-    raise NotImplementedError("tile of 96 channels is not supported")
+def refusing(error):
+    @jax.jit
+    def refuse(x):
+        raise error
 
-
-def test_what_the_compiler_refuses_is_a_reason_and_no_traceback():
     x = jax.ShapeDtypeStruct((8,), jnp.float32)
-    program = compiling.Program(refuse, (x,), {}, frozenset({"x"}), 96, frozenset())
+    return compiling.Program(refuse, (x,), {}, frozenset({"x"}), 96, frozenset())
 
-    found = compiling.compile_program(program)
+
+@pytest.mark.parametrize(
+    "error", [NotImplementedError, ValueError, TypeError, AssertionError, KernelError]
+)
+def test_what_the_compiler_refuses_is_a_reason_and_no_traceback(error):
+    message = "tile of 96 channels is not supported"
+
+    found = compiling.compile_program(refusing(error(message)))
 
     assert isinstance(found, compiling.Refused)
-    assert found.reason == "the compiler failed: tile of 96 channels is not supported"
+    assert found.reason == f"the compiler failed: {message}"
     assert found.peak == 32 and found.reads == {"x"}
     problems = report(step=found).problems()
     assert f"step: {found.reason}" in problems
+
+
+def test_a_refusal_without_a_message_has_the_errors_name():
+    found = compiling.compile_program(refusing(KernelError()))
+
+    assert found.reason == "the compiler failed: KernelError"
+
+
+@pytest.mark.parametrize("error", [UserError("batch=3"), KeyboardInterrupt()])
+def test_an_error_of_the_user_is_no_refusal(error):
+    with pytest.raises(type(error)):
+        compiling.compile_program(refusing(error))
 
 
 def test_any_error_of_the_compiler_is_a_short_reason(monkeypatch):
