@@ -5,6 +5,7 @@ Memory is counted for the first chip of a machine, which also has the text encod
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -275,11 +276,12 @@ def plan(
     made = {}
     if compiles:
         found = programs(prepared, config, networks)
-        made = _compile(found, mesh, layout, progress, keep)
+        file = functools.partial(_file, keep, topology, mesh, config.remat)
+        made = _compile(found, mesh, layout, progress, file)
         progress(aot.ENCODER)
         (device,) = targets.devices_of(targets.topology(topology.name))
         alone = compiling.on_device(encoder, device)
-        made[aot.ENCODER] = compiling.compile_program(alone)
+        made[aot.ENCODER] = compiling.compile_program(alone, keep=file(aot.ENCODER))
     return TrainingReport(
         target,
         dict(mesh.shape),
@@ -302,15 +304,24 @@ def _compile(
     mesh: Mesh,
     layout: Layout,
     progress: Callable[[str], None],
-    keep: pathlib.Path | None,
+    file: Callable[[str], pathlib.Path | None],
 ) -> dict[str, Compiled | Refused]:
     made = {}
     for part, program in found.items():
         progress(part)
-        file = keep and keep / targets.file_name(layout.topology, part)
         with jax.set_mesh(mesh):
-            made[part] = compiling.compile_program(program, layout, file)
+            made[part] = compiling.compile_program(program, layout, file(part))
     return made
+
+
+def _file(
+    keep: pathlib.Path | None, topology: Topology, mesh: Mesh, remat: str, part: str
+) -> pathlib.Path | None:
+    """Returns the file for a program's text, or None without a folder."""
+    if keep is None:
+        return None
+    sides = "x".join(map(str, mesh.shape.values()))
+    return keep / targets.file_name(topology, f"mesh {sides}", remat, part)
 
 
 def estimate(

@@ -464,4 +464,4 @@ print(json.dumps([made.summary(), paper.summary()]))
     assert compiled["needed"] > sum(compiled["resident"].values())
     # Devices of a missing compiler give every array the same sharding.
     assert paper["resident"] == compiled["resident"]
-    assert "all-gather" in (tmp_path / "v5e-2x4-step.txt").read_text()
+    assert "all-gather" in (tmp_path / "v5e-2x4-mesh-2x4x1x1-none-step.txt").read_text()

@@ -150,7 +150,39 @@ def test_a_plan_counts_what_stays_and_names_what_is_wrong(monkeypatch, tmp_path)
     assert one.problems()[0] == "step: no fused attention kernel"
     sent = {row.kind: row for row in one.programs["step"].traffic}
     assert sent["all-gather"].inside > 0 and sent["all-gather"].between == 0
-    assert [file.name for file in tmp_path.iterdir()] == ["h100-1x4-step.txt"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "h100-1x4-mesh-1x4x1x1-none-step.txt",
+        "h100-1x4-mesh-1x4x1x1-none-text-encoder.txt",
+    ]
+
+
+def test_programs_of_each_mesh_and_policy_are_kept(monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        targets, "devices_of", lambda topology: jax.devices()[: topology.chips]
+    )
+
+    def compile_program(program, layout=None, keep=None):
+        keep.write_text("HloModule")
+        return made(GB)
+
+    monkeypatch.setattr(compiling, "compile_program", compile_program)
+    four = targets.topology("h100", 4)
+    section = RegressionConfig(block=3, blocks=2)
+    config = dataclasses.replace(DISTILL, stage="regression", regression=section)
+
+    for mesh, remat in (((1, 4, 1, 1), "none"), ((2, 2, 1, 1), "nothing_saveable")):
+        one = dataclasses.replace(config, mesh=mesh, remat=remat)
+        plan.plan(four, one, NETWORKS, keep=tmp_path)
+
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        f"h100-1x4-mesh-{name}.txt"
+        for name in (
+            "1x4x1x1-none-step",
+            "1x4x1x1-none-text-encoder",
+            "2x2x1x1-nothing_saveable-step",
+            "2x2x1x1-nothing_saveable-text-encoder",
+        )
+    ]
 
 
 def test_a_trained_text_encoder_is_refused():
