@@ -56,7 +56,7 @@ _FREE = (
 def define_flags() -> None:
     """Defines the command's flags."""
     flags.DEFINE_string(
-        "target", "all", "Chip: a100, h100, h200, v5e, v5p, v6e, or all."
+        "target", "all", "Chip: a100, b200, h100, h200, v4, v5e, v5p, v6e, or all."
     )
     flags.DEFINE_list(
         "topology",
