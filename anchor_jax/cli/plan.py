@@ -56,7 +56,7 @@ _FREE = (
 def define_flags() -> None:
     """Defines the command's flags."""
     flags.DEFINE_string(
-        "target", "all", "Chip: a100, h100, h200, v5e, v5p, v6e, or all."
+        "target", "all", "Chip: a100, b200, h100, h200, v4, v5e, v5p, v6e, or all."
     )
     flags.DEFINE_list(
         "topology",
@@ -93,7 +93,13 @@ def define_flags() -> None:
     flags.DEFINE_float(
         "mfu", 0.4, "Share of the peak that matrix products are assumed to reach.", 0, 1
     )
-    flags.DEFINE_float("price", None, "Price of one chip for an hour.", 0)
+    flags.DEFINE_float(
+        "price",
+        None,
+        "Price of one chip for an hour, for the cost of a training or of an hour of"
+        " video.",
+        0,
+    )
     flags.DEFINE_string(
         "hlo",
         None,
@@ -140,7 +146,8 @@ def _plan_stream() -> dict:
             )
         options = _options(one)
         report = aot.plan(one.name, setup, text, vae, _say(one.name), **options)
-        summaries[one.name] = report.summary()
+        cost = {"cost": report.cost(FLAGS.price)}
+        summaries[one.name] = report.summary() | cost
         lines = plan_tables.table(one.name, summaries[one.name])
         print("\n".join(lines), flush=True)
     return summaries

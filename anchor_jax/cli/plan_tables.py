@@ -89,14 +89,20 @@ def _cost(cost: Mapping[str, Any], paper: Mapping[str, Any] | None) -> str:
         f"  {cost['steps']:,} steps on {cost['chips']} chips: {cost['hours']:.1f} h,"
         f" {cost['chip_hours']:,.0f} chip-hours"
     )
-    if cost["total"] is not None:
-        line += f", {cost['total']:,.0f} at {cost['price']:g} per chip-hour"
+    line += _priced(cost)
     if paper:
         line += (
             f"; the paper: {paper['chip_hours']:,} {paper['chip']}-hours for"
             f" {paper['batch']} videos per step"
         )
     return line
+
+
+def _priced(cost: Mapping[str, Any], digits: int = 0) -> str:
+    """Returns the end of a line that says a cost, or nothing without a price."""
+    if cost["total"] is None:
+        return ""
+    return f", {cost['total']:,.{digits}f} at {cost['price']:g} per chip-hour"
 
 
 def _resident(summary: Mapping[str, Any]) -> str:
@@ -128,6 +134,9 @@ def table(name: str, summary: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"  seconds by the compiler's estimate, attention by formula: {times}"
         )
+    if cost := summary.get("cost"):
+        hours = f"{cost['chip_hours']:.2f} chip-hours{_priced(cost, digits=2)}"
+        lines.append(f"  an hour of video at {percent:.0f} %: {hours}")
     return lines + [f"  problem: {line}" for line in summary["problems"]]
 
 

@@ -235,6 +235,18 @@ class StreamReport:
             if isinstance(made, Compiled) and made.estimate
         }
 
+    def cost(self, price: float | None) -> dict[str, float | None]:
+        """Returns what an hour of video takes, if it is made as fast as possible.
+
+        Args:
+          price: price of a chip-hour, or None.
+        """
+        chip, stream = self.target.chip, self.stream
+        made = roofline.frames_per_second(stream, chip, self.efficiency)
+        hours = stream.model.family.frames_per_second / made
+        total = None if price is None else price * hours
+        return {"chip_hours": hours, "price": price, "total": total}
+
     def summary(self) -> dict[str, Any]:
         """Returns the report as plain values."""
         chip, stream = self.target.chip, self.stream

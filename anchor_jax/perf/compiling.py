@@ -20,8 +20,6 @@ from anchor_jax.perf.links import Layout, Traffic
 
 _FUSED = ("tpu_custom_call", "__cudnn$fmha")
 _LONGEST = 200  # characters of a compiler's reason
-# What lowering and compiling raise for a program that a chip cannot have.
-_FAILURES = (jax.errors.JaxRuntimeError, NotImplementedError, ValueError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +132,7 @@ def _text(compiled) -> str | None:
     """Returns a compiled program as text; some TPU programs cannot be printed."""
     try:
         return compiled.as_text()
-    except jax.errors.JaxRuntimeError:
+    except Exception:  # noqa: BLE001 - backends differ in what they raise
         return None
 
 
@@ -155,7 +153,7 @@ def compile_program(
         compiled = program.function.lower(*program.args, **program.kwargs).compile()
     except UserError:
         raise
-    except _FAILURES as error:
+    except Exception as error:  # noqa: BLE001 - errors of kernels share no class
         message = str(error) or type(error).__name__
         return Refused(_reason(message), trees.nbytes(program.args), program.reads)
     seconds = time.perf_counter() - began

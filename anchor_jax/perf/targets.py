@@ -1,8 +1,9 @@
 """Chips to plan for, their links, and how many of them: `h100:7x8`, `v5p:4x4x4`.
 
 Source: the chips' data sheets; half of the bidirectional numbers. NVLink; for GPU nodes
-the network of DGX A100 and DGX H100, one port of 200 or 400 Gb/s for each chip; for
-TPUs the inter-chip interconnect.
+the network of DGX A100, H100 and B200, one port of 200 or 400 Gb/s for each chip; for
+TPUs the inter-chip interconnect, for v4 table 4 of https://arxiv.org/abs/2304.01433.
+Descriptions of GPUs are those of XLA, xla/backends/gpu/target_config/specs.
 """
 
 import dataclasses
@@ -41,6 +42,10 @@ device_description_str: "{name}"
 _HOPPER = {
     **{"shared": 233472, "shared_most": 232448, "cores": 132, "units": 128},
     **{"cache": 52428800, "clock": 1.98, "major": 9, "link": 450, "network": 50},
+}
+_BLACKWELL = {
+    **{"shared": 233472, "shared_most": 232448, "cores": 148, "units": 128},
+    **{"cache": 132644864, "clock": 1.965, "major": 10, "link": 900, "network": 50},
 }
 _AMPERE = {
     **{"shared": 167936, "shared_most": 166912, "cores": 108, "units": 64},
@@ -120,8 +125,10 @@ def _gpu(name: str, family: dict, bandwidth: int, memory: int) -> Target:
 
 TARGETS = {
     "a100": _gpu("NVIDIA A100-SXM4-80GB", _AMPERE, 2039000000000, 85094825984),
+    "b200": _gpu("NVIDIA B200", _BLACKWELL, 7672320000000, 191514411008),
     "h100": _gpu("NVIDIA H100 80GB HBM3", _HOPPER, 3352320000000, 84942979072),
     "h200": _gpu("NVIDIA H200", _HOPPER, 4800000000000, 151397597184),
+    "v4": _tpu("v4", (16, 16, 16), ring=4, link=300, clock=1.05),
     "v5e": _tpu("v5e", (16, 16), ring=16, link=200, clock=1.5),
     "v5p": _tpu("v5p", (16, 16, 24), ring=4, link=600, clock=1.75),
     "v6e": _tpu("v6e", (16, 16), ring=16, link=400, clock=1.75),
@@ -321,6 +328,15 @@ class StandIn:
     client: Any = None
 
 
+_KINDS = {
+    "v4": "TPU v4",
+    "v5e": "TPU v5 lite",
+    "v5p": "TPU v5",
+    "v6e": "TPU v6 lite",
+}
+"""What jax calls a TPU."""
+
+
 def stand_ins(topology: Topology) -> list[StandIn]:
     """Returns a device for each chip of a topology, in the order of a real one."""
     target, sides = topology.target, topology.sides
@@ -329,8 +345,7 @@ def stand_ins(topology: Topology) -> list[StandIn]:
         if target.axes:
             place = np.unravel_index(number, sides[::-1])[::-1]  # x moves fastest
             coords = (*(int(n) for n in place), 0)[:3]
-            kind = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}
-            one = ("tpu", kind[target.kind], coords)
+            one = ("tpu", _KINDS[target.kind], coords)
         else:
             one = ("gpu", target.chip.name, (topology.host(number), 0, number))
         found.append(StandIn(number, topology.host(number), *one))

@@ -5,6 +5,7 @@ Memory is counted for the first chip of a machine, which also has the text encod
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from anchor_jax import trees
+from anchor_jax import sharding, trees
 from anchor_jax.errors import UserError
 from anchor_jax.perf import aot, compiling, links, roofline, targets, work
 from anchor_jax.perf.compiling import Compiled, Program, Refused
@@ -275,11 +276,12 @@ def plan(
     made = {}
     if compiles:
         found = programs(prepared, config, networks)
-        made = _compile(found, mesh, layout, progress, keep)
+        file = functools.partial(_file, keep, topology, mesh, config.remat)
+        made = _compile(found, mesh, layout, progress, file)
         progress(aot.ENCODER)
         (device,) = targets.devices_of(targets.topology(topology.name))
         alone = compiling.on_device(encoder, device)
-        made[aot.ENCODER] = compiling.compile_program(alone)
+        made[aot.ENCODER] = compiling.compile_program(alone, keep=file(aot.ENCODER))
     return TrainingReport(
         target,
         dict(mesh.shape),
@@ -302,15 +304,24 @@ def _compile(
     mesh: Mesh,
     layout: Layout,
     progress: Callable[[str], None],
-    keep: pathlib.Path | None,
+    file: Callable[[str], pathlib.Path | None],
 ) -> dict[str, Compiled | Refused]:
     made = {}
     for part, program in found.items():
         progress(part)
-        file = keep and keep / targets.file_name(layout.topology, part)
         with jax.set_mesh(mesh):
-            made[part] = compiling.compile_program(program, layout, file)
+            made[part] = compiling.compile_program(program, layout, file(part))
     return made
+
+
+def _file(
+    keep: pathlib.Path | None, topology: Topology, mesh: Mesh, remat: str, part: str
+) -> pathlib.Path | None:
+    """Returns the file for a program's text, or None without a folder."""
+    if keep is None:
+        return None
+    sides = "x".join(map(str, mesh.shape.values()))
+    return keep / targets.file_name(topology, f"mesh {sides}", remat, part)
 
 
 def estimate(
@@ -340,48 +351,64 @@ def find_smaller(
     topology: Topology, config: TrainConfig, networks: NetworkSizes
 ) -> str:
     """Returns the first smaller setting that fits by formula, or an empty text."""
-    for text, smaller in smaller_settings(config, networks):
-        try:
-            report = plan(topology, smaller, networks, compiles=False)
-        except UserError:
-            continue
+    for text, report in smaller_settings(topology, config, networks):
         if report.fits:
             return f"{text}: {report.needed / _GB:.1f} GB"
     return ""
 
 
 def smaller_settings(
-    config: TrainConfig, networks: NetworkSizes
-) -> Iterator[tuple[str, TrainConfig]]:
-    """Yields settings that need less and less memory, as flags; each adds to the last.
+    topology: Topology, config: TrainConfig, networks: NetworkSizes
+) -> Iterator[tuple[str, TrainingReport]]:
+    """Yields plans that need less and less memory, with their flags.
 
-    Weights are split over all chips, activations are recomputed, a device takes one
-    video at a time, and the size falls.
+    Each change adds to the last. A change that the chips, the batch or the networks
+    cannot have is left out.
     """
     flags: dict[str, str] = {}
+    for field, values in _changes(topology, config, networks):
+        for value in values:
+            smaller = dataclasses.replace(config, **{field: value})
+            try:
+                report = plan(topology, smaller, networks, compiles=False)
+            except UserError:
+                continue
+            config, flags[field] = smaller, _flag(field, value)
+            yield " ".join(flags.values()), report
+            break
 
-    def changed(flag: str, **fields) -> tuple[str, TrainConfig]:
-        nonlocal config
-        config = dataclasses.replace(config, **fields)
-        flags[min(fields)] = flag
-        return " ".join(flags.values()), config
 
+def _changes(
+    topology: Topology, config: TrainConfig, networks: NetworkSizes
+) -> Iterator[tuple[str, list[Any]]]:
+    """Yields fields of a config, with values of which the first possible one counts.
+
+    Activations are recomputed, weights are split over as many chips as they can be, a
+    device takes fewer videos at a time, and the size falls.
+    """
     if config.remat != "nothing_saveable":
-        yield changed("--remat=nothing_saveable", remat="nothing_saveable")
-    if config.mesh[0] != 1:
-        mesh = (1, -1, *config.mesh[2:])
-        shown = ",".join(map(str, mesh))
-        yield changed(f'--config.mesh="({shown})"', mesh=mesh)
-    if getattr(config, "microbatches", None) == 1 and config.batch > 1:
-        for count in (2, 4):
-            yield changed(f"--config.microbatches={count}", microbatches=count)
+        yield "remat", ["nothing_saveable"]
+    data, fsdp, *others = sharding.infer(config.mesh, targets.stand_ins(topology))
+    fewer = [n for n in range(1, data) if data * fsdp % n == 0]
+    yield "mesh", [(n, -1, *others) for n in fewer]
+    videos = config.batch // (data * fsdp)
+    for count in range(config.microbatches + 1, videos + 1):
+        if videos % count == 0:
+            yield "microbatches", [count]
     family = networks.generator.family
-    grid = family.parse_size(config.size or family.size)
-    for size, other in sorted(
-        family.grids.items(), key=lambda item: -item[1].height * item[1].width
-    ):
-        if other.height * other.width < grid.height * grid.width:
-            yield changed(f"--config.size={size}", size=size)
+    here = family.parse_size(config.size or family.size)
+    areas = {size: one.height * one.width for size, one in family.grids.items()}
+    for size in sorted(areas, key=areas.get, reverse=True):
+        if areas[size] < here.height * here.width:
+            yield "size", [size]
+
+
+def _flag(field: str, value: Any) -> str:
+    """Returns the flag of the command `plan` that gives a field a value."""
+    if field == "remat":
+        return f"--remat={value}"
+    shown = f'"({",".join(map(str, value))})"' if field == "mesh" else value
+    return f"--config.{field}={shown}"
 
 
 def _resident(prepared: Prepared) -> tuple[dict[str, int], int]:

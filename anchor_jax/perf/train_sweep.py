@@ -51,15 +51,17 @@ class Candidate:
 def meshes(chips: int, config: TrainConfig, networks: NetworkSizes) -> Iterator[Mesh]:
     """Yields the meshes of a number of chips that divide the batch and the heads.
 
-    The axis `context` keeps its size in the config.
+    Every part of the batch must have videos for all devices. The axis `context` keeps
+    its size in the config.
     """
     context = max(1, config.mesh[2])
     heads = (networks.generator.num_heads, networks.teacher.num_heads)
     for tensor in _divisors(chips):
-        if chips % (tensor * context) or any(count % tensor for count in heads):
+        shared = tensor * context
+        if chips % shared or any(count % shared for count in heads):
             continue
-        split = chips // tensor // context
-        if config.batch % split:
+        split = chips // shared
+        if config.batch % (split * config.microbatches):
             continue
         for data in _divisors(split):
             yield data, split // data, context, tensor
@@ -92,11 +94,7 @@ def rank(
     found = []
     shapes = list(meshes(topology.chips, config, networks))
     if not shapes:
-        raise UserError(
-            f"config.batch={config.batch}: no mesh of {topology.chips} chips divides"
-            f" it; choose a multiple of {topology.chips}, such as"
-            f" {-(-config.batch // topology.chips) * topology.chips}"
-        )
+        raise UserError(_no_mesh(topology.chips, config, networks))
     for remat in REMAT:
         progress(remat)
         chosen = dataclasses.replace(config, remat=remat)
@@ -105,6 +103,24 @@ def rank(
             other = dataclasses.replace(chosen, mesh=shape)
             found.append(Candidate(other, _seconds(first, shape)))
     return sorted(found, key=lambda one: one.seconds)
+
+
+def _no_mesh(chips: int, config: TrainConfig, networks: NetworkSizes) -> str:
+    """Returns why no mesh of a number of chips suits a config, and what to change."""
+    parts, context = config.microbatches, max(1, config.mesh[2])
+    given = f"config.batch={config.batch}"
+    given += f" with config.microbatches={parts}" if parts > 1 else ""
+    given += f" and context={context} in config.mesh" if context > 1 else ""
+    heads = {networks.generator.num_heads, networks.teacher.num_heads}
+    wrong = f"{given}: no mesh of {chips} chips divides the batch and the heads"
+    if chips % context or any(count % context for count in heads):
+        shown = " and ".join(map(str, sorted(heads)))
+        return f"{wrong}; context must divide the chips and the {shown} heads"
+    whole = chips // context * parts
+    return (
+        f"{wrong}; choose a batch that is a multiple of {whole}, such as"
+        f" {-(-config.batch // whole) * whole}"
+    )
 
 
 def _first(topology, config, networks, shapes, efficiency: float) -> TrainingReport:

@@ -5,7 +5,8 @@ is right to about a third. A compiled program replaces it.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -18,8 +19,11 @@ ERROR = 1 / 3
 """Largest error of `working_bytes`, as a share, where it was compared."""
 WIDTH = 2
 """Bytes of a weight in products, and of an activation."""
-_ACROSS_HEADS = 3
-"""Sums over split heads in a layer: after two attentions and the feed-forward."""
+_SUMS = 3
+"""Sums over `tensor` in a layer: after two attentions and the feed-forward."""
+_EXCHANGES = 6
+"""All-to-alls over `context` in a layer: q, k, v and output of self-attention, q and
+output of cross-attention."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +41,8 @@ class Use:
       passes: calls of the network; a backward pass is one more.
       tokens: tokens of all passes.
       live: tokens of one pass.
-      gathers: how often split weights are gathered.
+      gathers: how often split weights are gathered. Each part of a batch repeats them,
+        as it repeats the passes.
       backward: whether activations are stored for a backward pass.
       whole: whether all layers are gathered at once, and stay.
       gradient: bytes of a gradient that is added up whole on each device.
@@ -156,6 +161,7 @@ def step(uses: Iterable[Use], setting: Setting, trained: Mapping[str, float]) ->
     flops = step_flops(uses, setting.batch)
     again = setting.batch * sum(one.each * one.again for one in uses)
     read = sum(one.each * one.passes * _weights(one, setting) for one in uses)
+    read *= setting.microbatches
     return Step(
         flops=flops,
         again=again,
@@ -174,35 +180,56 @@ def _weights(use: Use, setting: Setting) -> float:
     return WIDTH * roofline.model_params(use.model) / setting.mesh["tensor"]
 
 
-def along(mesh: Mapping[str, int], axis: str) -> Groups:
-    """Returns the positions of the devices along an axis of a mesh."""
-    shape = tuple(mesh.values())
+def along(mesh: Mapping[str, int], *axes: str) -> Groups:
+    """Returns the positions of the devices along axes of a mesh."""
+    names, shape = list(mesh), tuple(mesh.values())
     numbers = np.arange(np.prod(shape)).reshape(shape)
-    rows = np.moveaxis(numbers, list(mesh).index(axis), -1).reshape(-1, mesh[axis])
+    last = range(-len(axes), 0)
+    rows = np.moveaxis(numbers, [names.index(axis) for axis in axes], last)
+    rows = rows.reshape(-1, math.prod(mesh[axis] for axis in axes))
     return tuple(tuple(int(number) for number in row) for row in rows)
 
 
 def _traffic(uses, setting: Setting, trained: Mapping[str, float]):
     """Returns a mean step's collectives: weights, activations, gradients."""
-    mesh, found = setting.mesh, []
-
-    def add(kind: str, nbytes: float, axis: str, times: float) -> None:
-        if mesh[axis] > 1 and nbytes and times:
-            groups = along(mesh, axis)
+    moved = [one for use in uses for one in _moved(use, setting)]
+    reduced = [one for size in trained.values() for one in _reduced(size, setting)]
+    found = []
+    for kind, nbytes, axes, times in (*moved, *reduced):
+        groups = along(setting.mesh, *axes)
+        if len(groups[0]) > 1 and nbytes and times:
             found.append(Collective(kind, nbytes, groups, "", times=times))
-
-    for one in uses:
-        if one.model is None:
-            continue
-        add("all-gather", _weights(one, setting), "fsdp", one.each * one.gathers)
-        sums = one.tokens * one.model.dim * WIDTH * setting.videos
-        layers = _ACROSS_HEADS * one.model.num_layers
-        add("all-reduce", sums, "tensor", one.each * layers)
-    for nbytes in trained.values():
-        part = nbytes / mesh["tensor"]
-        add("reduce-scatter", part, "fsdp", 1)
-        add("all-reduce", part / mesh["fsdp"], "data", 1)
     return setting.layout.traffic(found)
+
+
+_Moved = tuple[str, float, tuple[str, ...], float]
+"""Kind of a collective, bytes, mesh axes, times."""
+
+
+def _moved(use: Use, setting: Setting) -> Iterator[_Moved]:
+    """Yields the collectives of a use: weights, then activations.
+
+    The keys and values of prompts are left out.
+    """
+    if use.model is None:
+        return
+    model, mesh = use.model, setting.mesh
+    gathers = use.gathers * setting.microbatches
+    yield "all-gather", _weights(use, setting), ("fsdp",), use.each * gathers
+    whole = use.tokens * setting.videos * WIDTH  # of one feature
+    own = whole / mesh["context"] * model.dim
+    heads, layers = own / mesh["tensor"], use.each * model.num_layers
+    yield "all-reduce", own, ("tensor",), _SUMS * layers
+    yield "all-to-all", heads, ("context",), _EXCHANGES * layers
+    latents = whole * model.patch_size * model.latent_channels
+    yield "all-gather", latents, ("context",), use.each
+
+
+def _reduced(nbytes: float, setting: Setting) -> Iterator[_Moved]:
+    """Yields the sums of a network's gradient. All parts of a batch share them."""
+    part = nbytes / setting.mesh["tensor"]
+    yield "reduce-scatter", part, ("fsdp",), 1
+    yield "all-reduce", part / setting.mesh["fsdp"], ("data", "context"), 1
 
 
 def working_bytes(uses: Iterable[Use], setting: Setting) -> float:
@@ -211,31 +238,55 @@ def working_bytes(uses: Iterable[Use], setting: Setting) -> float:
     It holds the weights of two layers or of the whole network, the arrays of one layer,
     and for a backward pass what the rematerialisation policy keeps of all layers.
     """
-    split = setting.mesh["tensor"]
-    return max(
-        (_working(one, setting) / split for one in uses if one.model is not None),
-        default=0.0,
-    )
+    models = (one for one in uses if one.model is not None)
+    return max((_working(one, setting) for one in models), default=0.0)
 
 
 def _working(use: Use, setting: Setting) -> float:
-    model, tokens = use.model, use.live * setting.videos / setting.microbatches
-    tokens /= setting.mesh["context"]
+    model, mesh = use.model, setting.mesh
+    tokens = use.live * setting.videos / setting.microbatches / mesh["context"]
     held = 1.0 if use.whole else 2.0 / model.num_layers
     weights = held * WIDTH * roofline.model_params(model) + use.gradient
-    arrays, wide = (20, 5) if use.backward else (15, 2)
-    layer = WIDTH * (arrays * model.dim + wide * model.ffn_dim)
-    kept = _kept(setting.remat, model) * model.num_layers if use.backward else 0
-    return weights + tokens * (layer + kept)
+    token = _bytes(model, _BACKWARD if use.backward else _FORWARD, mesh["tensor"])
+    if use.backward:
+        kept = _bytes(model, _kept(setting.remat), mesh["tensor"])
+        token += kept * model.num_layers
+    return weights / mesh["tensor"] + tokens * token
 
 
-def _kept(remat: str, model: ModelConfig) -> float:
-    """Returns the bytes of a token that a layer keeps for the backward pass."""
+@dataclasses.dataclass(frozen=True)
+class _Arrays:
+    """How many arrays of a token a layer holds, by width.
+
+    `stream` are as wide as the model, and whole on each device along `tensor`. `heads`
+    are too, but have the features of heads; `wide` are those of the feed-forward layer.
+    Both are split.
+    """
+
+    stream: int
+    heads: int
+    wide: int
+
+
+# The sums of `stream` and `heads` are fits. About half have the features of heads.
+_FORWARD = _Arrays(stream=7, heads=8, wide=2)
+_BACKWARD = _Arrays(stream=10, heads=10, wide=5)
+
+
+def _kept(remat: str) -> _Arrays:
+    """Returns what a layer keeps for the backward pass."""
     if remat == "nothing_saveable":
-        return WIDTH * model.dim
+        return _Arrays(stream=1, heads=0, wide=0)
     if remat.startswith("dots"):
-        return WIDTH * (7 * model.dim + model.ffn_dim)
-    return WIDTH * (52 * model.dim + 5 * model.ffn_dim)
+        # Outputs of q, k, v and the text's q; of two attentions and the feed-forward.
+        return _Arrays(stream=3, heads=4, wide=1)
+    return _Arrays(stream=26, heads=26, wide=5)
+
+
+def _bytes(model: ModelConfig, arrays: _Arrays, tensor: int) -> float:
+    """Returns the bytes of a token's arrays on a device."""
+    split = arrays.heads * model.dim + arrays.wide * model.ffn_dim
+    return WIDTH * (arrays.stream * model.dim + split / tensor)
 
 
 @dataclasses.dataclass(frozen=True)

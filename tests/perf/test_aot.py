@@ -54,9 +54,16 @@ def test_programs_compile_on_this_machine_and_do_not_copy_the_cache():
     assert step.summary()["peak"] == step.peak
 
 
-def test_a_program_that_cannot_be_printed_is_measured_all_the_same(monkeypatch):
+class KernelError(Exception):
+    """Like the errors of Pallas, it derives from no error of jax."""
+
+
+@pytest.mark.parametrize(
+    "error", [jax.errors.JaxRuntimeError, NotImplementedError, KernelError]
+)
+def test_a_program_that_cannot_be_printed_is_measured_all_the_same(monkeypatch, error):
     def fail(self):
-        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
+        raise error("INTERNAL: RET_CHECK failure")
 
     monkeypatch.setattr(jax.stages.Compiled, "as_text", fail)
     x = jax.ShapeDtypeStruct((96, 8), jnp.float32)
@@ -212,6 +219,30 @@ def test_without_a_compiler_a_stream_is_estimated_and_the_extra_is_named(
     assert "text_encoder=free" in written["v5e"]["problems"][0]
 
 
+def test_an_hour_of_video_has_a_cost(monkeypatch, capsys, tmp_path):
+    without_compilers(monkeypatch)
+    file = tmp_path / "plan.json"
+    given = ["plan", "--topology=h100,v5e", "--mfu=0.5", f"--json={file}"]
+
+    assert main.main([*given, "--price=2.5"]) == 0
+
+    shown = capsys.readouterr().out
+    for summary in json.loads(file.read_text()).values():
+        cost = summary["cost"]
+        # Real time is 16 frames per second.
+        hours = 16 / summary["frames_per_second"]
+        assert cost["chip_hours"] == pytest.approx(hours)
+        assert (cost["price"], cost["total"]) == (2.5, pytest.approx(2.5 * hours))
+        line = f"{cost['chip_hours']:.2f} chip-hours, {cost['total']:.2f} at 2.5"
+        assert f"  an hour of video at 50 %: {line} per chip-hour\n" in shown
+
+    assert main.main(given) == 0
+
+    shown = capsys.readouterr().out
+    assert shown.count("an hour of video at 50 %") == 2 and "per chip-hour" not in shown
+    assert json.loads(file.read_text())["h100"]["cost"]["total"] is None
+
+
 def test_all_targets_are_planned(monkeypatch, capsys):
     without_compilers(monkeypatch)
 
@@ -296,22 +327,39 @@ def test_flags_of_the_command_reach_the_plan(monkeypatch, capsys, tmp_path):
     assert reached == {name: keep | {"compiles": True} for name in ("v5p", "h100")}
 
 
-@jax.jit
-def refuse(x):
-    raise NotImplementedError("tile of 96 channels is not supported")
+def refusing(error):
+    @jax.jit
+    def refuse(x):
+        raise error
 
-
-def test_what_the_compiler_refuses_is_a_reason_and_no_traceback():
     x = jax.ShapeDtypeStruct((8,), jnp.float32)
-    program = compiling.Program(refuse, (x,), {}, frozenset({"x"}), 96, frozenset())
+    return compiling.Program(refuse, (x,), {}, frozenset({"x"}), 96, frozenset())
 
-    found = compiling.compile_program(program)
+
+@pytest.mark.parametrize(
+    "error", [NotImplementedError, ValueError, TypeError, AssertionError, KernelError]
+)
+def test_what_the_compiler_refuses_is_a_reason_and_no_traceback(error):
+    message = "tile of 96 channels is not supported"
+
+    found = compiling.compile_program(refusing(error(message)))
 
     assert isinstance(found, compiling.Refused)
-    assert found.reason == "the compiler failed: tile of 96 channels is not supported"
+    assert found.reason == f"the compiler failed: {message}"
     assert found.peak == 32 and found.reads == {"x"}
     problems = report(step=found).problems()
     assert f"step: {found.reason}" in problems
+
+
+def test_a_refusal_without_a_message_has_the_errors_name():
+    found = compiling.compile_program(refusing(KernelError()))
+
+    assert found.reason == "the compiler failed: KernelError"
+
+
+def test_an_error_of_the_user_is_no_refusal():
+    with pytest.raises(UserError, match="batch=3"):
+        compiling.compile_program(refusing(UserError("batch=3")))
 
 
 def test_any_error_of_the_compiler_is_a_short_reason(monkeypatch):
@@ -439,4 +487,4 @@ print(json.dumps([made.summary(), paper.summary()]))
     assert compiled["needed"] > sum(compiled["resident"].values())
     # Devices of a missing compiler give every array the same sharding.
     assert paper["resident"] == compiled["resident"]
-    assert "all-gather" in (tmp_path / "v5e-2x4-step.txt").read_text()
+    assert "all-gather" in (tmp_path / "v5e-2x4-mesh-2x4x1x1-none-step.txt").read_text()

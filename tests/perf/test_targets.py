@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 
+from anchor_jax import sharding
 from anchor_jax.errors import UserError
 from anchor_jax.perf import targets
 
@@ -58,6 +59,8 @@ def test_a_number_of_chips_that_no_machine_has_is_refused(target, chips, message
         ("v5p:2x2x1", (2, 2, 1), 4, 1, "v5p:2x2x1"),
         ("v6e:8x8", (8, 8), 64, 1, "v6e:8x8"),
         ("v5e:2x4", (2, 4), 8, 1, "v5e:2x4"),
+        ("v4:4x4x8", (4, 4, 8), 128, 1, "v4:4x4x8"),
+        ("b200:2x8", (2, 8), 16, 2, "b200:2x8"),
         ("v6e", (1, 1), 1, 1, "v6e:1x1"),
     ],
 )
@@ -137,6 +140,25 @@ def test_a_name_needs_no_compiler(monkeypatch, name):
     assert targets.named(name) is targets.TARGETS[name]
     with pytest.raises(UserError, match="needs its compiler"):
         targets.find_target(name)
+
+
+@pytest.mark.parametrize(
+    "name, tera, link, network", [("v4", 275, 300, 0), ("b200", 2250, 900, 50)]
+)
+def test_chips_of_clusters_have_published_speeds(name, tera, link, network):
+    target = targets.TARGETS[name]
+
+    assert target.chip.flops == tera * 1e12
+    assert (target.link, target.network) == (link * 1e9, network * 1e9)
+
+
+@pytest.mark.parametrize("text", ["v4:2x2x1", "v4:4x4x8", "b200:3x8"])
+def test_a_mesh_is_made_of_the_chips_of_clusters(text):
+    found = targets.stand_ins(targets.parse_topology(text))
+
+    mesh = sharding.make_mesh((2, -1, 1, 1), found)
+
+    assert mesh.size == len(found) and mesh.shape["data"] == 2
 
 
 def test_files_of_programs_are_named_by_topology_and_program():

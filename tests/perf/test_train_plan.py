@@ -150,7 +150,39 @@ def test_a_plan_counts_what_stays_and_names_what_is_wrong(monkeypatch, tmp_path)
     assert one.problems()[0] == "step: no fused attention kernel"
     sent = {row.kind: row for row in one.programs["step"].traffic}
     assert sent["all-gather"].inside > 0 and sent["all-gather"].between == 0
-    assert [file.name for file in tmp_path.iterdir()] == ["h100-1x4-step.txt"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "h100-1x4-mesh-1x4x1x1-none-step.txt",
+        "h100-1x4-mesh-1x4x1x1-none-text-encoder.txt",
+    ]
+
+
+def test_programs_of_each_mesh_and_policy_are_kept(monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        targets, "devices_of", lambda topology: jax.devices()[: topology.chips]
+    )
+
+    def compile_program(program, layout=None, keep=None):
+        keep.write_text("HloModule")
+        return made(GB)
+
+    monkeypatch.setattr(compiling, "compile_program", compile_program)
+    four = targets.topology("h100", 4)
+    section = RegressionConfig(block=3, blocks=2)
+    config = dataclasses.replace(DISTILL, stage="regression", regression=section)
+
+    for mesh, remat in (((1, 4, 1, 1), "none"), ((2, 2, 1, 1), "nothing_saveable")):
+        one = dataclasses.replace(config, mesh=mesh, remat=remat)
+        plan.plan(four, one, NETWORKS, keep=tmp_path)
+
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        f"h100-1x4-mesh-{name}.txt"
+        for name in (
+            "1x4x1x1-none-step",
+            "1x4x1x1-none-text-encoder",
+            "2x2x1x1-nothing_saveable-step",
+            "2x2x1x1-nothing_saveable-text-encoder",
+        )
+    ]
 
 
 def test_a_trained_text_encoder_is_refused():
@@ -279,22 +311,42 @@ def test_a_training_that_does_not_fit_is_given_a_setting_that_does():
     assert problems[-1] == f"by formula it fits with {found}"
 
 
-def test_smaller_settings_add_up():
-    config = dataclasses.replace(DISTILL, size="480x832", mesh=(2, 2, 1, 1))
+def smaller(topology, config, networks=PAPER):
+    found = plan.smaller_settings(targets.parse_topology(topology), config, networks)
+    return list(found)
 
-    found = dict(plan.smaller_settings(config, PAPER))
+
+def test_smaller_settings_add_up():
+    config = dataclasses.replace(
+        DISTILL, batch=16, size="480x832", mesh=(2, 2, 1, 1), remat="none"
+    )
+
+    found = smaller("h100:4", config)
 
     split = '--remat=nothing_saveable --config.mesh="(1,-1,1,1)"'
-    assert list(found) == [
+    assert [text for text, _ in found] == [
         "--remat=nothing_saveable",
         split,
         f"{split} --config.microbatches=2",
         f"{split} --config.microbatches=4",
         f"{split} --config.microbatches=4 --config.size=320x576",
     ]
-    last = list(found.values())[-1]
-    assert (last.remat, last.mesh) == ("nothing_saveable", (1, -1, 1, 1))
-    assert last.size == "320x576"
+    needed = [report.needed for _, report in found]
+    assert needed == sorted(needed, reverse=True) and len(set(needed)) == 5
+    setting = found[-1][1].estimate.setting
+    assert (setting.remat, setting.microbatches) == ("nothing_saveable", 4)
+    assert found[-1][1].mesh["fsdp"] == 4
+
+
+def test_a_mesh_that_the_weights_refuse_is_left_out():
+    """Weights of 1,536 rows cannot be split over 56 chips, but over 8."""
+    config = long_tuning(batch=112, mesh=(56, 1, 1, 1))
+
+    texts = [text for text, _ in smaller("h100:7x8", config)]
+
+    split = '--config.mesh="(7,-1,1,1)"'
+    size = f"{split} --config.microbatches=2 --config.size=320x576"
+    assert texts == [split, f"{split} --config.microbatches=2", size]
 
 
 def test_a_mesh_may_split_the_sides_of_a_slice():
@@ -408,6 +460,31 @@ def test_the_command_says_time_and_cost_beside_the_papers(
         assert summary["paper"]["chip_hours"] == 1344
     assert "at an assumed 50 % of the peak" in shown
     assert shown.count("the paper: 1,344 A800-hours for 56 videos per step") == 2
+
+
+@pytest.mark.parametrize(
+    "arguments, remedy",
+    [
+        # A mesh that splits the weights further does not exist.
+        (
+            ["--topology=h100:7x8", "--config.mesh=(7,8,1,1)", "--config.batch=336"],
+            "--config.microbatches=3",
+        ),
+        # A batch with one video for each chip has no parts.
+        (
+            ["--topology=v6e:8x8", "--config.mesh=(1,64,1,1)", "--config.size=512x832"],
+            "--config.size=480x832",
+        ),
+    ],
+)
+def test_the_command_leaves_out_what_the_chips_or_the_batch_refuse(
+    monkeypatch, capsys, arguments, remedy
+):
+    given = ["--config=configs/train_streaming.py", "--nocompile", *arguments]
+
+    assert run_command(monkeypatch, *given) == 0
+
+    assert f"problem: by formula it fits with {remedy}: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

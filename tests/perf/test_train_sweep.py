@@ -45,10 +45,51 @@ def test_meshes_divide_the_chips_the_batch_and_the_heads():
     assert {shape[2] for shape in train_sweep.meshes(16, kept, NETWORKS)} == {2}
 
 
-def test_a_batch_that_no_mesh_divides_is_refused():
-    odd = dataclasses.replace(CONFIG, batch=5)
+def test_every_part_of_a_batch_has_videos_for_all_chips():
+    parts = dataclasses.replace(CONFIG, microbatches=4)
 
-    with pytest.raises(UserError, match="batch=5: no mesh of 16 chips.*such as 16"):
+    found = list(train_sweep.meshes(16, parts, NETWORKS))
+
+    # 16 videos in four parts: four at once.
+    assert found and all(data * fsdp == 4 for data, fsdp, _, _ in found)
+    ranked = train_sweep.rank(TWO_NODES, parts, NETWORKS)
+    assert {one.config.mesh for one in ranked} == set(found)
+    assert all(one.config.microbatches == 4 for one in ranked)
+
+
+def test_heads_are_split_over_tensor_and_context():
+    kept = dataclasses.replace(CONFIG, mesh=(1, -1, 4, 1), batch=4)
+
+    found = list(train_sweep.meshes(16, kept, NETWORKS))
+
+    # Of 12 and 40 heads, four parts are the most.
+    assert found and {shape[2:] for shape in found} == {(4, 1)}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"batch": 5}, "config.batch=5: no mesh of 16 chips.*of 16, such as 16$"),
+        (
+            {"batch": 15, "microbatches": 3},
+            "config.batch=15 with config.microbatches=3: .*of 48, such as 48$",
+        ),
+        (
+            {"batch": 6, "microbatches": 4, "mesh": (1, -1, 2, 1)},
+            "batch=6 with config.microbatches=4 and context=2 in config.mesh: no mesh"
+            ".*of 32, such as 32$",
+        ),
+        (
+            {"mesh": (1, -1, 8, 1)},
+            "batch=16 and context=8 in .*; context must divide the chips and the 12 and"
+            " 40 heads$",
+        ),
+    ],
+)
+def test_a_batch_that_no_mesh_divides_is_refused(change, message):
+    odd = dataclasses.replace(CONFIG, **change)
+
+    with pytest.raises(UserError, match=message):
         train_sweep.rank(TWO_NODES, odd, NETWORKS)
 
 

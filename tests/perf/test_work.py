@@ -72,11 +72,58 @@ def test_split_heads_sum_activations_in_every_layer():
     assert sums.nbytes == pytest.approx(90 * 65520 * 1536 * 2 * 2)
 
 
+def test_split_tokens_are_exchanged_in_every_layer():
+    mesh = {"data": 7, "fsdp": 1, "context": 2, "tensor": 4}
+    setting = dataclasses.replace(SETTING, mesh=mesh, batch=14)
+
+    found = {row.kind: row for row in work.step([GRADIENT], setting, {}).traffic}
+
+    # Two videos; half of the tokens; a quarter of the features outside of sums.
+    own = 65520 * 1536 * 2 * 2 / 2
+    assert found["all-reduce"].nbytes == pytest.approx(3 * 30 * own)
+    # q, k, v and output of self-attention, q and output of cross-attention.
+    assert found["all-to-all"].count == pytest.approx(6 * 30)
+    assert found["all-to-all"].nbytes == pytest.approx(6 * 30 * own / 4)
+    assert found["all-to-all"].inside == pytest.approx(6 * 30 * own / 4 / 2)
+    # 16 channels of 2 x 2 positions come out for each token.
+    assert found["all-gather"].nbytes == pytest.approx(65520 * 64 * 2 * 2)
+
+
+def test_gradients_are_summed_over_data_and_context_together():
+    mesh = {"data": 7, "fsdp": 2, "context": 4, "tensor": 1}
+    setting = dataclasses.replace(SETTING, mesh=mesh, batch=14)
+
+    found = {row.kind: row for row in work.step([], setting, {"critic": 8e9}).traffic}
+
+    assert found["reduce-scatter"].nbytes == pytest.approx(8e9)
+    sums = found["all-reduce"]
+    assert (sums.count, sums.nbytes) == (1, pytest.approx(4e9))
+    assert sums.inside + sums.between == pytest.approx(2 * 4e9 * 27 / 28)
+
+
+def test_parts_of_a_batch_repeat_gathers_and_reads_but_no_reduction():
+    pairs = dataclasses.replace(SETTING, batch=112)
+    parts = dataclasses.replace(pairs, microbatches=2)
+
+    once, twice = (
+        work.step([GRADIENT], one, {"generator": 8e9}) for one in (pairs, parts)
+    )
+
+    assert twice.memory == pytest.approx(2 * once.memory)
+    gather, *reductions = twice.traffic
+    assert gather.nbytes == pytest.approx(2 * once.traffic[0].nbytes)
+    assert {one.kind for one in reductions} == {"all-reduce", "reduce-scatter"}
+    assert tuple(reductions) == once.traffic[1:]
+    assert (twice.flops, twice.compute) == (once.flops, once.compute)
+
+
 def test_the_positions_along_an_axis():
     mesh = {"data": 2, "fsdp": 3, "context": 1, "tensor": 1}
 
     assert work.along(mesh, "fsdp") == ((0, 1, 2), (3, 4, 5))
     assert work.along(mesh, "data") == ((0, 3), (1, 4), (2, 5))
+    four = {"data": 2, "fsdp": 2, "context": 2, "tensor": 1}
+    assert work.along(four, "data", "context") == ((0, 1, 4, 5), (2, 3, 6, 7))
 
 
 @pytest.mark.parametrize(
@@ -115,6 +162,23 @@ def test_devices_along_context_have_their_tokens_only():
     assert work.working_bytes([GRADIENT], split) == pytest.approx(
         work.working_bytes([GRADIENT], SETTING)
     )
+
+
+def test_the_residual_stream_is_whole_on_devices_along_tensor():
+    mesh = {"data": 7, "fsdp": 2, "context": 1, "tensor": 4}
+    held = dataclasses.replace(GRADIENT, gradient=8e9)
+    split = dataclasses.replace(
+        SETTING, mesh=mesh, batch=14
+    )  # one video each, as whole
+
+    def weights(setting):
+        return work.working_bytes([dataclasses.replace(held, live=0)], setting)
+
+    assert weights(split) == pytest.approx(weights(SETTING) / 4)
+    layers, dim, ffn = 30, 1536, 8960
+    token = 2 * (layers * dim + 10 * dim + (10 * dim + 5 * ffn) / 4)
+    activations = work.working_bytes([held], split) - weights(split)
+    assert activations == pytest.approx(32760 * token)
 
 
 def test_microbatches_halve_the_activations():
