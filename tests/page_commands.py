@@ -97,14 +97,16 @@ _DMD = " -- train --config=train_dmd --config.weights={}/wan --config.out={}/dmd
 ELSEWHERE |= {
     _CLUSTER + line: "launch/test_cluster.py::test_a_command_of_the_page"
     for line in (
-        "slurm --nodes=7 --partition=h100" + _LONG("/shared/weights", "/shared/runs"),
+        "slurm --nodes=7 --partition=h100" + _LONG("/shared/weights", "/shared/runs")
+        + " --config.data.path=/shared/prompts.txt",
         "gke cluster --name=long --cluster=mine --topology=v5p:4x4x4"
         " --project=my-project --zone=us-east5-a --reservation=my-reservation",
         f"gke run{_V5P} --image={_IMAGE}:tpu --service_account=trainer"
         + _LONG("gs://bucket", "gs://bucket")
         + _PROMPTS,
         f"gke run --name=long --topology=h100:7x8 --image={_IMAGE}:gpu"
-        " --claim=shared:/mnt/shared" + _DMD("/mnt/shared", "/mnt/shared"),
+        " --claim=shared:/mnt/shared" + _DMD("/mnt/shared", "/mnt/shared")
+        + " --config.data.path=/mnt/shared/prompts.txt",
         "gke logs --name=long",
         "gke stop --name=long",
         f"gke xpk --name=long --cluster=mine --topology=v6e:8x8 --image={_IMAGE}:tpu"
@@ -117,7 +119,8 @@ ELSEWHERE |= {
         f"tpu stop{_ZONE}",
         f"tpu delete{_ZONE}",
         f"ssh run{_HOSTS} --coordinator=10.0.0.1:8476 --directory=/shared/work"
-        " --program=/shared/venv/bin/anchor-jax" + _DMD("weights", "runs"),
+        " --program=/shared/venv/bin/anchor-jax" + _DMD("weights", "runs")
+        + " --config.data.path=prompts.txt",
         f"ssh logs{_HOSTS}",
         f"ssh stop{_HOSTS}",
     )
@@ -204,7 +207,7 @@ NOT_RUN = {
     'anchor-jax plan --config=configs/train_dmd.py --config.mesh="(4,16,1,1)"'
     " --target=h100 --chips=64 --remat=none,nothing_saveable": _COMPILER,
     "sbatch --nodes=7 launch/clusters/slurm.sbatch train --config=train_dmd"
-    " --config.out=/shared/runs/dmd": (
+    " --config.out=/shared/runs/dmd --config.data.path=/shared/prompts.txt": (
         "needs Slurm; tests/launch/test_slurm.py runs the script in a simulated job"
     ),
     f"{_BUILD}gpu --tag={_IMAGE}:gpu .": _ENGINE,
@@ -222,8 +225,10 @@ NOT_RUN = {
     " --config.prompt_file=prompts.jsonl --out=/shared/batch"
     " --coordinator=10.0.0.1:1234 --num_processes=3 --process_id=0": _SHARED,
     f"{_TRAIN}train_dmd.py --config.out=/shared/dmd"
+    " --config.data.path=/shared/prompts.txt"
     " --coordinator=10.0.0.1:1234 --num_processes=2 --process_id=0": _TWO_HOSTS,
     f"{_TRAIN}train_dmd.py --config.out=/shared/dmd"
+    " --config.data.path=/shared/prompts.txt"
     " --coordinator=10.0.0.1:1234 --num_processes=2 --process_id=1": _TWO_HOSTS,
     "python launch/process_matrix.py": _MATRIX,
     "python launch/mesh_matrix.py": _MATRIX,
