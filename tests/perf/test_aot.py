@@ -357,7 +357,7 @@ def test_a_refusal_without_a_message_has_the_errors_name():
     assert found.reason == "the compiler failed: KernelError"
 
 
-def test_an_error_of_the_user_is_no_refusal():
+def test_an_error_of_the_user_is_raised():
     with pytest.raises(UserError, match="batch=3"):
         compiling.compile_program(refusing(UserError("batch=3")))
 

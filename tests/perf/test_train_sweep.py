@@ -62,7 +62,7 @@ def test_heads_are_split_over_tensor_and_context():
 
     found = list(train_sweep.meshes(16, kept, NETWORKS))
 
-    # Of 12 and 40 heads, four parts are the most.
+    # 12 and 40 heads have at most four parts.
     assert found and {shape[2:] for shape in found} == {(4, 1)}
 
 
