@@ -226,10 +226,10 @@ def _moved(use: Use, setting: Setting) -> Iterator[_Moved]:
 
 
 def _reduced(nbytes: float, setting: Setting) -> Iterator[_Moved]:
-    """Yields the sums of a network's gradient. All parts of a batch share them."""
-    part = nbytes / setting.mesh["tensor"]
-    yield "reduce-scatter", part, ("fsdp",), 1
-    yield "all-reduce", part / setting.mesh["fsdp"], ("data", "context"), 1
+    """Yields the sums of a network's gradient, for each part of a batch."""
+    part, times = nbytes / setting.mesh["tensor"], setting.microbatches
+    yield "reduce-scatter", part, ("fsdp",), times
+    yield "all-reduce", part / setting.mesh["fsdp"], ("data", "context"), times
 
 
 def working_bytes(uses: Iterable[Use], setting: Setting) -> float:
