@@ -97,7 +97,8 @@ _DMD = " -- train --config=train_dmd --config.weights={}/wan --config.out={}/dmd
 ELSEWHERE |= {
     _CLUSTER + line: "launch/test_cluster.py::test_a_command_of_the_page"
     for line in (
-        "slurm --nodes=7 --partition=h100" + _LONG("/shared/weights", "/shared/runs")
+        "slurm --nodes=7 --partition=h100"
+        + _LONG("/shared/weights", "/shared/runs")
         + " --config.data.path=/shared/prompts.txt",
         "gke cluster --name=long --cluster=mine --topology=v5p:4x4x4"
         " --project=my-project --zone=us-east5-a --reservation=my-reservation",
@@ -105,7 +106,8 @@ ELSEWHERE |= {
         + _LONG("gs://bucket", "gs://bucket")
         + _PROMPTS,
         f"gke run --name=long --topology=h100:7x8 --image={_IMAGE}:gpu"
-        " --claim=shared:/mnt/shared" + _DMD("/mnt/shared", "/mnt/shared")
+        " --claim=shared:/mnt/shared"
+        + _DMD("/mnt/shared", "/mnt/shared")
         + " --config.data.path=/mnt/shared/prompts.txt",
         "gke logs --name=long",
         "gke stop --name=long",
@@ -119,7 +121,8 @@ ELSEWHERE |= {
         f"tpu stop{_ZONE}",
         f"tpu delete{_ZONE}",
         f"ssh run{_HOSTS} --coordinator=10.0.0.1:8476 --directory=/shared/work"
-        " --program=/shared/venv/bin/anchor-jax" + _DMD("weights", "runs")
+        " --program=/shared/venv/bin/anchor-jax"
+        + _DMD("weights", "runs")
         + " --config.data.path=prompts.txt",
         f"ssh logs{_HOSTS}",
         f"ssh stop{_HOSTS}",
