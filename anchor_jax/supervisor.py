@@ -115,16 +115,18 @@ def _begin(log: int, sink: int) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
-    sys.stdout = _reopened(sys.stdout, _streams.out)
-    sys.stderr = _reopened(sys.stderr, _streams.err)
+    # With PYTHONUNBUFFERED streams do not count as line buffered.
+    is_direct = sys.stdout.line_buffering or sys.stdout.write_through
+    sys.stdout = _reopened(sys.stdout, _streams.out, 1 if is_direct else -1)
+    sys.stderr = _reopened(sys.stderr, _streams.err, 1)
 
 
-def _reopened(stream: io.TextIOWrapper, place: int) -> io.TextIOWrapper:
+def _reopened(stream: io.TextIOWrapper, place: int, buffering: int) -> io.TextIOWrapper:
     """Returns a text stream like another one, on a descriptor."""
     return open(  # noqa: SIM115 - it stays open until the process ends.
         place,
         "w",
-        buffering=1 if stream.line_buffering else -1,
+        buffering=buffering,
         encoding=stream.encoding,
         errors=stream.errors,
     )

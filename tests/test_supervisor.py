@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import select
 import signal
 import subprocess
 import sys
@@ -103,13 +104,14 @@ supervisor.tell(name="process 0 (host-a)", hosts=["host-a", "host-b"], index=0)
 """
 
 
-def start(program, *arguments):
+def start(program, *arguments, **variables):
     return subprocess.Popen(
         [sys.executable, "-c", BEGIN + program, *map(str, arguments)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env={**os.environ, **variables},
     )
 
 
@@ -134,6 +136,26 @@ sys.exit(3)
 
     assert ends(process) == (3, "for the user\n", "a warning\n")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("stream", "variables"),
+    [("stdout", {"PYTHONUNBUFFERED": "1"}), ("stderr", {"PYTHONUNBUFFERED": "1"})]
+    + [("stderr", {"PYTHONUNBUFFERED": ""})],
+)
+def test_lines_are_shown_at_once_where_python_would(stream, variables):
+    process = start(
+        f"""
+print("step 7", file=sys.{stream})
+time.sleep(60)
+""",
+        **variables,
+    )
+
+    shown, *_ = select.select([getattr(process, stream)], [], [], 20)
+    process.kill()
+
+    assert shown and ends(process)[1 if stream == "stdout" else 2] == "step 7\n"
 
 
 def test_the_stack_of_a_crash_is_kept_in_the_runs_folder(tmp_path):
