@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from anchor_jax import interrupts, supervisor
+from anchor_jax import interrupts, supervisor, watchdog
 from anchor_jax.cli import main
 
 ROOT = pathlib.Path(supervisor.__file__).parents[1]
@@ -40,7 +40,7 @@ RPC: /xla.coordination.CoordinationService/Heartbeat
 def test_its_statuses_are_those_of_the_command():
     assert supervisor.AGAIN == interrupts.AGAIN
     assert "return _report(2" in pathlib.Path(main.__file__).read_text()
-    assert supervisor.FAILED == 2
+    assert (supervisor.FAILED, supervisor.STUCK) == (2, watchdog.STATUS)
 
 
 @pytest.mark.parametrize(
@@ -132,8 +132,10 @@ print("a warning", file=sys.stderr)
 sys.exit(3)
 """,
         tmp_path,
+        TF_CPP_MIN_LOG_LEVEL="3",
     )
 
+    # This level hides messages.
     assert ends(process) == (3, "for the user\n", "a warning\n")
     assert not list(tmp_path.iterdir())
 
@@ -156,6 +158,21 @@ time.sleep(60)
     process.kill()
 
     assert shown and ends(process)[1 if stream == "stdout" else 2] == "step 7\n"
+
+
+@pytest.mark.parametrize(
+    "setting", [{"NCCL_DEBUG": "INFO"}, {"TF_CPP_MIN_LOG_LEVEL": "0"}]
+)
+def test_messages_that_were_asked_for_are_kept(tmp_path, setting):
+    program = """
+supervisor.tell(folder=sys.argv[1])
+os.write(1, b"NCCL INFO ring 0\\n")
+"""
+    process = start(program, tmp_path, **setting)
+
+    kept = tmp_path / "process-0.log"
+    assert ends(process) == (0, "", f"messages of C++: {kept}\n")
+    assert kept.read_text() == "NCCL INFO ring 0\n"
 
 
 def test_the_stack_of_a_crash_is_kept_in_the_runs_folder(tmp_path):
