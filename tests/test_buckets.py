@@ -24,6 +24,8 @@ from anchor_jax.training.data.digests import digest
 from anchor_jax.training.data.kinds import DataConfig
 from anchor_jax.training.monitor import EVENTS, Monitor
 from anchor_jax.training.stages.base import Cursor
+from anchor_jax.training.watch.observer import open_watch
+from anchor_jax.training.watch.times import Times
 from anchor_jax.watchdog import Watchdog, WatchdogConfig
 from anchor_jax.weights import checkpoint, lineage
 from anchor_jax.weights.load import load_bundle
@@ -481,6 +483,9 @@ def test_messages_and_stacks_of_a_process_reach_the_bucket(store, tmp_path):
         clock=lambda: now[0],
     )
 
+    place = io.place(f"{ROOT}/run")
+    watch, _ = open_watch(REGRESS, tuple, place, 0, Times(), str, str)
+    assert str(watch.watchdog.copy) == f"{ROOT}/run/stacks-0.txt"
     kept = supervisor._Parent(0, log, facts)._keep(True)
     dog.started("kind")
     for now[0] in range(0, 3700, 10):
