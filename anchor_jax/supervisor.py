@@ -22,7 +22,7 @@ import threading
 import time
 from typing import Any, NoReturn
 
-from anchor_jax import places, remote
+from anchor_jax import interrupts, places, remote
 from anchor_jax.errors import UserError
 
 AGAIN, FAILED, STUCK = 75, 2, 76
@@ -32,7 +32,6 @@ and `watchdog`)."""
 _REQUESTS = (signal.SIGINT, signal.SIGTERM)
 _FORWARDED = (*_REQUESTS, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _PATIENCE = 10  # seconds after a second signal
-_REBOUND = 0.5  # seconds
 _MOST = 100_000  # characters of the C++ messages that are read
 _DEATH_SIGNAL = 1  # of `prctl`, PR_SET_PDEATHSIG
 _CRASHES = (1, STUCK)  # statuses of a child after which its C++ messages are kept
@@ -204,7 +203,11 @@ class _Parent:
         del frame
         now = time.monotonic()
         is_request = number in _REQUESTS
-        if is_request and self.first is not None and now > self.first + _REBOUND:
+        if (
+            is_request
+            and self.first is not None
+            and now > self.first + interrupts.REBOUND_IN_JOB
+        ):
             # The child ends by itself unless its Python is blocked.
             signal.alarm(_PATIENCE)
         if is_request and self.first is None:

@@ -215,6 +215,21 @@ sys.exit(interrupts.leave_with(0))
     assert ends(process) == (status, "stopped\n", "")
 
 
+def test_only_a_later_second_signal_kills_a_blocked_child(monkeypatch):
+    now, alarms = [100.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(signal, "alarm", alarms.append)
+    monkeypatch.setattr(supervisor._Parent, "_send", lambda self, number: None)
+    parent = supervisor._Parent(0, pathlib.Path("unused"))
+
+    for now[0] in (100.0, 101.5):  # A launcher sends it to parent and child.
+        parent._pass_on(signal.SIGTERM, None)
+    assert not alarms
+    now[0] = 102.5
+    parent._pass_on(signal.SIGTERM, None)
+    assert alarms == [supervisor._PATIENCE]
+
+
 def test_a_signal_before_the_child_listens_is_not_lost():
     process = subprocess.Popen(
         [
