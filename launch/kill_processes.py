@@ -269,7 +269,7 @@ def unsaved(statuses: list[int], output: str) -> list[str]:
     """Returns a fault if a job that was stopped within its steps saved none.
 
     Args:
-      statuses: of all processes.
+      statuses: statuses of all processes.
       output: what process 0 printed: the step that it saved, or that it has finished.
     """
     if set(statuses) == {0} or re.search(r"Stopped at \d+/|^Done\.", output, re.M):

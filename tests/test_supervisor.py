@@ -163,7 +163,7 @@ time.sleep(60)
 @pytest.mark.parametrize(
     "setting", [{"NCCL_DEBUG": "INFO"}, {"TF_CPP_MIN_LOG_LEVEL": "0"}]
 )
-def test_messages_that_were_asked_for_are_kept(tmp_path, setting):
+def test_messages_that_were_requested_are_kept(tmp_path, setting):
     program = """
 supervisor.tell(folder=sys.argv[1])
 os.write(1, b"NCCL INFO ring 0\\n")
