@@ -321,7 +321,9 @@ def endure(kind: str, count: int, folder: pathlib.Path, times: int, steps: int) 
     job = Job(folder / f"{kind}-{count}", count, steps, 4, cache, more)
     whole = dataclasses.replace(job, out=folder / f"whole-{count}", more=())
     if checkpoint_step(whole.out) != steps:
-        finish(whole, whole.start())
+        statuses, outputs = finish(whole, whole.start())
+        if any(statuses):
+            raise SystemExit(f"the undisturbed run ended with {statuses}: {outputs}")
     timed = dataclasses.replace(job, out=folder / f"timed-{count}")
     running = timed.start()
     wait_for(lambda: f"{count} processes on" in timed.printed())
