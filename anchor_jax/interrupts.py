@@ -7,8 +7,9 @@ compiles, when no Python handler can run. The thread ends the process if the mai
 does not stop within `GRACE` seconds, and immediately after a second Ctrl-C.
 
 In a job (`join_job`) SIGTERM means "stop, you will be started again", and a second one
-ends the process immediately too. Requests to one process of a job reach all: functions
-in `on_request` pass them on, and `request` takes them.
+ends the process immediately too, if it comes `REBOUND_IN_JOB` seconds later. Requests
+to one process of a job reach all: functions in `on_request` pass them on, and `request`
+takes them.
 """
 
 import atexit
@@ -44,6 +45,8 @@ at_end: list[Callable[[int], None]] = []
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _REBOUND = 0.2  # seconds; some launchers pass a single Ctrl-C to their children twice
+REBOUND_IN_JOB = 2.0
+"""Seconds in a job, where a launcher and the parent process pass on the same signal."""
 _POLL = 0.05  # seconds
 _LAST_CALL = 6.0  # seconds for each function in `at_end`
 
@@ -350,11 +353,16 @@ def _watch(source: int) -> None:
             first = now
             _requested.set()
             _announce()
-        elif own is not None and now > own + _REBOUND and _is_second(signals):
+        elif own is not None and now > own + _rebound() and _is_second(signals):
             _end(status())
         own = now if own is None and signals else own
         if first is not None and now > _deadline(first):
             _end(status())
+
+
+def _rebound() -> float:
+    """Returns the seconds in which a repeated signal is the same request."""
+    return REBOUND_IN_JOB if _process.is_in_job else _REBOUND
 
 
 def _is_second(signals: list[int]) -> bool:

@@ -30,11 +30,12 @@ import pathlib
 import re
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from anchor_jax import clusters, interrupts
+from anchor_jax import clusters, interrupts, meeting
 from anchor_jax.errors import UserError, shown, some
 from anchor_jax.peers import FOLLOWING, Peers
 
@@ -44,9 +45,12 @@ SAME_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 """Flag with which cached programs for CPUs order their operations like new ones."""
 PATIENCE = 600.0
 """Default seconds to wait for the other processes."""
+LOADING = 3600.0
+"""Seconds to wait for others that may still load weights or build data."""
 
 _POSTS = "anchor/posts/"
 _CLOSING = 30  # seconds to wait for the others at the end
+_LEAVING = 15.0  # seconds to end the connection, when all have come to the end
 _VERDICT = HEARTBEAT + 15  # seconds until the loss of a process is known
 _THREADS = 32  # of XLA, on CPUs
 _PACKAGES = ("anchor_jax", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy")
@@ -78,6 +82,7 @@ class _Job:
       client: client of jax's coordinator.
       service: the coordinator, if this process has it and jax does not know of it.
       peers: the other processes.
+      is_apart: whether jax sees this process only.
       hosts: host names by process.
       key: random text of the first process, which is new at every start of the job.
       turns: numbers of the exchanges.
@@ -87,6 +92,7 @@ class _Job:
     client: Any
     service: Any
     peers: Peers
+    is_apart: bool = False
     hosts: list[str] = dataclasses.field(default_factory=list)
     key: str = ""
     turns: Iterator[int] = dataclasses.field(default_factory=itertools.count)
@@ -164,7 +170,7 @@ def join(
     _connect(place, tell, wait, is_apart)
     client, service = _connection(is_apart)
     peers = Peers(client, place.index, place.count, _follow)
-    _job = _Job(place, client, service, peers)
+    _job = _Job(place, client, service, peers, is_apart)
     interrupts.at_end.append(_write_end)
     _job.peers.start()
     try:
@@ -206,10 +212,15 @@ def part(seconds: float = PATIENCE) -> None:
     Raises:
       Missing: A process did not call it in time.
     """
-    global _has_parted
     if not _is_connected():
         return
     barrier("the others are not ready", seconds)
+    _disconnect()
+
+
+def _disconnect() -> None:
+    """Ends the connection, after waiting until the others end theirs."""
+    global _has_parted
     interrupts.at_end.remove(_write_end)
     _job.peers.stop()
     _has_parted = True
@@ -235,10 +246,10 @@ def _connect(
         _keep_order()
     bind = None
     if place.index == 0:
-        bind = clusters.bind_address(place.coordinator, os.environ, tell)
-        _check_free(place, bind)
+        bind = meeting.own_address(place, tell)
+        meeting.check_free(place, bind)
     else:
-        _await_coordinator(place, wait)
+        meeting.await_coordinator(place, wait)
     try:
         jax.distributed.initialize(
             place.coordinator,
@@ -253,10 +264,9 @@ def _connect(
         )
     # Jax raises the errors of its coordinator, whose types differ by version.
     except Exception as error:
-        raise UserError(
-            f"{_given(place)}: the processes cannot meet"
-            f" ({' '.join(str(error).split())[:300]}); {_CHECKS}"
-        ) from error
+        shown = " ".join(str(error).split())[:300]
+        what = f"the processes cannot meet ({shown})"
+        raise UserError(meeting.failed(place, what)) from error
 
 
 def _avoid_blocked_threads(jax) -> None:
@@ -296,58 +306,7 @@ def _is_flag(name: str) -> bool:
 
 def why_alone(place: clusters.Place) -> str:
     """Returns the message for a process that waited for the others in vain."""
-    return (
-        f"{_given(place)}: not all processes came within {clusters.WAIT} s; {_CHECKS}"
-    )
-
-
-_CHECKS = (
-    "check that process 0 runs on that host, that the port is free there and open"
-    " between the hosts, and that every process has its own --process_id"
-)
-
-
-def _given(place: clusters.Place) -> str:
-    return (
-        f"--coordinator={place.coordinator} --num_processes={place.count}"
-        f" --process_id={place.index} (from {place.found_in})"
-    )
-
-
-def _check_free(place: clusters.Place, bind: str) -> None:
-    """Raises UserError if another program uses the coordinator's port."""
-    host, port = bind.rpartition(":")[::2]
-    family = socket.AF_INET6 if "[" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host.strip("[]"), int(port)))
-        except OSError as error:
-            raise UserError(
-                f"{_given(place)}: process 0 cannot open {bind} ({error.strerror});"
-                " choose another port, and give an address of process 0's host"
-            ) from error
-
-
-def _await_coordinator(place: clusters.Place, wait: int) -> None:
-    """Waits until process 0 listens.
-
-    Jax itself would end the process with messages of its network library.
-    """
-    deadline = time.monotonic() + wait
-    while True:
-        interrupts.check()
-        try:
-            socket.create_connection(
-                clusters.split_address(place.coordinator), timeout=5
-            ).close()
-            return
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"{_given(place)}: no answer within {wait} s ({error}); {_CHECKS}"
-                ) from error
-        time.sleep(0.2)
+    return meeting.failed(place, f"not all processes came within {clusters.WAIT} s")
 
 
 def gather(value: Any, seconds: float = PATIENCE) -> list[Any]:
@@ -420,18 +379,19 @@ def barrier(what: str, seconds: float = PATIENCE) -> None:
         raise Missing(f"{what}: {error}") from error
 
 
-def agree(facts: Mapping[str, Any]) -> None:
+def agree(facts: Mapping[str, Any], seconds: float = PATIENCE) -> None:
     """Checks that all processes give the same values.
 
     Args:
       facts: JSON values by name.
+      seconds: time to wait for the others.
 
     Raises:
       UserError: Values differ; each is named with the processes that have it.
       Missing: A process did not call it in time.
     """
     text = json.dumps(dict(facts), sort_keys=True)
-    if len({*gather(hashlib.sha256(text.encode()).hexdigest())}) == 1:
+    if len({*gather(hashlib.sha256(text.encode()).hexdigest(), seconds)}) == 1:
         return
     differing = differences(gather(dict(facts)), name)
     if differing:
@@ -535,15 +495,33 @@ def close(status: int, reason: str = "") -> int:
     """
     if not _is_connected():
         return status
+    have_all_come = False
     if not reason:
         # Otherwise a process that is still saving would lose the coordinator. If a
         # process has failed, its reason ends this one.
         with contextlib.suppress(Exception):
             status = max(_exchange("close", status, _CLOSING))
+            have_all_come = True
     if status:
         _write_end(status, reason)
     _job.peers.close()
+    if have_all_come and not status and _job.is_apart:
+        # Jax does not know of the connection, so at its exit it would not wait for
+        # slower processes, which end with an error if process 0 goes first.
+        _disconnect_within(_LEAVING)
     return status
+
+
+def _disconnect_within(seconds: float) -> None:
+    """Ends the connection, unless a process was lost just now."""
+
+    def disconnect() -> None:
+        with contextlib.suppress(Exception):
+            _disconnect()
+
+    thread = threading.Thread(target=disconnect, daemon=True)
+    thread.start()
+    thread.join(seconds)
 
 
 def _is_connected() -> bool:

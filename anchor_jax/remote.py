@@ -10,6 +10,7 @@ import importlib.util
 import os
 import pathlib
 import re
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -148,6 +149,19 @@ def upload(part: pathlib.Path, path: Any) -> None:
     """Copies a local file to an object, which is replaced as a whole."""
     with explained(path):
         _objects().put_file(str(part), str(path))
+
+
+def upload_within(seconds: float, part: pathlib.Path, path: Any) -> bool:
+    """Copies like `upload`, and returns whether it succeeded in time."""
+    done = threading.Event()
+
+    def copy() -> None:
+        with contextlib.suppress(UserError, OSError):
+            upload(part, path)
+            done.set()
+
+    threading.Thread(target=copy, daemon=True).start()
+    return done.wait(seconds)
 
 
 def download(path: Any, place: pathlib.Path) -> None:

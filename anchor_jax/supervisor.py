@@ -22,16 +22,26 @@ import threading
 import time
 from typing import Any, NoReturn
 
-AGAIN, FAILED = 75, 2
-"""Exit statuses: "start me again", and wrong input (as in `interrupts` and `cli`)."""
+from anchor_jax import interrupts, places, remote
+from anchor_jax.errors import UserError
+
+AGAIN, FAILED, STUCK = 75, 2, 76
+"""Exit statuses: "start me again", wrong input, no progress (as in `interrupts`, `cli`
+and `watchdog`)."""
 
 _REQUESTS = {signal.SIGINT: 130, signal.SIGTERM: AGAIN}
 _FORWARDED = (*_REQUESTS, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _PATIENCE = 10  # seconds after a second signal
-_REBOUND = 0.5  # seconds
 _MOST = 100_000  # characters of the C++ messages that are read
 _DEATH_SIGNAL = 1  # of `prctl`, PR_SET_PDEATHSIG
-_CRASHES = (1, 76)  # statuses of a child after which its C++ messages are kept
+_CRASHES = (1, STUCK)  # statuses of a child after which its C++ messages are kept
+_UPLOAD = 20.0  # seconds to copy them into a bucket
+# Settings that ask NCCL and XLA for messages, which are then kept in any case.
+_ASKING = re.compile(
+    r"NCCL_DEBUG=.+|TF_CPP_(MAX_VLOG_LEVEL|VMODULE)=.+|TF_CPP_MIN_LOG_LEVEL=0"
+)
+# What faulthandler writes before it ends a process whose Python is blocked.
+_BLOCKED = re.compile(r"^Timeout \((\d+:\d\d:\d\d)", re.MULTILINE)
 
 # Messages of jax's coordination service. The first names the processes that were lost;
 # the second means that process 0 is gone, because it answers for the service.
@@ -96,6 +106,14 @@ def tell(**facts: Any) -> None:
         os.write(_parent, json.dumps(facts).encode() + b"\n")
 
 
+def keeps_messages() -> bool:
+    """Returns whether descriptor 2 is the file of C++ messages, which the parent reads.
+
+    If `faulthandler` then ends the process, the parent exits with `STUCK`.
+    """
+    return _streams is not None
+
+
 def release() -> None:
     """Sends C++ messages to the terminal again, in a job of one process."""
     global _streams
@@ -117,16 +135,18 @@ def _begin(log: int, sink: int) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
-    sys.stdout = _reopened(sys.stdout, _streams.out)
-    sys.stderr = _reopened(sys.stderr, _streams.err)
+    # With PYTHONUNBUFFERED streams do not count as line buffered.
+    is_direct = sys.stdout.line_buffering or sys.stdout.write_through
+    sys.stdout = _reopened(sys.stdout, _streams.out, 1 if is_direct else -1)
+    sys.stderr = _reopened(sys.stderr, _streams.err, 1)
 
 
-def _reopened(stream: io.TextIOWrapper, place: int) -> io.TextIOWrapper:
+def _reopened(stream: io.TextIOWrapper, place: int, buffering: int) -> io.TextIOWrapper:
     """Returns a text stream like another one, on a descriptor."""
     return open(  # noqa: SIM115 - it stays open until the process ends.
         place,
         "w",
-        buffering=1 if stream.line_buffering else -1,
+        buffering=buffering,
         encoding=stream.encoding,
         errors=stream.errors,
     )
@@ -170,9 +190,11 @@ class _Parent:
         with contextlib.suppress(OSError):
             text = self.log.read_text(errors="replace")[-_MOST:]
         status, line = explain(result, self.facts, text)
-        kept = self._keep(os.WIFSIGNALED(result) or status in _CRASHES)
-        if kept and line:
-            line += f"; messages of C++: {kept}"
+        settings = (f"{name}={value}" for name, value in os.environ.items())
+        is_asked = any(map(_ASKING.fullmatch, settings))
+        kept = self._keep(os.WIFSIGNALED(result) or status in _CRASHES or is_asked)
+        if kept:
+            line = "; ".join(filter(None, [line, f"messages of C++: {kept}"]))
         if line:
             with contextlib.suppress(OSError):
                 sys.stderr.write(f"{line}\n")
@@ -183,7 +205,11 @@ class _Parent:
         del frame
         now = time.monotonic()
         is_request = number in _REQUESTS
-        if is_request and self.first is not None and now > self.first + _REBOUND:
+        if (
+            is_request
+            and self.first is not None
+            and now > self.first + interrupts.REBOUND_IN_JOB
+        ):
             # The child ends by itself unless its Python is blocked.
             signal.alarm(_PATIENCE)
         if is_request and self.first is None:
@@ -201,16 +227,21 @@ class _Parent:
                 with contextlib.suppress(ValueError):
                     self.facts.update(json.loads(line))
 
-    def _keep(self, is_crash: bool) -> pathlib.Path | None:
-        """Moves the messages into the run's folder after a crash, or removes them."""
-        with contextlib.suppress(OSError):
-            if not is_crash or not self.log.stat().st_size:
+    def _keep(self, is_needed: bool) -> places.Place | None:
+        """Moves the messages into the run's folder, or removes them."""
+        with contextlib.suppress(OSError, UserError):
+            if not is_needed or not self.log.stat().st_size:
                 self.log.unlink()
                 return None
             folder = self.facts.get("folder")
-            if folder and pathlib.Path(folder).is_dir():
-                number = self.facts.get("index", 0)
-                place = pathlib.Path(folder) / f"process-{number}.log"
+            if not folder:
+                return self.log
+            place = places.place(folder) / f"process-{self.facts.get('index', 0)}.log"
+            if places.is_remote(place):
+                # A pod loses its own files at its end.
+                is_there = remote.upload_within(_UPLOAD, self.log, place)
+                return place if is_there else self.log
+            if place.parent.is_dir():
                 shutil.move(self.log, place)
                 return place
         return self.log
@@ -226,7 +257,11 @@ def explain(result: int, facts: dict[str, Any], text: str) -> tuple[int, str]:
     """
     name = facts.get("name", "this process")
     if os.WIFEXITED(result):
-        return os.WEXITSTATUS(result), facts.get("last", "")
+        status, blocked = os.WEXITSTATUS(result), _BLOCKED.search(text)
+        if status == 1 and blocked:
+            what = f"no Python code ran for {blocked[1]}, see the stacks of all threads"
+            return STUCK, f"{name} ends with status {STUCK}: {what}"
+        return status, facts.get("last", "")
     number = os.WTERMSIG(result)
     if number == signal.SIGABRT and _SERVICE.search(text):
         if "hosts" not in facts:

@@ -2,6 +2,9 @@
 
 A collective operation waits without end if another process or a network hangs. A thread
 therefore compares the time since the last step with the usual time of a step.
+
+The thread runs Python code. In a job of several processes a timer of `faulthandler`,
+which does not, ends the process if some other code lets no Python run.
 """
 
 import collections
@@ -14,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
 
-from anchor_jax import interrupts
+from anchor_jax import interrupts, places, remote, supervisor
 
 STATUS = 76
 """Exit status of a training that made no progress."""
@@ -22,6 +25,8 @@ STATUS = 76
 _CHECK = 1.0  # seconds
 _ASLEEP = 20.0  # seconds without a check, after which the process was itself stopped
 _REMEMBERED = 50  # steps
+_UPLOAD = 5.0  # seconds, less than `interrupts` gives a function at the end
+_MESSAGES = 2  # descriptor of the messages that the parent reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Watchdog:
         self,
         config: WatchdogConfig,
         stacks: pathlib.Path,
+        copy: places.Place | None = None,
         end: Callable[[int, str], None] = interrupts.end,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -56,10 +62,11 @@ class Watchdog:
         Args:
           config: the limits.
           stacks: file for the stacks of all threads.
+          copy: object in a bucket to copy that file to.
           end: called with `STATUS` and a line if the training hangs.
           clock: returns seconds.
         """
-        self.config, self.stacks = config, stacks
+        self.config, self.stacks, self.copy = config, stacks, copy
         self._end, self._clock = end, clock
         self._seconds = collections.deque(maxlen=_REMEMBERED)
         self._known: set[Hashable] = set()
@@ -125,19 +132,22 @@ class Watchdog:
         allowed, usual = self._allowed()
         if now - self._since > allowed:
             began, self._since = self._since, None
-            self.write_stacks()
+            place = self.write_stacks()
             what = f"{self._busy} takes" if self._busy else "no step for"
             self._end(
                 STATUS,
                 f"{what} {now - began:.0f} s{usual}; the stacks of all threads"
-                f" are in {self.stacks}; exit status {STATUS}",
+                f" are in {place}; exit status {STATUS}",
             )
 
-    def write_stacks(self) -> None:
-        """Writes the Python stacks of all threads."""
+    def write_stacks(self) -> places.Place:
+        """Writes the Python stacks of all threads, and returns where they are."""
         self._is_written = True
         with contextlib.suppress(OSError), self.stacks.open("w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
+        if self.copy and remote.upload_within(_UPLOAD, self.stacks, self.copy):
+            return self.copy
+        return self.stacks
 
     def _allowed(self) -> tuple[float, str]:
         """Returns the seconds that the current work may take, and the usual ones."""
@@ -151,7 +161,15 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stopped.wait(_CHECK):
+            if supervisor.keeps_messages():
+                self._set_timer()
             self.check()
+        faulthandler.cancel_dump_traceback_later()
+
+    def _set_timer(self) -> None:
+        """Ends the process unless this is called again in time."""
+        seconds = max(self.config.most, 3 * _CHECK)
+        faulthandler.dump_traceback_later(seconds, exit=True, file=_MESSAGES)
 
     def _write_for(self, status: int) -> None:
         """Writes the stacks too if another process of the job hangs."""

@@ -6,8 +6,9 @@ Every process is started by the command's own flags, on one simulated CPU device
 random process is disturbed at a random moment, from its start to its last step, and all
 are started again until the run has finished. Checks:
 
-* sigterm: all processes end with 75, having saved the step that process 0 names.
-* interrupt: Ctrl-C to one process; all end with 130.
+* sigterm: all processes end with 75, having saved the step that process 0 names. These
+  runs make sample videos too.
+* interrupt: Ctrl-C to one process; all end with 130, having saved that step.
 * kill, stop: SIGKILL, or SIGSTOP of a process and its parent (a host that hangs). The
   others end with 75 within 60 s, and their last line names the lost process.
 * Every run that was disturbed equals the undisturbed run of as many processes, bit for
@@ -55,6 +56,12 @@ TINY = (
     "--config.data.size=16",
     "--config.optimizer.decay=0",
 )
+SAMPLES = (
+    "--config.sample_every=5",
+    "--config.samples.num=1",
+    "--config.samples.frames=3",
+    "--config.samples.steps=2",
+)
 AGAIN, INTERRUPTED = 75, 130
 LIMIT = 60  # seconds in which the others must have ended
 STUCK = 300  # seconds after which a run counts as hanging
@@ -76,6 +83,7 @@ class Job:
       steps: number of steps.
       batch: videos per step.
       cache: folder of compiled programs.
+      more: further overrides of the config.
     """
 
     out: pathlib.Path
@@ -83,6 +91,7 @@ class Job:
     steps: int
     batch: int
     cache: pathlib.Path
+    more: tuple[str, ...] = ()
 
     def config(self) -> list[str]:
         """Returns the overrides of the config."""
@@ -91,6 +100,7 @@ class Job:
             f"--config.out={self.out}",
             f"--config.steps={self.steps}",
             f"--config.batch={self.batch}",
+            *self.more,
         ]
 
     def start(self, program: tuple[str, ...] = ()) -> list[subprocess.Popen]:
@@ -191,7 +201,8 @@ def disturb(job: Job, kind: str, seconds: float) -> dict:
       seconds: a whole run takes about this long.
     """
     number, _ = DISTURBANCES[kind]
-    running, first = job.start(), checkpoint_step(job.out)
+    first, begun = checkpoint_step(job.out), job.lines()
+    running = job.start()
     # Before they have met, processes know nothing of one another.
     wait_for(lambda: f"{job.count} processes on" in job.printed())
     time.sleep(random.uniform(0, seconds))
@@ -209,14 +220,18 @@ def disturb(job: Job, kind: str, seconds: float) -> dict:
         wait_for(lambda: all(one.poll() is not None for one in others))
         kill_all(running[chosen].pid)
     statuses, outputs = finish(job, running)
+    found = faults(job, kind, chosen, first, statuses, outputs)
+    if kind in ("sigterm", "interrupt") and lines > begun:
+        found += unsaved(statuses, outputs[0])
+    if time.monotonic() - began > LIMIT:
+        found.append(f"took over {LIMIT} s")
     return {
         "kind": kind,
         "process": chosen,
         "steps": lines,
         "statuses": statuses,
         "seconds": round(time.monotonic() - began, 1),
-        "faults": faults(job, kind, chosen, first, statuses, outputs)
-        + ([f"took over {LIMIT} s"] if time.monotonic() - began > LIMIT else []),
+        "faults": found,
     }
 
 
@@ -248,6 +263,18 @@ def faults(job, kind, chosen, first, statuses, outputs) -> list[str]:
         if last != int(stopped[1]) and first != int(stopped[1]):
             found.append(f"stopped at {stopped[1]}, but the checkpoint is {last}")
     return found
+
+
+def unsaved(statuses: list[int], output: str) -> list[str]:
+    """Returns a fault if a job that was stopped within its steps saved none.
+
+    Args:
+      statuses: statuses of all processes.
+      output: what process 0 printed: the step that it saved, or that it has finished.
+    """
+    if set(statuses) == {0} or re.search(r"Stopped at \d+/|^Done\.", output, re.M):
+        return []
+    return [f"no checkpoint at the stop: {output[-600:]}"]
 
 
 def differing(first: pathlib.Path, second: pathlib.Path) -> list[str]:
@@ -290,10 +317,13 @@ def digest(leaf) -> str:
 def endure(kind: str, count: int, folder: pathlib.Path, times: int, steps: int) -> dict:
     """Disturbs runs of a number of processes, and compares those that have finished."""
     cache = folder / "cache"
-    job = Job(folder / f"{kind}-{count}", count, steps, 4, cache)
-    whole = dataclasses.replace(job, out=folder / f"whole-{count}")
+    more = SAMPLES if kind == "sigterm" else ()
+    job = Job(folder / f"{kind}-{count}", count, steps, 4, cache, more)
+    whole = dataclasses.replace(job, out=folder / f"whole-{count}", more=())
     if checkpoint_step(whole.out) != steps:
-        finish(whole, whole.start())
+        statuses, outputs = finish(whole, whole.start())
+        if any(statuses):
+            raise SystemExit(f"the undisturbed run ended with {statuses}: {outputs}")
     timed = dataclasses.replace(job, out=folder / f"timed-{count}")
     running = timed.start()
     wait_for(lambda: f"{count} processes on" in timed.printed())

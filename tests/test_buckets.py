@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from stage_runs import REGRESS, leaves, make
 
-from anchor_jax import io, ownership, places, remote
+from anchor_jax import io, ownership, places, remote, supervisor
 from anchor_jax.errors import UserError
 from anchor_jax.prompt_files import PromptFile
 from anchor_jax.training import files
@@ -24,6 +24,9 @@ from anchor_jax.training.data.digests import digest
 from anchor_jax.training.data.kinds import DataConfig
 from anchor_jax.training.monitor import EVENTS, Monitor
 from anchor_jax.training.stages.base import Cursor
+from anchor_jax.training.watch.observer import open_watch
+from anchor_jax.training.watch.times import Times
+from anchor_jax.watchdog import Watchdog, WatchdogConfig
 from anchor_jax.weights import checkpoint, lineage
 from anchor_jax.weights.load import load_bundle
 
@@ -487,3 +490,34 @@ def test_processes_of_one_job_share_a_bucket(store):
     for one in seats:
         one.release()
     assert not store.objects
+
+
+def test_messages_and_stacks_of_a_process_reach_the_bucket(store, tmp_path):
+    log, stacks = tmp_path / "messages", tmp_path / "stacks-1.txt"
+    log.write_text("lost process 0")
+    facts = {"folder": f"{ROOT}/run", "index": 1}
+    ends, now = [], [0.0]
+    dog = Watchdog(
+        WatchdogConfig(),
+        stacks,
+        io.place(f"{ROOT}/run/stacks-1.txt"),
+        end=lambda *end: ends.append(end),
+        clock=lambda: now[0],
+    )
+
+    place = io.place(f"{ROOT}/run")
+    watch, _ = open_watch(REGRESS, tuple, place, 0, Times(), str, str)
+    assert str(watch.watchdog.copy) == f"{ROOT}/run/stacks-0.txt"
+    kept = supervisor._Parent(0, log, facts)._keep(True)
+    dog.started("kind")
+    for now[0] in range(0, 3700, 10):
+        dog.check()
+
+    assert str(kept) == f"{ROOT}/run/process-1.log"
+    assert store.objects["run/process-1.log"].content == b"lost process 0"
+    assert f"are in {ROOT}/run/stacks-1.txt" in ends[0][1]
+    assert b"test_messages_and" in store.objects["run/stacks-1.txt"].content
+
+    store.forbids = True
+    assert supervisor._Parent(0, log, facts)._keep(True) == log
+    assert dog.write_stacks() == stacks

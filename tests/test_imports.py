@@ -22,7 +22,7 @@ LEVELS = [
     },
     {
         *("interrupts", "ownership", "filetypes", "compile_writes", "compile_times"),
-        *("peers", "processes", "shares", "supervisor", "watchdog"),
+        *("meeting", "peers", "processes", "shares", "supervisor", "watchdog"),
     },
     {"compile_cache"},
     {

@@ -452,7 +452,7 @@ with interrupts.patient():
 """)
 
     press(process, signal.SIGTERM)
-    time.sleep(2 * interrupts._REBOUND)
+    time.sleep(interrupts.REBOUND_IN_JOB + 0.2)
     press(process)
 
     assert ends(process)[0] == 130
@@ -468,10 +468,29 @@ with interrupts.patient("stopping soon"):
 """)
 
     press(process, signal.SIGTERM)
-    time.sleep(2 * interrupts._REBOUND)
+    time.sleep(interrupts.REBOUND_IN_JOB + 0.2)
     press(process, signal.SIGTERM)
 
     assert ends(process) == (75, "", "stopping soon\ninterrupted\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_late_copy_of_a_signal_does_not_end_a_process_of_a_job(number):
+    process = start("""
+interrupts.install()
+interrupts.join_job()
+with interrupts.patient("stopping soon"):
+    ready()
+    work(2)
+print("saved")
+""")
+
+    press(process, number)
+    time.sleep(1.2)  # The parent may be slow to pass the signal on.
+    press(process, number)
+
+    status = 130 if number == signal.SIGINT else 75
+    assert ends(process) == (status, "saved\n", "stopping soon\n")
 
 
 def test_a_request_of_another_process_is_passed_on_and_is_not_a_second_one():
@@ -483,7 +502,7 @@ interrupts.on_request.append(lambda number: print("passed on", number, flush=Tru
 with interrupts.patient("not shown"):
     ready()
     interrupts.request(signal.SIGTERM)
-    work(2 * interrupts._REBOUND)
+    work(interrupts.REBOUND_IN_JOB + 0.2)
     print("again", flush=True)
     work(1)
 print("saved")

@@ -1,14 +1,16 @@
 """What one process needs no others for; several are in tests/cli/test_jobs.py."""
 
+import itertools
 import os
 import signal
 import socket
 import subprocess
 import sys
+import types
 
 import pytest
 
-from anchor_jax import clusters, interrupts, processes
+from anchor_jax import clusters, interrupts, meeting, processes
 from anchor_jax.errors import UserError
 
 
@@ -101,10 +103,59 @@ def test_a_port_that_is_taken_is_named():
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         place = clusters.Place("flags and variables", 2, 0, address)
         with pytest.raises(UserError) as caught:
-            processes._check_free(place, address)
+            meeting.check_free(place, address)
 
     assert f"--coordinator={address}" in str(caught.value)
     assert "choose another port" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("10.0.0.1", "10.0.0.1:1234"),
+        ("10.0.0.1:99", "10.0.0.1:99"),
+        ("0.0.0.0", "0.0.0.0:1234"),
+        ("fd00::1", "[fd00::1]:1234"),
+        ("[::]", "[::]:1234"),
+        ("[::]:99", "[::]:99"),
+        ("host-a", "host-a:1234"),
+    ],
+)
+def test_an_address_without_a_port_takes_the_coordinators(monkeypatch, given, expected):
+    monkeypatch.setenv("JAX_COORDINATOR_BIND_ADDRESS", given)
+    place = clusters.Place("Slurm", 2, 0, "10.0.0.1:1234")
+
+    assert meeting.own_address(place, pytest.fail) == expected
+
+
+@pytest.mark.parametrize(
+    "given", ["10.0.0.1:port", ":1", "a:99999", "a:0", "[::1", "a:"]
+)
+def test_an_address_that_cannot_be_opened_is_named(monkeypatch, given):
+    monkeypatch.setenv("JAX_COORDINATOR_BIND_ADDRESS", given)
+    place = clusters.Place("Slurm", 2, 0, "10.0.0.1:1234")
+    with pytest.raises(UserError) as caught:
+        meeting.own_address(place, pytest.fail)
+
+    assert "JAX_COORDINATOR_BIND_ADDRESS=" in str(caught.value)
+    assert "give ADDRESS or ADDRESS:PORT" in str(caught.value)
+
+
+def test_an_exchange_after_unequal_work_may_take_longer(monkeypatch):
+    waits = []
+
+    def exchange(turn, value, seconds):
+        waits.append(seconds)
+        return [value, value]
+
+    job = types.SimpleNamespace(turns=itertools.count())
+    monkeypatch.setattr(processes, "_job", job)
+    monkeypatch.setattr(processes, "_exchange", exchange)
+
+    processes.agree({"a": 1})
+    processes.agree({"a": 1}, processes.LOADING)
+
+    assert waits == [processes.PATIENCE, processes.LOADING]
 
 
 def test_a_coordinator_that_does_not_answer_is_named_with_what_to_check():
@@ -113,7 +164,7 @@ def test_a_coordinator_that_does_not_answer_is_named_with_what_to_check():
         address = f"127.0.0.1:{free.getsockname()[1]}"
     place = clusters.Place("Slurm", 2, 1, address)
     with pytest.raises(UserError) as caught:
-        processes._await_coordinator(place, 0)
+        meeting.await_coordinator(place, 0)
 
     parts = [address, "--process_id=1 (from Slurm)", "no answer within 0 s", "the port"]
     assert [part for part in parts if part not in str(caught.value)] == []
@@ -143,7 +194,7 @@ def test_a_flag_that_the_installed_xla_lacks_is_not_set(monkeypatch):
 
 
 APART = """
-import os, signal, sys, time
+import os, signal, socket, sys, time
 from anchor_jax import clusters, interrupts, processes
 number, port = int(sys.argv[1]), sys.argv[2]
 place = clusters.Place("flags", 2, number, f"127.0.0.1:{port}")
@@ -152,24 +203,55 @@ import jax
 keys = processes.gather(processes.key())
 assert keys[0] == keys[1] != "", keys
 assert (jax.process_count(), len(jax.devices())) == (1, jax.local_device_count())
+def is_open():
+    try:
+        socket.create_connection(("127.0.0.1", int(port)), 5).close()
+        return True
+    except OSError:
+        return False
+assert is_open()
 processes.part(60)
+deadline = time.monotonic() + (10 if number else 0)
+while number and is_open() and time.monotonic() < deadline:
+    time.sleep(0.05)
+assert not is_open()  # The first process has ended it, before it is killed.
 assert not interrupts.on_request and not interrupts.at_end
 assert (processes.index(), processes.count()) == (number, 2)
 if number == 0:
+    time.sleep(1)
     os.kill(os.getpid(), signal.SIGKILL)
 time.sleep(4)
 print(processes.name(), processes.close(7, "a reason"), flush=True)
 """
 
 
-@pytest.mark.slow
-def test_processes_apart_see_their_own_devices_and_survive_the_first():
+CLOSING = """
+import os, signal, sys, time
+from anchor_jax import clusters, interrupts, processes
+number, port = int(sys.argv[1]), sys.argv[2]
+place = clusters.Place("flags", 2, number, f"127.0.0.1:{port}")
+processes.join(place, is_apart=True)
+processes._LEAVING = 3
+if sys.argv[3:] == ["lost"] and number == 1:
+    processes._disconnect = lambda: os.kill(os.getpid(), signal.SIGKILL)
+status = processes.close(0)
+assert not interrupts.at_end
+if number == 0:
+    print(status, flush=True)
+    interrupts.leave_now(status)
+time.sleep(5)
+print(status, flush=True)
+"""
+
+
+def run_two(program, *arguments):
+    """Returns statuses and outputs of two processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", APART, str(number), port],
+            [sys.executable, "-c", program, str(number), port, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -177,6 +259,28 @@ def test_processes_apart_see_their_own_devices_and_survive_the_first():
         for number in range(2)
     ]
     outputs = [one.communicate(timeout=120) for one in started]
+    return [one.returncode for one in started], outputs
 
-    assert [one.returncode for one in started] == [-signal.SIGKILL, 0], outputs
+
+@pytest.mark.slow
+def test_processes_apart_see_their_own_devices_and_survive_the_first():
+    statuses, outputs = run_two(APART)
+
+    assert statuses == [-signal.SIGKILL, 0], outputs
     assert outputs[1][0] == f"process 1 ({socket.gethostname()}) 7\n"
+
+
+@pytest.mark.slow
+def test_a_slower_process_survives_the_end_of_the_first():
+    statuses, outputs = run_two(CLOSING)
+
+    assert statuses == [0, 0], outputs
+    assert [out for out, _ in outputs] == ["0\n", "0\n"]
+
+
+@pytest.mark.slow
+def test_the_loss_of_a_process_at_the_very_end_is_not_waited_for_long():
+    statuses, outputs = run_two(CLOSING, "lost")
+
+    assert statuses == [0, -signal.SIGKILL], outputs
+    assert outputs[0][0] == "0\n"

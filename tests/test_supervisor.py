@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import select
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import time
 
 import pytest
 
-from anchor_jax import interrupts, supervisor
+from anchor_jax import interrupts, supervisor, watchdog
 from anchor_jax.cli import main
 
 ROOT = pathlib.Path(supervisor.__file__).parents[1]
@@ -39,7 +40,7 @@ RPC: /xla.coordination.CoordinationService/Heartbeat
 def test_its_statuses_are_those_of_the_command():
     assert supervisor.AGAIN == interrupts.AGAIN
     assert "return _report(2" in pathlib.Path(main.__file__).read_text()
-    assert supervisor.FAILED == 2
+    assert (supervisor.FAILED, supervisor.STUCK) == (2, watchdog.STATUS)
 
 
 @pytest.mark.parametrize(
@@ -109,13 +110,14 @@ supervisor.tell(name="process 0 (host-a)", hosts=["host-a", "host-b"], index=0)
 """
 
 
-def start(program, *arguments, begin=BEGIN):
+def start(program, *arguments, begin=BEGIN, **variables):
     return subprocess.Popen(
         [sys.executable, "-c", begin + program, *map(str, arguments)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env={**os.environ, **variables},
     )
 
 
@@ -136,10 +138,47 @@ print("a warning", file=sys.stderr)
 sys.exit(3)
 """,
         tmp_path,
+        TF_CPP_MIN_LOG_LEVEL="3",
     )
 
+    # This level hides messages.
     assert ends(process) == (3, "for the user\n", "a warning\n")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("stream", "variables"),
+    [("stdout", {"PYTHONUNBUFFERED": "1"}), ("stderr", {"PYTHONUNBUFFERED": "1"})]
+    + [("stderr", {"PYTHONUNBUFFERED": ""})],
+)
+def test_lines_are_shown_at_once_where_python_would(stream, variables):
+    process = start(
+        f"""
+print("step 7", file=sys.{stream})
+time.sleep(60)
+""",
+        **variables,
+    )
+
+    shown, *_ = select.select([getattr(process, stream)], [], [], 20)
+    process.kill()
+
+    assert shown and ends(process)[1 if stream == "stdout" else 2] == "step 7\n"
+
+
+@pytest.mark.parametrize(
+    "setting", [{"NCCL_DEBUG": "INFO"}, {"TF_CPP_MIN_LOG_LEVEL": "0"}]
+)
+def test_messages_that_were_requested_are_kept(tmp_path, setting):
+    program = """
+supervisor.tell(folder=sys.argv[1])
+os.write(1, b"NCCL INFO ring 0\\n")
+"""
+    process = start(program, tmp_path, **setting)
+
+    kept = tmp_path / "process-0.log"
+    assert ends(process) == (0, "", f"messages of C++: {kept}\n")
+    assert kept.read_text() == "NCCL INFO ring 0\n"
 
 
 def test_the_stack_of_a_crash_is_kept_in_the_runs_folder(tmp_path):
@@ -210,10 +249,25 @@ time.sleep(60)
     assert process.stdout.readline() == "ready\n"
 
     process.send_signal(number)
-    time.sleep(0.6)
+    time.sleep(2.2)  # An earlier one counts as the same request.
     process.send_signal(number)
 
     assert ends(process)[0] == status
+
+
+def test_only_a_later_second_signal_kills_a_blocked_child(monkeypatch):
+    now, alarms = [100.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(signal, "alarm", alarms.append)
+    monkeypatch.setattr(supervisor._Parent, "_send", lambda self, number: None)
+    parent = supervisor._Parent(0, pathlib.Path("unused"))
+
+    for now[0] in (100.0, 101.5):  # A launcher sends it to parent and child.
+        parent._pass_on(signal.SIGTERM, None)
+    assert not alarms
+    now[0] = 102.5
+    parent._pass_on(signal.SIGTERM, None)
+    assert alarms == [supervisor._PATIENCE]
 
 
 def test_a_signal_before_the_child_listens_is_not_lost():

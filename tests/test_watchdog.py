@@ -1,5 +1,8 @@
 """A training that hangs is ended; slow work of a legitimate kind is not."""
 
+import subprocess
+import sys
+
 import pytest
 
 from anchor_jax import interrupts
@@ -15,7 +18,10 @@ class Watched:
         self.now, self.ends = 100.0, []
         self.stacks = folder / "stacks-0.txt"
         self.dog = Watchdog(
-            config, self.stacks, lambda *end: self.ends.append(end), lambda: self.now
+            config,
+            self.stacks,
+            end=lambda *end: self.ends.append(end),
+            clock=lambda: self.now,
         )
 
     def steps(self, count, seconds, kind="critic"):
@@ -129,3 +135,47 @@ def test_stacks_are_written_too_if_another_process_hangs(watched):
 def test_it_can_be_turned_off(tmp_path):
     with Watched(tmp_path, WatchdogConfig(medians=0)).dog as dog:
         assert dog._write_for not in interrupts.at_end
+
+
+BLOCKED = """
+import ctypes, sys, threading
+from anchor_jax import interrupts, supervisor, watchdog
+supervisor.start()
+interrupts.install()
+supervisor.tell(name="process 1 (host-b)", index=1, folder=sys.argv[1])
+config = watchdog.WatchdogConfig(most=float(sys.argv[2]))
+with watchdog.Watchdog(config, sys.argv[1] + "/stacks-1.txt"):
+    threading.Event().wait(2)
+    print("blocked", flush=True)
+    ctypes.PyDLL(None).sleep(int(sys.argv[3]))  # It keeps Python's lock.
+threading.Event().wait(5)
+print("continued")
+"""
+
+
+def run_blocked(folder, most, seconds):
+    return subprocess.run(
+        [sys.executable, "-c", BLOCKED, str(folder), str(most), str(seconds)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_a_call_that_lets_no_python_run_ends_a_process_of_a_job(tmp_path):
+    done = run_blocked(tmp_path, 3, 50)
+
+    kept = tmp_path / "process-1.log"
+    assert (done.returncode, done.stdout) == (STATUS, "blocked\n")
+    assert done.stderr == (
+        "process 1 (host-b) ends with status 76: no Python code ran for 0:00:03, see"
+        f" the stacks of all threads; messages of C++: {kept}\n"
+    )
+    assert "line 11 in <module>" in kept.read_text()
+
+
+def test_a_call_that_ends_in_time_and_a_watchdog_that_has_ended_do_not(tmp_path):
+    done = run_blocked(tmp_path, 4, 2)
+
+    assert (done.returncode, done.stdout) == (0, "blocked\ncontinued\n")
+    assert not done.stderr and not list(tmp_path.iterdir())

@@ -323,7 +323,7 @@ class Checkpoints:
 
 def _is_read_by_all(is_read: bool) -> bool:
     """Returns whether every process could read a checkpoint."""
-    return all(processes.gather(is_read))
+    return all(processes.gather(is_read, processes.LOADING))
 
 
 def _checked(data: Any, step: int, state: TrainState) -> dict[str, Any]:

@@ -175,11 +175,16 @@ class _Work:
 def _show(
     sample, loop: Loop, state: TrainState, done: int, watch: Watch, monitor: Monitor
 ) -> None:
-    """Makes sample videos if it is time; a request to stop cancels them."""
+    """Makes sample videos if it is time; a request to stop cancels them.
+
+    Several processes start together, because all gather the weights. The request has
+    perhaps not reached all. The first process then stops within its videos.
+    """
     if not sample or not loop.is_sampled(done):
         return
     with watch.busy(SAMPLING), monitor.paused(), contextlib.suppress(Stopped):
-        interrupts.check()
+        if processes.count() == 1:
+            interrupts.check()
         sample(state, done)
 
 

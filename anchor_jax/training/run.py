@@ -306,7 +306,7 @@ def _open_training(
     read = {} if is_trial else resume.inputs(config, generator, teacher, critic)
     resume.compare_inputs(folder, read)
     sampler = samples.make_sampler(config, prepared, folder)
-    processes.agree(read)
+    processes.agree(read, processes.LOADING)
     if is_trial or processes.is_first():
         write_run(folder, base)
         resume.write_config(config, folder)
@@ -411,7 +411,7 @@ def _base(config: TrainConfig, folder: pathlib.Path, writes: bool) -> str:
     save = INITIAL[config.weights]
     if writes:
         save(folder / config.weights, config.seed, config.data.seed)
-    processes.barrier("initial weights")
+    processes.barrier("initial weights", processes.LOADING)
     return f"./{config.weights}"
 
 

@@ -1,9 +1,12 @@
 """What a request to stop would lose of a training; its steps are in test_programs."""
 
+import contextlib
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from anchor_jax.errors import Stopped
 from anchor_jax.training import loop
 
 
@@ -72,3 +75,36 @@ def test_several_processes_have_more_time_to_save_but_none_for_compiling(
     work.step_started()
     clock[0] = 110.0
     assert work.since() == 40.0
+
+
+def videos(is_requested, monkeypatch):
+    """Returns the steps of which a process starts to make sample videos."""
+    made = []
+
+    def check():
+        if is_requested:
+            raise Stopped("interrupted")
+
+    def sample(state, step):
+        made.append(step)
+        loop.interrupts.check()  # as between two blocks
+        made.append("whole")
+
+    monkeypatch.setattr(loop.interrupts, "check", check)
+    rules = loop.Loop(9, sample_every=3)
+    for done in (2, 3):
+        watch = SimpleNamespace(busy=contextlib.nullcontext)
+        monitor = SimpleNamespace(paused=contextlib.nullcontext)
+        loop._show(sample, rules, None, done, watch, monitor)
+    return made
+
+
+def test_a_request_that_one_process_knows_first_does_not_part_them(monkeypatch):
+    monkeypatch.setattr(loop.processes, "count", lambda: 2)
+
+    assert videos(True, monkeypatch) == [3]
+    assert videos(False, monkeypatch) == [3, "whole"]
+
+
+def test_one_process_makes_no_videos_after_a_request(monkeypatch):
+    assert videos(True, monkeypatch) == []

@@ -1,5 +1,6 @@
 """Sample videos of a training: what they show, of which weights, and at what cost."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -10,7 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from anchor_jax.errors import UserError
+from anchor_jax import processes
+from anchor_jax.errors import Stopped, UserError
 from anchor_jax.streaming import stream
 from anchor_jax.streaming.loop import Euler, Renoise
 from anchor_jax.training import samples
@@ -101,6 +103,31 @@ def test_kernels_know_the_mesh(tmp_path, monkeypatch):
     samples.make_sampler(DISTILL, prepared, tmp_path)(prepared.state, 1)
 
     assert seen == [prepared.compiled.mesh.abstract_mesh] * 3
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_all_processes_meet_after_the_first_stops_within_its_videos(
+    tmp_path, monkeypatch, number
+):
+    sampler, calls = samples.make_sampler(DISTILL, prepare(DISTILL), tmp_path), []
+
+    def play(*arguments):
+        calls.append("play")
+        raise Stopped("interrupted")
+
+    def gather(self, arrays):
+        calls.append("gather")
+        return arrays
+
+    monkeypatch.setattr(samples.Sampler, "_play", play)
+    monkeypatch.setattr(samples.Sampler, "_on_one_device", gather)
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "index", lambda: number)
+    monkeypatch.setattr(processes, "barrier", lambda *more: calls.append("meet"))
+    with pytest.raises(Stopped) if number == 0 else contextlib.nullcontext():
+        sampler(prepare(DISTILL).state, 3)
+
+    assert calls == ["gather", *["play"] * (number == 0), "meet"]
 
 
 def test_videos_switch_where_training_does():

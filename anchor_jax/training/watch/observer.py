@@ -195,10 +195,10 @@ def open_watch(
     """
     is_remote = places.is_remote(folder)
     near = pathlib.Path(tempfile.gettempdir()) if is_remote else folder
-    stacks = near / f"stacks-{processes.index()}.txt"
+    name = f"stacks-{processes.index()}.txt"
     goodput = Goodput(folder, times, first)
     watch = Watch(
-        Watchdog(config.watchdog, stacks),
+        Watchdog(config.watchdog, near / name, folder / name if is_remote else None),
         Profiles(config.profile, folder, tell, say),
         times,
         goodput,
