@@ -440,6 +440,7 @@ def main() -> int:
     parser.add_argument("--resumes", type=int, default=50)
     parser.add_argument("--steps", type=int, default=20, help="of a run")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=pathlib.Path, help="JSON file for the results")
     parser.add_argument("--folder", type=pathlib.Path, help="kept; default: temporary")
     given = parser.parse_args()
     folder = (given.folder or pathlib.Path(tempfile.mkdtemp())).resolve()
@@ -455,6 +456,8 @@ def main() -> int:
             times = getattr(given, f"{part}s")
             report[part] = endure(part, given.processes, folder, times, given.steps)
         sys.stderr.write(f"{part}: {report[part]}\n")
+        if given.out:
+            given.out.write_text(json.dumps(report, indent=1))
     sys.stdout.write(f"{table(report)}\n")
     return int(any(one["faults"] for one in report.values()))
 
