@@ -53,18 +53,18 @@ class Watchdog:
         self,
         config: WatchdogConfig,
         stacks: pathlib.Path,
-        copy: places.Place | None = None,
         end: Callable[[int, str], None] = interrupts.end,
         clock: Callable[[], float] = time.monotonic,
+        copy: places.Place | None = None,
     ):
         """Initializes; entering the object as a context starts the thread.
 
         Args:
           config: the limits.
           stacks: file for the stacks of all threads.
-          copy: object in a bucket to copy that file to.
           end: called with `STATUS` and a line if the training hangs.
           clock: returns seconds.
+          copy: object in a bucket to copy `stacks` to.
         """
         self.config, self.stacks, self.copy = config, stacks, copy
         self._end, self._clock = end, clock

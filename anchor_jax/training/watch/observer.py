@@ -198,7 +198,9 @@ def open_watch(
     name = f"stacks-{processes.index()}.txt"
     goodput = Goodput(folder, times, first)
     watch = Watch(
-        Watchdog(config.watchdog, near / name, folder / name if is_remote else None),
+        Watchdog(
+            config.watchdog, near / name, copy=folder / name if is_remote else None
+        ),
         Profiles(config.profile, folder, tell, say),
         times,
         goodput,
