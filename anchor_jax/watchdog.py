@@ -64,7 +64,7 @@ class Watchdog:
           stacks: file for the stacks of all threads.
           end: called with `STATUS` and a line if the training hangs.
           clock: returns seconds.
-          copy: object in a bucket to copy that file to.
+          copy: object in a bucket to copy `stacks` to.
         """
         self.config, self.stacks, self.copy = config, stacks, copy
         self._end, self._clock = end, clock

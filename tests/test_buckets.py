@@ -500,9 +500,9 @@ def test_messages_and_stacks_of_a_process_reach_the_bucket(store, tmp_path):
     dog = Watchdog(
         WatchdogConfig(),
         stacks,
-        io.place(f"{ROOT}/run/stacks-1.txt"),
-        end=lambda *end: ends.append(end),
-        clock=lambda: now[0],
+        lambda *end: ends.append(end),
+        lambda: now[0],
+        copy=io.place(f"{ROOT}/run/stacks-1.txt"),
     )
 
     place = io.place(f"{ROOT}/run")

@@ -18,10 +18,7 @@ class Watched:
         self.now, self.ends = 100.0, []
         self.stacks = folder / "stacks-0.txt"
         self.dog = Watchdog(
-            config,
-            self.stacks,
-            end=lambda *end: self.ends.append(end),
-            clock=lambda: self.now,
+            config, self.stacks, lambda *end: self.ends.append(end), lambda: self.now
         )
 
     def steps(self, count, seconds, kind="critic"):
