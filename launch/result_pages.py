@@ -455,6 +455,7 @@ PAGES: dict[str, tuple[str, Sequence[Part]]] = {
         [
             (*text, functools.partial(devices, name))
             for name, text in device_results.TEXTS.items()
+            if (RESULTS / f"{name}.json").exists()
         ],
     ),
     "launch/ladder/results.md": (
