@@ -13,8 +13,8 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # threads as a small machine has cores they wait for one another without end.
 os.environ.setdefault("NPROC", "16")
 # The fusion emitters, and splitting the code, take half of the time that these small
-# programs compile. With the scheduler, two collectives of a simulated device may start at
-# once, and XLA mixes them up.
+# programs compile. With the scheduler, two collectives of a simulated device may start
+# at once, and XLA mixes them up.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
