@@ -107,22 +107,7 @@ class Job:
         """Starts all processes; by default those of `anchor-jax train`."""
         program = program or ("-m", "anchor_jax", "train", "--config=train_teacher")
         line = [sys.executable, *program, *self.config()]
-        if self.count > 1:
-            address = f"127.0.0.1:{free_port()}"
-            line += [f"--coordinator={address}", f"--num_processes={self.count}"]
-        running = []
-        for number in range(self.count):
-            own = [f"--process_id={number}"] if self.count > 1 else []
-            with self.output(number).open("wb") as output:
-                running.append(
-                    subprocess.Popen(
-                        [*line, *own],
-                        stdout=output,
-                        stderr=subprocess.STDOUT,
-                        env=self.environment(),
-                    )
-                )
-        return running
+        return start(line, self.count, self.output, self.environment())
 
     def output(self, number: int) -> pathlib.Path:
         """Returns the file of what a process prints."""
@@ -146,6 +131,36 @@ class Job:
         """Returns the number of complete lines in the log."""
         path = self.out / files.LOG
         return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def start(
+    line: list[str],
+    count: int,
+    output: Callable[[int], pathlib.Path],
+    environment: dict[str, str],
+) -> list[subprocess.Popen]:
+    """Starts a command as the processes of a job, by its own flags.
+
+    Args:
+      line: the command.
+      count: number of processes.
+      output: returns the file of what a process prints.
+      environment: variables.
+    """
+    job = [f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={count}"]
+    running = []
+    for number in range(count):
+        own = [*job, f"--process_id={number}"] if count > 1 else []
+        with output(number).open("wb") as file:
+            running.append(
+                subprocess.Popen(
+                    [*line, *own],
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                )
+            )
+    return running
 
 
 def free_port() -> int:

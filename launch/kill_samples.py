@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 
-from kill_processes import AGAIN, family, free_port
+from kill_processes import AGAIN, family, start
 
 from anchor_jax.sampling.manifest import FINISHED, NAME
 
@@ -67,20 +67,7 @@ class Batch:
         """Starts a number of processes, which write into a folder."""
         line = [sys.executable, "-m", "anchor_jax", "sample", *OPTIONS, f"--out={out}"]
         line.append(f"--config.prompt_file={self.prompts}")
-        job = [f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={count}"]
-        running = []
-        for number in range(count):
-            own = [*job, f"--process_id={number}"] if count > 1 else []
-            with self.output(number).open("wb") as output:
-                running.append(
-                    subprocess.Popen(
-                        [*line, *own],
-                        stdout=output,
-                        stderr=subprocess.STDOUT,
-                        env=self.environment(),
-                    )
-                )
-        return running
+        return start(line, count, self.output, self.environment())
 
     def output(self, number: int) -> pathlib.Path:
         """Returns the file of what a process prints."""

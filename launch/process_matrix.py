@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import pathlib
-import subprocess
 import sys
 import tempfile
 import time
@@ -60,18 +59,9 @@ def train(stage: str, shape: tuple[int, int], folder: pathlib.Path) -> None:
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
-    if count > 1:
-        port = kill_processes.free_port()
-        line += [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}"]
-    running = []
-    for number in range(count):
-        own = [f"--process_id={number}"] if count > 1 else []
-        with (folder / f"output-{number}.txt").open("wb") as output:
-            running.append(
-                subprocess.Popen(
-                    [*line, *own], stdout=output, stderr=output, env=environment
-                )
-            )
+    running = kill_processes.start(
+        line, count, lambda number: folder / f"output-{number}.txt", environment
+    )
     deadline = time.monotonic() + STUCK
     while any(one.poll() is None for one in running) and time.monotonic() < deadline:
         time.sleep(0.05)
