@@ -4,14 +4,13 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import pathlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 
-from anchor_jax import io
+from anchor_jax import io, places
 from anchor_jax.errors import UserError
 
 FILE = "compile_times.json"
@@ -26,7 +25,7 @@ class CompileTimes:
       folder: the folder; None stores nothing.
     """
 
-    folder: pathlib.Path | None
+    folder: places.Place | None
 
     @contextlib.contextmanager
     def reported(
@@ -61,13 +60,15 @@ class CompileTimes:
         return {key: x for key, x in found.items() if type(x) is float and x >= 0}
 
     def _store(self, key: str, seconds: float) -> None:
-        if self.folder is None or not self.folder.is_dir():
+        if self.folder is None:
             return
         known = self.load()
         known.pop(key, None)
         newest = list(known.items())[-(_MOST - 1) :]
         # A full disk must not stop the work.
         with contextlib.suppress(UserError, OSError):
+            if not places.is_dir(self.folder):
+                return
             io.write_json(self.folder / FILE, dict([*newest, (key, seconds)]))
 
 

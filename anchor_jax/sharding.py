@@ -21,7 +21,8 @@ MESH_AXES = ("data", "fsdp", "context", "tensor")
 VIDEOS = ("data", "fsdp")
 """Mesh axes that videos are split over."""
 SMALL = 65536
-"""Bytes. A smaller array is replicated if a mesh axis does not divide it."""
+"""Bytes. A smaller array is replicated if a mesh axis does not divide it, unless its
+features are in `SUMMED`."""
 
 TO_MESH = {
     "embed": "fsdp",

@@ -25,7 +25,7 @@ START = 3600.0
 """Seconds that a process may take to load and check its inputs after the first one."""
 
 _POLL = 1.0  # seconds
-_SEEN_BY = 15.0  # seconds until a new file is seen on a shared disk
+SEEN_BY = 15.0  # seconds until a new file is seen on a shared disk
 _STOP = ".stop-"
 _WAITS = "waits-"  # start of the seat of a process that has done its share
 
@@ -50,7 +50,7 @@ def check_shared(
     if processes.is_first():
         io.write_text(file, "")
     processes.barrier(file.name)
-    deadline = time.monotonic() + _SEEN_BY
+    deadline = time.monotonic() + SEEN_BY
     while not places.exists(file) and time.monotonic() < deadline:
         time.sleep(0.1)
     seen = processes.gather(places.exists(file))

@@ -239,8 +239,10 @@ class _Parent:
             place = places.place(folder) / f"process-{self.facts.get('index', 0)}.log"
             if places.is_remote(place):
                 # A pod loses its own files at its end.
-                is_there = remote.upload_within(_UPLOAD, self.log, place)
-                return place if is_there else self.log
+                if remote.upload_within(_UPLOAD, self.log, place):
+                    self.log.unlink()
+                    return place
+                return self.log
             if place.parent.is_dir():
                 shutil.move(self.log, place)
                 return place

@@ -12,7 +12,7 @@ from collections.abc import MutableMapping
 from anchor_jax.errors import UserError
 
 _BOUNDS = {1: "1,1,1", 2: "1,2,1", 4: "2,2,1", 8: "2,4,1"}
-_PORT = 8476
+_PORT = 8491  # not the one of coordinators
 _GIVEN = (
     *("TPU_PROCESS_BOUNDS", "TPU_CHIPS_PER_PROCESS_BOUNDS", "TPU_VISIBLE_CHIPS"),
     "TPU_VISIBLE_DEVICES",

@@ -236,7 +236,8 @@ def disturb(job: Job, kind: str, seconds: float) -> dict:
         kill_all(running[chosen].pid)
     statuses, outputs = finish(job, running)
     found = faults(job, kind, chosen, first, statuses, outputs)
-    if kind in ("sigterm", "interrupt") and lines > begun:
+    is_behind = checkpoint_step(job.out) != job.lines()
+    if kind in ("sigterm", "interrupt") and lines > begun and is_behind:
         found += unsaved(statuses, outputs[0])
     if time.monotonic() - began > LIMIT:
         found.append(f"took over {LIMIT} s")

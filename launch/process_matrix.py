@@ -36,8 +36,8 @@ SHORT = (
     "--config.log_every=1",
     "--config.sample_every=0",
 )
-# A teacher of a few steps hardly follows prompts: its guidance, the gradient of a
-# distillation whose critic starts from it, would be rounding.
+# A teacher trained for a few steps ignores the prompt. Its guidance is then only
+# rounding, and so is the gradient of a distillation whose critic starts from it.
 TAUGHT = {stage: ("--config.teacher=tiny",) for stage in ("dmd", "streaming")}
 MOST = 1e-5
 STUCK = 900  # seconds after which a run counts as hanging

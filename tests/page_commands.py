@@ -138,7 +138,9 @@ _SHARED = "needs several hosts; cli/test_shared_jobs.py runs two processes on on
 _COMPILER = "needs the compiler of a TPU or GPU, and minutes"
 _HOURS = "trains for minutes to hours; tests/cli and tests/training run short ones"
 _MINUTES = "takes minutes; the command runs in another test with smaller sizes"
-_MATRIX = "takes 20 minutes; tests/training runs some meshes, tests/cli two processes"
+_MATRIX = (
+    "takes 20 to 70 minutes; tests/training runs some meshes, tests/cli two processes"
+)
 _LADDER = (
     " --config.weights=launch/ladder/guided --config.teacher=launch/ladder/teacher"
 )

@@ -452,7 +452,7 @@ with interrupts.patient():
 """)
 
     press(process, signal.SIGTERM)
-    time.sleep(interrupts.REBOUND_IN_JOB + 0.2)
+    time.sleep(interrupts.REBOUND_IN_JOB + 1)
     press(process)
 
     assert ends(process)[0] == 130
@@ -468,7 +468,7 @@ with interrupts.patient("stopping soon"):
 """)
 
     press(process, signal.SIGTERM)
-    time.sleep(interrupts.REBOUND_IN_JOB + 0.2)
+    time.sleep(interrupts.REBOUND_IN_JOB + 1)
     press(process, signal.SIGTERM)
 
     assert ends(process) == (75, "", "stopping soon\ninterrupted\n")
@@ -502,7 +502,7 @@ interrupts.on_request.append(lambda number: print("passed on", number, flush=Tru
 with interrupts.patient("not shown"):
     ready()
     interrupts.request(signal.SIGTERM)
-    work(interrupts.REBOUND_IN_JOB + 0.2)
+    work(interrupts.REBOUND_IN_JOB + 1)
     print("again", flush=True)
     work(1)
 print("saved")

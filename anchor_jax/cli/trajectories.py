@@ -60,6 +60,8 @@ def main(argv) -> None:
     else:
         tpu_hosts.separate(os.environ, tpu_hosts.chips_of_host())
     compile_cache.enable()
+    if FLAGS.process is not None:
+        tpu_hosts.check()
     from anchor_jax.training import ode, reports
     from anchor_jax.weights.load import load_bundle
 

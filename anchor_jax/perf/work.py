@@ -218,7 +218,9 @@ def _moved(use: Use, setting: Setting) -> Iterator[_Moved]:
     yield "all-gather", _weights(use, setting), ("fsdp",), use.each * gathers
     whole = use.tokens * setting.videos * WIDTH  # of one feature
     own = whole / mesh["context"] * model.dim
+    # A repeated forward pass, beside the forward and backward pass, exchanges again.
     heads, layers = own / mesh["tensor"], use.each * model.num_layers
+    layers *= 1.5 if use.again else 1
     yield "all-reduce", own, ("tensor",), _SUMS * layers
     yield "all-to-all", heads, ("context",), _EXCHANGES * layers
     latents = whole * model.patch_size * model.latent_channels

@@ -52,7 +52,6 @@ def work_on(
         absent = targets.missing() if share.count > 1 else []
         if absent:
             raise shares.unfinished(absent, len(tasks), "videos")
-        overwriting.finish(tasks.folder)
 
 
 def agree(tasks: VideoTasks) -> None:
@@ -75,13 +74,30 @@ def agree(tasks: VideoTasks) -> None:
     )
 
 
-def agree_on_missing(todo: Sequence[int]) -> None:
-    """Checks that all processes of a job find the same number of videos to make.
+Choice = tuple[list[int], list[int]]
+"""Numbers of the videos to make, and of the finished ones."""
+
+
+def agree_on_missing(choose: Callable[[], Choice]) -> Choice:
+    """Returns a choice for which all processes find as many videos to make.
+
+    Args:
+      choose: looks into the folder. On a network disk a new file may appear late, so it
+        is called again for a while.
 
     Raises:
       UserError: They differ, because the processes see different folders.
     """
-    shares.agree({"videos that --out, a folder of all hosts, lacks": len(todo)})
+    deadline = time.monotonic() + shares.SEEN_BY
+    while True:
+        found = choose()
+        counts = processes.gather(len(found[0]))
+        if len(set(counts)) == 1:
+            return found
+        if processes.share(time.monotonic() > deadline):
+            name = "videos that --out, a folder of all hosts, lacks"
+            shares.agree({name: len(found[0])})
+        time.sleep(1)
 
 
 def keep_manifest(tasks: VideoTasks, tell: Tell) -> None:

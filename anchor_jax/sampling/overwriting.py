@@ -36,5 +36,5 @@ def begin(folder: pathlib.Path) -> None:
 
 def finish(folder: pathlib.Path) -> None:
     """Forgets all starts; call it when every video is replaced."""
-    if (folder / _NAME).exists():
+    if processes.is_first() and (folder / _NAME).exists():
         io.remove(folder / _NAME)

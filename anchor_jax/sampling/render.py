@@ -75,7 +75,7 @@ def sample(
         for warning in warnings(tasks, todo):
             tell(f"warning: {warning}")
         check_lengths(tasks, todo)
-        batch.agree_on_missing(todo)
+        todo, skipped = batch.agree_on_missing(lambda: choose(tasks, overwrite))
         if todo:
             with own_folder(folder, tell) as lease:
                 # Another process may have made some videos in the meantime.
@@ -92,6 +92,8 @@ def sample(
                 )
         else:
             batch.keep_manifest(tasks, tell)
+        if overwrite:
+            overwriting.finish(folder)
     return _written(tasks, todo, skipped)
 
 

@@ -205,7 +205,8 @@ def choose(tasks: VideoTasks, overwrite: bool) -> tuple[list[int], list[int]]:
         stored = recipe.get("request")
         same = stored == task.request
         made_by = recipe.get(MADE_BY)
-        is_ours = isinstance(made_by, dict) and made_by.get(overwriting.START) in starts
+        start = made_by.get(overwriting.START) if isinstance(made_by, dict) else None
+        is_ours = isinstance(start, str) and start in starts
         if same and len(files) == len(names) and (is_ours or not overwrite):
             done.append(number)
             continue
@@ -234,7 +235,10 @@ class Targets:
     def __init__(self, tasks: VideoTasks, numbers: Sequence[int]):
         """Notes the existing files. Call it before any process makes a video."""
         self._tasks, self._numbers = tasks, numbers
-        found = {number: self._state(number) for number in numbers}
+        folder = tasks.folder
+        present = set(os.listdir(folder)) if folder.is_dir() else set()
+        old = [one for one in numbers if file_names(one)[0] in present]
+        found = {number: self._state(number) for number in old}
         self._old = {number: state for number, state in found.items() if state}
 
     def missing(self) -> list[int]:

@@ -24,6 +24,9 @@ trap 'kill -USR1 -- "${tasks[@]/#/-}"' USR2
 highest=0
 for task in "${tasks[@]}"; do
   until wait "$task"; status=$?; ! kill -0 "$task" 2> /dev/null; do :; done
+  # A signal may have ended the wait just before the task ended.
+  wait "$task" 2> /dev/null; ended=$?
+  ((ended == 127)) || status=$ended
   ((status <= highest)) || highest=$status
 done
 exit "$highest"
@@ -123,9 +126,14 @@ def wait_for(condition, seconds=20):
         time.sleep(0.02)
 
 
+def are_waiting(folder):
+    file = folder / "waiting"
+    return file.exists() and file.read_text() == "\n\n"
+
+
 def test_the_signal_before_the_time_limit_requeues(job, tmp_path):
     process = job(["wait wait"])
-    wait_for(lambda: len(list(tmp_path.glob("starts.*"))) == 2)
+    wait_for(lambda: are_waiting(tmp_path))
     children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
     (srun,) = children.read_text().split()
     subprocess.run(["kill", "-USR1", srun], check=True)
@@ -134,8 +142,8 @@ def test_the_signal_before_the_time_limit_requeues(job, tmp_path):
 
 def test_a_request_for_a_profile_reaches_the_tasks_which_continue(job, tmp_path):
     process = job(["wait wait"])
-    waiting, profiles = tmp_path / "waiting", tmp_path / "profiles"
-    wait_for(lambda: waiting.exists() and waiting.read_text() == "\n\n")
+    profiles = tmp_path / "profiles"
+    wait_for(lambda: are_waiting(tmp_path))
     children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
     (srun,) = children.read_text().split()
     subprocess.run(["kill", "-USR2", srun], check=True)
@@ -147,7 +155,7 @@ def test_a_request_for_a_profile_reaches_the_tasks_which_continue(job, tmp_path)
 
 def test_scancel_does_not_requeue(job, tmp_path):
     process = job(["wait wait"])
-    wait_for(lambda: len(list(tmp_path.glob("starts.*"))) == 2)
+    wait_for(lambda: are_waiting(tmp_path))
     children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
     process.send_signal(signal.SIGTERM)
     subprocess.run(["kill", "-USR1", *children.read_text().split()], check=True)

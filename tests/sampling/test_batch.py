@@ -10,7 +10,8 @@ import pytest
 
 from anchor_jax import ownership, processes, shares
 from anchor_jax.config import load_config
-from anchor_jax.sampling import batch, overwriting, resolve
+from anchor_jax.errors import UserError
+from anchor_jax.sampling import batch, overwriting, render, resolve
 from anchor_jax.sampling.config import read_config
 from anchor_jax.sampling.manifest import NAME, Manifest
 from anchor_jax.sampling.tasks import VideoTasks, choose
@@ -172,9 +173,50 @@ def test_old_videos_do_not_count_in_a_job_that_replaces_them(tasks, as_process):
     assert choose(tasks, True) == ([1, 3], [0, 2, 4])
     start(tasks, 1, 2, [1, 3])
 
-    assert not [*tasks.folder.glob(".over*")]
+    assert choose(tasks, True) == ([], [0, 1, 2, 3, 4])
+    overwriting.finish(tasks.folder)
+    assert [*tasks.folder.glob(".over*")], "process 0 ends the job"
+    as_process(0, 2)
+    overwriting.finish(tasks.folder)
     assert choose(tasks, True)[1] == []  # the whole job is finished
     assert {one["state"] for one in lines(tasks)} == {"finished"}
+
+
+def test_a_job_that_was_stopped_after_its_last_video_ends_at_the_next_start(
+    tasks, as_process, tmp_path, monkeypatch
+):
+    as_process(0, 2)
+    monkeypatch.setattr(processes, "gather", lambda value, *more: [value, value])
+    monkeypatch.setattr(render.resolve, "load_weights", lambda given: tasks.bundle)
+    overwriting.begin(tasks.folder)
+    for number in range(5):
+        make(tasks, number)
+    given = load_config("tiny", [f"--config.prompt_file={tmp_path / 'prompts.jsonl'}"])
+
+    render.sample(given, str(tasks.folder), True, None, lambda line: None)
+
+    assert not [*tasks.folder.glob(".over*")]
+
+
+def test_a_video_that_appears_late_on_a_network_disk_is_waited_for(
+    as_process, monkeypatch
+):
+    def gather(value, *more):
+        if isinstance(value, dict):
+            return [value, dict.fromkeys(value, 1)]
+        return [value, 1 if isinstance(value, int) else "another hash"]
+
+    as_process(0, 2)
+    monkeypatch.setattr(processes, "gather", gather)
+    monkeypatch.setattr(processes, "share", lambda value, *more: value)
+    monkeypatch.setattr(batch.time, "sleep", lambda seconds: None)
+    found = iter([([3, 4], [0]), ([4], [0, 3])])
+
+    assert batch.agree_on_missing(lambda: next(found)) == ([4], [0, 3])
+
+    monkeypatch.setattr(shares, "SEEN_BY", -1.0)
+    with pytest.raises(UserError, match="videos that --out"):
+        batch.agree_on_missing(lambda: ([3, 4], [0]))
 
 
 def test_one_process_replaces_every_video(tasks, as_process):
