@@ -6,7 +6,7 @@ The mesh has the axes data, fsdp, context and tensor. On one device all have siz
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -169,6 +169,10 @@ def make_mesh(shape: tuple[int, ...] = (1, -1, 1, 1), found=None) -> Mesh:
             f" {', '.join(MESH_AXES)}, such as (1, -1, 1, 1)"
         )
     shape = infer(tuple(shape), found)
+    if shape.count(-1) > 1:
+        raise ValueError(
+            f"got {shape}; only one axis may be -1, or data and fsdp together"
+        )
     needed = math.prod(shape)
     if needed != len(found) or min(shape) < 1:
         raise ValueError(
@@ -263,12 +267,12 @@ def shardings(params, table: Table, mesh: Mesh):
     )
 
 
-def check_heads(mesh_shape, heads: int, tokens: int, text: int) -> None:
-    """Checks that devices can share the heads and the tokens of a network.
+def check_heads(mesh_shape, heads: Collection[int], tokens: int, text: int) -> None:
+    """Checks that devices can share the heads and the tokens of all networks.
 
     Args:
       mesh_shape: number of devices by mesh axis.
-      heads: number of attention heads.
+      heads: numbers of attention heads of the networks.
       tokens: number of tokens in a latent frame.
       text: number of text tokens.
 
@@ -276,10 +280,12 @@ def check_heads(mesh_shape, heads: int, tokens: int, text: int) -> None:
       Unsplittable: They cannot. The message says what can be chosen.
     """
     tensor, context = mesh_shape["tensor"], mesh_shape["context"]
-    fit = [n for n in range(1, heads + 1) if heads % n == 0]
-    if heads % (tensor * context):
+    common = math.gcd(*heads)
+    fit = [n for n in range(1, common + 1) if common % n == 0]
+    if common % (tensor * context):
+        shown = " and ".join(map(str, sorted(heads)))
         raise Unsplittable(
-            f"tensor={tensor} x context={context} does not divide the {heads} attention"
+            f"tensor={tensor} x context={context} does not divide the {shown} attention"
             f" heads; choose a product from {', '.join(map(str, fit))}"
         )
     for what, count in (("tokens of a latent frame", tokens), ("text tokens", text)):

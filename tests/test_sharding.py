@@ -150,7 +150,10 @@ def test_features_that_layers_add_up_are_split_however_small_they_are():
 @pytest.mark.parametrize(
     ("axes", "named"),
     [
-        ({"tensor": 8}, "tensor=8 x context=1 does not divide the 12 attention heads"),
+        (
+            {"tensor": 8},
+            "tensor=8 x context=1 does not divide the 12 and 24 attention heads",
+        ),
         ({"tensor": 4, "context": 2}, "tensor=4 x context=2 does not divide"),
         ({"context": 3}, "context=3 does not divide the 1000 tokens"),
         ({"context": 4}, "context=4 does not divide the 6 text tokens"),
@@ -158,7 +161,7 @@ def test_features_that_layers_add_up_are_split_however_small_they_are():
 )
 def test_heads_and_tokens_that_devices_cannot_share_are_refused(axes, named):
     with pytest.raises(sharding.Unsplittable, match=named):
-        sharding.check_heads(MESH | axes, heads=12, tokens=1000, text=6)
+        sharding.check_heads(MESH | axes, heads={12, 24}, tokens=1000, text=6)
 
 
 @pytest.mark.slow

@@ -159,7 +159,7 @@ class TrainingReport:
                 again = ""
             found.append(
                 f"{self.target.chip.name} has too little memory; {again}use more"
-                " --chips, or a smaller size"
+                " chips, or a smaller size"
             )
             found += [f"by formula it fits with {self.smaller}"] * bool(self.smaller)
         return tuple(found)

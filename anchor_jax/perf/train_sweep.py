@@ -1,6 +1,7 @@
 """Ranks the meshes and rematerialisation policies of a training by formula."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -51,20 +52,20 @@ class Candidate:
 def meshes(chips: int, config: TrainConfig, networks: NetworkSizes) -> Iterator[Mesh]:
     """Yields the meshes of a number of chips that divide the batch and the heads.
 
-    Every part of the batch must have videos for all devices. The axis `context` keeps
-    its size in the config.
+    Every part of the batch must have videos for all devices. If the config gives the
+    axis `context` a size above 1, it stays.
     """
-    context = max(1, config.mesh[2])
-    heads = (networks.generator.num_heads, networks.teacher.num_heads)
-    for tensor in _divisors(chips):
-        shared = tensor * context
-        if chips % shared or any(count % shared for count in heads):
-            continue
+    context = config.mesh[2]
+    common = math.gcd(chips, networks.generator.num_heads, networks.teacher.num_heads)
+    for shared in _divisors(common):
         split = chips // shared
         if config.batch % (split * config.microbatches):
             continue
-        for data in _divisors(split):
-            yield data, split // data, context, tensor
+        for tokens in (context,) if context > 1 else _divisors(shared):
+            if shared % tokens:
+                continue
+            for data in _divisors(split):
+                yield data, split // data, tokens, shared // tokens
 
 
 def _divisors(number: int) -> list[int]:

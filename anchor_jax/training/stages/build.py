@@ -252,14 +252,11 @@ def _check_fits(model: ModelConfig, **others: Bundle | None) -> None:
 
 def _check_mesh(mesh: Mesh, bundle: Bundle, *others: Bundle | None) -> None:
     """Raises UserError unless devices can share all heads and tokens."""
-    for one in (bundle, *others):
-        if one is not None:
-            model = one.model
-            rows, columns = bundle.grid.tokens(model.patch, model.family.strides)
-            with _naming_mesh():
-                sharding.check_heads(
-                    mesh.shape, model.num_heads, rows * columns, model.text_len
-                )
+    model = bundle.model
+    rows, columns = bundle.grid.tokens(model.patch, model.family.strides)
+    heads = {one.model.num_heads for one in (bundle, *others) if one is not None}
+    with _naming_mesh():
+        sharding.check_heads(mesh.shape, heads, rows * columns, model.text_len)
 
 
 @contextlib.contextmanager
@@ -281,12 +278,20 @@ def make_mesh(config: TrainConfig, devices=None) -> Mesh:
         mesh = sharding.make_mesh(config.mesh, devices)
     except ValueError as error:
         raise UserError(f"config.mesh: {error}") from error
-    split = placement.videos_at_once(mesh) * config.microbatches
+    split, parts = placement.videos_at_once(mesh), config.microbatches
     if config.batch % split:
         fit = {config.batch // split * split, -(-config.batch // split) * split} - {0}
-        parts = " x microbatches" if config.microbatches > 1 else ""
         raise UserError(
-            f"config.batch={config.batch} must be a multiple of data x fsdp{parts} ="
-            f" {split}; choose {' or '.join(map(str, sorted(fit)))}"
+            f"config.batch={config.batch} must be a multiple of data x fsdp = {split};"
+            f" choose {' or '.join(map(str, sorted(fit)))}, or another config.mesh"
+        )
+    each = config.batch // split
+    if each % parts:
+        fit = [n for n in range(1, each + 1) if each % n == 0]
+        raise UserError(
+            f"config.microbatches={parts} does not divide the {each} videos that each"
+            f" device has of config.batch={config.batch}; choose it from"
+            f" {', '.join(map(str, fit))}, or a batch that is a multiple of"
+            f" {split * parts}"
         )
     return mesh
