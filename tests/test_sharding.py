@@ -73,6 +73,11 @@ def test_a_mesh_that_does_not_fit_is_refused():
         sharding.make_mesh((7, 1, 1, 1))
 
 
+def test_more_sizes_than_data_and_fsdp_are_not_inferred():
+    with pytest.raises(ValueError, match="only one axis may be -1, or data and fsdp"):
+        sharding.make_mesh((-1, -1, -1, 1))
+
+
 def test_a_mesh_of_too_few_axes_names_the_four():
     with pytest.raises(ValueError, match="four integers.*data, fsdp, context, tensor"):
         sharding.make_mesh((2, 2))

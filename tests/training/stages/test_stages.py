@@ -84,6 +84,10 @@ def test_shipped_configs_learn_from_every_chunk(name, scale):
         ({"stage": "distil"}, "config.stage='distil'"),
         ({"rules": "papers"}, "config.rules='papers'"),
         ({"batch": 3, "mesh": (2, 2, 1, 1)}, "config.batch=3"),
+        (
+            {"batch": 8, "mesh": (2, 2, 1, 1), "microbatches": 3},
+            "config.microbatches=3 does not divide the 2 videos .* from 1, 2, or a",
+        ),
         ({"mesh": (3, 1, 1, 1)}, "config.mesh"),
         (
             {"distillation": DistillationConfig("self_forcing", length=39)},
