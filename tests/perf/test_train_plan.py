@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import pathlib
+import shlex
 
 import jax
 import pytest
@@ -24,6 +26,7 @@ from anchor_jax.wan.spec import WAN_1_3B, WAN_14B, ModelConfig
 from anchor_jax.wan.text import TextConfig
 from anchor_jax.wan.vae import VaeConfig
 
+ROOT = pathlib.Path(__file__).parents[2]
 GB = 10**9
 SMALL = ModelConfig(
     dim=64, ffn_dim=256, num_heads=2, num_layers=8, freq_dim=32, text_dim=32,
@@ -460,6 +463,19 @@ def test_the_command_says_time_and_cost_beside_the_papers(
         assert summary["paper"]["chip_hours"] == 1344
     assert "at an assumed 50 % of the peak" in shown
     assert shown.count("the paper: 1,344 A800-hours for 56 videos per step") == 2
+
+
+def test_the_page_has_the_numbers_of_the_formula(monkeypatch, tmp_path):
+    results, file = ROOT / "launch" / "results", tmp_path / "plan.json"
+    kept = json.loads((results / "plan_streaming_v6e.json").read_text())
+    given = [*shlex.split(kept["command"])[2:], "--nocompile", f"--json={file}"]
+
+    assert run_command(monkeypatch, *given) == 0
+
+    (made,), (shown,) = json.loads(file.read_text()).values(), kept["values"].values()
+    assert shown["formula"]["seconds"] == pytest.approx(made["formula"]["seconds"])
+    assert shown["formula"]["working"] == pytest.approx(made["formula"]["working"])
+    assert shown["resident"] == made["resident"]
 
 
 @pytest.mark.parametrize(
