@@ -163,6 +163,8 @@ def join(
     """
     global _job
     if place is None:
+        if os.environ.get("JAX_NUM_CPU_DEVICES", "1") != "1":
+            keep_order()
         return
     interrupts.join_job()
     if place.count == 1 or _job is not None:
@@ -243,7 +245,7 @@ def _connect(
     jax.config.update("jax_enable_preemption_service", False)
     if not is_apart:
         _avoid_blocked_threads(jax)
-        _keep_order()
+        keep_order()
     bind = None
     if place.index == 0:
         bind = meeting.own_address(place, tell)
@@ -280,8 +282,11 @@ def _avoid_blocked_threads(jax) -> None:
         os.environ.setdefault("NPROC", str(_THREADS))
 
 
-def _keep_order() -> None:
+def keep_order() -> None:
     """Makes CPUs run collective operations in the order of the program.
+
+    Otherwise processes start them in different orders and wait for each other, and
+    simulated devices of one process may mix them up. Call it before a device is used.
 
     XLA ends the process if it does not know a flag, and so does the library for TPUs.
     """

@@ -24,13 +24,11 @@ DEVICES = 8
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Threads of XLA: collectives of simulated devices block one each.
 os.environ.setdefault("NPROC", "16")
-# Without the emitters programs compile in half of the time. With the scheduler, two
-# collectives of a device may start at once, and XLA mixes them up.
+# Without the emitters programs compile in half of the time.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + f" --xla_force_host_platform_device_count={DEVICES}"
     " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-    " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 )
 
 import jax  # noqa: E402
@@ -38,7 +36,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
 
-from anchor_jax import sharding  # noqa: E402
+from anchor_jax import processes, sharding  # noqa: E402
 from anchor_jax.cache.policies import POLICIES  # noqa: E402
 from anchor_jax.flow import few_step_levels  # noqa: E402
 from anchor_jax.streaming import stream  # noqa: E402
@@ -345,6 +343,7 @@ def main() -> int:
     jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp())
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_disable_most_optimizations", True)
+    processes.keep_order()
     mesh = one_device()
     expected = {name: train_once(*case, mesh) for name, case in CASES.items()}
     expected["latents"] = sample(mesh)

@@ -13,12 +13,10 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # threads as a small machine has cores they wait for one another without end.
 os.environ.setdefault("NPROC", "16")
 # The fusion emitters, and splitting the code, take half of the time that these small
-# programs compile. With the scheduler, two collectives of a simulated device may start
-# at once, and XLA mixes them up.
+# programs compile.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-    " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 )
 
 import array_checks
@@ -26,6 +24,11 @@ import jax
 import pytest
 
 array_checks.install()
+
+from anchor_jax import processes  # noqa: E402
+
+# Otherwise two collectives of a simulated device may start at once, and XLA mixes them.
+processes.keep_order()
 
 DEVICES = 4
 MAPS = 12_000  # of memory; a process may have 65,530, and a program takes dozens.

@@ -8,6 +8,8 @@ import tempfile
 
 import jax
 
+from anchor_jax import processes
+
 
 def start(line, **variables):
     # Another test may have changed the setting of this process.
@@ -20,6 +22,8 @@ def start(line, **variables):
         env={
             **os.environ,
             "ANCHOR_JAX_CACHE": cache,
+            # The command sets it itself.
+            "XLA_FLAGS": os.environ["XLA_FLAGS"].replace(processes.SAME_ORDER, ""),
             "JAX_NUM_CPU_DEVICES": "1",
             **variables,
         },

@@ -173,13 +173,13 @@ def test_a_coordinator_that_does_not_answer_is_named_with_what_to_check():
 def test_processes_on_cpus_keep_the_order_of_collective_operations(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("XLA_FLAGS", "--xla_a=1")
-    processes._keep_order()
-    processes._keep_order()
+    processes.keep_order()
+    processes.keep_order()
     assert os.environ["XLA_FLAGS"] == f"--xla_a=1 {processes.SAME_ORDER}"
 
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
-    processes._keep_order()
+    processes.keep_order()
     assert not os.environ["XLA_FLAGS"]
 
 
@@ -188,7 +188,7 @@ def test_a_flag_that_the_installed_xla_lacks_is_not_set(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("XLA_FLAGS", "")
 
-    processes._keep_order()
+    processes.keep_order()
 
     assert not os.environ["XLA_FLAGS"]
 

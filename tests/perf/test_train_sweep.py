@@ -1,8 +1,8 @@
 """The ranking of meshes and rematerialisation policies."""
 
 import dataclasses
-import math
 import json
+import math
 
 import pytest
 
