@@ -232,6 +232,8 @@ NOT_RUN = {
     " --config.data.path=/shared/prompts.txt --config.out=/shared/runs/dmd": (
         "needs Slurm; tests/launch/test_slurm.py runs the script in a simulated job"
     ),
+    "anchor-jax plan --config=train_dmd --config.batch=56 --topology=h100:7x8"
+    " --nocompile": "tests/perf/test_train_plan.py runs it with another config",
     "python3.11 -m venv /shared/venv": _NODES,
     "/shared/venv/bin/pip install '.[gpu,train]'": _NODES,
     "export ANCHOR_JAX=/shared/venv/bin/anchor-jax": _NODES,
@@ -240,6 +242,10 @@ NOT_RUN = {
     "gcloud storage cp --recursive weights/causal weights/wan14b weights/wan"
     " gs://bucket": _GOOGLE,
     "gcloud storage cp prompts.txt gs://bucket": _GOOGLE,
+    "gcloud compute tpus tpu-vm ssh long --zone=us-east5-a --worker=3"
+    """ --command='kill -USR1 "$(cat anchor_jax_jobs/long/"$(uname -n)"/pid)"'""": (
+        _GOOGLE
+    ),
     f"{_BUILD}gpu --tag={_IMAGE}:gpu .": _ENGINE,
     f"{_BUILD}tpu --tag={_IMAGE}:tpu .": _ENGINE,
     f"docker push {_IMAGE}:gpu": _ENGINE,
