@@ -33,7 +33,7 @@ _BOUGHT = (*_PURCHASES, "reservation")
 _USED = {
     **dict.fromkeys(_BOUGHT, ("cluster",)),
     **dict.fromkeys(("cluster", "project", "zone"), ("cluster", "xpk")),
-    **dict.fromkeys(("claim", "cache", "queue"), ("run",)),
+    **dict.fromkeys(("claim", "cache", "queue", "service_account"), ("run",)),
 }
 _OUTPUTS = ("--config.out", "--out")
 # Deletes what is left of an ended job, and refuses if a job has not ended. It gets the
@@ -73,7 +73,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image", type=values.image, help="made from launch/Dockerfile"
     )
-    parser.add_argument("--service_account", type=values.name, default="default")
+    parser.add_argument(
+        "--service_account", type=values.name, help="of Kubernetes; default `default`"
+    )
     parser.add_argument(
         "--claim", type=values.claim, help="volume claim to mount, as CLAIM:/PATH"
     )
@@ -127,7 +129,7 @@ def manifest(given: argparse.Namespace, job: list[str]) -> str:
     fields = {
         "name": given.name,
         "namespace": given.namespace,
-        "service_account": given.service_account,
+        "service_account": given.service_account or "default",
         "image": given.image,
         "slices": given.slices,
         "hosts": place.hosts,

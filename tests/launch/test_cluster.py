@@ -216,6 +216,10 @@ REFUSED = {
     ),
     "spot": (*GKE_TPU, "--spot", *TRAIN, "does not use --spot; .* `gke cluster`"),
     "project": (*GKE_TPU, "--project=p", *TRAIN, "`gke cluster` and `gke xpk`"),
+    "account": (
+        *(*LINES["gke xpk"][:6], "--service_account=trainer", *TRAIN),
+        "does not use --service_account",
+    ),
     "xpk claim": (*LINES["gke xpk"][:6], "--claim=a:/b", *TRAIN, "not use --claim"),
     "gpus": (*GKE, "--topology=h100:7x4", *TRAIN, "as KIND:HOSTSx8"),
     "cache": (*GKE, "--topology=v6e:8x8", "--cache=/tmp/c", *TRAIN, "end with its pod"),
@@ -347,7 +351,9 @@ JOBS = [
     command
     for table in (page_commands.ELSEWHERE, page_commands.NOT_RUN)
     for command in table
-    if " -- train " in command or "slurm.sbatch train " in command
+    if " -- train " in command
+    or "slurm.sbatch train " in command
+    or ("anchor-jax train " in command and "--coordinator=" in command)
 ]
 
 
