@@ -4,7 +4,7 @@ TRAIN = ("--", "train", "--config=train_dmd", "--config.out=gs://bucket/run")
 # Each must arrive unchanged, and run nothing.
 HOSTILE = (
     "--config.prompt=a; touch pwned",
-    "--config.out=/runs/$(touch pwned)/`touch pwned`",
+    "--config.out=gs://runs/$(touch pwned)/`touch pwned`",
     '--config.weights=it\'s "here" & there | > pwned',
     "--x=$HOME $$ $(JOB_COMPLETION_INDEX) ${PATH} \\ * ? ~ # é 雪",
     "-- --dry_run",

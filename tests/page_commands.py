@@ -88,41 +88,50 @@ _IMAGE = "us-docker.pkg.dev/my-project/images/anchor-jax"
 _ZONE = " --name=long --zone=us-east5-a"
 _HOSTS = " --hosts=alpha,me@beta"
 _LONG = (
-    " -- train --config=train_streaming --config.weights={0}/anchor"
-    " --config.teacher={0}/wan14b --config.critic={0}/wan --config.out={1}/long"
+    " -- train --config=train_streaming --config.rules=release"
+    "{batch} --config.weights={0}/anchor --config.teacher={0}/wan14b"
+    " --config.critic={0}/wan"
 ).format
 _PROMPTS = " --config.data.path=gs://bucket/prompts.txt --config.data.cache=/tmp/data"
-_DMD = " -- train --config=train_dmd --config.weights={}/wan --config.out={}/dmd".format
+_DMD = (
+    " -- train --config=train_dmd{batch} --config.weights={0}/causal"
+    " --config.teacher={0}/wan14b --config.critic={0}/wan --config.out={1}/dmd"
+).format
+_56 = " --config.batch=56"
 
 ELSEWHERE |= {
     _CLUSTER + line: "launch/test_cluster.py::test_a_command_of_the_page"
     for line in (
         "slurm --nodes=7 --partition=h100"
-        + _LONG("/shared/weights", "/shared/runs")
-        + " --config.data.path=/shared/prompts.txt",
+        + _LONG("/shared/weights", batch=_56)
+        + " --config.data.path=/shared/prompts.txt --config.out=/shared/runs/long",
+        "slurm --nodes=8 -- sample --config=interactive"
+        " --config.weights=/shared/anchor --config.prompt_file=/shared/prompts.jsonl"
+        " --out=/shared/batch",
         "gke cluster --name=long --cluster=mine --topology=v5p:4x4x4"
         " --project=my-project --zone=us-east5-a --reservation=my-reservation",
         f"gke run{_V5P} --image={_IMAGE}:tpu --service_account=trainer"
-        + _LONG("gs://bucket", "gs://bucket")
+        + _LONG("gs://bucket", batch="")
+        + " --config.out=gs://bucket/long"
         + _PROMPTS,
         f"gke run --name=long --topology=h100:7x8 --image={_IMAGE}:gpu"
         " --claim=shared:/mnt/shared"
-        + _DMD("/mnt/shared", "/mnt/shared")
+        + _DMD("/mnt/shared", "/mnt/shared", batch=_56)
         + " --config.data.path=/mnt/shared/prompts.txt",
         "gke logs --name=long",
         "gke stop --name=long",
         f"gke xpk --name=long --cluster=mine --topology=v6e:8x8 --image={_IMAGE}:tpu"
-        + _DMD("gs://bucket", "gs://bucket")
+        + _DMD("gs://bucket", "gs://bucket", batch="")
         + _PROMPTS,
         f"tpu create{_ZONE} --topology=v5p:4x4x4 --spot",
         f"tpu setup{_ZONE}",
-        f"tpu run{_ZONE}" + _DMD("gs://bucket", "gs://bucket") + _PROMPTS,
+        f"tpu run{_ZONE}" + _DMD("gs://bucket", "gs://bucket", batch="") + _PROMPTS,
         f"tpu logs{_ZONE}",
         f"tpu stop{_ZONE}",
         f"tpu delete{_ZONE}",
         f"ssh run{_HOSTS} --coordinator=10.0.0.1:8476 --directory=/shared/work"
         " --program=/shared/venv/bin/anchor-jax"
-        + _DMD("weights", "runs")
+        + _DMD("weights", "runs", batch="")
         + " --config.data.path=prompts.txt",
         f"ssh logs{_HOSTS}",
         f"ssh stop{_HOSTS}",
@@ -133,6 +142,8 @@ _BUILD = "docker build --file=launch/Dockerfile --target="
 _PUBLISHED = "needs published weights (3 to 57 GB)"
 _ACCELERATOR = "needs an accelerator"
 _ENGINE = "needs a container engine; tests/launch/test_images.py reads the file"
+_NODES = "needs the shared disk of a cluster"
+_GOOGLE = "needs a project of Google Cloud"
 _TWO_HOSTS = "needs two hosts; cli/test_jobs.py runs two processes on one"
 _SHARED = "needs several hosts; cli/test_shared_jobs.py runs two processes on one"
 _COMPILER = "needs the compiler of a TPU or GPU, and minutes"
@@ -145,6 +156,10 @@ _LADDER = (
     " --config.weights=launch/ladder/guided --config.teacher=launch/ladder/teacher"
 )
 _TRAIN = "anchor-jax train --config=configs/"
+_OTHERS = (
+    " --config.teacher=/shared/wan14b --config.critic=/shared/wan"
+    " --config.data.path=/shared/prompts.txt --config.out=/shared/dmd"
+)
 _PORT = "anchor-jax port --wan=Wan2.1-T2V-1.3B "
 _RED_FIVE = ' --config.prompt="a red square moves left on black[5s]"'
 
@@ -212,8 +227,24 @@ NOT_RUN = {
     'anchor-jax plan --config=configs/train_dmd.py --config.mesh="(4,16,1,1)"'
     " --target=h100 --chips=64 --remat=none,nothing_saveable": _COMPILER,
     "sbatch --nodes=7 launch/clusters/slurm.sbatch train --config=train_dmd"
-    " --config.out=/shared/runs/dmd --config.data.path=/shared/prompts.txt": (
+    " --config.batch=56 --config.weights=/shared/weights/causal"
+    " --config.teacher=/shared/weights/wan14b --config.critic=/shared/weights/wan"
+    " --config.data.path=/shared/prompts.txt --config.out=/shared/runs/dmd": (
         "needs Slurm; tests/launch/test_slurm.py runs the script in a simulated job"
+    ),
+    "anchor-jax plan --config=train_dmd --config.batch=56 --topology=h100:7x8"
+    " --nocompile": "tests/perf/test_train_plan.py runs it with another config",
+    "python3.11 -m venv /shared/venv": _NODES,
+    "/shared/venv/bin/pip install '.[gpu,train]'": _NODES,
+    "export ANCHOR_JAX=/shared/venv/bin/anchor-jax": _NODES,
+    "gcloud container clusters describe mine --location=us-east5"
+    ' --format="value(networkConfig.datapathProvider)"': _GOOGLE,
+    "gcloud storage cp --recursive weights/causal weights/wan14b weights/wan"
+    " gs://bucket": _GOOGLE,
+    "gcloud storage cp prompts.txt gs://bucket": _GOOGLE,
+    "gcloud compute tpus tpu-vm ssh long --zone=us-east5-a --worker=3"
+    """ --command='kill -USR1 "$(cat anchor_jax_jobs/long/"$(uname -n)"/pid)"'""": (
+        _GOOGLE
     ),
     f"{_BUILD}gpu --tag={_IMAGE}:gpu .": _ENGINE,
     f"{_BUILD}tpu --tag={_IMAGE}:tpu .": _ENGINE,
@@ -229,11 +260,9 @@ NOT_RUN = {
     "anchor-jax sample --config=configs/interactive.py --config.weights=/shared/anchor"
     " --config.prompt_file=prompts.jsonl --out=/shared/batch"
     " --coordinator=10.0.0.1:1234 --num_processes=3 --process_id=0": _SHARED,
-    f"{_TRAIN}train_dmd.py --config.out=/shared/dmd"
-    " --config.data.path=/shared/prompts.txt"
+    f"{_TRAIN}train_dmd.py --config.weights=/shared/causal{_OTHERS}"
     " --coordinator=10.0.0.1:1234 --num_processes=2 --process_id=0": _TWO_HOSTS,
-    f"{_TRAIN}train_dmd.py --config.out=/shared/dmd"
-    " --config.data.path=/shared/prompts.txt"
+    f"{_TRAIN}train_dmd.py --config.weights=/shared/causal{_OTHERS}"
     " --coordinator=10.0.0.1:1234 --num_processes=2 --process_id=1": _TWO_HOSTS,
     "python launch/process_matrix.py": _MATRIX,
     "python launch/mesh_matrix.py": _MATRIX,

@@ -18,21 +18,32 @@ class Kind:
       per_chip: what that number counts for one chip: cores, or chips.
       selector: label of GKE's nodes.
       runtime: software of TPU VMs.
-      dimensions: number of sizes in a topology.
+      largest: longest sides of a slice, sorted; their number is that of its dimensions.
+      example: a slice, for messages.
     """
 
     prefix: str
     per_chip: int
     selector: str
     runtime: str
-    dimensions: int
+    largest: tuple[int, ...]
+    example: str
 
 
 TPUS = {
-    "v4": Kind("v4", 2, "tpu-v4-podslice", "tpu-ubuntu2204-base", 3),
-    "v5e": Kind("v5litepod", 1, "tpu-v5-lite-podslice", "v2-alpha-tpuv5-lite", 2),
-    "v5p": Kind("v5p", 2, "tpu-v5p-slice", "v2-alpha-tpuv5", 3),
-    "v6e": Kind("v6e", 1, "tpu-v6e-slice", "v2-alpha-tpuv6e", 2),
+    "v4": Kind(
+        "v4", 2, "tpu-v4-podslice", "tpu-ubuntu2204-base", (16, 16, 16), "v4:4x4x4"
+    ),
+    "v5e": Kind(
+        "v5litepod",
+        1,
+        "tpu-v5-lite-podslice",
+        "v2-alpha-tpuv5-lite",
+        (16, 16),
+        "v5e:8x8",
+    ),
+    "v5p": Kind("v5p", 2, "tpu-v5p-slice", "v2-alpha-tpuv5", (16, 16, 24), "v5p:4x4x4"),
+    "v6e": Kind("v6e", 1, "tpu-v6e-slice", "v2-alpha-tpuv6e", (16, 16), "v6e:8x8"),
 }
 
 
@@ -110,7 +121,8 @@ def topology(text: str) -> Slice | Gpus:
     if kind in GPUS:
         if len(sizes) != 2 or sizes[1] != GPUS_PER_HOST:
             raise argparse.ArgumentTypeError(
-                f"{text!r}: GPUs are given as KIND:HOSTSx{GPUS_PER_HOST}"
+                f"{text!r}: GPUs are given as KIND:HOSTSx{GPUS_PER_HOST}, such as"
+                f" {kind}:7x{GPUS_PER_HOST}"
             )
         return Gpus(sizes[0], *GPUS[kind])
     raise argparse.ArgumentTypeError(
@@ -124,20 +136,29 @@ def tpu(text: str) -> Slice:
     found = topology(text)
     if isinstance(found, Gpus):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a TPU slice; kinds: {', '.join(TPUS)}"
+            f"{text!r} is not a TPU slice such as v5p:4x4x4; kinds: {', '.join(TPUS)}"
         )
     return found
 
 
 def _slice(text: str, kind: Kind, sizes: list[int]) -> Slice:
-    if len(sizes) != kind.dimensions:
+    if len(sizes) != len(kind.largest):
         raise argparse.ArgumentTypeError(
-            f"{text!r}: a slice of this kind has {kind.dimensions} dimensions"
+            f"{text!r}: a slice of this kind has {len(kind.largest)} dimensions;"
+            f" example: {kind.example}"
+        )
+    # The rule of `plan`, in anchor_jax/perf/targets.py.
+    odd = [size for size in sizes if size > 2 and size % 2]
+    longest = zip(sorted(sizes), kind.largest, strict=True)
+    if odd or any(size > most for size, most in longest):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: the sides of a slice are 1 or even, and at most"
+            f" {'x'.join(map(str, kind.largest))}; example: {kind.example}"
         )
     found = Slice(kind, sizes)
     if found.chips > CHIPS_PER_HOST and found.chips % CHIPS_PER_HOST:
         raise argparse.ArgumentTypeError(
             f"{text!r} has {found.chips} chips; a slice of several hosts has a multiple"
-            f" of {CHIPS_PER_HOST}"
+            f" of {CHIPS_PER_HOST}; example: {kind.example}"
         )
     return found

@@ -28,6 +28,14 @@ _EXCLUSIVE = {
 _GROUP = {"fsGroup": 1000, "fsGroupChangePolicy": "OnRootMismatch"}
 _JOBSET_LABEL = "jobset.sigs.k8s.io/jobset-name"
 _PURCHASES = ("spot", "on_demand", "flex")
+_BOUGHT = (*_PURCHASES, "reservation")
+# Flags that only some actions use; the others refuse them.
+_USED = {
+    **dict.fromkeys(_BOUGHT, ("cluster",)),
+    **dict.fromkeys(("cluster", "project", "zone"), ("cluster", "xpk")),
+    **dict.fromkeys(("claim", "cache", "queue", "service_account"), ("run",)),
+}
+_OUTPUTS = ("--config.out", "--out")
 # Deletes what is left of an ended job, and refuses if a job has not ended. It gets the
 # name, the namespace and the command that stops the job. `--ignore-not-found` prints
 # nothing for a JobSet that does not exist.
@@ -40,6 +48,12 @@ case $found in
 esac
 kubectl delete "jobset/$1" "networkpolicy/$1" "--namespace=$2" --ignore-not-found \
   --cascade=foreground"""
+_EXAMPLES = {
+    "topology": "=v5p:4x4x4",
+    "image": "=REGISTRY/NAME:TAG, made from launch/Dockerfile"
+    " (launch/clusters/README.md, Images)",
+    "cluster": "=NAME",
+}
 _INDENT = 20 * " "  # of the program's arguments
 
 
@@ -59,7 +73,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image", type=values.image, help="made from launch/Dockerfile"
     )
-    parser.add_argument("--service_account", type=values.name, default="default")
+    parser.add_argument(
+        "--service_account", type=values.name, help="of Kubernetes; default `default`"
+    )
     parser.add_argument(
         "--claim", type=values.claim, help="volume claim to mount, as CLAIM:/PATH"
     )
@@ -80,12 +96,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--zone", type=values.word, help="for xpk")
     bought = parser.add_mutually_exclusive_group()
     for purchase in _PURCHASES:
-        bought.add_argument(f"--{purchase}", action="store_true", help="for xpk")
-    bought.add_argument("--reservation", type=values.word, help="for xpk")
+        bought.add_argument(
+            f"--{purchase}", action="store_true", help="for `gke cluster`"
+        )
+    bought.add_argument("--reservation", type=values.word, help="for `gke cluster`")
 
 
 def steps(given: argparse.Namespace, job: list[str]) -> list[Step]:
-    """Returns the commands of an action; raises ValueError if a flag is missing."""
+    """Returns the commands of an action; raises ValueError for a wrong set of flags."""
+    _refuse_unused(given)
     if given.action in ("run", "xpk"):
         _need(given, "topology", "image")
     if given.action in ("cluster", "xpk"):
@@ -105,12 +124,12 @@ def manifest(given: argparse.Namespace, job: list[str]) -> str:
     is_tpu = isinstance(place, chips.Slice)
     if not is_tpu and given.slices > 1:
         raise ValueError("--slices is for TPUs; give more GPU hosts in --topology")
-    _check_cache(given)
+    _check_places(given, job)
     volumes, mounts = _volumes(given.claim, is_tpu)
     fields = {
         "name": given.name,
         "namespace": given.namespace,
-        "service_account": given.service_account,
+        "service_account": given.service_account or "default",
         "image": given.image,
         "slices": given.slices,
         "hosts": place.hosts,
@@ -147,17 +166,34 @@ def _yaml(value) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _check_cache(given: argparse.Namespace) -> None:
-    """Raises ValueError unless compiled programs outlive the pods."""
-    if not given.cache or given.cache.startswith("gs://"):
-        return
+def _check_places(given: argparse.Namespace, job: list[str]) -> None:
+    """Raises ValueError unless outputs and compiled programs outlive the pods."""
+    written = values.flags_of(job, *_OUTPUTS)
+    if given.cache:
+        written.append(("--cache", given.cache))
     mount = given.claim.partition(":")[2] if given.claim else ""
-    parents = map(str, pathlib.PurePosixPath(given.cache).parents)
-    if not mount or mount not in parents or ".." in given.cache.split("/"):
-        raise ValueError(
-            f"--cache={given.cache} would end with its pod; give gs://BUCKET/NAME, or a"
-            f" folder below {mount or 'the path of --claim'}"
-        )
+    for name, place in written:
+        if place.startswith("gs://"):
+            continue
+        parents = map(str, pathlib.PurePosixPath(place).parents)
+        if not mount or mount not in parents or ".." in place.split("/"):
+            # Videos are refused in buckets.
+            other = "" if name == "--out" else "gs://BUCKET/NAME, or "
+            raise ValueError(
+                f"{name}={place} would end with its pod; give {other}a folder below"
+                f" {mount or 'the path of --claim=CLAIM:/PATH'}"
+            )
+
+
+def _refuse_unused(given: argparse.Namespace) -> None:
+    """Raises ValueError for a flag that the action would ignore."""
+    for name, actions in _USED.items():
+        if getattr(given, name) and given.action not in actions:
+            used = " and ".join(f"`gke {action}`" for action in actions)
+            raise ValueError(
+                f"`gke {given.action}` does not use --{name}; remove it, or give it to"
+                f" {used}"
+            )
 
 
 def _selector(place: chips.Slice | chips.Gpus) -> dict[str, str]:
@@ -274,6 +310,8 @@ def _project(given: argparse.Namespace) -> list[str]:
 
 
 def _need(given: argparse.Namespace, *names: str) -> None:
-    missing = [f"--{name}" for name in names if not getattr(given, name)]
+    missing = [
+        f"--{name}{_EXAMPLES[name]}" for name in names if not getattr(given, name)
+    ]
     if missing:
         raise ValueError(f"`gke {given.action}` needs {' and '.join(missing)}")

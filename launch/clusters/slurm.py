@@ -7,6 +7,7 @@ from clusters import values
 from clusters.steps import Step
 
 SUMMARY = "submit a job to Slurm"
+MOST_GRACE = 65535
 SCRIPT = pathlib.Path(__file__).with_name("slurm.sbatch")
 
 
@@ -42,7 +43,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def steps(given: argparse.Namespace, job: list[str]) -> list[Step]:
-    """Returns the command that submits the job."""
+    """Returns the command that submits the job; raises ValueError for a bad grace."""
+    _check_grace(given)
     tasks = given.gpus if given.task_per == "gpu" else 1
     line = [
         "sbatch",
@@ -57,3 +59,14 @@ def steps(given: argparse.Namespace, job: list[str]) -> list[Step]:
         if getattr(given, field):
             line.append(f"--{field}={getattr(given, field)}")
     return [Step((*line, *given.sbatch, str(SCRIPT), *job))]
+
+
+def _check_grace(given: argparse.Namespace) -> None:
+    """Raises ValueError unless Slurm sends the signal within the job's time."""
+    limit = values.seconds(given.time)
+    if given.grace > MOST_GRACE or (limit and given.grace >= limit):
+        raise ValueError(
+            f"--grace={given.grace} must be below the {limit} seconds of"
+            f" --time={given.time}, and at most {MOST_GRACE}; example: --grace=300"
+            " --time=24:00:00"
+        )

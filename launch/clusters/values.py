@@ -120,10 +120,15 @@ def path(text: str) -> str:
 
 def job(arguments: Sequence[str]) -> list[str]:
     """Returns the arguments of `anchor-jax`, checked; raises ValueError."""
-    if not arguments or arguments[0] not in COMMANDS:
+    if not arguments:
+        raise ValueError(
+            "no command is given; put the command after --: cluster.py slurm --nodes=7"
+            " -- train --config=train_dmd --config.out=OUT"
+        )
+    if arguments[0] not in COMMANDS:
         raise ValueError(
             f"the command after -- must be one of {', '.join(COMMANDS)}, but got"
-            f" {arguments[0] if arguments else 'nothing'!r}; example:"
+            f" {arguments[0]!r}; example:"
             " -- train --config=train_dmd --config.out=OUT"
         )
     for argument in arguments:
@@ -133,3 +138,27 @@ def job(arguments: Sequence[str]) -> list[str]:
         if flag in _OWN_FLAGS:
             raise ValueError(f"{flag} is given by the launcher; remove it")
     return list(arguments)
+
+
+def flags_of(arguments: Sequence[str], *names: str) -> list[tuple[str, str]]:
+    """Returns the flags of these names and their values, in one word or in two."""
+    found = []
+    for number, argument in enumerate(arguments):
+        name, sign, value = argument.partition("=")
+        name = f"--{name.lstrip('-')}" if name.startswith("-") else name
+        if name in names:
+            following = arguments[number + 1 : number + 2]
+            found.append((name, value if sign else "".join(following)))
+    return found
+
+
+def seconds(limit: str) -> int:
+    """Returns the seconds of a time limit of Slurm that `time` has checked."""
+    days, dash, rest = limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:
+        units = (3600, 60, 1)  # HOURS, after DAYS-
+    else:
+        units = (60, 1) if len(parts) < 3 else (3600, 60, 1)
+    counted = sum(part * unit for part, unit in zip(parts, units, strict=False))
+    return int(days or 0) * 86400 + counted

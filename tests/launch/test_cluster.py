@@ -1,5 +1,6 @@
 """`launch/cluster.py`: what it runs, what it shows, what it refuses."""
 
+import argparse
 import os
 import pathlib
 import re
@@ -12,7 +13,9 @@ import page_commands
 import pytest
 from launch_lines import GKE, HOSTILE, LINES, TPU, TRAIN
 
+from anchor_jax.errors import UserError
 from anchor_jax.perf import targets
+from anchor_jax.training.stages.build import TrainConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -165,6 +168,9 @@ def refused(launch, *line, says):
     assert not launch.calls()
 
 
+GKE_TPU = (*GKE, "--topology=v6e:8x8")
+GKE_DISK = (*GKE, "--topology=h100:7x8", "--claim=disk:/mnt/data")
+JOB = TRAIN[:3]
 REFUSED = {
     "nodes": ("slurm", "--nodes=0", *TRAIN, "is not a count"),
     "more nodes": ("slurm", "--nodes=1;x", *TRAIN, "is not a count"),
@@ -172,14 +178,49 @@ REFUSED = {
     "option": ("slurm", "--nodes=1", "--sbatch=x;y", *TRAIN, "is not an option"),
     "line": ("slurm", "--nodes=1", "--", "train", "--x=a\nb", "control characters"),
     "command": ("slurm", "--nodes=1", "--", "doctor", "must be one of"),
-    "no command": ("slurm", "--nodes=1", "but got 'nothing'"),
+    "no command": ("slurm", "--nodes=1", "put the command after --: cluster.py slurm"),
+    "grace": ("slurm", "--nodes=1", "--time=5:00", *TRAIN, "below the 300 seconds"),
+    "long grace": ("slurm", "--nodes=1", "--grace=65536", *TRAIN, "at most 65535"),
     "own": ("slurm", "--nodes=1", "--", "train", "--process_id=1", "by the launcher"),
     "image": (*GKE[:3], "--image=a b", *TRAIN, "is not an image"),
-    "no image": (*GKE[:3], "--topology=v6e:8x8", *TRAIN, "needs --image"),
+    "no image": (
+        *GKE[:3],
+        "--topology=v6e:8x8",
+        *TRAIN,
+        "--image=REGISTRY/NAME:TAG, made",
+    ),
     "claim": (*GKE, "--claim=a:/b\nc: d", *TRAIN, "is not a mounted volume claim"),
     "kind": (*GKE, "--topology=v9:8x8", *TRAIN, "is not a topology"),
     "shape": (*GKE, "--topology=v5p:8x8", *TRAIN, "has 3 dimensions"),
-    "chips": (*GKE, "--topology=v6e:3x3", *TRAIN, "has 9 chips"),
+    "flat shape": (*GKE, "--topology=v6e:2x1x1", *TRAIN, "has 2 dimensions"),
+    "chips": (*GKE, "--topology=v6e:1x6", *TRAIN, "has 6 chips"),
+    "odd side": (*GKE, "--topology=v6e:3x4", *TRAIN, "1 or even, .* example: v6e:8x8"),
+    "long side": (*GKE, "--topology=v5p:32x4x4", *TRAIN, "at most 16x16x24"),
+    "out": (*GKE_TPU, *JOB, "--config.out=runs/dmd", "--config.out=runs/dmd would end"),
+    "out in words": (*GKE_TPU, *JOB, "--config.out", "/tmp/a", "would end with its"),
+    "out above": (
+        *(*GKE_DISK, *JOB, "--config.out=/mnt/data/../a"),
+        "a folder below /mnt/data",
+    ),
+    "videos": (
+        *(*GKE_DISK, "--", "sample", "--out=batch"),
+        "--out=batch would end with its pod; give a folder below /mnt/data",
+    ),
+    "videos in words": (
+        *GKE_DISK,
+        "--",
+        "sample",
+        "-out",
+        "batch",
+        "--out=batch would",
+    ),
+    "spot": (*GKE_TPU, "--spot", *TRAIN, "does not use --spot; .* `gke cluster`"),
+    "project": (*GKE_TPU, "--project=p", *TRAIN, "`gke cluster` and `gke xpk`"),
+    "account": (
+        *(*LINES["gke xpk"][:6], "--service_account=trainer", *TRAIN),
+        "does not use --service_account",
+    ),
+    "xpk claim": (*LINES["gke xpk"][:6], "--claim=a:/b", *TRAIN, "not use --claim"),
     "gpus": (*GKE, "--topology=h100:7x4", *TRAIN, "as KIND:HOSTSx8"),
     "cache": (*GKE, "--topology=v6e:8x8", "--cache=/tmp/c", *TRAIN, "end with its pod"),
     "cache above": (
@@ -210,6 +251,45 @@ REFUSED = {
 def test_a_mistake_is_named_and_nothing_runs(launch, line):
     *line, says = line
     refused(launch, *line, says=says)
+
+
+TAKEN = {
+    "out": (*GKE_DISK, *JOB, "--config.out=/mnt/data/dmd"),
+    "out in words": (*GKE_DISK, *JOB, "--config.out", "/mnt/data/dmd"),
+    "inputs of the image": (*GKE_TPU, *TRAIN, "--config.weights=/weights/wan"),
+    "grace": ("slurm", "--nodes=1", "--time=5:01", *TRAIN),
+    "days": ("slurm", "--nodes=1", "--time=1-0", "--grace=65535", *TRAIN),
+    "days and minutes": ("slurm", "--nodes=1", "--time=1-00:30", *TRAIN),
+    "minutes": ("slurm", "--nodes=1", "--time=6", *TRAIN),
+    "no limit": ("slurm", "--nodes=1", "--time=0", *TRAIN),
+}
+
+
+@pytest.mark.parametrize("line", TAKEN.values(), ids=TAKEN)
+def test_what_is_right_is_taken(launch, line):
+    done = launch.cluster(*line)
+    assert done.returncode == 0, done.stderr
+    assert launch.calls()
+
+
+SHAPES = {
+    2: ("1x1", "2x2", "2x4", "3x4", "4x6", "8x8", "16x16", "16x32"),
+    3: ("1x1x1", "2x2x1", "2x2x3", "4x4x4", "24x16x16", "16x24x24", "32x4x4"),
+}
+
+
+@pytest.mark.parametrize("name", ["v4", "v5e", "v5p", "v6e"])
+def test_slices_are_those_that_plan_knows(launcher, name):
+    chips = launcher("clusters.chips")
+    for shape in SHAPES[targets.TARGETS[name].axes]:
+        text = f"{name}:{shape}"
+        try:
+            targets.parse_topology(text)
+        except UserError:
+            with pytest.raises(argparse.ArgumentTypeError, match="example: v"):
+                chips.topology(text)
+        else:
+            assert chips.topology(text).topology == shape
 
 
 def test_a_private_address_is_taken(launch):
@@ -265,3 +345,40 @@ def test_a_command_of_the_page(launch, command):
     done = launch.cluster(*shlex.split(command)[2:])
     assert done.returncode == 0, done.stderr
     assert launch.calls()
+
+
+JOBS = [
+    command
+    for table in (page_commands.ELSEWHERE, page_commands.NOT_RUN)
+    for command in table
+    if " -- train " in command
+    or "slurm.sbatch train " in command
+    or ("anchor-jax train " in command and "--coordinator=" in command)
+]
+
+
+@pytest.mark.parametrize("command", JOBS)
+def test_a_training_of_the_page_has_what_it_needs(launcher, command):
+    launched, _, job = command.partition(" train ")
+    given = dict(word.partition("=")[::2] for word in shlex.split(job))
+
+    needed = ("weights", "teacher", "critic", "data.path", "out")
+    assert all(given.get(f"--config.{name}") for name in needed)
+    batch = int(given.get("--config.batch", BATCH))
+    assert batch % chips_of(launcher, launched) == 0
+    if given["--config.weights"].endswith("/anchor"):
+        assert given["--config.rules"] == "release"
+
+
+BATCH = TrainConfig().batch
+
+
+def chips_of(launcher, launched):
+    """Returns the chips that a command names, or 1 if it names none."""
+    given = dict(word.partition("=")[::2] for word in shlex.split(launched))
+    if "--nodes" in given:
+        return int(given["--nodes"]) * 8
+    if "--topology" not in given:
+        return 1
+    place = launcher("clusters.chips").topology(given["--topology"])
+    return place.hosts * place.chips_per_host
