@@ -137,7 +137,7 @@ def test_a_missing_file_is_awaited_on_a_shared_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "barrier", lambda name: None)
     monkeypatch.setattr(processes, "is_first", lambda: False)
     monkeypatch.setattr(processes, "gather", lambda sees: [True, sees])
-    monkeypatch.setattr(shares, "_SEEN_BY", 0.2)
+    monkeypatch.setattr(shares, "SEEN_BY", 0.2)
     with pytest.raises(UserError, match="process 1 cannot see"):
         files.check_shared(tmp_path)
 
