@@ -16,9 +16,9 @@ import itertools
 import json
 import math
 import os
+import pathlib
 import sys
 import tempfile
-import time
 
 DEVICES = 8
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -31,6 +31,7 @@ os.environ["XLA_FLAGS"] = (
     " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 )
 
+import device_results  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
@@ -285,43 +286,30 @@ def one_device():
 
 
 def compare(shape: tuple[int, ...], expected: dict) -> dict:
-    """Returns the numbers of a mesh."""
-    mesh, row = sharding.make_mesh(shape), {"mesh": shape}
+    """Returns the largest numbers of a mesh, by their names in `LIMITS`."""
+    mesh, cases = sharding.make_mesh(shape), []
     for name, (config, start) in CASES.items():
-        began, ours = time.monotonic(), train_once(config, start, mesh)
-        whole = expected[name]
-        row[name] = {
-            "losses": distance(ours["losses"], whole["losses"]),
-            "gradients": distance(ours["gradients"], whole["gradients"]),
-            "arrays": ours["arrays"],
-            "flops": max(
-                DEVICES * count / whole["flops"][program]
-                for program, count in ours["flops"].items()
-            ),
-            "seconds": time.monotonic() - began,
-        }
-    row["latents"] = distance(sample(mesh), expected["latents"])
-    return row
-
-
-def largest(row: dict) -> dict[str, float]:
-    """Returns the largest number of all cases, by its name in `LIMITS`."""
-    cases = [row[name] for name in CASES]
-    found = {
-        key: float(np.max([case[key] for case in cases]))
-        for key in ("losses", "gradients", "arrays", "flops")
-    }
-    return found | {"latents": row["latents"]}
+        ours, whole = train_once(config, start, mesh), expected[name]
+        cases.append(
+            {
+                "losses": distance(ours["losses"], whole["losses"]),
+                "gradients": distance(ours["gradients"], whole["gradients"]),
+                "arrays": ours["arrays"],
+                "flops": max(
+                    DEVICES * count / whole["flops"][program]
+                    for program, count in ours["flops"].items()
+                ),
+            }
+        )
+    found = {key: float(np.max([case[key] for case in cases])) for key in cases[0]}
+    latents = distance(sample(mesh), expected["latents"])
+    return {"mesh": list(shape), **found, "latents": latents}
 
 
 def line(row: dict) -> str:
     """Returns a row of the table."""
-    found = largest(row)
-    mesh = " x ".join(map(str, row["mesh"]))
-    return (
-        f"| {mesh} | {found['losses']:.1e} | {found['gradients']:.1e} |"
-        f" {found['latents']:.1e} | {found['arrays']:.2f} | {found['flops']:.2f} |"
-    )
+    _, shown = device_results.meshes({"meshes": [row]})
+    return f"| {' | '.join(shown)} |"
 
 
 def say(line: str) -> None:
@@ -333,9 +321,15 @@ def say(line: str) -> None:
 def main() -> int:
     """Runs the command, and returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", help="JSON file for the numbers")
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        help="JSON file for the numbers; meshes that it has are not run again",
+    )
     parser.add_argument("--only", help="one mesh, such as 2,2,1,2")
     given = parser.parse_args()
+    rows = finished(given.out)
+    known = {tuple(row["mesh"]) for row in rows}
     chosen = meshes()
     if given.only:
         chosen = [tuple(map(int, given.only.split(",")))]
@@ -347,28 +341,33 @@ def main() -> int:
     mesh = one_device()
     expected = {name: train_once(*case, mesh) for name, case in CASES.items()}
     expected["latents"] = sample(mesh)
-    say(
-        "| data x fsdp x context x tensor | losses | gradients | latents | arrays |"
-        " flops |\n|---|---|---|---|---|---|"
-    )
-    rows = []
+    titles = device_results.MESH_TITLES
+    say(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
     for shape in chosen:
+        if shape in known:
+            continue
         rows.append(compare(shape, expected))
         jax.clear_caches()  # Programs of other meshes are not used again.
         say(line(rows[-1]))
         if given.out:
-            with open(given.out, "w", encoding="utf-8") as file:
-                compared = [{"mesh": row["mesh"], **largest(row)} for row in rows]
-                json.dump({"limits": LIMITS, "meshes": compared}, file, indent=1)
+            rows.sort(key=lambda row: row["mesh"])
+            given.out.write_text(json.dumps({"meshes": rows}, indent=1))
     # Numbers that are not finite are above every limit, too.
     above = [
         (row["mesh"], name)
         for row in rows
-        for name, value in largest(row).items()
-        if not value <= LIMITS[name]
+        for name, limit in LIMITS.items()
+        if not row[name] <= limit
     ]
     say(f"{len(rows)} meshes, {len(above)} numbers above their limits: {above}")
     return int(bool(above))
+
+
+def finished(out: pathlib.Path | None) -> list[dict]:
+    """Returns the meshes that a file has from an earlier start."""
+    if out is None or not out.exists():
+        return []
+    return json.loads(out.read_text(encoding="utf-8"))["meshes"]
 
 
 if __name__ == "__main__":
