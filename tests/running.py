@@ -11,11 +11,11 @@ import jax
 from anchor_jax import processes
 
 
-def start(line, **variables):
+def start(line, program=("-m", "anchor_jax"), **variables):
     # Another test may have changed the setting of this process.
     cache = jax.config.jax_compilation_cache_dir or tempfile.gettempdir() + "/jobs"
     return subprocess.Popen(
-        [sys.executable, "-m", "anchor_jax", *line],
+        [sys.executable, *program, *line],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -103,6 +103,14 @@ def test_one_process_scores_every_batch():
     assert division.join([1, 2]) == [1, 2]
 
 
+IMPATIENT = """
+import runpy, sys
+from anchor_jax import shares
+shares.SEEN_BY = 1.0
+runpy.run_module("anchor_jax", run_name="__main__")
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("second", "expected"),
@@ -120,7 +128,8 @@ def test_hosts_with_files_of_their_own_are_refused(weights, tmp_path, second, ex
         home.mkdir()
         (home / "p.txt").write_text(prompts)
         own = f"--process_id={number}"
-        started.append(running.start([*line, own], HOME=str(home)))
+        given = [*line, own]
+        started.append(running.start(given, ("-c", IMPATIENT), HOME=str(home)))
 
     statuses, outputs = running.ends(started)
 
