@@ -15,4 +15,4 @@ def assert_shared(draw):
         for start, part in enumerate(parts):
             expected = value if name in SHARED else value[start::2]
             # Prompts may be encoded together with others.
-            np.testing.assert_allclose(part[name], expected, atol=1e-5, err_msg=name)
+            np.testing.assert_allclose(part[name], expected, atol=1e-6, err_msg=name)

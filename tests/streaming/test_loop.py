@@ -219,8 +219,8 @@ def test_guidance_mixes_prompt_and_negative_prompt():
     with_prompt, without = normal(0), normal(1)
     both = jnp.concatenate([with_prompt, without])
 
-    np.testing.assert_allclose(guide(both, 1.0), with_prompt, atol=1e-5)
-    np.testing.assert_allclose(guide(both, 0.0), without, atol=1e-5)
+    np.testing.assert_allclose(guide(both, 1.0), with_prompt, atol=1e-6)
+    np.testing.assert_allclose(guide(both, 0.0), without, atol=1e-6)
     np.testing.assert_allclose(
         guide(both, 3.0), 3 * with_prompt - 2 * without, atol=1e-5
     )

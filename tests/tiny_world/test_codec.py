@@ -83,7 +83,7 @@ def test_rolled_latents_are_rolled_pixels():
     pixels = codec.decode(params, latents, first=True)
     rolled = codec.decode(params, jnp.roll(latents, (1, -2), axis=(2, 3)), first=True)
     np.testing.assert_allclose(
-        rolled, np.roll(pixels, (8, -16), axis=(2, 3)), atol=1e-5
+        rolled, np.roll(pixels, (8, -16), axis=(2, 3)), atol=1e-6
     )
 
 
@@ -121,7 +121,7 @@ def test_streaming_equals_the_whole():
         parts.append(part)
     assert jax.tree.structure(state) == jax.tree.structure(stream.init(1, 64, 64))
     whole = codec.decode(params, latents, first=True)
-    np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=1e-5)
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=1e-6)
 
 
 def test_bytes_survive():

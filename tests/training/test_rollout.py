@@ -229,7 +229,7 @@ def test_a_switch_within_a_chunk_captures_its_block_or_the_chunks_first(
     first = np.asarray(alone.cache.slots.k)[:, :, policy.sink + newest]
     own = np.asarray(chunk.own.k)[0]
     expected = {15: first, 18: own}[captured]
-    np.testing.assert_allclose(after.cache.slots.k[:, :, ring:], expected, atol=1e-5)
+    np.testing.assert_allclose(after.cache.slots.k[:, :, ring:], expected, atol=1e-6)
     assert np.abs(first - own).max() > 1e-2
     assert not after.cache.index.capture
 
@@ -244,9 +244,9 @@ def test_a_noised_clean_pass_changes_what_is_remembered_alone():
     plain, first = rollout.roll(*given, setup=SETUP)
     other, second = rollout.roll(*given, setup=noisy)
 
-    np.testing.assert_allclose(first.latents, second.latents, atol=1e-5)
+    np.testing.assert_allclose(first.latents, second.latents, atol=1e-6)
     assert not np.allclose(plain.cache.slots.k, other.cache.slots.k)
-    np.testing.assert_allclose(plain.recent, other.recent, atol=1e-5)
+    np.testing.assert_allclose(plain.recent, other.recent, atol=1e-6)
 
 
 def test_the_window_is_the_new_frames_after_a_renewed_one():

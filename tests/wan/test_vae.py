@@ -234,7 +234,7 @@ def test_the_downsampler_passes_the_first_frame_by(config):
     y, _ = layer.apply({"params": params}, x, None)
     halved, _ = flat.apply({"params": {"resample": params["resample"]}}, x, None)
     assert y.shape == (1, 3, 2, 2, 8)
-    np.testing.assert_allclose(y[:, 0], halved[:, 0], atol=1e-5)
+    np.testing.assert_allclose(y[:, 0], halved[:, 0], atol=1e-6)
     kernel = params["time_conv"]["kernel"][:, 0, 0]
     expected = jnp.einsum("btijc,tco->bijo", halved[:, 2:5], kernel)
     np.testing.assert_allclose(y[:, 2], expected, atol=1e-5)
