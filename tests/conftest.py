@@ -53,6 +53,11 @@ jax.config.update("jax_compilation_cache_dir", str(_kept))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
 
 
+def pytest_xdist_auto_num_workers():
+    """Returns one worker more than cores, since some tests wait for processes."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_collection_modifyitems(items):
     """Puts files with many slow tests first, so that all workers end together."""
     slow = collections.Counter(
