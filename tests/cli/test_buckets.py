@@ -108,7 +108,7 @@ def test_two_processes_train_in_a_bucket_and_one_resumes(
     started = [running.by_flags(line, port, number) for number in range(2)]
     statuses, outputs = running.ends(started)
     assert statuses == [0, 0], "\n".join(outputs)
-    # One process goes on with what two have written.
+    # One process continues what two have written.
     assert train(tmp_path / "weights", OUT, cache, "--config.sample_every=0") == 0
     assert "Resuming at step 2" in capsys.readouterr().out
 

@@ -1,6 +1,7 @@
 """Regression: the flow of data, and guidance from a frozen network."""
 
 import dataclasses
+import functools
 
 import bundles
 import chex
@@ -49,8 +50,24 @@ def blocks_prompts(plain, given):
     return {**given, "which": np.asarray([[0, 1], [1, 0]])}
 
 
-def loss(stage, student, teacher, given):
-    return float(stage.loss(student, given, jax.random.key(7), teacher))
+# Compiled as a whole: one operation after another takes three times as long.
+@functools.partial(jax.jit, static_argnums=0)
+def compiled_loss(stage, student, teacher, given):
+    return stage.loss(student, given, jax.random.key(7), teacher)
+
+
+def loss(*arguments):
+    return float(compiled_loss(*arguments))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def predict(stage, *arguments):
+    return stage.predict(*arguments)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def predict_guided(stage, *arguments):
+    return stage.guided(*arguments)
 
 
 @pytest.mark.slow
@@ -65,7 +82,7 @@ def test_without_a_teacher_the_target_is_the_flow_of_the_data(plain):
 
     share = np.asarray(sigma)[:, :, None, None, None]
     noisy = (1 - share) * latents + share * noise
-    predicted = plain.predict(tiny.variables(), given, noisy, sigma)
+    predicted = predict(plain, tiny.variables(), given, noisy, sigma)
     error = np.square(predicted - (noise - latents)).mean()
     np.testing.assert_allclose(found, error, rtol=1e-5)
 
@@ -81,10 +98,10 @@ def test_guidance_goes_from_no_prompt_through_the_prompt(plain):
     if not plain.blocks:
         negative["embedding"] = negative["embedding"][:, :1]
 
-    found = guided(plain, 2.5).guided(teacher, given, noisy, sigma)
+    found = predict_guided(guided(plain, 2.5), teacher, given, noisy, sigma)
 
-    with_prompt = plain.predict(teacher, given, noisy, sigma)
-    without = plain.predict(teacher, negative, noisy, sigma)
+    with_prompt = predict(plain, teacher, given, noisy, sigma)
+    without = predict(plain, teacher, negative, noisy, sigma)
     assert np.abs(with_prompt - without).max() > 1e-3
     np.testing.assert_allclose(found, 2.5 * with_prompt - 1.5 * without, atol=1e-5)
 
@@ -115,10 +132,8 @@ def test_no_gradient_reaches_the_teacher(plain):
     given = blocks_prompts(plain, batch())
     stage, variables = guided(plain, 2.0), tiny.variables()
 
-    def of_both(student, teacher):
-        return stage.loss(student, given, jax.random.key(7), teacher)
-
-    ours, theirs = jax.grad(of_both, argnums=(0, 1))(variables, variables)
+    gradient = jax.jit(jax.grad(compiled_loss, argnums=(1, 2)), static_argnums=0)
+    ours, theirs = gradient(stage, variables, variables, given)
 
     assert any(np.any(x) for x in jax.tree.leaves(ours))
     assert not any(np.any(x) for x in jax.tree.leaves(theirs))
