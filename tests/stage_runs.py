@@ -6,7 +6,6 @@ import functools
 
 import bundles
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import tiny
@@ -81,7 +80,10 @@ def make(config, mesh=(1, 1, 1, 1)):
     return dataclasses.replace(
         kept,
         compiled=copy.copy(kept.compiled),
-        state=jax.tree.map(jnp.copy, kept.state),
+        # A copy without a program for each shape.
+        state=jax.tree.map(
+            lambda x: jax.device_put(x, x.sharding, may_alias=False), kept.state
+        ),
     )
 
 
