@@ -29,6 +29,8 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + f" --xla_force_host_platform_device_count={DEVICES}"
     " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    # A busy machine may keep a simulated device waiting.
+    " --xla_cpu_collective_call_terminate_timeout_seconds=1200"
 )
 
 import device_results  # noqa: E402

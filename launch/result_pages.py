@@ -382,7 +382,9 @@ def probe() -> list[str]:
 
 
 def devices(name: str) -> list[str]:
-    """Returns the table of a result on several devices or processes."""
+    """Returns the table of a result on several devices; none if it is not there."""
+    if not (RESULTS / f"{name}.json").exists():
+        return []
     titles, *rows = device_results.lines(name, values(name))
     return table(titles, rows) + sources(name)
 
@@ -452,11 +454,10 @@ PAGES: dict[str, tuple[str, Sequence[Part]]] = {
     ),
     "launch/results/devices.md": (
         "Several devices and processes",
-        [
+        tuple(
             (*text, functools.partial(devices, name))
             for name, text in device_results.TEXTS.items()
-            if (RESULTS / f"{name}.json").exists()
-        ],
+        ),
     ),
     "launch/ladder/results.md": (
         "Scores of the ladder",
@@ -490,7 +491,8 @@ def page(name: str) -> str:
     title, parts = PAGES[name]
     lines = [f"# {title}", "", MARK]
     for heading, sentence, make in parts:
-        lines += ["", f"## {heading}", "", sentence, "", *make()]
+        if made := make():
+            lines += ["", f"## {heading}", "", sentence, "", *made]
     return "\n".join(lines) + "\n"
 
 

@@ -5,7 +5,7 @@ import pathlib
 import subprocess
 import sys
 
-PERF = pathlib.Path(__file__).parent / "perf"
+TESTS = pathlib.Path(__file__).parent
 
 
 def compile_apart(program):
@@ -13,7 +13,7 @@ def compile_apart(program):
     # The TPU's compiler knows other flags than the CPU's.
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     env["PYTHONPATH"] = os.pathsep.join(
-        [str(PERF), *filter(None, [env.get("PYTHONPATH")])]
+        [str(TESTS), str(TESTS / "perf"), *filter(None, [env.get("PYTHONPATH")])]
     )
     return subprocess.run(
         [sys.executable, "-c", program],
