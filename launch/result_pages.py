@@ -382,7 +382,7 @@ def probe() -> list[str]:
 
 
 def devices(name: str) -> list[str]:
-    """Returns the table of a result on several devices; none if it is not there."""
+    """Returns the table of a result on several devices; none if it is absent."""
     if not (RESULTS / f"{name}.json").exists():
         return []
     titles, *rows = device_results.lines(name, values(name))
