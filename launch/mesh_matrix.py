@@ -32,8 +32,6 @@ os.environ["XLA_FLAGS"] = (
     " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     # A busy machine may keep a simulated device waiting.
     " --xla_cpu_collective_call_terminate_timeout_seconds=1200"
-    # Otherwise two collectives of a simulated device may start at once.
-    " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 )
 
 import device_results  # noqa: E402
@@ -42,7 +40,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
 
-from anchor_jax import sharding  # noqa: E402
+from anchor_jax import processes, sharding  # noqa: E402
 from anchor_jax.cache.policies import POLICIES  # noqa: E402
 from anchor_jax.flow import few_step_levels  # noqa: E402
 from anchor_jax.streaming import stream  # noqa: E402
@@ -343,6 +341,7 @@ def main() -> int:
     jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp())
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_disable_most_optimizations", True)
+    processes.keep_order()
     mesh = one_device()
     expected = {name: train_once(*case, mesh) for name, case in CASES.items()}
     expected["latents"] = sample(mesh)

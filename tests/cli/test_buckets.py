@@ -98,19 +98,16 @@ def test_a_run_in_a_bucket_resumes_and_is_sampled(store, cache, tmp_path, capsys
 
 
 @pytest.mark.slow
-def test_two_processes_train_in_a_bucket_and_one_resumes(
-    store, cache, tmp_path, capsys
-):
+def test_two_processes_train_in_a_bucket_and_resume(store, cache, tmp_path):
     bundles.save(tmp_path / "weights")
-    more = ("--config.steps=2", "--config.sample_every=0")
-    line = training(tmp_path / "weights", OUT, cache, *more)
-    port = running.free_port()
-    started = [running.by_flags(line, port, number) for number in range(2)]
-    statuses, outputs = running.ends(started)
-    assert statuses == [0, 0], "\n".join(outputs)
-    # One process continues what two have written.
-    assert train(tmp_path / "weights", OUT, cache, "--config.sample_every=0") == 0
-    assert "Resuming at step 2" in capsys.readouterr().out
+    for steps in (2, 4):
+        more = (f"--config.steps={steps}", "--config.sample_every=0")
+        line = training(tmp_path / "weights", OUT, cache, *more)
+        port = running.free_port()
+        started = [running.by_flags(line, port, number) for number in range(2)]
+        statuses, outputs = running.ends(started)
+        assert statuses == [0, 0], "\n".join(outputs)
+        assert ("Resuming at step 2" in outputs[0]) is (steps == 4)
 
     assert checkpoint.steps(OUT) == (2, 4)
     assert [line["step"] for line in files.read_log(io.place(OUT))] == [1, 2, 3, 4]

@@ -19,7 +19,7 @@ from anchor_jax.cli.main import main
 from anchor_jax.training.monitor import MEASURED
 from anchor_jax.weights import checkpoint
 
-STEPS = 20
+STEPS = 40
 
 
 @pytest.mark.parametrize(
@@ -144,9 +144,14 @@ def lines(folder):
 @pytest.mark.slow
 def test_two_processes_stop_together_and_resume_under_slurm(weights, tmp_path):
     line, port = command(weights, tmp_path / "run"), free_port()
-    watched = [*line, "--config.preflight.run=on"]
+    watched = [*line, "--config.preflight.run=on", "--config.profile.steps=1"]
     running = [by_flags(watched, port, number) for number in range(2)]
     while len(lines(tmp_path / "run")) < 3 and running[0].poll() is None:
+        time.sleep(0.05)
+    running[1].send_signal(signal.SIGUSR1)
+    made = tmp_path / "run" / "profiles"
+    while not (made.exists() and any(made.rglob("*.xplane.pb"))):
+        assert running[0].poll() is None
         time.sleep(0.02)
     running[1].send_signal(signal.SIGTERM)
 
@@ -157,7 +162,9 @@ def test_two_processes_stop_together_and_resume_under_slurm(weights, tmp_path):
     assert f"Stopped at {step}/{STEPS}. Rerun this command" in outputs[0]
     assert "stage regression" in outputs[0]
     # The data may be built, with a progress bar, by any process.
-    assert "clips" in outputs[1] or outputs[1] == "", outputs
+    lines_of_other = outputs[1].splitlines()
+    rest = [line for line in lines_of_other if "profile of steps" not in line]
+    assert "clips" in outputs[1] or not any(rest), rest
     assert not any(word in outputs[1] for word in ("stage", "step/s", "Stopped"))
     assert_is_watched(tmp_path / "run", outputs)
 
@@ -173,8 +180,12 @@ def test_two_processes_stop_together_and_resume_under_slurm(weights, tmp_path):
 
 
 def assert_is_watched(folder, outputs):
-    """Checks measurements and the times of both processes."""
+    """Checks measurements, the requested profile, and the times of both processes."""
     assert "preflight: 2 devices, matrix products at" in outputs[0]
+    (made,) = (folder / "profiles").iterdir()
+    assert made.name.endswith("-1")
+    host = socket.gethostname()
+    assert f"process 1 ({host}): profile of steps" in outputs[1]
     last = json.loads(lines(folder)[-1])
     assert last["step_time_max_over_median"] >= 1
     assert 0 < last["goodput"] < 1

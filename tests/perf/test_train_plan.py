@@ -52,9 +52,6 @@ DISTILL = TrainConfig(
     size="64x64",
     distillation=DistillationConfig(frames=6, length=9, switches=(6,)),
 )
-REGRESS = dataclasses.replace(
-    DISTILL, stage="regression", regression=RegressionConfig(block=3, blocks=2)
-)
 
 
 def on_paper(config):
@@ -129,11 +126,11 @@ def test_weights_are_split_and_low_rank_updates_are_few():
 
 @pytest.mark.slow
 def test_recomputing_activations_takes_less_memory():
-    kept = compiled(REGRESS, "step")
-    again = dataclasses.replace(REGRESS, remat="nothing_saveable")
-    recomputed = compiled(again, "step")
+    kept = compiled(DISTILL, "critic, first chunk")
+    again = dataclasses.replace(DISTILL, remat="nothing_saveable")
+    recomputed = compiled(again, "critic, first chunk")
 
-    assert recomputed.temporaries < 0.4 * kept.temporaries
+    assert recomputed.temporaries < 0.7 * kept.temporaries
     assert recomputed.arguments == kept.arguments
 
 
@@ -142,9 +139,12 @@ def test_a_plan_counts_what_stays_and_names_what_is_wrong(monkeypatch, tmp_path)
     monkeypatch.setattr(
         targets, "devices_of", lambda topology: jax.devices()[: topology.chips]
     )
-    one = plan.plan(targets.topology("h100", 4), REGRESS, NETWORKS, keep=tmp_path)
+    section = RegressionConfig(block=3, blocks=2)
+    config = dataclasses.replace(DISTILL, stage="regression", regression=section)
 
-    held = on_paper(REGRESS).state
+    one = plan.plan(targets.topology("h100", 4), config, NETWORKS, keep=tmp_path)
+
+    held = on_paper(config).state
     assert one.resident["generator"] == trees.shard_nbytes(held.generator) > 0
     assert one.resident["critic"] == one.resident["rollout"] == 0
     assert one.resident["text encoder"] > 64 * 32
@@ -170,9 +170,11 @@ def test_programs_of_each_mesh_and_policy_are_kept(monkeypatch, tmp_path):
 
     monkeypatch.setattr(compiling, "compile_program", compile_program)
     four = targets.topology("h100", 4)
+    section = RegressionConfig(block=3, blocks=2)
+    config = dataclasses.replace(DISTILL, stage="regression", regression=section)
 
     for mesh, remat in (((1, 4, 1, 1), "none"), ((2, 2, 1, 1), "nothing_saveable")):
-        one = dataclasses.replace(REGRESS, mesh=mesh, remat=remat)
+        one = dataclasses.replace(config, mesh=mesh, remat=remat)
         plan.plan(four, one, NETWORKS, keep=tmp_path)
 
     assert sorted(file.name for file in tmp_path.iterdir()) == [

@@ -106,12 +106,13 @@ def test_a_chunk_depends_on_what_its_sequence_holds(config, field, monkeypatch):
 @pytest.mark.parametrize(
     ("config", "mesh"),
     [
+        (LATER, (2, 2, 1, 1)),
         (SWITCHED, (2, 1, 2, 1)),
-        (REGRESS, (2, 1, 1, 2)),
+        (REGRESS, (1, 2, 1, 2)),
         (GUIDED, (1, 2, 2, 1)),
         (LOW_RANK, (1, 2, 1, 2)),
     ],
-    ids=["switched", "regress", "guided", "lora"],
+    ids=["later", "switched", "regress", "guided", "lora"],
 )
 def test_four_devices_do_what_one_does(config, mesh, monkeypatch):
     def step(prepared):
@@ -127,7 +128,7 @@ def test_four_devices_do_what_one_does(config, mesh, monkeypatch):
 
     kernel = jax.tree.leaves(many.generator)[-1]
     assert len(kernel.sharding.device_set) == 4
-    assert mesh[1] == 1 or not kernel.sharding.is_fully_replicated
+    assert mesh == (2, 1, 2, 1) or not kernel.sharding.is_fully_replicated
     assert seen.keys() == expected.keys()
     for name, value in seen.items():
         np.testing.assert_allclose(value, expected[name], rtol=1e-5, err_msg=name)
@@ -140,17 +141,10 @@ def test_four_devices_do_what_one_does(config, mesh, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("config", "mesh"),
-    [(LATER, (1, 1, 1, 1)), (REGRESS, (2, 1, 1, 2))],
-    ids=["later", "regress"],
-)
-def test_parts_of_a_batch_do_what_the_batch_does(config, mesh, monkeypatch):
-    if config is LATER:
-        on_one_device(monkeypatch)
-
+@pytest.mark.parametrize("config", [LATER, REGRESS], ids=["later", "regress"])
+def test_parts_of_a_batch_do_what_the_batch_does(config):
     def step(count):
-        one = make(dataclasses.replace(config, microbatches=count), mesh)
+        one = make(dataclasses.replace(config, microbatches=count), (2, 1, 1, 2))
         is_regression = config.stage == "regression"
         return steps(one, 1, *(() if is_regression else within_a_sequence(one)))
 
